@@ -1,0 +1,3 @@
+"""Sparse federated learning on Flower: SSFL and the systems it is compared with."""
+
+__version__ = "0.1.0"

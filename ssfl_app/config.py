@@ -1,0 +1,199 @@
+"""The configuration: flat dotted keys -> frozen dataclasses, or one line that says what is wrong.
+
+Defaults are written once, in ``[tool.flwr.app.config]`` of ``pyproject.toml``; Flower hands them to both apps
+merged with the user's overrides, and the command line reads the same table.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ssfl_app.local.data import DataOptions
+from ssfl_app.local.models import ModelOptions
+from ssfl_app.local.trainer import LocalOptions
+from ssfl_app.options import ConfigError, Scalar, at_least, build
+from ssfl_app.partitions import PartitionOptions
+from ssfl_app.strategies import REGISTRY
+from ssfl_app.strategies.settings import FailureOptions, MaskOptions, RunOptions, Settings, WireOptions
+
+Flat = dict[str, Scalar]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Keys of the room ``engine``: how a run is executed; they never change its results."""
+
+    actors: int = at_least(0)
+    threads: int = at_least(1)
+
+
+ROOMS: dict[str, type] = {
+    "run": RunOptions,
+    "mask": MaskOptions,
+    "local": LocalOptions,
+    "wire": WireOptions,
+    "failures": FailureOptions,
+    "data": DataOptions,
+    "partition": PartitionOptions,
+    "model": ModelOptions,
+    "engine": EngineOptions,
+} | {name: room for strategy in REGISTRY.values() for name, room in strategy.rooms.items()}
+
+# What may differ between a run and its continuation.
+_NOT_THE_RUN = ("run.out", "run.resume", "engine.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked configuration; `flat` is what it was made from."""
+
+    strategy: str
+    settings: Settings
+    data: DataOptions
+    partition: PartitionOptions
+    model: ModelOptions
+    engine: EngineOptions
+    flat: Flat
+
+
+def parse(flat: Mapping[str, Any]) -> Config:
+    """Return the checked configuration of flat dotted keys.
+
+    Raises
+    ------
+    ConfigError
+        Unknown or missing key, wrong type, a value out of range, or values that do not fit together.
+    """
+    rooms: dict[str, dict[str, Scalar]] = {name: {} for name in ROOMS}
+    for key, value in flat.items():
+        name, _, rest = key.partition(".")
+        if key == "strategy":
+            continue
+        if name not in rooms or not rest:
+            raise ConfigError(f"{key} is not a key; keys are strategy and those of {', '.join(rooms)}")
+        rooms[name][rest] = value
+    strategy = flat.get("strategy")
+    if strategy not in REGISTRY:
+        raise ConfigError(f"strategy is {strategy!r}; it is one of {', '.join(REGISTRY)}")
+    made = {name: build(room, name, rooms[name]) for name, room in ROOMS.items()}
+    run = made["run"]
+    if run.cohort > run.clients:
+        raise ConfigError(f"run.cohort is {run.cohort}; it is at most run.clients, {run.clients}")
+    shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures")}
+    own = {name: made[name] for s in REGISTRY.values() for name in s.rooms}
+    parts = {name: made[name] for name in ("data", "partition", "model", "engine")}
+    return Config(strategy, Settings(**shared, own=own), **parts, flat=dict(flat))
+
+
+def defaults() -> Flat:
+    """Return the default configuration, from pyproject.toml of the checkout or the installed wheel."""
+    return _flatten(
+        tomllib.loads((app_folder() / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    )
+
+
+def app_folder() -> Path:
+    """Return the folder that holds pyproject.toml, LICENSE and README.md of this very code."""
+    package = Path(str(resources.files("ssfl_app")))
+    checkout = package.parent
+    return checkout if (checkout / "pyproject.toml").exists() else package / "_app"
+
+
+def read_file(path: Path) -> Flat:
+    """Return the keys of a TOML file; tables become dotted keys.
+
+    Raises
+    ------
+    ConfigError
+        The file is missing or no TOML.
+    """
+    try:
+        return _flatten(tomllib.loads(path.read_text()))
+    except OSError as error:
+        raise ConfigError(f"CONFIG is {path}; it is a TOML file ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"CONFIG is {path}; it is a TOML file ({error})") from error
+
+
+def read_overrides(texts: Iterable[str]) -> Flat:
+    """Return the keys of command-line overrides such as ``"strategy='random' mask.density=0.05"``.
+
+    Raises
+    ------
+    ConfigError
+        A piece is not ``key=value`` with a TOML value.
+    """
+    flat: Flat = {}
+    for text in texts:
+        rest = text.strip()
+        while rest:
+            match = re.match(r"""([\w.-]+)\s*=\s*("[^"]*"|'[^']*'|[^\s'"]+)(\s+|$)""", rest)
+            if match is None:
+                raise ConfigError(
+                    f"-c is {rest!r}; it is key=value pairs, strings in quotes: \"strategy='random'\""
+                )
+            key, value = match.group(1), match.group(2)
+            try:
+                flat[key] = tomllib.loads(f"value = {value}")["value"]
+            except tomllib.TOMLDecodeError:
+                raise ConfigError(
+                    f"{key} is {value}; it is a TOML value, strings in quotes: '{value}'"
+                ) from None
+            rest = rest[match.end() :]
+    return flat
+
+
+def merge(*layers: Mapping[str, Scalar]) -> Flat:
+    """Return the defaults overridden by `layers`, later ones first.
+
+    Raises
+    ------
+    ConfigError
+        A layer names a key that does not exist.
+    """
+    merged = defaults()
+    for layer in layers:
+        for key, value in layer.items():
+            if key not in merged:
+                near = [known for known in merged if known.endswith("." + key.split(".")[-1])]
+                raise ConfigError(
+                    f"{key} is not a key" + (f"; did you mean {near[0]}?" if near else "; README lists them")
+                )
+            merged[key] = value
+    return merged
+
+
+def write_toml(flat: Mapping[str, Scalar]) -> str:
+    """Return the keys as TOML with a table per room."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        room, _, rest = key.partition(".")
+        if rest:
+            nested.setdefault(room, {})[rest] = value
+        else:
+            nested[room] = value
+    return tomli_w.dumps(nested)
+
+
+def difference(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str | None:
+    """Return the first key in which two configurations are different runs, as a sentence; None if in none."""
+    for key in sorted({*ours, *theirs}):
+        if not key.startswith(_NOT_THE_RUN) and ours.get(key) != theirs.get(key):
+            return f"{key} is {ours.get(key)!r}; the run to resume was started with {theirs.get(key)!r}"
+    return None
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Flat:
+    flat: Flat = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,1 @@
+"""How a run is executed: Flower's simulation on Ray, or everything in this process."""

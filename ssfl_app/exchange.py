@@ -1,0 +1,138 @@
+"""One exchange of messages: push to many clients, pull their replies one at a time, lose nothing silently.
+
+Stands in for Flower's `Grid.send_and_receive`, which holds every reply until the last one is there and sleeps
+up to 3 s between polls. Here at most one reply is in our hands, so server memory does not grow with the number
+of clients, and every client ends up in exactly one of three lists: ok, lost, refused.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+SIMULATION_POLL = 0.01
+DEPLOYMENT_POLL = 0.25
+"""Seconds between polls: a pull costs 0.1 ms in simulation and 25 ms of SuperLink CPU over HTTP."""
+
+_DEAD_ACTOR = 0  # flwr ErrorCode.UNKNOWN: in simulation, an exception of Ray and not of the client
+_RAISED = 2  # flwr ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the message says why in one line."""
+
+
+@dataclass
+class Outcome:
+    """What became of the messages of one exchange.
+
+    `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client.
+    Bytes are payload bytes of encoded arrays; bitmaps of masks are counted apart from the rest of `down`.
+    """
+
+    ok: list[int] = field(default_factory=list)
+    lost: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    down: int = 0
+    mask_down: int = 0
+    up: int = 0
+    sent: int = 0
+
+    def need(self, share: float, what: str) -> None:
+        """Raise RunFailed unless at least `share` of all clients answered well."""
+        asked = len(self.ok) + len(self.lost) + len(self.refused)
+        if len(self.ok) < share * asked or not self.ok:
+            bad = ", ".join(f"client {c}: {why}" for c, why in sorted({**self.lost, **self.refused}.items()))
+            raise RunFailed(
+                f"{what}: {len(self.ok)} of {asked} clients answered well; "
+                f"failures.min-ok-fraction is {share} ({bad})"
+            )
+
+
+class Courier:
+    """Carries the messages of one exchange.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's.
+    timeout : float
+        Seconds from now until unanswered clients count as lost. Give the messages the same time to live,
+        so that no reply of this exchange arrives in a later one.
+    """
+
+    def __init__(self, grid: Grid, timeout: float) -> None:
+        self.outcome = Outcome()
+        self._grid, self._timeout = grid, timeout
+        self._end = time.monotonic() + timeout
+        self._waiting: dict[str, int] = {}
+        # Flower's simulation and our in-process engine answer a poll from memory; everything else is HTTP.
+        local = type(grid).__name__ == "InMemoryGrid" or getattr(grid, "in_process", False)
+        self._poll = SIMULATION_POLL if local else DEPLOYMENT_POLL
+
+    def send(self, messages: Mapping[int, Message]) -> None:
+        """Push one message per client; a client must have no other message in flight.
+
+        Two messages in flight to one node would lose one of its updates to `Context.state`.
+        """
+        busy = set(messages) & set(self._waiting.values())
+        if busy:
+            raise RuntimeError(f"clients {sorted(busy)} still have a message in flight")
+        accepted = {message_id for message_id in self._grid.push_messages(messages.values()) if message_id}
+        for client, message in messages.items():
+            # Grids differ in how they report a refused message (left out, or None): never zip the two lists.
+            if message.metadata.message_id in accepted:
+                self._waiting[message.metadata.message_id] = client
+                self.outcome.sent += 1
+            else:
+                self.outcome.lost[client] = "Flower did not accept the message: the node is gone"
+
+    def replies(self) -> Iterator[tuple[int, Message]]:
+        """Yield (client, reply) as replies arrive; further messages may be sent meanwhile.
+
+        Replies that are errors are sorted into `outcome`; at the deadline so are clients that kept silent.
+
+        Raises
+        ------
+        RunFailed
+            A Ray actor died. Flower would go on feeding most later messages to the dead one.
+        """
+        delay = self._poll
+        while self._waiting and time.monotonic() < self._end:
+            got = False
+            for message_id in list(self._waiting):
+                for reply in self._grid.pull_messages([message_id]):
+                    # Errors made by infrastructure name the server as their source: trust the id only.
+                    client = self._waiting.pop(reply.metadata.reply_to_message_id)
+                    got = True
+                    if reply.has_error():
+                        self._sort(client, reply.error.code, reply.error.reason or "")
+                    else:
+                        yield client, reply
+                    del reply
+            if self._waiting:
+                delay = self._poll if got else min(delay * 1.5, max(self._poll, 0.1))
+                time.sleep(delay)
+        for client in self._waiting.values():
+            self.outcome.lost[client] = f"no answer within {self._timeout:g} s"
+        self._waiting.clear()
+
+    def _sort(self, client: int, code: int, reason: str) -> None:
+        line = _last_line(reason)
+        if code == _DEAD_ACTOR:
+            raise RunFailed(
+                f"a Ray actor died while it worked for client {client} ({line}). Most often it ran out of memory: "
+                "try fewer actors (engine.actors) or a smaller model"
+            )
+        if code == _RAISED:
+            self.outcome.refused[client] = f"raised: {line}"
+        else:
+            self.outcome.lost[client] = f"Flower error {code}: {line}"
+
+
+def _last_line(text: str) -> str:
+    # A client's exception arrives as a whole traceback; its last line says what happened.
+    lines = [line.strip(" '>") for line in text.replace("\\n", "\n").splitlines() if line.strip(" '>")]
+    return lines[-1][:300] if lines else "no reason given"

@@ -1,0 +1,186 @@
+"""Data sets in memory: images as bytes, and the transform that makes network input of a batch.
+
+Examples
+--------
+>>> digits = load(DataOptions("digits", "", False, 0, "auto"))
+>>> len(digits.train), len(digits.test), digits.shape, digits.classes
+(1437, 360, (1, 8, 8), 10)
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from ssfl_app.local.sources import READERS
+from ssfl_app.options import anything, at_least, choice
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The room ``data`` of the configuration.
+
+    Attributes
+    ----------
+    name : str
+        A key of `ssfl_app.local.sources.READERS`.
+    path : str
+        Folder of the data set; digits needs none.
+    download : bool
+        Whether torchvision may download cifar10, cifar100 and tiny-imagenet into `path`.
+    image_size : int
+        Pixels a side to resize to (parquet, folder, tiny-imagenet); 0: as they are.
+    augment : str
+        ``"crop-flip"``, ``"none"``, or ``"auto"``: none for digits, crop-flip for all else.
+    """
+
+    name: str = choice(*READERS)
+    path: str = anything("a folder")
+    download: bool = anything("true or false")
+    image_size: int = at_least(0)
+    augment: str = choice("auto", "none", "crop-flip")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images and their classes.
+
+    Attributes
+    ----------
+    pixels : uint8 tensor, shape (N, C, H, W)
+        May be pages of a file that several processes share: do not write to it.
+    labels : int64 tensor, shape (N,)
+        Classes, 0 <= label < number of classes.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def take(self, indices: npt.NDArray[np.int64]) -> "Images":
+        """Return a copy of the images at `indices` (n,), in their order."""
+        where = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64)).to(self.labels.device)
+        return Images(self.pixels[where], self.labels[where])
+
+    def to(self, device: torch.device | str) -> "Images":
+        """Return the images on `device`; the same tensors if they are there."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Makes network input of pixels, a batch at a time, on the pixels' own device.
+
+    Attributes
+    ----------
+    mean, std : tuple of C floats
+        Of each channel, in units of pixel / 255.
+    augment : str
+        What `train` does before it normalises: ``"none"``, or ``"crop-flip"``.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: str
+
+    def train(self, pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Return a training batch: random crop and flip if asked for, then normalised.
+
+        Parameters
+        ----------
+        pixels : uint8 tensor, shape (B, C, H, W)
+        rng : numpy.random.Generator
+            Source of offsets and flips, drawn on the CPU: every device gets the same batch. Not touched when
+            `augment` is ``"none"``.
+
+        Returns
+        -------
+        float32 tensor, shape (B, C, H, W)
+        """
+        return self.test(_crop_flip(pixels, rng) if self.augment == "crop-flip" else pixels)
+
+    def test(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return (pixel / 255 - mean) / std as float32, shape (B, C, H, W), of uint8 `pixels`.
+
+        Bit for bit torchvision's `ToTensor` and `Normalize`.
+        """
+        mean, std = torch.tensor([self.mean, self.std], device=pixels.device)[..., None, None]
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def padding(side: int) -> int:
+    """Return how far a crop may move an image of `side` pixels: 4, and less on images below 16 pixels."""
+    return 4 if side >= 16 else side // 8
+
+
+def _crop_flip(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Crop each image (B, C, H, W) out of its zero-padded self at random; mirror half of them.
+
+    Zero is the raw pixel, as in torchvision's `RandomCrop`: after normalising, the border is -mean / std.
+    """
+    count, channels, height, width = pixels.shape
+    pad = padding(min(height, width))
+    device = pixels.device
+    down, right = torch.from_numpy(rng.integers(0, 2 * pad + 1, size=(2, count, 1))).to(device)
+    mirror = torch.from_numpy(rng.random((count, 1)) < 0.5).to(device)
+    across = torch.arange(width, device=device)
+    rows = down + torch.arange(height, device=device)
+    columns = right + torch.where(mirror, across.flip(0), across)
+    # One place in the padded plane for each pixel of the crop, the same in all channels.
+    places = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).reshape(count, 1, -1)
+    planes = functional.pad(pixels, (pad, pad, pad, pad)).flatten(2)
+    return planes.gather(2, places.expand(-1, channels, -1)).view(pixels.shape)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set, its class names and how its images enter a network."""
+
+    name: str
+    train: Images
+    test: Images
+    class_names: tuple[str, ...]
+    transform: Transform
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        _, channels, height, width = self.train.pixels.shape
+        return channels, height, width
+
+
+def load(options: DataOptions) -> DataSet:
+    """Read a data set into memory.
+
+    Parameters
+    ----------
+    options : DataOptions
+        Which data set, and where it lies.
+
+    Returns
+    -------
+    DataSet
+        Images on the CPU; the same on every machine.
+
+    Raises
+    ------
+    ConfigError
+        The data is not there or cannot be read; the message names ``data.path`` and what is allowed.
+    """
+    raw = READERS[options.name](options.path, options.download, options.image_size)
+    augment = options.augment
+    if augment == "auto":
+        augment = "none" if options.name == "digits" else "crop-flip"
+    train = Images(torch.from_numpy(raw.train), torch.from_numpy(raw.train_labels))
+    test = Images(torch.from_numpy(raw.test), torch.from_numpy(raw.test_labels))
+    return DataSet(options.name, train, test, raw.class_names, Transform(raw.mean, raw.std, augment))

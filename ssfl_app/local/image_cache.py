@@ -1,0 +1,207 @@
+"""Encoded images to one array, and decoded data sets kept on disk for the next process.
+
+A cached data set is a folder of .npy files under ``$SSFL_CACHE``, else ``$XDG_CACHE_HOME/ssfl``, else
+``~/.cache/ssfl``. Its name is a digest of all that went into it (source, path, image size, and the sizes and
+times of the files), so a changed file makes a new entry. Old ones stay: delete the cache folder at will.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.options import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Pixels = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+# A new number makes every older entry unused: raise it when decoding changes.
+_FORMAT = 1
+_ARRAYS = ("train", "train_labels", "test", "test_labels")
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A data set as arrays.
+
+    Attributes
+    ----------
+    train, test : uint8 ndarray, shape (N, C, H, W)
+    train_labels, test_labels : int64 ndarray, shape (N,)
+    class_names : tuple of str
+    mean, std : tuple of C floats
+        Of each channel, in units of pixel / 255.
+    """
+
+    train: Pixels
+    train_labels: Labels
+    test: Pixels
+    test_labels: Labels
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def decode(
+    path: str, items: Iterable[tuple[str, bytes | Path]], count: int, size: int, like: tuple[int, ...] | None
+) -> Pixels:
+    """Decode images into one array.
+
+    Parameters
+    ----------
+    path : str
+        ``data.path``, for messages.
+    items : iterable of (str, bytes or Path)
+        What to call an image, and its file or the file's content.
+    count : int
+        How many there are.
+    size : int
+        Pixels a side to resize to (bilinear, without keeping the aspect); 0: as they are.
+    like : tuple of int or None
+        (C, H, W) they must have. None: that of the first image, C = 1 if it is grey (mode L), else 3.
+
+    Returns
+    -------
+    uint8 ndarray, shape (count, C, H, W)
+
+    Raises
+    ------
+    ConfigError
+        An image cannot be decoded, images differ in size with `size` 0, or there are none.
+    """
+    out: Pixels | None = None
+    for index, (name, source) in enumerate(items):
+        image = _open(path, name, source, size, like)
+        pixels = np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
+        if out is None:
+            out = np.empty((count, *(like or pixels.shape)), dtype=np.uint8)
+        if pixels.shape != out.shape[1:]:
+            raise ConfigError(
+                f"data.image-size is {size}; {name} in {path} is {image.width}x{image.height}, the first "
+                f"image is {out.shape[3]}x{out.shape[2]}: give a size above 0 to resize all images to"
+            )
+        out[index] = pixels
+    if out is None:
+        raise ConfigError(f"data.path is {path!r}; it holds no images, at least one is needed")
+    return out
+
+
+def _open(path: str, name: str, source: bytes | Path, size: int, like: tuple[int, ...] | None) -> "Image":
+    """Return one image in the wanted mode and size."""
+    from PIL import Image
+
+    grey = None if like is None else like[0] == 1
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            mode = "L" if (image.mode == "L" if grey is None else grey) else "RGB"
+            ready = image.convert(mode)
+            return ready.resize((size, size), Image.Resampling.BILINEAR) if size else ready
+    # The decoders of Pillow raise almost anything on broken input: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        raise ConfigError(
+            f"data.path is {path!r}; {name} cannot be decoded ({one_line(error)}), it is to be an image"
+        ) from error
+
+
+def measure(pixels: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel of (N, C, H, W), in units of pixel / 255.
+
+    From exact integer counts, so that no order of summation shows. A channel of one value has std 1.
+    """
+    counts = np.zeros((pixels.shape[1], 256), dtype=np.int64)
+    for start in range(0, len(pixels), 4096):  # bincount needs eight times the memory of its input
+        for channel, row in enumerate(counts):
+            row += np.bincount(pixels[start : start + 4096, channel].ravel(), minlength=256)
+    values = np.arange(256) / 255
+    means = counts @ values / counts.sum(axis=1)
+    spread = (counts * (values - means[:, None]) ** 2).sum(axis=1) / counts.sum(axis=1)
+    stds = np.where(spread > 0, np.sqrt(spread), 1.0)
+    return tuple(means.tolist()), tuple(stds.tolist())
+
+
+def cached(key: tuple[str | int, ...], files: Sequence[Path], read: Callable[[], Raw]) -> Raw:
+    """Return what `read` makes of `files`, from the cache if it is there.
+
+    The arrays of a cached data set are private maps of the cache's files: processes share the pages, and
+    writing to an array changes neither the file nor what others see. Where the cache folder cannot be
+    written, the decoded arrays are returned as they are.
+
+    Parameters
+    ----------
+    key : tuple
+        All that decides the result, apart from the files.
+    files : sequence of Path
+        All files that `read` reads.
+    read : function
+        Called without arguments when there is no entry.
+    """
+    try:
+        entry = _root() / _digest(key, files)
+    except (OSError, RuntimeError):  # no home folder, or a file is gone: reading tells which
+        return read()
+    try:
+        return _open_entry(entry)
+    except (OSError, ValueError, KeyError, TypeError):  # no entry, or a damaged one
+        shutil.rmtree(entry, ignore_errors=True)
+    raw = read()
+    try:
+        _store(entry, raw)
+        return _open_entry(entry)
+    except OSError:
+        return raw
+
+
+def _root() -> Path:
+    if own := os.environ.get("SSFL_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "ssfl"
+
+
+def _digest(key: tuple[str | int, ...], files: Sequence[Path]) -> str:
+    digest = hashlib.sha256(repr((_FORMAT, key)).encode())
+    for file in files:
+        facts = file.stat()
+        digest.update(repr((str(file), facts.st_size, facts.st_mtime_ns)).encode())
+    return digest.hexdigest()[:32]
+
+
+def _open_entry(entry: Path) -> Raw:
+    # "c" is copy on write: torch warns about the read-only arrays of "r".
+    arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in _ARRAYS}
+    facts = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
+    names, mean, std = (tuple(facts[name]) for name in ("class_names", "mean", "std"))
+    return Raw(**arrays, class_names=names, mean=mean, std=std)
+
+
+def _store(entry: Path, raw: Raw) -> None:
+    """Write an entry beside its place, then move it there in one step."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".draft-"))
+    try:
+        for name in _ARRAYS:
+            np.save(draft / f"{name}.npy", getattr(raw, name))
+        facts = {"class_names": raw.class_names, "mean": raw.mean, "std": raw.std}
+        (draft / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        with suppress(OSError):  # another process was first, its entry is as good
+            draft.replace(entry)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,132 @@
+"""Models: a small CNN, ResNet-18/50 with CIFAR stem, and the CIFAR ResNets of He et al.
+
+Blocks come from torchvision; only what differs is here. ResNet-18 and ResNet-50 are those of the DisPFL and SSFL
+code: 3x3 stem of stride 1, no max-pool, every norm a GroupNorm. With 10 classes and norm "group" ResNet-18 has
+11,173,962 parameters (11,164,352 in conv and linear weights), ResNet-50 23,520,842 (23,467,712).
+
+CIFAR ResNet-20/32/44/56/110 (He et al., CVPR 2016, section 4.2) have 3 stages of 16/32/64 channels and
+parameter-free shortcuts (option A).
+
+A model is built without touching torch's global generator, and its initial weights depend on the seed only.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ssfl_app.options import choice
+from ssfl_app.seeding import torch_generator
+
+NORMS = ("group", "batch", "none")
+
+
+def _groups(channels: int) -> int:
+    # 32 groups from 64 channels on, as published; narrower layers keep 2 channels a group.
+    return max(1, min(32, channels // 2))
+
+
+def norm_layer(name: str) -> Callable[[int], nn.Module]:
+    """Return the constructor of a norm over `channels`: group, batch or none."""
+    if name == "group":
+        return lambda channels: nn.GroupNorm(_groups(channels), channels)
+    if name == "batch":
+        return nn.BatchNorm2d
+    return lambda channels: nn.Identity()
+
+
+def _cnn(channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 3, padding=1, bias=False),
+        norm(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False),
+        norm(64),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(64 * 16, 128),
+        nn.ReLU(),
+        nn.Linear(128, classes),
+    )
+
+
+def _imagenet_resnet(kind: str, channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    block, layers = {"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet50": (Bottleneck, [3, 4, 6, 3])}[kind]
+    model = ResNet(block, layers, num_classes=classes, norm_layer=norm)
+    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+class _PadShortcut(nn.Module):
+    """Option A: every second pixel, missing channels filled with zeros; no parameters."""
+
+    def __init__(self, extra: int) -> None:
+        super().__init__()
+        self.extra = extra
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
+
+
+def _cifar_resnet(depth: int, channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+    from torchvision.models.resnet import BasicBlock
+
+    blocks: list[nn.Module] = []
+    width = 16
+    for planes in (16, 32, 64):
+        for i in range((depth - 2) // 6):
+            first = i == 0 and planes != 16
+            shortcut = _PadShortcut(planes - width) if first else None
+            blocks.append(BasicBlock(width, planes, 2 if first else 1, shortcut, norm_layer=norm))
+            width = planes
+    stem = [nn.Conv2d(channels, 16, 3, padding=1, bias=False), norm(16), nn.ReLU()]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+
+
+REGISTRY: dict[str, Callable[[int, int, Callable[[int], nn.Module]], nn.Module]] = {
+    "cnn": _cnn,
+    "resnet18": lambda *args: _imagenet_resnet("resnet18", *args),
+    "resnet50": lambda *args: _imagenet_resnet("resnet50", *args),
+    "resnet20": lambda *args: _cifar_resnet(20, *args),
+    "resnet32": lambda *args: _cifar_resnet(32, *args),
+    "resnet44": lambda *args: _cifar_resnet(44, *args),
+    "resnet56": lambda *args: _cifar_resnet(56, *args),
+    "resnet110": lambda *args: _cifar_resnet(110, *args),
+}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Keys of the room ``model``."""
+
+    name: str = choice(*REGISTRY)
+    norm: str = choice(*NORMS)
+
+
+def create(options: ModelOptions, channels: int, classes: int, seed: int) -> nn.Module:
+    """Return a model for images of `channels` with initial weights that depend on `seed` only.
+
+    Weights of conv and linear layers and biases have PyTorch's default distributions (uniform within
+    1/sqrt(fan_in)); norms start at weight 1, bias 0.
+    """
+    # On the meta device nothing is drawn; the real numbers come from our own generator below.
+    with torch.device("meta"):
+        model = REGISTRY[options.name](channels, classes, norm_layer(options.norm))
+    model = model.to_empty(device="cpu")
+    rng = torch_generator(seed, "init")
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=rng)
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                nn.init.uniform_(module.bias, -bound, bound, generator=rng)
+        elif isinstance(module, nn.GroupNorm | nn.BatchNorm2d):
+            module.reset_parameters()
+    return model

@@ -1,0 +1,128 @@
+"""Images in parquet files, as the Hugging Face hub stores data sets.
+
+One row is one image: a struct column with a field ``bytes`` (an encoded image), and an integer label column.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssfl_app.local.image_cache import Labels, Pixels, Raw, cached, decode, measure, one_line
+from ssfl_app.options import ConfigError
+
+_WHAT = "a folder with *train*.parquet and *test*.parquet (or *val*.parquet)"
+_IMAGE_COLUMNS = ("img", "image")
+_LABEL_COLUMNS = ("label", "fine_label", "coarse_label")
+_ROWS = 1024  # decoded at a time
+
+
+def read_parquet(path: str, root: Path, image_size: int) -> Raw:
+    """Read all shards of <root>/*train*.parquet and <root>/*test*.parquet; mean and std are measured.
+
+    Parameters
+    ----------
+    path : str
+        ``data.path``, for messages.
+    root : Path
+        The same, as a folder that exists.
+    image_size : int
+        Pixels a side to resize to; 0: as they are.
+
+    Raises
+    ------
+    ConfigError
+        A part is missing, a file is no parquet file or lacks a column, a label is negative or missing, an
+        image cannot be decoded, or sizes differ with `image_size` 0.
+    """
+    train = sorted(root.glob("*train*.parquet"))
+    test = sorted(root.glob("*test*.parquet")) or sorted(root.glob("*val*.parquet"))
+    for part, files in (("train", train), ("test", test)):
+        if not files:
+            raise ConfigError(f"data.path is {path!r}; *{part}*.parquet is missing, it is {_WHAT}")
+
+    def read() -> Raw:
+        train_pixels, train_labels = _part(path, train, image_size, None)
+        test_pixels, test_labels = _part(path, test, image_size, train_pixels.shape[1:])
+        highest = int(max(train_labels.max(), test_labels.max()))
+        names = _class_names(train[0], highest)
+        return Raw(train_pixels, train_labels, test_pixels, test_labels, names, *measure(train_pixels))
+
+    return cached(("parquet", str(root.resolve()), image_size), [*train, *test], read)
+
+
+def _part(path: str, files: list[Path], size: int, like: tuple[int, ...] | None) -> tuple[Pixels, Labels]:
+    """Return the images and labels of all shards."""
+    import pyarrow as pa
+
+    try:
+        labels = np.concatenate([_labels(path, file) for file in files])
+        return decode(path, _items(path, files), len(labels), size, like), labels
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(
+            f"data.path is {path!r}; its files cannot be read ({one_line(error)}), it is {_WHAT}"
+        ) from error
+
+
+def _columns(path: str, file: Path) -> tuple[str, str]:
+    """Return the names of the image and the label column of a file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(file)
+    images = [c.name for c in schema if pa.types.is_struct(c.type) and c.type.get_field_index("bytes") >= 0]
+    numbers = [c.name for c in schema if pa.types.is_integer(c.type)]
+    image = next((name for name in (*_IMAGE_COLUMNS, *images) if name in images), None)
+    label = next((name for name in _LABEL_COLUMNS if name in numbers), None)
+    if label is None and len(numbers) == 1:
+        label = numbers[0]
+    has = f"data.path is {path!r}; {file.name} has the columns {', '.join(schema.names)}, it needs"
+    if image is None:
+        raise ConfigError(f"{has} an image column: a struct with a field bytes")
+    if label is None:
+        raise ConfigError(
+            f"{has} an integer label column: {', '.join(_LABEL_COLUMNS)}, or only one of any name"
+        )
+    return str(image), str(label)
+
+
+def _labels(path: str, file: Path) -> Labels:
+    import pyarrow.parquet as pq
+
+    name = _columns(path, file)[1]
+    column = pq.read_table(file, columns=[name]).column(name)
+    low = 0 if not len(column) or column.null_count else int(column.to_numpy().min())
+    if column.null_count or low < 0:
+        found = "missing" if column.null_count else str(low)
+        raise ConfigError(
+            f"data.path is {path!r}; a value of column {name} of {file.name} is {found}, it is at least 0"
+        )
+    return np.asarray(column.to_numpy(), dtype=np.int64)
+
+
+def _items(path: str, files: list[Path]) -> Iterator[tuple[str, bytes]]:
+    """Yield what to call each image, and its encoded bytes."""
+    import pyarrow.parquet as pq
+
+    for file in files:
+        name = _columns(path, file)[0]
+        row = 0
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS, columns=[f"{name}.bytes"]):
+            for content in batch.column(0).field("bytes").to_pylist():
+                yield f"row {row} of {file.name}", content or b""
+                row += 1
+
+
+def _class_names(file: Path, highest: int) -> tuple[str, ...]:
+    """Return the names in the hub's metadata if they cover all labels, else "0", "1", ... to `highest`."""
+    import pyarrow.parquet as pq
+
+    label = _columns(str(file), file)[1]
+    try:
+        facts: Any = json.loads(pq.read_schema(file).metadata[b"huggingface"])
+        names = tuple(str(name) for name in facts["info"]["features"][label]["names"])
+    except (KeyError, TypeError, ValueError):
+        names = ()
+    return names if len(names) > highest else tuple(str(index) for index in range(highest + 1))

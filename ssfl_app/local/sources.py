@@ -1,0 +1,176 @@
+"""Where data sets come from: one reader a source, each giving the same arrays.
+
+A reader is a function ``(path, download, image_size) -> Raw``, named in `READERS`. All raise ConfigError.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ssfl_app.local.image_cache import Pixels, Raw, cached, decode, measure, one_line
+from ssfl_app.local.parquet import read_parquet
+from ssfl_app.options import ConfigError
+
+# Mean and std of each channel as the published training scripts have them (DisPFL, SSFL).
+_CIFAR_MOMENTS = {
+    "CIFAR10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "CIFAR100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+_TINY = "tiny-imagenet-200"
+_TINY_URL = f"http://cs231n.stanford.edu/{_TINY}.zip"
+_TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+def _bad(path: str | Path, what: str) -> ConfigError:
+    return ConfigError(f"data.path is {str(path)!r}; {what}")
+
+
+def _folder(path: str, create: bool, what: str) -> Path:
+    """Return `path` as a folder that exists; `what` completes "it is ..."."""
+    if not path:
+        raise _bad(path, f"it is {what}")
+    folder = Path(path).expanduser()
+    if not create and not folder.is_dir():
+        raise _bad(path, f"there is no such folder, it is {what}")
+    return folder
+
+
+def _own_size(name: str, image_size: int) -> None:
+    if image_size:
+        raise ConfigError(f"data.image-size is {image_size}; {name} is used as it is, with 0")
+
+
+def digits(path: str, download: bool, image_size: int) -> Raw:
+    """Read scikit-learn's digits, (1, 8, 8), split 80/20 with equal class shares; nothing is downloaded."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    _own_size("digits", image_size)
+    bunch = load_digits()
+    labels = bunch.target.astype(np.int64)
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    names = tuple(str(name) for name in bunch.target_names)
+    return Raw(pixels[train], labels[train], pixels[test], labels[test], names, *measure(pixels[train]))
+
+
+def _cifar(kind: str, path: str, download: bool, image_size: int) -> Raw:
+    from torchvision import datasets
+
+    _own_size(kind.lower(), image_size)
+    root = _folder(path, download, f"the folder that holds torchvision's {kind}, or gets it")
+    try:
+        parts = [getattr(datasets, kind)(root, train=train, download=download) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        hint = "the download failed" if download else "set data.download to true to get it"
+        raise _bad(path, f"{kind} is not there ({one_line(error)}): {hint}") from error
+    train, test = (np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)) for part in parts)
+    labels = (np.array(part.targets, dtype=np.int64) for part in parts)
+    return Raw(train, next(labels), test, next(labels), tuple(parts[0].classes), *_CIFAR_MOMENTS[kind])
+
+
+def cifar10(path: str, download: bool, image_size: int) -> Raw:
+    """Read torchvision's CIFAR-10, (3, 32, 32), with the published mean and std."""
+    return _cifar("CIFAR10", path, download, image_size)
+
+
+def cifar100(path: str, download: bool, image_size: int) -> Raw:
+    """Read torchvision's CIFAR-100, (3, 32, 32), with the published mean and std."""
+    return _cifar("CIFAR100", path, download, image_size)
+
+
+def _read_files(
+    key: str, path: str, size: int, parts: Sequence[list[tuple[Path, int]]], names: tuple[str, ...]
+) -> Raw:
+    """Return the images of (file, class) lists for training and test, through the cache."""
+
+    def read() -> Raw:
+        pixels: list[Pixels] = []
+        for part in parts:
+            items = ((str(file), file) for file, _ in part)
+            like = pixels[0].shape[1:] if pixels else None
+            pixels.append(decode(path, items, len(part), size, like))
+        train, test = (np.array([label for _, label in part], dtype=np.int64) for part in parts)
+        return Raw(pixels[0], train, pixels[1], test, names, *measure(pixels[0]))
+
+    files = [file for part in parts for file, _ in part]
+    return cached((key, str(Path(path).resolve()), size, *names), files, read)
+
+
+def _image_folder(path: str, root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """Return the files of <root>/<class>/ with their classes, and the sorted class names."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        found = ImageFolder(root)
+    except OSError as error:
+        raise _bad(path, f"{one_line(error)}; it is a folder of <class>/<image> under {root.name}") from error
+    return [(Path(file), label) for file, label in found.samples], tuple(found.classes)
+
+
+def parquet(path: str, download: bool, image_size: int) -> Raw:
+    """Read the parquet files in <path>: see `ssfl_app.local.parquet`; mean and std are measured."""
+    return read_parquet(path, _folder(path, False, "a folder of parquet files"), image_size)
+
+
+def folder(path: str, download: bool, image_size: int) -> Raw:
+    """Read <path>/train/<class>/* and <path>/test/<class>/* (or val); mean and std are measured."""
+    what = "a folder with train/<class>/* and test/<class>/* (or val)"
+    root = _folder(path, False, what)
+    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    if not tests or not (root / "train").is_dir():
+        raise _bad(path, f"{'test' if (root / 'train').is_dir() else 'train'} is missing, it is {what}")
+    train, names = _image_folder(path, root / "train")
+    test, test_names = _image_folder(path, tests[0])
+    if odd := sorted(set(names) ^ set(test_names)):
+        raise _bad(path, f"class {odd[0]} is only in one of train and {tests[0].name}, it is to be in both")
+    return _read_files("folder", path, image_size, (train, test), names)
+
+
+def tiny_imagenet(path: str, download: bool, image_size: int) -> Raw:
+    """Read Tiny-ImageNet (200 classes, (3, 64, 64)); its labelled val images are the test images.
+
+    Mean and std are 0.5, as in the published training scripts.
+    """
+    where = _folder(path, download, f"the folder that holds {_TINY}, or gets it")
+    root = where / _TINY
+    if not root.is_dir():
+        if not download:
+            raise _bad(path, f"{_TINY} is not in it: set data.download to true to get it")
+        _download_tiny(path, where)
+    train, wnids = _image_folder(path, root / "train")
+    test = _tiny_test(path, root / "val", wnids)
+    raw = _read_files("tiny-imagenet", path, image_size, (train, test), wnids)
+    half = (0.5,) * raw.train.shape[1]
+    return replace(raw, mean=half, std=half)
+
+
+def _download_tiny(path: str, where: Path) -> None:
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    try:
+        download_and_extract_archive(_TINY_URL, str(where), md5=_TINY_MD5, remove_finished=True)
+    except (OSError, RuntimeError) as error:
+        raise _bad(path, f"the download of {_TINY_URL} failed ({one_line(error)})") from error
+
+
+def _tiny_test(path: str, root: Path, wnids: tuple[str, ...]) -> list[tuple[Path, int]]:
+    """Return the validation files with their classes: one line of annotations is file, wnid, box."""
+    try:
+        lines = (root / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
+        rows = [line.split("\t")[:2] for line in lines if line]
+        return [(root / "images" / file, wnids.index(wnid)) for file, wnid in rows]
+    except (OSError, ValueError) as error:
+        raise _bad(path, f"val/val_annotations.txt of {_TINY} cannot be used ({one_line(error)})") from error
+
+
+READERS: dict[str, Callable[[str, bool, int], Raw]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "tiny-imagenet": tiny_imagenet,
+    "parquet": parquet,
+    "folder": folder,
+}

@@ -1,0 +1,155 @@
+"""The one training loop of the project, and the two other things a model is asked for: gradient and accuracy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ssfl_app.local.data import Images, Transform
+from ssfl_app.options import above, at_least, fraction
+from ssfl_app.sparsity.layout import Layout, State
+from ssfl_app.sparsity.mask import Mask
+
+EVALUATION_BATCH = 500
+"""Images of a forward pass without gradients; fixed, so that it never changes the bits of a loss."""
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """Keys of the room ``local``: plain SGD on a client."""
+
+    epochs: int = at_least(1)
+    batch_size: int = at_least(1)
+    lr: float = above(0)
+    lr_decay: float = fraction()
+    momentum: float = at_least(0)
+    weight_decay: float = at_least(0)
+    clip: float = at_least(0)
+
+    def rate(self, round_: int) -> float:
+        """Return the learning rate of a 1-based round: lr * lr_decay ** (round - 1)."""
+        return self.lr * self.lr_decay ** (round_ - 1)
+
+
+class LocalTrainer:
+    """Trains, differentiates and tests models on one client's images.
+
+    Parameters
+    ----------
+    options : LocalOptions
+        The recipe.
+    transform : Transform
+        Augmentation and normalisation.
+    device : torch.device
+        Where models and batches live; models passed in must be there already.
+    """
+
+    def __init__(self, options: LocalOptions, transform: Transform, device: torch.device) -> None:
+        self.options = options
+        self.transform = transform
+        self.device = device
+
+    def fit(
+        self,
+        model: nn.Module,
+        data: Images,
+        rng: np.random.Generator,
+        *,
+        lr: float,
+        mask: Mask | None = None,
+        penalty: Callable[[nn.Module], torch.Tensor] | None = None,
+        after_step: Callable[[nn.Module], None] | None = None,
+    ) -> float:
+        """Train in place for `options.epochs` passes and return the mean loss over all images seen.
+
+        Weights that `mask` holds dead are exactly 0 before and after every step: their gradients are
+        zeroed before clipping, so clipping, momentum and weight decay never see them either.
+
+        Parameters
+        ----------
+        model : nn.Module
+            On `self.device`.
+        data : Images
+            n >= 1 images; anywhere, moved once.
+        rng : np.random.Generator
+            Order of the images and augmentation.
+        lr : float
+            Learning rate of this call.
+        mask : Mask, optional
+            None trains all weights.
+        penalty : callable, optional
+            Added to the loss of every step, e.g. a proximal term.
+        after_step : callable, optional
+            Called with the model after every step (and after the mask was applied).
+        """
+        data = data.to(self.device)
+        model.train()
+        named = dict(model.named_parameters())
+        keep = {} if mask is None else {n: bits.float() for n, bits in mask.tensors(self.device).items()}
+        masked, bits = [named[n] for n in keep], list(keep.values())
+        optimizer = torch.optim.SGD(
+            named.values(), lr, self.options.momentum, weight_decay=self.options.weight_decay, foreach=True
+        )
+        _apply(masked, bits)
+        # Summed on the device: reading the loss of every step would stall a GPU.
+        total, seen = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for _ in range(self.options.epochs):
+            order = torch.from_numpy(rng.permutation(len(data))).to(self.device)
+            for chosen in order.split(self.options.batch_size):
+                optimizer.zero_grad()
+                loss = self._loss(model, self.transform.train(data.pixels[chosen], rng), data.labels[chosen])
+                (loss if penalty is None else loss + penalty(model)).backward()  # type: ignore[no-untyped-call]
+                _apply([p.grad for p in masked if p.grad is not None], bits)
+                if self.options.clip:
+                    nn.utils.clip_grad_norm_(named.values(), self.options.clip)
+                optimizer.step()
+                _apply(masked, bits)
+                if after_step is not None:
+                    after_step(model)
+                total += loss.detach() * len(chosen)
+                seen += len(chosen)
+        return float(total) / seen
+
+    def gradient(self, model: nn.Module, data: Images) -> State:
+        """Return dL/dw of the mean cross-entropy over `data`, without augmentation, for prunable tensors.
+
+        The model is left as it was, buffers included, with no gradients behind.
+        """
+        data = data.to(self.device)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        named = dict(model.named_parameters())
+        wanted = Layout.of(model).prunable
+        model.train()
+        loss = self._loss(model, self.transform.test(data.pixels), data.labels)
+        gradients = torch.autograd.grad(loss, [named[name] for name in wanted])
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        return dict(zip(wanted, gradients, strict=True))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, data: Images) -> tuple[float, float]:
+        """Return (mean loss, accuracy in [0, 1]) over n >= 1 images."""
+        data = data.to(self.device)
+        model.eval()
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for start in range(0, len(data), EVALUATION_BATCH):
+            part = slice(start, start + EVALUATION_BATCH)
+            logits = model(self.transform.test(data.pixels[part]))
+            loss += F.cross_entropy(logits, data.labels[part], reduction="sum")
+            correct += (logits.argmax(dim=1) == data.labels[part]).sum()
+        return float(loss) / len(data), int(correct) / len(data)
+
+    @staticmethod
+    def _loss(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(inputs), labels)
+
+
+@torch.no_grad()
+def _apply(tensors: list[torch.Tensor], bits: list[torch.Tensor]) -> None:
+    if bits:
+        torch._foreach_mul_(tensors, bits)

@@ -1,0 +1,98 @@
+"""Checked options: a frozen dataclass per room of the configuration, each field with what it allows.
+
+The dataclasses carry types and ranges but no defaults: those are written once, in
+``[tool.flwr.app.config]`` of ``pyproject.toml``.
+
+Examples
+--------
+>>> from dataclasses import dataclass
+>>> @dataclass(frozen=True)
+... class MaskOptions:
+...     density: float = option("a fraction in (0, 1]", lambda x: 0 < x <= 1)
+>>> build(MaskOptions, "mask", {"density": 1.7})
+Traceback (most recent call last):
+...
+ssfl_app.options.ConfigError: mask.density is 1.7; it is a fraction in (0, 1]
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields
+from typing import Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
+Scalar = bool | int | float | str
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run; the message names the key, its value and what is allowed."""
+
+
+def option(allowed: str, check: Callable[[Any], bool]) -> Any:
+    """Return a dataclass field whose value must pass `check`; `allowed` completes "it is ..."."""
+    return field(metadata={"allowed": allowed, "check": check})
+
+
+def at_least(low: float) -> Any:
+    """Return a field for a number >= `low`."""
+    return option(f"a number of at least {low}", lambda value: value >= low)
+
+
+def above(low: float) -> Any:
+    """Return a field for a number > `low`."""
+    return option(f"a number above {low}", lambda value: value > low)
+
+
+def fraction() -> Any:
+    """Return a field for a number in (0, 1]."""
+    return option("a fraction in (0, 1]", lambda value: 0 < value <= 1)
+
+
+def choice(*names: str) -> Any:
+    """Return a field for one of `names`."""
+    return option("one of " + ", ".join(names), lambda value: value in names)
+
+
+def anything(what: str) -> Any:
+    """Return a field whose type is the only thing checked."""
+    return option(what, lambda _: True)
+
+
+def build(room: type[T], name: str, values: Mapping[str, Scalar]) -> T:
+    """Return the options of one room from its keys, or say what is wrong with the first bad one.
+
+    Parameters
+    ----------
+    room : type
+        A frozen dataclass whose fields were made by the functions above.
+    name : str
+        The room's name in the configuration, e.g. ``"mask"``; "" for the top level.
+    values : mapping
+        Kebab-case keys without the room's name.
+
+    Raises
+    ------
+    ConfigError
+        Unknown or missing key, wrong type, or a value out of range.
+    """
+    prefix = f"{name}." if name else ""
+    known = {f.name.replace("_", "-"): f for f in fields(room)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{prefix}{key} is not a key; {name or 'the top level'} has {', '.join(known)}")
+    types = get_type_hints(room)
+    made: dict[str, Any] = {}
+    for key, spec in known.items():
+        if key not in values:
+            raise ConfigError(f"{prefix}{key} is missing; it is {spec.metadata['allowed']}")
+        value: Any = values[key]
+        kind = types[spec.name]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ConfigError(
+                f"{prefix}{key} is {value!r}; it is {spec.metadata['allowed']} ({kind.__name__}, not {type(value).__name__})"
+            )
+        if not spec.metadata["check"](value):
+            raise ConfigError(f"{prefix}{key} is {value!r}; it is {spec.metadata['allowed']}")
+        made[spec.name] = value
+    return room(**made)

@@ -1,0 +1,124 @@
+"""Who holds which images: a data set dealt to the clients of a federation.
+
+A partition is one function in one file, named in `REGISTRY`. It deals the training images; the test images
+follow the clients' training classes (`ssfl_app.partitions.matched`).
+
+Examples
+--------
+>>> import numpy as np
+>>> labels = np.repeat(np.arange(4), 25)
+>>> dealt = split(PartitionOptions("dirichlet", 0.3, 2), labels, labels[::5], clients=10, seed=1)
+>>> [len(indices) for indices in dealt.train]
+[10, 10, 10, 10, 10, 10, 10, 10, 10, 10]
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.options import ConfigError, choice, option
+from ssfl_app.partitions import dirichlet, iid, matched, pathological
+from ssfl_app.seeding import generator
+
+Indices = npt.NDArray[np.int64]
+Splitter = Callable[[Indices, int, "PartitionOptions", np.random.Generator], list[Indices]]
+
+# name -> function(labels (N,), clients, options, rng) -> one index array a client: all images, each once,
+# no client without one. `split` has already made sure that there is an image for every client.
+REGISTRY: dict[str, Splitter] = {
+    "dirichlet": dirichlet.dirichlet,
+    "dirichlet-class": dirichlet.dirichlet_class,
+    "pathological": pathological.pathological,
+    "iid": iid.iid,
+}
+
+
+@dataclass(frozen=True)
+class PartitionOptions:
+    """The room ``partition`` of the configuration.
+
+    Attributes
+    ----------
+    name : str
+        A key of `REGISTRY`.
+    alpha : float
+        Concentration of both Dirichlet partitions: near 0 a client sees one class, large is uniform.
+    classes : int
+        Classes a client of the pathological partition.
+    """
+
+    name: str = choice(*REGISTRY)
+    # The bound keeps infinity out, and sums of gamma draws within float64.
+    alpha: float = option("a number above 0 and at most 1e6", lambda value: 0 < value <= 1e6)
+    classes: int = option("a number of at least 1", lambda value: value >= 1)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The images of every client.
+
+    Attributes
+    ----------
+    train : tuple of int64 ndarray
+        K sorted index arrays into the training images: disjoint, covering, none empty.
+    test : tuple of int64 ndarray
+        K sorted index arrays into the test images: disjoint. One may be empty where there are few test
+        images a client.
+    """
+
+    train: tuple[Indices, ...]
+    test: tuple[Indices, ...]
+
+    def class_counts(self, labels: Indices, classes: int) -> Indices:
+        """Return how many training images of each class each client holds.
+
+        Parameters
+        ----------
+        labels : int64 ndarray, shape (N,)
+            Labels of the training images.
+        classes : int
+            C, the classes of the data set.
+
+        Returns
+        -------
+        int64 ndarray, shape (K, C)
+        """
+        return matched.count(self.train, labels, classes)
+
+
+def split(
+    options: PartitionOptions, train_labels: Indices, test_labels: Indices, clients: int, seed: int
+) -> Partition:
+    """Deal the images of a data set to its clients.
+
+    Parameters
+    ----------
+    options : PartitionOptions
+        Which partition, and its parameters.
+    train_labels, test_labels : int64 ndarray, shapes (N,) and (M,)
+        Class of each image, 0 <= label < C.
+    clients : int
+        K.
+    seed : int
+        The run's seed; the same arguments give the same partition on every machine.
+
+    Raises
+    ------
+    ConfigError
+        More clients than training images, or classes that cannot be dealt as asked.
+    """
+    if not 1 <= clients <= len(train_labels):
+        raise ConfigError(
+            f"run.clients is {clients}; the data set has {len(train_labels)} training images, "
+            "at least one a client is needed"
+        )
+    rng = generator(seed, "partition", options.name)
+    train = REGISTRY[options.name](train_labels, clients, options, rng)
+    test = matched.matched(train, train_labels, test_labels, rng)
+    return Partition(_sorted(train), _sorted(test))
+
+
+def _sorted(shares: list[Indices]) -> tuple[Indices, ...]:
+    return tuple(np.sort(share).astype(np.int64) for share in shares)

@@ -1,0 +1,1 @@
+"""What a run left behind: run folders read back, tables, figures and the HTML report."""

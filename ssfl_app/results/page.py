@@ -1,0 +1,187 @@
+"""The page of the HTML report: its template, its style, and how cells and numbers are written.
+
+The template is a Python string because a Flower app bundle carries only ``*.py`` files.
+"""
+
+import base64
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ssfl_app.results.runs import MB
+
+NONE = "-"  # what a cell shows that has no value
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --page: #f6f8fa;
+  --card: #ffffff; --mark: #0072b2; --warn: #a04000; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #30363d;
+  --page: #0d1117; --card: #161b22; --mark: #58a6ff; --warn: #f0883e; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 36px 0 10px; }
+p.soft, figcaption, .note { color: var(--soft); margin: 0; }
+.warn { color: var(--warn); font-weight: 600; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 4px 16px;
+  overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 8px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+tr:last-child td, tr:last-child th { border-bottom: 0; }
+thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+tbody th { font-weight: 600; }
+tbody th:not(.number) { min-width: 8em; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
+.pairs th { width: 34%; overflow-wrap: anywhere; font-weight: 400; color: var(--soft); }
+.pairs td { overflow-wrap: anywhere; }
+figure { margin: 0 0 18px; }
+figure div { background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: 12px; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figcaption { font-size: 13.5px; padding: 6px 4px 0; }
+details { margin-top: 12px; }
+summary { cursor: pointer; color: var(--mark); padding: 6px 0; }
+@media print { body { background: #ffffff; } figure, tr { break-inside: avoid; } }
+"""
+
+# The policy lets a browser load nothing from outside the file, whatever a run folder held.
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{{ title }}</title>
+<style>{{ style }}</style>
+</head>
+<body>
+<main>
+{% macro grid(table) %}
+<div class="card"><table{% if table.pairs %} class="pairs"{% endif %}>
+{% if table.headers %}
+<thead><tr>
+{% for header in table.headers %}
+<th{% if table.numeric[loop.index0] %} class="number"{% endif %}>{{ header }}</th>
+{% endfor %}
+</tr></thead>
+{% endif %}
+<tbody>
+{% for row in table.rows %}
+<tr>
+{% for cell in row %}
+{% if loop.first %}
+<th scope="row"{% if table.numeric[0] %} class="number"{% endif %}>{{ cell }}</th>
+{% else %}
+<td{% if table.numeric[loop.index0] %} class="number"{% endif %}>{{ cell }}</td>
+{% endif %}
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+{% endmacro %}
+<header>
+<h1>{{ title }}</h1>
+<p class="soft">{{ subtitle }}</p>
+{% for line in warnings %}
+<p class="warn">{{ line }}</p>
+{% endfor %}
+</header>
+{% for section in sections %}
+<section>
+<h2>{{ section.title }}</h2>
+{% for image in section.images %}
+<figure><div><img src="{{ image.uri }}" alt="{{ image.caption }}"></div>
+<figcaption>{{ image.caption }}</figcaption></figure>
+{% endfor %}
+{% if section.note %}
+<p class="note">{{ section.note }}</p>
+{% endif %}
+{% if section.table %}
+{% if section.folded %}
+<details><summary>{{ section.folded }}</summary>
+{{ grid(section.table) }}
+</details>
+{% else %}
+{{ grid(section.table) }}
+{% endif %}
+{% endif %}
+</section>
+{% endfor %}
+</main>
+</body>
+</html>
+"""
+
+
+def table(headers: list[str], rows: list[list[str]], numeric: set[int] | None = None) -> dict[str, Any]:
+    """Return a table for the page: `numeric` columns are right-aligned; no headers make name-value pairs."""
+    columns = len(rows[0]) if rows else len(headers)
+    aligned = [column in (numeric or set()) for column in range(columns)]
+    return {"headers": headers, "rows": rows, "numeric": aligned, "pairs": not headers}
+
+
+def section(
+    title: str,
+    *,
+    content: dict[str, Any] | None = None,
+    note: str = "",
+    images: list[dict[str, str]] | None = None,
+    folded: str = "",
+) -> dict[str, Any]:
+    """Return one section; a table with a `folded` line stays closed until the reader opens it."""
+    return {"title": title, "table": content, "note": note, "images": images or [], "folded": folded}
+
+
+def render(context: Mapping[str, Any]) -> str:
+    """Return the page; `context` has title, subtitle, warnings and sections. All text is escaped."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(TEMPLATE).render(**context, style=Markup(STYLE))
+
+
+def shown(value: object, form: str = "") -> str:
+    """Return `value` in a format such as ",.1f", or "-" for None."""
+    return NONE if value is None else format(value, form)
+
+
+def percent(fraction: float | None) -> str:
+    """Return a fraction in percent, without the sign."""
+    return NONE if fraction is None else f"{100 * fraction:.2f}"
+
+
+def megabytes(size: float | None) -> str:
+    """Return bytes as MB of 10**6 with about three digits."""
+    if size is None:
+        return NONE
+    mb = size / MB
+    return f"{mb:,.1f}" if mb >= 100 else f"{mb:.2f}" if mb >= 1 or mb == 0 else f"{mb:.3g}"
+
+
+def ratio(dense: float | None, sent: float | None) -> str:
+    """Return how many times fewer bytes `sent` is than `dense`."""
+    return f"{dense / sent:.2f}" if dense and sent else NONE
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `path` whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def data_uri(svg: bytes) -> str:
+    """Return an SVG file as an address that holds it."""
+    # A picture as a data URI keeps its ids to itself; inlined SVGs would share theirs.
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

@@ -1,0 +1,263 @@
+"""The run folder: what a run writes while it goes on, and what it can be resumed from.
+
+``rounds.jsonl`` has one line a round, ``checkpoint/`` one file that is replaced by an atomic rename, so a run that is
+killed at any moment leaves a folder that `resume` can read. Everything is written where `folder` says, whatever the
+working directory of the process is.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import numpy as safe_numpy
+from safetensors import safe_open
+from safetensors import torch as safe_torch
+
+from ssfl_app.options import ConfigError
+from ssfl_app.sparsity.layout import Layout, State, state_digest
+from ssfl_app.sparsity.mask import Mask
+
+Record = dict[str, Any]
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: readers see all or nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+class Recorder:
+    """Writes one run folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Absolute. Made if it does not exist.
+    config : str
+        The resolved configuration as TOML.
+    rounds : int
+        Of the whole run, for the ETA.
+    say : callable
+        Where lines for people go, besides ``console.log``.
+    """
+
+    def __init__(self, folder: Path, config: str, rounds: int, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.records: list[Record] = []
+        self._rounds, self._say, self._began = rounds, say, time.monotonic()
+        self._seconds_before = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        (folder / "checkpoint").mkdir(exist_ok=True)
+        write_atomically(folder / "config.toml", lambda file: file.write_text(config))
+        write_json(folder / "environment.json", environment())
+
+    def _take_lock(self) -> IO[str]:
+        # Held by the kernel for this process: a killed run leaves no stale lock behind.
+        lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise ConfigError(
+                f"run.out is {self.folder}; it is a folder no other process is writing to"
+            ) from None
+        return lock
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._lock.close()
+
+    def say(self, text: str) -> None:
+        """Tell people a line: printed, and kept in console.log."""
+        with (self.folder / "console.log").open("a") as file:
+            file.write(text + "\n")
+        self._say(text)
+
+    def round(self, record: Record) -> None:
+        """Append a finished round, and tell people about it."""
+        self.records.append(record)
+        with (self.folder / "rounds.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if record["round"]:
+            timed = [r["seconds"] for r in self.records if r["round"]]
+            left = (self._rounds - record["round"]) * sum(timed) / len(timed)
+            self.say(round_line(record, self._rounds, left))
+        elif record["asked"]:
+            self.say(
+                f"discovery: {len(record['ok'])} of {len(record['asked'])} clients answered, "
+                f"{record['bytes_discovery_down'] / 1e6:.3f} MB down, {record['bytes_discovery_up'] / 1e6:.3f} MB up, "
+                f"{record['seconds']:.1f} s"
+            )
+
+    # ---- going on after an interruption ------------------------------------------------------
+
+    def checkpoint(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replace the checkpoint by one taken after `round_`."""
+        facts = {"round": round_, "seconds": self._seconds(), "records": len(self.records)}
+        write_atomically(
+            self.folder / "checkpoint" / "latest.safetensors",
+            lambda file: safe_numpy.save_file(dict(arrays), file, metadata={"ssfl": json.dumps(facts)}),
+        )
+
+    def resume(self) -> tuple[int, dict[str, npt.NDArray[Any]]] | None:
+        """Return (round, arrays) of the checkpoint, or None if the run never got as far as one.
+
+        Rounds after the checkpoint are dropped from rounds.jsonl: they will be played again.
+        """
+        path = self.folder / "checkpoint" / "latest.safetensors"
+        lines = self.folder / "rounds.jsonl"
+        if not path.exists():
+            lines.unlink(missing_ok=True)
+            return None
+        with safe_open(path, framework="numpy") as file:
+            facts = json.loads(file.metadata()["ssfl"])
+            arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        self._seconds_before = float(facts["seconds"])
+        kept = lines.read_text().splitlines()[: int(facts["records"])]
+        self.records = [json.loads(line) for line in kept]
+        write_atomically(lines, lambda f: f.write_text("".join(line + "\n" for line in kept)))
+        return int(facts["round"]), arrays
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._began
+
+    # ---- the end -----------------------------------------------------------------------------
+
+    def finish(self, facts: Record, layout: Layout, state: State, mask: Mask) -> Record:
+        """Write model, mask and summary.json; return the summary.
+
+        Parameters
+        ----------
+        facts : dict
+            What the recorder cannot know: strategy, dataset, engine and so on. It comes first.
+        """
+        write_atomically(self.folder / "model.safetensors", lambda f: safe_torch.save_file(_whole(state), f))
+        sparse = mask.count < layout.prunable_size
+        if sparse:
+            bits = _whole(mask.tensors())
+            write_atomically(self.folder / "mask.safetensors", lambda f: safe_torch.save_file(bits, f))
+        rounds = [record for record in self.records if record["round"]]
+        messages = sum(r["messages_train_down"] + r["messages_train_up"] for r in rounds)
+        evaluated = [r for r in rounds if r["central_accuracy"] is not None]
+        summary = facts | {
+            "density": mask.density,
+            "parameters": layout.size,
+            "prunable": layout.prunable_size,
+            "alive": mask.count,
+            "train_loss": rounds[-1]["train_loss"],
+            "central_accuracy": evaluated[-1]["central_accuracy"] if evaluated else None,
+            "local_accuracy_mean": evaluated[-1]["local_accuracy_mean"] if evaluated else None,
+            **self._bytes(),
+            "bytes_dense_train": 4 * layout.size * messages,
+            "seconds_total": self._seconds(),
+            "seconds_rounds": sum(r["seconds"] for r in rounds),
+            "lost_replies": self._count("lost"),
+            "refused_replies": self._count("refused"),
+            "model_sha256": state_digest(layout, state),
+            "mask_sha256": hashlib.sha256(mask.packed().tobytes()).hexdigest() if sparse else None,
+        }
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+    def _bytes(self) -> Record:
+        kinds = ("discovery_up", "mask_down", "train_down", "train_up", "evaluate_down")
+        sums = {f"bytes_{k}": sum(r.get(f"bytes_{k}", 0) for r in self.records) for k in kinds}
+        # Masks belong to discovery: they are what it found, sent once to each client.
+        models = sum(r.get("bytes_discovery_down", 0) for r in self.records)
+        return {"bytes_discovery_down": models + sums["bytes_mask_down"], **sums}
+
+    def _count(self, kind: str) -> int:
+        return sum(len(r.get(kind, {})) + len(r.get(f"evaluate_{kind}", {})) for r in self.records)
+
+
+def round_line(record: Record, rounds: int, left: float) -> str:
+    """Return the line a round prints; `left` is the estimate of the seconds still to go."""
+    accuracy, local = record["central_accuracy"], record["local_accuracy_mean"]
+    down = record["bytes_train_down"] + record["bytes_evaluate_down"] + record["bytes_mask_down"]
+    failed = [
+        f"{sum(len(record.get(k, {})) for k in (kind, f'evaluate_{kind}'))} {kind}"
+        for kind in ("lost", "refused")
+        if record.get(kind) or record.get(f"evaluate_{kind}")
+    ]
+    return "  ".join(
+        [
+            f"round {record['round']:>{len(str(rounds))}}/{rounds}",
+            f"loss {record['train_loss']:.4f}",
+            "central " + ("   -  " if accuracy is None else f"{100 * accuracy:6.2f}%"),
+            "local " + ("   -  " if local is None else f"{100 * local:6.2f}%"),
+            f"{down / 1e6:.3f} MB down",
+            f"{record['bytes_train_up'] / 1e6:.3f} MB up",
+            f"{record['seconds']:.1f} s",
+            f"ETA {int(left // 60)}:{int(left % 60):02d}",
+            *failed,
+        ]
+    )
+
+
+def environment() -> Record:
+    """Return what a number depends on besides the configuration: versions, cores, GPU, code, time."""
+    packages = ("ssfl-app", "flwr", "ray", "torch", "torchvision", "numpy", "scipy")
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "system": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "git": _git(),
+    }
+
+
+def _version(name: str) -> str | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return None
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _git() -> str | None:
+    # SSFL_SOURCE is set by the launcher: the app itself runs from a copy that is no repository.
+    where = os.environ.get("SSFL_SOURCE") or str(Path(__file__).parent)
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        command = ["git", "-C", where, "describe", "--always", "--dirty"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        return done.stdout.strip() or None
+    return None
+
+
+def _whole(tensors: State) -> State:
+    # safetensors refuses views of one buffer.
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}

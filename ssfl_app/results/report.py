@@ -1,0 +1,258 @@
+"""Tables for the terminal, the HTML report, and the picture and table of a partition."""
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import ArrayLike
+
+from ssfl_app.options import ConfigError
+from ssfl_app.results import page, plots
+from ssfl_app.results.page import NONE, megabytes, percent, ratio, shown
+from ssfl_app.results.runs import (
+    CENTRAL,
+    LOCAL,
+    MB,
+    Run,
+    cumulative_mb,
+    facts,
+    failures,
+    run_names,
+    train_counts,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TEXT_COLUMNS = 4  # name, strategy, dataset and partition; numbers follow
+COMPARE = (
+    *("Run", "Strategy", "Data", "Partition", "Density", "Seed", "Central %", "Local mean %"),
+    *("MB discovery", "MB train down", "MB train up", "x fewer than dense", "Lost", "Refused", "Seconds"),
+)
+ROUND = (
+    *("Round", "Cohort", "OK", "Lost", "Refused", "Train loss", "Central loss", "Central %", "Local mean %"),
+    *("MB down", "MB up", "MB so far", "Seconds"),
+)
+
+
+def compare_table(runs: Sequence[Run]) -> "Table":
+    """Return one row a run, for 120 columns or more; "x fewer than dense" counts training alone."""
+    return _rich([header.replace(" ", "\n") for header in COMPARE], _compare_rows(runs), TEXT_COLUMNS)
+
+
+def final_table(summary: Mapping[str, Any], folder: Path) -> "Table":
+    """Return the short table that ends a run: accuracy, density, bytes, failures, time and the folder."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    for name, value in [*_summary_rows(summary), ["results", str(folder)]]:
+        made.add_row(Text(name, style="dim"), Text(value, overflow="fold"))
+    return made
+
+
+def final_text(summary: Mapping[str, Any], folder: Path) -> str:
+    """Return `final_table` as plain text."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=110)
+    console.print(final_table(summary, folder))
+    return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+
+
+def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> "Table":
+    """Return a table of images, classes held and largest class by client; `counts` has shape (K, C).
+
+    Raises
+    ------
+    ConfigError
+        `counts` is empty or does not have one column a class.
+    """
+    array = plots.check_counts(counts, class_names)
+    rows = []
+    for client, row in enumerate([*array, array.sum(axis=0)]):
+        total, top = int(row.sum()), int(row.argmax())
+        largest = f"{class_names[top]} ({100 * row[top] / total:.0f} %)" if total else NONE
+        name = str(client) if client < len(array) else "all"
+        rows.append([name, largest, f"{total:,}", f"{int((row > 0).sum())} of {len(row)}"])
+    return _rich(["Client", "Largest class", "Images", "Classes"], rows, 2)
+
+
+def draw_partition(counts: ArrayLike, class_names: Sequence[str], png: Path) -> None:
+    """Write the heat map of `counts`, shape (K, C), to `png`; raise ConfigError as `partition_table` does."""
+    page.write_file(png, plots.png_bytes(plots.class_distribution(counts, class_names)))
+
+
+def write_report(runs: Sequence[Run], path: Path) -> None:
+    """Write a self-contained HTML report of one run or a comparison of several to `path`.
+
+    Raises
+    ------
+    ConfigError
+        `runs` is empty.
+    """
+    if not runs:
+        raise ConfigError("runs is empty; a report is made of one run or more")
+    names = run_names(runs)
+    single, known = len(runs) == 1, facts(runs[0])
+    context = {
+        "title": names[0] if single else f"{len(runs)} runs compared",
+        "subtitle": f"{known['strategy']} on {known['dataset']}" if single else ", ".join(names),
+        "warnings": [_unfinished(run) for run in runs if not run.summary],
+        "sections": _single(runs[0]) if single else _several(runs),
+    }
+    page.write_file(path, page.render(context).encode())
+
+
+def _single(run: Run) -> list[dict[str, Any]]:
+    rounds = page.table(list(ROUND), _round_rows(run), set(range(len(ROUND))))
+    config = page.table([], [[key, str(value)] for key, value in sorted(run.config.items())])
+    environment = page.table([], [[key, str(value)] for key, value in run.environment.items()])
+    dense = "" if run.layers else "There is no mask in this run folder, so there is no density by layer."
+    return [
+        page.section("Summary", content=page.table([], _summary_rows(facts(run)))),
+        page.section("Figures", images=_figures([run]), note=dense),
+        page.section("Rounds", content=rounds, folded=f"{len(run.rounds)} rounds"),
+        _failure_section([run]),
+        page.section("Configuration", content=config, folded=f"{len(run.config)} keys"),
+        page.section("Environment", content=environment, folded=f"{len(run.environment)} entries"),
+    ]
+
+
+def _figures(runs: Sequence[Run]) -> list[dict[str, str]]:
+    made = [
+        ("Accuracy by round", plots.accuracy_by_round(runs)),
+        ("Accuracy by MB sent: discovery, mask, training and evaluation", plots.accuracy_by_bytes(runs)),
+    ]
+    run = runs[0]
+    if len(runs) == 1 and run.layers:
+        made.append(("Density by layer", plots.density_by_layer(run)))
+    if len(runs) == 1 and run.clients:
+        spread = plots.class_distribution(train_counts(run), run.clients["class_names"])
+        made.append(("Classes by client", spread))
+        if any(row.get("accuracy") is not None for row in run.clients["clients"]):
+            made.append(("Accuracy by client on its own test images", plots.accuracy_by_client(run)))
+    return [{"caption": caption, "uri": page.data_uri(plots.svg_bytes(figure))} for caption, figure in made]
+
+
+def _several(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    numeric = set(range(TEXT_COLUMNS, len(COMPARE)))
+    keys = sorted({key for run in runs for key in run.config} - {"run.out"})
+    rows = [[key, *(str(run.config.get(key, NONE)) for run in runs)] for key in keys]
+    differ = [row for row in rows if len(set(row[1:])) > 1]
+    options = page.table(["Key", *run_names(runs)], differ) if differ else None
+    note = "" if differ else "All runs have the same configuration."
+    return [
+        page.section("Comparison", content=page.table(list(COMPARE), _compare_rows(runs), numeric)),
+        page.section("Figures", images=_figures(runs)),
+        _failure_section(runs),
+        page.section("Options that differ", content=options, note=note),
+    ]
+
+
+def _failure_section(runs: Sequence[Run]) -> dict[str, Any]:
+    named = list(zip(run_names(runs), runs, strict=True))
+    found = [(name, failure) for name, run in named for failure in failures(run)]
+    title = "Lost and refused replies"
+    if not found:
+        return page.section(title, note="Every reply arrived and was accepted.")
+    rows = [[f"client {x.client}", str(x.round or "setup"), x.kind, x.reason, name] for name, x in found]
+    headers = ["Client", "Round", "What", "Reason", "Run"]
+    if len(runs) == 1:
+        headers, rows = headers[:-1], [row[:-1] for row in rows]
+    kinds = Counter(x.kind for _, x in found)
+    line = f"{kinds['lost']} lost, {kinds['refused']} refused"
+    return page.section(title, content=page.table(headers, rows), folded=line)
+
+
+def _unfinished(run: Run) -> str:
+    planned = run.config.get("run.rounds", NONE)
+    done = run.rounds[-1]["round"] if run.rounds else 0
+    return f"{run.name} is unfinished: {done} of {planned} rounds were written; totals are of those rounds."
+
+
+def _compare_rows(runs: Sequence[Run]) -> list[list[str]]:
+    rows = []
+    for run, name in zip(runs, run_names(runs), strict=True):
+        known = facts(run)
+        discovery = _sum(known, "bytes_discovery_down", "bytes_discovery_up")
+        fewer = ratio(known.get("bytes_dense_train"), _sum(known, "bytes_train_down", "bytes_train_up"))
+        texts = [name if run.summary else f"{name} (unfinished)"]
+        texts += [shown(known[key]) for key in ("strategy", "dataset", "partition")]
+        numbers = [shown(known["density"], ".3g"), shown(known["seed"])]
+        numbers += [percent(known[CENTRAL]), percent(known[LOCAL]), megabytes(discovery)]
+        numbers += [megabytes(known["bytes_train_down"]), megabytes(known["bytes_train_up"]), fewer]
+        numbers += [shown(known["lost_replies"]), shown(known["refused_replies"])]
+        rows.append([*texts, *numbers, shown(known["seconds_total"], ",.1f")])
+    return rows
+
+
+def _summary_rows(known: Mapping[str, Any]) -> list[list[str]]:
+    def ask(key: str, form: str = ",") -> str:
+        return shown(known.get(key), form)
+
+    def mb(key: str) -> str:
+        return megabytes(known.get(key))
+
+    dense, sent = known.get("bytes_dense_train"), _sum(known, "bytes_train_down", "bytes_train_up")
+    extra = _sum(known, "bytes_discovery_down", "bytes_discovery_up")
+    everything = None if sent is None or extra is None else sent + extra
+    weights = f"{ask('alive')} of {ask('prunable')} prunable weights alive, {ask('parameters')} parameters"
+    rows = [
+        ["accuracy, central test set", f"{percent(known.get(CENTRAL))} %"],
+        ["accuracy, mean over clients", f"{percent(known.get(LOCAL))} %"],
+        ["density", f"{ask('density', '.3g')}: {weights}"],
+        ["discovery and mask", f"{mb('bytes_discovery_down')} MB down, {mb('bytes_discovery_up')} MB up"],
+        ["training", f"{mb('bytes_train_down')} MB down, {mb('bytes_train_up')} MB up"],
+        ["dense FedAvg, same messages", f"{megabytes(dense)} MB: {ratio(dense, sent)} x the training bytes"],
+        [
+            "dense FedAvg, discovery counted",
+            f"{ratio(dense, everything)} x the training, discovery and mask bytes",
+        ],
+        ["evaluation", f"{mb('bytes_evaluate_down')} MB down"],
+        ["replies", f"{ask('lost_replies')} lost, {ask('refused_replies')} refused"],
+        ["time", f"{ask('seconds_total', ',.1f')} s, {ask('seconds_rounds', ',.1f')} s of them in rounds"],
+    ]
+    for what in ("model", "mask"):
+        if known.get(f"{what}_sha256"):
+            rows.append([f"SHA-256 of the {what}", str(known[f"{what}_sha256"])])
+    return rows
+
+
+def _round_rows(run: Run) -> list[list[str]]:
+    rows = []
+    for entry, so_far in zip(run.rounds, cumulative_mb(run), strict=True):
+        sizes = [str(len(entry.get(key) or ())) for key in ("cohort", "ok", "lost", "refused")]
+        losses = [shown(entry.get(key), ".4f") for key in ("train_loss", "central_loss")]
+        shares = [percent(entry.get(key)) for key in (CENTRAL, LOCAL)]
+        down = sum(entry.get(f"bytes_{what}_down") or 0 for what in ("train", "evaluate", "mask"))
+        sent = [megabytes(down), megabytes(entry.get("bytes_train_up")), megabytes(so_far * MB)]
+        rows.append(
+            [str(entry["round"]), *sizes, *losses, *shares, *sent, shown(entry.get("seconds"), ",.1f")]
+        )
+    return rows
+
+
+def _rich(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> "Table":
+    # Cells are Text: a run named "[red]" would otherwise be read as markup.
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, header in enumerate(headers):
+        if index < texts:
+            made.add_column(header, overflow="fold")
+        else:  # a number that is cut short must show it, so the ellipsis stays
+            made.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
+def _sum(known: Mapping[str, Any], *keys: str) -> float | None:
+    values = [known.get(key) for key in keys]
+    return None if None in values else float(sum(value for value in values if value is not None))

@@ -1,0 +1,250 @@
+"""Run folders read back: one `Run` a folder, and the series and totals that tables and figures show.
+
+Bytes are shown in MB of 10**6 bytes; accuracies are fractions in [0, 1]. A run that was killed has no
+``summary.json``: its totals are then added up from the rounds that were written.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssfl_app.options import ConfigError
+
+MB = 1e6
+CENTRAL, LOCAL = "central_accuracy", "local_accuracy_mean"
+ROUND_BYTES = ("bytes_train_down", "bytes_train_up", "bytes_evaluate_down", "bytes_mask_down")
+SETUP_BYTES = ("bytes_discovery_down", "bytes_discovery_up")
+NUMBERS = (*SETUP_BYTES, *ROUND_BYTES, CENTRAL, LOCAL, "train_loss", "central_loss", "seconds")
+
+
+class Layer(NamedTuple):
+    """One masked tensor: its name, shape, number of weights and how many of them are alive."""
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    alive: int
+
+
+class Failure(NamedTuple):
+    """A reply that did not count: its round (0: setup), client, "lost" or "refused", and the reason."""
+
+    round: int
+    client: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run folder holds.
+
+    ``config`` has dotted keys; ``setup`` is round 0 and ``rounds`` holds the others in order; ``summary`` is
+    None for an unfinished run, ``layers`` is empty for a dense one, ``clients`` is None without its file.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    setup: dict[str, Any] | None
+    summary: dict[str, Any] | None
+    layers: list[Layer]
+    clients: dict[str, Any] | None
+    environment: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name of the run folder."""
+        return self.folder.resolve().name
+
+
+def read_run(folder: Path) -> Run:
+    """Return the run that ``ssfl run`` wrote to `folder`.
+
+    Raises
+    ------
+    ConfigError
+        The folder is missing, is not a run folder, or one of its files is broken. A last line of
+        ``rounds.jsonl`` that was cut off (the run was killed while it wrote) is left out instead.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; it is a folder that `ssfl run` wrote")
+    for name in ("config.toml", "rounds.jsonl"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} is a folder without {name}; it is a folder that `ssfl run` wrote")
+    # A resumed run repeats the rounds after its checkpoint; the line written last is the one that counts.
+    rounds = {entry["round"]: entry for entry in _read_rounds(folder / "rounds.jsonl")}
+    setup = rounds.pop(0, None)
+    return Run(
+        folder=folder,
+        config=_read_config(folder / "config.toml"),
+        rounds=[rounds[number] for number in sorted(rounds)],
+        setup=setup,
+        summary=_read_object(folder / "summary.json"),
+        layers=_read_layers(folder / "mask.safetensors"),
+        clients=_read_clients(folder / "clients.json"),
+        environment=_read_object(folder / "environment.json") or {},
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return _flatten(tomllib.loads(path.read_text("utf-8")))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not TOML ({error})") from None
+
+
+def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _read_rounds(path: Path) -> list[dict[str, Any]]:
+    entries = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            if not line.endswith(b"\n"):
+                break  # the run was killed while it wrote this line
+            raise ConfigError(f"{path} line {number} is not JSON; it is one JSON object a line") from None
+        _check_round(entry, f"{path} line {number}")
+        entries.append(entry)
+    return entries
+
+
+def _check_round(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict) or type(entry.get("round")) is not int or entry["round"] < 0:
+        raise ConfigError(f'{where} is not a round; it is a JSON object with "round", a whole number from 0')
+    for key in NUMBERS:
+        value = entry.get(key)
+        if value is not None and type(value) not in (int, float):
+            raise ConfigError(f"{where}: {key} is {value!r}; it is a number or null")
+    for kind in ("lost", "refused"):
+        if not isinstance(entry.get(kind, {}), dict):
+            raise ConfigError(f"{where}: {kind} is {entry[kind]!r}; it is an object of client to reason")
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is a JSON {type(value).__name__}; it is a JSON object")
+    return value
+
+
+def _read_layers(path: Path) -> list[Layer]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        return []
+    try:
+        tensors = load_file(path).items()
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is not a safetensors file ({error})") from None
+    layers = [Layer(name, mask.shape, mask.size, int(np.count_nonzero(mask))) for name, mask in tensors]
+    # The file keeps no order of its own: "layer2" goes before "layer10".
+    return sorted(layers, key=lambda layer: re.sub(r"\d+", lambda part: part[0].zfill(9), layer.name))
+
+
+def _read_clients(path: Path) -> dict[str, Any] | None:
+    value = _read_object(path)
+    try:
+        rows, classes = (value["clients"], len(value["class_names"])) if value else ([], 0)
+        good = all(len(row["train"]) == classes and "client" in row for row in rows)
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise ConfigError(f'{path} is incomplete; each client has "client" and "train", one number a class')
+    return value
+
+
+def round_numbers(run: Run) -> NDArray[np.int64]:
+    """Return the numbers of the rounds that were written, shape (R,)."""
+    return np.array([entry["round"] for entry in run.rounds], dtype=np.int64)
+
+
+def evaluated(run: Run, key: str = CENTRAL) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return where `key` is neither null nor NaN, as (positions in `run.rounds`, values), shape (E,) each."""
+    values = np.array([entry.get(key) for entry in run.rounds], dtype=float)  # None becomes NaN
+    positions = np.flatnonzero(np.isfinite(values)).astype(np.int64)
+    return positions, values[positions]
+
+
+def cumulative_mb(run: Run) -> NDArray[np.float64]:
+    """Return the MB of all messages, down and up, until the end of each round, shape (R,)."""
+    start = sum((run.setup or {}).get(key) or 0 for key in SETUP_BYTES)
+    per_round = [sum(entry.get(key) or 0 for key in ROUND_BYTES) for entry in run.rounds]
+    return (start + np.cumsum(np.array(per_round, dtype=float))) / MB
+
+
+def train_counts(run: Run) -> NDArray[np.int64]:
+    """Return the training images of each client by class, shape (K, C); (0, 0) without clients.json."""
+    known = run.clients or {"clients": [], "class_names": []}
+    shape = len(known["clients"]), len(known["class_names"])
+    return np.array([row["train"] for row in known["clients"]], dtype=np.int64).reshape(shape)
+
+
+def failures(run: Run) -> list[Failure]:
+    """Return every reply that was lost or refused, by round."""
+    return [
+        Failure(entry["round"], str(client), kind, str(reason))
+        for entry in [*([run.setup] if run.setup else []), *run.rounds]
+        for kind in ("lost", "refused")
+        for key in (kind, f"evaluate_{kind}")
+        for client, reason in entry.get(key, {}).items()
+    ]
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """Return the keys of ``summary.json``; what an unfinished run lacks comes from its rounds, or is None."""
+    setup, config = run.setup or {}, run.config
+    alive, prunable = sum(x.alive for x in run.layers), sum(x.size for x in run.layers)
+    kinds = [failure.kind for failure in failures(run)]
+    known: dict[str, Any] = dict.fromkeys(("bytes_dense_train", "parameters"))
+    for what, key in (("strategy", "strategy"), ("dataset", "data.name"), ("partition", "partition.name")):
+        known[what] = config.get(key)
+    known |= {key: config.get(f"run.{key}") for key in ("clients", "cohort", "rounds", "seed")}
+    known |= {"alive": alive or None, "prunable": prunable or None}
+    known["density"] = alive / prunable if prunable else None
+    for key in (CENTRAL, LOCAL):
+        values = evaluated(run, key)[1]
+        known[key] = float(values[-1]) if len(values) else None
+    known |= {key: sum(entry.get(key) or 0 for entry in run.rounds) for key in ROUND_BYTES}
+    known |= {key: setup.get(key) or 0 for key in SETUP_BYTES}
+    known["bytes_discovery_down"] += known["bytes_mask_down"]
+    known |= {"lost_replies": kinds.count("lost"), "refused_replies": kinds.count("refused")}
+    known["seconds_rounds"] = sum(entry.get("seconds") or 0 for entry in run.rounds)
+    known["seconds_total"] = known["seconds_rounds"] + (setup.get("seconds") or 0)
+    return {**known, **(run.summary or {})}
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """Return a name for each run: its folder's, or the whole path where two folders have one name."""
+    short = [run.name for run in runs]
+    return [str(run.folder) if short.count(name) > 1 else name for run, name in zip(runs, short, strict=True)]
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """Return "strategy, density, seed" of each run, and its name where that does not tell two apart."""
+    labels = []
+    for known in map(facts, runs):
+        density = known["density"]
+        sparse = [] if density is None else ["dense" if density >= 1 else f"density {density:.3g}"]
+        labels.append(", ".join([str(known["strategy"]), *sparse, f"seed {known['seed']}"]))
+    named = zip(labels, run_names(runs), strict=True)
+    return [f"{label} ({name})" if labels.count(label) > 1 else label for label, name in named]

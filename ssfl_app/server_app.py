@@ -1,0 +1,167 @@
+"""Flower's server door: read the configuration, build the strategy, start it, and write the run folder."""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from ssfl_app.config import write_toml
+from ssfl_app.exchange import RunFailed
+from ssfl_app.options import ConfigError
+from ssfl_app.results.recorder import Recorder, write_json
+from ssfl_app.results.report import final_text, write_report
+from ssfl_app.results.runs import read_run
+from ssfl_app.sparsity.layout import load_state, state_of
+from ssfl_app.strategies import REGISTRY
+from ssfl_app.strategies.base import Record, SparseStrategy
+from ssfl_app.wire import Facts
+from ssfl_app.workshop import Workshop, code_digest, open_workshop
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the configured strategy on this grid.
+
+    Raises
+    ------
+    ConfigError
+        The configuration cannot be run; nothing was written.
+    RunFailed
+        The run broke off; the run folder holds its checkpoint and the reason.
+    """
+    workshop = open_workshop(dict(context.run_config))
+    config = workshop.config
+    run = config.settings.run
+    folder = Path(run.out) if run.out else Path.cwd() / default_folder(config.strategy, config.data.name)
+    # Flushed: Flower forwards what a ServerApp prints, and a round should be seen when it is over.
+    recorder = Recorder(folder, write_toml(config.flat), run.rounds, lambda line: print(line, flush=True))
+    try:
+        conduct(grid, workshop, recorder)
+    except (ConfigError, RunFailed) as error:
+        write_json(folder / "failure.json", {"kind": type(error).__name__, "message": str(error)})
+        raise
+    finally:
+        recorder.close()
+
+
+def default_folder(strategy: str, data: str) -> Path:
+    """Return runs/<time>-<strategy>-<dataset>."""
+    return Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{strategy}-{data}"
+
+
+def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
+    """Play a run, new or resumed, from the first greeting to the report."""
+    config, run = workshop.config, workshop.config.settings.run
+    (recorder.folder / "failure.json").unlink(missing_ok=True)
+    strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
+    strategy.watch = Watcher(recorder, workshop)
+    # The model of the workshop is lent to clients of this process: take the initial weights out first.
+    initial = ArrayRecord({n: t.detach().cpu().clone() for n, t in state_of(workshop.model).items()})  # type: ignore[arg-type]
+    checkpoint = recorder.resume() if run.resume else None
+    if checkpoint is not None:
+        strategy.restore(*checkpoint)
+        recorder.say(f"resuming after round {checkpoint[0]}")
+    strategy.start(grid, initial, run.rounds, evaluate_fn=central_evaluation(workshop))
+    strategy.watch.accuracies()
+    facts: Record = {
+        "strategy": config.strategy,
+        "dataset": config.data.name,
+        "partition": config.partition.name,
+        "model": config.model.name,
+        "clients": run.clients,
+        "cohort": run.cohort,
+        "rounds": run.rounds,
+        "seed": run.seed,
+        "engine": engine_name(grid),
+    }
+    summary = recorder.finish(facts, workshop.layout, strategy.state, strategy.mask)
+    write_report([read_run(recorder.folder)], recorder.folder / "report.html")
+    recorder.say(final_text(summary, recorder.folder))
+
+
+def engine_name(grid: Grid) -> str:
+    """Return inline, ray or deployment."""
+    if getattr(grid, "in_process", False):
+        return "inline"
+    return "ray" if type(grid).__name__ == "InMemoryGrid" else "deployment"
+
+
+def central_evaluation(workshop: Workshop) -> Callable[[int, ArrayRecord], MetricRecord]:
+    """Return Flower's evaluate_fn: loss and accuracy of the global model on the whole test set."""
+
+    def evaluate(_: int, arrays: ArrayRecord) -> MetricRecord:
+        load_state(workshop.model, {n: torch.from_numpy(a.numpy().copy()) for n, a in arrays.items()})
+        loss, accuracy = workshop.trainer.evaluate(workshop.model, workshop.data.test)
+        return MetricRecord({"loss": loss, "accuracy": accuracy})
+
+    return evaluate
+
+
+class Watcher:
+    """Sees the run go by and has it recorded."""
+
+    def __init__(self, recorder: Recorder, workshop: Workshop) -> None:
+        self.recorder = recorder
+        self.workshop = workshop
+
+    def met(self, sites: Mapping[int, Facts]) -> None:
+        """Compare code, name devices, and describe the run in a few lines.
+
+        Raises
+        ------
+        RunFailed
+            A client runs other code than the server.
+        """
+        for client, facts in sorted(sites.items()):
+            if facts.get("code") != code_digest():
+                raise RunFailed(
+                    f"client {client} runs other code ({facts.get('code')}) than the server ({code_digest()}): "
+                    "install the same version on both, or start Flower's SuperLink from another folder"
+                )
+        config, data = self.workshop.config, self.workshop.data
+        devices = ", ".join(sorted({str(facts["device"]) for facts in sites.values()}))
+        self.recorder.say(
+            f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {config.partition.name} partition, "
+            f"{config.model.name} with {self.workshop.layout.size:,} parameters"
+        )
+        if any(facts.get("gpu-is-hidden") for facts in sites.values()):
+            self.recorder.say(
+                "note: this machine has a GPU, but Flower hides it from the clients (num-gpus 0): they train on the "
+                "CPU. `ssfl run` gives it to them; with `flwr run` set client-resources-num-gpus"
+            )
+        self._write_clients({})
+
+    def round(self, record: Record, strategy: SparseStrategy) -> None:
+        """Record a round; take a checkpoint when one is due."""
+        self.recorder.round(record)
+        run = self.workshop.config.settings.run
+        if record["round"] % run.checkpoint_every == 0 or record["round"] == run.rounds:
+            self.recorder.checkpoint(record["round"], strategy.snapshot())
+
+    def accuracies(self) -> None:
+        """Add the last known accuracy of every client to clients.json."""
+        known: dict[str, float] = {}
+        for record in self.recorder.records:
+            known |= record.get("local_accuracy", {})
+        self._write_clients(known)
+
+    def _write_clients(self, accuracy: Mapping[str, float]) -> None:
+        data, partition = self.workshop.data, self.workshop.partition
+        train = partition.class_counts(data.train.labels.numpy(), data.classes)
+        clients = [
+            {
+                "client": client,
+                "train": counts.tolist(),
+                "test_images": len(partition.test[client]),
+                "accuracy": accuracy.get(str(client)),
+            }
+            for client, counts in enumerate(train)
+        ]
+        write_json(
+            self.recorder.folder / "clients.json", {"class_names": list(data.class_names), "clients": clients}
+        )

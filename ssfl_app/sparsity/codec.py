@@ -1,0 +1,255 @@
+"""Codecs: a state and its mask <-> the flat arrays that an algorithm pays for.
+
+Law, for every codec: ``decode(encode(state, mask), layout, mask) == (mask.apply(state), mask)``, within the
+value type's stated error. The bytes of a message are the bytes of these arrays (`nbytes`); nothing computes a
+cost beside them.
+
+=============  =====================================  ==========================================
+codec          arrays                                 who must know the mask beforehand
+=============  =====================================  ==========================================
+Dense          values of all coordinates              nobody (the mask is not carried)
+SharedMask     values of alive + dense remainder      both ends: SSFL's training rounds
+Bitmask        the same + 1 bit a prunable weight     nobody
+Indexed        the same + int32 index of each alive   nobody; less than a bitmap below density 1/32
+Csr            the same as scipy CSR, per tensor      nobody; the encoding that SSFL v1 states
+BitsOnly       1 bit a prunable weight                nobody; carries no values (FedPM)
+=============  =====================================  ==========================================
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from ssfl_app.sparsity.layout import Layout, State, Vector
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import Arrays, PayloadError, check_values, read_values, take, write_values
+
+ArrayMap = Mapping[str, npt.NDArray[Any]]
+
+
+def nbytes(arrays: ArrayMap) -> int:
+    """Return the payload bytes of a message."""
+    return sum(array.nbytes for array in arrays.values())
+
+
+class Codec(ABC):
+    """One way of writing a state under a mask.
+
+    Parameters
+    ----------
+    values : str
+        Value type, one of `ssfl_app.sparsity.values.VALUE_TYPES`.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, values: str = "fp32") -> None:
+        self.values = values
+
+    @abstractmethod
+    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
+        """Return the flat arrays that carry `state` under `mask`."""
+
+    @abstractmethod
+    def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
+        """Return state and mask. `mask` is what the receiver knows; a codec that carries one ignores it.
+
+        Raises
+        ------
+        PayloadError
+            The arrays are not what this codec writes for this layout.
+        """
+
+    def check(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> None:
+        """Raise PayloadError unless `decode` will succeed and every value is finite."""
+        state, _ = self.decode(arrays, layout, mask)
+        check_values(layout.flatten(state))
+
+
+class LinearCodec(Codec):
+    """A codec whose values are coordinates at places both ends know: means can be taken on the vector."""
+
+    @abstractmethod
+    def places(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
+        """Return a bool vector of shape (layout.size,): the coordinates that are carried, in order."""
+
+    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
+        """Return the carried coordinates of the state."""
+        return write_values(layout.flatten(mask.apply(state))[self.places(layout, mask)], self.values)
+
+    def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
+        """Return the state with 0 wherever nothing was carried."""
+        return mask.apply(self.expand(self.vector(arrays, layout, mask), layout, mask)), mask
+
+    def check(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> None:
+        """Raise PayloadError unless type, length and every value are right."""
+        check_values(self.vector(arrays, layout, mask))
+
+    def vector(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> Vector:
+        """Return the carried values as float32."""
+        return read_values(arrays, self.values, int(np.count_nonzero(self.places(layout, mask))))
+
+    def expand(self, vector: Vector, layout: Layout, mask: Mask) -> State:
+        """Return the state whose carried coordinates are `vector`."""
+        flat = np.zeros(layout.size, dtype=np.float32)
+        flat[self.places(layout, mask)] = vector
+        return layout.unflatten(flat)
+
+
+class Dense(LinearCodec):
+    """Every coordinate."""
+
+    name = "dense"
+
+    def places(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
+        """Return all coordinates."""
+        return np.ones(layout.size, dtype=np.bool_)
+
+
+class SharedMask(LinearCodec):
+    """Alive coordinates and the dense remainder; the mask is known to both ends (checked by its digest)."""
+
+    name = "shared-mask"
+
+    def places(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
+        """Return the alive coordinates and those no mask covers."""
+        return mask.carried
+
+
+class Bitmask(Codec):
+    """A bitmap of ceil(prunable / 8) bytes, then the values as `SharedMask` writes them."""
+
+    name = "bitmask"
+
+    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
+        """Return the bitmap and the values."""
+        return {**SharedMask(self.values).encode(layout, state, mask), "mask": mask.packed()}
+
+    def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
+        """Return the state and the mask that the bitmap tells."""
+        carried = read_mask(arrays, layout)
+        return SharedMask(self.values).decode(arrays, layout, carried)
+
+
+class Indexed(Codec):
+    """The position of every alive coordinate as int32, then the values as `SharedMask` writes them."""
+
+    name = "indexed"
+
+    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
+        """Return positions (ascending) and values."""
+        index = np.flatnonzero(mask.alive).astype(np.int32)
+        return {**SharedMask(self.values).encode(layout, state, mask), "index": index}
+
+    def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
+        """Return the state and the mask that the positions tell."""
+        index = take(arrays, "index", np.int32, None)
+        if index.size and (index[0] < 0 or index[-1] >= layout.prunable_size or (np.diff(index) <= 0).any()):
+            raise PayloadError(f"index must rise strictly within 0..{layout.prunable_size - 1}")
+        alive = np.zeros(layout.prunable_size, dtype=np.bool_)
+        alive[index] = True
+        return SharedMask(self.values).decode(arrays, layout, Mask(layout, alive))
+
+
+class Csr(Codec):
+    """Compressed sparse rows by scipy: every prunable tensor as a matrix (out, rest).
+
+    The paper's first version states this encoding. An int32 column for every value costs as much as the value, so
+    at density 0.5 it saves nothing over dense; it is here so that those bytes can be compared.
+    """
+
+    name = "csr"
+
+    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
+        """Return "values" (alive of each tensor, then the dense remainder), "indices" and "indptr"."""
+        shapes, flat = dict(layout.shapes), layout.flatten(state)
+        indices, indptr = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        for name, span in layout.prunable_spans.items():
+            # From the mask's coordinates: an alive weight that is exactly 0 is stored like any other.
+            rows, columns = np.nonzero(mask.alive[span].reshape(shapes[name][0], -1))
+            matrix = sparse.csr_matrix(
+                (np.ones(rows.size, np.float32), (rows, columns)), shape=_matrix(shapes[name])
+            )
+            indices.append(matrix.indices.astype(np.int32))
+            indptr.append(matrix.indptr.astype(np.int32))
+        alive, rest = mask.carried & layout.is_prunable, ~layout.is_prunable
+        values = write_values(np.concatenate([flat[alive], flat[rest]]), self.values)
+        return {**values, "indices": np.concatenate(indices), "indptr": np.concatenate(indptr)}
+
+    def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
+        """Return the state and the mask that the sparsity structure tells."""
+        shapes = dict(layout.shapes)
+        rows = {name: _matrix(shapes[name])[0] + 1 for name in layout.prunable}
+        indptr = take(arrays, "indptr", np.int32, sum(rows.values()))
+        indices = take(arrays, "indices", np.int32, None)
+        alive, row, entry = np.zeros(layout.prunable_size, dtype=np.bool_), 0, 0
+        for name, span in layout.prunable_spans.items():
+            pointers = indptr[row : row + rows[name]]
+            columns = indices[entry : entry + max(0, int(pointers[-1]))]
+            alive[span] = _csr_pattern(name, pointers, columns, _matrix(shapes[name]))
+            row, entry = row + rows[name], entry + columns.size
+        if entry != indices.size:
+            raise PayloadError(f"indices has length {indices.size}; indptr accounts for {entry}")
+        carried = Mask(layout, alive)
+        values = read_values(arrays, self.values, carried.count + layout.size - layout.prunable_size)
+        flat = np.zeros(layout.size, dtype=np.float32)
+        flat[carried.carried & layout.is_prunable] = values[: carried.count]
+        flat[~layout.is_prunable] = values[carried.count :]
+        return layout.unflatten(flat), carried
+
+
+class BitsOnly(Codec):
+    """The bitmap alone. The decoded state is empty: what the bits mean is the algorithm's affair."""
+
+    name = "bits-only"
+
+    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
+        """Return the bitmap."""
+        return {"mask": mask.packed()}
+
+    def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
+        """Return an empty state and the mask."""
+        return {}, read_mask(arrays, layout)
+
+    def check(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> None:
+        """Raise PayloadError unless the bitmap is well formed."""
+        read_mask(arrays, layout)
+
+
+CODECS: dict[str, type[Codec]] = {c.name: c for c in (Dense, SharedMask, Bitmask, Indexed, Csr, BitsOnly)}
+
+
+def read_mask(arrays: ArrayMap, layout: Layout) -> Mask:
+    """Return the mask of the array "mask".
+
+    Raises
+    ------
+    PayloadError
+        It is missing or not a bitmap of this layout.
+    """
+    bitmap = take(arrays, "mask", np.uint8, None)
+    try:
+        return Mask.unpack(layout, bitmap)
+    except ValueError as error:
+        raise PayloadError(str(error)) from error
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], int(np.prod(shape[1:], dtype=np.int64))
+
+
+def _csr_pattern(
+    name: str, pointers: npt.NDArray[np.int32], columns: npt.NDArray[np.int32], shape: tuple[int, int]
+) -> npt.NDArray[np.bool_]:
+    # scipy trusts its inputs in places; what comes from a client is checked before it gets there.
+    rising = pointers[0] == 0 and pointers[-1] == columns.size and (np.diff(pointers) >= 0).all()
+    if not rising or (columns.size and (columns.min() < 0 or columns.max() >= shape[1])):
+        raise PayloadError(f"indices of {name} do not describe a matrix of shape {shape}")
+    matrix = sparse.csr_matrix((np.ones(columns.size, np.bool_), columns, pointers), shape=shape)
+    if not matrix.has_canonical_format:
+        raise PayloadError(f"indices of {name} are not sorted and unique in each row")
+    return np.asarray(matrix.toarray(), dtype=np.bool_).reshape(-1)

@@ -1,0 +1,133 @@
+"""Names and shapes of a model's state: all that two ends must agree on before they exchange numbers.
+
+A *state* is a dict from name to float32 tensor, in the order of the model's ``state_dict``. Integer buffers
+(``num_batches_tracked``) are no part of it: they are neither sent nor averaged.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+State = dict[str, torch.Tensor]
+Vector = npt.NDArray[np.float32]
+Bits = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Order, shapes and prunable tensors of a state.
+
+    Attributes
+    ----------
+    shapes : tuple of (str, tuple of int)
+        Every tensor of the state, in order.
+    prunable : tuple of str
+        The tensors that a mask may name: weights of conv and linear layers, in the same order.
+    """
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    prunable: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Layout":
+        """Return the layout of a model's state."""
+        weights = {
+            f"{name}.weight" if name else "weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+        }
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in state_of(model).items())
+        return cls(shapes, tuple(name for name, _ in shapes if name in weights))
+
+    @cached_property
+    def spans(self) -> dict[str, slice]:
+        """Where each tensor lies in the flat vector of all coordinates."""
+        spans, start = {}, 0
+        for name, shape in self.shapes:
+            stop = start + int(np.prod(shape, dtype=np.int64))
+            spans[name] = slice(start, stop)
+            start = stop
+        return spans
+
+    @cached_property
+    def prunable_spans(self) -> dict[str, slice]:
+        """Where each prunable tensor lies in the flat vector of prunable coordinates."""
+        spans, start = {}, 0
+        for name in self.prunable:
+            size = self.spans[name].stop - self.spans[name].start
+            spans[name] = slice(start, start + size)
+            start += size
+        return spans
+
+    @cached_property
+    def size(self) -> int:
+        """Number of coordinates of the state."""
+        return max((span.stop for span in self.spans.values()), default=0)
+
+    @cached_property
+    def prunable_size(self) -> int:
+        """Number of coordinates that a mask covers."""
+        return max((span.stop for span in self.prunable_spans.values()), default=0)
+
+    @cached_property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 over names, shapes and prunable names."""
+        return hashlib.sha256(json.dumps([self.shapes, self.prunable]).encode()).hexdigest()[:16]
+
+    @cached_property
+    def is_prunable(self) -> Bits:
+        """Return a bool vector of shape (size,): which coordinates a mask covers."""
+        flags = np.zeros(self.size, dtype=np.bool_)
+        for name in self.prunable:
+            flags[self.spans[name]] = True
+        return flags
+
+    def flatten(self, state: Mapping[str, torch.Tensor]) -> Vector:
+        """Return the state as one float32 vector of shape (size,)."""
+        flat = np.empty(self.size, dtype=np.float32)
+        for name, span in self.spans.items():
+            flat[span] = state[name].detach().reshape(-1).cpu().numpy()
+        return flat
+
+    def unflatten(self, flat: Vector) -> State:
+        """Return the state whose tensors are views of `flat`, shape (size,).
+
+        The vector is copied once into memory that torch owns: kernels may round differently on buffers
+        with another alignment, and equal runs must give equal bits.
+        """
+        memory = torch.empty(self.size, dtype=torch.float32)
+        memory.numpy()[:] = flat
+        return {name: memory[self.spans[name]].view(shape) for name, shape in self.shapes}
+
+    def flatten_prunable(self, tensors: Mapping[str, torch.Tensor]) -> Vector:
+        """Return the prunable tensors, e.g. scores, as one float32 vector of shape (prunable_size,)."""
+        flat = np.empty(self.prunable_size, dtype=np.float32)
+        for name, span in self.prunable_spans.items():
+            flat[span] = tensors[name].detach().reshape(-1).cpu().numpy()
+        return flat
+
+
+def state_of(model: nn.Module) -> State:
+    """Return the model's state: its floating-point tensors by name, sharing memory with the model."""
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+
+def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy a state into the model, on whatever device that is; integer buffers stay as they are."""
+    with torch.no_grad():
+        for name, tensor in state_of(model).items():
+            tensor.copy_(state[name])
+
+
+def state_digest(layout: Layout, state: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 (hex) over names, shapes and float32 bits of a state."""
+    digest = hashlib.sha256(json.dumps(layout.shapes).encode())
+    digest.update(layout.flatten(state).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,283 @@
+"""Mask: which coordinates of the prunable tensors are alive.
+
+A mask is a frozen value. A tensor that it does not cover (biases, norms) is dense. It is always passed along
+explicitly and never inferred from zeros: an alive weight may be exactly 0.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ssfl_app.sparsity.layout import Bits, Layout, State, Vector
+
+Scope = Literal["global", "layer"]
+
+
+def keep_count(density: float, size: int) -> int:
+    """Return floor(density * size), with `density` read as the decimal it is written as.
+
+    In binary floating point 0.29 * 100 is 28.999...; a user who writes 0.29 means 29 of 100.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density is {density}; it is a fraction in (0, 1]")
+    return math.floor(Fraction(repr(float(density))) * size)
+
+
+class Mask:
+    """The alive coordinates of a layout's prunable tensors.
+
+    Parameters
+    ----------
+    layout : Layout
+        The state that the mask belongs to.
+    alive : array of bool, shape (layout.prunable_size,)
+        True where a coordinate is alive, prunable tensors one after the other, each row-major.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The array is not bool, or not of that shape.
+    """
+
+    def __init__(self, layout: Layout, alive: Bits) -> None:
+        if alive.dtype != np.bool_:
+            raise TypeError(f"a mask is {alive.dtype}; it must be bool")
+        if alive.shape != (layout.prunable_size,):
+            raise ValueError(f"a mask has shape {alive.shape}; this layout needs ({layout.prunable_size},)")
+        self.layout = layout
+        self.alive = alive.copy()
+        self.alive.flags.writeable = False
+
+    # ---- births ------------------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> "Mask":
+        """Return the mask given as bool tensors by name.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A tensor is not bool, has another shape, is missing, or is no prunable tensor of the layout.
+        """
+        unknown = sorted(set(tensors) ^ set(layout.prunable))
+        if unknown:
+            raise ValueError(
+                f"mask names {unknown} do not match the prunable tensors {list(layout.prunable)}"
+            )
+        shapes = dict(layout.shapes)
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.bool:
+                raise TypeError(f"mask of {name} is {tensor.dtype}; it must be bool")
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"mask of {name} has shape {tuple(tensor.shape)}; it must be {shapes[name]}")
+        flat = [tensors[name].reshape(-1).cpu().numpy() for name in layout.prunable]
+        return cls(layout, np.concatenate(flat) if flat else np.zeros(0, dtype=np.bool_))
+
+    @classmethod
+    def dense(cls, layout: Layout) -> "Mask":
+        """Return the mask under which everything is alive."""
+        return cls(layout, np.ones(layout.prunable_size, dtype=np.bool_))
+
+    @classmethod
+    def top(
+        cls,
+        layout: Layout,
+        scores: Vector,
+        density: float,
+        scope: Scope = "global",
+        *,
+        min_per_layer: int = 0,
+        ties: Literal["index", "keep"] = "index",
+    ) -> "Mask":
+        """Keep the coordinates with the largest scores.
+
+        Parameters
+        ----------
+        scores : array of float32, shape (layout.prunable_size,)
+            Larger = keep.
+        density : float
+            Fraction in (0, 1]; exactly floor(density * size) coordinates stay alive.
+        scope : {"global", "layer"}
+            Rank all layers together (SSFL, eq. 7), or each on its own with the same density.
+        min_per_layer : int
+            Each layer keeps at least its best `min_per_layer` coordinates (or all it has). Global ranking
+            can otherwise empty a layer at low densities. The total stays exact.
+        ties : {"index", "keep"}
+            Among equal scores at the threshold keep the lower index, or, as the papers' ">=" does, all.
+
+        Raises
+        ------
+        ValueError
+            Non-finite scores, wrong shape, density out of range, or a floor that needs more than the total.
+        """
+        if scores.shape != (layout.prunable_size,):
+            raise ValueError(f"scores have shape {scores.shape}; this layout needs ({layout.prunable_size},)")
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                f"{np.count_nonzero(~np.isfinite(scores))} scores are NaN or Inf; all must be finite"
+            )
+        if min_per_layer:
+            scores = _with_floor(layout, scores, min_per_layer, keep_count(density, layout.prunable_size))
+        alive = np.zeros(layout.prunable_size, dtype=np.bool_)
+        for span in _groups(layout, scope):
+            alive[span] = _largest(scores[span], keep_count(density, span.stop - span.start), ties)
+        return cls(layout, alive)
+
+    @classmethod
+    def random(
+        cls, layout: Layout, density: float, rng: np.random.Generator, scope: Scope = "global"
+    ) -> "Mask":
+        """Keep floor(density * size) uniformly random coordinates, over all layers or in each."""
+        alive = np.zeros(layout.prunable_size, dtype=np.bool_)
+        for span in _groups(layout, scope):
+            size = span.stop - span.start
+            kept = rng.choice(size, keep_count(density, size), replace=False, shuffle=False)
+            alive[span.start + kept] = True
+        return cls(layout, alive)
+
+    def shuffle(self, rng: np.random.Generator) -> "Mask":
+        """Return the mask with each layer's bits permuted: same density per layer, other places."""
+        alive = self.alive.copy()
+        for span in self.layout.prunable_spans.values():
+            alive[span] = rng.permutation(alive[span])
+        return Mask(self.layout, alive)
+
+    # ---- bits on the wire --------------------------------------------------------------------
+
+    def packed(self) -> npt.NDArray[np.uint8]:
+        """Return the mask as a bitmap of ceil(prunable / 8) bytes."""
+        return np.packbits(self.alive)
+
+    @classmethod
+    def unpack(cls, layout: Layout, bitmap: npt.NDArray[np.uint8]) -> "Mask":
+        """Return the mask of a bitmap.
+
+        Raises
+        ------
+        ValueError
+            The bitmap has not exactly ceil(prunable / 8) bytes, or a padding bit is set.
+        """
+        expected = -(-layout.prunable_size // 8)
+        if bitmap.shape != (expected,):
+            raise ValueError(f"a bitmap has {bitmap.size} bytes; this layout needs {expected}")
+        bits = np.unpackbits(bitmap).astype(np.bool_)
+        if bits[layout.prunable_size :].any():
+            raise ValueError("a bitmap has bits set behind its end; they must be 0")
+        return cls(layout, bits[: layout.prunable_size])
+
+    @cached_property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 over layout and bits: what both ends must share."""
+        return hashlib.sha256(self.layout.digest.encode() + self.packed().tobytes()).hexdigest()[:16]
+
+    # ---- views -------------------------------------------------------------------------------
+
+    @cached_property
+    def carried(self) -> Bits:
+        """Return a bool vector of shape (layout.size,): alive coordinates and the dense remainder."""
+        flags = np.ones(self.layout.size, dtype=np.bool_)
+        flags[self.layout.is_prunable] = self.alive
+        return flags
+
+    def tensors(self, device: torch.device | str = "cpu") -> State:
+        """Return the mask as bool tensors by name."""
+        shapes = dict(self.layout.shapes)
+        return {
+            name: torch.from_numpy(self.alive[span].copy()).view(shapes[name]).to(device)
+            for name, span in self.layout.prunable_spans.items()
+        }
+
+    def apply(self, state: Mapping[str, torch.Tensor]) -> State:
+        """Return the state with every dead coordinate at exactly 0."""
+        bits = self.tensors()
+        zero = torch.zeros(())
+        # where, not a product: -1 * 0 would be -0.0, which is another bit pattern than 0.
+        return {
+            n: torch.where(bits[n], t.cpu(), zero) if n in bits else t.cpu().clone() for n, t in state.items()
+        }
+
+    def layers(self) -> Iterator[tuple[str, int, int]]:
+        """Yield (name, alive, size) for each prunable tensor."""
+        for name, span in self.layout.prunable_spans.items():
+            yield name, int(self.alive[span].sum()), span.stop - span.start
+
+    # ---- numbers -----------------------------------------------------------------------------
+
+    @cached_property
+    def count(self) -> int:
+        """Number of alive coordinates."""
+        return int(np.count_nonzero(self.alive))
+
+    @property
+    def density(self) -> float:
+        """Alive / size over the prunable tensors."""
+        return self.count / max(1, self.layout.prunable_size)
+
+    def hamming(self, other: "Mask") -> float:
+        """Return the fraction of coordinates in which two masks of one layout differ."""
+        return float(np.count_nonzero(self.alive ^ self._same(other))) / max(1, self.alive.size)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Mask(self.layout, self.alive | self._same(other))
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return Mask(self.layout, self.alive & self._same(other))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Mask)
+            and self.layout == other.layout
+            and bool((self.alive == other.alive).all())
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Mask({self.count} of {self.layout.prunable_size} alive, {self.digest})"
+
+    def _same(self, other: "Mask") -> Bits:
+        if other.layout != self.layout:
+            raise ValueError(f"masks of different layouts: {self.layout.digest} and {other.layout.digest}")
+        return other.alive
+
+
+def _groups(layout: Layout, scope: Scope) -> list[slice]:
+    if scope == "layer":
+        return list(layout.prunable_spans.values())
+    if scope == "global":
+        return [slice(0, layout.prunable_size)]
+    raise ValueError(f"scope is {scope!r}; it is global or layer")
+
+
+def _largest(scores: Vector, count: int, ties: str) -> Bits:
+    # Selection by np.partition, O(n): sorting 1e8 scores would take a minute.
+    if count == 0:
+        return np.zeros(scores.size, dtype=np.bool_)
+    threshold = np.partition(scores, scores.size - count)[scores.size - count]
+    if ties == "keep":
+        return scores >= threshold
+    alive: Bits = scores > threshold
+    equal = np.flatnonzero(scores == threshold)
+    alive[equal[: count - int(np.count_nonzero(alive))]] = True
+    return alive
+
+
+def _with_floor(layout: Layout, scores: Vector, floor: int, total: int) -> Vector:
+    # The reserved coordinates become unbeatable; the rest compete for what is left of the total.
+    raised = scores.astype(np.float32, copy=True)
+    reserved = 0
+    for span in layout.prunable_spans.values():
+        count = min(floor, span.stop - span.start)
+        raised[span][_largest(scores[span], count, "index")] = np.inf
+        reserved += count
+    if reserved > total:
+        raise ValueError(f"min-per-layer {floor} reserves {reserved} weights; the density leaves {total}")
+    return raised

@@ -1,0 +1,335 @@
+"""The server's half of an algorithm: four hooks, whose defaults are FedAvg's.
+
+The base does once what Flower leaves open: cohorts that depend on (seed, round) only and are the same for every
+strategy, streamed folds, byte counts, the failure policy, and going on after an interruption. What crosses the
+wire is the affair of `post`; what a client does, that of `rule`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from ssfl_app.aggregate import MAX_WEIGHT, WeightedMean
+from ssfl_app.exchange import Outcome
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import LinearCodec
+from ssfl_app.sparsity.layout import Layout, State
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.strategies.post import Check, Post, Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Facts, Parcel
+
+Ask = Callable[[str, Parcel, Iterable[int], Check], Iterator[Reply]]
+"""ask(question, parcel, clients, check) -> replies, as they come."""
+
+Record = dict[str, Any]
+
+
+class Watch(Protocol):
+    """Whoever sees a run go by: the recorder of the run folder, or a test."""
+
+    def met(self, sites: Mapping[int, Facts]) -> None:
+        """All clients are connected; `sites` holds what each said of itself."""
+
+    def round(self, record: Record, strategy: "SparseStrategy") -> None:
+        """Round `record["round"]` is over; 0 is setup."""
+
+
+class SparseStrategy(Strategy):
+    """A federated algorithm on a fixed set of numbered clients.
+
+    Parameters
+    ----------
+    layout : Layout
+        Of the model.
+    settings : Settings
+        The options of the run.
+
+    Attributes
+    ----------
+    name : str
+        In the registry, the configuration and all tables.
+    client : type of ClientRule
+        The other half; its codecs are this half's codecs.
+    rooms : mapping
+        Configuration rooms that only this strategy has: name -> options dataclass.
+    state, mask : State, Mask
+        The global model and what is alive in it.
+    watch : Watch or None
+        Sees the run go by.
+    """
+
+    name: ClassVar[str]
+    client: ClassVar[type[ClientRule]] = ClientRule
+    rooms: ClassVar[Mapping[str, type]] = {}
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        self.layout = layout
+        self.settings = settings
+        self.state: State = {}
+        self.mask = Mask.dense(layout)
+        self.watch: Watch | None = None
+        self._post = Post(settings.run)
+        self._next_round = 0  # 0: setup is still to come
+        self._encoded: tuple[State, Arrays] | None = None
+        self._accuracy: dict[int, float] = {}
+
+    # ---- the four hooks ----------------------------------------------------------------------
+
+    def setup(self, ask: Ask) -> None:
+        """Find out what must be known before round 1. Default: nothing."""
+
+    def send(self, round_: int, client: int) -> Parcel:
+        """Return what goes down to this client. Default: the global model, encoded once a round."""
+        if self._encoded is None or self._encoded[0] is not self.state:
+            codec = self.client.down(self.settings.wire.down_values)
+            self._encoded = (self.state, codec.encode(self.layout, self.state, self.mask))
+        return Parcel(self._encoded[1])
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Change the global model by the replies. Default: their weighted mean, taken as they come.
+
+        The mean is taken on the carried values, so it costs the alive coordinates and not one model a client.
+        """
+        codec = self.client.up(self.settings.wire.up_values)
+        if not isinstance(codec, LinearCodec):
+            raise TypeError(f"{self.name} sends {codec.name} up; the default fold takes linear codecs only")
+        mean = WeightedMean(int(np.count_nonzero(codec.places(self.layout, self.mask))))
+        for reply in replies:
+            mean.add(codec.vector(reply.arrays, self.layout, self.mask), self.weight(reply))
+        self.state = codec.expand(mean.value(), self.layout, self.mask)
+
+    def deliver(self, round_: int, client: int) -> Parcel:
+        """Return the model this client evaluates. Default: the one it would be sent to train."""
+        return self.send(round_, client)
+
+    # ---- what hooks use ----------------------------------------------------------------------
+
+    def weight(self, reply: Reply) -> int:
+        """Return the weight of a reply in the mean of a round: its samples, or 1."""
+        return reply.samples if self.settings.run.weighting == "samples" else 1
+
+    def cohort(self, round_: int) -> list[int]:
+        """Return the clients that train in a round; the same for every strategy."""
+        run = self.settings.run
+        chosen = generator(run.seed, "cohort", round_).choice(run.clients, run.cohort, replace=False)
+        return sorted(int(client) for client in chosen)
+
+    def snapshot(self) -> Arrays:
+        """Return all that `restore` needs, as flat arrays."""
+        return {"state": self.layout.flatten(self.state), "mask": self.mask.packed()}
+
+    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`, from a snapshot taken there."""
+        self.state = self.layout.unflatten(np.asarray(arrays["state"], dtype=np.float32))
+        self.mask = Mask.unpack(self.layout, np.asarray(arrays["mask"], dtype=np.uint8))
+        self._next_round = round_ + 1
+
+    # ---- Flower's interface ------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
+        parcels = ((client, self.send(server_round, client)) for client in self.cohort(server_round))
+        return self._post.write("train", server_round, parcels, self.mask, config)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]:
+        """Fold the replies into `self.state` and return their mean loss; refuse bad ones by name.
+
+        Raises
+        ------
+        RunFailed
+            Too few clients answered well. The global model is unchanged.
+        """
+        seen: dict[int, tuple[int, float]] = {}
+
+        def good() -> Iterator[Reply]:
+            share = self.settings.failures.min_ok_fraction
+            for reply in self._post.open(
+                replies, self._check_trained, share, f"training in round {server_round}"
+            ):
+                seen[reply.client] = (reply.samples, float(reply.facts["loss"]))
+                yield reply
+
+        self.fold(server_round, good())
+        # fsum is exact before it rounds, so the order of arrival does not show here either.
+        samples = sum(n for n, _ in seen.values())
+        return None, MetricRecord({"loss": math.fsum(n * loss for n, loss in seen.values()) / samples})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return an evaluation message for every client, in rounds that are evaluated."""
+        run = self.settings.run
+        if server_round % run.evaluate_every and server_round != run.rounds:
+            return []
+        parcels = ((client, self.deliver(server_round, client)) for client in range(run.clients))
+        return self._post.write("evaluate", server_round, parcels, self.mask, config)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the unweighted mean accuracy over clients, each on its own test images."""
+        share, what = self.settings.failures.min_ok_fraction, f"evaluation in round {server_round}"
+        self._accuracy = {
+            reply.client: float(reply.facts["accuracy"])
+            for reply in self._post.open(replies, _check_tested, share, what)
+            if reply.samples
+        }
+        if not self._accuracy:
+            return None
+        return MetricRecord({"accuracy": math.fsum(self._accuracy.values()) / len(self._accuracy)})
+
+    def summary(self) -> None:
+        """Print nothing: whoever watches the run describes it."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the algorithm; arguments and result are those of Flower's `Strategy.start`.
+
+        Continues where `restore` left off; then `initial_arrays` is not read. `timeout` is not read either:
+        it is run.round-timeout of the settings.
+
+        Raises
+        ------
+        RunFailed
+            Clients are missing, too few answered in a round, or Ray lost an actor.
+        """
+        sites = self._post.meet(grid)
+        if self.watch is not None:
+            self.watch.met(sites)
+        if self._next_round == 0:
+            self.state = {
+                n: torch.from_numpy(initial_arrays[n].numpy().copy()) for n, _ in self.layout.shapes
+            }
+            del initial_arrays
+            self._tell(self._setup(grid))
+        result = Result()
+        configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        for round_ in range(max(1, self._next_round), num_rounds + 1):
+            began = time.monotonic()
+            record = self._train(grid, round_, configs[0], result)
+            self._evaluate(grid, round_, configs[1], evaluate_fn, result, record)
+            self._tell(record | {"seconds": time.monotonic() - began})
+        result.arrays = ArrayRecord(dict(self.state))  # type: ignore[arg-type]
+        return result
+
+    # ---- the course of a run -----------------------------------------------------------------
+
+    def _setup(self, grid: Grid) -> Record:
+        began, outcomes = time.monotonic(), list[Outcome]()
+
+        def ask(question: str, parcel: Parcel, clients: Iterable[int], check: Check) -> Iterator[Reply]:
+            pairs = ((client, parcel) for client in clients)
+            messages = self._post.write(f"query.{question}", 0, pairs, None, {})
+            replies = self._post.carry(grid, messages)
+            share, what = self.settings.failures.min_ok_fraction, f"the question {question!r}"
+            yield from self._post.open(replies, check, share, what)
+            outcomes.append(self._post.outcome)
+
+        self.setup(ask)
+        return {
+            "round": 0,
+            "strategy": self.name,
+            "asked": sorted({c for o in outcomes for c in [*o.ok, *o.lost, *o.refused]}),
+            **_names(*outcomes),
+            "bytes_discovery_down": sum(o.down for o in outcomes),
+            "bytes_discovery_up": sum(o.up for o in outcomes),
+            "seconds": time.monotonic() - began,
+        }
+
+    def _train(self, grid: Grid, round_: int, config: ConfigRecord, result: Result) -> Record:
+        messages = self.configure_train(round_, ArrayRecord(), config, grid)
+        _, metrics = self.aggregate_train(round_, self._post.carry(grid, messages))
+        result.train_metrics_clientapp[round_] = metrics
+        outcome = self._post.outcome
+        return {
+            "round": round_,
+            "cohort": self.cohort(round_),
+            **_names(outcome),
+            "train_loss": metrics["loss"],
+            "messages_train_down": outcome.sent,
+            "messages_train_up": len(outcome.ok),
+            "bytes_train_down": outcome.down,
+            "bytes_train_up": outcome.up,
+            "bytes_evaluate_down": 0,
+            "bytes_mask_down": outcome.mask_down,
+        }
+
+    def _evaluate(
+        self,
+        grid: Grid,
+        round_: int,
+        config: ConfigRecord,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+        result: Result,
+        record: Record,
+    ) -> None:
+        record |= {"central_loss": None, "central_accuracy": None, "local_accuracy_mean": None}
+        messages = self.configure_evaluate(round_, ArrayRecord(), config, grid)
+        if not messages:
+            return
+        local = self.aggregate_evaluate(round_, self._post.carry(grid, messages))
+        if local is not None:
+            result.evaluate_metrics_clientapp[round_] = local
+            record["local_accuracy_mean"] = local["accuracy"]
+            record["local_accuracy"] = {str(c): self._accuracy[c] for c in sorted(self._accuracy)}
+        central = evaluate_fn(round_, ArrayRecord(dict(self.state))) if evaluate_fn else None  # type: ignore[arg-type]
+        if central is not None:
+            result.evaluate_metrics_serverapp[round_] = central
+            record |= {f"central_{name}": central[name] for name in ("loss", "accuracy")}
+        outcome, failed = self._post.outcome, _names(self._post.outcome)
+        record |= {"evaluate_lost": failed["lost"], "evaluate_refused": failed["refused"]}
+        record["bytes_evaluate_down"] = outcome.down
+        record["bytes_mask_down"] += outcome.mask_down
+
+    def _tell(self, record: Record) -> None:
+        if self.watch is not None:
+            self.watch.round(record, self)
+
+    def _check_trained(self, parcel: Parcel) -> None:
+        _number(parcel, "loss")
+        samples = parcel.facts["samples"]
+        most = MAX_WEIGHT // self.settings.run.clients
+        if not isinstance(samples, int) or not 1 <= samples <= most:
+            raise PayloadError(f"samples is {samples!r}; it must be from 1 to {most}")
+        self.client.up(self.settings.wire.up_values).check(parcel.arrays, self.layout, self.mask)
+
+
+def _names(*outcomes: Outcome) -> Record:
+    lost = {c: why for o in outcomes for c, why in o.lost.items()}
+    refused = {c: why for o in outcomes for c, why in o.refused.items()}
+    return {
+        "ok": sorted(outcomes[0].ok) if outcomes else [],
+        "lost": {str(c): lost[c] for c in sorted(lost)},
+        "refused": {str(c): refused[c] for c in sorted(refused)},
+    }
+
+
+def _number(parcel: Parcel, name: str) -> None:
+    value = parcel.facts.get(name)
+    if not isinstance(value, float) or not math.isfinite(value):
+        raise PayloadError(f"{name} is {value!r}; it must be a finite number")
+
+
+def _check_tested(parcel: Parcel) -> None:
+    if parcel.facts["samples"]:
+        _number(parcel, "loss")
+        _number(parcel, "accuracy")

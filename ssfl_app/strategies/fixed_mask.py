@@ -1,0 +1,145 @@
+"""SSFL and its controls: one global mask, found before round 1 and kept.
+
+Ohib et al., "SSFL: Discovering Sparse Unified Subnetworks at Initialization for Efficient Federated Learning",
+TMLR 2026, arXiv 2405.09037, algorithm 1:
+
+1. every client k scores each weight on one class-balanced minibatch, ``s_k = |dL_k/dw * w|`` at the common w0;
+2. the server averages, ``s = sum_k n_k s_k / sum_k n_k``, and keeps the top ``density`` as the global mask m;
+3. FedAvg inside the mask: clients train ``m * w`` with masked gradients, only alive values and the dense remainder
+   (biases, norms) travel.
+
+Controls with the same rounds and bytes: `random` draws m uniformly (over all layers, or layer by layer with
+mask.scope "layer"); `shuffled` permutes SSFL's m inside every layer, so it has SSFL's density per layer and none of
+its choice of weights.
+
+Departures: w0 is one initialisation made by the server (version 1 of the paper averages the clients' own, which would
+shrink it); ties keep the lower index, so exactly floor(density * prunable) weights are alive where the paper's ">="
+may keep more; weights average by samples as in the author's code (version 1: uniformly; run.weighting has both).
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+from ssfl_app.aggregate import WeightedMean
+from ssfl_app.options import at_least, choice, fraction
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import Dense, SharedMask
+from ssfl_app.sparsity.layout import load_state, state_of
+from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.saliency import balanced_batch, snip
+from ssfl_app.sparsity.values import check_values, read_values
+from ssfl_app.strategies.base import Ask, SparseStrategy
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.wire import Parcel
+
+
+@dataclass(frozen=True)
+class SsflOptions:
+    """Keys of the room ``ssfl``."""
+
+    saliency_batches: int = at_least(1)
+    saliency_batch_size: int = at_least(1)
+    saliency_weighting: str = choice("samples", "uniform")
+    saliency_share: float = fraction()
+
+
+class MaskedClient(ClientRule):
+    """FedAvg's client, paid for the alive values only."""
+
+    down = SharedMask
+    up = SharedMask
+
+
+class SaliencyClient(MaskedClient):
+    """Answers the question "saliency" with the mean score of each prunable weight over its minibatches."""
+
+    questions = ("saliency",)
+
+    def setup(self, question: str, parcel: Parcel) -> Parcel:
+        """Return the scores, float32, shape (prunable,), at the dense weights that came down."""
+        if question not in self.questions:
+            return super().setup(question, parcel)
+        site, options = self.site, cast(SsflOptions, self.settings.own["ssfl"])
+        state, _ = Dense().decode(parcel.arrays, site.layout, Mask.dense(site.layout))
+        load_state(site.model, state)
+        mean = WeightedMean(site.layout.prunable_size)
+        labels = site.train.labels.numpy()
+        for batch in range(options.saliency_batches):
+            rng = generator(self.settings.run.seed, "saliency", site.number, batch)
+            chosen = site.train.take(balanced_batch(labels, options.saliency_batch_size, rng))
+            scores = snip(site.trainer.gradient(site.model, chosen), state_of(site.model))
+            mean.add(site.layout.flatten_prunable(scores))
+        return Parcel({"values": mean.value()}, {"samples": len(site.train)})
+
+
+class FixedMask(SparseStrategy):
+    """FedAvg inside a mask that `setup` finds."""
+
+    client = MaskedClient
+
+    def setup(self, ask: Ask) -> None:
+        """Find the mask and apply it to the initial weights."""
+        self.mask = self.find_mask(ask)
+        self.state = self.mask.apply(self.state)
+
+    def find_mask(self, ask: Ask) -> Mask:
+        """Return the global mask."""
+        raise NotImplementedError
+
+
+class Ssfl(FixedMask):
+    """The mask of the highest mean saliency."""
+
+    name = "ssfl"
+    client = SaliencyClient
+    rooms = {"ssfl": SsflOptions}  # noqa: RUF012  (ClassVar of the base)
+
+    def find_mask(self, ask: Ask) -> Mask:
+        """Ask clients for scores, average them as they come, keep the top."""
+        options = cast(SsflOptions, self.settings.own["ssfl"])
+        question = Parcel(Dense().encode(self.layout, self.state, Mask.dense(self.layout)))
+        mean = WeightedMean(self.layout.prunable_size)
+        for reply in ask("saliency", question, self.asked(options.saliency_share), self._check_scores):
+            weight = reply.samples if options.saliency_weighting == "samples" else 1
+            mean.add(reply.arrays["values"], weight)
+        wanted = self.settings.mask
+        return Mask.top(
+            self.layout,
+            mean.value(),
+            wanted.density,
+            cast(Scope, wanted.scope),
+            min_per_layer=wanted.min_per_layer,
+        )
+
+    def asked(self, share: float) -> Iterable[int]:
+        """Return the clients that are asked for scores: all, or a random share of at least one."""
+        run = self.settings.run
+        count = max(1, math.ceil(share * run.clients))
+        chosen = generator(run.seed, "saliency-share").choice(run.clients, count, replace=False)
+        return sorted(int(client) for client in chosen)
+
+    def _check_scores(self, parcel: Parcel) -> None:
+        check_values(read_values(parcel.arrays, "fp32", self.layout.prunable_size))
+
+
+class Shuffled(Ssfl):
+    """SSFL's mask with the bits permuted inside every layer."""
+
+    name = "shuffled"
+
+    def find_mask(self, ask: Ask) -> Mask:
+        """Return SSFL's mask, shuffled."""
+        return super().find_mask(ask).shuffle(generator(self.settings.run.seed, "shuffle"))
+
+
+class Random(FixedMask):
+    """A uniformly random mask; nobody is asked."""
+
+    name = "random"
+
+    def find_mask(self, ask: Ask) -> Mask:
+        """Draw the mask."""
+        wanted, rng = self.settings.mask, generator(self.settings.run.seed, "random-mask")
+        return Mask.random(self.layout, wanted.density, rng, cast(Scope, wanted.scope))

@@ -1,0 +1,135 @@
+"""The client's half of an algorithm: three verbs, whose defaults are FedAvg's."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+
+from ssfl_app.local.data import Images
+from ssfl_app.local.trainer import LocalTrainer
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import Codec, Dense, SharedMask, read_mask
+from ssfl_app.sparsity.layout import Layout, load_state, state_of
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Facts, Memory, Parcel
+
+
+class NeedMask(Exception):  # noqa: N818  (not an error: a question to the server)
+    """The client does not hold the mask of this message; the server sends it again with the mask."""
+
+
+@dataclass
+class Site:
+    """Where a client works: its number, model, images and memory.
+
+    `model` is a workbench that other clients of the same process use too: every verb loads its state first.
+    `masks` keeps unpacked masks by digest; whether the client *holds* a mask is `memory`'s affair alone.
+    """
+
+    number: int
+    model: nn.Module
+    layout: Layout
+    trainer: LocalTrainer
+    train: Images
+    test: Images
+    memory: Memory
+    masks: dict[str, Mask] = field(default_factory=dict)
+
+    def mask(self, digest: str) -> Mask | None:
+        """Return the mask with this digest if the client holds it."""
+        bitmap = self.memory.bitmap(digest)
+        if bitmap is None:
+            return None
+        if digest not in self.masks:
+            self.masks.clear()
+            self.masks[digest] = Mask.unpack(self.layout, bitmap)
+        return self.masks[digest]
+
+
+class ClientRule:
+    """What a client does with a message. Subclasses override the verbs in which their algorithm differs.
+
+    Attributes
+    ----------
+    down, up : type of Codec
+        How the model travels; the server reads them from here too, so both ends agree.
+    questions : tuple of str
+        What `setup` can be asked.
+    """
+
+    down: ClassVar[type[Codec]] = Dense
+    up: ClassVar[type[Codec]] = Dense
+    questions: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, site: Site, settings: Settings) -> None:
+        self.site = site
+        self.settings = settings
+
+    def setup(self, question: str, parcel: Parcel) -> Parcel:
+        """Answer a question the server asks before round 1.
+
+        Raises
+        ------
+        PayloadError
+            This algorithm has no such question.
+        """
+        raise PayloadError(f"question is {question!r}; {type(self).__name__} answers {list(self.questions)}")
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Train the model that came down and return it."""
+        mask = self.load(parcel)
+        site, round_ = self.site, int(parcel.facts["round"])
+        rng = generator(self.settings.run.seed, "train", round_, site.number)
+        loss = site.trainer.fit(site.model, site.train, rng, lr=self.settings.local.rate(round_), mask=mask)
+        arrays = self.up(self.settings.wire.up_values).encode(site.layout, state_of(site.model), mask)
+        return Parcel(arrays, {"samples": len(site.train), "loss": loss, "digest": mask.digest})
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the model that came down on this client's own test images."""
+        mask = self.load(parcel)
+        if not len(self.site.test):
+            return {"samples": 0, "digest": mask.digest}
+        loss, accuracy = self.site.trainer.evaluate(self.site.model, self.site.test)
+        return {"samples": len(self.site.test), "loss": loss, "accuracy": accuracy, "digest": mask.digest}
+
+    def load(self, parcel: Parcel) -> Mask:
+        """Load the model that came down into the workbench; return the mask it came under.
+
+        Raises
+        ------
+        NeedMask
+            The message needs a mask that this client does not hold.
+        """
+        known = self.known_mask(parcel)
+        codec = self.down(self.settings.wire.down_values)
+        state, mask = codec.decode(parcel.arrays, self.site.layout, known)
+        load_state(self.site.model, state)
+        return mask
+
+    def known_mask(self, parcel: Parcel) -> Mask:
+        """Return the mask a message refers to by its digest, keeping it if the message brings it along.
+
+        Raises
+        ------
+        NeedMask
+            It neither came along nor is it held.
+        PayloadError
+            The mask that came along has another digest than the message states.
+        """
+        digest = str(parcel.facts.get("digest", ""))
+        if not issubclass(self.down, SharedMask):
+            mask = self.site.masks.setdefault("dense", Mask.dense(self.site.layout))
+            if mask.digest != digest:
+                raise PayloadError(f"digest is {digest!r}; this client's model has {mask.digest!r}")
+            return mask
+        if "mask" in parcel.arrays:
+            brought = read_mask(parcel.arrays, self.site.layout)
+            if brought.digest != digest:
+                raise PayloadError(f"the mask has digest {brought.digest!r}; the message states {digest!r}")
+            self.site.memory.keep(digest, brought.packed())
+        mask_held = self.site.mask(digest)
+        if mask_held is None:
+            raise NeedMask(digest)
+        return mask_held

@@ -1,0 +1,125 @@
+"""What a process sets up once: data, partition, model. Both doors work with it.
+
+In simulation one process serves many clients and many messages, so the workshop is kept between them; in deployment
+each message has a fresh process and it is opened once there.
+"""
+
+import functools
+import hashlib
+import os
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ssfl_app import config as configuration
+from ssfl_app.config import Config
+from ssfl_app.local import data, models
+from ssfl_app.local.data import DataSet
+from ssfl_app.local.trainer import LocalTrainer
+from ssfl_app.options import ConfigError
+from ssfl_app.partitions import Partition, split
+from ssfl_app.sparsity.layout import Layout
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.strategies import REGISTRY
+from ssfl_app.strategies.rule import ClientRule, Site
+from ssfl_app.wire import Memory
+
+
+@dataclass
+class Workshop:
+    """Data, partition, model and trainer of one configuration."""
+
+    config: Config
+    data: DataSet
+    partition: Partition
+    model: nn.Module
+    layout: Layout
+    trainer: LocalTrainer
+    masks: dict[str, Mask] = field(default_factory=dict)
+
+    def rule(self, client: int, memory: Memory) -> ClientRule:
+        """Return the client's half of the strategy at one client's site."""
+        site = Site(
+            number=client,
+            model=self.model,
+            layout=self.layout,
+            trainer=self.trainer,
+            train=self.data.train.take(self.partition.train[client]),
+            test=self.data.test.take(self.partition.test[client]),
+            memory=memory,
+            masks=self.masks,
+        )
+        return REGISTRY[self.config.strategy].client(site, self.config.settings)
+
+
+@functools.lru_cache(maxsize=2)
+def _open(items: tuple[tuple[str, configuration.Scalar], ...]) -> Workshop:
+    config = configuration.parse(dict(items))
+    torch.set_num_threads(config.engine.threads)
+    device = find_device(config.settings.run.device)
+    images, partition = load_federation(config)
+    model = models.create(config.model, images.shape[0], images.classes, config.settings.run.seed)
+    trainer = LocalTrainer(config.settings.local, images.transform, device)
+    return Workshop(config, images, partition, model.to(device), Layout.of(model), trainer)
+
+
+def open_workshop(flat: configuration.Flat) -> Workshop:
+    """Return the workshop of a configuration, made on first use and kept.
+
+    Raises
+    ------
+    ConfigError
+        The configuration is bad, its data cannot be read, or there is no GPU where one is asked for.
+    """
+    return _open(tuple(sorted(flat.items())))
+
+
+def load_federation(config: Config) -> tuple[DataSet, Partition]:
+    """Return the data set and who holds what.
+
+    Raises
+    ------
+    ConfigError
+        The data cannot be read, or do not suffice for this partition.
+    """
+    images = data.load(config.data)
+    run = config.settings.run
+    labels = images.train.labels.numpy(), images.test.labels.numpy()
+    return images, split(config.partition, *labels, run.clients, run.seed)
+
+
+def find_device(wanted: str) -> torch.device:
+    """Return the torch device for run.device.
+
+    Raises
+    ------
+    ConfigError
+        "cuda" is asked for and this process sees no GPU.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device is 'cuda'; this process sees no GPU, so it is 'cpu' or 'auto'")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def gpu_is_hidden() -> bool:
+    """Return whether the machine has an NVIDIA GPU that this process is not allowed to see.
+
+    Ray sets CUDA_VISIBLE_DEVICES to "" in actors that asked for no GPU, and training silently runs on the CPU.
+    """
+    return os.environ.get("CUDA_VISIBLE_DEVICES") == "" and Path("/dev/nvidia0").exists()
+
+
+@functools.lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Return the first 16 hex digits of the SHA-256 over this package's source files.
+
+    Server and clients compare it: Flower can run the two from different checkouts without a word.
+    """
+    package = Path(str(resources.files("ssfl_app")))
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py"), key=lambda f: f.relative_to(package).as_posix()):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
