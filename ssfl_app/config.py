@@ -182,10 +182,10 @@ def write_toml(flat: Mapping[str, Scalar]) -> str:
 
 
 def difference(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str | None:
-    """Return the first key in which two configurations are different runs, as a sentence; None if in none."""
-    for key in sorted({*ours, *theirs}):
-        if not key.startswith(_NOT_THE_RUN) and ours.get(key) != theirs.get(key):
-            return f"{key} is {ours.get(key)!r}; the run to resume was started with {theirs.get(key)!r}"
+    """Return, as a sentence, the first of our keys by which this is another run than theirs; None if none is."""
+    for key, value in sorted(ours.items()):
+        if not key.startswith(_NOT_THE_RUN) and value != theirs.get(key):
+            return f"{key} is {value!r}; that run was started with {theirs.get(key)!r}"
     return None
 
 

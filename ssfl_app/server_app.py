@@ -1,7 +1,6 @@
 """Flower's server door: read the configuration, build the strategy, start it, and write the run folder."""
 
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from ssfl_app.config import write_toml
 from ssfl_app.exchange import RunFailed
 from ssfl_app.options import ConfigError
-from ssfl_app.results.recorder import Recorder, write_json
+from ssfl_app.results.recorder import Recorder, default_folder, write_json
 from ssfl_app.results.report import final_text, write_report
 from ssfl_app.results.runs import read_run
 from ssfl_app.sparsity.layout import load_state, state_of
@@ -42,22 +41,18 @@ def main(grid: Grid, context: Context) -> None:
     recorder = Recorder(folder, write_toml(config.flat), run.rounds, lambda line: print(line, flush=True))
     try:
         conduct(grid, workshop, recorder)
-    except (ConfigError, RunFailed) as error:
-        write_json(folder / "failure.json", {"kind": type(error).__name__, "message": str(error)})
+        recorder.status("finished")
+    except Exception as error:
+        named = isinstance(error, ConfigError | RunFailed)
+        recorder.status("failed", str(error) if named else f"{type(error).__name__}: {error}")
         raise
     finally:
         recorder.close()
 
 
-def default_folder(strategy: str, data: str) -> Path:
-    """Return runs/<time>-<strategy>-<dataset>."""
-    return Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{strategy}-{data}"
-
-
 def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
     """Play a run, new or resumed, from the first greeting to the report."""
     config, run = workshop.config, workshop.config.settings.run
-    (recorder.folder / "failure.json").unlink(missing_ok=True)
     strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     strategy.watch = Watcher(recorder, workshop)
     # The model of the workshop is lent to clients of this process: take the initial weights out first.

@@ -50,6 +50,18 @@ def write_json(path: Path, content: object) -> None:
     write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
 
+def default_folder(strategy: str, data: str) -> Path:
+    """Return runs/<time>-<strategy>-<dataset>."""
+    return Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{strategy}-{data}"
+
+
+def read_status(folder: Path) -> Record:
+    """Return what status.json says: status running, finished or failed, and the message of a failure."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads((folder / "status.json").read_text()))
+    return {}
+
+
 class Recorder:
     """Writes one run folder.
 
@@ -73,6 +85,7 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         (folder / "checkpoint").mkdir(exist_ok=True)
+        self.status("running")
         write_atomically(folder / "config.toml", lambda file: file.write_text(config))
         write_json(folder / "environment.json", environment())
 
@@ -87,6 +100,10 @@ class Recorder:
                 f"run.out is {self.folder}; it is a folder no other process is writing to"
             ) from None
         return lock
+
+    def status(self, status: str, message: str = "") -> None:
+        """Record how the run stands: running, finished or failed. A killed run stays "running"."""
+        write_json(self.folder / "status.json", {"status": status, "message": message})
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -1,0 +1,103 @@
+"""The command line: run, report, partition."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ssfl_app.options import ConfigError
+
+app = typer.Typer(
+    help="Sparse federated learning on Flower.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[
+    Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Keys that differ from the defaults.")
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-c", "--config", metavar="KEY=VALUE", help="Further keys: \"strategy='random' mask.density=0.05\"."
+    ),
+]
+
+
+@app.command()
+def run(
+    config: ConfigFile = None,
+    override: Override = None,
+    nodes: Annotated[int | None, typer.Option(help="Simulated SuperNodes; sets run.clients.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="ray: Flower's simulation; inline: all in this process.")
+    ] = "ray",
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+) -> None:
+    """Run a strategy and write a run folder. Exit code: 0 finished, 1 run failed, 2 bad configuration."""
+    from ssfl_app.engine.command import run_command
+
+    run_command(config, override or [], nodes, engine, out, resume)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file. [default: DIR/report.html of one, ./report.html]")
+    ] = None,
+) -> None:
+    """Compare runs: a table here, and one page with the plots."""
+    from rich.console import Console
+
+    from ssfl_app.results.report import compare_table, write_report
+    from ssfl_app.results.runs import read_run
+
+    runs = [read_run(folder) for folder in folders]
+    page = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    write_report(runs, page)
+    console = Console()
+    Console(width=max(console.width, 140)).print(compare_table(runs))
+    typer.echo(f"page: {page.resolve()}")
+
+
+@app.command()
+def partition(
+    config: ConfigFile = None,
+    override: Override = None,
+    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("partition.png"),
+) -> None:
+    """Draw which client holds how many images of which class, as a table and a PNG."""
+    from rich.console import Console
+
+    from ssfl_app import config as configuration
+    from ssfl_app.results.report import draw_partition, partition_table
+    from ssfl_app.workshop import load_federation
+
+    given = configuration.read_file(config) if config else {}
+    parsed = configuration.parse(configuration.merge(given, configuration.read_overrides(override or [])))
+    data, shares = load_federation(parsed)
+    counts = shares.class_counts(data.train.labels.numpy(), data.classes)
+    draw_partition(counts, data.class_names, out)
+    Console().print(partition_table(counts, data.class_names))
+    typer.echo(f"picture: {out.resolve()}")
+
+
+def main() -> None:
+    """Run the command line; bad input ends it with one line and exit code 2."""
+    # `kill` ends a run as Ctrl-C does: through the clean-up of everything that was started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app()
+    except ConfigError as error:
+        print(f"ssfl: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("ssfl: interrupted", file=sys.stderr)
+        sys.exit(1)

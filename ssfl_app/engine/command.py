@@ -1,0 +1,98 @@
+"""What `ssfl run` does: resolve, check everything that can be checked, then start an engine."""
+
+import sys
+from pathlib import Path
+
+from ssfl_app import config as configuration
+from ssfl_app.config import Config, Flat
+from ssfl_app.exchange import RunFailed
+from ssfl_app.options import ConfigError
+from ssfl_app.results.recorder import default_folder
+from ssfl_app.workshop import find_device, load_federation
+
+ENGINES = ("ray", "inline")
+
+
+def run_command(
+    file: Path | None,
+    overrides: list[str],
+    nodes: int | None,
+    engine: str,
+    out: Path | None,
+    resume: Path | None,
+) -> None:
+    """Run, or raise ConfigError before anything was written; exit with 1 if the run fails."""
+    config = resolve(file, overrides, nodes, engine, out, resume)
+    folder = Path(config.settings.run.out)
+    try:
+        if engine == "inline":
+            from ssfl_app import client_app, server_app
+            from ssfl_app.engine.inline import run_inline
+
+            run_inline(server_app.app, client_app.app, config.flat)
+        else:
+            from ssfl_app.engine.launch import launch
+
+            launch(config, lambda line: print(line, flush=True))
+    except (RunFailed, OSError) as error:
+        # OSError: a full disk, a folder that went away. The checkpoint before it is intact.
+        print(f"ssfl: the run failed: {error}\nto go on: ssfl run --resume {folder}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"ssfl: interrupted\nto go on: ssfl run --resume {folder}", file=sys.stderr)
+        sys.exit(1)
+
+
+def resolve(
+    file: Path | None,
+    overrides: list[str],
+    nodes: int | None,
+    engine: str,
+    out: Path | None,
+    resume: Path | None,
+) -> Config:
+    """Return the checked configuration of a command line, with `run.out` absolute.
+
+    Raises
+    ------
+    ConfigError
+        Anything about it cannot be run: keys, values, data, partition, GPU, folders.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine is {engine!r}; it is one of {', '.join(ENGINES)}")
+    given = (configuration.read_file(file) if file else {}) | configuration.read_overrides(overrides)
+    if nodes is not None:
+        if given.get("run.clients", nodes) != nodes:
+            raise ConfigError(f"--nodes is {nodes}; run.clients, {given['run.clients']}, is the same number")
+        given["run.clients"] = nodes
+    if out is not None:
+        given["run.out"] = str(out)
+    if given.get("data.path"):
+        # Flower runs the app in another folder, so what is relative here would not be found there.
+        given["data.path"] = str(Path(str(given["data.path"])).expanduser().resolve())
+    flat = _resumed(given, resume) if resume else configuration.merge(given)
+    flat["run.resume"] = resume is not None
+    config = configuration.parse(flat)
+    find_device(config.settings.run.device)
+    load_federation(config)
+    where = flat["run.out"] or default_folder(config.strategy, config.data.name)
+    folder = Path(str(where)).expanduser().resolve()
+    if resume is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"run.out is {folder}; it is a new or empty folder, or --resume goes on with the run in it"
+        )
+    return configuration.parse(flat | {"run.out": str(folder)})
+
+
+def _resumed(given: Flat, folder: Path) -> Flat:
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(f"--resume is {folder}; it is a folder that `ssfl run` wrote, with a config.toml")
+    theirs = configuration.read_file(folder / "config.toml")
+    known = configuration.merge(given)  # names unknown keys
+    clash = configuration.difference({key: known[key] for key in given}, theirs)
+    if clash is not None:
+        raise ConfigError(f"--resume is {folder}; {clash}")
+    if "run.out" in given:
+        raise ConfigError(f"--out is {given['run.out']}; --resume goes on in {folder}, give one of them")
+    engine = {key: value for key, value in given.items() if key.startswith("engine.")}
+    return theirs | engine | {"run.out": str(folder)}
