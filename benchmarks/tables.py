@@ -16,6 +16,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CIFAR10 = HERE.parent.parent / "shared" / "data" / "cifar10"
 
+LOCAL = "local.epochs=1 local.batch-size=32 ssfl.saliency-batch-size=128"
+
 # table -> (settings of all rows, seeds, rows); a row is (strategy, density)
 TABLES = {
     "digits": (
@@ -34,7 +36,7 @@ TABLES = {
     ),
     "cifar10": (
         f"data.name='parquet' data.path='{CIFAR10}' model.name='resnet20' run.rounds=12 run.evaluate-every=4 "
-        "local.epochs=1 local.batch-size=32 ssfl.saliency-batch-size=128",
+        + LOCAL,
         (1,),
         (("fedavg", 1.0), ("ssfl", 0.5), ("ssfl", 0.1), ("random", 0.1)),
     ),

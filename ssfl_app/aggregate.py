@@ -53,9 +53,7 @@ class WeightedMean:
             raise ValueError(f"a vector has shape {values.shape}; this mean needs {self._high.shape}")
         check_values(values)
         if weight < 1 or self.weight + weight > MAX_WEIGHT:
-            raise ValueError(
-                f"a weight is {weight} after {self.weight}; at least 1, together at most {MAX_WEIGHT}"
-            )
+            raise ValueError(f"a weight is {weight} after {self.weight}; at least 1, together at most {MAX_WEIGHT}")
         for start in range(0, values.size, _BLOCK):
             block = slice(start, start + _BLOCK)
             exact = values[block].astype(np.float64)

@@ -3,7 +3,7 @@
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
@@ -32,12 +32,8 @@ def run(
     config: ConfigFile = None,
     override: Override = None,
     nodes: Annotated[int | None, typer.Option(help="Simulated SuperNodes; sets run.clients.")] = None,
-    engine: Annotated[
-        str, typer.Option(help="ray: Flower's simulation; inline: all in this process.")
-    ] = "ray",
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")
-    ] = None,
+    engine: Annotated[str, typer.Option(help="ray: Flower's simulation; inline: all in this process.")] = "ray",
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
     """Run a strategy and write a run folder. Exit code: 0 finished, 1 run failed, 2 bad configuration."""

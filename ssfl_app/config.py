@@ -81,7 +81,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
     strategy = flat.get("strategy")
     if strategy not in REGISTRY:
         raise ConfigError(f"strategy is {strategy!r}; it is one of {', '.join(REGISTRY)}")
-    made = {name: build(room, name, rooms[name]) for name, room in ROOMS.items()}
+    made: dict[str, Any] = {name: build(room, name, rooms[name]) for name, room in ROOMS.items()}
     run = made["run"]
     if run.cohort > run.clients:
         raise ConfigError(f"run.cohort is {run.cohort}; it is at most run.clients, {run.clients}")
@@ -93,9 +93,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
 
 def defaults() -> Flat:
     """Return the default configuration, from pyproject.toml of the checkout or the installed wheel."""
-    return _flatten(
-        tomllib.loads((app_folder() / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    )
+    return _flatten(tomllib.loads((app_folder() / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
 
 
 def app_folder() -> Path:
@@ -135,16 +133,12 @@ def read_overrides(texts: Iterable[str]) -> Flat:
         while rest:
             match = re.match(r"""([\w.-]+)\s*=\s*("[^"]*"|'[^']*'|[^\s'"]+)(\s+|$)""", rest)
             if match is None:
-                raise ConfigError(
-                    f"-c is {rest!r}; it is key=value pairs, strings in quotes: \"strategy='random'\""
-                )
+                raise ConfigError(f"-c is {rest!r}; it is key=value pairs, strings in quotes: \"strategy='random'\"")
             key, value = match.group(1), match.group(2)
             try:
                 flat[key] = tomllib.loads(f"value = {value}")["value"]
             except tomllib.TOMLDecodeError:
-                raise ConfigError(
-                    f"{key} is {value}; it is a TOML value, strings in quotes: '{value}'"
-                ) from None
+                raise ConfigError(f"{key} is {value}; it is a TOML value, strings in quotes: '{value}'") from None
             rest = rest[match.end() :]
     return flat
 

@@ -89,9 +89,8 @@ def build(room: type[T], name: str, values: Mapping[str, Scalar]) -> T:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise ConfigError(
-                f"{prefix}{key} is {value!r}; it is {spec.metadata['allowed']} ({kind.__name__}, not {type(value).__name__})"
-            )
+            types_ = f"{kind.__name__}, not {type(value).__name__}"
+            raise ConfigError(f"{prefix}{key} is {value!r}; it is {spec.metadata['allowed']} ({types_})")
         if not spec.metadata["check"](value):
             raise ConfigError(f"{prefix}{key} is {value!r}; it is {spec.metadata['allowed']}")
         made[spec.name] = value

@@ -7,6 +7,7 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
+from ssfl_app import guard
 from ssfl_app.config import write_toml
 from ssfl_app.exchange import RunFailed
 from ssfl_app.options import ConfigError
@@ -33,6 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     RunFailed
         The run broke off; the run folder holds its checkpoint and the reason.
     """
+    guard.end_with_launcher()
     workshop = open_workshop(dict(context.run_config))
     config = workshop.config
     run = config.settings.run
@@ -56,7 +58,7 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
     strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     strategy.watch = Watcher(recorder, workshop)
     # The model of the workshop is lent to clients of this process: take the initial weights out first.
-    initial = ArrayRecord({n: t.detach().cpu().clone() for n, t in state_of(workshop.model).items()})  # type: ignore[arg-type]
+    initial = ArrayRecord({n: t.detach().cpu().clone() for n, t in state_of(workshop.model).items()})
     checkpoint = recorder.resume() if run.resume else None
     if checkpoint is not None:
         strategy.restore(*checkpoint)
@@ -115,19 +117,19 @@ class Watcher:
         for client, facts in sorted(sites.items()):
             if facts.get("code") != code_digest():
                 raise RunFailed(
-                    f"client {client} runs other code ({facts.get('code')}) than the server ({code_digest()}): "
+                    f"client {client} runs other code ({facts.get('code')!r}) than the server ({code_digest()!r}): "
                     "install the same version on both, or start Flower's SuperLink from another folder"
                 )
         config, data = self.workshop.config, self.workshop.data
         devices = ", ".join(sorted({str(facts["device"]) for facts in sites.values()}))
         self.recorder.say(
-            f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {config.partition.name} partition, "
-            f"{config.model.name} with {self.workshop.layout.size:,} parameters"
+            f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {config.partition.name} "
+            f"partition, {config.model.name} with {self.workshop.layout.size:,} parameters"
         )
         if any(facts.get("gpu-is-hidden") for facts in sites.values()):
             self.recorder.say(
-                "note: this machine has a GPU, but Flower hides it from the clients (num-gpus 0): they train on the "
-                "CPU. `ssfl run` gives it to them; with `flwr run` set client-resources-num-gpus"
+                "note: this machine has a GPU, but Flower hides it from the clients (num-gpus 0): they train "
+                "on the CPU. `ssfl run` gives it to them; with `flwr run` set client-resources-num-gpus"
             )
         self._write_clients({})
 
@@ -157,6 +159,4 @@ class Watcher:
             }
             for client, counts in enumerate(train)
         ]
-        write_json(
-            self.recorder.folder / "clients.json", {"class_names": list(data.class_names), "clients": clients}
-        )
+        write_json(self.recorder.folder / "clients.json", {"class_names": list(data.class_names), "clients": clients})

@@ -53,9 +53,7 @@ class Packer:
 
     def _array(self, array: npt.NDArray[Any]) -> Array:
         if array.dtype.name not in _DTYPES or array.ndim != 1:
-            raise TypeError(
-                f"an array is {array.dtype} of rank {array.ndim}; the wire takes flat {list(_DTYPES)}"
-            )
+            raise TypeError(f"an array is {array.dtype} of rank {array.ndim}; the wire takes flat {list(_DTYPES)}")
         if id(array) not in self._done:
             # The array is kept beside its record, so its id cannot be given to another one meanwhile.
             self._done[id(array)] = (
@@ -92,9 +90,7 @@ def _read_array(name: str, array: Array) -> npt.NDArray[Any]:
     if array.stype != SERIAL_TYPE or dtype is None:
         raise PayloadError(f"array {name} is {array.dtype} in {array.stype!r}; it must be {SERIAL_TYPE!r}")
     if tuple(array.shape) != (len(array.data) // dtype.itemsize,) or len(array.data) % dtype.itemsize:
-        raise PayloadError(
-            f"array {name} has shape {array.shape} and {len(array.data)} bytes of {array.dtype}"
-        )
+        raise PayloadError(f"array {name} has shape {array.shape} and {len(array.data)} bytes of {array.dtype}")
     return np.frombuffer(array.data, dtype=dtype)
 
 

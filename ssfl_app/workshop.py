@@ -19,7 +19,7 @@ from ssfl_app.config import Config
 from ssfl_app.local import data, models
 from ssfl_app.local.data import DataSet
 from ssfl_app.local.trainer import LocalTrainer
-from ssfl_app.options import ConfigError
+from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Partition, split
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
@@ -56,7 +56,7 @@ class Workshop:
 
 
 @functools.lru_cache(maxsize=2)
-def _open(items: tuple[tuple[str, configuration.Scalar], ...]) -> Workshop:
+def _open(items: tuple[tuple[str, Scalar], ...]) -> Workshop:
     config = configuration.parse(dict(items))
     torch.set_num_threads(config.engine.threads)
     device = find_device(config.settings.run.device)

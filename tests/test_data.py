@@ -423,9 +423,7 @@ def one_by_one(pixels, rng):
     return torch.from_numpy(np.stack(out).copy())
 
 
-@pytest.mark.parametrize(
-    "shape", [(7, 3, 32, 32), (40, 1, 8, 8), (5, 3, 16, 20), (5, 3, 4, 4), (1, 3, 64, 64)]
-)
+@pytest.mark.parametrize("shape", [(7, 3, 32, 32), (40, 1, 8, 8), (5, 3, 16, 20), (5, 3, 4, 4), (1, 3, 64, 64)])
 def test_crop_flip_of_a_batch_equals_that_of_its_images(shape):
     pixels = torch.from_numpy(np.random.default_rng(0).integers(1, 256, size=shape, dtype=np.uint8))
     transform = Transform((0.4,) * shape[1], (0.2,) * shape[1], "crop-flip")

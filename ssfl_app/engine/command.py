@@ -78,9 +78,7 @@ def resolve(
     where = flat["run.out"] or default_folder(config.strategy, config.data.name)
     folder = Path(str(where)).expanduser().resolve()
     if resume is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"run.out is {folder}; it is a new or empty folder, or --resume goes on with the run in it"
-        )
+        raise ConfigError(f"run.out is {folder}; it is a new or empty folder, or --resume goes on with the run in it")
     return configuration.parse(flat | {"run.out": str(folder)})
 
 

@@ -92,9 +92,7 @@ class InlineGrid(Grid):
         """Work on the messages with these ids and return the replies."""
         return [self._answer(self._waiting.pop(i)) for i in message_ids if i in self._waiting]
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push the messages and return all replies."""
         return self.pull_messages(self.push_messages(messages))
 

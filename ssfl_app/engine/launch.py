@@ -10,10 +10,8 @@ What plain ``flwr run`` leaves to its user, and is done here:
 - ``flwr run --stream`` exits with 0 even if the run failed. Here success is what the ServerApp recorded.
 """
 
-import ctypes
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,8 +23,10 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
+import psutil
 import torch
 
+from ssfl_app import guard
 from ssfl_app.config import Config, app_folder, write_toml
 from ssfl_app.exchange import RunFailed
 from ssfl_app.results.recorder import read_status
@@ -61,29 +61,30 @@ def launch(config: Config, say: Callable[[str], None]) -> None:
         With the reason the ServerApp gave, or the end of Flower's log.
     """
     actors, gpu = plan(config)
+    threads, cores = config.engine.threads, os.cpu_count()
+    say(f"engine ray: {actors} actors, {threads} torch thread(s) and {gpu:g} GPU each, on {cores} cores")
     folder = Path(config.settings.run.out)
-    say(
-        f"engine ray: {actors} actors of {config.engine.threads} thread, {gpu:g} GPU each, on {os.cpu_count()} cores"
-    )
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "status.json").unlink(missing_ok=True)  # that of an earlier session says nothing about this one
     with tempfile.TemporaryDirectory(prefix="ssfl-", ignore_cleanup_errors=True) as work:
-        home = Path(work)
+        home, port = Path(work), _free_port()
         app, overrides = _copy_app(home / "ssfl-app"), home / "run.toml"
         overrides.write_text(write_toml(config.flat))
-        port = _free_port()
-        environment = _environment(home, port, config.engine.threads)
-        resources_ = (
+        environment = _environment(home, port, threads)
+        federation = (
             f"num-supernodes={config.settings.run.clients} client-resources-num-cpus=1 "
             f"client-resources-num-gpus={gpu} init-args-num-cpus={actors} init-args-log-to-driver=false"
         )
         command = ["flwr", "run", str(app), "local", "--stream", "-c", str(overrides)]
-        with _superlink(home, port, environment), (folder / "flower.log").open("ab") as log:
-            begins = log.tell()
-            flwr = _start([*command, "--federation-config", resources_], home, environment, log.fileno())
-            try:
-                _follow(flwr, folder / "console.log", say)
-            finally:
-                _stop(flwr)
+        command += ["--federation-config", federation]
+        log = folder / "flower.log"
+        begins = log.stat().st_size if log.exists() else 0
+        with (
+            guard.hold(Path(environment[guard.LAUNCHER])),
+            _superlink(home, port, environment),
+            _running(command, home, environment, log) as flwr,
+        ):
+            _follow(flwr, folder / "console.log", say)
     _judge(folder, begins)
 
 
@@ -97,9 +98,7 @@ def _judge(folder: Path, log_begins: int) -> None:
         log.seek(log_begins)
         lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     tail = "\n  ".join(lines[-12:])
-    raise RunFailed(
-        f"Flower ended the run before it was finished; the end of {folder / 'flower.log'}:\n  {tail}"
-    )
+    raise RunFailed(f"Flower ended the run before it was finished; the end of {folder / 'flower.log'}:\n  {tail}")
 
 
 def _follow(flwr: "subprocess.Popen[bytes]", console: Path, say: Callable[[str], None]) -> None:
@@ -144,6 +143,7 @@ def _environment(home: Path, port: int, threads: int) -> dict[str, str]:
             "FLWR_HOME": str(flwr_home),
             "PATH": binaries + os.pathsep + os.environ.get("PATH", ""),
             "OMP_NUM_THREADS": str(threads),
+            guard.LAUNCHER: str(home / "launcher.lock"),
             "SSFL_SOURCE": str(app_folder()),
         }
     )
@@ -151,21 +151,11 @@ def _environment(home: Path, port: int, threads: int) -> dict[str, str]:
 
 @contextmanager
 def _superlink(home: Path, port: int, environment: dict[str, str]) -> Iterator[None]:
-    log = home / "superlink.log"
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-    with log.open("wb") as output:
-        process = _start(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            home,
-            environment,
-            output.fileno(),
-            group=True,
-        )
-    try:
-        _wait_until_healthy(process, port, log)
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with _running(command, home, environment, home / "superlink.log") as process:
+        _wait_until_healthy(process, port, home / "superlink.log")
         yield
-    finally:
-        _stop(process, group=True)
 
 
 def _wait_until_healthy(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
@@ -183,43 +173,41 @@ def _wait_until_healthy(process: "subprocess.Popen[bytes]", port: int, log: Path
     raise RunFailed(f"Flower's SuperLink did not start on port {port} within {START_TIMEOUT:g} s:\n  {tail}")
 
 
-def _start(
-    command: list[str], cwd: Path, environment: dict[str, str], output: int, *, group: bool = False
-) -> "subprocess.Popen[bytes]":
-    binary = Path(sys.executable).parent / command[0]
-    return subprocess.Popen(
-        [str(binary), *command[1:]],
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=group,
-        preexec_fn=_die_with_parent,  # noqa: PLW1509
-    )
+@contextmanager
+def _running(
+    command: list[str], cwd: Path, environment: dict[str, str], log: Path
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a command of this very environment; end it and all its descendants in the end."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / command[0]), *command[1:]],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the launcher, which then stops the others in order
+        )
+    try:
+        yield process
+    finally:
+        _stop(process)
 
 
-def _die_with_parent() -> None:
-    # A launcher that is killed must not leave a SuperLink that goes on writing to the run folder (Linux only).
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
-def _stop(process: "subprocess.Popen[bytes]", *, group: bool = False) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            break
-        process.send_signal(number)
-        try:
-            process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            continue
-    if group:
-        # Whatever Flower and Ray left of the SuperLink's own process group.
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and all its descendants: first asked, then killed."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        family = []
+    if process.poll() is None:
+        process.terminate()
+    _, alive = psutil.wait_procs(family, STOP_TIMEOUT if process.poll() is None else 1)
+    for member in alive:
+        # Flower's and Ray's children have sessions of their own and survive their parent for a while.
+        member.kill()
+    psutil.wait_procs(alive, STOP_TIMEOUT)
+    process.wait()
 
 
 def _free_port() -> int:

@@ -58,7 +58,7 @@ def _imagenet_resnet(kind: str, channels: int, classes: int, norm: Callable[[int
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
     block, layers = {"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet50": (Bottleneck, [3, 4, 6, 3])}[kind]
-    model = ResNet(block, layers, num_classes=classes, norm_layer=norm)
+    model: nn.Module = ResNet(block, layers, num_classes=classes, norm_layer=norm)
     model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model

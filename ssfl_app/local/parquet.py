@@ -82,9 +82,7 @@ def _columns(path: str, file: Path) -> tuple[str, str]:
     if image is None:
         raise ConfigError(f"{has} an image column: a struct with a field bytes")
     if label is None:
-        raise ConfigError(
-            f"{has} an integer label column: {', '.join(_LABEL_COLUMNS)}, or only one of any name"
-        )
+        raise ConfigError(f"{has} an integer label column: {', '.join(_LABEL_COLUMNS)}, or only one of any name")
     return str(image), str(label)
 
 

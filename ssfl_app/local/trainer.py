@@ -1,6 +1,6 @@
 """The one training loop of the project, and the two other things a model is asked for: gradient and accuracy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,7 +98,7 @@ class LocalTrainer:
         total, seen = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for _ in range(self.options.epochs):
             order = torch.from_numpy(rng.permutation(len(data))).to(self.device)
-            for chosen in order.split(self.options.batch_size):
+            for chosen in torch.split(order, self.options.batch_size):
                 optimizer.zero_grad()
                 loss = self._loss(model, self.transform.train(data.pixels[chosen], rng), data.labels[chosen])
                 (loss if penalty is None else loss + penalty(model)).backward()  # type: ignore[no-untyped-call]
@@ -150,6 +150,6 @@ class LocalTrainer:
 
 
 @torch.no_grad()
-def _apply(tensors: list[torch.Tensor], bits: list[torch.Tensor]) -> None:
+def _apply(tensors: Sequence[torch.Tensor], bits: list[torch.Tensor]) -> None:
     if bits:
-        torch._foreach_mul_(tensors, bits)
+        torch._foreach_mul_(list(tensors), bits)

@@ -14,9 +14,7 @@ Indices = npt.NDArray[np.int64]
 _NO_MASS = 1e-200
 
 
-def dirichlet(
-    labels: Indices, clients: int, options: "PartitionOptions", rng: np.random.Generator
-) -> list[Indices]:
+def dirichlet(labels: Indices, clients: int, options: "PartitionOptions", rng: np.random.Generator) -> list[Indices]:
     """Deal images to clients of equal size, each with its own prior over the classes.
 
     Client k draws a prior from Dir(alpha, ..., alpha) over the classes. All places of all clients are then

@@ -67,9 +67,7 @@ def pathological(
 
 def _check(classes: int, clients: int, each: int) -> None:
     if each > classes:
-        raise ConfigError(
-            f"partition.classes is {each}; the data set has {classes} classes, it is at most that"
-        )
+        raise ConfigError(f"partition.classes is {each}; the data set has {classes} classes, it is at most that")
     if clients * each < classes:
         raise ConfigError(
             f"partition.classes is {each}; with {clients} clients it is at least {-(-classes // clients)}, "

@@ -6,7 +6,6 @@ working directory of the process is.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ from safetensors import numpy as safe_numpy
 from safetensors import safe_open
 from safetensors import torch as safe_torch
 
+from ssfl_app import guard
 from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.layout import Layout, State, state_digest
 from ssfl_app.sparsity.mask import Mask
@@ -83,23 +83,14 @@ class Recorder:
         self._rounds, self._say, self._began = rounds, say, time.monotonic()
         self._seconds_before = 0.0
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        lock = guard.take(folder / ".lock")
+        if lock is None:
+            raise ConfigError(f"run.out is {folder}; it is a folder that no other process is writing to")
+        self._lock = lock
         (folder / "checkpoint").mkdir(exist_ok=True)
         self.status("running")
         write_atomically(folder / "config.toml", lambda file: file.write_text(config))
         write_json(folder / "environment.json", environment())
-
-    def _take_lock(self) -> IO[str]:
-        # Held by the kernel for this process: a killed run leaves no stale lock behind.
-        lock = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise ConfigError(
-                f"run.out is {self.folder}; it is a folder no other process is writing to"
-            ) from None
-        return lock
 
     def status(self, status: str, message: str = "") -> None:
         """Record how the run stands: running, finished or failed. A killed run stays "running"."""
@@ -125,11 +116,9 @@ class Recorder:
             left = (self._rounds - record["round"]) * sum(timed) / len(timed)
             self.say(round_line(record, self._rounds, left))
         elif record["asked"]:
-            self.say(
-                f"discovery: {len(record['ok'])} of {len(record['asked'])} clients answered, "
-                f"{record['bytes_discovery_down'] / 1e6:.3f} MB down, {record['bytes_discovery_up'] / 1e6:.3f} MB up, "
-                f"{record['seconds']:.1f} s"
-            )
+            down, up = record["bytes_discovery_down"] / 1e6, record["bytes_discovery_up"] / 1e6
+            answered = f"{len(record['ok'])} of {len(record['asked'])} clients answered"
+            self.say(f"discovery: {answered}, {down:.3f} MB down, {up:.3f} MB up, {record['seconds']:.1f} s")
 
     # ---- going on after an interruption ------------------------------------------------------
 

@@ -230,9 +230,7 @@ def _round_rows(run: Run) -> list[list[str]]:
         shares = [percent(entry.get(key)) for key in (CENTRAL, LOCAL)]
         down = sum(entry.get(f"bytes_{what}_down") or 0 for what in ("train", "evaluate", "mask"))
         sent = [megabytes(down), megabytes(entry.get("bytes_train_up")), megabytes(so_far * MB)]
-        rows.append(
-            [str(entry["round"]), *sizes, *losses, *shares, *sent, shown(entry.get("seconds"), ",.1f")]
-        )
+        rows.append([str(entry["round"]), *sizes, *losses, *shares, *sent, shown(entry.get("seconds"), ",.1f")])
     return rows
 
 

@@ -171,9 +171,7 @@ class Csr(Codec):
         for name, span in layout.prunable_spans.items():
             # From the mask's coordinates: an alive weight that is exactly 0 is stored like any other.
             rows, columns = np.nonzero(mask.alive[span].reshape(shapes[name][0], -1))
-            matrix = sparse.csr_matrix(
-                (np.ones(rows.size, np.float32), (rows, columns)), shape=_matrix(shapes[name])
-            )
+            matrix = sparse.csr_matrix((np.ones(rows.size, np.float32), (rows, columns)), shape=_matrix(shapes[name]))
             indices.append(matrix.indices.astype(np.int32))
             indptr.append(matrix.indptr.astype(np.int32))
         alive, rest = mask.carried & layout.is_prunable, ~layout.is_prunable

@@ -68,9 +68,7 @@ class Mask:
         """
         unknown = sorted(set(tensors) ^ set(layout.prunable))
         if unknown:
-            raise ValueError(
-                f"mask names {unknown} do not match the prunable tensors {list(layout.prunable)}"
-            )
+            raise ValueError(f"mask names {unknown} do not match the prunable tensors {list(layout.prunable)}")
         shapes = dict(layout.shapes)
         for name, tensor in tensors.items():
             if tensor.dtype != torch.bool:
@@ -120,9 +118,7 @@ class Mask:
         if scores.shape != (layout.prunable_size,):
             raise ValueError(f"scores have shape {scores.shape}; this layout needs ({layout.prunable_size},)")
         if not np.isfinite(scores).all():
-            raise ValueError(
-                f"{np.count_nonzero(~np.isfinite(scores))} scores are NaN or Inf; all must be finite"
-            )
+            raise ValueError(f"{np.count_nonzero(~np.isfinite(scores))} scores are NaN or Inf; all must be finite")
         if min_per_layer:
             scores = _with_floor(layout, scores, min_per_layer, keep_count(density, layout.prunable_size))
         alive = np.zeros(layout.prunable_size, dtype=np.bool_)
@@ -131,9 +127,7 @@ class Mask:
         return cls(layout, alive)
 
     @classmethod
-    def random(
-        cls, layout: Layout, density: float, rng: np.random.Generator, scope: Scope = "global"
-    ) -> "Mask":
+    def random(cls, layout: Layout, density: float, rng: np.random.Generator, scope: Scope = "global") -> "Mask":
         """Keep floor(density * size) uniformly random coordinates, over all layers or in each."""
         alive = np.zeros(layout.prunable_size, dtype=np.bool_)
         for span in _groups(layout, scope):
@@ -199,9 +193,7 @@ class Mask:
         bits = self.tensors()
         zero = torch.zeros(())
         # where, not a product: -1 * 0 would be -0.0, which is another bit pattern than 0.
-        return {
-            n: torch.where(bits[n], t.cpu(), zero) if n in bits else t.cpu().clone() for n, t in state.items()
-        }
+        return {n: torch.where(bits[n], t.cpu(), zero) if n in bits else t.cpu().clone() for n, t in state.items()}
 
     def layers(self) -> Iterator[tuple[str, int, int]]:
         """Yield (name, alive, size) for each prunable tensor."""
@@ -231,11 +223,7 @@ class Mask:
         return Mask(self.layout, self.alive & self._same(other))
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Mask)
-            and self.layout == other.layout
-            and bool((self.alive == other.alive).all())
-        )
+        return isinstance(other, Mask) and self.layout == other.layout and bool((self.alive == other.alive).all())
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -263,7 +251,7 @@ def _largest(scores: Vector, count: int, ties: str) -> Bits:
         return np.zeros(scores.size, dtype=np.bool_)
     threshold = np.partition(scores, scores.size - count)[scores.size - count]
     if ties == "keep":
-        return scores >= threshold
+        return np.asarray(scores >= threshold)
     alive: Bits = scores > threshold
     equal = np.flatnonzero(scores == threshold)
     alive[equal[: count - int(np.count_nonzero(alive))]] = True

@@ -22,9 +22,7 @@ def snip(gradient: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
     return {name: (g * state[name]).abs() for name, g in gradient.items()}
 
 
-def balanced_batch(
-    labels: npt.NDArray[np.int64], size: int, rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
+def balanced_batch(labels: npt.NDArray[np.int64], size: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Return the indices of a minibatch with equally many images of every class that is present.
 
     Each of the c classes gives floor(size / c) images, without replacement while it has enough; the rest of

@@ -57,10 +57,10 @@ def read_values(arrays: Mapping[str, npt.NDArray[Any]], kind: str, size: int) ->
     dtype = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int8": np.int8}[kind]
     values = take(arrays, "values", dtype, size)
     if kind == "bf16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
+        return np.asarray((values.astype(np.uint32) << 16).view(np.float32))
     if kind == "int8":
         scales = take(arrays, "scales", np.float32, -(-size // BLOCK))
-        return values.astype(np.float32) * np.repeat(scales, BLOCK)[:size]
+        return np.asarray(values.astype(np.float32) * np.repeat(scales, BLOCK)[:size])
     return values.astype(np.float32, copy=False)
 
 
@@ -107,11 +107,7 @@ def _to_int8(flat: Vector) -> Arrays:
     padded = np.zeros(blocks * BLOCK, dtype=np.float32)
     padded[: flat.size] = flat
     table = padded.reshape(blocks, BLOCK)
-    scales = (
-        (np.abs(table).max(axis=1) / np.float32(127)).astype(np.float32)
-        if blocks
-        else np.zeros(0, np.float32)
-    )
+    scales = (np.abs(table).max(axis=1) / np.float32(127)).astype(np.float32) if blocks else np.zeros(0, np.float32)
     safe = np.where(scales > 0, scales, np.float32(1))
     codes = np.clip(np.rint(table / safe[:, None]), -127, 127).astype(np.int8)
     return {"values": codes.reshape(-1)[: flat.size], "scales": scales}

@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from ssfl_app.aggregate import MAX_WEIGHT, WeightedMean
 from ssfl_app.exchange import Outcome
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import LinearCodec
+from ssfl_app.sparsity.codec import LinearCodec, SharedMask
 from ssfl_app.sparsity.layout import Layout, State
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
@@ -79,7 +79,7 @@ class SparseStrategy(Strategy):
         self.state: State = {}
         self.mask = Mask.dense(layout)
         self.watch: Watch | None = None
-        self._post = Post(settings.run)
+        self._post = Post(settings.run, mask_travels=issubclass(self.client.down, SharedMask))
         self._next_round = 0  # 0: setup is still to come
         self._encoded: tuple[State, Arrays] | None = None
         self._accuracy: dict[int, float] = {}
@@ -156,9 +156,7 @@ class SparseStrategy(Strategy):
 
         def good() -> Iterator[Reply]:
             share = self.settings.failures.min_ok_fraction
-            for reply in self._post.open(
-                replies, self._check_trained, share, f"training in round {server_round}"
-            ):
+            for reply in self._post.open(replies, self._check_trained, share, f"training in round {server_round}"):
                 seen[reply.client] = (reply.samples, float(reply.facts["loss"]))
                 yield reply
 
@@ -216,9 +214,7 @@ class SparseStrategy(Strategy):
         if self.watch is not None:
             self.watch.met(sites)
         if self._next_round == 0:
-            self.state = {
-                n: torch.from_numpy(initial_arrays[n].numpy().copy()) for n, _ in self.layout.shapes
-            }
+            self.state = {n: torch.from_numpy(initial_arrays[n].numpy().copy()) for n, _ in self.layout.shapes}
             del initial_arrays
             self._tell(self._setup(grid))
         result = Result()
@@ -228,7 +224,7 @@ class SparseStrategy(Strategy):
             record = self._train(grid, round_, configs[0], result)
             self._evaluate(grid, round_, configs[1], evaluate_fn, result, record)
             self._tell(record | {"seconds": time.monotonic() - began})
-        result.arrays = ArrayRecord(dict(self.state))  # type: ignore[arg-type]
+        result.arrays = ArrayRecord(dict(self.state))
         return result
 
     # ---- the course of a run -----------------------------------------------------------------
@@ -291,7 +287,7 @@ class SparseStrategy(Strategy):
             result.evaluate_metrics_clientapp[round_] = local
             record["local_accuracy_mean"] = local["accuracy"]
             record["local_accuracy"] = {str(c): self._accuracy[c] for c in sorted(self._accuracy)}
-        central = evaluate_fn(round_, ArrayRecord(dict(self.state))) if evaluate_fn else None  # type: ignore[arg-type]
+        central = evaluate_fn(round_, ArrayRecord(dict(self.state))) if evaluate_fn else None
         if central is not None:
             result.evaluate_metrics_serverapp[round_] = central
             record |= {f"central_{name}": central[name] for name in ("loss", "accuracy")}

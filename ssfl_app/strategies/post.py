@@ -41,15 +41,22 @@ class Reply:
 class Post:
     """Writes messages to clients by number, carries them, and opens the replies one at a time.
 
+    Parameters
+    ----------
+    run : RunOptions
+        The room ``run``.
+    mask_travels : bool
+        Whether clients must be given the mask to read a message: the codec down is `SharedMask`.
+
     Attributes
     ----------
     outcome : Outcome
         Of the exchange that is going on, or the last one.
     """
 
-    def __init__(self, run: RunOptions) -> None:
+    def __init__(self, run: RunOptions, mask_travels: bool) -> None:
         self.outcome = Outcome()
-        self._run = run
+        self._run, self._mask_travels = run, mask_travels
         self._roster: dict[int, int] = {}  # client -> node
         self._packer = Packer()
         self._letters: dict[int, tuple[str, Parcel, Mask | None]] = {}  # of the exchange that is going on
@@ -74,9 +81,7 @@ class Post:
             for node, facts in self._greet(grid, new, max(1.0, end - time.monotonic())):
                 number = int(facts["client"])
                 if number in sites:
-                    raise RunFailed(
-                        f"two nodes say that they are client {number}; each needs its own partition-id"
-                    )
+                    raise RunFailed(f"two nodes say that they are client {number}; each needs its own partition-id")
                 if 0 <= number < self._run.clients:
                     self._roster[number], sites[number] = node, facts
             missing = sorted(set(range(self._run.clients)) - set(sites))
@@ -111,8 +116,7 @@ class Post:
     ) -> list[Message]:
         """Return one message of Flower's type `kind` per client.
 
-        `mask` is what receivers need to read the parcel, None if it is complete by itself. `config` holds
-        further facts.
+        `mask` is the one the parcels are encoded under, None for a question. `config` holds further facts.
         """
         self._packer, self._letters = Packer(), {}
         messages = []
@@ -122,7 +126,7 @@ class Post:
                 facts["digest"] = mask.digest
             self._letters[client] = (kind, Parcel(parcel.arrays, facts), mask)
             knows = mask is None or self._holds.get(client) == mask.digest
-            messages.append(self._message(client, with_mask=not knows))
+            messages.append(self._message(client, with_mask=self._mask_travels and not knows))
         return messages
 
     def _message(self, client: int, *, with_mask: bool) -> Message:
@@ -187,7 +191,7 @@ class Post:
 
     def _read(self, client: int, message: Message, check: Check) -> Reply:
         parcel = read_record(message.content)
-        _, letter, mask = self._letters[client]
+        _, letter, _ = self._letters[client]
         facts = parcel.facts
         if facts.get("need"):
             raise PayloadError(f"asks for {facts['need']!r} again")

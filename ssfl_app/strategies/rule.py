@@ -16,7 +16,7 @@ from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Memory, Parcel
 
 
-class NeedMask(Exception):  # noqa: N818  (not an error: a question to the server)
+class NeedMask(Exception):
     """The client does not hold the mask of this message; the server sends it again with the mask."""
 
 
