@@ -77,7 +77,8 @@ def partition(
     from ssfl_app.workshop import load_federation
 
     given = configuration.read_file(config) if config else {}
-    parsed = configuration.parse(configuration.merge(given, configuration.read_overrides(override or [])))
+    flat = configuration.merge(given, configuration.read_overrides(override or []))
+    parsed = configuration.parse(flat | {"run.cohort": 1})  # cohorts have nothing to do with who holds what
     data, shares = load_federation(parsed)
     counts = shares.class_counts(data.train.labels.numpy(), data.classes)
     draw_partition(counts, data.class_names, out)

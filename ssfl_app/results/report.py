@@ -58,9 +58,10 @@ def final_text(summary: Mapping[str, Any], folder: Path) -> str:
     """Return `final_table` as plain text."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=110)
-    console.print(final_table(summary, folder))
-    return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+    text = io.StringIO()
+    # Wide: a path that is broken over two lines cannot be copied.
+    Console(file=text, width=400).print(final_table(summary, folder))
+    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
 
 
 def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> "Table":

@@ -1,0 +1,143 @@
+"""The in-process engine with bad luck: random node ids, replies in random order, scripted faults."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Error, Message, RecordDict
+
+from ssfl_app import client_app
+from ssfl_app.config import Flat, merge, parse
+from ssfl_app.engine.inline import InlineGrid
+from ssfl_app.sparsity.layout import Layout, State, state_of
+from ssfl_app.strategies import REGISTRY
+from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.wire import Packer, Parcel, read_record
+from ssfl_app.workshop import Workshop, open_workshop
+
+# Small enough for a run in under a second, large enough to learn something.
+SMALL: Flat = {
+    "run.clients": 6,
+    "run.cohort": 4,
+    "run.rounds": 3,
+    "run.round-timeout": 30.0,
+    "mask.density": 0.2,
+    "local.epochs": 1,
+    "partition.alpha": 1.0,
+}
+
+Where = tuple[str, int, int]  # message type, round, client
+Fault = Callable[["ScriptedGrid", Message], Message | None]
+
+
+def answer_error(code: int, reason: str = "scripted") -> Fault:
+    """Answer with one of Flower's errors instead of working."""
+    return lambda grid, message: Message(Error(code, reason), reply_to=message)
+
+
+def keep_silent(grid: "ScriptedGrid", message: Message) -> Message | None:
+    """Never answer."""
+    return None
+
+
+def forget(grid: "ScriptedGrid", message: Message) -> Message | None:
+    """Lose the client's memory, as a restarted SuperNode does, then work."""
+    grid.context(message).state = RecordDict()
+    return grid.work(message)
+
+
+def tamper(change: Callable[[Parcel], Parcel]) -> Fault:
+    """Work, then change the reply."""
+
+    def fault(grid: "ScriptedGrid", message: Message) -> Message | None:
+        good = grid.work(message)
+        return Message(Packer().record(change(read_record(good.content))), reply_to=message)
+
+    return fault
+
+
+class ScriptedGrid(InlineGrid):
+    """An InlineGrid whose node ids and order of replies depend on `luck`, and whose clients misbehave on cue."""
+
+    def __init__(self, config: Flat, luck: int = 0, faults: Mapping[Where, Fault] | None = None) -> None:
+        self._luck = np.random.default_rng(luck)
+        ids = self._luck.choice(2**62, int(config["run.clients"]), replace=False)
+        super().__init__(client_app.app, config, {int(node): client for client, node in enumerate(ids)})
+        self._faults = dict(faults or {})
+        self.log: list[Where] = []
+        self.sent: list[tuple[Where, Parcel]] = []
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        """Answer each message with probability one half; the others are not ready yet."""
+        ready = [i for i in message_ids if i in self._waiting and self._luck.random() < 0.5]
+        replies = [self._answer(self._waiting.pop(i)) for i in ready]
+        return [reply for reply in replies if reply is not None]
+
+    def context(self, message: Message) -> Any:
+        return self._contexts[message.metadata.dst_node_id]
+
+    def work(self, message: Message) -> Message:
+        return super()._answer(message)
+
+    def _answer(self, message: Message) -> Message | None:  # type: ignore[override]
+        parcel = read_record(message.content)
+        client = int(self.context(message).node_config["partition-id"])
+        where = (message.metadata.message_type, int(parcel.facts.get("round", 0)), client)
+        self.log.append(where)
+        self.sent.append((where, parcel))
+        fault = self._faults.get(where)
+        return self.work(message) if fault is None else fault(self, message)
+
+
+@dataclass
+class Played:
+    """A finished run."""
+
+    strategy: SparseStrategy
+    workshop: Workshop
+    grid: ScriptedGrid
+    records: list[dict[str, Any]] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+
+    def met(self, sites: Any) -> None:
+        """See the clients."""
+
+    def round(self, record: dict[str, Any], strategy: SparseStrategy) -> None:
+        """Keep the record and the model of a round."""
+        self.records.append(record)
+        self.states.append(strategy.state)
+
+    @property
+    def layout(self) -> Layout:
+        return self.workshop.layout
+
+    def bits(self) -> bytes:
+        """Return the bits of the global model."""
+        return self.layout.flatten(self.strategy.state).tobytes()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the records without what a clock says."""
+        return [{k: v for k, v in record.items() if k != "seconds"} for record in self.records]
+
+
+def play(keys: Flat, luck: int = 0, faults: Mapping[Where, Fault] | None = None) -> Played:
+    """Play a run without a run folder: strategy, exchange, wire and clients are the real ones."""
+    from flwr.app import ArrayRecord
+
+    from ssfl_app.server_app import central_evaluation
+
+    flat = merge(SMALL, keys)
+    config = parse(flat)
+    workshop = open_workshop(flat)
+    grid = ScriptedGrid(flat, luck, faults)
+    from ssfl_app.local import models
+
+    shape = workshop.data.shape
+    fresh = models.create(config.model, shape[0], workshop.data.classes, config.settings.run.seed)
+    strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
+    played = Played(strategy, workshop, grid)
+    strategy.watch = played
+    initial = ArrayRecord({name: tensor.clone() for name, tensor in state_of(fresh).items()})
+    strategy.start(grid, initial, config.settings.run.rounds, evaluate_fn=central_evaluation(workshop))
+    return played

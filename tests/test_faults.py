@@ -1,0 +1,132 @@
+"""Faults of clients, one by one: refused or lost by name, counted, and never part of the model."""
+
+import numpy as np
+import pytest
+
+from ssfl_app.config import Flat
+from ssfl_app.exchange import RunFailed
+from ssfl_app.wire import Parcel
+from tests.in_process_grid import Fault, Played, answer_error, forget, keep_silent, play, tamper
+
+ONE: Flat = {"run.rounds": 1, "run.clients": 4, "run.cohort": 4}
+
+
+def values(change):  # type: ignore[no-untyped-def]
+    return tamper(lambda p: Parcel({**p.arrays, "values": change(p.arrays["values"].copy())}, p.facts))
+
+
+def facts(**new):  # type: ignore[no-untyped-def]
+    return tamper(lambda p: Parcel(p.arrays, {**p.facts, **new}))
+
+
+def spoil(array, value):  # type: ignore[no-untyped-def]
+    array[3] = value
+    return array
+
+
+BAD: list[tuple[Fault, str]] = [
+    (values(lambda v: spoil(v, np.nan)), "NaN or Inf"),
+    (values(lambda v: spoil(v, -np.inf)), "NaN or Inf"),
+    (values(lambda v: spoil(v, 1e6)), "at most 32768"),
+    (values(lambda v: v[:-1]), "values has length"),
+    (values(lambda v: v.astype(np.float16)), "values is float16"),
+    (tamper(lambda p: Parcel({}, p.facts)), "no array 'values'"),
+    (facts(digest="0123456789abcdef"), "digest is '0123456789abcdef'"),
+    (facts(round=7), "round is 7; it must be 1"),
+    (facts(samples=0), "samples is 0"),
+    (facts(samples=-3), "samples is -3"),
+    (facts(samples=2**40), "samples is 1099511627776"),
+    (facts(samples=1.5), "samples is 1.5"),
+    (facts(loss=float("nan")), "loss is nan"),
+    (facts(loss="low"), "loss is 'low'"),
+    (answer_error(2, "Traceback ...\nValueError: no such patient"), "raised: ValueError: no such patient"),
+]
+
+
+@pytest.mark.parametrize(("fault", "reason"), BAD, ids=[reason for _, reason in BAD])
+def test_a_bad_training_reply_is_refused_by_name(fault: Fault, reason: str) -> None:
+    played = play(ONE, faults={("train", 1, 2): fault})
+    record = played.records[1]
+    assert list(record["refused"]) == ["2"]
+    assert reason in record["refused"]["2"]
+    assert record["ok"] == [0, 1, 3]
+    assert np.isfinite(played.layout.flatten(played.strategy.state)).all()
+
+
+def test_a_bad_answer_to_the_saliency_question_is_refused_and_leaves_the_mask_alone() -> None:
+    def run(fault: Fault) -> Played:
+        return play(ONE, faults={("query.saliency", 0, 1): fault})
+
+    without = run(answer_error(5))
+    for fault, reason in BAD[:6]:
+        played = run(fault)
+        assert reason in played.records[0]["refused"]["1"]
+        assert played.strategy.mask == without.strategy.mask
+    assert without.records[0]["lost"] == {"1": "Flower error 5: scripted"}
+
+
+def test_a_bad_evaluation_is_refused_and_left_out_of_the_mean() -> None:
+    good = play(ONE)
+    played = play(ONE, faults={("evaluate", 1, 0): facts(accuracy=float("nan"))})
+    assert "accuracy is nan" in played.records[1]["evaluate_refused"]["0"]
+    rest = [v for c, v in good.records[1]["local_accuracy"].items() if c != "0"]
+    assert played.records[1]["local_accuracy_mean"] == pytest.approx(sum(rest) / 3)
+    assert played.bits() == good.bits()
+
+
+def test_a_silent_client_is_lost_when_the_round_times_out() -> None:
+    played = play({**ONE, "run.round-timeout": 6.0}, faults={("train", 1, 3): keep_silent})
+    assert played.records[1]["lost"] == {"3": "no answer within 6 s"}
+    assert played.records[1]["ok"] == [0, 1, 2]
+
+
+def test_a_client_without_the_mask_asks_for_it_and_gets_it_within_the_round() -> None:
+    keys: Flat = {**ONE, "run.rounds": 2}
+    good = play(keys)
+    played = play(keys, faults={("train", 2, 1): forget})
+    bitmap = -(-played.layout.prunable_size // 8)
+    assert played.bits() == good.bits()
+    assert played.records[2]["lost"] == played.records[2]["refused"] == {}
+    assert played.records[2]["bytes_mask_down"] == bitmap
+    # The model went down twice to that client: bytes are those that were really sent.
+    model = good.records[2]["bytes_train_down"] // 4
+    assert played.records[2]["bytes_train_down"] == 5 * model
+    assert played.records[2]["messages_train_down"] == 5
+    kinds = [where for where in played.grid.log if where == ("train", 2, 1)]
+    assert len(kinds) == 2
+
+
+def test_a_client_that_keeps_asking_for_the_mask_is_refused() -> None:
+    ask = tamper(lambda p: Parcel({}, {"need": "mask", "samples": 0, "round": 1}))
+    played = play(ONE, faults={("train", 1, 1): ask})
+    assert played.records[1]["refused"] == {"1": "asks for 'mask' again"}
+
+
+def test_a_round_with_too_few_good_replies_ends_the_run_and_leaves_the_model() -> None:
+    faults = {("train", 1, client): answer_error(5) for client in (0, 1, 2)}
+    with pytest.raises(RunFailed, match=r"training in round 1: 1 of 4 clients .* failures.min-ok-fraction is 0.5"):
+        play(ONE, faults=faults)
+    assert play({**ONE, "failures.min-ok-fraction": 0.25}, faults=faults).records[1]["ok"] == [3]
+
+
+def test_a_dead_ray_actor_ends_the_run_with_a_plain_message() -> None:
+    with pytest.raises(RunFailed, match=r"a Ray actor died while it worked for client 2 .*engine.actors"):
+        play(ONE, faults={("train", 1, 2): answer_error(0, "<class ActorDiedError>:<'The actor died'>")})
+
+
+def test_a_client_with_other_code_is_named() -> None:
+    from ssfl_app.server_app import Watcher
+
+    watcher = Watcher(None, None)  # type: ignore[arg-type]
+    with pytest.raises(RunFailed, match="client 4 runs other code"):
+        watcher.met({4: {"code": "another"}})
+
+
+def test_two_nodes_that_claim_one_number_end_the_run() -> None:
+    with pytest.raises(RunFailed, match="two nodes say that they are client 0"):
+        play(ONE, faults={("query.hello", 0, 1): facts(client=0)})
+
+
+def test_clients_that_never_join_are_named() -> None:
+    with pytest.raises(RunFailed, match=r"3 of 4 clients joined within run.join-timeout 1 s; missing: 2"):
+        play({**ONE, "run.join-timeout": 1.0}, faults={("query.hello", 0, 2): facts(client=99)})
