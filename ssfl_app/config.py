@@ -79,7 +79,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
             raise ConfigError(f"{key} is not a key; keys are strategy and those of {', '.join(rooms)}")
         rooms[name][rest] = value
     strategy = flat.get("strategy")
-    if strategy not in REGISTRY:
+    if not isinstance(strategy, str) or strategy not in REGISTRY:
         raise ConfigError(f"strategy is {strategy!r}; it is one of {', '.join(REGISTRY)}")
     made: dict[str, Any] = {name: build(room, name, rooms[name]) for name, room in ROOMS.items()}
     run = made["run"]

@@ -15,6 +15,7 @@ Traceback (most recent call last):
 ssfl_app.options.ConfigError: mask.density is 1.7; it is a fraction in (0, 1]
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from typing import Any, TypeVar, get_type_hints
@@ -33,13 +34,13 @@ def option(allowed: str, check: Callable[[Any], bool]) -> Any:
 
 
 def at_least(low: float) -> Any:
-    """Return a field for a number >= `low`."""
-    return option(f"a number of at least {low}", lambda value: value >= low)
+    """Return a field for a finite number >= `low`."""
+    return option(f"a number of at least {low}", lambda value: low <= value < math.inf)
 
 
 def above(low: float) -> Any:
-    """Return a field for a number > `low`."""
-    return option(f"a number above {low}", lambda value: value > low)
+    """Return a field for a finite number > `low`."""
+    return option(f"a number above {low}", lambda value: low < value < math.inf)
 
 
 def fraction() -> Any:
@@ -86,7 +87,7 @@ def build(room: type[T], name: str, values: Mapping[str, Scalar]) -> T:
             raise ConfigError(f"{prefix}{key} is missing; it is {spec.metadata['allowed']}")
         value: Any = values[key]
         kind = types[spec.name]
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) <= 2**53:
             value = float(value)
         if type(value) is not kind:
             types_ = f"{kind.__name__}, not {type(value).__name__}"

@@ -19,7 +19,12 @@ import torch
 
 def _digest(seed: int, purpose: str, where: tuple[int | str, ...]) -> bytes:
     # repr keeps 1 and "1" and (1, 2) and (12,) apart; Python's hash() is salted and would not repeat.
-    return hashlib.sha256(repr((int(seed), purpose, where)).encode()).digest()
+    return hashlib.sha256(repr((int(seed), purpose, tuple(map(_plain, where)))).encode()).digest()
+
+
+def _plain(place: int | str) -> int | str:
+    # NumPy's integers print as np.int64(7); 7 is 7, whoever counted it.
+    return place if isinstance(place, str) else int(place)
 
 
 def generator(seed: int, purpose: str, *where: int | str) -> np.random.Generator:

@@ -87,7 +87,6 @@ def test_positions_must_rise_within_the_layout(index):
     refused("indexed", arrays, "index must rise strictly within 0..15")
 
 
-@pytest.mark.xfail(strict=True, reason="np.diff wraps around in int32: IndexError instead of PayloadError")
 def test_positions_whose_differences_overflow_are_refused():
     index = np.array([0, 2**31 - 1, -(2**31), -1, 5], np.int32)
     refused("indexed", {"values": np.zeros(7, np.float32), "index": index})

@@ -105,7 +105,6 @@ def test_a_floor_keeps_the_best_of_each_layer_and_the_exact_total(world, hundred
     assert set(np.flatnonzero(mask.alive)) == kept | set(others[: total - len(kept)])
 
 
-@pytest.mark.xfail(strict=True, reason="the floor is not honoured with scope layer: layer a keeps 0")
 def test_a_floor_holds_when_layers_are_ranked_on_their_own():
     layout = Layout((("a", (2, 2)), ("b", (10, 10))), ("a", "b"))
     mask = Mask.top(layout, np.arange(104, dtype=np.float32), 0.1, "layer", min_per_layer=2)

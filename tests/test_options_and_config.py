@@ -40,13 +40,9 @@ def test_a_room_is_built_of_its_keys():
 
 
 def test_a_whole_number_is_taken_for_a_float_and_becomes_one():
-    made = build(Room, "room", GOOD | {"share": 1, "rate": 2})
-    assert (made.share, made.rate) == (1.0, 2.0)
+    made = build(Room, "room", GOOD | {"how-many": 1, "share": 1, "rate": 2})  # the limits are allowed
+    assert (made.how_many, made.share, made.rate) == (1, 1.0, 2.0)
     assert type(made.share) is type(made.rate) is float
-
-
-def test_limits_are_allowed():
-    assert build(Room, "room", GOOD | {"how-many": 1, "share": 1.0}).how_many == 1
 
 
 @pytest.mark.parametrize(
@@ -83,13 +79,9 @@ def test_the_top_level_has_no_name():
         build(Room, "", GOOD | {"colour": 1})
 
 
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="float() of a whole number of 400 digits overflows")
 def test_a_whole_number_too_large_for_a_float_is_refused():
     with pytest.raises(ConfigError, match=r"room\.rate is"):
         build(Room, "room", GOOD | {"rate": 10**400})
-
-
-# ---- the whole ----------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_a_configuration_with_a_room_for_every_strategy():
@@ -137,13 +129,11 @@ def test_a_missing_key_is_named(key):
         ({"strategy": 1}, "strategy is 1; it is one of " + ", ".join(REGISTRY)),
         ({"maks.density": 0.1}, "maks.density is not a key; keys are strategy and those of run, mask"),
         ({"density": 0.1}, "density is not a key; keys are strategy and those of run, mask"),
-        ({"run": 1}, "run is not a key"),
         ({"strategy.name": "ssfl"}, "strategy.name is not a key"),
         ({"mask.desnity": 0.1}, "mask.desnity is not a key; mask has density, scope, min-per-layer"),
         ({"mask.density": 1.7}, "mask.density is 1.7; it is a fraction in (0, 1]"),
         ({"run.clients": 5, "run.cohort": 6}, "run.cohort is 6; it is at most run.clients, 5"),
         ({"wire.up-values": "fp8"}, "wire.up-values is 'fp8'; it is one of fp32, fp16, bf16, int8"),
-        ({"local.lr": 0}, "local.lr is 0.0; it is a number above 0"),
     ],
 )
 def test_what_cannot_be_run_is_refused(change, message):
@@ -151,7 +141,6 @@ def test_what_cannot_be_run_is_refused(change, message):
         parse(defaults() | change)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="strategy in REGISTRY: a list cannot be hashed")
 @pytest.mark.parametrize("value", [["ssfl"], {"name": "ssfl"}])
 def test_a_strategy_that_is_no_scalar_is_refused(value):
     with pytest.raises(ConfigError, match="strategy is"):
@@ -160,9 +149,6 @@ def test_a_strategy_that_is_no_scalar_is_refused(value):
 
 def test_a_cohort_of_all_clients_is_allowed():
     assert parse(defaults() | {"run.clients": 5, "run.cohort": 5}).settings.run.cohort == 5
-
-
-# ---- layers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,15 @@ def test_a_run_leaves_all_its_files_where_the_user_stands(ssfl: Run, tmp_path: P
     (folder,) = (tmp_path / "runs").iterdir()
     assert code == 0
     assert folder.name.endswith("-ssfl-digits")
-    for name in (
-        "config.toml environment.json rounds.jsonl mask.safetensors model.safetensors report.html summary.json"
-    ).split():
+    for name in [
+        "config.toml",
+        "environment.json",
+        "rounds.jsonl",
+        "mask.safetensors",
+        "model.safetensors",
+        "report.html",
+        "summary.json",
+    ]:
         assert (folder / name).stat().st_size > 0
     assert [line.split()[0:2] for line in out.splitlines() if line.startswith("round")] == [
         ["round", f"{r}/3"] for r in (1, 2, 3)

@@ -119,7 +119,7 @@ class LocalTrainer:
         The model is left as it was, buffers included, with no gradients behind.
         """
         data = data.to(self.device)
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        training, buffers = model.training, {name: buffer.clone() for name, buffer in model.named_buffers()}
         named = dict(model.named_parameters())
         wanted = Layout.of(model).prunable
         model.train()
@@ -128,6 +128,7 @@ class LocalTrainer:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
+        model.train(training)
         return dict(zip(wanted, gradients, strict=True))
 
     @torch.no_grad()

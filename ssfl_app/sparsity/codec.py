@@ -79,7 +79,9 @@ class LinearCodec(Codec):
 
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return the carried coordinates of the state."""
-        return write_values(layout.flatten(mask.apply(state))[self.places(layout, mask)], self.values)
+        flat, places = layout.flatten(state), self.places(layout, mask)
+        flat[~mask.carried] = 0
+        return write_values(flat if places.all() else flat[places], self.values)
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
         """Return the state with 0 wherever nothing was carried."""
@@ -148,7 +150,9 @@ class Indexed(Codec):
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
         """Return the state and the mask that the positions tell."""
         index = take(arrays, "index", np.int32, None)
-        if index.size and (index[0] < 0 or index[-1] >= layout.prunable_size or (np.diff(index) <= 0).any()):
+        # Neighbours are compared, not subtracted: int32 differences of hostile values wrap around.
+        rising = (index[1:] > index[:-1]).all()
+        if index.size and (not rising or index[0] < 0 or index[-1] >= layout.prunable_size):
             raise PayloadError(f"index must rise strictly within 0..{layout.prunable_size - 1}")
         alive = np.zeros(layout.prunable_size, dtype=np.bool_)
         alive[index] = True
@@ -244,7 +248,7 @@ def _csr_pattern(
     name: str, pointers: npt.NDArray[np.int32], columns: npt.NDArray[np.int32], shape: tuple[int, int]
 ) -> npt.NDArray[np.bool_]:
     # scipy trusts its inputs in places; what comes from a client is checked before it gets there.
-    rising = pointers[0] == 0 and pointers[-1] == columns.size and (np.diff(pointers) >= 0).all()
+    rising = pointers[0] == 0 and pointers[-1] == columns.size and (pointers[1:] >= pointers[:-1]).all()
     if not rising or (columns.size and (columns.min() < 0 or columns.max() >= shape[1])):
         raise PayloadError(f"indices of {name} do not describe a matrix of shape {shape}")
     matrix = sparse.csr_matrix((np.ones(columns.size, np.bool_), columns, pointers), shape=shape)

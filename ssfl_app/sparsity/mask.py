@@ -106,7 +106,7 @@ class Mask:
             Rank all layers together (SSFL, eq. 7), or each on its own with the same density.
         min_per_layer : int
             Each layer keeps at least its best `min_per_layer` coordinates (or all it has). Global ranking
-            can otherwise empty a layer at low densities. The total stays exact.
+            can otherwise empty a layer at low densities. With scope "global" the total stays exact.
         ties : {"index", "keep"}
             Among equal scores at the threshold keep the lower index, or, as the papers' ">=" does, all.
 
@@ -119,11 +119,17 @@ class Mask:
             raise ValueError(f"scores have shape {scores.shape}; this layout needs ({layout.prunable_size},)")
         if not np.isfinite(scores).all():
             raise ValueError(f"{np.count_nonzero(~np.isfinite(scores))} scores are NaN or Inf; all must be finite")
-        if min_per_layer:
+        if ties not in ("index", "keep"):
+            raise ValueError(f"ties is {ties!r}; it is index or keep")
+        if min_per_layer and scope == "global":
             scores = _with_floor(layout, scores, min_per_layer, keep_count(density, layout.prunable_size))
         alive = np.zeros(layout.prunable_size, dtype=np.bool_)
         for span in _groups(layout, scope):
-            alive[span] = _largest(scores[span], keep_count(density, span.stop - span.start), ties)
+            size = span.stop - span.start
+            count = keep_count(density, size)
+            if scope == "layer":
+                count = max(count, min(min_per_layer, size))
+            alive[span] = _largest(scores[span], count, ties)
         return cls(layout, alive)
 
     @classmethod

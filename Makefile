@@ -1,0 +1,51 @@
+# What CI runs, under the same names. A fresh clone needs Python >= 3.11 and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FILES := pyproject.toml constraints.txt
+# Tests use Flower; nothing of them may talk to the internet.
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export RAY_USAGE_STATS_ENABLED = 0
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint types tests fast bench clean
+
+demo: $(VENV)/.installed  ## install, and run SSFL on 20 clients (about a minute after installation)
+	$(BIN)/ssfl run
+
+test: $(VENV)/.installed-dev lint types tests  ## everything CI checks
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+tests: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+fast: $(VENV)/.installed-dev  ## the tests that start no Flower processes
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: $(VENV)/.installed-dev  ## record benchmarks/results again; CIFAR-10 needs ../shared or its own data.path
+	$(BIN)/python benchmarks/tables.py digits
+	$(BIN)/python benchmarks/memory.py
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version' \
+		|| (echo "set another one: make demo PYTHON=/path/to/python3.11"; exit 1)
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(FILES) | $(BIN)/python
+	$(BIN)/pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(FILES) | $(BIN)/python
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
