@@ -30,7 +30,7 @@ tests: $(VENV)/.installed-dev
 fast: $(VENV)/.installed-dev  ## the tests that start no Flower processes
 	$(BIN)/python -m pytest -m "not slow"
 
-bench: $(VENV)/.installed-dev  ## record benchmarks/results again; CIFAR-10 needs ../shared or its own data.path
+bench: $(VENV)/.installed-dev  ## record benchmarks/results again (CIFAR-10 by hand: benchmarks/tables.py cifar10)
 	$(BIN)/python benchmarks/tables.py digits
 	$(BIN)/python benchmarks/memory.py
 

@@ -1,12 +1,16 @@
 """Run the tables of README with `ssfl run` and record them: python benchmarks/tables.py digits|cifar10
 
+cifar10 reads the folder that SSFL_CIFAR10 names.
+
 Every run is `ssfl run` in a process of its own: cifar10 on the Ray engine, digits (24 short runs) on the in-process
 one, which gives the same digits and whose seconds are those of one core. The record in benchmarks/results/ holds
-each run's summary.json and environment.json; the Markdown table beside it is what README shows.
+each run's summary.json and environment.json; the Markdown table beside it is what README shows. Runs that the
+record already has are not played again: delete it to start over.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,7 +19,8 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CIFAR10 = HERE.parent.parent / "shared" / "data" / "cifar10"
+# The folder of train and test parquet files (columns img.bytes, label), e.g. the Hub's uoft-cs/cifar10.
+CIFAR10 = os.environ.get("SSFL_CIFAR10", "/data/cifar10")
 
 LOCAL = "partition.alpha=1.0 local.epochs=1 local.batch-size=32 ssfl.saliency-batch-size=128"
 
@@ -46,12 +51,14 @@ TABLES = {
 }
 
 
+def keys(settings: str, strategy: str, density: float, seed: int) -> str:
+    return f"{settings} strategy='{strategy}' mask.density={density} run.seed={seed}"
+
+
 def play(settings: str, engine: str, strategy: str, density: float, seed: int, folder: Path) -> dict:
-    keys = f"{settings} strategy='{strategy}' mask.density={density} run.seed={seed}"
-    command = [str(Path(sys.executable).parent / "ssfl"), "run", "--engine", engine, "-c", keys, "--out", str(folder)]
-    subprocess.run(command, check=True)
+    words = ["run", "--engine", engine, "-c", keys(settings, strategy, density, seed), "--out", str(folder)]
+    subprocess.run([str(Path(sys.executable).parent / "ssfl"), *words], check=True)
     return {
-        "keys": keys,
         "summary": json.loads((folder / "summary.json").read_text()),
         "environment": json.loads((folder / "environment.json").read_text()),
     }
@@ -84,14 +91,16 @@ def main() -> None:
     name = parser.parse_args().table
     settings, engine, seeds, rows = TABLES[name]
     record = HERE / "results" / f"{name}.json"
-    done: dict[str, list[dict]] = {}
+    known = json.loads(record.read_text())["runs"] if record.exists() else {}
     lines = []
     for strategy, density in rows:
-        runs = []
         for seed in seeds:
-            with tempfile.TemporaryDirectory() as folder:
-                runs.append(play(settings, engine, strategy, density, seed, Path(folder) / "run"))
-        done[f"{strategy} {density}"] = runs
+            if keys(settings, strategy, density, seed) not in known:
+                with tempfile.TemporaryDirectory() as folder:
+                    run = play(settings, engine, strategy, density, seed, Path(folder) / "run")
+                known[keys(settings, strategy, density, seed)] = run
+                record.write_text(json.dumps({"runs": known}, indent=1) + "\n")
+        runs = [known[keys(settings, strategy, density, seed)] for seed in seeds]
         lines.append(row(runs))
         print(lines[-1], flush=True)
     where = runs[0]["environment"]
@@ -102,7 +111,6 @@ def main() -> None:
     )
     title = f"{name}: {len(seeds)} seed(s), {hardware}, {date.today()}, torch {where['torch']}, flwr {where['flwr']}"
     (HERE / "results" / f"{name}.md").write_text("\n".join([title, "", head, *lines, ""]))
-    record.write_text(json.dumps({"title": title, "settings": settings, "rows": done}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

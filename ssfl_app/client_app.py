@@ -4,6 +4,8 @@
 nothing else. `serve` is the adapter that lets strategies of the Message API drive such a client.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -12,11 +14,14 @@ from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.strategies.rule import ClientRule, NeedMask
+from ssfl_app.strategies.rule import ClientRule, Need
 from ssfl_app.wire import Memory, Packer, Parcel, read_record
 from ssfl_app.workshop import code_digest, gpu_is_hidden, open_workshop
 
 NDArrays = list[npt.NDArray[Any]]
+
+STORE = "SSFL_STORE"
+"""Environment variable: a folder that simulated clients share for what is the same for all of them."""
 
 
 class SparseClient(NumPyClient):
@@ -53,8 +58,8 @@ class SparseClient(NumPyClient):
         try:
             question = config.get("question")
             reply = self.rule.train(parcel) if question is None else self.rule.setup(question, parcel)
-        except NeedMask:
-            return [], 0, {"need": "mask"}
+        except Need as need:
+            return [], 0, {"need": str(need)}
         names = ",".join(reply.arrays)
         return list(reply.arrays.values()), int(reply.facts["samples"]), {**reply.facts, "arrays": names}
 
@@ -62,8 +67,8 @@ class SparseClient(NumPyClient):
         """Test the model on this client's own test images; return loss, samples and facts."""
         try:
             facts = self.rule.evaluate(_parcel(parameters, config))
-        except NeedMask:
-            return 0.0, 0, {"need": "mask"}
+        except Need as need:
+            return 0.0, 0, {"need": str(need)}
         return float(facts.get("loss", 0.0)), int(facts["samples"]), facts
 
 
@@ -103,7 +108,8 @@ def handle(message: Message, context: Context) -> Message:
     """Answer a message as the client that this node is."""
     workshop = open_workshop(dict(context.run_config))
     number = int(context.node_config["partition-id"])
-    return serve(SparseClient(workshop.rule(number, Memory(context))), message)
+    memory = Memory(context, Path(os.environ[STORE]) if STORE in os.environ else None)
+    return serve(SparseClient(workshop.rule(number, memory)), message)
 
 
 app = ClientApp()

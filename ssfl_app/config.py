@@ -27,7 +27,7 @@ Flat = dict[str, Scalar]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Keys of the room ``engine``: how a run is executed; they never change its results."""
+    """Keys of the room ``engine``: how a run is executed. Actors never change its results, threads change bits."""
 
     actors: int = at_least(0)
     threads: int = at_least(1)
@@ -46,7 +46,7 @@ ROOMS: dict[str, type] = {
 } | {name: room for strategy in REGISTRY.values() for name, room in strategy.rooms.items()}
 
 # What may differ between a run and its continuation.
-_NOT_THE_RUN = ("run.out", "run.resume", "engine.")
+_NOT_THE_RUN = ("run.out", "run.resume", "engine.actors")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ class RunFailed(RuntimeError):
     """The run cannot go on; the message says why in one line."""
 
 
+def is_simulation(grid: Grid) -> bool:
+    """Return whether the nodes are simulated: by Flower on Ray, or by our in-process engine."""
+    return type(grid).__name__ == "InMemoryGrid" or getattr(grid, "in_process", False)
+
+
 @dataclass
 class Outcome:
     """What became of the messages of one exchange.
@@ -69,8 +74,7 @@ class Courier:
         self._end = time.monotonic() + timeout
         self._waiting: dict[str, int] = {}
         # Flower's simulation and our in-process engine answer a poll from memory; everything else is HTTP.
-        local = type(grid).__name__ == "InMemoryGrid" or getattr(grid, "in_process", False)
-        self._poll = SIMULATION_POLL if local else DEPLOYMENT_POLL
+        self._poll = SIMULATION_POLL if is_simulation(grid) else DEPLOYMENT_POLL
 
     def send(self, messages: Mapping[int, Message]) -> None:
         """Push one message per client; a client must have no other message in flight.

@@ -8,13 +8,13 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from ssfl_app import guard
-from ssfl_app.config import write_toml
-from ssfl_app.exchange import RunFailed
+from ssfl_app.config import Flat, difference, read_file, write_toml
+from ssfl_app.exchange import RunFailed, is_simulation
 from ssfl_app.options import ConfigError
 from ssfl_app.results.recorder import Recorder, default_folder, write_json
 from ssfl_app.results.report import final_text, write_report
 from ssfl_app.results.runs import read_run
-from ssfl_app.sparsity.layout import load_state, state_of
+from ssfl_app.sparsity.layout import load_state
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.base import Record, SparseStrategy
 from ssfl_app.wire import Facts
@@ -40,6 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     run = config.settings.run
     folder = Path(run.out) if run.out else Path.cwd() / default_folder(config.strategy, config.data.name)
     # Flushed: Flower forwards what a ServerApp prints, and a round should be seen when it is over.
+    check_folder(folder, config.flat)
     recorder = Recorder(folder, write_toml(config.flat), run.rounds, lambda line: print(line, flush=True))
     try:
         conduct(grid, workshop, recorder)
@@ -52,18 +53,34 @@ def main(grid: Grid, context: Context) -> None:
         recorder.close()
 
 
+def check_folder(folder: Path, flat: Flat) -> None:
+    """Refuse a folder that holds another run; `ssfl run` has checked this already, plain `flwr run` has not.
+
+    Raises
+    ------
+    ConfigError
+        It holds a run that is not to be resumed, or one of another configuration.
+    """
+    if not (folder / "config.toml").exists():
+        return
+    if not flat["run.resume"]:
+        raise ConfigError(f"run.out is {folder}; it holds a run already: go on with run.resume, or name another one")
+    clash = difference(flat, read_file(folder / "config.toml"))
+    if clash is not None:
+        raise ConfigError(f"run.out is {folder}; {clash}")
+
+
 def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
     """Play a run, new or resumed, from the first greeting to the report."""
     config, run = workshop.config, workshop.config.settings.run
     strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     strategy.watch = Watcher(recorder, workshop)
-    # The model of the workshop is lent to clients of this process: take the initial weights out first.
-    initial = ArrayRecord({n: t.detach().cpu().clone() for n, t in state_of(workshop.model).items()})
     checkpoint = recorder.resume() if run.resume else None
     if checkpoint is not None:
         strategy.restore(*checkpoint)
         recorder.say(f"resuming after round {checkpoint[0]}")
-    strategy.start(grid, initial, run.rounds, evaluate_fn=central_evaluation(workshop))
+    # Not kept in a variable: the initial weights would stay in memory for the whole run.
+    strategy.start(grid, ArrayRecord(workshop.initial_state()), run.rounds, evaluate_fn=central_evaluation(workshop))
     strategy.watch.accuracies()
     facts: Record = {
         "strategy": config.strategy,
@@ -85,14 +102,14 @@ def engine_name(grid: Grid) -> str:
     """Return inline, ray or deployment."""
     if getattr(grid, "in_process", False):
         return "inline"
-    return "ray" if type(grid).__name__ == "InMemoryGrid" else "deployment"
+    return "ray" if is_simulation(grid) else "deployment"
 
 
 def central_evaluation(workshop: Workshop) -> Callable[[int, ArrayRecord], MetricRecord]:
     """Return Flower's evaluate_fn: loss and accuracy of the global model on the whole test set."""
 
     def evaluate(_: int, arrays: ArrayRecord) -> MetricRecord:
-        load_state(workshop.model, {n: torch.from_numpy(a.numpy().copy()) for n, a in arrays.items()})
+        load_state(workshop.model, {n: torch.from_numpy(a.numpy()) for n, a in arrays.items()})
         loss, accuracy = workshop.trainer.evaluate(workshop.model, workshop.data.test)
         return MetricRecord({"loss": loss, "accuracy": accuracy})
 

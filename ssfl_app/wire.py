@@ -7,7 +7,9 @@ type of our own: no 128-byte ``.npy`` header each, no copy to read them, and Flo
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +22,7 @@ Fact = bool | int | float | str | bytes
 Facts = dict[str, Fact]
 
 SERIAL_TYPE = "ssfl.raw.v1"
-_DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("f4", "f2", "u2", "u1", "i1", "i4", "i8")}
+_DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "u1", "i1", "<i4", "<i8")}
 _MEMORY = "ssfl"
 
 
@@ -37,11 +39,13 @@ class Parcel:
         return nbytes(self.arrays)
 
 
-class Packer:
-    """Writes parcels as records; an array that many parcels share is serialised once.
+def freeze(arrays: Arrays) -> Arrays:
+    """Return the arrays on read-only bytes of their own, which `Packer` then sends without another copy."""
+    return {name: np.frombuffer(array.tobytes(), array.dtype) for name, array in arrays.items()}
 
-    One model for a hundred clients is then one buffer, and over HTTP it is uploaded once.
-    """
+
+class Packer:
+    """Writes parcels as records; an array that many parcels share becomes one buffer, however many they are."""
 
     def __init__(self) -> None:
         self._done: dict[int, tuple[npt.NDArray[Any], Array]] = {}
@@ -52,14 +56,13 @@ class Packer:
         return RecordDict({"arrays": arrays, "facts": ConfigRecord(dict(parcel.facts))})
 
     def _array(self, array: npt.NDArray[Any]) -> Array:
-        if array.dtype.name not in _DTYPES or array.ndim != 1:
+        if array.dtype != _DTYPES.get(array.dtype.name) or array.ndim != 1:
             raise TypeError(f"an array is {array.dtype} of rank {array.ndim}; the wire takes flat {list(_DTYPES)}")
         if id(array) not in self._done:
             # The array is kept beside its record, so its id cannot be given to another one meanwhile.
-            self._done[id(array)] = (
-                array,
-                Array(array.dtype.name, array.shape, SERIAL_TYPE, array.tobytes()),
-            )
+            base = array.base
+            data = base if isinstance(base, bytes) and len(base) == array.nbytes else array.tobytes()
+            self._done[id(array)] = (array, Array(array.dtype.name, array.shape, SERIAL_TYPE, data))
         return self._done[id(array)][1]
 
 
@@ -104,20 +107,39 @@ def _scalars(facts: Mapping[str, Any]) -> Facts:
 class Memory:
     """What a client keeps between messages: the shared mask, as a bitmap, and its digest.
 
-    Flower's `Context.state` is the store. In simulation it crosses to the worker and back with every message
-    and in deployment it dies with the SuperNode, so it stays small and may be found empty at any time.
+    Flower's `Context.state` is the store; in deployment it dies with the SuperNode, so it may be found empty at any
+    time. In simulation it lies in the server's process, once per client, and crosses to a worker and back with every
+    message: there the launcher names a folder, and clients keep the digest only, the bitmap being one file for all.
+
+    Parameters
+    ----------
+    context : Context
+        Flower's, of this node.
+    store : Path, optional
+        A folder that all clients of this machine share.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, store: Path | None = None) -> None:
         self._state = context.state
+        self._store = store
 
     def bitmap(self, digest: str) -> npt.NDArray[np.uint8] | None:
         """Return the bitmap of the mask with this digest, or None if it is not held."""
         held = self._state.get(_MEMORY)
         if not isinstance(held, ConfigRecord) or held["digest"] != digest:
             return None
+        if self._store is not None:
+            return np.fromfile(self._store / digest, dtype=np.uint8) if (self._store / digest).exists() else None
         return np.frombuffer(bytes(held["mask"]), dtype=np.uint8)  # type: ignore[arg-type]
 
     def keep(self, digest: str, bitmap: npt.NDArray[np.uint8]) -> None:
         """Keep a mask; it replaces the one before."""
+        if self._store is not None:
+            file = self._store / digest
+            if not file.exists():
+                temporary = file.with_name(f"{digest}.{uuid4().hex}")
+                bitmap.tofile(temporary)
+                temporary.replace(file)
+            self._state[_MEMORY] = ConfigRecord({"digest": digest})
+            return
         self._state[_MEMORY] = ConfigRecord({"digest": digest, "mask": bitmap.tobytes()})

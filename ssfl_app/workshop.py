@@ -21,7 +21,7 @@ from ssfl_app.local.data import DataSet
 from ssfl_app.local.trainer import LocalTrainer
 from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Partition, split
-from ssfl_app.sparsity.layout import Layout
+from ssfl_app.sparsity.layout import Layout, State, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.rule import ClientRule, Site
@@ -40,6 +40,16 @@ class Workshop:
     trainer: LocalTrainer
     masks: dict[str, Mask] = field(default_factory=dict)
 
+    @functools.cached_property
+    def dense(self) -> Mask:
+        """The mask under which everything is alive."""
+        return Mask.dense(self.layout)
+
+    def initial_state(self) -> State:
+        """Return the weights that a run starts from: those of the seed, on the CPU."""
+        shape, seed = self.data.shape, self.config.settings.run.seed
+        return state_of(models.create(self.config.model, shape[0], self.data.classes, seed))
+
     def rule(self, client: int, memory: Memory) -> ClientRule:
         """Return the client's half of the strategy at one client's site."""
         site = Site(
@@ -50,6 +60,8 @@ class Workshop:
             train=self.data.train.take(self.partition.train[client]),
             test=self.data.test.take(self.partition.test[client]),
             memory=memory,
+            initial=self.initial_state,
+            dense=self.dense,
             masks=self.masks,
         )
         return REGISTRY[self.config.strategy].client(site, self.config.settings)
@@ -89,6 +101,20 @@ def load_federation(config: Config) -> tuple[DataSet, Partition]:
     run = config.settings.run
     labels = images.train.labels.numpy(), images.test.labels.numpy()
     return images, split(config.partition, *labels, run.clients, run.seed)
+
+
+def check(config: Config) -> None:
+    """Find out whether a configuration can be run, without building a model.
+
+    Raises
+    ------
+    ConfigError
+        Its device, data, partition or mask cannot be had.
+    """
+    find_device(config.settings.run.device)
+    images, _ = load_federation(config)
+    layout = Layout.of(models.outline(config.model, images.shape[0], images.classes))
+    REGISTRY[config.strategy](layout, config.settings)
 
 
 def find_device(wanted: str) -> torch.device:

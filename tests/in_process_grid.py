@@ -10,7 +10,7 @@ from flwr.app import Error, Message, RecordDict
 from ssfl_app import client_app
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.engine.inline import InlineGrid
-from ssfl_app.sparsity.layout import Layout, State, state_of
+from ssfl_app.sparsity.layout import Layout, State
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.wire import Packer, Parcel, read_record
@@ -131,13 +131,14 @@ def play(keys: Flat, luck: int = 0, faults: Mapping[Where, Fault] | None = None)
     config = parse(flat)
     workshop = open_workshop(flat)
     grid = ScriptedGrid(flat, luck, faults)
-    from ssfl_app.local import models
-
-    shape = workshop.data.shape
-    fresh = models.create(config.model, shape[0], workshop.data.classes, config.settings.run.seed)
     strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     played = Played(strategy, workshop, grid)
     strategy.watch = played
-    initial = ArrayRecord({name: tensor.clone() for name, tensor in state_of(fresh).items()})
-    strategy.start(grid, initial, config.settings.run.rounds, evaluate_fn=central_evaluation(workshop))
+    rounds = config.settings.run.rounds
+    strategy.start(
+        grid,
+        ArrayRecord(workshop.initial_state()),
+        rounds,
+        evaluate_fn=central_evaluation(workshop),
+    )
     return played

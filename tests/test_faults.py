@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from flwr.app import Message
 
 from ssfl_app.config import Flat
 from ssfl_app.exchange import RunFailed
 from ssfl_app.wire import Parcel
-from tests.in_process_grid import Fault, Played, answer_error, forget, keep_silent, play, tamper
+from ssfl_app.workshop import Workshop
+from tests.in_process_grid import Fault, Played, ScriptedGrid, answer_error, forget, keep_silent, play, tamper
 
 ONE: Flat = {"run.rounds": 1, "run.clients": 4, "run.cohort": 4}
 
@@ -58,7 +60,7 @@ def test_a_bad_answer_to_the_saliency_question_is_refused_and_leaves_the_mask_al
         return play(ONE, faults={("query.saliency", 0, 1): fault})
 
     without = run(answer_error(5))
-    for fault, reason in BAD[:6]:
+    for fault, reason in [*BAD[:6], (facts(samples=0), "samples is 0"), (facts(samples=2**40), "samples is 1099")]:
         played = run(fault)
         assert reason in played.records[0]["refused"]["1"]
         assert played.strategy.mask == without.strategy.mask
@@ -69,6 +71,8 @@ def test_a_bad_evaluation_is_refused_and_left_out_of_the_mean() -> None:
     good = play(ONE)
     played = play(ONE, faults={("evaluate", 1, 0): facts(accuracy=float("nan"))})
     assert "accuracy is nan" in played.records[1]["evaluate_refused"]["0"]
+    boast = play(ONE, faults={("evaluate", 1, 0): facts(accuracy=1e9)})
+    assert "accuracy is 1000000000.0" in boast.records[1]["evaluate_refused"]["0"]
     rest = [v for c, v in good.records[1]["local_accuracy"].items() if c != "0"]
     assert played.records[1]["local_accuracy_mean"] == pytest.approx(sum(rest) / 3)
     assert played.bits() == good.bits()
@@ -94,6 +98,25 @@ def test_a_client_without_the_mask_asks_for_it_and_gets_it_within_the_round() ->
     assert played.records[2]["messages_train_down"] == 5
     kinds = [where for where in played.grid.log if where == ("train", 2, 1)]
     assert len(kinds) == 2
+
+
+def test_a_client_that_makes_other_initial_weights_from_the_seed_gets_the_servers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    good = play(ONE)
+    assert good.records[0]["bytes_discovery_down"] == 0
+
+    def other_torch(grid: ScriptedGrid, message: Message) -> Message:
+        with monkeypatch.context() as patch:
+            make = Workshop.initial_state
+            patch.setattr(Workshop, "initial_state", lambda self: {n: 2 * t for n, t in make(self).items()})
+            return grid.work(message)
+
+    played = play(ONE, faults={("query.saliency", 0, 1): other_torch})
+    assert played.records[0]["ok"] == [0, 1, 2, 3]
+    assert played.records[0]["bytes_discovery_down"] == 4 * played.layout.size
+    assert played.strategy.mask == good.strategy.mask
+    assert played.bits() == good.bits()
 
 
 def test_a_client_that_keeps_asking_for_the_mask_is_refused() -> None:

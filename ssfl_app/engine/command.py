@@ -8,7 +8,7 @@ from ssfl_app.config import Config, Flat
 from ssfl_app.exchange import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.results.recorder import default_folder
-from ssfl_app.workshop import find_device, load_federation
+from ssfl_app.workshop import check
 
 ENGINES = ("ray", "inline")
 
@@ -73,8 +73,7 @@ def resolve(
     flat = _resumed(given, resume) if resume else configuration.merge(given)
     flat["run.resume"] = resume is not None
     config = configuration.parse(flat)
-    find_device(config.settings.run.device)
-    load_federation(config)
+    check(config)
     where = flat["run.out"] or default_folder(config.strategy, config.data.name)
     folder = Path(str(where)).expanduser().resolve()
     if resume is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -92,5 +91,5 @@ def _resumed(given: Flat, folder: Path) -> Flat:
         raise ConfigError(f"--resume is {folder}; {clash}")
     if "run.out" in given:
         raise ConfigError(f"--out is {given['run.out']}; --resume goes on in {folder}, give one of them")
-    engine = {key: value for key, value in given.items() if key.startswith("engine.")}
+    engine = {key: value for key, value in given.items() if key == "engine.actors"}
     return theirs | engine | {"run.out": str(folder)}

@@ -110,6 +110,12 @@ class ModelOptions:
     norm: str = choice(*NORMS)
 
 
+def outline(options: ModelOptions, channels: int, classes: int) -> nn.Module:
+    """Return the model on the meta device: names and shapes, no memory, no random numbers."""
+    with torch.device("meta"):
+        return REGISTRY[options.name](channels, classes, norm_layer(options.norm))
+
+
 def create(options: ModelOptions, channels: int, classes: int, seed: int) -> nn.Module:
     """Return a model for images of `channels` with initial weights that depend on `seed` only.
 
@@ -117,9 +123,7 @@ def create(options: ModelOptions, channels: int, classes: int, seed: int) -> nn.
     1/sqrt(fan_in)); norms start at weight 1, bias 0.
     """
     # On the meta device nothing is drawn; the real numbers come from our own generator below.
-    with torch.device("meta"):
-        model = REGISTRY[options.name](channels, classes, norm_layer(options.norm))
-    model = model.to_empty(device="cpu")
+    model = outline(options, channels, classes).to_empty(device="cpu")
     rng = torch_generator(seed, "init")
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -129,4 +133,6 @@ def create(options: ModelOptions, channels: int, classes: int, seed: int) -> nn.
                 nn.init.uniform_(module.bias, -bound, bound, generator=rng)
         elif isinstance(module, nn.GroupNorm | nn.BatchNorm2d):
             module.reset_parameters()
+        elif next(module.parameters(recurse=False), None) is not None or len(list(module.buffers(recurse=False))):
+            raise TypeError(f"{type(module).__name__} in model {options.name} has no initialisation here")
     return model

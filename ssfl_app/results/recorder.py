@@ -90,7 +90,8 @@ class Recorder:
         (folder / "checkpoint").mkdir(exist_ok=True)
         self.status("running")
         write_atomically(folder / "config.toml", lambda file: file.write_text(config))
-        write_json(folder / "environment.json", environment())
+        if not (folder / "environment.json").exists():  # that of the start stays, when a run is resumed
+            write_json(folder / "environment.json", environment())
 
     def status(self, status: str, message: str = "") -> None:
         """Record how the run stands: running, finished or failed. A killed run stays "running"."""

@@ -5,6 +5,7 @@ strategy, streamed folds, byte counts, the failure policy, and going on after an
 wire is the affair of `post`; what a client does, that of `rule`.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,17 +21,17 @@ from flwr.serverapp.strategy import Result, Strategy
 from ssfl_app.aggregate import MAX_WEIGHT, WeightedMean
 from ssfl_app.exchange import Outcome
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import LinearCodec, SharedMask
-from ssfl_app.sparsity.layout import Layout, State
+from ssfl_app.sparsity.codec import Dense, LinearCodec, SharedMask
+from ssfl_app.sparsity.layout import Layout, State, state_digest
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.post import Check, Post, Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Facts, Parcel
+from ssfl_app.wire import Facts, Parcel, freeze
 
-Ask = Callable[[str, Parcel, Iterable[int], Check], Iterator[Reply]]
-"""ask(question, parcel, clients, check) -> replies, as they come."""
+Ask = Callable[[str, Iterable[int], Check], Iterator[Reply]]
+"""ask(question, clients, check) -> replies, as they come. The question is about the weights of this moment."""
 
 Record = dict[str, Any]
 
@@ -81,7 +82,7 @@ class SparseStrategy(Strategy):
         self.watch: Watch | None = None
         self._post = Post(settings.run, mask_travels=issubclass(self.client.down, SharedMask))
         self._next_round = 0  # 0: setup is still to come
-        self._encoded: tuple[State, Arrays] | None = None
+        self._encoded: tuple[State, Mask, Arrays] | None = None
         self._accuracy: dict[int, float] = {}
 
     # ---- the four hooks ----------------------------------------------------------------------
@@ -91,10 +92,13 @@ class SparseStrategy(Strategy):
 
     def send(self, round_: int, client: int) -> Parcel:
         """Return what goes down to this client. Default: the global model, encoded once a round."""
-        if self._encoded is None or self._encoded[0] is not self.state:
+        memo = self._encoded
+        if memo is None or memo[0] is not self.state or memo[1] is not self.mask:
             codec = self.client.down(self.settings.wire.down_values)
-            self._encoded = (self.state, codec.encode(self.layout, self.state, self.mask))
-        return Parcel(self._encoded[1])
+            self._encoded = memo = None  # the old one goes before the new one comes
+            arrays = freeze(codec.encode(self.layout, self.state, self.mask))
+            self._encoded = memo = (self.state, self.mask, arrays)
+        return Parcel(memo[2])
 
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Change the global model by the replies. Default: their weighted mean, taken as they come.
@@ -107,6 +111,7 @@ class SparseStrategy(Strategy):
         mean = WeightedMean(int(np.count_nonzero(codec.places(self.layout, self.mask))))
         for reply in replies:
             mean.add(codec.vector(reply.arrays, self.layout, self.mask), self.weight(reply))
+            del reply
         self.state = codec.expand(mean.value(), self.layout, self.mask)
 
     def deliver(self, round_: int, client: int) -> Parcel:
@@ -159,8 +164,12 @@ class SparseStrategy(Strategy):
             for reply in self._post.open(replies, self._check_trained, share, f"training in round {server_round}"):
                 seen[reply.client] = (reply.samples, float(reply.facts["loss"]))
                 yield reply
+                del reply
 
-        self.fold(server_round, good())
+        stream = good()
+        self.fold(server_round, stream)
+        for _ in stream:  # a fold that stops early must not leave clients unaccounted for
+            pass
         # fsum is exact before it rounds, so the order of arrival does not show here either.
         samples = sum(n for n, _ in seen.values())
         return None, MetricRecord({"loss": math.fsum(n * loss for n, loss in seen.values()) / samples})
@@ -232,9 +241,12 @@ class SparseStrategy(Strategy):
     def _setup(self, grid: Grid) -> Record:
         began, outcomes = time.monotonic(), list[Outcome]()
 
-        def ask(question: str, parcel: Parcel, clients: Iterable[int], check: Check) -> Iterator[Reply]:
+        def ask(question: str, clients: Iterable[int], check: Check) -> Iterator[Reply]:
+            parcel = Parcel(facts={"weights": state_digest(self.layout, self.state)})
             pairs = ((client, parcel) for client in clients)
-            messages = self._post.write(f"query.{question}", 0, pairs, None, {})
+            messages = self._post.write(
+                f"query.{question}", 0, pairs, None, {}, {"weights": functools.cache(self._weights)}
+            )
             replies = self._post.carry(grid, messages)
             share, what = self.settings.failures.min_ok_fraction, f"the question {question!r}"
             yield from self._post.open(replies, check, share, what)
@@ -251,6 +263,9 @@ class SparseStrategy(Strategy):
             "seconds": time.monotonic() - began,
         }
 
+    def _weights(self) -> Arrays:
+        return freeze(Dense().encode(self.layout, self.state, Mask.dense(self.layout)))
+
     def _train(self, grid: Grid, round_: int, config: ConfigRecord, result: Result) -> Record:
         messages = self.configure_train(round_, ArrayRecord(), config, grid)
         _, metrics = self.aggregate_train(round_, self._post.carry(grid, messages))
@@ -262,7 +277,7 @@ class SparseStrategy(Strategy):
             **_names(outcome),
             "train_loss": metrics["loss"],
             "messages_train_down": outcome.sent,
-            "messages_train_up": len(outcome.ok),
+            "messages_train_up": len(outcome.ok) + len(outcome.refused),
             "bytes_train_down": outcome.down,
             "bytes_train_up": outcome.up,
             "bytes_evaluate_down": 0,
@@ -300,12 +315,15 @@ class SparseStrategy(Strategy):
         if self.watch is not None:
             self.watch.round(record, self)
 
-    def _check_trained(self, parcel: Parcel) -> None:
-        _number(parcel, "loss")
-        samples = parcel.facts["samples"]
-        most = MAX_WEIGHT // self.settings.run.clients
+    def check_samples(self, parcel: Parcel) -> None:
+        """Raise PayloadError unless the reply's samples can weigh it in a mean over all clients."""
+        samples, most = parcel.facts["samples"], MAX_WEIGHT // self.settings.run.clients
         if not isinstance(samples, int) or not 1 <= samples <= most:
             raise PayloadError(f"samples is {samples!r}; it must be from 1 to {most}")
+
+    def _check_trained(self, parcel: Parcel) -> None:
+        _number(parcel, "loss")
+        self.check_samples(parcel)
         self.client.up(self.settings.wire.up_values).check(parcel.arrays, self.layout, self.mask)
 
 
@@ -313,7 +331,7 @@ def _names(*outcomes: Outcome) -> Record:
     lost = {c: why for o in outcomes for c, why in o.lost.items()}
     refused = {c: why for o in outcomes for c, why in o.refused.items()}
     return {
-        "ok": sorted(outcomes[0].ok) if outcomes else [],
+        "ok": sorted({client for o in outcomes for client in o.ok}),
         "lost": {str(c): lost[c] for c in sorted(lost)},
         "refused": {str(c): refused[c] for c in sorted(refused)},
     }
@@ -329,3 +347,5 @@ def _check_tested(parcel: Parcel) -> None:
     if parcel.facts["samples"]:
         _number(parcel, "loss")
         _number(parcel, "accuracy")
+        if not 0 <= float(parcel.facts["accuracy"]) <= 1:
+            raise PayloadError(f"accuracy is {parcel.facts['accuracy']!r}; it must be from 0 to 1")

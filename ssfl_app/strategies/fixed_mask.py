@@ -4,6 +4,7 @@ Ohib et al., "SSFL: Discovering Sparse Unified Subnetworks at Initialization for
 TMLR 2026, arXiv 2405.09037, algorithm 1:
 
 1. every client k scores each weight on one class-balanced minibatch, ``s_k = |dL_k/dw * w|`` at the common w0;
+   the clients make w0 from the run's seed; the question names its digest, and w0 is sent where that disagrees;
 2. the server averages, ``s = sum_k n_k s_k / sum_k n_k``, and keeps the top ``density`` as the global mask m;
 3. FedAvg inside the mask: clients train ``m * w`` with masked gradients, only alive values and the dense remainder
    (biases, norms) travel.
@@ -20,18 +21,20 @@ may keep more; weights average by samples as in the author's code (version 1: un
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import cast
 
 from ssfl_app.aggregate import WeightedMean
-from ssfl_app.options import at_least, choice, fraction
+from ssfl_app.options import ConfigError, at_least, choice, fraction
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import Dense, SharedMask
-from ssfl_app.sparsity.layout import load_state, state_of
-from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.codec import SharedMask
+from ssfl_app.sparsity.layout import Layout, load_state, state_of
+from ssfl_app.sparsity.mask import Mask, Scope, keep_count
 from ssfl_app.sparsity.saliency import balanced_batch, snip
 from ssfl_app.sparsity.values import check_values, read_values
 from ssfl_app.strategies.base import Ask, SparseStrategy
 from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Parcel
 
 
@@ -58,12 +61,11 @@ class SaliencyClient(MaskedClient):
     questions = ("saliency",)
 
     def setup(self, question: str, parcel: Parcel) -> Parcel:
-        """Return the scores, float32, shape (prunable,), at the dense weights that came down."""
+        """Return the scores, float32, shape (prunable,), at the dense weights the question is about."""
         if question not in self.questions:
             return super().setup(question, parcel)
         site, options = self.site, cast(SsflOptions, self.settings.own["ssfl"])
-        state, _ = Dense().decode(parcel.arrays, site.layout, Mask.dense(site.layout))
-        load_state(site.model, state)
+        load_state(site.model, self.initial_weights(parcel))
         mean = WeightedMean(site.layout.prunable_size)
         labels = site.train.labels.numpy()
         for batch in range(options.saliency_batches):
@@ -96,31 +98,40 @@ class Ssfl(FixedMask):
     client = SaliencyClient
     rooms = {"ssfl": SsflOptions}  # noqa: RUF012  (ClassVar of the base)
 
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        floor = settings.mask.min_per_layer
+        reserved = sum(min(floor, span.stop - span.start) for span in layout.prunable_spans.values())
+        alive = keep_count(settings.mask.density, layout.prunable_size)
+        if reserved > alive:
+            raise ConfigError(
+                f"mask.min-per-layer is {floor}; it is small enough for the {alive} alive weights in all"
+            )
+
     def find_mask(self, ask: Ask) -> Mask:
         """Ask clients for scores, average them as they come, keep the top."""
         options = cast(SsflOptions, self.settings.own["ssfl"])
-        question = Parcel(Dense().encode(self.layout, self.state, Mask.dense(self.layout)))
         mean = WeightedMean(self.layout.prunable_size)
-        for reply in ask("saliency", question, self.asked(options.saliency_share), self._check_scores):
+        for reply in ask("saliency", self.asked(options.saliency_share), self._check_scores):
             weight = reply.samples if options.saliency_weighting == "samples" else 1
             mean.add(reply.arrays["values"], weight)
-        wanted = self.settings.mask
+            del reply
+        scores, wanted = mean.value(), self.settings.mask
+        del mean
         return Mask.top(
-            self.layout,
-            mean.value(),
-            wanted.density,
-            cast(Scope, wanted.scope),
-            min_per_layer=wanted.min_per_layer,
+            self.layout, scores, wanted.density, cast(Scope, wanted.scope), min_per_layer=wanted.min_per_layer
         )
 
     def asked(self, share: float) -> Iterable[int]:
         """Return the clients that are asked for scores: all, or a random share of at least one."""
         run = self.settings.run
-        count = max(1, math.ceil(share * run.clients))
+        # As the decimal it is written as: in binary 0.07 * 100 is above 7 and would ask 8 clients.
+        count = max(1, math.ceil(Fraction(repr(share)) * run.clients))
         chosen = generator(run.seed, "saliency-share").choice(run.clients, count, replace=False)
         return sorted(int(client) for client in chosen)
 
     def _check_scores(self, parcel: Parcel) -> None:
+        self.check_samples(parcel)
         check_values(read_values(parcel.arrays, "fp32", self.layout.prunable_size))
 
 
@@ -138,6 +149,11 @@ class Random(FixedMask):
     """A uniformly random mask; nobody is asked."""
 
     name = "random"
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        if settings.mask.min_per_layer:
+            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with strategy random")
 
     def find_mask(self, ask: Ask) -> Mask:
         """Draw the mask."""

@@ -2,12 +2,14 @@
 
 Mask protocol: the mask goes down once per client, as a bitmap with the first message that needs it. Every message
 carries the digest of (names, shapes, mask). A client that does not hold that mask (restarted, joined late)
-answers "need mask" and gets the message again with the mask: no exception, no lost round.
+answers "need mask" and gets the message again with the mask: no exception, no lost round. Initial weights work the
+same way: a question names their digest, and a client that makes others from the seed asks for them.
 
 Refusal: an answer that is for another round or digest, or whose arrays and facts are not what they must be, is
 refused by name and counted. It never reaches an algorithm.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +40,16 @@ class Reply:
     samples: int
 
 
+@dataclass(frozen=True)
+class Letter:
+    """What was written to a client, and what may be sent after: attachments by the name a client asks for them."""
+
+    kind: str
+    parcel: Parcel
+    mask: Mask | None
+    attachments: Mapping[str, Callable[[], Arrays]]
+
+
 class Post:
     """Writes messages to clients by number, carries them, and opens the replies one at a time.
 
@@ -59,7 +71,7 @@ class Post:
         self._run, self._mask_travels = run, mask_travels
         self._roster: dict[int, int] = {}  # client -> node
         self._packer = Packer()
-        self._letters: dict[int, tuple[str, Parcel, Mask | None]] = {}  # of the exchange that is going on
+        self._letters: dict[int, Letter] = {}  # of the exchange that is going on
         self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
         self._bitmap: tuple[str, npt.NDArray[np.uint8]] = ("", np.zeros(0, np.uint8))
         self._client_of: dict[str, int] = {}  # message id -> client
@@ -113,32 +125,42 @@ class Post:
         parcels: Iterable[tuple[int, Parcel]],
         mask: Mask | None,
         config: Mapping[str, Any],
+        attachments: Mapping[str, Callable[[], Arrays]] | None = None,
     ) -> list[Message]:
         """Return one message of Flower's type `kind` per client.
 
         `mask` is the one the parcels are encoded under, None for a question. `config` holds further facts.
+        `attachments` are made and sent to clients that ask for them.
         """
         self._packer, self._letters = Packer(), {}
         messages = []
         for client, parcel in parcels:
             facts = {**config, "round": round_, **parcel.facts}
+            later, brings = dict(attachments or {}), set[str]()
             if mask is not None:
                 facts["digest"] = mask.digest
-            self._letters[client] = (kind, Parcel(parcel.arrays, facts), mask)
-            knows = mask is None or self._holds.get(client) == mask.digest
-            messages.append(self._message(client, with_mask=self._mask_travels and not knows))
+                if self._mask_travels:
+                    later["mask"] = functools.partial(self._bitmap_of, mask)
+                    brings = set() if self._holds.get(client) == mask.digest else {"mask"}
+            self._letters[client] = Letter(kind, Parcel(parcel.arrays, facts), mask, later)
+            messages.append(self._message(client, brings))
         return messages
 
-    def _message(self, client: int, *, with_mask: bool) -> Message:
-        kind, parcel, mask = self._letters[client]
-        if with_mask and mask is not None:
-            if self._bitmap[0] != mask.digest:
-                self._bitmap = (mask.digest, mask.packed())
-            parcel = Parcel({**parcel.arrays, "mask": self._bitmap[1]}, parcel.facts)
-        group = str(parcel.facts["round"])
+    def _message(self, client: int, brings: set[str]) -> Message:
+        letter = self._letters[client]
+        arrays = dict(letter.parcel.arrays)
+        for name in sorted(brings):
+            arrays |= letter.attachments[name]()
+        record = self._packer.record(Parcel(arrays, letter.parcel.facts))
+        group = str(letter.parcel.facts["round"])
         # Time to live = round timeout: Flower's default of 12 hours would let replies come rounds later.
         ttl = self._run.round_timeout
-        return Message(self._packer.record(parcel), self._roster[client], kind, ttl=ttl, group_id=group)
+        return Message(record, self._roster[client], letter.kind, ttl=ttl, group_id=group)
+
+    def _bitmap_of(self, mask: Mask) -> Arrays:
+        if self._bitmap[0] != mask.digest:
+            self._bitmap = (mask.digest, mask.packed())
+        return {"mask": self._bitmap[1]}
 
     def carry(self, grid: Grid, messages: Iterable[Message]) -> Iterator[Message]:
         """Send messages that `write` made and yield the replies as they come."""
@@ -146,21 +168,23 @@ class Post:
         self.outcome = courier.outcome
         client_at = {node: client for client, node in self._roster.items()}
         self._push(courier, {client_at[message.metadata.dst_node_id]: message for message in messages})
-        again: set[int] = set()
+        given: dict[int, set[str]] = {}
         for client, reply in courier.replies():
             self.outcome.up += sum(_sizes(reply).values())
-            if _asks_for_mask(reply) and client not in again and self._letters[client][2] is not None:
-                again.add(client)
-                self._push(courier, {client: self._message(client, with_mask=True)})
+            need, had = _need(reply), given.setdefault(client, set())
+            if need is not None and need in self._letters[client].attachments and need not in had:
+                had.add(need)
+                self._push(courier, {client: self._message(client, had)})
                 continue
             self._client_of[reply.metadata.reply_to_message_id] = client
             yield reply
             del reply
 
     def _push(self, courier: Courier, messages: dict[int, Message]) -> None:
-        for message in messages.values():
+        for client, message in messages.items():
             sizes = _sizes(message)
-            self.outcome.mask_down += sizes.pop("mask", 0)
+            if "mask" in self._letters[client].attachments:  # not one that belongs to the codec
+                self.outcome.mask_down += sizes.pop("mask", 0)
             self.outcome.down += sum(sizes.values())
         courier.send(messages)
 
@@ -182,17 +206,17 @@ class Post:
                 self.outcome.refused[client] = str(error)
                 continue
             self.outcome.ok.append(client)
-            mask = self._letters[client][2]
+            mask = self._letters[client].mask
             if mask is not None:
                 self._holds[client] = mask.digest
             yield reply
             del message, reply
+        self._packer, self._letters = Packer(), {}  # models that nobody will ask for any more
         self.outcome.need(share, what)
 
     def _read(self, client: int, message: Message, check: Check) -> Reply:
         parcel = read_record(message.content)
-        _, letter, _ = self._letters[client]
-        facts = parcel.facts
+        letter, facts = self._letters[client].parcel, parcel.facts
         if facts.get("need"):
             raise PayloadError(f"asks for {facts['need']!r} again")
         for name in ("round", "digest"):
@@ -211,6 +235,7 @@ def _sizes(message: Message) -> dict[str, int]:
     return {name: len(array.data) for name, array in arrays.items()}
 
 
-def _asks_for_mask(message: Message) -> bool:
+def _need(message: Message) -> str | None:
     facts = message.content.get("facts")
-    return isinstance(facts, ConfigRecord) and facts.get("need") == "mask"
+    need = facts.get("need") if isinstance(facts, ConfigRecord) else None
+    return need if isinstance(need, str) else None

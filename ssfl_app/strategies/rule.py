@@ -1,5 +1,6 @@
 """The client's half of an algorithm: three verbs, whose defaults are FedAvg's."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -9,15 +10,19 @@ from ssfl_app.local.data import Images
 from ssfl_app.local.trainer import LocalTrainer
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, Dense, SharedMask, read_mask
-from ssfl_app.sparsity.layout import Layout, load_state, state_of
+from ssfl_app.sparsity.layout import Layout, State, load_state, state_digest, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Memory, Parcel
 
 
-class NeedMask(Exception):
-    """The client does not hold the mask of this message; the server sends it again with the mask."""
+class Need(Exception):
+    """The client lacks something to read this message; the server sends it again with that.
+
+    Not an error: ``str(need)`` is "mask" for a mask it does not hold, "weights" for initial weights that
+    it cannot make itself.
+    """
 
 
 @dataclass
@@ -25,6 +30,7 @@ class Site:
     """Where a client works: its number, model, images and memory.
 
     `model` is a workbench that other clients of the same process use too: every verb loads its state first.
+    `initial` makes the initial weights from the seed; `dense` is the mask under which everything is alive.
     `masks` keeps unpacked masks by digest; whether the client *holds* a mask is `memory`'s affair alone.
     """
 
@@ -35,6 +41,8 @@ class Site:
     train: Images
     test: Images
     memory: Memory
+    initial: Callable[[], State]
+    dense: Mask
     masks: dict[str, Mask] = field(default_factory=dict)
 
     def mask(self, digest: str) -> Mask | None:
@@ -82,7 +90,8 @@ class ClientRule:
         mask = self.load(parcel)
         site, round_ = self.site, int(parcel.facts["round"])
         rng = generator(self.settings.run.seed, "train", round_, site.number)
-        loss = site.trainer.fit(site.model, site.train, rng, lr=self.settings.local.rate(round_), mask=mask)
+        sparse = mask if mask.count < site.layout.prunable_size else None
+        loss = site.trainer.fit(site.model, site.train, rng, lr=self.settings.local.rate(round_), mask=sparse)
         arrays = self.up(self.settings.wire.up_values).encode(site.layout, state_of(site.model), mask)
         return Parcel(arrays, {"samples": len(site.train), "loss": loss, "digest": mask.digest})
 
@@ -99,31 +108,45 @@ class ClientRule:
 
         Raises
         ------
-        NeedMask
+        Need
             The message needs a mask that this client does not hold.
+        PayloadError
+            The mask is another one than the message states.
         """
-        known = self.known_mask(parcel)
-        codec = self.down(self.settings.wire.down_values)
-        state, mask = codec.decode(parcel.arrays, self.site.layout, known)
+        layout, digest = self.site.layout, str(parcel.facts.get("digest", ""))
+        known = self.known_mask(parcel, digest) if issubclass(self.down, SharedMask) else self.site.dense
+        state, mask = self.down(self.settings.wire.down_values).decode(parcel.arrays, layout, known)
+        if mask.digest != digest:
+            raise PayloadError(f"digest is {digest!r}; what came down has {mask.digest!r} at this client")
         load_state(self.site.model, state)
         return mask
 
-    def known_mask(self, parcel: Parcel) -> Mask:
-        """Return the mask a message refers to by its digest, keeping it if the message brings it along.
+    def initial_weights(self, parcel: Parcel) -> State:
+        """Return the weights a question is about: those that came along, or the seed's if they are meant.
 
         Raises
         ------
-        NeedMask
+        Need
+            They did not come along, and this machine makes others from the seed than the server did.
+        """
+        layout = self.site.layout
+        if "values" in parcel.arrays:
+            return Dense().decode(parcel.arrays, layout, self.site.dense)[0]
+        state = self.site.initial()
+        if state_digest(layout, state) != parcel.facts.get("weights"):
+            raise Need("weights")
+        return state
+
+    def known_mask(self, parcel: Parcel, digest: str) -> Mask:
+        """Return the shared mask with this digest, keeping it if the message brings it along.
+
+        Raises
+        ------
+        Need
             It neither came along nor is it held.
         PayloadError
-            The mask that came along has another digest than the message states.
+            The mask that came along has another digest.
         """
-        digest = str(parcel.facts.get("digest", ""))
-        if not issubclass(self.down, SharedMask):
-            mask = self.site.masks.setdefault("dense", Mask.dense(self.site.layout))
-            if mask.digest != digest:
-                raise PayloadError(f"digest is {digest!r}; this client's model has {mask.digest!r}")
-            return mask
         if "mask" in parcel.arrays:
             brought = read_mask(parcel.arrays, self.site.layout)
             if brought.digest != digest:
@@ -131,5 +154,5 @@ class ClientRule:
             self.site.memory.keep(digest, brought.packed())
         mask_held = self.site.mask(digest)
         if mask_held is None:
-            raise NeedMask(digest)
+            raise Need("mask")
         return mask_held
