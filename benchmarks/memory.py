@@ -59,7 +59,7 @@ class Sampler(threading.Thread):
                         self.idle = max(self.idle, total)
                     if total > self.peak:
                         self.peak, self.at_peak = total, now
-            except (psutil.Error, OSError):
+            except (psutil.Error, OSError, KeyError):  # the process is ending
                 pass
             time.sleep(0.02)
 

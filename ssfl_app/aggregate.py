@@ -4,9 +4,9 @@ Replies are folded as they come, so the server holds one accumulator and not one
 point addition would make the result depend on who answered first. Here every term is first rounded to integers,
 and integer addition commutes: the same replies in any order give the same bits.
 
-Each float32 x is split into two 64-bit fixed-point limbs, x ~ high * 2**-24 + low * 2**-62. That is exact for
-|x| >= 2**-38 (a float32 has 24 significant bits) and off by at most 2**-63 below, far under float32 rounding of
-any weight or mean score that matters. The limits this needs are checked, not assumed.
+The sum is kept in fixed point with 96 bits, of which the last is worth 2**-56: a float32 (24 significant bits) of at
+least 2**-32 enters it exactly, a smaller one with an error of at most 2**-57, far under the rounding of any weight or
+score that matters. The limits that 96 bits set are checked, not assumed.
 """
 
 import numpy as np
@@ -17,8 +17,9 @@ from ssfl_app.sparsity.values import check_values
 MAX_WEIGHT = 2**23
 """Largest sum of weights (samples) in one mean."""
 
-_HIGH = 2.0**24
-_LOW = 2.0**62
+_HIGH = 2.0**24  # one unit of the upper limb is 2**-24
+_LOW = 2.0**56
+_CARRY = 32  # bits of the lower limb
 _BLOCK = 1 << 18  # coordinates worked on at a time: temporaries stay in the cache
 
 
@@ -32,12 +33,12 @@ class WeightedMean:
 
     Notes
     -----
-    Memory: 16 bytes a coordinate, however many vectors are added.
+    Memory: 12 bytes a coordinate, however many vectors are added.
     """
 
     def __init__(self, size: int) -> None:
         self._high = np.zeros(size, dtype=np.int64)
-        self._low = np.zeros(size, dtype=np.int64)
+        self._low = np.zeros(size, dtype=np.uint32)
         self.weight = 0
 
     def add(self, values: Vector, weight: int = 1) -> None:
@@ -57,10 +58,11 @@ class WeightedMean:
         for start in range(0, values.size, _BLOCK):
             block = slice(start, start + _BLOCK)
             exact = values[block].astype(np.float64)
-            high = np.rint(exact * _HIGH)
-            low = np.rint((exact - high / _HIGH) * _LOW)
-            self._high[block] += high.astype(np.int64) * weight
-            self._low[block] += low.astype(np.int64) * weight
+            high = np.floor(exact * _HIGH)
+            low = np.rint((exact - high / _HIGH) * _LOW)  # 0 to 2**32
+            total = low.astype(np.int64) * weight + self._low[block]
+            self._high[block] += high.astype(np.int64) * weight + (total >> _CARRY)
+            self._low[block] = total & 0xFFFFFFFF
         self.weight += weight
 
     def value(self) -> Vector:

@@ -5,7 +5,10 @@ up to 3 s between polls. Here at most one reply is in our hands, so server memor
 of clients, and every client ends up in exactly one of three lists: ok, lost, refused.
 """
 
+import os
+import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -15,6 +18,9 @@ from flwr.serverapp import Grid
 SIMULATION_POLL = 0.01
 DEPLOYMENT_POLL = 0.25
 """Seconds between polls: a pull costs 0.1 ms in simulation and 25 ms of SuperLink CPU over HTTP."""
+
+IN_FLIGHT = 100_000_000
+"""Bytes of replies that may be on their way at once in simulation, if that is more than one a core."""
 
 _DEAD_ACTOR = 0  # flwr ErrorCode.UNKNOWN: in simulation, an exception of Ray and not of the client
 _RAISED = 2  # flwr ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -66,26 +72,39 @@ class Courier:
     timeout : float
         Seconds from now until unanswered clients count as lost. Give the messages the same time to live,
         so that no reply of this exchange arrives in a later one.
+    reply_bytes : int
+        Expected size of a reply. In simulation replies wait in this process until they are pulled, so only
+        as many messages are in flight as keep every core busy, or fit into `IN_FLIGHT` together. Real nodes
+        get all messages at once.
     """
 
-    def __init__(self, grid: Grid, timeout: float) -> None:
+    def __init__(self, grid: Grid, timeout: float, reply_bytes: int = 0) -> None:
         self.outcome = Outcome()
         self._grid, self._timeout = grid, timeout
         self._end = time.monotonic() + timeout
         self._waiting: dict[str, int] = {}
-        # Flower's simulation and our in-process engine answer a poll from memory; everything else is HTTP.
-        self._poll = SIMULATION_POLL if is_simulation(grid) else DEPLOYMENT_POLL
+        self._queue: deque[tuple[int, Message]] = deque()
+        self._poll, self._limit = DEPLOYMENT_POLL, sys.maxsize
+        if is_simulation(grid):
+            self._poll = SIMULATION_POLL
+            self._limit = max(os.cpu_count() or 1, IN_FLIGHT // max(1, reply_bytes))
 
     def send(self, messages: Mapping[int, Message]) -> None:
-        """Push one message per client; a client must have no other message in flight.
+        """Take one message per client; a client must have no other message on its way.
 
         Two messages in flight to one node would lose one of its updates to `Context.state`.
         """
-        busy = set(messages) & set(self._waiting.values())
+        busy = set(messages) & {*self._waiting.values(), *(client for client, _ in self._queue)}
         if busy:
             raise RuntimeError(f"clients {sorted(busy)} still have a message in flight")
-        accepted = {message_id for message_id in self._grid.push_messages(messages.values()) if message_id}
-        for client, message in messages.items():
+        self._queue.extend(messages.items())
+        self._push()
+
+    def _push(self) -> None:
+        room = self._limit - len(self._waiting)
+        batch = [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
+        accepted = {i for i in self._grid.push_messages([message for _, message in batch]) if i} if batch else set()
+        for client, message in batch:
             # Grids differ in how they report a refused message (left out, or None): never zip the two lists.
             if message.metadata.message_id in accepted:
                 self._waiting[message.metadata.message_id] = client
@@ -104,7 +123,7 @@ class Courier:
             A Ray actor died. Flower would go on feeding most later messages to the dead one.
         """
         delay = self._poll
-        while self._waiting and time.monotonic() < self._end:
+        while (self._waiting or self._queue) and time.monotonic() < self._end:
             got = False
             for message_id in list(self._waiting):
                 for reply in self._grid.pull_messages([message_id]):
@@ -116,12 +135,15 @@ class Courier:
                     else:
                         yield client, reply
                     del reply
+                    self._push()
+            self._push()
             if self._waiting:
                 delay = self._poll if got else min(delay * 1.5, max(self._poll, 0.1))
                 time.sleep(delay)
-        for client in self._waiting.values():
+        for client in [*self._waiting.values(), *(client for client, _ in self._queue)]:
             self.outcome.lost[client] = f"no answer within {self._timeout:g} s"
         self._waiting.clear()
+        self._queue.clear()
 
     def _sort(self, client: int, code: int, reason: str) -> None:
         line = _last_line(reason)

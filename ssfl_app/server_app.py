@@ -35,6 +35,8 @@ def main(grid: Grid, context: Context) -> None:
         The run broke off; the run folder holds its checkpoint and the reason.
     """
     guard.end_with_launcher()
+    if not getattr(grid, "in_process", False):  # where clients train in this process, it would cost them time
+        guard.return_freed_memory()
     workshop = open_workshop(dict(context.run_config))
     config = workshop.config
     run = config.settings.run

@@ -103,8 +103,8 @@ def load_federation(config: Config) -> tuple[DataSet, Partition]:
     return images, split(config.partition, *labels, run.clients, run.seed)
 
 
-def check(config: Config) -> None:
-    """Find out whether a configuration can be run, without building a model.
+def check(config: Config) -> Layout:
+    """Find out whether a configuration can be run, without building its model; return the model's layout.
 
     Raises
     ------
@@ -115,6 +115,7 @@ def check(config: Config) -> None:
     images, _ = load_federation(config)
     layout = Layout.of(models.outline(config.model, images.shape[0], images.classes))
     REGISTRY[config.strategy](layout, config.settings)
+    return layout
 
 
 def find_device(wanted: str) -> torch.device:

@@ -8,6 +8,7 @@ from ssfl_app.config import Config, Flat
 from ssfl_app.exchange import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.results.recorder import default_folder
+from ssfl_app.sparsity.layout import Layout
 from ssfl_app.workshop import check
 
 ENGINES = ("ray", "inline")
@@ -22,7 +23,7 @@ def run_command(
     resume: Path | None,
 ) -> None:
     """Run, or raise ConfigError before anything was written; exit with 1 if the run fails."""
-    config = resolve(file, overrides, nodes, engine, out, resume)
+    config, layout = resolve(file, overrides, nodes, engine, out, resume)
     folder = Path(config.settings.run.out)
     try:
         if engine == "inline":
@@ -33,7 +34,7 @@ def run_command(
         else:
             from ssfl_app.engine.launch import launch
 
-            launch(config, lambda line: print(line, flush=True))
+            launch(config, 4 * layout.size, lambda line: print(line, flush=True))
     except (RunFailed, OSError) as error:
         # OSError: a full disk, a folder that went away. The checkpoint before it is intact.
         print(f"ssfl: the run failed: {error}\nto go on: ssfl run --resume {folder}", file=sys.stderr)
@@ -50,8 +51,8 @@ def resolve(
     engine: str,
     out: Path | None,
     resume: Path | None,
-) -> Config:
-    """Return the checked configuration of a command line, with `run.out` absolute.
+) -> tuple[Config, Layout]:
+    """Return the checked configuration of a command line, with `run.out` absolute, and its model's layout.
 
     Raises
     ------
@@ -73,12 +74,12 @@ def resolve(
     flat = _resumed(given, resume) if resume else configuration.merge(given)
     flat["run.resume"] = resume is not None
     config = configuration.parse(flat)
-    check(config)
+    layout = check(config)
     where = flat["run.out"] or default_folder(config.strategy, config.data.name)
     folder = Path(str(where)).expanduser().resolve()
     if resume is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"run.out is {folder}; it is a new or empty folder, or --resume goes on with the run in it")
-    return configuration.parse(flat | {"run.out": str(folder)})
+    return configuration.parse(flat | {"run.out": str(folder)}), layout
 
 
 def _resumed(given: Flat, folder: Path) -> Flat:

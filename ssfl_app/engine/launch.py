@@ -33,6 +33,7 @@ from ssfl_app.exchange import RunFailed
 from ssfl_app.results.recorder import read_status
 
 START_TIMEOUT = 60.0
+SMALLEST_STORE = 100_000_000  # Ray refuses less than 79 MB
 STOP_TIMEOUT = 20.0
 _SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -53,8 +54,10 @@ def plan(config: Config) -> tuple[int, float]:
     return actors, gpus / actors
 
 
-def launch(config: Config, say: Callable[[str], None]) -> None:
+def launch(config: Config, model_bytes: int, say: Callable[[str], None]) -> None:
     """Run the configuration on Ray and wait for its end; `run.out` names the run folder.
+
+    `model_bytes` is the size of a dense model; it sets the size of Ray's object store.
 
     Raises
     ------
@@ -71,7 +74,7 @@ def launch(config: Config, say: Callable[[str], None]) -> None:
         home, port = Path(work), _free_port()
         app, overrides = _copy_app(home / "ssfl-app"), home / "run.toml"
         overrides.write_text(write_toml(config.flat))
-        environment = _environment(home, port, threads)
+        environment = _environment(home, port, threads) | _object_store(2 * actors * model_bytes)
         federation = (
             f"num-supernodes={config.settings.run.clients} client-resources-num-cpus=1 "
             f"client-resources-num-gpus={gpu} init-args-num-cpus={actors} init-args-log-to-driver=false"
@@ -150,6 +153,12 @@ def _environment(home: Path, port: int, threads: int) -> dict[str, str]:
             "SSFL_SOURCE": str(app_folder()),
         }
     )
+
+
+def _object_store(size: int) -> dict[str, str]:
+    # A message and a reply for every actor. By default Ray takes 30 % of the machine and, while there is room, puts
+    # each object at another address; all of it then counts as memory of the server's process.
+    return {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(max(SMALLEST_STORE, size))}
 
 
 @contextmanager

@@ -85,7 +85,12 @@ class LinearCodec(Codec):
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
         """Return the state with 0 wherever nothing was carried."""
-        return mask.apply(self.expand(self.vector(arrays, layout, mask), layout, mask)), mask
+        state = self.expand(self.vector(arrays, layout, mask), layout, mask)
+        return self.masked(state, mask), mask
+
+    def masked(self, state: State, mask: Mask) -> State:
+        """Return the state with dead coordinates at 0, for codecs that carry them."""
+        return state
 
     def check(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> None:
         """Raise PayloadError unless type, length and every value are right."""
@@ -97,9 +102,7 @@ class LinearCodec(Codec):
 
     def expand(self, vector: Vector, layout: Layout, mask: Mask) -> State:
         """Return the state whose carried coordinates are `vector`."""
-        flat = np.zeros(layout.size, dtype=np.float32)
-        flat[self.places(layout, mask)] = vector
-        return layout.unflatten(flat)
+        return layout.expand(vector, self.places(layout, mask))
 
 
 class Dense(LinearCodec):
@@ -110,6 +113,10 @@ class Dense(LinearCodec):
     def places(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
         """Return all coordinates."""
         return np.ones(layout.size, dtype=np.bool_)
+
+    def masked(self, state: State, mask: Mask) -> State:
+        """Return the state with dead coordinates at 0."""
+        return state if mask.count == mask.alive.size else mask.apply(state)
 
 
 class SharedMask(LinearCodec):

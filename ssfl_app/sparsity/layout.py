@@ -97,13 +97,17 @@ class Layout:
         return flat
 
     def unflatten(self, flat: Vector) -> State:
-        """Return the state whose tensors are views of `flat`, shape (size,).
+        """Return the state of a vector of all coordinates, shape (size,), which is copied."""
+        return self.expand(flat, np.ones(self.size, dtype=np.bool_))
 
-        The vector is copied once into memory that torch owns: kernels may round differently on buffers
-        with another alignment, and equal runs must give equal bits.
+    def expand(self, values: Vector, places: Bits) -> State:
+        """Return the state with `values` at `places`, a bool vector of shape (size,), and 0 elsewhere.
+
+        Its tensors are views of one buffer that torch owns: kernels may round differently on buffers with
+        another alignment, and equal runs must give equal bits.
         """
-        memory = torch.empty(self.size, dtype=torch.float32)
-        memory.numpy()[:] = flat
+        memory = torch.zeros(self.size, dtype=torch.float32)
+        memory.numpy()[places] = values
         return {name: memory[self.spans[name]].view(shape) for name, shape in self.shapes}
 
     def flatten_prunable(self, tensors: Mapping[str, torch.Tensor]) -> Vector:
@@ -129,5 +133,5 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 def state_digest(layout: Layout, state: Mapping[str, torch.Tensor]) -> str:
     """Return the SHA-256 (hex) over names, shapes and float32 bits of a state."""
     digest = hashlib.sha256(json.dumps(layout.shapes).encode())
-    digest.update(layout.flatten(state).tobytes())
+    digest.update(layout.flatten(state).data)
     return digest.hexdigest()

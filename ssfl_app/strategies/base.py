@@ -112,7 +112,9 @@ class SparseStrategy(Strategy):
         for reply in replies:
             mean.add(codec.vector(reply.arrays, self.layout, self.mask), self.weight(reply))
             del reply
-        self.state = codec.expand(mean.value(), self.layout, self.mask)
+        values = mean.value()
+        del mean
+        self.state = codec.expand(values, self.layout, self.mask)
 
     def deliver(self, round_: int, client: int) -> Parcel:
         """Return the model this client evaluates. Default: the one it would be sent to train."""
@@ -167,6 +169,7 @@ class SparseStrategy(Strategy):
                 del reply
 
         stream = good()
+        self._encoded = None  # it holds the model that the fold replaces
         self.fold(server_round, stream)
         for _ in stream:  # a fold that stops early must not leave clients unaccounted for
             pass
@@ -247,7 +250,7 @@ class SparseStrategy(Strategy):
             messages = self._post.write(
                 f"query.{question}", 0, pairs, None, {}, {"weights": functools.cache(self._weights)}
             )
-            replies = self._post.carry(grid, messages)
+            replies = self._post.carry(grid, messages, self._model_bytes)
             share, what = self.settings.failures.min_ok_fraction, f"the question {question!r}"
             yield from self._post.open(replies, check, share, what)
             outcomes.append(self._post.outcome)
@@ -263,12 +266,17 @@ class SparseStrategy(Strategy):
             "seconds": time.monotonic() - began,
         }
 
+    @property
+    def _model_bytes(self) -> int:
+        # An upper bound of what clients send back: a dense model, or a score for each of its weights.
+        return 4 * self.layout.size
+
     def _weights(self) -> Arrays:
         return freeze(Dense().encode(self.layout, self.state, Mask.dense(self.layout)))
 
     def _train(self, grid: Grid, round_: int, config: ConfigRecord, result: Result) -> Record:
         messages = self.configure_train(round_, ArrayRecord(), config, grid)
-        _, metrics = self.aggregate_train(round_, self._post.carry(grid, messages))
+        _, metrics = self.aggregate_train(round_, self._post.carry(grid, messages, self._model_bytes))
         result.train_metrics_clientapp[round_] = metrics
         outcome = self._post.outcome
         return {
@@ -297,7 +305,7 @@ class SparseStrategy(Strategy):
         messages = self.configure_evaluate(round_, ArrayRecord(), config, grid)
         if not messages:
             return
-        local = self.aggregate_evaluate(round_, self._post.carry(grid, messages))
+        local = self.aggregate_evaluate(round_, self._post.carry(grid, messages, 0))
         if local is not None:
             result.evaluate_metrics_clientapp[round_] = local
             record["local_accuracy_mean"] = local["accuracy"]

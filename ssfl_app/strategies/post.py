@@ -162,9 +162,9 @@ class Post:
             self._bitmap = (mask.digest, mask.packed())
         return {"mask": self._bitmap[1]}
 
-    def carry(self, grid: Grid, messages: Iterable[Message]) -> Iterator[Message]:
-        """Send messages that `write` made and yield the replies as they come."""
-        courier = Courier(grid, self._run.round_timeout)
+    def carry(self, grid: Grid, messages: Iterable[Message], reply_bytes: int) -> Iterator[Message]:
+        """Send messages that `write` made and yield the replies, of about this size, as they come."""
+        courier = Courier(grid, self._run.round_timeout, reply_bytes)
         self.outcome = courier.outcome
         client_at = {node: client for client, node in self._roster.items()}
         self._push(courier, {client_at[message.metadata.dst_node_id]: message for message in messages})
