@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -63,24 +62,37 @@ def test_ray_gives_the_digits_of_the_in_process_engine_twice(
         assert ray == inline
 
 
-def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, object], tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    before = {p.pid for p in psutil.process_iter()}
-    process = subprocess.Popen(
-        [str(BIN / "ssfl"), "run", "-c", KEYS, "--out", str(folder)], stdout=subprocess.DEVNULL
-    )
+def start(folder: Path, keys: str = KEYS) -> tuple["subprocess.Popen[str]", set[int]]:
+    """Start a run and wait for its first checkpoint; return it and the processes that were there before."""
+    before = {process.pid for process in psutil.process_iter()}
+    command = [str(BIN / "ssfl"), "run", "-c", keys, "--out", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + SECONDS
     while not (folder / "checkpoint" / "latest.safetensors").exists():
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    return process, before
+
+
+def alive(before: set[int], name: str) -> list[psutil.Process]:
+    """Return the living processes of that name which were not there before."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if process.pid not in before and name in words and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, object], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process, before = start(folder)
+    process.kill()
     process.wait()
-    # Nobody is left who would write to the folder.
-    while [p for p in psutil.process_iter(["pid", "name"]) if p.pid not in before and "flwr-sim" in p.info["name"]]:
-        assert time.monotonic() < end
-        if all(p.status() == psutil.STATUS_ZOMBIE for p in _new(before, "flwr-sim")):
-            break
+    end = time.monotonic() + 30
+    while alive(before, "flwr-simulation") or alive(before, "ray::"):
+        assert time.monotonic() < end, "the simulation outlives its launcher"
         time.sleep(0.1)
     assert not (folder / "summary.json").exists()
     command = [str(BIN / "ssfl"), "run", "--resume", str(folder)]
@@ -90,12 +102,19 @@ def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, obje
     assert result(folder)["model"] == inline["model"]
 
 
-def _new(before: set[int], name: str) -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["pid", "name"]) if p.pid not in before and name in p.info["name"]]
+def test_a_dead_ray_actor_ends_the_run_with_a_plain_message_and_nothing_is_left(tmp_path: Path) -> None:
+    process, before = start(tmp_path / "run", f"{KEYS} run.rounds=200")
+    actors = alive(before, "ray::ClientAppActor")
+    assert actors
+    actors[0].kill()
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert "a Ray actor died while it worked for client" in errors
+    assert not alive(before, "flower-superlink") + alive(before, "flwr-simulation") + alive(before, "ray::")
 
 
 def test_a_run_that_fails_on_ray_has_exit_code_1_and_says_why(tmp_path: Path) -> None:
-    # One second is not enough for Ray's actors to start and greet.
+    # Ray's actors need seconds to start and greet.
     keys = f"{KEYS} run.join-timeout=0.01 run.round-timeout=0.01"
     command = [str(BIN / "ssfl"), "run", "-c", keys, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
