@@ -37,9 +37,9 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
     """Run a strategy and write a run folder. Exit code: 0 finished, 1 run failed, 2 bad configuration."""
-    from ssfl_app.engine.command import run_command
+    from ssfl_app.engine.command import Command, run_command
 
-    run_command(config, override or [], nodes, engine, out, resume)
+    run_command(Command(config, override or [], nodes, engine, out, resume))
 
 
 @app.command()

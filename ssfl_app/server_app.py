@@ -16,7 +16,8 @@ from ssfl_app.results.report import final_text, write_report
 from ssfl_app.results.runs import read_run
 from ssfl_app.sparsity.layout import load_state
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.strategies.base import Record, SparseStrategy
+from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.strategies.course import Record
 from ssfl_app.wire import Facts
 from ssfl_app.workshop import Workshop, code_digest, open_workshop
 

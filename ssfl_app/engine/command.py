@@ -1,6 +1,7 @@
 """What `ssfl run` does: resolve, check everything that can be checked, then start an engine."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from ssfl_app import config as configuration
@@ -14,19 +15,24 @@ from ssfl_app.workshop import check
 ENGINES = ("ray", "inline")
 
 
-def run_command(
-    file: Path | None,
-    overrides: list[str],
-    nodes: int | None,
-    engine: str,
-    out: Path | None,
-    resume: Path | None,
-) -> None:
+@dataclass(frozen=True)
+class Command:
+    """The words of `ssfl run`."""
+
+    file: Path | None
+    overrides: list[str]
+    nodes: int | None
+    engine: str
+    out: Path | None
+    resume: Path | None
+
+
+def run_command(command: Command) -> None:
     """Run, or raise ConfigError before anything was written; exit with 1 if the run fails."""
-    config, layout = resolve(file, overrides, nodes, engine, out, resume)
+    config, layout = resolve(command)
     folder = Path(config.settings.run.out)
     try:
-        if engine == "inline":
+        if command.engine == "inline":
             from ssfl_app import client_app, server_app
             from ssfl_app.engine.inline import run_inline
 
@@ -44,14 +50,7 @@ def run_command(
         sys.exit(1)
 
 
-def resolve(
-    file: Path | None,
-    overrides: list[str],
-    nodes: int | None,
-    engine: str,
-    out: Path | None,
-    resume: Path | None,
-) -> tuple[Config, Layout]:
+def resolve(command: Command) -> tuple[Config, Layout]:
     """Return the checked configuration of a command line, with `run.out` absolute, and its model's layout.
 
     Raises
@@ -59,15 +58,17 @@ def resolve(
     ConfigError
         Anything about it cannot be run: keys, values, data, partition, GPU, folders.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"--engine is {engine!r}; it is one of {', '.join(ENGINES)}")
-    given = (configuration.read_file(file) if file else {}) | configuration.read_overrides(overrides)
+    nodes, resume = command.nodes, command.resume
+    if command.engine not in ENGINES:
+        raise ConfigError(f"--engine is {command.engine!r}; it is one of {', '.join(ENGINES)}")
+    given = configuration.read_file(command.file) if command.file else {}
+    given |= configuration.read_overrides(command.overrides)
     if nodes is not None:
         if given.get("run.clients", nodes) != nodes:
             raise ConfigError(f"--nodes is {nodes}; run.clients, {given['run.clients']}, is the same number")
         given["run.clients"] = nodes
-    if out is not None:
-        given["run.out"] = str(out)
+    if command.out is not None:
+        given["run.out"] = str(command.out)
     if given.get("data.path"):
         # Flower runs the app in another folder, so what is relative here would not be found there.
         given["data.path"] = str(Path(str(given["data.path"])).expanduser().resolve())

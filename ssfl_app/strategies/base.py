@@ -1,13 +1,11 @@
 """The server's half of an algorithm: four hooks, whose defaults are FedAvg's.
 
 The base does once what Flower leaves open: cohorts that depend on (seed, round) only and are the same for every
-strategy, streamed folds, byte counts, the failure policy, and going on after an interruption. What crosses the
-wire is the affair of `post`; what a client does, that of `rule`.
+strategy, streamed folds, and going on after an interruption. The order of events is the affair of `course`, what
+crosses the wire that of `post`, and what a client does that of `rule`.
 """
 
-import functools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -19,21 +17,16 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from ssfl_app.aggregate import MAX_WEIGHT, WeightedMean
-from ssfl_app.exchange import Outcome
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import Dense, LinearCodec, SharedMask
-from ssfl_app.sparsity.layout import Layout, State, state_digest
+from ssfl_app.sparsity.codec import LinearCodec, SharedMask
+from ssfl_app.sparsity.layout import Layout, State
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
-from ssfl_app.strategies.post import Check, Post, Reply
+from ssfl_app.strategies.course import Ask, Course, Record
+from ssfl_app.strategies.post import Post, Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Parcel, freeze
-
-Ask = Callable[[str, Iterable[int], Check], Iterator[Reply]]
-"""ask(question, clients, check) -> replies, as they come. The question is about the weights of this moment."""
-
-Record = dict[str, Any]
 
 
 class Watch(Protocol):
@@ -66,6 +59,8 @@ class SparseStrategy(Strategy):
         Configuration rooms that only this strategy has: name -> options dataclass.
     state, mask : State, Mask
         The global model and what is alive in it.
+    accuracy : dict of int to float
+        Of each client in the last evaluation.
     watch : Watch or None
         Sees the run go by.
     """
@@ -83,7 +78,7 @@ class SparseStrategy(Strategy):
         self._post = Post(settings.run, mask_travels=issubclass(self.client.down, SharedMask))
         self._next_round = 0  # 0: setup is still to come
         self._encoded: tuple[State, Mask, Arrays] | None = None
-        self._accuracy: dict[int, float] = {}
+        self.accuracy: dict[int, float] = {}
 
     # ---- the four hooks ----------------------------------------------------------------------
 
@@ -188,16 +183,18 @@ class SparseStrategy(Strategy):
         return self._post.write("evaluate", server_round, parcels, self.mask, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return the unweighted mean accuracy over clients, each on its own test images."""
-        share, what = self.settings.failures.min_ok_fraction, f"evaluation in round {server_round}"
-        self._accuracy = {
+        """Return the unweighted mean accuracy over the clients that answered, each on its own test images.
+
+        None if nobody did: that costs a number in the table, not the run.
+        """
+        self.accuracy = {
             reply.client: float(reply.facts["accuracy"])
-            for reply in self._post.open(replies, _check_tested, share, what)
+            for reply in self._post.open(replies, _check_tested, None, f"evaluation in round {server_round}")
             if reply.samples
         }
-        if not self._accuracy:
+        if not self.accuracy:
             return None
-        return MetricRecord({"accuracy": math.fsum(self._accuracy.values()) / len(self._accuracy)})
+        return MetricRecord({"accuracy": math.fsum(self.accuracy.values()) / len(self.accuracy)})
 
     def summary(self) -> None:
         """Print nothing: whoever watches the run describes it."""
@@ -222,106 +219,13 @@ class SparseStrategy(Strategy):
         RunFailed
             Clients are missing, too few answered in a round, or Ray lost an actor.
         """
-        sites = self._post.meet(grid)
-        if self.watch is not None:
-            self.watch.met(sites)
-        if self._next_round == 0:
+        if not self.state:
             self.state = {n: torch.from_numpy(initial_arrays[n].numpy().copy()) for n, _ in self.layout.shapes}
-            del initial_arrays
-            self._tell(self._setup(grid))
-        result = Result()
+        del initial_arrays  # a model's size, for the whole run
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-        for round_ in range(max(1, self._next_round), num_rounds + 1):
-            began = time.monotonic()
-            record = self._train(grid, round_, configs[0], result)
-            self._evaluate(grid, round_, configs[1], evaluate_fn, result, record)
-            self._tell(record | {"seconds": time.monotonic() - began})
-        result.arrays = ArrayRecord(dict(self.state))
-        return result
+        return Course(self, self._post, grid, configs, evaluate_fn).play(self._next_round, num_rounds)
 
-    # ---- the course of a run -----------------------------------------------------------------
-
-    def _setup(self, grid: Grid) -> Record:
-        began, outcomes = time.monotonic(), list[Outcome]()
-
-        def ask(question: str, clients: Iterable[int], check: Check) -> Iterator[Reply]:
-            parcel = Parcel(facts={"weights": state_digest(self.layout, self.state)})
-            pairs = ((client, parcel) for client in clients)
-            messages = self._post.write(
-                f"query.{question}", 0, pairs, None, {}, {"weights": functools.cache(self._weights)}
-            )
-            replies = self._post.carry(grid, messages, self._model_bytes)
-            share, what = self.settings.failures.min_ok_fraction, f"the question {question!r}"
-            yield from self._post.open(replies, check, share, what)
-            outcomes.append(self._post.outcome)
-
-        self.setup(ask)
-        return {
-            "round": 0,
-            "strategy": self.name,
-            "asked": sorted({c for o in outcomes for c in [*o.ok, *o.lost, *o.refused]}),
-            **_names(*outcomes),
-            "bytes_discovery_down": sum(o.down for o in outcomes),
-            "bytes_discovery_up": sum(o.up for o in outcomes),
-            "seconds": time.monotonic() - began,
-        }
-
-    @property
-    def _model_bytes(self) -> int:
-        # An upper bound of what clients send back: a dense model, or a score for each of its weights.
-        return 4 * self.layout.size
-
-    def _weights(self) -> Arrays:
-        return freeze(Dense().encode(self.layout, self.state, Mask.dense(self.layout)))
-
-    def _train(self, grid: Grid, round_: int, config: ConfigRecord, result: Result) -> Record:
-        messages = self.configure_train(round_, ArrayRecord(), config, grid)
-        _, metrics = self.aggregate_train(round_, self._post.carry(grid, messages, self._model_bytes))
-        result.train_metrics_clientapp[round_] = metrics
-        outcome = self._post.outcome
-        return {
-            "round": round_,
-            "cohort": self.cohort(round_),
-            **_names(outcome),
-            "train_loss": metrics["loss"],
-            "messages_train_down": outcome.sent,
-            "messages_train_up": len(outcome.ok) + len(outcome.refused),
-            "bytes_train_down": outcome.down,
-            "bytes_train_up": outcome.up,
-            "bytes_evaluate_down": 0,
-            "bytes_mask_down": outcome.mask_down,
-        }
-
-    def _evaluate(
-        self,
-        grid: Grid,
-        round_: int,
-        config: ConfigRecord,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-        result: Result,
-        record: Record,
-    ) -> None:
-        record |= {"central_loss": None, "central_accuracy": None, "local_accuracy_mean": None}
-        messages = self.configure_evaluate(round_, ArrayRecord(), config, grid)
-        if not messages:
-            return
-        local = self.aggregate_evaluate(round_, self._post.carry(grid, messages, 0))
-        if local is not None:
-            result.evaluate_metrics_clientapp[round_] = local
-            record["local_accuracy_mean"] = local["accuracy"]
-            record["local_accuracy"] = {str(c): self._accuracy[c] for c in sorted(self._accuracy)}
-        central = evaluate_fn(round_, ArrayRecord(dict(self.state))) if evaluate_fn else None
-        if central is not None:
-            result.evaluate_metrics_serverapp[round_] = central
-            record |= {f"central_{name}": central[name] for name in ("loss", "accuracy")}
-        outcome, failed = self._post.outcome, _names(self._post.outcome)
-        record |= {"evaluate_lost": failed["lost"], "evaluate_refused": failed["refused"]}
-        record["bytes_evaluate_down"] = outcome.down
-        record["bytes_mask_down"] += outcome.mask_down
-
-    def _tell(self, record: Record) -> None:
-        if self.watch is not None:
-            self.watch.round(record, self)
+    # ---- checks ------------------------------------------------------------------------------
 
     def check_samples(self, parcel: Parcel) -> None:
         """Raise PayloadError unless the reply's samples can weigh it in a mean over all clients."""
@@ -333,16 +237,6 @@ class SparseStrategy(Strategy):
         _number(parcel, "loss")
         self.check_samples(parcel)
         self.client.up(self.settings.wire.up_values).check(parcel.arrays, self.layout, self.mask)
-
-
-def _names(*outcomes: Outcome) -> Record:
-    lost = {c: why for o in outcomes for c, why in o.lost.items()}
-    refused = {c: why for o in outcomes for c, why in o.refused.items()}
-    return {
-        "ok": sorted({client for o in outcomes for client in o.ok}),
-        "lost": {str(c): lost[c] for c in sorted(lost)},
-        "refused": {str(c): refused[c] for c in sorted(refused)},
-    }
 
 
 def _number(parcel: Parcel, name: str) -> None:

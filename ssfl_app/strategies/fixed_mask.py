@@ -32,7 +32,8 @@ from ssfl_app.sparsity.layout import Layout, load_state, state_of
 from ssfl_app.sparsity.mask import Mask, Scope, keep_count
 from ssfl_app.sparsity.saliency import balanced_batch, snip
 from ssfl_app.sparsity.values import check_values, read_values
-from ssfl_app.strategies.base import Ask, SparseStrategy
+from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Parcel

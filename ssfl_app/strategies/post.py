@@ -163,11 +163,14 @@ class Post:
         return {"mask": self._bitmap[1]}
 
     def carry(self, grid: Grid, messages: Iterable[Message], reply_bytes: int) -> Iterator[Message]:
-        """Send messages that `write` made and yield the replies, of about this size, as they come."""
+        """Send messages that `write` made; return the replies, of about this size, as they come."""
         courier = Courier(grid, self._run.round_timeout, reply_bytes)
         self.outcome = courier.outcome
         client_at = {node: client for client, node in self._roster.items()}
         self._push(courier, {client_at[message.metadata.dst_node_id]: message for message in messages})
+        return self._replies(courier)
+
+    def _replies(self, courier: Courier) -> Iterator[Message]:
         given: dict[int, set[str]] = {}
         for client, reply in courier.replies():
             self.outcome.up += sum(_sizes(reply).values())
@@ -190,13 +193,13 @@ class Post:
 
     # ---- in ----------------------------------------------------------------------------------
 
-    def open(self, replies: Iterable[Message], check: Check, share: float, what: str) -> Iterator[Reply]:
+    def open(self, replies: Iterable[Message], check: Check, share: float | None, what: str) -> Iterator[Reply]:
         """Yield the good replies; refuse the others by name.
 
         Raises
         ------
         RunFailed
-            After the last reply, if fewer than `share` of the clients answered well.
+            After the last reply, if fewer than `share` of the clients answered well; None asks for none.
         """
         for message in replies:
             client = self._client_of.pop(message.metadata.reply_to_message_id)
@@ -212,7 +215,8 @@ class Post:
             yield reply
             del message, reply
         self._packer, self._letters = Packer(), {}  # models that nobody will ask for any more
-        self.outcome.need(share, what)
+        if share is not None:
+            self.outcome.need(share, what)
 
     def _read(self, client: int, message: Message, check: Check) -> Reply:
         parcel = read_record(message.content)
