@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssfl_app.sparsity.codec import SharedMask
+from ssfl_app.sparsity.codec import SharedMask, nbytes
 from ssfl_app.strategies import REGISTRY
 from tests.in_process_grid import Played, answer_error, play, tamper
 
@@ -44,8 +44,8 @@ def test_another_seed_is_another_run(played: Played) -> None:
 
 def test_has_exactly_the_density_it_promises(played: Played) -> None:
     layout, mask = played.layout, played.strategy.mask
-    dense = name_of(played) == "fedavg"
-    assert mask.count == (layout.prunable_size if dense else math.floor(0.2 * layout.prunable_size))
+    sparse = issubclass(type(played.strategy).client.down, SharedMask)
+    assert mask.count == (math.floor(0.2 * layout.prunable_size) if sparse else layout.prunable_size)
     for state in played.states:
         prunable = layout.flatten(state)[layout.is_prunable]
         assert not prunable[~mask.alive].any()
@@ -54,12 +54,12 @@ def test_has_exactly_the_density_it_promises(played: Played) -> None:
 
 def test_pays_the_bytes_of_its_codec_and_nothing_else(played: Played) -> None:
     layout, mask = played.layout, played.strategy.mask
-    shared = issubclass(type(played.strategy).client.down, SharedMask)
-    model = 4 * (mask.count + layout.size - layout.prunable_size) if shared else 4 * layout.size
-    bitmap = -(-layout.prunable_size // 8) if shared else 0
+    rule, state = type(played.strategy).client, played.strategy.state
+    down, up = (nbytes(codec().encode(layout, state, mask)) for codec in (rule.down, rule.up))
+    bitmap = -(-layout.prunable_size // 8) if issubclass(rule.down, SharedMask) else 0
     for record in played.records[1:]:
-        assert record["bytes_train_down"] == record["bytes_train_up"] == 4 * model
-        assert record["bytes_evaluate_down"] == 6 * model
+        assert (record["bytes_train_down"], record["bytes_train_up"]) == (4 * down, 4 * up)
+        assert record["bytes_evaluate_down"] == 6 * down
     # The mask goes down once per client in the whole run.
     assert [record["bytes_mask_down"] for record in played.records[1:]] == [6 * bitmap, 0, 0]
 

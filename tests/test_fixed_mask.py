@@ -77,6 +77,13 @@ def test_weighting_by_samples_and_uniform_differ_where_clients_do() -> None:
     assert played(**unequal).bits() != played(**unequal, run__weighting="uniform").bits()
 
 
+def test_a_training_round_carries_the_alive_values_and_the_dense_remainder_and_nothing_else() -> None:
+    run = played(strategy="ssfl")
+    # 0.2 * 151,072 prunable weights are alive; 330 biases and norm weights are dense. Four clients train.
+    assert run.records[1]["bytes_train_down"] == run.records[1]["bytes_train_up"] == 4 * 4 * (30214 + 330)
+    assert run.records[1]["bytes_mask_down"] == 6 * 18884
+
+
 def test_the_mask_is_found_before_round_1_and_kept() -> None:
     run = play({"strategy": "ssfl"})
     digests = {parcel.facts["digest"] for where, parcel in run.grid.sent if where[0] in ("train", "evaluate")}
