@@ -187,7 +187,7 @@ def _class_ticks(axes: "Axes", class_names: Sequence[str], inches: float) -> Non
 def accuracy_by_client(run: Run) -> "Figure":
     """Return each client's accuracy on its own test images against its number of training images.
 
-    The three clients with the lowest accuracy are named. The line is the plain mean over clients.
+    Where all clients have about as many, it is against the client's number instead. The three clients with the lowest accuracy are named. The line is the plain mean over clients.
 
     Raises
     ------
@@ -202,15 +202,19 @@ def accuracy_by_client(run: Run) -> "Figure":
     accuracy = 100 * np.array([rows[index]["accuracy"] for index in kept], dtype=float)
     figure = _figure(9.0, 4.2)
     axes = figure.subplots()
-    axes.scatter(images, accuracy, s=34, color=PALETTE[0], alpha=0.75, lw=0, clip_on=False, zorder=3)
+    xs, xlabel = images, "Training images of the client"
+    if images.min() >= 0.95 * images.max():
+        xs = np.array([int(rows[index]["client"]) for index in kept])
+        xlabel = f"Client ({images.min()} to {images.max()} training images each)"
+    axes.scatter(xs, accuracy, s=34, color=PALETTE[0], alpha=0.75, lw=0, clip_on=False, zorder=3)
     mean = f"mean of {len(kept)} clients: {accuracy.mean():.2f} %"
     axes.axhline(accuracy.mean(), color=PALETTE[1], lw=1.2, ls="--", label=mean)
     for index in np.argsort(accuracy, kind="stable")[:3]:
-        name, point = f"client {rows[kept[index]]['client']}", (float(images[index]), float(accuracy[index]))
+        name, point = f"client {rows[kept[index]]['client']}", (float(xs[index]), float(accuracy[index]))
         axes.annotate(_plain(name), point, xytext=(6, -3), textcoords="offset points", fontsize=8, color=INK)
-    xlabel, ylabel = "Training images of the client", "Accuracy on its own test images (%)"
+    ylabel = "Accuracy on its own test images (%)"
     _finish(axes, "Accuracy by client: " + _plain(read.run_labels([run])[0]), xlabel, ylabel)
-    _x_axis(axes, [images.astype(float)], xlabel)
+    _x_axis(axes, [xs.astype(float)], xlabel)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     return figure
 
