@@ -207,7 +207,7 @@ def accuracy_by_client(run: Run) -> "Figure":
     if images.min() >= 0.95 * images.max():
         xs = np.array([int(rows[index]["client"]) for index in kept])
         xlabel = f"Client ({images.min()} to {images.max()} training images each)"
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
     axes.scatter(xs, accuracy, s=34, color=PALETTE[0], alpha=0.75, lw=0, clip_on=False, zorder=3)
     mean = f"mean of {len(kept)} clients: {accuracy.mean():.2f} %"
     axes.axhline(accuracy.mean(), color=PALETTE[1], lw=1.2, ls="--", label=mean)
