@@ -145,6 +145,15 @@ def test_a_client_with_other_code_is_named() -> None:
         watcher.met({4: {"code": "another"}})
 
 
+def test_too_few_simulated_nodes_are_a_plain_message_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssfl_app.strategies.post.SIMULATED_NODES_APPEAR", 0.2)
+    monkeypatch.setattr(ScriptedGrid, "get_node_ids", lambda self: list(self._contexts)[:3])
+    with pytest.raises(
+        RunFailed, match=r"Flower simulates 3 SuperNodes and run.clients is 4: set num-supernodes to 4"
+    ):
+        play(ONE)
+
+
 def test_two_nodes_that_claim_one_number_end_the_run() -> None:
     with pytest.raises(RunFailed, match="two nodes say that they are client 0"):
         play(ONE, faults={("query.hello", 0, 1): facts(client=0)})

@@ -20,11 +20,14 @@ import numpy.typing as npt
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from ssfl_app.exchange import Courier, Outcome, RunFailed
+from ssfl_app.exchange import Courier, Outcome, RunFailed, is_simulation
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.settings import RunOptions
 from ssfl_app.wire import Facts, Packer, Parcel, read_record
+
+SIMULATED_NODES_APPEAR = 5.0
+"""Seconds after which all simulated nodes are there: Flower registers them together, before its actors start."""
 
 Check = Callable[[Parcel], None]
 """Raises PayloadError on an answer that an algorithm must not see."""
@@ -87,6 +90,7 @@ class Post:
             Some did not come within run.join-timeout, two claim one number, or one cannot start.
         """
         end, asked, sites = time.monotonic() + self._run.join_timeout, set[int](), dict[int, Facts]()
+        few = time.monotonic() + SIMULATED_NODES_APPEAR
         while True:
             new = sorted(set(grid.get_node_ids()) - asked)
             asked.update(new)
@@ -99,6 +103,11 @@ class Post:
             missing = sorted(set(range(self._run.clients)) - set(sites))
             if not missing:
                 return sites
+            if is_simulation(grid) and len(asked) < self._run.clients and time.monotonic() > few:
+                raise RunFailed(
+                    f"Flower simulates {len(asked)} SuperNodes and run.clients is {self._run.clients}: set "
+                    f"num-supernodes to {self._run.clients}, as `ssfl run` does"
+                )
             if time.monotonic() > end:
                 names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
                 raise RunFailed(
