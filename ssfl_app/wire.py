@@ -56,7 +56,9 @@ class Packer:
         return RecordDict({"arrays": arrays, "facts": ConfigRecord(dict(parcel.facts))})
 
     def _array(self, array: npt.NDArray[Any]) -> Array:
-        if array.dtype != _DTYPES.get(array.dtype.name) or array.ndim != 1:
+        # By name first: NumPy takes None, what `get` would return, for float64.
+        known = array.dtype.name in _DTYPES and array.dtype == _DTYPES[array.dtype.name]
+        if not known or array.ndim != 1:
             raise TypeError(f"an array is {array.dtype} of rank {array.ndim}; the wire takes flat {list(_DTYPES)}")
         if id(array) not in self._done:
             # The array is kept beside its record, so its id cannot be given to another one meanwhile.

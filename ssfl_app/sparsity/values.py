@@ -60,7 +60,8 @@ def read_values(arrays: Mapping[str, npt.NDArray[Any]], kind: str, size: int) ->
         return np.asarray((values.astype(np.uint32) << 16).view(np.float32))
     if kind == "int8":
         scales = take(arrays, "scales", np.float32, -(-size // BLOCK))
-        return np.asarray(values.astype(np.float32) * np.repeat(scales, BLOCK)[:size])
+        with np.errstate(invalid="ignore"):  # 0 * Inf is NaN, which whoever reads foreign values refuses
+            return np.asarray(values.astype(np.float32) * np.repeat(scales, BLOCK)[:size])
     return values.astype(np.float32, copy=False)
 
 
