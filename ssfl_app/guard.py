@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also stops glibc from raising it
 _LARGE_BLOCK = 4 << 20
 
@@ -57,7 +59,7 @@ def return_freed_memory() -> None:
 
 
 def end_with_launcher() -> None:
-    """End this process group as soon as the launcher is gone; do nothing if there was none.
+    """End this simulation and its SuperLink as soon as the launcher is gone; do nothing if there was none.
 
     Flower detaches the simulation from the command that asked for it. If that command is killed, the simulation
     would train on, unseen, and write to a run folder that somebody may be resuming by then.
@@ -70,5 +72,10 @@ def end_with_launcher() -> None:
 def _watch(path: Path) -> None:
     while path.exists() and take(path) is None:
         time.sleep(0.5)
+    # The SuperLink and its executor were started for this run only and would wait for ever.
+    for parent in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            if any("flower-super" in word for word in parent.cmdline()):
+                parent.kill()
     # Flower gives each simulation a process group of its own; Ray's processes are in it.
     os.killpg(os.getpgrp(), signal.SIGKILL)

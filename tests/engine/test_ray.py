@@ -91,7 +91,7 @@ def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, obje
     process.kill()
     process.wait()
     end = time.monotonic() + 30
-    while alive(before, "flwr-simulation") or alive(before, "ray::"):
+    while alive(before, "flwr-simulation") + alive(before, "ray::") + alive(before, "flower-super"):
         assert time.monotonic() < end, "the simulation outlives its launcher"
         time.sleep(0.1)
     assert not (folder / "summary.json").exists()
@@ -110,7 +110,7 @@ def test_a_dead_ray_actor_ends_the_run_with_a_plain_message_and_nothing_is_left(
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
     assert "a Ray actor died while it worked for client" in errors
-    assert not alive(before, "flower-superlink") + alive(before, "flwr-simulation") + alive(before, "ray::")
+    assert not alive(before, "flower-super") + alive(before, "flwr-simulation") + alive(before, "ray::")
 
 
 def test_a_run_that_fails_on_ray_has_exit_code_1_and_says_why(tmp_path: Path) -> None:
