@@ -45,8 +45,8 @@ class SparseClient(NumPyClient):
         site = self.rule.site
         return {
             "client": site.number,
-            "samples": len(site.train),
-            "test-samples": len(site.test),
+            "samples": len(site.share[0]),
+            "test-samples": len(site.share[1]),
             "device": str(site.trainer.device),
             "gpu-is-hidden": gpu_is_hidden(),
             "code": code_digest(),

@@ -17,7 +17,7 @@ import tomli_w
 from ssfl_app.local.data import DataOptions
 from ssfl_app.local.models import ModelOptions
 from ssfl_app.local.trainer import LocalOptions
-from ssfl_app.options import ConfigError, Scalar, at_least, build
+from ssfl_app.options import ConfigError, Scalar, at_least, build, flatten
 from ssfl_app.partitions import PartitionOptions
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.settings import FailureOptions, MaskOptions, RunOptions, Settings, WireOptions
@@ -93,7 +93,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
 
 def defaults() -> Flat:
     """Return the default configuration, from pyproject.toml of the checkout or the installed wheel."""
-    return _flatten(tomllib.loads((app_folder() / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
+    return flatten(tomllib.loads((app_folder() / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
 
 
 def app_folder() -> Path:
@@ -112,7 +112,7 @@ def read_file(path: Path) -> Flat:
         The file is missing or no TOML.
     """
     try:
-        return _flatten(tomllib.loads(path.read_text()))
+        return flatten(tomllib.loads(path.read_text()))
     except OSError as error:
         raise ConfigError(f"CONFIG is {path}; it is a TOML file ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -181,13 +181,3 @@ def difference(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str 
         if not key.startswith(_NOT_THE_RUN) and value != theirs.get(key):
             return f"{key} is {value!r}; that run was started with {theirs.get(key)!r}"
     return None
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Flat:
-    flat: Flat = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 SIMULATION_POLL = 0.01
@@ -21,9 +22,6 @@ DEPLOYMENT_POLL = 0.25
 
 IN_FLIGHT = 100_000_000
 """Bytes of replies that may be on their way at once in simulation, if that is more than one a core."""
-
-_DEAD_ACTOR = 0  # flwr ErrorCode.UNKNOWN: in simulation, an exception of Ray and not of the client
-_RAISED = 2  # flwr ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
 class RunFailed(RuntimeError):
@@ -147,12 +145,12 @@ class Courier:
 
     def _sort(self, client: int, code: int, reason: str) -> None:
         line = _last_line(reason)
-        if code == _DEAD_ACTOR:
+        if code == ErrorCode.UNKNOWN:  # in simulation an exception of Ray, not of the client
             raise RunFailed(
                 f"a Ray actor died while it worked for client {client} ({line}). Most often it ran out of memory: "
                 "try fewer actors (engine.actors) or a smaller model"
             )
-        if code == _RAISED:
+        if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
             self.outcome.refused[client] = f"raised: {line}"
         else:
             self.outcome.lost[client] = f"Flower error {code}: {line}"

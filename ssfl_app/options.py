@@ -58,6 +58,14 @@ def anything(what: str) -> Any:
     return option(what, lambda _: True)
 
 
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables, as TOML has them, as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
 def build(room: type[T], name: str, values: Mapping[str, Scalar]) -> T:
     """Return the options of one room from its keys, or say what is wrong with the first bad one.
 

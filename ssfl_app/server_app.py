@@ -36,14 +36,14 @@ def main(grid: Grid, context: Context) -> None:
         The run broke off; the run folder holds its checkpoint and the reason.
     """
     guard.end_with_launcher()
-    if not getattr(grid, "in_process", False):  # where clients train in this process, it would cost them time
+    if engine_name(grid) != "inline":  # where clients train in this process, it would cost them time
         guard.return_freed_memory()
     workshop = open_workshop(dict(context.run_config))
     config = workshop.config
     run = config.settings.run
     folder = Path(run.out) if run.out else Path.cwd() / default_folder(config.strategy, config.data.name)
-    # Flushed: Flower forwards what a ServerApp prints, and a round should be seen when it is over.
     check_folder(folder, config.flat)
+    # Flushed: Flower forwards what a ServerApp prints, and a round should be seen when it is over.
     recorder = Recorder(folder, write_toml(config.flat), run.rounds, lambda line: print(line, flush=True))
     try:
         conduct(grid, workshop, recorder)

@@ -44,8 +44,11 @@ def test_the_client_is_a_numpy_client_whose_arrays_are_the_alive_values() -> Non
 
 
 def test_a_gpu_that_flower_hides_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert workshop.gpu_is_hidden() == Path("/dev/nvidia0").exists()
+    for there, visible, hidden in ((True, "", True), (True, "0", False), (False, "", False)):
+        with monkeypatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            patch.setattr(workshop.Path, "exists", lambda path, there=there: there and str(path) == "/dev/nvidia0")
+            assert workshop.gpu_is_hidden() is hidden
     said: list[str] = []
     recorder = Recorder(tmp_path / "run", "", 3, said.append)
     shop = open_workshop(merge(SMALL))

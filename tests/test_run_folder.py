@@ -219,6 +219,16 @@ def test_a_run_resumes_with_its_own_configuration_only(ssfl: Run, tmp_path: Path
     assert summary(tmp_path / "run")["model_sha256"] == before
 
 
+def test_a_config_file_and_nodes_set_keys_and_overrides_win(ssfl: Run, tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(
+        'strategy = "random"\n[run]\ncohort = 2\nrounds = 1\n[mask]\ndensity = 0.3\n[local]\nepochs = 1\n'
+    )
+    words = ("my.toml", "--nodes", "4", "-c", "mask.density=0.5", "--engine", "inline", "--out", "run")
+    assert ssfl("run", *words)[0] == 0
+    made = summary(tmp_path / "run")
+    assert (made["strategy"], made["clients"], made["alive"]) == ("random", 4, 151072 // 2)
+
+
 def test_report_and_partition_commands(ssfl: Run, tmp_path: Path) -> None:
     for strategy in ("ssfl", "random"):
         words = ("run", "--engine", "inline", "-c", f"{KEYS} run.rounds=1 strategy='{strategy}'", "--out", strategy)

@@ -9,13 +9,13 @@ from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from ssfl_app.config import Flat
 
-_RAISED = 2  # flwr ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 _SERVER = 1
 
 
@@ -101,7 +101,9 @@ class InlineGrid(Grid):
             return self._app(message, self._contexts[message.metadata.dst_node_id])
         except Exception as error:
             # As Flower does: the client's exception becomes an error reply, whatever it is.
-            return Message(Error(_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+            return Message(
+                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"), reply_to=message
+            )
 
 
 def run_inline(server: ServerApp, client: ClientApp, config: Flat) -> None:

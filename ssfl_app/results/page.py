@@ -4,9 +4,7 @@ The template is a Python string because a Flower app bundle carries only ``*.py`
 """
 
 import base64
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ssfl_app.results.runs import MB
@@ -166,17 +164,6 @@ def megabytes(size: float | None) -> str:
 def ratio(dense: float | None, sent: float | None) -> str:
     """Return how many times fewer bytes `sent` is than `dense`."""
     return f"{dense / sent:.2f}" if dense and sent else NONE
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write `path` whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def data_uri(svg: bytes) -> str:

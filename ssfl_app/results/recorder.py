@@ -27,22 +27,11 @@ from safetensors import torch as safe_torch
 
 from ssfl_app import guard
 from ssfl_app.options import ConfigError
+from ssfl_app.results.files import write_atomically
 from ssfl_app.sparsity.layout import Layout, State, state_digest
 from ssfl_app.sparsity.mask import Mask
 
 Record = dict[str, Any]
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: readers see all or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from ssfl_app.options import ConfigError
 from ssfl_app.results import page, plots
+from ssfl_app.results.files import write_atomically
 from ssfl_app.results.page import NONE, megabytes, percent, ratio, shown
 from ssfl_app.results.runs import (
     CENTRAL,
@@ -84,7 +85,8 @@ def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> "Table":
 
 def draw_partition(counts: ArrayLike, class_names: Sequence[str], png: Path) -> None:
     """Write the heat map of `counts`, shape (K, C), to `png`; raise ConfigError as `partition_table` does."""
-    page.write_file(png, plots.png_bytes(plots.class_distribution(counts, class_names)))
+    picture = plots.png_bytes(plots.class_distribution(counts, class_names))
+    write_atomically(png, lambda file: file.write_bytes(picture))
 
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
@@ -105,7 +107,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         "warnings": [_unfinished(run) for run in runs if not run.summary],
         "sections": _single(runs[0]) if single else _several(runs),
     }
-    page.write_file(path, page.render(context).encode())
+    write_atomically(path, lambda file: file.write_text(page.render(context), "utf-8"))
 
 
 def _single(run: Run) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ Bytes are shown in MB of 10**6 bytes; accuracies are fractions in [0, 1]. A run 
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ssfl_app.options import ConfigError
+from ssfl_app.options import ConfigError, flatten
 
 MB = 1e6
 CENTRAL, LOCAL = "central_accuracy", "local_accuracy_mean"
@@ -96,16 +96,9 @@ def read_run(folder: Path) -> Run:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return _flatten(tomllib.loads(path.read_text("utf-8")))
+        return flatten(tomllib.loads(path.read_text("utf-8")))
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML ({error})") from None
-
-
-def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def _read_rounds(path: Path) -> list[dict[str, Any]]:

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
@@ -76,7 +74,6 @@ class Post:
         self._packer = Packer()
         self._letters: dict[int, Letter] = {}  # of the exchange that is going on
         self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
-        self._bitmap: tuple[str, npt.NDArray[np.uint8]] = ("", np.zeros(0, np.uint8))
         self._client_of: dict[str, int] = {}  # message id -> client
 
     # ---- who is who --------------------------------------------------------------------------
@@ -142,6 +139,8 @@ class Post:
         `attachments` are made and sent to clients that ask for them.
         """
         self._packer, self._letters = Packer(), {}
+        # Packed when the first client needs it, and the same array for all, so that it is serialised once.
+        bitmap = functools.cache(lambda: {} if mask is None else {"mask": mask.packed()})
         messages = []
         for client, parcel in parcels:
             facts = {**config, "round": round_, **parcel.facts}
@@ -149,7 +148,7 @@ class Post:
             if mask is not None:
                 facts["digest"] = mask.digest
                 if self._mask_travels:
-                    later["mask"] = functools.partial(self._bitmap_of, mask)
+                    later["mask"] = bitmap
                     brings = set() if self._holds.get(client) == mask.digest else {"mask"}
             self._letters[client] = Letter(kind, Parcel(parcel.arrays, facts), mask, later)
             messages.append(self._message(client, brings))
@@ -165,11 +164,6 @@ class Post:
         # Time to live = round timeout: Flower's default of 12 hours would let replies come rounds later.
         ttl = self._run.round_timeout
         return Message(record, self._roster[client], letter.kind, ttl=ttl, group_id=group)
-
-    def _bitmap_of(self, mask: Mask) -> Arrays:
-        if self._bitmap[0] != mask.digest:
-            self._bitmap = (mask.digest, mask.packed())
-        return {"mask": self._bitmap[1]}
 
     def carry(self, grid: Grid, messages: Iterable[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `write` made; return the replies, of about this size, as they come."""

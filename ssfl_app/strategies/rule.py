@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 from torch import nn
 
-from ssfl_app.local.data import Images
+from ssfl_app.local.data import DataSet, Images
 from ssfl_app.local.trainer import LocalTrainer
+from ssfl_app.partitions import Indices
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, Dense, SharedMask, read_mask
 from ssfl_app.sparsity.layout import Layout, State, load_state, state_digest, state_of
@@ -30,6 +32,7 @@ class Site:
     """Where a client works: its number, model, images and memory.
 
     `model` is a workbench that other clients of the same process use too: every verb loads its state first.
+    `share` holds the indices of its training and test images in `data`.
     `initial` makes the initial weights from the seed; `dense` is the mask under which everything is alive.
     `masks` keeps unpacked masks by digest; whether the client *holds* a mask is `memory`'s affair alone.
     """
@@ -38,12 +41,22 @@ class Site:
     model: nn.Module
     layout: Layout
     trainer: LocalTrainer
-    train: Images
-    test: Images
+    data: DataSet
+    share: tuple[Indices, Indices]
     memory: Memory
     initial: Callable[[], State]
     dense: Mask
     masks: dict[str, Mask] = field(default_factory=dict)
+
+    @cached_property
+    def train(self) -> Images:
+        """Training images of the client; copied out of the data set on first use, once a message."""
+        return self.data.train.take(self.share[0])
+
+    @cached_property
+    def test(self) -> Images:
+        """Test images of the client, likewise."""
+        return self.data.test.take(self.share[1])
 
     def mask(self, digest: str) -> Mask | None:
         """Return the mask with this digest if the client holds it."""
