@@ -31,6 +31,7 @@ fast: $(VENV)/.installed-dev  ## the tests that start no Flower processes
 	$(BIN)/python -m pytest -m "not slow"
 
 bench: $(VENV)/.installed-dev  ## record benchmarks/results again (CIFAR-10 by hand: benchmarks/tables.py cifar10)
+	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/tables.py digits
 	$(BIN)/python benchmarks/memory.py
 
