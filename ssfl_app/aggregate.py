@@ -1,4 +1,4 @@
-"""Streaming weighted mean whose bits do not depend on the order of arrival.
+"""Streaming weighted means whose bits do not depend on the order of arrival.
 
 Replies are folded as they come, so the server holds one accumulator and not one vector per client. Floating
 point addition would make the result depend on who answered first. Here every term is first rounded to integers,
@@ -9,9 +9,12 @@ least 2**-32 enters it exactly, a smaller one with an error of at most 2**-57, f
 score that matters. The limits that 96 bits set are checked, not assumed.
 """
 
-import numpy as np
+from collections.abc import Iterator
 
-from ssfl_app.sparsity.layout import Vector
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.sparsity.layout import Bits, Vector
 from ssfl_app.sparsity.values import check_values
 
 MAX_WEIGHT = 2**23
@@ -23,7 +26,44 @@ _CARRY = 32  # bits of the lower limb
 _BLOCK = 1 << 18  # coordinates worked on at a time: temporaries stay in the cache
 
 
-class WeightedMean:
+class _FixedPoint:
+    """The weighted sum of vectors: what both means share.
+
+    Memory: 12 bytes a coordinate, however many vectors are added.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._high = np.zeros(size, dtype=np.int64)
+        self._low = np.zeros(size, dtype=np.uint32)
+        self.weight = 0
+
+    def _add(self, values: Vector, weight: int) -> None:
+        self._check_shape("vector", values.shape)
+        check_values(values)
+        if weight < 1 or self.weight + weight > MAX_WEIGHT:
+            raise ValueError(f"a weight is {weight} after {self.weight}; at least 1, together at most {MAX_WEIGHT}")
+        for block in self._blocks():
+            exact = values[block].astype(np.float64)
+            high = np.floor(exact * _HIGH)
+            low = np.rint((exact - high / _HIGH) * _LOW)  # 0 to 2**32
+            total = low.astype(np.int64) * weight + self._low[block]
+            self._high[block] += high.astype(np.int64) * weight + (total >> _CARRY)
+            self._low[block] = total & 0xFFFFFFFF
+        self.weight += weight
+
+    def _sum(self, block: slice) -> npt.NDArray[np.float64]:
+        total: npt.NDArray[np.float64] = self._high[block] / _HIGH + self._low[block] / _LOW
+        return total
+
+    def _blocks(self) -> Iterator[slice]:
+        return (slice(start, start + _BLOCK) for start in range(0, self._high.size, _BLOCK))
+
+    def _check_shape(self, what: str, shape: tuple[int, ...]) -> None:
+        if shape != self._high.shape:
+            raise ValueError(f"a {what} has shape {shape}; this mean needs {self._high.shape}")
+
+
+class WeightedMean(_FixedPoint):
     """The mean of vectors with integer weights.
 
     Parameters
@@ -36,11 +76,6 @@ class WeightedMean:
     Memory: 12 bytes a coordinate, however many vectors are added.
     """
 
-    def __init__(self, size: int) -> None:
-        self._high = np.zeros(size, dtype=np.int64)
-        self._low = np.zeros(size, dtype=np.uint32)
-        self.weight = 0
-
     def add(self, values: Vector, weight: int = 1) -> None:
         """Add one vector of float32, shape (size,), |x| <= MAX_VALUE, with a weight of at least 1.
 
@@ -50,20 +85,7 @@ class WeightedMean:
             Wrong shape, a value that is not finite or too large, or weights that exceed MAX_WEIGHT. The mean
             is unchanged then.
         """
-        if values.shape != self._high.shape:
-            raise ValueError(f"a vector has shape {values.shape}; this mean needs {self._high.shape}")
-        check_values(values)
-        if weight < 1 or self.weight + weight > MAX_WEIGHT:
-            raise ValueError(f"a weight is {weight} after {self.weight}; at least 1, together at most {MAX_WEIGHT}")
-        for start in range(0, values.size, _BLOCK):
-            block = slice(start, start + _BLOCK)
-            exact = values[block].astype(np.float64)
-            high = np.floor(exact * _HIGH)
-            low = np.rint((exact - high / _HIGH) * _LOW)  # 0 to 2**32
-            total = low.astype(np.int64) * weight + self._low[block]
-            self._high[block] += high.astype(np.int64) * weight + (total >> _CARRY)
-            self._low[block] = total & 0xFFFFFFFF
-        self.weight += weight
+        self._add(values, weight)
 
     def value(self) -> Vector:
         """Return the mean so far, float32, shape (size,).
@@ -76,7 +98,70 @@ class WeightedMean:
         if not self.weight:
             raise ValueError("a mean of nothing; at least one vector must be added")
         mean = np.empty(self._high.size, dtype=np.float32)
-        for start in range(0, mean.size, _BLOCK):
-            block = slice(start, start + _BLOCK)
-            mean[block] = (self._high[block] / _HIGH + self._low[block] / _LOW) / self.weight
+        for block in self._blocks():
+            mean[block] = self._sum(block) / self.weight
+        return mean
+
+
+class OverlapMean(_FixedPoint):
+    """The mean of vectors that own only some coordinates each, taken over the owners of each coordinate.
+
+    With weights n, owned bits m and values w of each vector: sum(n m w) / sum(n m), and the old value where no vector
+    owns the coordinate. Dai et al., "DisPFL", ICML 2022; Vahidian et al., "Sub-FedAvg", ICDCS-W 2021; Li et al.,
+    "LotteryFL", SEC 2021; Bibikar et al., "FedDST", AAAI 2022.
+
+    Parameters
+    ----------
+    size : int
+        Coordinates of every vector.
+
+    Notes
+    -----
+    Memory: 16 bytes a coordinate, however many vectors are added, and 4 more while one is added.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._weights = np.zeros(size, dtype=np.int32)  # at most MAX_WEIGHT each
+
+    def add(self, values: Vector, owned: Bits, weight: int = 1) -> None:
+        """Add the owned coordinates of one vector, with a weight of at least 1.
+
+        Parameters
+        ----------
+        values : array of float32, shape (size,)
+            |x| <= MAX_VALUE where owned; anything elsewhere.
+        owned : array of bool, shape (size,)
+            The coordinates that count.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `owned` is not bool; wrong shapes, an owned value that is not finite or too large, or weights of all
+            vectors that exceed MAX_WEIGHT. The mean is unchanged then.
+        """
+        if owned.dtype != np.bool_:
+            raise TypeError(f"owned is {owned.dtype}; it must be bool")
+        self._check_shape("vector", values.shape)
+        self._check_shape("vector of owned bits", owned.shape)
+        self._add(np.where(owned, values, np.float32(0)), weight)
+        np.add(self._weights, weight, out=self._weights, where=owned)
+
+    def weights(self) -> npt.NDArray[np.int32]:
+        """Return the sum of the weights of each coordinate's owners, shape (size,)."""
+        return self._weights.copy()
+
+    def value(self, old: Vector) -> Vector:
+        """Return the mean so far, float32, shape (size,), and `old`, of that shape, where nobody owned anything.
+
+        Raises
+        ------
+        ValueError
+            `old` has the wrong shape.
+        """
+        self._check_shape("vector of old values", old.shape)
+        mean = old.astype(np.float32)
+        for block in self._blocks():
+            weights = self._weights[block]
+            np.divide(self._sum(block), weights, out=mean[block], where=weights > 0, casting="same_kind")
         return mean

@@ -4,7 +4,6 @@
 nothing else. `serve` is the adapter that lets strategies of the Message API drive such a client.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
 from ssfl_app.strategies import REGISTRY
+from ssfl_app.strategies.post import FOLDER
 from ssfl_app.strategies.rule import ClientRule, Need
 from ssfl_app.wire import Memory, Packer, Parcel, read_record
 from ssfl_app.workshop import code_digest, gpu_is_hidden, open_workshop
 
 NDArrays = list[npt.NDArray[Any]]
-
-STORE = "SSFL_STORE"
-"""Environment variable: a folder that simulated clients share for what is the same for all of them."""
 
 
 class SparseClient(NumPyClient):
@@ -54,21 +51,25 @@ class SparseClient(NumPyClient):
 
     def fit(self, parameters: NDArrays, config: dict[str, Any]) -> tuple[NDArrays, int, dict[str, Any]]:
         """Train, or answer ``config["question"]``; return arrays, samples and facts."""
-        parcel = _parcel(parameters, config)
+        parcel, trainer = _parcel(parameters, config), self.rule.site.trainer
+        passes, looks = trainer.passes, trainer.looks
         try:
             question = config.get("question")
             reply = self.rule.train(parcel) if question is None else self.rule.setup(question, parcel)
         except Need as need:
             return [], 0, {"need": str(need)}
-        names = ",".join(reply.arrays)
-        return list(reply.arrays.values()), int(reply.facts["samples"]), {**reply.facts, "arrays": names}
+        work = {"passes": trainer.passes - passes, "looks": trainer.looks - looks}
+        facts = {**reply.facts, **work, "arrays": ",".join(reply.arrays)}
+        return list(reply.arrays.values()), int(reply.facts["samples"]), facts
 
     def evaluate(self, parameters: NDArrays, config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
         """Test the model on this client's own test images; return loss, samples and facts."""
+        passes = self.rule.site.trainer.passes
         try:
             facts = self.rule.evaluate(_parcel(parameters, config))
         except Need as need:
             return 0.0, 0, {"need": str(need)}
+        facts["passes"] = self.rule.site.trainer.passes - passes  # of methods that fine-tune before they test
         return float(facts.get("loss", 0.0)), int(facts["samples"]), facts
 
 
@@ -108,7 +109,8 @@ def handle(message: Message, context: Context) -> Message:
     """Answer a message as the client that this node is."""
     workshop = open_workshop(dict(context.run_config))
     number = int(context.node_config["partition-id"])
-    memory = Memory(context, Path(os.environ[STORE]) if STORE in os.environ else None)
+    folder = read_record(message.content).facts.get(FOLDER)
+    memory = Memory(context, number, Path(str(folder)) if folder else None)
     return serve(SparseClient(workshop.rule(number, memory)), message)
 
 

@@ -39,6 +39,7 @@ class Outcome:
 
     `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client.
     Bytes are payload bytes of encoded arrays; bitmaps of masks are counted apart from the rest of `down`.
+    `passes` and `looks` are images that went forward and backward, or forward only, for the good replies.
     """
 
     ok: list[int] = field(default_factory=list)
@@ -48,6 +49,8 @@ class Outcome:
     mask_down: int = 0
     up: int = 0
     sent: int = 0
+    passes: int = 0
+    looks: int = 0
 
     def need(self, share: float, what: str) -> None:
         """Raise RunFailed unless at least `share` of all clients answered well."""

@@ -78,6 +78,8 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
     config, run = workshop.config, workshop.config.settings.run
     strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     strategy.watch = Watcher(recorder, workshop)
+    if is_simulation(grid):  # clients share this machine; elsewhere each keeps its own in Flower's state
+        strategy.post.folder = recorder.folder / "clients"
     checkpoint = recorder.resume() if run.resume else None
     if checkpoint is not None:
         strategy.restore(*checkpoint)
@@ -92,11 +94,12 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
         "model": config.model.name,
         "clients": run.clients,
         "cohort": run.cohort,
+        "trained_clients": len(strategy.cohort(1)),
         "rounds": run.rounds,
         "seed": run.seed,
         "engine": engine_name(grid),
     }
-    summary = recorder.finish(facts, workshop.layout, strategy.state, strategy.mask)
+    summary = recorder.finish(facts, workshop.layout, strategy.model(), strategy.mask)
     write_report([read_run(recorder.folder)], recorder.folder / "report.html")
     recorder.say(final_text(summary, recorder.folder))
 
@@ -162,12 +165,13 @@ class Watcher:
 
     def accuracies(self) -> None:
         """Add the last known accuracy of every client to clients.json."""
-        known: dict[str, float] = {}
+        known: dict[str, dict[str, float]] = {"accuracy": {}, "personal_accuracy": {}}
         for record in self.recorder.records:
-            known |= record.get("local_accuracy", {})
+            known["accuracy"] |= record.get("local_accuracy", {})
+            known["personal_accuracy"] |= record.get("personal_accuracy", {})
         self._write_clients(known)
 
-    def _write_clients(self, accuracy: Mapping[str, float]) -> None:
+    def _write_clients(self, known: Mapping[str, Mapping[str, float]]) -> None:
         data, partition = self.workshop.data, self.workshop.partition
         train = partition.class_counts(data.train.labels.numpy(), data.classes)
         clients = [
@@ -175,7 +179,7 @@ class Watcher:
                 "client": client,
                 "train": counts.tolist(),
                 "test_images": len(partition.test[client]),
-                "accuracy": accuracy.get(str(client)),
+                **{name: known.get(name, {}).get(str(client)) for name in ("accuracy", "personal_accuracy")},
             }
             for client, counts in enumerate(train)
         ]

@@ -8,12 +8,13 @@ type of our own: no 128-byte ``.npy`` header each, no copy to read them, and Flo
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
+from safetensors import numpy as safe_numpy
 
 from ssfl_app.sparsity.codec import nbytes
 from ssfl_app.sparsity.values import Arrays, PayloadError
@@ -23,7 +24,7 @@ Facts = dict[str, Fact]
 
 SERIAL_TYPE = "ssfl.raw.v1"
 _DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "u1", "i1", "<i4", "<i8")}
-_MEMORY = "ssfl"
+_MEMORY, _PERSONAL = "ssfl", "ssfl-personal"
 
 
 @dataclass(frozen=True)
@@ -107,41 +108,124 @@ def _scalars(facts: Mapping[str, Any]) -> Facts:
 
 
 class Memory:
-    """What a client keeps between messages: the shared mask, as a bitmap, and its digest.
+    """What a client keeps between messages: a mask, and personal state by the round it was made in.
 
-    Flower's `Context.state` is the store; in deployment it dies with the SuperNode, so it may be found empty at any
-    time. In simulation it lies in the server's process, once per client, and crosses to a worker and back with every
-    message: there the launcher names a folder, and clients keep the digest only, the bitmap being one file for all.
+    Flower's `Context.state` is the store in deployment; it dies with the SuperNode there, so it may be found empty at
+    any time. In simulation it lies in the server's process, once per client, and crosses to a worker and back with
+    every message: there the server names a folder, and bitmaps and personal models are files in it.
 
     Parameters
     ----------
     context : Context
         Flower's, of this node.
-    store : Path, optional
+    client : int
+        Number of the client.
+    folder : Path, optional
         A folder that all clients of this machine share.
     """
 
-    def __init__(self, context: Context, store: Path | None = None) -> None:
+    def __init__(self, context: Context, client: int, folder: Path | None = None) -> None:
         self._state = context.state
-        self._store = store
+        self._masks = None if folder is None else folder / "masks"
+        self._personal: _Versions = (
+            _Records(context.state) if folder is None else _Files(folder / f"client-{client:05d}")
+        )
 
     def bitmap(self, digest: str) -> npt.NDArray[np.uint8] | None:
         """Return the bitmap of the mask with this digest, or None if it is not held."""
         held = self._state.get(_MEMORY)
         if not isinstance(held, ConfigRecord) or held["digest"] != digest:
             return None
-        if self._store is not None:
-            return np.fromfile(self._store / digest, dtype=np.uint8) if (self._store / digest).exists() else None
+        if self._masks is not None:
+            return np.fromfile(self._masks / digest, dtype=np.uint8) if (self._masks / digest).exists() else None
         return np.frombuffer(bytes(held["mask"]), dtype=np.uint8)  # type: ignore[arg-type]
 
     def keep(self, digest: str, bitmap: npt.NDArray[np.uint8]) -> None:
         """Keep a mask; it replaces the one before."""
-        if self._store is not None:
-            file = self._store / digest
-            if not file.exists():
-                temporary = file.with_name(f"{digest}.{uuid4().hex}")
-                bitmap.tofile(temporary)
-                temporary.replace(file)
+        if self._masks is not None:
+            if not (self._masks / digest).exists():
+                _write(self._masks / digest, bitmap.tobytes())
             self._state[_MEMORY] = ConfigRecord({"digest": digest})
             return
         self._state[_MEMORY] = ConfigRecord({"digest": digest, "mask": bitmap.tobytes()})
+
+    def recall(self, since: int) -> Arrays | None:
+        """Return the personal state of the last round that the server accepted, or None if there is none.
+
+        Parameters
+        ----------
+        since : int
+            That round. What was made later came from a reply that the server never took (it was lost or refused, or
+            belongs to an interrupted run that is being played again): it never happened, and is deleted.
+        """
+        for late in [version for version in self._personal.rounds() if version > since]:
+            self._personal.delete(late)
+        kept = self._personal.rounds()
+        return safe_numpy.load(self._personal.read(kept[-1])) if kept else None
+
+    def save(self, round_: int, arrays: Arrays, back_to: int) -> None:
+        """Keep the personal state made in a round, and what is needed to go back to round `back_to`."""
+        self._personal.write(round_, safe_numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
+        older = [version for version in self._personal.rounds() if version <= back_to]
+        for version in older[:-1]:
+            self._personal.delete(version)
+
+
+class _Versions(Protocol):
+    def rounds(self) -> list[int]: ...
+    def read(self, round_: int) -> bytes: ...
+    def write(self, round_: int, content: bytes) -> None: ...
+    def delete(self, round_: int) -> None: ...
+
+
+class _Files:
+    """Versions as files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def rounds(self) -> list[int]:
+        return sorted(int(file.stem) for file in self._folder.glob("*.safetensors"))
+
+    def read(self, round_: int) -> bytes:
+        return self._path(round_).read_bytes()
+
+    def write(self, round_: int, content: bytes) -> None:
+        _write(self._path(round_), content)
+
+    def delete(self, round_: int) -> None:
+        self._path(round_).unlink()
+
+    def _path(self, round_: int) -> Path:
+        return self._folder / f"{round_:06d}.safetensors"
+
+
+class _Records:
+    """Versions as entries of a record of Flower's state."""
+
+    def __init__(self, state: RecordDict) -> None:
+        self._state = state
+
+    def _held(self) -> ConfigRecord:
+        held = self._state.get(_PERSONAL)
+        return held if isinstance(held, ConfigRecord) else ConfigRecord()
+
+    def rounds(self) -> list[int]:
+        return sorted(map(int, self._held()))
+
+    def read(self, round_: int) -> bytes:
+        return bytes(self._held()[str(round_)])  # type: ignore[arg-type]
+
+    def write(self, round_: int, content: bytes) -> None:
+        self._state[_PERSONAL] = ConfigRecord({**self._held(), str(round_): content})
+
+    def delete(self, round_: int) -> None:
+        kept = {name: content for name, content in self._held().items() if name != str(round_)}
+        self._state[_PERSONAL] = ConfigRecord(kept)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    temporary.write_bytes(content)
+    temporary.replace(path)

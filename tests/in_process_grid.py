@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class ScriptedGrid(InlineGrid):
         self._faults = dict(faults or {})
         self.log: list[Where] = []
         self.sent: list[tuple[Where, Parcel]] = []
+        self.got: list[tuple[Where, Parcel]] = []
 
     def pull_messages(self, message_ids: Any) -> list[Message]:
         """Answer each message with probability one half; the others are not ready yet."""
@@ -87,7 +89,10 @@ class ScriptedGrid(InlineGrid):
         self.log.append(where)
         self.sent.append((where, parcel))
         fault = self._faults.get(where)
-        return self.work(message) if fault is None else fault(self, message)
+        reply = self.work(message) if fault is None else fault(self, message)
+        if reply is not None and not reply.has_error():
+            self.got.append((where, read_record(reply.content)))
+        return reply
 
 
 @dataclass
@@ -106,7 +111,7 @@ class Played:
     def round(self, record: dict[str, Any], strategy: SparseStrategy) -> None:
         """Keep the record and the model of a round."""
         self.records.append(record)
-        self.states.append(strategy.state)
+        self.states.append(strategy.model())
 
     @property
     def layout(self) -> Layout:
@@ -114,15 +119,25 @@ class Played:
 
     def bits(self) -> bytes:
         """Return the bits of the global model."""
-        return self.layout.flatten(self.strategy.state).tobytes()
+        return self.layout.flatten(self.strategy.model()).tobytes()
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the records without what a clock says."""
         return [{k: v for k, v in record.items() if k != "seconds"} for record in self.records]
 
 
-def play(keys: Flat, luck: int = 0, faults: Mapping[Where, Fault] | None = None) -> Played:
-    """Play a run without a run folder: strategy, exchange, wire and clients are the real ones."""
+def play(
+    keys: Flat,
+    luck: int = 0,
+    faults: Mapping[Where, Fault] | None = None,
+    folder: Path | None = None,
+    until: int | None = None,
+) -> Played:
+    """Play a run without a run folder: strategy, exchange, wire and clients are the real ones.
+
+    Clients keep what they remember in `folder`, or in Flower's state without one. The run breaks off after round
+    `until`.
+    """
     from flwr.app import ArrayRecord
 
     from ssfl_app.server_app import central_evaluation
@@ -134,11 +149,12 @@ def play(keys: Flat, luck: int = 0, faults: Mapping[Where, Fault] | None = None)
     strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     played = Played(strategy, workshop, grid)
     strategy.watch = played
+    strategy.post.folder = folder
     rounds = config.settings.run.rounds
     strategy.start(
         grid,
         ArrayRecord(workshop.initial_state()),
-        rounds,
+        rounds if until is None else until,
         evaluate_fn=central_evaluation(workshop),
     )
     return played

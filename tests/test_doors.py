@@ -23,7 +23,7 @@ from tests.in_process_grid import SMALL
 
 def test_the_client_is_a_numpy_client_whose_arrays_are_the_alive_values() -> None:
     shop = open_workshop(merge(SMALL))
-    memory = Memory(Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={}))
+    memory = Memory(Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={}), 0)
     client = SparseClient(shop.rule(3, memory))
     assert isinstance(client, NumPyClient)
     mask = Mask.random(shop.layout, 0.1, np.random.default_rng(0))
@@ -115,12 +115,12 @@ def test_the_code_digest_follows_the_source(tmp_path: Path, monkeypatch: pytest.
 def test_simulated_clients_share_one_file_for_one_mask(tmp_path: Path) -> None:
     bitmap = np.arange(200, dtype=np.uint8)
     contexts = [Context(run_id=1, node_id=i, node_config={}, state=RecordDict(), run_config={}) for i in (1, 2)]
-    one, two = (Memory(context, tmp_path) for context in contexts)
+    one, two = (Memory(context, client, tmp_path) for client, context in enumerate(contexts))
     one.keep("abc", bitmap)
     assert two.bitmap("abc") is None  # the file is there, but client two was never given that mask
     two.keep("abc", bitmap)
-    assert [path.name for path in tmp_path.iterdir()] == ["abc"]
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["abc"]
     assert two.bitmap("abc").tolist() == bitmap.tolist()
     assert len(str(contexts[0].state)) < 200
-    (tmp_path / "abc").unlink()
+    (tmp_path / "masks" / "abc").unlink()
     assert one.bitmap("abc") is None

@@ -207,18 +207,18 @@ class TestMemory:
         return Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
 
     def test_it_starts_empty(self, context):
-        assert Memory(context).bitmap("d1") is None
-        assert Memory(context).bitmap("") is None
+        assert Memory(context, 0).bitmap("d1") is None
+        assert Memory(context, 0).bitmap("") is None
 
     def test_it_keeps_one_mask_under_its_digest(self, context):
-        Memory(context).keep("d1", np.array([1, 0, 255], np.uint8))
-        held = Memory(context).bitmap("d1")
+        Memory(context, 0).keep("d1", np.array([1, 0, 255], np.uint8))
+        held = Memory(context, 0).bitmap("d1")
         assert held.dtype == np.uint8
         assert held.tolist() == [1, 0, 255]
-        assert Memory(context).bitmap("d2") is None
+        assert Memory(context, 0).bitmap("d2") is None
 
     def test_another_mask_replaces_the_one_before(self, context):
-        memory = Memory(context)
+        memory = Memory(context, 0)
         memory.keep("d1", np.array([1, 2, 3, 4], np.uint8))
         memory.keep("d2", np.array([9], np.uint8))
         assert memory.bitmap("d1") is None
@@ -226,10 +226,61 @@ class TestMemory:
         assert list(context.state) == ["ssfl"]
 
     def test_it_survives_the_way_to_a_worker_and_back(self, context):
-        Memory(context).keep("d1", np.arange(256).astype(np.uint8))
+        Memory(context, 0).keep("d1", np.arange(256).astype(np.uint8))
         context.state = over_the_wire(context.state)
-        assert Memory(context).bitmap("d1").tolist() == list(range(256))
+        assert Memory(context, 0).bitmap("d1").tolist() == list(range(256))
 
     def test_a_foreign_record_of_its_name_is_no_mask(self, context):
         context.state["ssfl"] = MetricRecord({"digest": 1})
-        assert Memory(context).bitmap("d1") is None
+        assert Memory(context, 0).bitmap("d1") is None
+
+
+class TestPersonalState:
+    """What was made in a reply that the server never took did not happen; what a checkpoint needs is kept."""
+
+    @pytest.fixture(params=["files", "records"])
+    def memory(self, request, tmp_path):
+        context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
+        return Memory(context, 3, tmp_path if request.param == "files" else None)
+
+    def save(self, memory, round_, back_to=0):
+        memory.save(round_, {"model": np.full(3, round_, np.float32)}, back_to)
+
+    def recall(self, memory, since):
+        kept = memory.recall(since)
+        return None if kept is None else int(kept["model"][0])
+
+    def test_it_starts_empty(self, memory):
+        assert memory.recall(5) is None
+
+    def test_it_returns_the_last_round_that_was_accepted(self, memory):
+        self.save(memory, 2)
+        self.save(memory, 4)
+        assert self.recall(memory, 4) == 4
+        assert memory.recall(4)["model"].dtype == np.float32
+
+    def test_what_came_after_never_happened(self, memory):
+        self.save(memory, 2)
+        self.save(memory, 4)
+        assert self.recall(memory, 3) == 2
+        assert self.recall(memory, 4) == 2
+        assert self.recall(memory, 1) is None
+
+    def test_versions_that_nobody_can_go_back_to_are_deleted(self, memory):
+        for round_ in (1, 2, 3, 4):
+            self.save(memory, round_)
+        self.save(memory, 5, back_to=3)  # 1 and 2 go: a run can be taken up after 3 at the earliest
+        assert self.recall(memory, 3) == 3
+        assert self.recall(memory, 2) is None
+
+    def test_clients_do_not_see_each_other(self, tmp_path):
+        context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
+        self.save(Memory(context, 3, tmp_path), 1)
+        assert Memory(context, 4, tmp_path).recall(1) is None
+        assert not context.state  # no model in what Flower sends to a worker and back
+
+    def test_it_survives_the_way_to_a_worker_and_back(self):
+        context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
+        self.save(Memory(context, 0), 7)
+        context.state = over_the_wire(context.state)
+        assert self.recall(Memory(context, 0), 7) == 7

@@ -27,7 +27,6 @@ import psutil
 import torch
 
 from ssfl_app import guard
-from ssfl_app.client_app import STORE
 from ssfl_app.config import Config, app_folder, write_toml
 from ssfl_app.exchange import RunFailed
 from ssfl_app.results.recorder import read_status
@@ -79,7 +78,6 @@ def launch(config: Config, model_bytes: int, say: Callable[[str], None]) -> None
             f"num-supernodes={config.settings.run.clients} client-resources-num-cpus=1 "
             f"client-resources-num-gpus={gpu} init-args-num-cpus={actors} init-args-log-to-driver=false"
         )
-        Path(environment[STORE]).mkdir()
         command = ["flwr", "run", str(app), "local", "--stream", "-c", str(overrides)]
         command += ["--federation-config", federation]
         log = folder / "flower.log"
@@ -149,7 +147,6 @@ def _environment(home: Path, port: int, threads: int) -> dict[str, str]:
             "PATH": binaries + os.pathsep + os.environ.get("PATH", ""),
             "OMP_NUM_THREADS": str(threads),
             guard.LAUNCHER: str(home / "launcher.lock"),
-            STORE: str(home / "store"),
             "SSFL_SOURCE": str(app_folder()),
         }
     )

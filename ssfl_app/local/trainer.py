@@ -1,6 +1,6 @@
 """The one training loop of the project, and the two other things a model is asked for: gradient and accuracy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssfl_app.local.data import Images, Transform
+from ssfl_app.local.reparam import originals
 from ssfl_app.options import above, at_least, fraction
-from ssfl_app.sparsity.layout import Layout, State
+from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
 
 EVALUATION_BATCH = 500
@@ -34,6 +35,10 @@ class LocalOptions:
         return self.lr * self.lr_decay ** (round_ - 1)
 
 
+Optimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+"""Makes an optimizer of the parameters that train and the learning rate."""
+
+
 class LocalTrainer:
     """Trains, differentiates and tests models on one client's images.
 
@@ -45,12 +50,21 @@ class LocalTrainer:
         Augmentation and normalisation.
     device : torch.device
         Where models and batches live; models passed in must be there already.
+
+    Attributes
+    ----------
+    passes : int
+        Images that went forward and backward so far, in training and for gradients.
+    looks : int
+        Images that went forward only, in evaluation.
     """
 
     def __init__(self, options: LocalOptions, transform: Transform, device: torch.device) -> None:
         self.options = options
         self.transform = transform
         self.device = device
+        self.passes = 0
+        self.looks = 0
 
     def fit(
         self,
@@ -62,8 +76,10 @@ class LocalTrainer:
         mask: Mask | None = None,
         penalty: Callable[[nn.Module], torch.Tensor] | None = None,
         after_step: Callable[[nn.Module], None] | None = None,
+        epochs: int | None = None,
+        optimizer: Optimizer | None = None,
     ) -> float:
-        """Train in place for `options.epochs` passes and return the mean loss over all images seen.
+        """Train in place and return the mean loss over all images seen.
 
         Weights that `mask` holds dead are exactly 0 before and after every step: their gradients are
         zeroed before clipping, so clipping, momentum and weight decay never see them either.
@@ -84,33 +100,37 @@ class LocalTrainer:
             Added to the loss of every step, e.g. a proximal term.
         after_step : callable, optional
             Called with the model after every step (and after the mask was applied).
+        epochs : int, optional
+            Passes over the data; `options.epochs` if not given.
+        optimizer : callable, optional
+            Makes another one than the SGD of `options`. Parameters that need no gradient are left alone by both.
         """
         data = data.to(self.device)
         model.train()
-        named = dict(model.named_parameters())
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         keep = {} if mask is None else {n: bits.float() for n, bits in mask.tensors(self.device).items()}
-        masked, bits = [named[n] for n in keep], list(keep.values())
-        optimizer = torch.optim.SGD(
-            named.values(), lr, self.options.momentum, weight_decay=self.options.weight_decay, foreach=True
-        )
+        weights = originals(model)
+        masked, bits = [weights[n] for n in keep], list(keep.values())
+        stepper = (optimizer or self._sgd)(named.values(), lr)
         _apply(masked, bits)
         # Summed on the device: reading the loss of every step would stall a GPU.
         total, seen = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for _ in range(self.options.epochs):
+        for _ in range(self.options.epochs if epochs is None else epochs):
             order = torch.from_numpy(rng.permutation(len(data))).to(self.device)
             for chosen in torch.split(order, self.options.batch_size):
-                optimizer.zero_grad()
+                stepper.zero_grad()
                 loss = self._loss(model, self.transform.train(data.pixels[chosen], rng), data.labels[chosen])
                 (loss if penalty is None else loss + penalty(model)).backward()  # type: ignore[no-untyped-call]
                 _apply([p.grad for p in masked if p.grad is not None], bits)
                 if self.options.clip:
                     nn.utils.clip_grad_norm_(named.values(), self.options.clip)
-                optimizer.step()
+                stepper.step()
                 _apply(masked, bits)
                 if after_step is not None:
                     after_step(model)
                 total += loss.detach() * len(chosen)
                 seen += len(chosen)
+        self.passes += seen
         return float(total) / seen
 
     def gradient(self, model: nn.Module, data: Images) -> State:
@@ -119,22 +139,23 @@ class LocalTrainer:
         The model is left as it was, buffers included, with no gradients behind.
         """
         data = data.to(self.device)
+        self.passes += len(data)
         training, buffers = model.training, {name: buffer.clone() for name, buffer in model.named_buffers()}
-        named = dict(model.named_parameters())
-        wanted = Layout.of(model).prunable
+        weights = originals(model)
         model.train()
         loss = self._loss(model, self.transform.test(data.pixels), data.labels)
-        gradients = torch.autograd.grad(loss, [named[name] for name in wanted])
+        gradients = torch.autograd.grad(loss, list(weights.values()))
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
         model.train(training)
-        return dict(zip(wanted, gradients, strict=True))
+        return dict(zip(weights, gradients, strict=True))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Images) -> tuple[float, float]:
         """Return (mean loss, accuracy in [0, 1]) over n >= 1 images."""
         data = data.to(self.device)
+        self.looks += len(data)
         model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -144,6 +165,10 @@ class LocalTrainer:
             loss += F.cross_entropy(logits, data.labels[part], reduction="sum")
             correct += (logits.argmax(dim=1) == data.labels[part]).sum()
         return float(loss) / len(data), int(correct) / len(data)
+
+    def _sgd(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        options = self.options
+        return torch.optim.SGD(parameters, lr, options.momentum, weight_decay=options.weight_decay, foreach=True)
 
     @staticmethod
     def _loss(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

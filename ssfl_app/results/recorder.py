@@ -161,15 +161,20 @@ class Recorder:
         messages = sum(r["messages_train_down"] + r["messages_train_up"] for r in rounds)
         evaluated = [r for r in rounds if r["central_accuracy"] is not None]
         summary = facts | {
-            "density": mask.density,
+            "density": rounds[-1]["density"],
+            "density_all": rounds[-1]["density_all"],
             "parameters": layout.size,
             "prunable": layout.prunable_size,
-            "alive": mask.count,
+            "alive": round(rounds[-1]["density"] * layout.prunable_size),
             "train_loss": rounds[-1]["train_loss"],
             "central_accuracy": evaluated[-1]["central_accuracy"] if evaluated else None,
             "local_accuracy_mean": evaluated[-1]["local_accuracy_mean"] if evaluated else None,
+            "personal_accuracy_mean": evaluated[-1]["personal_accuracy_mean"] if evaluated else None,
             **self._bytes(),
+            "bytes_peer": sum(r["bytes_peer"] for r in rounds),
             "bytes_dense_train": 4 * layout.size * messages,
+            "image_passes": sum(r["image_passes"] for r in self.records),
+            "validation_passes": sum(r["validation_passes"] for r in self.records),
             "seconds_total": self._seconds(),
             "seconds_rounds": sum(r["seconds"] for r in rounds),
             "lost_replies": self._count("lost"),
@@ -181,6 +186,7 @@ class Recorder:
         return summary
 
     def _bytes(self) -> Record:
+        # Discovery may also take place between rounds.
         kinds = ("discovery_up", "mask_down", "train_down", "train_up", "evaluate_down")
         sums = {f"bytes_{k}": sum(r.get(f"bytes_{k}", 0) for r in self.records) for k in kinds}
         # Masks belong to discovery: they are what it found, sent once to each client.
@@ -188,24 +194,28 @@ class Recorder:
         return {"bytes_discovery_down": models + sums["bytes_mask_down"], **sums}
 
     def _count(self, kind: str) -> int:
-        return sum(len(r.get(kind, {})) + len(r.get(f"evaluate_{kind}", {})) for r in self.records)
+        return sum(len(r.get(name, {})) for r in self.records for name in failure_keys(kind))
+
+
+def failure_keys(kind: str) -> tuple[str, ...]:
+    """Return where a record names clients that are `kind`, lost or refused: in training, evaluation, discovery."""
+    return kind, f"evaluate_{kind}", f"setup_{kind}"
 
 
 def round_line(record: Record, rounds: int, left: float) -> str:
     """Return the line a round prints; `left` is the estimate of the seconds still to go."""
     accuracy, local = record["central_accuracy"], record["local_accuracy_mean"]
     down = record["bytes_train_down"] + record["bytes_evaluate_down"] + record["bytes_mask_down"]
-    failed = [
-        f"{sum(len(record.get(k, {})) for k in (kind, f'evaluate_{kind}'))} {kind}"
-        for kind in ("lost", "refused")
-        if record.get(kind) or record.get(f"evaluate_{kind}")
-    ]
+    counts = {kind: sum(len(record.get(k, {})) for k in failure_keys(kind)) for kind in ("lost", "refused")}
+    failed = [f"{count} {kind}" for kind, count in counts.items() if count]
+    personal = record["personal_accuracy_mean"]
     return "  ".join(
         [
             f"round {record['round']:>{len(str(rounds))}}/{rounds}",
             f"loss {record['train_loss']:.4f}",
             "central " + ("   -  " if accuracy is None else f"{100 * accuracy:6.2f}%"),
             "local " + ("   -  " if local is None else f"{100 * local:6.2f}%"),
+            *([] if personal is None else [f"personal {100 * personal:6.2f}%"]),
             f"{down / 1e6:.3f} MB down",
             f"{record['bytes_train_up'] / 1e6:.3f} MB up",
             f"{record['seconds']:.1f} s",

@@ -1,4 +1,4 @@
-"""The server's half of an algorithm: four hooks, whose defaults are FedAvg's.
+"""The server's half of an algorithm: hooks, whose defaults are FedAvg's.
 
 The base does once what Flower leaves open: cohorts that depend on (seed, round) only and are the same for every
 strategy, streamed folds, and going on after an interruption. The order of events is the affair of `course`, what
@@ -16,14 +16,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from ssfl_app.aggregate import MAX_WEIGHT, WeightedMean
+from ssfl_app.aggregate import MAX_WEIGHT
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import LinearCodec, SharedMask
-from ssfl_app.sparsity.layout import Layout, State
+from ssfl_app.sparsity.codec import Codec, SharedMask
+from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.sparsity.values import Arrays
+from ssfl_app.strategies.checks import check_number, check_samples, check_tested
 from ssfl_app.strategies.course import Ask, Course, Record
-from ssfl_app.strategies.post import Post, Reply
+from ssfl_app.strategies.folds import carried_mean
+from ssfl_app.strategies.post import Addressed, Post, Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Parcel, freeze
@@ -57,10 +59,16 @@ class SparseStrategy(Strategy):
         The other half; its codecs are this half's codecs.
     rooms : mapping
         Configuration rooms that only this strategy has: name -> options dataclass.
+    everyone : bool
+        Whether every client trains in every round, as peers without a server do.
+    density_matters : bool
+        Whether mask.density changes anything.
     state, mask : State, Mask
         The global model and what is alive in it.
-    accuracy : dict of int to float
-        Of each client in the last evaluation.
+    peer_bytes : int
+        What the exchange of this round would cost between peers without a server; 0 for methods that have one.
+    accuracy, personal_accuracy : dict of int to float
+        Of each client in the last evaluation: of the global model, and of the client's own one if it has one.
     watch : Watch or None
         Sees the run go by.
     """
@@ -68,6 +76,8 @@ class SparseStrategy(Strategy):
     name: ClassVar[str]
     client: ClassVar[type[ClientRule]] = ClientRule
     rooms: ClassVar[Mapping[str, type]] = {}
+    everyone: ClassVar[bool] = False
+    density_matters: ClassVar[bool] = True
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         self.layout = layout
@@ -75,45 +85,50 @@ class SparseStrategy(Strategy):
         self.state: State = {}
         self.mask = Mask.dense(layout)
         self.watch: Watch | None = None
-        self._post = Post(settings.run, mask_travels=issubclass(self.client.down, SharedMask))
+        self.post = Post(settings.run, mask_travels=issubclass(self.client.down, SharedMask))
+        self.peer_bytes = 0
+        self.accuracy: dict[int, float] = {}
+        self.personal_accuracy: dict[int, float] = {}
         self._next_round = 0  # 0: setup is still to come
         self._encoded: tuple[State, Mask, Arrays] | None = None
-        self.accuracy: dict[int, float] = {}
+        self._since = np.zeros(settings.run.clients, dtype=np.int64)  # client -> last round it answered well in
 
-    # ---- the four hooks ----------------------------------------------------------------------
+    # ---- the hooks ---------------------------------------------------------------------------
 
     def setup(self, ask: Ask) -> None:
         """Find out what must be known before round 1. Default: nothing."""
+
+    def prepare(self, round_: int, ask: Ask) -> None:
+        """Find out what must be known before this round. Default: nothing."""
 
     def send(self, round_: int, client: int) -> Parcel:
         """Return what goes down to this client. Default: the global model, encoded once a round."""
         memo = self._encoded
         if memo is None or memo[0] is not self.state or memo[1] is not self.mask:
-            codec = self.client.down(self.settings.wire.down_values)
             self._encoded = memo = None  # the old one goes before the new one comes
-            arrays = freeze(codec.encode(self.layout, self.state, self.mask))
+            arrays = freeze(self.down.encode(self.layout, self.state, self.mask))
             self._encoded = memo = (self.state, self.mask, arrays)
         return Parcel(memo[2])
 
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
-        """Change the global model by the replies. Default: their weighted mean, taken as they come.
-
-        The mean is taken on the carried values, so it costs the alive coordinates and not one model a client.
-        """
-        codec = self.client.up(self.settings.wire.up_values)
-        if not isinstance(codec, LinearCodec):
-            raise TypeError(f"{self.name} sends {codec.name} up; the default fold takes linear codecs only")
-        mean = WeightedMean(int(np.count_nonzero(codec.places(self.layout, self.mask))))
-        for reply in replies:
-            mean.add(codec.vector(reply.arrays, self.layout, self.mask), self.weight(reply))
-            del reply
-        values = mean.value()
-        del mean
-        self.state = codec.expand(values, self.layout, self.mask)
+        """Change the global model by the replies. Default: their weighted mean, taken as they come."""
+        self.state = carried_mean(self, replies)
 
     def deliver(self, round_: int, client: int) -> Parcel:
         """Return the model this client evaluates. Default: the one it would be sent to train."""
         return self.send(round_, client)
+
+    def mask_for(self, client: int) -> Mask:
+        """Return the mask that this client's messages are encoded under. Default: the global one."""
+        return self.mask
+
+    def model(self) -> State:
+        """Return the model that this strategy stands for at this moment. Default: `state`."""
+        return self.state
+
+    def densities(self) -> tuple[float, float]:
+        """Return alive / prunable and alive / all coordinates of the model in use. Default: those of `mask`."""
+        return density_pair(self.mask)
 
     # ---- what hooks use ----------------------------------------------------------------------
 
@@ -121,21 +136,43 @@ class SparseStrategy(Strategy):
         """Return the weight of a reply in the mean of a round: its samples, or 1."""
         return reply.samples if self.settings.run.weighting == "samples" else 1
 
+    @property
+    def down(self) -> Codec:
+        """The codec of models sent to clients."""
+        return self.client.down(self.settings.wire.down_values)
+
+    @property
+    def up(self) -> Codec:
+        """The codec of models sent back."""
+        return self.client.up(self.settings.wire.up_values)
+
+    def decoded(self, reply: Reply) -> tuple[Vector, Mask]:
+        """Return the model of a reply, float32, shape (layout.size,), 0 where nothing was sent, and its mask."""
+        state, mask = self.up.decode(reply.arrays, self.layout, self.mask_for(reply.client))
+        return self.layout.flatten(state), mask
+
     def cohort(self, round_: int) -> list[int]:
-        """Return the clients that train in a round; the same for every strategy."""
+        """Return the clients that train in a round; the same for every strategy that samples."""
         run = self.settings.run
+        if self.everyone:
+            return list(range(run.clients))
         chosen = generator(run.seed, "cohort", round_).choice(run.clients, run.cohort, replace=False)
         return sorted(int(client) for client in chosen)
 
     def snapshot(self) -> Arrays:
         """Return all that `restore` needs, as flat arrays."""
-        return {"state": self.layout.flatten(self.state), "mask": self.mask.packed()}
+        return {"state": self.layout.flatten(self.state), "mask": self.mask.packed(), "since": self._since}
 
     def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`, from a snapshot taken there."""
         self.state = self.layout.unflatten(np.asarray(arrays["state"], dtype=np.float32))
         self.mask = Mask.unpack(self.layout, np.asarray(arrays["mask"], dtype=np.uint8))
+        self._since = np.asarray(arrays["since"], dtype=np.int64).copy()
         self._next_round = round_ + 1
+
+    def _letter(self, client: int, parcel: Parcel) -> Addressed:
+        since = {"since": int(self._since[client])} if self.client.remembers else {}
+        return client, Parcel(parcel.arrays, {**since, **parcel.facts}), self.mask_for(client)
 
     # ---- Flower's interface ------------------------------------------------------------------
 
@@ -143,8 +180,8 @@ class SparseStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
-        parcels = ((client, self.send(server_round, client)) for client in self.cohort(server_round))
-        return self._post.write("train", server_round, parcels, self.mask, config)
+        parcels = (self._letter(client, self.send(server_round, client)) for client in self.cohort(server_round))
+        return self.post.write("train", server_round, parcels, config)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]:
         """Fold the replies into `self.state` and return their mean loss; refuse bad ones by name.
@@ -158,8 +195,9 @@ class SparseStrategy(Strategy):
 
         def good() -> Iterator[Reply]:
             share = self.settings.failures.min_ok_fraction
-            for reply in self._post.open(replies, self._check_trained, share, f"training in round {server_round}"):
+            for reply in self.post.open(replies, self.check_trained, share, f"training in round {server_round}"):
                 seen[reply.client] = (reply.samples, float(reply.facts["loss"]))
+                self._since[reply.client] = server_round
                 yield reply
                 del reply
 
@@ -179,22 +217,25 @@ class SparseStrategy(Strategy):
         run = self.settings.run
         if server_round % run.evaluate_every and server_round != run.rounds:
             return []
-        parcels = ((client, self.deliver(server_round, client)) for client in range(run.clients))
-        return self._post.write("evaluate", server_round, parcels, self.mask, config)
+        parcels = (self._letter(client, self.deliver(server_round, client)) for client in range(run.clients))
+        return self.post.write("evaluate", server_round, parcels, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return the unweighted mean accuracy over the clients that answered, each on its own test images.
+        """Return the unweighted mean accuracies over the clients that answered, each on its own test images.
 
-        None if nobody did: that costs a number in the table, not the run.
+        "accuracy" is that of the global model, "personal_accuracy" that of their own ones; None if nobody has either:
+        that costs a number in the table, not the run.
         """
-        self.accuracy = {
-            reply.client: float(reply.facts["accuracy"])
-            for reply in self._post.open(replies, _check_tested, None, f"evaluation in round {server_round}")
-            if reply.samples
+        self.accuracy, self.personal_accuracy = {}, {}
+        for reply in self.post.open(replies, check_tested, None, f"evaluation in round {server_round}"):
+            for name, known in (("accuracy", self.accuracy), ("personal_accuracy", self.personal_accuracy)):
+                if reply.samples and name in reply.facts:
+                    known[reply.client] = float(reply.facts[name])
+        both = {"accuracy": self.accuracy, "personal_accuracy": self.personal_accuracy}
+        means: dict[str, Any] = {
+            name: math.fsum(known.values()) / len(known) for name, known in both.items() if known
         }
-        if not self.accuracy:
-            return None
-        return MetricRecord({"accuracy": math.fsum(self.accuracy.values()) / len(self.accuracy)})
+        return MetricRecord(means) if means else None
 
     def summary(self) -> None:
         """Print nothing: whoever watches the run describes it."""
@@ -223,31 +264,23 @@ class SparseStrategy(Strategy):
             self.state = {n: torch.from_numpy(initial_arrays[n].numpy().copy()) for n, _ in self.layout.shapes}
         del initial_arrays  # a model's size, for the whole run
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-        return Course(self, self._post, grid, configs, evaluate_fn).play(self._next_round, num_rounds)
+        return Course(self, self.post, grid, configs, evaluate_fn).play(self._next_round, num_rounds)
 
     # ---- checks ------------------------------------------------------------------------------
 
     def check_samples(self, parcel: Parcel) -> None:
         """Raise PayloadError unless the reply's samples can weigh it in a mean over all clients."""
-        samples, most = parcel.facts["samples"], MAX_WEIGHT // self.settings.run.clients
-        if not isinstance(samples, int) or not 1 <= samples <= most:
-            raise PayloadError(f"samples is {samples!r}; it must be from 1 to {most}")
+        check_samples(parcel, MAX_WEIGHT // self.settings.run.clients)
 
-    def _check_trained(self, parcel: Parcel) -> None:
-        _number(parcel, "loss")
+    def check_trained(self, client: int, parcel: Parcel) -> None:
+        """Raise PayloadError unless `fold` may see this reply. Default: loss, samples and the model that came up."""
+        check_number(parcel, "loss")
         self.check_samples(parcel)
-        self.client.up(self.settings.wire.up_values).check(parcel.arrays, self.layout, self.mask)
+        self.up.check(parcel.arrays, self.layout, self.mask_for(client))
 
 
-def _number(parcel: Parcel, name: str) -> None:
-    value = parcel.facts.get(name)
-    if not isinstance(value, float) or not math.isfinite(value):
-        raise PayloadError(f"{name} is {value!r}; it must be a finite number")
-
-
-def _check_tested(parcel: Parcel) -> None:
-    if parcel.facts["samples"]:
-        _number(parcel, "loss")
-        _number(parcel, "accuracy")
-        if not 0 <= float(parcel.facts["accuracy"]) <= 1:
-            raise PayloadError(f"accuracy is {parcel.facts['accuracy']!r}; it must be from 0 to 1")
+def density_pair(*masks: Mask) -> tuple[float, float]:
+    """Return alive / prunable and alive / all coordinates, means over `masks` of one layout."""
+    layout, alive = masks[0].layout, math.fsum(mask.count for mask in masks) / len(masks)
+    rest = layout.size - layout.prunable_size
+    return alive / max(1, layout.prunable_size), (alive + rest) / max(1, layout.size)

@@ -1,9 +1,10 @@
 """The course of a run: greet, set up, then rounds of training and evaluation, each told as one record."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
@@ -20,8 +21,19 @@ from ssfl_app.wire import Parcel, freeze
 if TYPE_CHECKING:
     from ssfl_app.strategies.base import SparseStrategy
 
-Ask = Callable[[str, Iterable[int], Check], Iterator[Reply]]
-"""ask(question, clients, check) -> replies, as they come. The question is about the weights of this moment."""
+
+class Ask(Protocol):
+    """Asks clients a question; what it costs is counted as discovery."""
+
+    def __call__(
+        self, question: str, clients: Iterable[int], check: Check, parcel: Parcel | None = None
+    ) -> Iterator[Reply]:
+        """Yield the good replies as they come; take all of them.
+
+        Without a parcel the question is about the weights of this moment: it states their digest, and a client that
+        makes others from the seed asks for them.
+        """
+
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 Record = dict[str, Any]
@@ -70,41 +82,50 @@ class Course:
         if self._strategy.watch is not None:
             self._strategy.watch.met(sites)
         if first == 0:
-            self._tell(self._setup())
+            began = time.monotonic()
+            record = {"round": 0, "strategy": self._strategy.name} | self._discover(0, "", self._strategy.setup)
+            self._tell(record | {"seconds": time.monotonic() - began})
         for round_ in range(max(1, first), last + 1):
             began = time.monotonic()
-            record = self._train(round_) | self._evaluate(round_)
-            record["bytes_mask_down"] += record.pop("bytes_mask_evaluate_down")
+            self._strategy.peer_bytes = 0
+            found = self._discover(round_, "setup_", functools.partial(self._strategy.prepare, round_))
+            record = _sum(found, self._train(round_), self._evaluate(round_))
+            record["bytes_peer"] = self._strategy.peer_bytes
+            record["density"], record["density_all"] = self._strategy.densities()
             self._tell(record | {"seconds": time.monotonic() - began})
-        self._result.arrays = ArrayRecord(dict(self._strategy.state))
+        self._result.arrays = ArrayRecord(dict(self._strategy.model()))
         return self._result
 
     def _tell(self, record: Record) -> None:
         if self._strategy.watch is not None:
             self._strategy.watch.round(record, self._strategy)
 
-    def _setup(self) -> Record:
-        began, outcomes = time.monotonic(), list[Outcome]()
+    def _discover(self, round_: int, prefix: str, hook: Callable[[Ask], None]) -> Record:
+        """Let the strategy ask what it must know; return what that cost and who failed."""
+        strategy, outcomes = self._strategy, list[Outcome]()
 
-        def ask(question: str, clients: Iterable[int], check: Check) -> Iterator[Reply]:
-            parcel = Parcel(facts={"weights": state_digest(self._strategy.layout, self._strategy.state)})
-            weights = {"weights": functools.cache(self._weights)}
-            pairs = ((client, parcel) for client in clients)
-            messages = self._post.write(f"query.{question}", 0, pairs, None, {}, weights)
+        def ask(question: str, clients: Iterable[int], check: Check, parcel: Parcel | None = None) -> Iterator[Reply]:
+            weights = {"weights": functools.cache(self._weights)} if parcel is None else {}
+            if parcel is None:
+                parcel = Parcel(facts={"weights": state_digest(strategy.layout, strategy.state)})
+            messages = self._post.write(
+                f"query.{question}", round_, ((client, parcel, None) for client in clients), {}, weights
+            )
             replies = self._post.carry(self._grid, messages, self._reply_bytes)
             outcomes.append(self._post.outcome)
-            share = self._strategy.settings.failures.min_ok_fraction
+            share = strategy.settings.failures.min_ok_fraction
             yield from self._post.open(replies, check, share, f"the question {question!r}")
 
-        self._strategy.setup(ask)
+        hook(ask)
+        if prefix and not outcomes:
+            return {}
         return {
-            "round": 0,
-            "strategy": self._strategy.name,
-            "asked": sorted({c for o in outcomes for c in [*o.ok, *o.lost, *o.refused]}),
-            **_names(*outcomes),
+            f"{prefix}asked": sorted({c for o in outcomes for c in [*o.ok, *o.lost, *o.refused]}),
+            **{prefix + name: value for name, value in _names(*outcomes).items()},
             "bytes_discovery_down": sum(o.down for o in outcomes),
             "bytes_discovery_up": sum(o.up for o in outcomes),
-            "seconds": time.monotonic() - began,
+            "image_passes": sum(o.passes for o in outcomes),
+            "validation_passes": sum(o.looks for o in outcomes),
         }
 
     def _weights(self) -> Arrays:
@@ -128,29 +149,41 @@ class Course:
             "bytes_train_down": outcome.down,
             "bytes_train_up": outcome.up,
             "bytes_mask_down": outcome.mask_down,
+            "image_passes": outcome.passes,
+            "validation_passes": outcome.looks,
         }
 
     def _evaluate(self, round_: int) -> Record:
         strategy = self._strategy
-        record: Record = dict.fromkeys(("central_loss", "central_accuracy", "local_accuracy_mean"))
-        record |= {"bytes_evaluate_down": 0, "bytes_mask_evaluate_down": 0}
+        means = ("local_accuracy_mean", "personal_accuracy_mean")
+        record: Record = dict.fromkeys(("central_loss", "central_accuracy", *means)) | {"bytes_evaluate_down": 0}
         messages = strategy.configure_evaluate(round_, ArrayRecord(), self._configs[1], self._grid)
         if not messages:
             return record
-        local = strategy.aggregate_evaluate(round_, self._post.carry(self._grid, messages, 0))
-        if local is not None:
-            self._result.evaluate_metrics_clientapp[round_] = local
-            record["local_accuracy_mean"] = local["accuracy"]
-            record["local_accuracy"] = {str(c): strategy.accuracy[c] for c in sorted(strategy.accuracy)}
+        clients = strategy.aggregate_evaluate(round_, self._post.carry(self._grid, messages, 0))
+        if clients is not None:
+            self._result.evaluate_metrics_clientapp[round_] = clients
+            for name, known in (("local", strategy.accuracy), ("personal", strategy.personal_accuracy)):
+                if known:
+                    record[f"{name}_accuracy_mean"] = math.fsum(known.values()) / len(known)
+                    record[f"{name}_accuracy"] = {str(c): known[c] for c in sorted(known)}
         central = None
         if self._evaluate_fn is not None:
-            central = self._evaluate_fn(round_, ArrayRecord(dict(strategy.state)))
+            central = self._evaluate_fn(round_, ArrayRecord(dict(strategy.model())))
         if central is not None:
             self._result.evaluate_metrics_serverapp[round_] = central
             record |= {f"central_{name}": central[name] for name in ("loss", "accuracy")}
         outcome, failed = self._post.outcome, _names(self._post.outcome)
         record |= {"evaluate_lost": failed["lost"], "evaluate_refused": failed["refused"]}
-        return record | {"bytes_evaluate_down": outcome.down, "bytes_mask_evaluate_down": outcome.mask_down}
+        record |= {"bytes_evaluate_down": outcome.down, "bytes_mask_down": outcome.mask_down}
+        return record | {"image_passes": outcome.passes}
+
+
+def _sum(*records: Record) -> Record:
+    # Entries of the parts of a round; what several parts count is added up.
+    counts = ("bytes_mask_down", "image_passes", "validation_passes")
+    merged: Record = {name: value for record in records for name, value in record.items()}
+    return merged | {name: sum(record.get(name, 0) for record in records) for name in counts}
 
 
 def _names(*outcomes: Outcome) -> Record:

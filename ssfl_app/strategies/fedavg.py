@@ -11,3 +11,4 @@ class FedAvg(SparseStrategy):
     """All hooks and verbs are the defaults."""
 
     name = "fedavg"
+    density_matters = False

@@ -28,13 +28,13 @@ from ssfl_app.aggregate import WeightedMean
 from ssfl_app.options import ConfigError, at_least, choice, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import SharedMask
-from ssfl_app.sparsity.layout import Layout, load_state, state_of
+from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask, Scope, keep_count
-from ssfl_app.sparsity.saliency import balanced_batch, snip
 from ssfl_app.sparsity.values import check_values, read_values
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.scoring import snip_scores
 from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Parcel
 
@@ -65,16 +65,10 @@ class SaliencyClient(MaskedClient):
         """Return the scores, float32, shape (prunable,), at the dense weights the question is about."""
         if question not in self.questions:
             return super().setup(question, parcel)
-        site, options = self.site, cast(SsflOptions, self.settings.own["ssfl"])
-        load_state(site.model, self.initial_weights(parcel))
-        mean = WeightedMean(site.layout.prunable_size)
-        labels = site.train.labels.numpy()
-        for batch in range(options.saliency_batches):
-            rng = generator(self.settings.run.seed, "saliency", site.number, batch)
-            chosen = site.train.take(balanced_batch(labels, options.saliency_batch_size, rng))
-            scores = snip(site.trainer.gradient(site.model, chosen), state_of(site.model))
-            mean.add(site.layout.flatten_prunable(scores))
-        return Parcel({"values": mean.value()}, {"samples": len(site.train)})
+        options = cast(SsflOptions, self.settings.own["ssfl"])
+        state = self.initial_weights(parcel)
+        scores = snip_scores(self, state, options.saliency_batches, options.saliency_batch_size)
+        return Parcel({"values": scores}, {"samples": len(self.site.train)})
 
 
 class FixedMask(SparseStrategy):
@@ -131,7 +125,7 @@ class Ssfl(FixedMask):
         chosen = generator(run.seed, "saliency-share").choice(run.clients, count, replace=False)
         return sorted(int(client) for client in chosen)
 
-    def _check_scores(self, parcel: Parcel) -> None:
+    def _check_scores(self, client: int, parcel: Parcel) -> None:
         self.check_samples(parcel)
         check_values(read_values(parcel.arrays, "fp32", self.layout.prunable_size))
 

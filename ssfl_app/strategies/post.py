@@ -13,6 +13,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Message
@@ -27,8 +28,17 @@ from ssfl_app.wire import Facts, Packer, Parcel, read_record
 SIMULATED_NODES_APPEAR = 5.0
 """Seconds after which all simulated nodes are there: Flower registers them together, before its actors start."""
 
-Check = Callable[[Parcel], None]
-"""Raises PayloadError on an answer that an algorithm must not see."""
+MOST_WORK = 2**40
+"""Images of one message: more is no count, and would spoil the sum."""
+
+FOLDER = "folder"
+"""Fact of a message in simulation: where simulated clients keep their files."""
+
+Check = Callable[[int, Parcel], None]
+"""check(client, parcel) raises PayloadError on an answer that an algorithm must not see."""
+
+Addressed = tuple[int, Parcel, Mask | None]
+"""Client, what it is sent, and the mask that is encoded under; None for a question."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,13 @@ class Post:
     ----------
     outcome : Outcome
         Of the exchange that is going on, or the last one.
+    folder : Path or None
+        Where simulated clients keep their files.
     """
 
     def __init__(self, run: RunOptions, mask_travels: bool) -> None:
         self.outcome = Outcome()
+        self.folder: Path | None = None
         self._run, self._mask_travels = run, mask_travels
         self._roster: dict[int, int] = {}  # client -> node
         self._packer = Packer()
@@ -128,31 +141,34 @@ class Post:
         self,
         kind: str,
         round_: int,
-        parcels: Iterable[tuple[int, Parcel]],
-        mask: Mask | None,
+        parcels: Iterable[Addressed],
         config: Mapping[str, Any],
         attachments: Mapping[str, Callable[[], Arrays]] | None = None,
     ) -> list[Message]:
         """Return one message of Flower's type `kind` per client.
 
-        `mask` is the one the parcels are encoded under, None for a question. `config` holds further facts.
-        `attachments` are made and sent to clients that ask for them.
+        `config` holds further facts. `attachments` are made and sent to clients that ask for them.
         """
         self._packer, self._letters = Packer(), {}
         # Packed when the first client needs it, and the same array for all, so that it is serialised once.
-        bitmap = functools.cache(lambda: {} if mask is None else {"mask": mask.packed()})
+        bitmap = functools.cache(lambda mask: {"mask": mask.packed()})
+        common = {**config, "round": round_} | ({} if self.folder is None else {FOLDER: str(self.folder)})
         messages = []
-        for client, parcel in parcels:
-            facts = {**config, "round": round_, **parcel.facts}
+        for client, parcel, mask in parcels:
+            facts = {**common, **parcel.facts}
             later, brings = dict(attachments or {}), set[str]()
             if mask is not None:
                 facts["digest"] = mask.digest
                 if self._mask_travels:
-                    later["mask"] = bitmap
+                    later["mask"] = functools.partial(bitmap, mask)
                     brings = set() if self._holds.get(client) == mask.digest else {"mask"}
             self._letters[client] = Letter(kind, Parcel(parcel.arrays, facts), mask, later)
             messages.append(self._message(client, brings))
         return messages
+
+    def holds(self, client: int, mask: Mask) -> None:
+        """Note that a client holds this mask already: it made it itself."""
+        self._holds[client] = mask.digest
 
     def _message(self, client: int, brings: set[str]) -> Message:
         letter = self._letters[client]
@@ -212,6 +228,8 @@ class Post:
                 self.outcome.refused[client] = str(error)
                 continue
             self.outcome.ok.append(client)
+            self.outcome.passes += int(reply.facts.get("passes", 0))
+            self.outcome.looks += int(reply.facts.get("looks", 0))
             mask = self._letters[client].mask
             if mask is not None:
                 self._holds[client] = mask.digest
@@ -232,7 +250,11 @@ class Post:
         samples = facts.get("samples")
         if type(samples) is not int or samples < 0:
             raise PayloadError(f"samples is {samples!r}; it must be a whole number of at least 0")
-        check(parcel)
+        for name in ("passes", "looks"):
+            work = facts.get(name, 0)
+            if type(work) is not int or not 0 <= work < MOST_WORK:
+                raise PayloadError(f"{name} is {work!r}; it must be a whole number from 0 to {MOST_WORK}")
+        check(client, parcel)
         return Reply(client, parcel.arrays, facts, samples)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, Dense, SharedMask, read_mask
 from ssfl_app.sparsity.layout import Layout, State, load_state, state_digest, state_of
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Memory, Parcel
 
@@ -78,18 +78,21 @@ class ClientRule:
         How the model travels; the server reads them from here too, so both ends agree.
     questions : tuple of str
         What `setup` can be asked.
+    remembers : bool
+        Whether the client keeps personal state (`recall`, `remember`).
     """
 
     down: ClassVar[type[Codec]] = Dense
     up: ClassVar[type[Codec]] = Dense
     questions: ClassVar[tuple[str, ...]] = ()
+    remembers: ClassVar[bool] = False
 
     def __init__(self, site: Site, settings: Settings) -> None:
         self.site = site
         self.settings = settings
 
     def setup(self, question: str, parcel: Parcel) -> Parcel:
-        """Answer a question the server asks before round 1.
+        """Answer a question the server asks before a round.
 
         Raises
         ------
@@ -101,20 +104,83 @@ class ClientRule:
     def train(self, parcel: Parcel) -> Parcel:
         """Train the model that came down and return it."""
         mask = self.load(parcel)
-        site, round_ = self.site, int(parcel.facts["round"])
-        rng = generator(self.settings.run.seed, "train", round_, site.number)
-        sparse = mask if mask.count < site.layout.prunable_size else None
-        loss = site.trainer.fit(site.model, site.train, rng, lr=self.settings.local.rate(round_), mask=sparse)
-        arrays = self.up(self.settings.wire.up_values).encode(site.layout, state_of(site.model), mask)
-        return Parcel(arrays, {"samples": len(site.train), "loss": loss, "digest": mask.digest})
+        loss = self.fit(int(parcel.facts["round"]), mask)
+        return self.reply(parcel, mask, loss)
 
     def evaluate(self, parcel: Parcel) -> Facts:
         """Test the model that came down on this client's own test images."""
-        mask = self.load(parcel)
-        if not len(self.site.test):
-            return {"samples": 0, "digest": mask.digest}
-        loss, accuracy = self.site.trainer.evaluate(self.site.model, self.site.test)
-        return {"samples": len(self.site.test), "loss": loss, "accuracy": accuracy, "digest": mask.digest}
+        self.load(parcel)
+        return self.tested(parcel)
+
+    # ---- what verbs use ----------------------------------------------------------------------
+
+    def fit(
+        self,
+        round_: int,
+        mask: Mask | None = None,
+        *,
+        purpose: str = "train",
+        data: Images | None = None,
+        lr: float | None = None,
+        **changes: Any,
+    ) -> float:
+        """Train the model on the workbench for one local round and return the mean loss.
+
+        Parameters
+        ----------
+        round_ : int
+            Sets the learning rate and, with `purpose` and the client's number, the order of the images.
+        mask : Mask, optional
+            What stays alive; None: everything.
+        data : Images, optional
+            Other images than all of the client's.
+        lr : float, optional
+            Another learning rate than the schedule's.
+        changes
+            Further arguments of `LocalTrainer.fit`.
+        """
+        site = self.site
+        rng = generator(self.settings.run.seed, purpose, round_, site.number)
+        sparse = mask if mask is not None and mask.count < site.layout.prunable_size else None
+        rate = self.settings.local.rate(round_) if lr is None else lr
+        return site.trainer.fit(
+            site.model, site.train if data is None else data, rng, lr=rate, mask=sparse, **changes
+        )
+
+    def reply(self, parcel: Parcel, mask: Mask, loss: float, state: State | None = None) -> Parcel:
+        """Return the answer to a training message: a state, that of the workbench by default, under `mask`."""
+        site = self.site
+        arrays = self.up(self.settings.wire.up_values).encode(
+            site.layout, state_of(site.model) if state is None else state, mask
+        )
+        return Parcel(arrays, self.facts(parcel, loss))
+
+    def facts(self, parcel: Parcel, loss: float) -> Facts:
+        """Return the facts of an answer to a training message."""
+        return {"samples": len(self.site.train), "loss": loss, "digest": parcel.facts["digest"]}
+
+    def tested(self, parcel: Parcel, name: str = "accuracy") -> Facts:
+        """Return the facts of an answer to an evaluation message, the workbench's accuracy as `name`."""
+        facts: Facts = {"samples": len(self.site.test), "digest": parcel.facts["digest"]}
+        if len(self.site.test):
+            facts["loss"], facts[name] = self.site.trainer.evaluate(self.site.model, self.site.test)
+        return facts
+
+    def recall(self, parcel: Parcel) -> Arrays | None:
+        """Return the personal state after the last round that the server took this client's answer in, or None."""
+        return self.site.memory.recall(int(parcel.facts["since"]))
+
+    def remember(self, parcel: Parcel, arrays: Arrays) -> None:
+        """Keep personal state, made in answer to this message."""
+        round_, every = int(parcel.facts["round"]), self.settings.run.checkpoint_every
+        # A run can be taken up again at its last checkpoint, and the server may yet refuse this answer.
+        back_to = min(int(parcel.facts["since"]), (round_ - 1) // every * every)
+        self.site.memory.save(round_, arrays, back_to)
+
+    def personal_model(self, parcel: Parcel) -> State:
+        """Return this client's own model as it was remembered under "model"; before that, the initial weights."""
+        kept = self.recall(parcel)
+        return self.site.initial() if kept is None else self.site.layout.unflatten(kept["model"])
 
     def load(self, parcel: Parcel) -> Mask:
         """Load the model that came down into the workbench; return the mask it came under.

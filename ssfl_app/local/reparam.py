@@ -1,0 +1,295 @@
+"""Changed forward and backward passes: contexts around a model that `LocalTrainer.fit` trains as ever.
+
+All act on the weights of conv and linear layers, by the names of `Layout.prunable`. Inside, a layer computes with an
+*effective* weight v = f(w) while the optimiser steps w, the original parameter. Afterwards, and after an error too,
+the model is as before and w holds what was trained. Contexts nest; the one entered first is applied to w first. What
+does not fit (names, shapes, ranges) raises ValueError on entering.
+
+Where v differs from w, w is called ``0.parametrizations.weight.original`` inside, not ``0.weight``: `Layout.of`,
+`load_state` and masks belong outside; `originals` finds w by its usual name. Copy no model inside.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import cast
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrize
+
+from ssfl_app.sparsity.mask import keep_count
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+Keep = Callable[[str, torch.Tensor], float]
+
+
+@contextmanager
+def power_propagation(model: nn.Module, beta: float | Mapping[str, float]) -> Iterator[None]:
+    """Compute with v = sign(w) |w|^beta, so that dL/dw = beta |w|^(beta-1) dL/dv.
+
+    Schwarz et al., "Powerpropagation", NeurIPS 2021, section 2; SparsyFed (Guastella et al., 2025) has it in every
+    layer. With beta > 1 a weight of exactly 0 has gradient 0. A beta of 1 changes no bit.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its weights are w; `inverse_power` gives the w of a wanted v.
+    beta : float or mapping
+        At least 1; one for all, or one for each prunable tensor.
+    """
+    names = originals(model)
+    betas = beta if isinstance(beta, Mapping) else dict.fromkeys(names, beta)
+    _check_names("beta", betas, names)
+    for name, value in betas.items():
+        _check_beta(value, f" of {name}")
+    with _effective(model, {name: partial(power, beta=value) for name, value in betas.items() if value != 1}):
+        yield
+
+
+def power(weights: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return v = sign(w) |w|^beta of any shape; with beta 1 the tensor itself."""
+    _check_beta(beta)
+    return weights if beta == 1 else weights.sign() * weights.abs().pow(beta)
+
+
+def inverse_power(weights: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return w = sign(u) |u|^(1/beta), whose `power` is `weights`, of any shape; with beta 1 the tensor itself."""
+    _check_beta(beta)
+    return weights if beta == 1 else weights.sign() * weights.abs().pow(1 / beta)
+
+
+def spectral_exponents(model: nn.Module) -> dict[str, float]:
+    """Return SparsyFed's beta = 1 + mean|W| / sigma(|W|) for each prunable tensor; 1 for a tensor of zeros.
+
+    sigma estimates the largest singular value of |W|, (out, rest), by one power iteration in float64 from
+    u = (1, ..., 1)/sqrt(out), where the authors' code draws u: v = |W|'u / ||.||, sigma = || |W|v ||. It is never
+    above the true value, and beta never above 1 + 1/sqrt(size).
+    """
+    exponents = {}
+    for name, weight in originals(model).items():
+        matrix = weight.detach().abs().double().flatten(1)
+        side = matrix.sum(dim=0)  # |W|'u up to its length
+        sigma = float(torch.linalg.vector_norm(matrix @ (side / torch.linalg.vector_norm(side))))
+        exponents[name] = 1 + float(matrix.mean()) / sigma if matrix.any() else 1.0
+    return exponents
+
+
+@contextmanager
+def sparse_activations(model: nn.Module, keep: Keep | Mapping[str, float]) -> Iterator[None]:
+    """Compute weight gradients from the largest activations only; outputs and all other gradients are unchanged.
+
+    What a layer saves of its input a for dL/dW is pruned to the max(1, floor(keep * size)) largest |a| of the whole
+    batch, equal ones by index; when training with gradients only. Raihan and Aamodt, "Sparse weight activation
+    training" (SWAT), NeurIPS 2020; Qiu et al., "ZeroFL", ICLR 2022; SparsyFed. It saves no memory: zeros are stored.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A forward pass raises RuntimeError where a layer saves another tensor than its input (a padding mode that
+        copies, autocast).
+    keep : mapping or callable
+        A fraction in [0, 1] for each prunable tensor, or a function (name, a) that tells it in each forward pass.
+        With 1 the layer runs as it is.
+    """
+    modules = _prunable(model)
+    if isinstance(keep, Mapping):
+        _check_names("keep", keep, modules)
+        shares = {name: share for name, share in keep.items() if _kept(name, share, 1) and share != 1}
+        modules = {name: modules[name] for name in shares}
+    tell = (lambda name, _: shares[name]) if isinstance(keep, Mapping) else keep
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            own, before = vars(module), vars(module).get("forward")
+            stack.callback(own.pop if before is None else own.__setitem__, "forward", before)
+            own["forward"] = _pruning_forward(name, module, tell)
+        yield
+
+
+@contextmanager
+def top_weights(model: nn.Module, density: float, dense: Collection[str] = ()) -> Iterator[None]:
+    """Compute with the largest weights of each layer only, and hand their dense gradient to w unchanged.
+
+    v = w at the floor(density * size) largest |w| of a tensor, equal ones by index, else 0; dL/dw = dL/dv everywhere:
+    a weight may come back. Chosen anew in each forward pass, in evaluation too. SWAT; ZeroFL.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its weights are w.
+    density : float
+        Fraction in (0, 1].
+    dense : names
+        Prunable tensors that are left alone; ZeroFL's first convolution.
+    """
+    weights = originals(model)
+    _check_names("dense", dense, weights.keys() & set(dense))
+    counts = {name: keep_count(density, w.numel()) for name, w in weights.items()}
+    sparse = [name for name, count in counts.items() if name not in dense and count < weights[name].numel()]
+    with _effective(model, {name: partial(_top, count=counts[name]) for name in sparse}):
+        yield
+
+
+@contextmanager
+def bernoulli_weights(
+    model: nn.Module, generator: torch.Generator, *, constants: Mapping[str, torch.Tensor], sample: bool = True
+) -> Iterator[None]:
+    """Compute with v = constant * m, m ~ Bernoulli(sigmoid(s)) drawn in each forward pass, and train the scores s.
+
+    Isik et al., "Sparse random networks for communication-efficient federated learning" (FedPM), ICLR 2023. Straight
+    through the draw: dL/ds = sigmoid'(s) constant dL/dv. All other parameters are frozen inside.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its prunable tensors hold s.
+    generator : torch.Generator
+        On the CPU: what is drawn does not depend on the model's device.
+    constants : mapping
+        The fixed weights of each prunable tensor, of its shape.
+    sample : bool
+        False: m = 1 where sigmoid(s) > 0.5, and nothing is drawn.
+    """
+    scores = originals(model)
+    _check_names("constants", constants, scores)
+    for name, score in scores.items():
+        have, need = tuple(constants[name].shape), tuple(score.shape)
+        if have != need:
+            raise ValueError(f"constants of {name} have shape {have}; it must be {need}")
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator is on {generator.device}; it must be on cpu")
+    source = generator if sample else None
+    functions = {n: partial(_bernoulli, constant=constants[n].to(s), generator=source) for n, s in scores.items()}
+    trained = {id(score) for score in scores.values()}
+    with ExitStack() as stack:
+        for parameter in model.parameters():
+            if id(parameter) not in trained:
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)
+        stack.enter_context(_effective(model, functions))
+        yield
+
+
+def originals(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return w of each prunable tensor by name, in the order of `Layout.prunable`, inside contexts and outside."""
+    return {name: _original(module) for name, module in _prunable(model).items()}
+
+
+def _original(module: nn.Module) -> nn.Parameter:
+    parametrised = parametrize.is_parametrized(module, "weight")
+    return cast(nn.Parameter, _chain(module).original if parametrised else module.weight)
+
+
+def _prunable(model: nn.Module) -> dict[str, nn.Module]:
+    # The rule of Layout.of. A parametrised layer is still a Conv2d or Linear.
+    named = ((f"{name}.weight" if name else "weight", module) for name, module in model.named_modules())
+    return {name: module for name, module in named if isinstance(module, nn.Conv2d | nn.Linear)}
+
+
+class _Effective(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.function(weight)
+
+
+@contextmanager
+def _effective(model: nn.Module, functions: Mapping[str, Function]) -> Iterator[None]:
+    modules = _prunable(model)
+    with ExitStack() as stack:
+        for name, function in functions.items():
+            step, order = _Effective(function), list(modules[name]._parameters)
+            # unsafe skips torch's trial call, which would draw from a generator.
+            parametrize.register_parametrization(modules[name], "weight", step, unsafe=True)
+            stack.callback(_remove, modules[name], step, order)
+        yield
+
+
+def _remove(module: nn.Module, step: nn.Module, order: list[str]) -> None:
+    chain = _chain(module)
+    if len(chain) > 1:  # torch removes all of them or none
+        del chain[list(chain).index(step)]
+        return
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    for name in order:  # torch puts the weight behind the bias
+        module._parameters[name] = module._parameters.pop(name)
+
+
+def _chain(module: nn.Module) -> parametrize.ParametrizationList:
+    return cast(parametrize.ParametrizationList, cast(nn.ModuleDict, module.parametrizations)["weight"])
+
+
+def _top(weight: torch.Tensor, count: int) -> torch.Tensor:
+    values = weight.detach()
+    # The difference is exactly 0; it carries the gradient.
+    return torch.where(_largest(values.abs(), count), values, 0.0) + (weight - values)
+
+
+def _bernoulli(scores: torch.Tensor, constant: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    theta = torch.sigmoid(scores)
+    if generator is None:
+        drawn = theta > 0.5
+    else:
+        uniform = torch.rand(theta.shape, generator=generator, dtype=torch.float32, device="cpu")
+        drawn = uniform.to(theta.device) < theta
+    return constant * (drawn.to(theta.dtype) + (theta - theta.detach()))
+
+
+def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    # True at exactly `count` places, ties to the lower flat index. Selection, no sort: this runs in every step.
+    flat = values.flatten()
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    threshold = torch.topk(flat, count, sorted=False).values.min()
+    alive, equal = flat > threshold, flat == threshold
+    alive |= equal & (equal.cumsum(0) <= count - alive.sum())
+    return alive.view(values.shape)
+
+
+def _pruning_forward(name: str, module: nn.Module, keep: Keep) -> Function:
+    plain = cast(Function, module.forward)
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        if not (module.training and torch.is_grad_enabled() and _original(module).requires_grad):
+            return plain(input)
+        size, found = input.numel(), False
+        count = _kept(name, keep(name, input), size)
+        if count >= size:
+            return plain(input)
+
+        def pack(saved: torch.Tensor) -> torch.Tensor:
+            nonlocal found
+            # A linear layer may save a view of another shape; a weight, or its transpose, lies elsewhere.
+            if saved.data_ptr() != input.data_ptr() or saved.numel() != size:
+                return saved
+            found = True
+            return saved.masked_fill(~_largest(saved.detach().abs(), count), 0)
+
+        with saved_tensors_hooks(pack, lambda packed: packed):
+            output = plain(input)
+        if not found:
+            raise RuntimeError(f"{name}: the layer saved another tensor than its input {tuple(input.shape)}")
+        return output
+
+    return forward
+
+
+def _kept(name: str, share: float, size: int) -> int:
+    if not 0 <= share <= 1:
+        raise ValueError(f"keep of {name} is {share}; it is a fraction in [0, 1]")
+    return max(1, keep_count(share, size) if share else 0)
+
+
+def _check_beta(beta: float, where: str = "") -> None:
+    if not 1 <= beta < math.inf:
+        raise ValueError(f"beta{where} is {beta}; it is a finite number of at least 1")
+
+
+def _check_names(what: str, given: Iterable[str], wanted: Iterable[str]) -> None:
+    odd = sorted(set(given) ^ set(wanted))
+    if odd:
+        raise ValueError(f"{what} names {odd} do not match the prunable tensors")

@@ -1,0 +1,156 @@
+"""Evolve: masks that move while a model trains. Coordinates die (`fire`), others come back (`regrow`).
+
+Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", Nature Comm. 2018
+(random regrowth); Evci et al., "Rigging the lottery", ICML 2020 (regrowth by gradient, cosine decay); per client in
+Dai et al., "DisPFL", ICML 2022.
+
+All functions say with `Counts` how many coordinates of each prunable tensor they choose, and return a new mask. The
+counts name every prunable tensor. Chance is drawn layer after layer from the generator that is passed in.
+"""
+
+import math
+
+import numpy as np
+
+from ssfl_app.sparsity.densities import Counts
+from ssfl_app.sparsity.layout import Bits, Layout, Vector
+from ssfl_app.sparsity.mask import Mask, _largest
+
+
+def random_mask(layout: Layout, counts: Counts, rng: np.random.Generator) -> Mask:
+    """Return a mask with counts[name] uniformly random coordinates alive in each layer.
+
+    Raises
+    ------
+    ValueError
+        The counts are not those of this layout: other names, negative, or more than a layer has.
+    """
+    return Mask(layout, _choose(layout, Mask.dense(layout).alive, counts, rng))
+
+
+def top_mask(layout: Layout, scores: Vector, counts: Counts) -> Mask:
+    """Return a mask with the counts[name] largest scores of each layer alive, the lower index first among equals.
+
+    Parameters
+    ----------
+    scores : array of float32, shape (layout.prunable_size,)
+        Larger = keep.
+
+    Raises
+    ------
+    ValueError
+        Wrong shape, a score that is not finite, or counts that are not those of this layout.
+    """
+    _check_vector("scores", scores, layout)
+    return Mask(layout, _choose(layout, Mask.dense(layout).alive, counts, scores))
+
+
+def fire(mask: Mask, magnitudes: Vector, counts: Counts) -> Mask:
+    """Return the mask without the counts[name] alive coordinates of smallest magnitude in each layer.
+
+    Among equals the higher index dies first.
+
+    Parameters
+    ----------
+    magnitudes : array of float32, shape (mask.layout.prunable_size,)
+        Finite and at least 0, also where the mask is dead.
+
+    Raises
+    ------
+    ValueError
+        Wrong shape, a magnitude that is negative or not finite, or more deaths in a layer than it has alive.
+    """
+    alive = {name: count for name, count, _ in mask.layers()}
+    _check_counts(counts, alive)
+    _check_vector("magnitudes", magnitudes, mask.layout)
+    if (magnitudes < 0).any():
+        raise ValueError(f"{np.count_nonzero(magnitudes < 0)} magnitudes are negative; all must be at least 0")
+    kept = {name: alive[name] - counts[name] for name in alive}
+    return Mask(mask.layout, _choose(mask.layout, mask.alive, kept, magnitudes))
+
+
+def regrow(
+    mask: Mask,
+    counts: Counts,
+    scores: Vector | None = None,
+    rng: np.random.Generator | None = None,
+    among: Mask | None = None,
+) -> Mask:
+    """Return the mask with counts[name] dead coordinates of each layer alive again.
+
+    Parameters
+    ----------
+    scores : array of float32, shape (mask.layout.prunable_size,), optional
+        The largest come back, the lower index first among equals.
+    rng : Generator, optional
+        Without scores: uniformly random ones come back.
+    among : Mask, optional
+        Only coordinates that are alive in it come back.
+
+    Raises
+    ------
+    ValueError
+        Neither or both of scores and rng, scores of the wrong shape or not finite, an `among` of another layout, or
+        more births in a layer than it has dead coordinates to choose from.
+    """
+    by = rng if scores is None else scores
+    if by is None or (scores is not None and rng is not None):
+        raise ValueError(f"regrow got {'neither' if by is None else 'both'} of scores and rng; it takes one of them")
+    if scores is not None:
+        _check_vector("scores", scores, mask.layout)
+    reachable = Mask.dense(mask.layout) if among is None else mask | among
+    born = _choose(mask.layout, reachable.alive & ~mask.alive, counts, by)
+    return Mask(mask.layout, mask.alive | born)
+
+
+def layer_densities(mask: Mask) -> dict[str, float]:
+    """Return alive / size of each prunable tensor."""
+    return {name: alive / max(1, size) for name, alive, size in mask.layers()}
+
+
+def cosine_drop(alpha: float, round_: int, rounds: int) -> float:
+    """Return the share of alive coordinates to move: alpha / 2 * (1 + cos(pi * round_ / rounds)).
+
+    It falls from `alpha` in round 0 to 0 in round `rounds`.
+
+    Raises
+    ------
+    ValueError
+        `alpha` is not in [0, 1], or `round_` not in 0..rounds.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it is a fraction in [0, 1]")
+    if rounds < 1 or not 0 <= round_ <= rounds:
+        raise ValueError(f"round {round_} of {rounds}; rounds are at least 1, and a round is in 0..rounds")
+    return alpha / 2 * (1 + math.cos(math.pi * round_ / rounds))
+
+
+def _choose(layout: Layout, candidates: Bits, counts: Counts, by: Vector | np.random.Generator) -> Bits:
+    # True at counts[name] candidates of each layer: those of largest score, or by chance.
+    possible = {name: int(np.count_nonzero(candidates[span])) for name, span in layout.prunable_spans.items()}
+    _check_counts(counts, possible)
+    chosen = np.zeros(layout.prunable_size, dtype=np.bool_)
+    for name, span in layout.prunable_spans.items():
+        places = span.start + np.flatnonzero(candidates[span])
+        if isinstance(by, np.ndarray):
+            chosen[places[_largest(by[places], counts[name], "index")]] = True
+        else:
+            chosen[by.choice(places, counts[name], replace=False, shuffle=False)] = True
+    return chosen
+
+
+def _check_counts(counts: Counts, possible: Counts) -> None:
+    unknown = sorted(set(counts) ^ set(possible))
+    if unknown:
+        raise ValueError(f"counts names {unknown} do not match the prunable tensors {list(possible)}")
+    for name, most in possible.items():
+        if not 0 <= counts[name] <= most:
+            raise ValueError(f"count of {name} is {counts[name]}; it is in 0..{most}")
+
+
+def _check_vector(what: str, vector: Vector, layout: Layout) -> None:
+    if vector.shape != (layout.prunable_size,):
+        raise ValueError(f"{what} have shape {vector.shape}; this layout needs ({layout.prunable_size},)")
+    bad = int(np.count_nonzero(~np.isfinite(vector)))
+    if bad:
+        raise ValueError(f"{bad} {what} are NaN or Inf; all must be finite")

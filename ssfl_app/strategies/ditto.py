@@ -1,0 +1,109 @@
+"""Ditto: FedAvg, and beside it a personal model on each client that is pulled towards the global one.
+
+Li, Hu, Beirami and Smith, "Ditto: Fair and robust federated learning through personalization", ICML 2021,
+algorithm 1. A sampled client
+
+1. trains the global model w that came down and sends it back, as in FedAvg;
+2. trains its own model v: after each SGD step ``v <- v - lr * lambda * (v - w)``, w as it came down.
+
+The server averages the global models; personal models are tested.
+
+Departures: epochs of the two are separate (ditto.global-epochs, ditto.personal-epochs) as in the public code of
+DisPFL, which has 2 and 3 so that both together cost one local round; the pull is a step of its own after the
+clipped SGD step, as there (the paper adds it to the gradient). `ditto.dynamic` chooses lambda anew in every round
+from 0.1, 1 and 2 by the loss on a tenth of the client's images, on which the candidates do not train.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import nn
+
+from ssfl_app.local.data import Images
+from ssfl_app.options import anything, at_least
+from ssfl_app.sparsity.layout import State, load_state, state_of
+from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.strategies.personal import held_out
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.wire import Facts, Parcel
+
+CANDIDATES = (0.1, 1.0, 2.0)
+HELD_OUT = 0.1
+
+
+@dataclass(frozen=True)
+class DittoOptions:
+    """Keys of the room ``ditto``."""
+
+    pull: float = at_least(0)
+    dynamic: bool = anything("true or false")
+    global_epochs: int = at_least(1)
+    personal_epochs: int = at_least(1)
+
+
+class DittoClient(ClientRule):
+    """Trains two models and sends one."""
+
+    remembers = True
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Train the global model, then the personal one; return the global one."""
+        options, round_ = self._options, int(parcel.facts["round"])
+        mask = self.load(parcel)
+        down = {name: tensor.clone() for name, tensor in state_of(self.site.model).items()}
+        loss = self.fit(round_, epochs=options.global_epochs)
+        reply = self.reply(parcel, mask, loss)
+        own = self.personal_model(parcel)
+        if options.dynamic:
+            own = self._chosen(round_, own, down)
+        else:
+            self._pulled(round_, own, down, options.pull, self.site.train)
+            own = state_of(self.site.model)
+        self.remember(parcel, {"model": self.site.layout.flatten(own)})
+        return reply
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the global model, and the personal one."""
+        facts = super().evaluate(parcel)
+        load_state(self.site.model, self.personal_model(parcel))
+        return self.tested(parcel, "personal_accuracy") | facts
+
+    @property
+    def _options(self) -> DittoOptions:
+        return cast(DittoOptions, self.settings.own["ditto"])
+
+    def _pulled(self, round_: int, own: State, towards: State, pull: float, data: Images) -> None:
+        """Train `own` on the workbench, pulled towards the other model after every step."""
+        load_state(self.site.model, own)
+        step = partial(pull_towards, towards=towards, by=self.settings.local.rate(round_) * pull)
+        epochs = self._options.personal_epochs
+        self.fit(round_, purpose="personal", data=data, epochs=epochs, after_step=step)
+
+    def _chosen(self, round_: int, own: State, towards: State) -> State:
+        """Return the personal model of the candidate with the lowest validation loss."""
+        training, validation = held_out(self, HELD_OUT)
+        best, lowest = own, float("inf")
+        for pull in CANDIDATES:
+            self._pulled(round_, own, towards, pull, training)
+            loss, _ = self.site.trainer.evaluate(self.site.model, validation)
+            if loss < lowest:
+                best, lowest = {n: t.clone() for n, t in state_of(self.site.model).items()}, loss
+        return best
+
+
+@torch.no_grad()
+def pull_towards(model: nn.Module, towards: State, by: float) -> None:
+    """Move every parameter by ``-by * (v - w)``."""
+    for name, parameter in model.named_parameters():
+        parameter.sub_(parameter - towards[name], alpha=by)
+
+
+class Ditto(SparseStrategy):
+    """The server does what FedAvg's does."""
+
+    name = "ditto"
+    client = DittoClient
+    rooms = {"ditto": DittoOptions}  # noqa: RUF012  (ClassVar of the base)
+    density_matters = False

@@ -1,0 +1,34 @@
+"""FedAvg-FT: FedAvg, then every client fine-tunes the final model for one local round.
+
+Cheng, Chadha and Duchi, "Federated asymptotics: a model to compare federated learning algorithms", AISTATS 2023
+(fine-tuning as a personalisation baseline); as in the public code of DisPFL, whose table SSFL compares with: one
+ordinary local round on every client after the last round, then the mean accuracy of the fine-tuned models.
+
+Departures: that code trains with round -1, so at lr * decay**-1; here it is the initial rate, local.lr (or, with
+finetune.lr "scheduled", that of the next round). The fine-tuned models stay on the clients and are not kept.
+"""
+
+from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.strategies.personal import FinetuneOptions, finetuned
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.wire import Facts, Parcel
+
+
+class FinetuneClient(ClientRule):
+    """FedAvg's client, which fine-tunes before its last test."""
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the global model; after the last round also a fine-tuned copy, as personal accuracy."""
+        facts = super().evaluate(parcel)
+        if parcel.facts["round"] != self.settings.run.rounds:
+            return facts
+        return facts | finetuned(self, parcel)
+
+
+class FedAvgFt(SparseStrategy):
+    """The server does what FedAvg's does."""
+
+    name = "fedavg-ft"
+    client = FinetuneClient
+    rooms = {"finetune": FinetuneOptions}  # noqa: RUF012  (ClassVar of the base)
+    density_matters = False

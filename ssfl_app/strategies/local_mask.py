@@ -1,0 +1,160 @@
+"""Local masks: FedAvg in which every client trains inside a mask of its own, fixed before round 1.
+
+The controls of Ohib et al., TMLR 2026, arXiv 2405.09037 (version 1, section A.3): what SSFL would be without the
+exchange of scores.
+
+- `local-saliency`: client k scores its weights as in SSFL and keeps its own top, m_k; it sends the bitmap once.
+- `random-local`: m_k is uniformly random, drawn from the seed by both ends; no bitmap travels.
+
+Client k gets ``m_k * w``, trains inside m_k and sends the alive values. The server's mean of a coordinate is
+
+- "overlap" (local-mask.mean): over the clients whose mask holds it; the old value where nobody's does;
+- "zeros": over all of the cohort, a client that does not hold it counting as 0. That is what the author's code does,
+  and it shrinks every weight by the share of clients that hold it.
+
+Client k is tested with ``m_k * w``; central accuracy is that of the dense w.
+
+Departures: layers are ranked together unless mask.scope is "layer" (the author's random masks are exact layer by
+layer). A client that was lost before it told its mask gets the random one.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.options import choice
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import BitsOnly, SharedMask, read_mask
+from ssfl_app.sparsity.layout import Layout
+from ssfl_app.sparsity.mask import Mask, Scope, keep_count
+from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.strategies.base import SparseStrategy, density_pair
+from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.folds import overlap_mean, zeros_mean
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.scoring import snip_scores
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Facts, Parcel
+
+
+@dataclass(frozen=True)
+class LocalMaskOptions:
+    """Keys of the room ``local-mask``."""
+
+    mean: str = choice("overlap", "zeros")
+
+
+def random_mask(layout: Layout, settings: Settings, client: int) -> Mask:
+    """Return the random mask of a client."""
+    rng = generator(settings.run.seed, "random-local", client)
+    return Mask.random(layout, settings.mask.density, rng, cast(Scope, settings.mask.scope))
+
+
+class LocalMaskClient(ClientRule):
+    """Trains inside its own mask, which it draws from the seed if nobody told it another one."""
+
+    down = SharedMask
+    up = SharedMask
+
+    def known_mask(self, parcel: Parcel, digest: str) -> Mask:
+        """Return the mask with this digest; the client's random one needs no telling."""
+        if "mask" not in parcel.arrays and self.site.mask(digest) is None:
+            own = random_mask(self.site.layout, self.settings, self.site.number)
+            self.site.memory.keep(own.digest, own.packed())
+        return super().known_mask(parcel, digest)
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the client's own part of the global model."""
+        self.load(parcel)
+        return self.tested(parcel, "personal_accuracy")
+
+
+class LocalSaliencyClient(LocalMaskClient):
+    """Finds its own mask."""
+
+    questions = ("own_mask",)
+
+    def setup(self, question: str, parcel: Parcel) -> Parcel:
+        """Return the bitmap of the client's own top scores, and keep it."""
+        if question not in self.questions:
+            return super().setup(question, parcel)
+        site, options, wanted = self.site, cast(Any, self.settings.own["ssfl"]), self.settings.mask
+        state = self.initial_weights(parcel)
+        scores = snip_scores(self, state, options.saliency_batches, options.saliency_batch_size)
+        own = Mask.top(
+            site.layout, scores, wanted.density, cast(Scope, wanted.scope), min_per_layer=wanted.min_per_layer
+        )
+        site.memory.keep(own.digest, own.packed())
+        return Parcel(BitsOnly().encode(site.layout, state, own), {"samples": len(site.train)})
+
+
+class RandomLocal(SparseStrategy):
+    """A random mask for every client."""
+
+    name = "random-local"
+    client = LocalMaskClient
+    rooms = {"local-mask": LocalMaskOptions}  # noqa: RUF012  (ClassVar of the base)
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        self.masks = [random_mask(layout, settings, client) for client in range(settings.run.clients)]
+
+    def setup(self, ask: Ask) -> None:
+        """Both ends draw the masks."""
+        for client, mask in enumerate(self.masks):
+            self.post.holds(client, mask)
+
+    def mask_for(self, client: int) -> Mask:
+        """Return the client's own mask."""
+        return self.masks[client]
+
+    def send(self, round_: int, client: int) -> Parcel:
+        """Return the client's own part of the global model."""
+        return Parcel(self.down.encode(self.layout, self.state, self.masks[client]))
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Take the mean, over those who hold a coordinate or over all."""
+        options = cast(LocalMaskOptions, self.settings.own["local-mask"])
+        if options.mean == "zeros":
+            values = zeros_mean(self, replies)
+        else:
+            values = overlap_mean(self, replies, self.layout.flatten(self.state))
+        self.state = self.layout.unflatten(values)
+
+    def densities(self) -> tuple[float, float]:
+        """Return the means over the clients' masks."""
+        return density_pair(*self.masks)
+
+    def snapshot(self) -> Arrays:
+        """Return all that `restore` needs: the masks too."""
+        return super().snapshot() | {f"mask/{k}": mask.packed() for k, mask in enumerate(self.masks)}
+
+    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`."""
+        super().restore(round_, arrays)
+        packed = [np.asarray(arrays[f"mask/{k}"], dtype=np.uint8) for k in range(self.settings.run.clients)]
+        self.masks = [Mask.unpack(self.layout, bitmap) for bitmap in packed]
+
+
+class LocalSaliency(RandomLocal):
+    """Every client's own top scores."""
+
+    name = "local-saliency"
+    client = LocalSaliencyClient
+
+    def setup(self, ask: Ask) -> None:
+        """Ask every client for its mask."""
+        super().setup(ask)
+        for reply in ask("own_mask", range(self.settings.run.clients), self._check_mask):
+            self.masks[reply.client] = read_mask(reply.arrays, self.layout)
+            self.post.holds(reply.client, self.masks[reply.client])
+
+    def _check_mask(self, client: int, parcel: Parcel) -> None:
+        self.check_samples(parcel)
+        count, wanted = read_mask(parcel.arrays, self.layout).count, self.settings.mask
+        if wanted.scope == "global" and count != keep_count(wanted.density, self.layout.prunable_size):
+            raise PayloadError(f"a mask has {count} alive weights; mask.density is {wanted.density}")
