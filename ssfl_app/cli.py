@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ssfl_app.options import ConfigError
+from ssfl_app.study_cli import app as study_app
 
 app = typer.Typer(
     help="Sparse federated learning on Flower.",
@@ -15,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(study_app, name="study", help="Studies of the SSFL paper: masks, clients.")
 
 ConfigFile = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Keys that differ from the defaults.")
