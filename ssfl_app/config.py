@@ -19,6 +19,7 @@ from ssfl_app.local.models import ModelOptions
 from ssfl_app.local.trainer import LocalOptions
 from ssfl_app.options import ConfigError, Scalar, at_least, build, flatten
 from ssfl_app.partitions import PartitionOptions
+from ssfl_app.partitions.late import ShiftOptions
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.settings import FailureOptions, MaskOptions, RunOptions, Settings, WireOptions
 
@@ -39,6 +40,7 @@ ROOMS: dict[str, type] = {
     "local": LocalOptions,
     "wire": WireOptions,
     "failures": FailureOptions,
+    "shift": ShiftOptions,
     "data": DataOptions,
     "partition": PartitionOptions,
     "model": ModelOptions,
@@ -85,7 +87,8 @@ def parse(flat: Mapping[str, Any]) -> Config:
     run = made["run"]
     if run.cohort > run.clients:
         raise ConfigError(f"run.cohort is {run.cohort}; it is at most run.clients, {run.clients}")
-    shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures")}
+    made["shift"].check(run.clients, run.cohort)
+    shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures", "shift")}
     own = {name: made[name] for s in REGISTRY.values() for name in s.rooms}
     parts = {name: made[name] for name in ("data", "partition", "model", "engine")}
     return Config(strategy, Settings(**shared, own=own), **parts, flat=dict(flat))

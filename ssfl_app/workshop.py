@@ -100,7 +100,7 @@ def load_federation(config: Config) -> tuple[DataSet, Partition]:
     images = data.load(config.data)
     run = config.settings.run
     labels = images.train.labels.numpy(), images.test.labels.numpy()
-    return images, split(config.partition, *labels, run.clients, run.seed)
+    return images, split(config.partition, *labels, run.clients, run.seed, config.settings.shift)
 
 
 def check(config: Config) -> Layout:

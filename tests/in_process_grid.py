@@ -79,6 +79,9 @@ class ScriptedGrid(InlineGrid):
     def context(self, message: Message) -> Any:
         return self._contexts[message.metadata.dst_node_id]
 
+    def context_of(self, client: int) -> Any:
+        return next(c for c in self._contexts.values() if c.node_config["partition-id"] == client)
+
     def work(self, message: Message) -> Message:
         return super()._answer(message)
 

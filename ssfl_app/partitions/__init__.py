@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ssfl_app.options import ConfigError, choice, option
 from ssfl_app.partitions import dirichlet, iid, matched, pathological
+from ssfl_app.partitions.late import ShiftOptions, split_groups
 from ssfl_app.seeding import generator
 
 Indices = npt.NDArray[np.int64]
@@ -89,7 +90,12 @@ class Partition:
 
 
 def split(
-    options: PartitionOptions, train_labels: Indices, test_labels: Indices, clients: int, seed: int
+    options: PartitionOptions,
+    train_labels: Indices,
+    test_labels: Indices,
+    clients: int,
+    seed: int,
+    shift: ShiftOptions | None = None,
 ) -> Partition:
     """Deal the images of a data set to its clients.
 
@@ -103,22 +109,31 @@ def split(
         K.
     seed : int
         The run's seed; the same arguments give the same partition on every machine.
+    shift : ShiftOptions, optional
+        Classes that join late.
 
     Raises
     ------
     ConfigError
         More clients than training images, or classes that cannot be dealt as asked.
     """
-    if not 1 <= clients <= len(train_labels):
-        raise ConfigError(
-            f"run.clients is {clients}; the data set has {len(train_labels)} training images, "
-            "at least one a client is needed"
-        )
     rng = generator(seed, "partition", options.name)
-    train = REGISTRY[options.name](train_labels, clients, options, rng)
-    test = matched.matched(train, train_labels, test_labels, rng)
-    return Partition(_sorted(train), _sorted(test))
+
+    def deal(train: Indices, test: Indices, count: int) -> tuple[tuple[Indices, ...], tuple[Indices, ...]]:
+        if not 1 <= count <= len(train):
+            raise ConfigError(
+                f"run.clients is {count}; the data set has {len(train)} training images, "
+                "at least one a client is needed"
+            )
+        shares = REGISTRY[options.name](train, count, options, rng)
+        return tuple(shares), tuple(matched.matched(shares, train, test, rng))
+
+    if shift is None or not shift.round:
+        shares = deal(train_labels, test_labels, clients)
+    else:
+        shares = split_groups(shift, train_labels, test_labels, clients, deal)
+    return Partition(*map(_sorted, shares))
 
 
-def _sorted(shares: list[Indices]) -> tuple[Indices, ...]:
+def _sorted(shares: tuple[Indices, ...]) -> tuple[Indices, ...]:
     return tuple(np.sort(share).astype(np.int64) for share in shares)

@@ -69,6 +69,8 @@ class SparseStrategy(Strategy):
         What the exchange of this round would cost between peers without a server; 0 for methods that have one.
     accuracy, personal_accuracy : dict of int to float
         Of each client in the last evaluation: of the global model, and of the client's own one if it has one.
+    losses : dict of int to float
+        Training loss of each client that answered well in the last round.
     watch : Watch or None
         Sees the run go by.
     """
@@ -89,6 +91,7 @@ class SparseStrategy(Strategy):
         self.peer_bytes = 0
         self.accuracy: dict[int, float] = {}
         self.personal_accuracy: dict[int, float] = {}
+        self.losses: dict[int, float] = {}
         self._next_round = 0  # 0: setup is still to come
         self._encoded: tuple[State, Mask, Arrays] | None = None
         self._since = np.zeros(settings.run.clients, dtype=np.int64)  # client -> last round it answered well in
@@ -153,11 +156,15 @@ class SparseStrategy(Strategy):
 
     def cohort(self, round_: int) -> list[int]:
         """Return the clients that train in a round; the same for every strategy that samples."""
-        run = self.settings.run
+        run, present = self.settings.run, self.present(round_)
         if self.everyone:
-            return list(range(run.clients))
-        chosen = generator(run.seed, "cohort", round_).choice(run.clients, run.cohort, replace=False)
+            return list(present)
+        chosen = generator(run.seed, "cohort", round_).choice(len(present), run.cohort, replace=False)
         return sorted(int(client) for client in chosen)
+
+    def present(self, round_: int) -> range:
+        """Return the clients that take part in a round: all, unless some join late."""
+        return range(self.settings.shift.present(self.settings.run.clients, round_))
 
     def snapshot(self) -> Arrays:
         """Return all that `restore` needs, as flat arrays."""
@@ -206,6 +213,7 @@ class SparseStrategy(Strategy):
         self.fold(server_round, stream)
         for _ in stream:  # a fold that stops early must not leave clients unaccounted for
             pass
+        self.losses = {client: loss for client, (_, loss) in sorted(seen.items())}
         # fsum is exact before it rounds, so the order of arrival does not show here either.
         samples = sum(n for n, _ in seen.values())
         return None, MetricRecord({"loss": math.fsum(n * loss for n, loss in seen.values()) / samples})

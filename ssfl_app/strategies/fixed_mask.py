@@ -118,11 +118,11 @@ class Ssfl(FixedMask):
         )
 
     def asked(self, share: float) -> Iterable[int]:
-        """Return the clients that are asked for scores: all, or a random share of at least one."""
-        run = self.settings.run
+        """Return the clients that are asked for scores: all that are there, or a random share of at least one."""
+        run, clients = self.settings.run, len(self.present(0))
         # As the decimal it is written as: in binary 0.07 * 100 is above 7 and would ask 8 clients.
-        count = max(1, math.ceil(Fraction(repr(share)) * run.clients))
-        chosen = generator(run.seed, "saliency-share").choice(run.clients, count, replace=False)
+        count = max(1, math.ceil(Fraction(repr(share)) * clients))
+        chosen = generator(run.seed, "saliency-share").choice(clients, count, replace=False)
         return sorted(int(client) for client in chosen)
 
     def _check_scores(self, client: int, parcel: Parcel) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ssfl_app.local.trainer import LocalOptions
 from ssfl_app.options import above, anything, at_least, choice, fraction
+from ssfl_app.partitions.late import ShiftOptions
 from ssfl_app.sparsity.values import VALUE_TYPES
 
 
@@ -60,4 +61,5 @@ class Settings:
     local: LocalOptions
     wire: WireOptions
     failures: FailureOptions
+    shift: ShiftOptions
     own: Mapping[str, Any]

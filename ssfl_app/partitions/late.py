@@ -1,0 +1,72 @@
+"""Classes that join late: the scripted distribution shift of SSFL's one-shot adaptation (TMLR 2026, section 4.3).
+
+The last `shift.clients` clients hold the last `shift.classes` classes and nothing else; the other clients hold the
+other classes. Within each group the images are dealt by the partition of the run. The late clients take part from
+round `shift.round` on: before that they neither train nor are asked for scores, but they are tested, which shows what
+the model knows of their classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.options import ConfigError, at_least
+
+Indices = npt.NDArray[np.int64]
+Shares = tuple[Indices, ...]
+Split = Callable[[Indices, Indices, int], tuple[Shares, Shares]]
+"""split(train labels, test labels, clients) -> (train, test) indices of each client."""
+
+
+@dataclass(frozen=True)
+class ShiftOptions:
+    """Keys of the room ``shift``; round 0: nobody joins late."""
+
+    round: int = at_least(0)
+    clients: int = at_least(1)
+    classes: int = at_least(1)
+
+    def present(self, clients: int, round_: int) -> int:
+        """Return how many of `clients` take part in a round; they are the first ones."""
+        return clients - self.clients if round_ < self.round else clients
+
+    def check(self, clients: int, cohort: int) -> None:
+        """Raise ConfigError unless the clients of the start suffice for a cohort."""
+        if self.round and self.present(clients, 0) < cohort:
+            raise ConfigError(
+                f"shift.clients is {self.clients}; of {clients} clients at least run.cohort, {cohort}, start early"
+            )
+
+
+def split_groups(
+    shift: ShiftOptions, train: Indices, test: Indices, clients: int, split: Split
+) -> tuple[Shares, Shares]:
+    """Deal the late classes to the late clients and the others to the others.
+
+    Parameters
+    ----------
+    train, test : int64 ndarray, shapes (N,) and (M,)
+        Class of each image.
+    clients : int
+        Of both groups together.
+    split : callable
+        Deals the images of one group.
+
+    Raises
+    ------
+    ConfigError
+        No class is left for the clients of the start.
+    """
+    names = np.unique(train)
+    if shift.classes >= len(names):
+        raise ConfigError(f"shift.classes is {shift.classes}; it is below the number of classes, {len(names)}")
+    first_late = names[-shift.classes]
+    shares: tuple[list[Indices], list[Indices]] = ([], [])
+    for late, count in ((False, clients - shift.clients), (True, shift.clients)):
+        images = [np.flatnonzero((labels >= first_late) == late) for labels in (train, test)]
+        dealt = split(train[images[0]], test[images[1]], count)
+        for mine, where, part in zip(shares, images, dealt, strict=True):
+            mine.extend(where[indices] for indices in part)
+    return tuple(shares[0]), tuple(shares[1])
