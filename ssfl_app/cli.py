@@ -1,4 +1,4 @@
-"""The command line: run, report, partition."""
+"""The command line: run, compare, report, partition."""
 
 import signal
 import sys
@@ -42,6 +42,26 @@ def run(
     from ssfl_app.engine.command import Command, run_command
 
     run_command(Command(config, override or [], nodes, engine, out, resume))
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(metavar="SWEEP.toml...", help="Configurations with [compare].")],
+    override: Override = None,
+    out: Annotated[Path | None, typer.Option(help="Folder. [default: runs/compare-<name of the file>]")] = None,
+    engine: Annotated[
+        str, typer.Option(help="inline: each run in one process; ray: Flower's simulation.")
+    ] = "inline",
+    jobs: Annotated[int, typer.Option(help="Runs that are played at once.")] = 1,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Play nothing; compare what is there.")] = False,
+) -> None:
+    """Run strategies x seeds x densities, go on where that stopped, and write one table and one picture.
+
+    Exit code: 0 all runs finished, 1 one failed, 2 bad configuration.
+    """
+    from ssfl_app.engine.sweep import Sweep, run_sweep
+
+    run_sweep(Sweep(files, override or [], out, engine, jobs, report_only), typer.echo)
 
 
 @app.command()

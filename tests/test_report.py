@@ -225,14 +225,14 @@ def test_broken_file_is_named(tmp_path: Path, name: str, content: str, said: str
 def test_compare_table_shows_hand_computed_numbers(run: Run) -> None:
     # Discovery 1.05 + 2 MB; dense 13.5 MB over 0.9 + 0.6 MB of training is 9 times as much.
     (row,) = cells(report.compare_table([run]))
-    assert " ".join(row) == "first ssfl digits dirichlet 0.1 1 93.41 81.23 3.05 0.9 0.6 9.00 1 1 7.5"
+    assert " ".join(row) == "first ssfl digits dirichlet 0.1 1 93.41 81.23 - 3.05 0.9 0.6 9.00 1 1 7.5"
 
 
 def test_unfinished_run_is_totalled_from_its_rounds(tmp_path: Path) -> None:
     killed = read_run(write_run(tmp_path / "killed", finished=False))
     # Density is 12 of 120 weights; no summary says what dense training would have sent.
     (row,) = cells(report.compare_table([killed]))
-    assert " ".join(row) == "killed (unfinished) ssfl digits dirichlet 0.1 1 50.00 - 3.05 0.6 0.4 - 1 0 5.5"
+    assert " ".join(row) == "killed (unfinished) ssfl digits dirichlet 0.1 1 50.00 - - 3.05 0.6 0.4 - 1 0 5.5"
     report.write_report([killed], tmp_path / "report.html")
     assert "killed is unfinished: 2 of 3 rounds were written" in (tmp_path / "report.html").read_text()
 
@@ -248,13 +248,73 @@ def test_run_killed_in_setup_still_gets_a_report(tmp_path: Path) -> None:
 def test_final_table_shows_bytes_against_dense() -> None:
     rows = dict(cells(report.final_table(SUMMARY, Path("runs/x"))))
     assert rows["accuracy, central test set"] == "93.41 %"
-    assert rows["density"] == "0.1: 12 of 120 prunable weights alive, 130 parameters"
+    assert rows["density"] == "0.1: 12 of 120 prunable weights alive; - of all 130 parameters"
     assert rows["training"] == "0.9 MB down, 0.6 MB up"
     assert rows["dense FedAvg, same messages"] == "13.50 MB: 9.00 x the training bytes"
     # 13.5 MB over 1.5 MB of training and 3.05 MB of discovery.
     assert rows["dense FedAvg, discovery counted"].startswith("2.97 x")
     assert rows["replies"] == "1 lost, 1 refused"
     assert rows["results"] == "runs/x"
+
+
+def write_personal(folder: Path, *, finished: bool) -> Run:
+    """Write a run of a method with personal models that counts its work and asks its clients in every round."""
+    write_run(folder, finished=finished, dense=True)
+    new = {"image_passes": 100, "validation_passes": 10, "bytes_peer": 4_000_000, "density": 0.25, "density_all": 0.3}
+    asked = {"bytes_discovery_down": 500_000, "bytes_discovery_up": 100_000, "setup_lost": {"1": "no answer"}}
+    rounds = [
+        one_round(1, 0.5, 0.4, personal_accuracy_mean=0.6, **new, **asked),
+        one_round(2, None, None, personal_accuracy_mean=None, **new, cohort=[0, 1, 2]),
+    ]
+    setup = SETUP | {"image_passes": 64, "validation_passes": 0}
+    lines = [json.dumps(entry) + "\n" for entry in [setup, *rounds]]
+    (folder / "rounds.jsonl").write_text("".join(lines))
+    if finished:
+        told = {"density": 0.25, "density_all": 0.3, "personal_accuracy_mean": 0.61, "trained_clients": 3}
+        work = {"image_passes": 264, "validation_passes": 20, "bytes_peer": 8_000_000}
+        (folder / "summary.json").write_text(json.dumps(SUMMARY | told | work))
+    return read_run(folder)
+
+
+def test_personal_models_and_work_are_shown(tmp_path: Path) -> None:
+    run = write_personal(tmp_path / "personal", finished=True)
+    rows = dict(cells(report.final_table(runs.facts(run), run.folder)))
+    assert rows["accuracy, personal models"] == "61.00 %"
+    assert rows["density"] == "0.25: 12 of 120 prunable weights alive; 0.3 of all 130 parameters"
+    assert rows["image passes"] == "264 in training, 20 forward only"
+    assert rows["the same between peers"] == "8.00 MB without a server"
+    (row,) = cells(report.compare_table([run]))
+    assert row[6:9] == ["93.41", "81.23", "61.00"]
+    report.write_report([run], tmp_path / "report.html")
+    assert "Personal %" in (tmp_path / "report.html").read_text()
+    titles = [axes.get_title("left") for axes in plots.accuracy_by_round([run]).axes]
+    assert titles[2:] == ["Clients' own test images, mean: personal models"]
+
+
+def test_unfinished_run_counts_its_work(tmp_path: Path) -> None:
+    run = write_personal(tmp_path / "personal", finished=False)
+    known = runs.facts(run)
+    assert known["personal_accuracy_mean"] == 0.6
+    assert (known["density"], known["density_all"]) == (0.25, 0.3)
+    assert (known["image_passes"], known["validation_passes"], known["bytes_peer"]) == (264, 20, 8_000_000)
+    assert known["trained_clients"] == 3
+    # Setup 1 MB, round 1 another 0.5 and the mask of 0.05.
+    assert (known["bytes_discovery_down"], known["bytes_discovery_up"]) == (1_550_000, 2_100_000)
+    assert runs.cumulative_mb(run) == pytest.approx([3.65 + 0.6, 4.25 + 0.6])
+    assert [tuple(x) for x in runs.failures(run)][1:] == [(1, "1", "lost", "no answer")]
+
+
+def test_folder_of_an_older_version_says_less(run: Run) -> None:
+    known = runs.facts(run)
+    assert known["personal_accuracy_mean"] is None
+    assert (known["image_passes"], known["validation_passes"], known["bytes_peer"]) == (None, None, 0)
+    assert known["trained_clients"] == 2
+    assert known["density_all"] == pytest.approx(22 / 130)  # 12 alive weights and the 10 that no mask covers
+    rows = dict(cells(report.final_table(known, run.folder)))
+    assert "accuracy, personal models" not in rows
+    assert "the same between peers" not in rows
+    assert rows["image passes"] == "-"
+    assert len(plots.accuracy_by_round([run]).axes) == 2
 
 
 def test_tables_print_names_that_look_like_markup(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def svg_bytes(figure: "Figure") -> bytes:
 
 
 def accuracy_by_round(runs: Sequence[Run]) -> "Figure":
-    """Return accuracy over rounds, a panel for each of the two accuracies that any run has."""
+    """Return accuracy over rounds, a panel for each of the accuracies that any run has."""
     return _accuracy(runs, [read.round_numbers(run).astype(float) for run in runs], "Round")
 
 
@@ -51,13 +51,14 @@ def accuracy_by_bytes(runs: Sequence[Run]) -> "Figure":
 
 
 def _accuracy(runs: Sequence[Run], xs: Sequence[NDArray[np.float64]], xlabel: str) -> "Figure":
-    titles = {read.CENTRAL: "Central test set", read.LOCAL: "Clients' own test images, mean"}
+    own = "Clients' own test images, mean"
+    titles = {read.CENTRAL: "Central test set", read.LOCAL: own, read.PERSONAL: f"{own}: personal models"}
     found = {key: [read.evaluated(run, key) for run in runs] for key in titles}
     shown = [key for key in titles if any(len(at) for at, _ in found[key])]
     labels = [_plain(label) for label in read.run_labels(runs)]
     columns = max(1, min(len(runs), 130 // (max(map(len, labels), default=0) + 8)))
     lines = math.ceil(len(runs) / columns)
-    figure = _figure(10.0, 3.9 + 0.22 * lines)
+    figure = _figure(max(10.0, 4.6 * len(shown)), 3.9 + 0.22 * lines)
     panels = figure.subplots(1, max(1, len(shown)), sharey=True, squeeze=False)[0]
     for axes, key in zip(panels, shown, strict=False):
         for index, ((at, values), x, label) in enumerate(zip(found[key], xs, labels, strict=True)):

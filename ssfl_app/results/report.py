@@ -11,36 +11,17 @@ from numpy.typing import ArrayLike
 from ssfl_app.options import ConfigError
 from ssfl_app.results import page, plots
 from ssfl_app.results.files import write_atomically
-from ssfl_app.results.page import NONE, megabytes, percent, ratio, shown
-from ssfl_app.results.runs import (
-    CENTRAL,
-    LOCAL,
-    MB,
-    Run,
-    cumulative_mb,
-    facts,
-    failures,
-    run_names,
-    train_counts,
-)
+from ssfl_app.results.page import NONE
+from ssfl_app.results.rows import COMPARE, ROUND, TEXT_COLUMNS, compare_rows, round_rows, summary_rows
+from ssfl_app.results.runs import Run, facts, failures, run_names, train_counts
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TEXT_COLUMNS = 4  # name, strategy, dataset and partition; numbers follow
-COMPARE = (
-    *("Run", "Strategy", "Data", "Partition", "Density", "Seed", "Central %", "Local mean %"),
-    *("MB discovery", "MB train down", "MB train up", "x fewer than dense", "Lost", "Refused", "Seconds"),
-)
-ROUND = (
-    *("Round", "Cohort", "OK", "Lost", "Refused", "Train loss", "Central loss", "Central %", "Local mean %"),
-    *("MB down", "MB up", "MB so far", "Seconds"),
-)
-
 
 def compare_table(runs: Sequence[Run]) -> "Table":
-    """Return one row a run, for 120 columns or more; "x fewer than dense" counts training alone."""
-    return _rich([header.replace(" ", "\n") for header in COMPARE], _compare_rows(runs), TEXT_COLUMNS)
+    """Return one row a run, for 130 columns or more; "x fewer than dense" counts training alone."""
+    return _rich([header.replace(" ", "\n") for header in COMPARE], compare_rows(runs), TEXT_COLUMNS)
 
 
 def final_table(summary: Mapping[str, Any], folder: Path) -> "Table":
@@ -50,7 +31,7 @@ def final_table(summary: Mapping[str, Any], folder: Path) -> "Table":
     from rich.text import Text
 
     made = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    for name, value in [*_summary_rows(summary), ["results", str(folder)]]:
+    for name, value in [*summary_rows(summary), ["results", str(folder)]]:
         made.add_row(Text(name, style="dim"), Text(value, overflow="fold"))
     return made
 
@@ -111,12 +92,12 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
 
 
 def _single(run: Run) -> list[dict[str, Any]]:
-    rounds = page.table(list(ROUND), _round_rows(run), set(range(len(ROUND))))
+    rounds = page.table(list(ROUND), round_rows(run), set(range(len(ROUND))))
     config = page.table([], [[key, str(value)] for key, value in sorted(run.config.items())])
     environment = page.table([], [[key, str(value)] for key, value in run.environment.items()])
     dense = "" if run.layers else "There is no mask in this run folder, so there is no density by layer."
     return [
-        page.section("Summary", content=page.table([], _summary_rows(facts(run)))),
+        page.section("Summary", content=page.table([], summary_rows(facts(run)))),
         page.section("Figures", images=_figures([run]), note=dense),
         page.section("Rounds", content=rounds, folded=f"{len(run.rounds)} rounds"),
         _failure_section([run]),
@@ -149,7 +130,7 @@ def _several(runs: Sequence[Run]) -> list[dict[str, Any]]:
     options = page.table(["Key", *run_names(runs)], differ) if differ else None
     note = "" if differ else "All runs have the same configuration."
     return [
-        page.section("Comparison", content=page.table(list(COMPARE), _compare_rows(runs), numeric)),
+        page.section("Comparison", content=page.table(list(COMPARE), compare_rows(runs), numeric)),
         page.section("Figures", images=_figures(runs)),
         _failure_section(runs),
         page.section("Options that differ", content=options, note=note),
@@ -177,66 +158,6 @@ def _unfinished(run: Run) -> str:
     return f"{run.name} is unfinished: {done} of {planned} rounds were written; totals are of those rounds."
 
 
-def _compare_rows(runs: Sequence[Run]) -> list[list[str]]:
-    rows = []
-    for run, name in zip(runs, run_names(runs), strict=True):
-        known = facts(run)
-        discovery = _sum(known, "bytes_discovery_down", "bytes_discovery_up")
-        fewer = ratio(known.get("bytes_dense_train"), _sum(known, "bytes_train_down", "bytes_train_up"))
-        texts = [name if run.summary else f"{name} (unfinished)"]
-        texts += [shown(known[key]) for key in ("strategy", "dataset", "partition")]
-        numbers = [shown(known["density"], ".3g"), shown(known["seed"])]
-        numbers += [percent(known[CENTRAL]), percent(known[LOCAL]), megabytes(discovery)]
-        numbers += [megabytes(known["bytes_train_down"]), megabytes(known["bytes_train_up"]), fewer]
-        numbers += [shown(known["lost_replies"]), shown(known["refused_replies"])]
-        rows.append([*texts, *numbers, shown(known["seconds_total"], ",.1f")])
-    return rows
-
-
-def _summary_rows(known: Mapping[str, Any]) -> list[list[str]]:
-    def ask(key: str, form: str = ",") -> str:
-        return shown(known.get(key), form)
-
-    def mb(key: str) -> str:
-        return megabytes(known.get(key))
-
-    dense, sent = known.get("bytes_dense_train"), _sum(known, "bytes_train_down", "bytes_train_up")
-    extra = _sum(known, "bytes_discovery_down", "bytes_discovery_up")
-    everything = None if sent is None or extra is None else sent + extra
-    weights = f"{ask('alive')} of {ask('prunable')} prunable weights alive, {ask('parameters')} parameters"
-    rows = [
-        ["accuracy, central test set", f"{percent(known.get(CENTRAL))} %"],
-        ["accuracy, mean over clients", f"{percent(known.get(LOCAL))} %"],
-        ["density", f"{ask('density', '.3g')}: {weights}"],
-        ["discovery and mask", f"{mb('bytes_discovery_down')} MB down, {mb('bytes_discovery_up')} MB up"],
-        ["training", f"{mb('bytes_train_down')} MB down, {mb('bytes_train_up')} MB up"],
-        ["dense FedAvg, same messages", f"{megabytes(dense)} MB: {ratio(dense, sent)} x the training bytes"],
-        [
-            "dense FedAvg, discovery counted",
-            f"{ratio(dense, everything)} x the training, discovery and mask bytes",
-        ],
-        ["evaluation", f"{mb('bytes_evaluate_down')} MB down"],
-        ["replies", f"{ask('lost_replies')} lost, {ask('refused_replies')} refused"],
-        ["time", f"{ask('seconds_total', ',.1f')} s, {ask('seconds_rounds', ',.1f')} s of them in rounds"],
-    ]
-    for what in ("model", "mask"):
-        if known.get(f"{what}_sha256"):
-            rows.append([f"SHA-256 of the {what}", str(known[f"{what}_sha256"])])
-    return rows
-
-
-def _round_rows(run: Run) -> list[list[str]]:
-    rows = []
-    for entry, so_far in zip(run.rounds, cumulative_mb(run), strict=True):
-        sizes = [str(len(entry.get(key) or ())) for key in ("cohort", "ok", "lost", "refused")]
-        losses = [shown(entry.get(key), ".4f") for key in ("train_loss", "central_loss")]
-        shares = [percent(entry.get(key)) for key in (CENTRAL, LOCAL)]
-        down = sum(entry.get(f"bytes_{what}_down") or 0 for what in ("train", "evaluate", "mask"))
-        sent = [megabytes(down), megabytes(entry.get("bytes_train_up")), megabytes(so_far * MB)]
-        rows.append([str(entry["round"]), *sizes, *losses, *shares, *sent, shown(entry.get("seconds"), ",.1f")])
-    return rows
-
-
 def _rich(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> "Table":
     # Cells are Text: a run named "[red]" would otherwise be read as markup.
     from rich import box
@@ -252,8 +173,3 @@ def _rich(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> 
     for row in rows:
         made.add_row(*map(Text, row))
     return made
-
-
-def _sum(known: Mapping[str, Any], *keys: str) -> float | None:
-    values = [known.get(key) for key in keys]
-    return None if None in values else float(sum(value for value in values if value is not None))

@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from ssfl_app.options import ConfigError, flatten
 
 MB = 1e6
-CENTRAL, LOCAL = "central_accuracy", "local_accuracy_mean"
+CENTRAL, LOCAL, PERSONAL = "central_accuracy", "local_accuracy_mean", "personal_accuracy_mean"
 ROUND_BYTES = ("bytes_train_down", "bytes_train_up", "bytes_evaluate_down", "bytes_mask_down")
 SETUP_BYTES = ("bytes_discovery_down", "bytes_discovery_up")
-NUMBERS = (*SETUP_BYTES, *ROUND_BYTES, CENTRAL, LOCAL, "train_loss", "central_loss", "seconds")
+ALL_BYTES = (*SETUP_BYTES, *ROUND_BYTES)
+WORK = ("image_passes", "validation_passes", "bytes_peer")
+LAST = (CENTRAL, LOCAL, PERSONAL, "density", "density_all")  # of these a summary has the last value
+NUMBERS = (*ALL_BYTES, *WORK, *LAST, "train_loss", "central_loss", "seconds")
 
 
 class Layer(NamedTuple):
@@ -180,9 +183,9 @@ def evaluated(run: Run, key: str = CENTRAL) -> tuple[NDArray[np.int64], NDArray[
 
 def cumulative_mb(run: Run) -> NDArray[np.float64]:
     """Return the MB of all messages, down and up, until the end of each round, shape (R,)."""
-    start = sum((run.setup or {}).get(key) or 0 for key in SETUP_BYTES)
-    per_round = [sum(entry.get(key) or 0 for key in ROUND_BYTES) for entry in run.rounds]
-    return (start + np.cumsum(np.array(per_round, dtype=float))) / MB
+    # A method that asks its clients in every round has discovery bytes in every round.
+    sent = [sum(entry.get(key) or 0 for key in ALL_BYTES) for entry in [run.setup or {}, *run.rounds]]
+    return np.cumsum(np.array(sent, dtype=float))[1:] / MB
 
 
 def train_counts(run: Run) -> NDArray[np.int64]:
@@ -198,14 +201,14 @@ def failures(run: Run) -> list[Failure]:
         Failure(entry["round"], str(client), kind, str(reason))
         for entry in [*([run.setup] if run.setup else []), *run.rounds]
         for kind in ("lost", "refused")
-        for key in (kind, f"evaluate_{kind}")
+        for key in (kind, f"setup_{kind}", f"evaluate_{kind}")
         for client, reason in entry.get(key, {}).items()
     ]
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """Return the keys of ``summary.json``; what an unfinished run lacks comes from its rounds, or is None."""
-    setup, config = run.setup or {}, run.config
+    """Return the keys of ``summary.json``; what it lacks, unfinished or old, comes from the rounds, or is None."""
+    entries, config = [run.setup or {}, *run.rounds], run.config
     alive, prunable = sum(x.alive for x in run.layers), sum(x.size for x in run.layers)
     kinds = [failure.kind for failure in failures(run)]
     known: dict[str, Any] = dict.fromkeys(("bytes_dense_train", "parameters"))
@@ -213,17 +216,21 @@ def facts(run: Run) -> dict[str, Any]:
         known[what] = config.get(key)
     known |= {key: config.get(f"run.{key}") for key in ("clients", "cohort", "rounds", "seed")}
     known |= {"alive": alive or None, "prunable": prunable or None}
-    known["density"] = alive / prunable if prunable else None
-    for key in (CENTRAL, LOCAL):
-        values = evaluated(run, key)[1]
-        known[key] = float(values[-1]) if len(values) else None
-    known |= {key: sum(entry.get(key) or 0 for entry in run.rounds) for key in ROUND_BYTES}
-    known |= {key: setup.get(key) or 0 for key in SETUP_BYTES}
+    known |= {key: (evaluated(run, key)[1].tolist() or [None])[-1] for key in LAST}
+    known |= {key: sum(entry.get(key) or 0 for entry in entries) for key in (*ALL_BYTES, *WORK)}
     known["bytes_discovery_down"] += known["bytes_mask_down"]
+    if not any("image_passes" in entry for entry in entries):  # a folder older than the count
+        known |= dict.fromkeys(("image_passes", "validation_passes"))
+    known["trained_clients"] = max((len(entry.get("cohort") or ()) for entry in run.rounds), default=known["cohort"])
     known |= {"lost_replies": kinds.count("lost"), "refused_replies": kinds.count("refused")}
     known["seconds_rounds"] = sum(entry.get("seconds") or 0 for entry in run.rounds)
-    known["seconds_total"] = known["seconds_rounds"] + (setup.get("seconds") or 0)
-    return {**known, **(run.summary or {})}
+    known["seconds_total"] = known["seconds_rounds"] + (entries[0].get("seconds") or 0)
+    known |= run.summary or {}
+    if known["density"] is None and prunable:
+        known["density"] = alive / prunable
+    if known["density_all"] is None and known["parameters"] and known["density"] is not None:
+        known["density_all"] = 1 - known["prunable"] * (1 - known["density"]) / known["parameters"]
+    return known
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

@@ -1,0 +1,225 @@
+"""Many runs as one comparison: means over seeds with 95 % intervals, and paired tests against a baseline.
+
+A row is a strategy at a density, with one run a seed; a table holds the rows that agree on all further axes.
+Accuracies are fractions in [0, 1], sizes bytes. How it looks is the affair of `compare_page`.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ssfl_app.results.runs import CENTRAL, LOCAL, PERSONAL, Run, facts
+
+Numbers = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run that belongs to a comparison, finished or not.
+
+    Parameters
+    ----------
+    config : mapping
+        Its resolved configuration: dotted key -> value.
+    dense : bool
+        Whether its strategy does not look at mask.density.
+    run : Run or None
+        None if it is not finished.
+    reason : str
+        Why there is no run: "failed: loss is NaN", "not played".
+    """
+
+    config: Mapping[str, Any]
+    dense: bool
+    run: Run | None
+    reason: str = ""
+
+
+class Estimate(NamedTuple):
+    """A mean over `seeds` seeds and half the width of its 95 % interval, None for a single seed."""
+
+    mean: float
+    half: float | None
+    seeds: int
+
+
+class Difference(NamedTuple):
+    """Accuracy on own tests minus the baseline's over their common seeds.
+
+    `p` is that of the paired t-test, None where there is none: fewer than two common seeds, or no spread in the
+    differences; `same` says that they are all 0. `density` is the mask.density of the baseline's row.
+    """
+
+    estimate: Estimate
+    p: float | None
+    same: bool
+    density: float | None
+
+
+@dataclass
+class Row:
+    """A strategy at a density: the numbers of each seed's run, and why a seed has none.
+
+    `wanted` is mask.density, None for a strategy that does not look at it.
+    """
+
+    strategy: str
+    wanted: float | None
+    seeds: dict[int, Numbers] = field(default_factory=dict)
+    missing: dict[int, str] = field(default_factory=dict)
+    difference: Difference | None = None
+
+    def values(self, key: str) -> dict[int, float]:
+        """Return seed -> the number `key` of its run, where that is known."""
+        found = {seed: known[key] for seed, known in sorted(self.seeds.items())}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def estimate(self, key: str) -> Estimate | None:
+        """Return mean and interval of the number `key`, None if no run has it."""
+        return estimate(self.values(key).values())
+
+    def mean(self, key: str) -> float | None:
+        """Return the mean of the number `key`, None if no run has it."""
+        found = self.estimate(key)
+        return None if found is None else found.mean
+
+    @property
+    def density(self) -> float:
+        """What the rows are sorted by: the wanted density, else the one that was reached, else 1."""
+        reached = self.mean("density")
+        return self.wanted if self.wanted is not None else 1.0 if reached is None else reached
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows that agree on `axes` (key -> value); `config` is the configuration of one of their runs."""
+
+    axes: dict[str, Any]
+    config: Mapping[str, Any]
+    rows: list[Row]
+
+
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """Return the mean of `values` and the half width of its 95 % interval by Student's t; None of no values."""
+    from scipy import stats
+
+    known = list(values)
+    if not known:
+        return None
+    if len(known) == 1:
+        return Estimate(known[0], None, 1)
+    half = float(stats.t.ppf(0.975, len(known) - 1)) * statistics.stdev(known) / math.sqrt(len(known))
+    return Estimate(statistics.fmean(known), half, len(known))
+
+
+def numbers(run: Run) -> Numbers:
+    """Return what a run contributes to a comparison; None where its folder does not say.
+
+    ``own`` is the accuracy on the clients' own tests: of the personal models if the method has them, else of the
+    global one. ``down`` and ``up`` are bytes of training, masks and discovery, without evaluation.
+    """
+    known = facts(run)
+
+    def total(*keys: str) -> int:
+        return sum(known.get(f"bytes_{key}") or 0 for key in keys)
+
+    made = {
+        "central": known.get(CENTRAL),
+        "global": known.get(LOCAL),
+        "personal": known.get(PERSONAL),
+        "own": known.get(LOCAL) if known.get(PERSONAL) is None else known.get(PERSONAL),
+        "down": total("train_down", "discovery_down"),
+        "up": total("train_up", "discovery_up"),
+        "peer": total("peer"),
+        "seconds": known.get("seconds_total"),
+    }
+    kept = ("density", "density_all", "trained_clients", "cohort", "image_passes", "validation_passes")
+    made |= {key: known.get(key) for key in kept}
+    return {key: None if x is None or not math.isfinite(x) else float(x) for key, x in made.items()}
+
+
+def difference(row: Row, baseline: Row) -> Difference | None:
+    """Return the difference of `row` to `baseline` on own tests; None if they have no seed in common."""
+    from scipy import stats
+
+    ours, theirs = row.values("own"), baseline.values("own")
+    common = sorted(ours.keys() & theirs.keys())
+    pairs = [ours[seed] for seed in common], [theirs[seed] for seed in common]
+    apart = [a - b for a, b in zip(*pairs, strict=True)]
+    mean = estimate(apart)
+    if mean is None:
+        return None
+    spread = max(apart) - min(apart) > 1e-12  # without it t is infinite, or what rounding makes of it
+    p = float(stats.ttest_rel(*pairs).pvalue) if spread else None
+    return Difference(mean, p, len(common) > 1 and not any(apart), baseline.wanted)
+
+
+def tables(entries: Sequence[Entry], axes: Sequence[str], baseline: str) -> list[Table]:
+    """Return one table for each combination of values of `axes`, in the order of `entries`.
+
+    Rows are sorted by falling density, then as their strategies first appear. A row's difference is that to the
+    `baseline` at the same density; a strategy without a density is compared with the largest one.
+    """
+    made: dict[tuple[Any, ...], Table] = {}
+    order: dict[str, int] = {}
+    for entry in entries:
+        values = {key: entry.config.get(key) for key in axes}
+        table = made.setdefault(tuple(values.values()), Table(values, entry.config, []))
+        strategy, wanted = str(entry.config["strategy"]), None if entry.dense else float(entry.config["mask.density"])
+        order.setdefault(strategy, len(order))
+        row = next((row for row in table.rows if (row.strategy, row.wanted) == (strategy, wanted)), None)
+        if row is None:
+            row = Row(strategy, wanted)
+            table.rows.append(row)
+        seed = int(entry.config["run.seed"])
+        if entry.run is None:
+            row.missing[seed] = entry.reason
+        else:
+            row.seeds[seed] = numbers(entry.run)
+    for table in made.values():
+        table.rows.sort(key=lambda row: (-row.density, order[row.strategy]))
+        for row in table.rows:
+            other = _baseline(row, table.rows, baseline)
+            row.difference = None if other is None else difference(row, other)
+    return list(made.values())
+
+
+def _baseline(row: Row, rows: Sequence[Row], baseline: str) -> Row | None:
+    """Return the row that `row` is compared with; None for the baseline itself and where there is none."""
+    theirs = [other for other in rows if other.strategy == baseline]
+    if row.strategy == baseline or not theirs:
+        return None
+    if row.wanted is None or theirs[0].wanted is None:
+        return theirs[0]  # rows are sorted: the largest density
+    return next((other for other in theirs if other.wanted == row.wanted), None)
+
+
+def as_json(made: Sequence[Table], baseline: str, environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return all numbers of a comparison: means, intervals, tests, and those of every seed."""
+    content = []
+    for table in made:
+        rows = []
+        for row in table.rows:
+            keys = next(iter(row.seeds.values()), {})
+            estimates = {key: row.estimate(key) for key in keys}
+            gap = row.difference
+            rows.append(
+                {
+                    "strategy": row.strategy,
+                    "mask_density": row.wanted,
+                    "means": {key: None if found is None else _named(found) for key, found in estimates.items()},
+                    "difference": gap and {**_named(gap.estimate), "p": gap.p, "same": gap.same, "at": gap.density},
+                    "seeds": {str(seed): row.seeds[seed] for seed in sorted(row.seeds)},
+                    "missing": {str(seed): row.missing[seed] for seed in sorted(row.missing)},
+                }
+            )
+        content.append({"axes": table.axes, "rows": rows})
+    places = [{key: value for key, value in place.items() if key != "time"} for place in environments]
+    unique = [place for index, place in enumerate(places) if place not in places[:index]]
+    return {"baseline": baseline, "tables": content, "environments": unique}
+
+
+def _named(found: Estimate) -> dict[str, float | int | None]:
+    return {"mean": found.mean, "half_width_95": found.half, "seeds": found.seeds}

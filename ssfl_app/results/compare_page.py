@@ -1,0 +1,217 @@
+"""How a comparison looks: the Markdown file with its tables and notes, and the picture of accuracy against bytes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ssfl_app.results.compare import Difference, Estimate, Row, Table
+from ssfl_app.results.page import megabytes
+from ssfl_app.results.plots import PALETTE, _figure, _finish, _plain
+from ssfl_app.results.runs import MB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NONE = "\N{EN DASH}"
+MARKERS = "osD^vP*X<>"
+CROWD = 24  # rows of a table that need a larger panel
+COSTS = ("MB down", "MB up", "peer MB", "image passes", "seconds")
+GENERAL = (
+    "± is half the 95 % interval of the mean over seeds (Student's t). Own tests: each client's own test images, "
+    "the plain mean over clients. MB are of all clients and rounds: training, masks and discovery; what evaluation "
+    "sends is left out. Costs are plain means over seeds."
+)
+GAP = (
+    "Δ is in points: the personal models if the method has them, else the global one, minus the same of "
+    "`{baseline}` at the same density and seeds. p: paired t-test over these seeds, not corrected for the number of "
+    "rows; “same” means that all differences are 0."
+)
+TASK = ("data.name", "partition.name", "model.name", "run.clients", "run.rounds")  # what the line above a table tells
+
+
+def markdown(
+    made: Sequence[Table],
+    baseline: str,
+    environments: Sequence[Mapping[str, Any]],
+    title: str = "Comparison",
+    picture: str = "comparison.png",
+) -> str:
+    """Return the Markdown file: a table for each combination of axes, the picture, notes, and where it was played."""
+    lines = [f"# {title}", ""]
+    for table in made:
+        if table.axes:
+            lines += [f"## {_axes(table)}", ""]
+        lines += [_task(table), "", *_grid(headers(baseline), [cells(row) for row in table.rows]), ""]
+    lines += [f"![Accuracy on own tests against bytes]({picture})", "", *_notes(made, baseline), ""]
+    return "\n".join([*lines, _origin(made, environments), ""])
+
+
+def headers(baseline: str) -> list[str]:
+    """Return the titles of the columns that `cells` fills."""
+    named = "SSFL" if baseline == "ssfl" else f"`{baseline}`"
+    own = ("central %", "global on own tests %", "personal on own tests %", f"Δ own tests vs {named}", "p")
+    return ["strategy", "density", "of all params", "clients trained a round", *own, *COSTS]
+
+
+def cells(row: Row) -> list[str]:
+    """Return a row of the table; one whose runs are all missing has the reason's first word in place of accuracy."""
+    name = f"`{row.strategy}`"
+    if not row.seeds:
+        wanted = NONE if row.wanted is None else f"{row.wanted:.3g}"
+        reasons = sorted({reason.partition(":")[0] for reason in row.missing.values()})
+        return [name, wanted, NONE, NONE, ", ".join(reasons), *[NONE] * (4 + len(COSTS))]
+    if row.missing:
+        name += f" ({len(row.seeds)} of {len(row.seeds) + len(row.missing)} seeds)"
+    shares = [_accuracy(row.estimate(key)) for key in ("central", "global", "personal")]
+    sizes = [megabytes(row.mean(key)) for key in ("down", "up")] + [megabytes(row.mean("peer") or None)]
+    counts = [_number(row.mean("image_passes"), ",.0f"), _number(row.mean("seconds"), ",.0f")]
+    densities = [_number(row.mean(key), ".3g") for key in ("density", "density_all")]
+    made = [name, *densities, _number(row.mean("trained_clients"), ".3g"), *shares, *_gap(row.difference)]
+    return [NONE if cell == "-" else cell for cell in (*made, *sizes, *counts)]
+
+
+def _accuracy(found: Estimate | None, form: str = ".1f") -> str:
+    if found is None:
+        return NONE
+    mean = format(100 * found.mean, form)
+    return mean if found.half is None else f"{mean} ± {100 * found.half:.1f}"
+
+
+def _gap(found: Difference | None) -> list[str]:
+    if found is None:
+        return [NONE, NONE]
+    p = NONE if found.p is None else "<0.001" if found.p < 0.001 else f"{found.p:.3f}"
+    return [_accuracy(found.estimate, "+.1f"), "same" if found.same else p]
+
+
+def _number(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
+
+
+def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table whose columns are aligned in plain text too."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def line(parts: Sequence[str]) -> str:
+        numbers = (part.rjust(width) for part, width in zip(parts[1:], widths[1:], strict=True))
+        return f"| {' | '.join([parts[0].ljust(widths[0]), *numbers])} |"
+
+    return [line(heads), line(rule), *map(line, rows)]
+
+
+def _axes(table: Table) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in table.axes.items())
+
+
+def _task(table: Table) -> str:
+    data, partition, model, clients, rounds = (table.config.get(key) for key in TASK)
+    return f"{data}, {partition} partition, {model}, {clients} clients, {rounds} rounds."
+
+
+def _notes(made: Sequence[Table], baseline: str) -> list[str]:
+    rows = [row for table in made for row in table.rows]
+    notes = [GENERAL, GAP.format(baseline=baseline)]
+    loose = [row for row in rows if row.wanted is None and row.difference is not None]
+    largest = {row.difference.density for row in loose if row.difference}
+    if loose and None not in largest:
+        at = ", ".join(f"{density:.3g}" for density in sorted(x for x in largest if x is not None))
+        notes.append(f"{_names(loose)}: mask.density does not matter; Δ and p are against `{baseline}` at {at}.")
+    everyone = [row for row in rows if (row.mean("trained_clients") or 0) > (row.mean("cohort") or math.inf)]
+    if everyone:
+        notes.append(f"{_names(everyone)}: every client trains in every round; image passes and MB count them all.")
+    if any(row.mean("peer") for row in rows):
+        notes.append("Peer MB: what the same exchange would cost between peers without a server.")
+    looking = [row for row in rows if row.mean("validation_passes")]
+    if looking:
+        notes.append(f"{_names(looking)}: validates while training; these forward passes are not in image passes.")
+    for table in made:
+        for row in table.rows:
+            where = ", ".join([f"`{row.strategy}`", *_at(row), *([_axes(table)] if table.axes else [])])
+            notes += [f"{where}, seed {seed}: {reason}." for seed, reason in sorted(row.missing.items())]
+    return [f"- {note}" for note in notes]
+
+
+def _at(row: Row) -> list[str]:
+    return [] if row.wanted is None else [f"density {row.wanted:.3g}"]
+
+
+def _names(rows: Sequence[Row]) -> str:
+    return ", ".join(dict.fromkeys(f"`{row.strategy}`" for row in rows))
+
+
+def _origin(made: Sequence[Table], environments: Sequence[Mapping[str, Any]]) -> str:
+    rows = [row for table in made for row in table.rows]
+    seeds = sorted({seed for row in rows for seed in (*row.seeds, *row.missing)})
+    parts = [f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} ({', '.join(map(str, seeds))})"]
+    parts.append(f"{sum(len(row.seeds) for row in rows)} runs")
+    machines = {f"{e.get('cores')} cores of {e.get('cpu')}, {e.get('gpu') or 'no GPU'}" for e in environments}
+    parts += sorted(machines)
+    for name in ("python", "torch", "flwr", "ssfl-app", "git"):
+        versions = sorted({str(e[name]) for e in environments if e.get(name)})
+        parts += [f"{name} {' and '.join(versions)}"] if versions else []
+    days = sorted({str(e["time"])[:10] for e in environments if e.get("time")})
+    parts += [days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"] if days else []
+    return "; ".join(parts) + "."
+
+
+def picture(made: Sequence[Table], strategies: Sequence[str]) -> "Figure":
+    """Return accuracy on own tests against MB sent, a panel for each table; bars are 95 % intervals.
+
+    `strategies` are all names, in the order of the legend; colours and markers go by it.
+    """
+    crowded = max((len(table.rows) for table in made), default=0) > CROWD
+    across = max(1, min(2 if crowded else 3, len(made)))
+    down, width = max(1, math.ceil(len(made) / across)), (8.0 if crowded else 5.4) * across
+    columns = max(1, min(len(strategies), int(13 * width) // (max(map(len, strategies), default=0) + 9)))
+    legend = 0.25 * math.ceil(len(strategies) / columns)
+    figure = _figure(max(7.0, width), (5.6 if crowded else 4.3) * down + legend)
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).flat
+    for axes, table in zip(panels, made, strict=False):
+        _panel(axes, table, strategies)
+    for number, axes in enumerate(panels):
+        axes.set_visible(number < len(made))
+        axes.yaxis.label.set_visible(number % across == 0)
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(max(0.0, low), min(101.0, high))  # an interval of few seeds may leave what is possible
+    # One legend for all panels: a strategy may have points in some of them only.
+    pairs = [axes.get_legend_handles_labels() for axes in figure.axes]
+    found = {label: handle for handles, labels in pairs for handle, label in zip(handles, labels, strict=True)}
+    shown = [name for name in map(_plain, strategies) if name in found]
+    if shown:
+        look = {"frameon": False, "fontsize": 9, "ncols": columns}
+        figure.legend([found[name] for name in shown], shown, loc="outside lower center", **look)
+    return figure
+
+
+def _panel(axes: "Axes", table: Table, strategies: Sequence[str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    rows = [(row, found) for row in table.rows if (found := row.estimate("own")) is not None]
+    # A method that sends nothing has no place on a logarithmic axis: it stands at the left, with its 0 written there.
+    nothing = min((_sent(row) for row, _ in rows if _sent(row)), default=1.0) / 2
+    for index, name in enumerate(strategies):
+        mine = [(row, found) for row, found in rows if row.strategy == name]
+        xs = [_sent(row) or nothing for row, _ in mine]
+        ys, bars = [100 * found.mean for _, found in mine], [100 * (found.half or 0) for _, found in mine]
+        if not mine:
+            continue
+        color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+        line = axes.errorbar(xs, ys, yerr=bars, ls=":", lw=0.9, capsize=2, elinewidth=0.9, color=color)
+        line[0].set(marker=marker, ms=6, label=_plain(name))
+        for part in (*line[1], *line[2]):
+            part.set_alpha(0.5)
+        for (row, _), x, y in zip(mine, xs, ys, strict=True):
+            note = f"{row.density:.3g}" if _sent(row) else f"{row.density:.3g} (0 MB)"
+            axes.annotate(note, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=color)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    title = _plain(_axes(table)) if table.axes else "Accuracy against bytes; numbers are densities"
+    _finish(axes, title, "MB down and up, with masks and discovery", "Accuracy on own tests (%)")
+
+
+def _sent(row: Row) -> float:
+    return ((row.mean("down") or 0.0) + (row.mean("up") or 0.0)) / MB

@@ -1,0 +1,102 @@
+"""The rows of the tables about runs: what each column says, for the terminal and the HTML report alike."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ssfl_app.results.page import NONE, megabytes, percent, ratio, shown
+from ssfl_app.results.runs import CENTRAL, LOCAL, MB, PERSONAL, Run, cumulative_mb, facts, run_names
+
+TEXT_COLUMNS = 4  # name, strategy, dataset and partition; numbers follow
+COMPARE = (
+    *("Run", "Strategy", "Data", "Partition", "Density", "Seed", "Central %", "Local mean %"),
+    *(
+        "Personal %",
+        "MB discovery",
+        "MB train down",
+        "MB train up",
+        "x fewer than dense",
+        "Lost",
+        "Refused",
+        "Seconds",
+    ),
+)
+ROUND = (
+    *("Round", "Cohort", "OK", "Lost", "Refused", "Train loss", "Central loss", "Central %", "Local mean %"),
+    *("Personal %", "MB down", "MB up", "MB so far", "Seconds"),
+)
+
+
+def compare_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Return one row a run, under the headers `COMPARE`."""
+    rows = []
+    for run, name in zip(runs, run_names(runs), strict=True):
+        known = facts(run)
+        discovery = _sum(known, "bytes_discovery_down", "bytes_discovery_up")
+        fewer = ratio(known.get("bytes_dense_train"), _sum(known, "bytes_train_down", "bytes_train_up"))
+        texts = [name if run.summary else f"{name} (unfinished)"]
+        texts += [shown(known[key]) for key in ("strategy", "dataset", "partition")]
+        numbers = [shown(known["density"], ".3g"), shown(known["seed"])]
+        numbers += [*(percent(known[key]) for key in (CENTRAL, LOCAL, PERSONAL)), megabytes(discovery)]
+        numbers += [megabytes(known["bytes_train_down"]), megabytes(known["bytes_train_up"]), fewer]
+        numbers += [shown(known["lost_replies"]), shown(known["refused_replies"])]
+        rows.append([*texts, *numbers, shown(known["seconds_total"], ",.1f")])
+    return rows
+
+
+def summary_rows(known: Mapping[str, Any]) -> list[list[str]]:
+    """Return (name, value) of what a summary says; "-" for a key that it lacks."""
+
+    def ask(key: str, form: str = ",") -> str:
+        return shown(known.get(key), form)
+
+    def mb(key: str) -> str:
+        return megabytes(known.get(key))
+
+    dense, sent = known.get("bytes_dense_train"), _sum(known, "bytes_train_down", "bytes_train_up")
+    extra = _sum(known, "bytes_discovery_down", "bytes_discovery_up")
+    everything = None if sent is None or extra is None else sent + extra
+    alive = f"{ask('alive')} of {ask('prunable')} prunable weights alive"
+    alive += f"; {ask('density_all', '.3g')} of all {ask('parameters')} parameters"
+    personal, peers, passes = (known.get(key) for key in (PERSONAL, "bytes_peer", "image_passes"))
+    work = NONE if passes is None else f"{ask('image_passes')} in training, {ask('validation_passes')} forward only"
+    rows = [
+        ["accuracy, central test set", f"{percent(known.get(CENTRAL))} %"],
+        ["accuracy, mean over clients", f"{percent(known.get(LOCAL))} %"],
+        *([["accuracy, personal models", f"{percent(personal)} %"]] if personal is not None else []),
+        ["density", f"{ask('density', '.3g')}: {alive}"],
+        ["discovery and mask", f"{mb('bytes_discovery_down')} MB down, {mb('bytes_discovery_up')} MB up"],
+        ["training", f"{mb('bytes_train_down')} MB down, {mb('bytes_train_up')} MB up"],
+        ["dense FedAvg, same messages", f"{megabytes(dense)} MB: {ratio(dense, sent)} x the training bytes"],
+        [
+            "dense FedAvg, discovery counted",
+            f"{ratio(dense, everything)} x the training, discovery and mask bytes",
+        ],
+        ["evaluation", f"{mb('bytes_evaluate_down')} MB down"],
+        *([["the same between peers", f"{megabytes(peers)} MB without a server"]] if peers else []),
+        ["image passes", work],
+        ["replies", f"{ask('lost_replies')} lost, {ask('refused_replies')} refused"],
+        ["time", f"{ask('seconds_total', ',.1f')} s, {ask('seconds_rounds', ',.1f')} s of them in rounds"],
+    ]
+    for what in ("model", "mask"):
+        if known.get(f"{what}_sha256"):
+            rows.append([f"SHA-256 of the {what}", str(known[f"{what}_sha256"])])
+    return rows
+
+
+def round_rows(run: Run) -> list[list[str]]:
+    """Return one row a round, under the headers `ROUND`."""
+    rows = []
+    for entry, so_far in zip(run.rounds, cumulative_mb(run), strict=True):
+        sizes = [str(len(entry.get(key) or ())) for key in ("cohort", "ok", "lost", "refused")]
+        losses = [shown(entry.get(key), ".4f") for key in ("train_loss", "central_loss")]
+        shares = [percent(entry.get(key)) for key in (CENTRAL, LOCAL, PERSONAL)]
+        down = sum(entry.get(f"bytes_{what}_down") or 0 for what in ("train", "evaluate", "mask", "discovery"))
+        up = sum(entry.get(f"bytes_{what}_up") or 0 for what in ("train", "discovery"))
+        sent = [megabytes(down), megabytes(up), megabytes(so_far * MB)]
+        rows.append([str(entry["round"]), *sizes, *losses, *shares, *sent, shown(entry.get("seconds"), ",.1f")])
+    return rows
+
+
+def _sum(known: Mapping[str, Any], *keys: str) -> float | None:
+    values = [known.get(key) for key in keys]
+    return None if None in values else float(sum(value for value in values if value is not None))
