@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests run in as many processes as there are cores.
+JOBS ?= auto
 FILES := pyproject.toml constraints.txt
 # Tests use Flower; nothing of them may talk to the internet.
 export FLWR_TELEMETRY_ENABLED = 0
@@ -25,10 +27,10 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 fast: $(VENV)/.installed-dev  ## the tests that start no Flower processes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 bench: $(VENV)/.installed-dev  ## record benchmarks/results again (CIFAR-10 by hand: benchmarks/tables.py cifar10)
 	$(BIN)/python benchmarks/demo.py

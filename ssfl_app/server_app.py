@@ -78,6 +78,7 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
     config, run = workshop.config, workshop.config.settings.run
     strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     strategy.watch = Watcher(recorder, workshop)
+    strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
     if is_simulation(grid):  # clients share this machine; elsewhere each keeps its own in Flower's state
         strategy.post.folder = recorder.folder / "clients"
     checkpoint = recorder.resume() if run.resume else None

@@ -12,6 +12,7 @@ from ssfl_app import client_app
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.engine.inline import InlineGrid
 from ssfl_app.sparsity.layout import Layout, State
+from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.wire import Packer, Parcel, read_record
@@ -107,14 +108,16 @@ class Played:
     grid: ScriptedGrid
     records: list[dict[str, Any]] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
 
     def met(self, sites: Any) -> None:
         """See the clients."""
 
     def round(self, record: dict[str, Any], strategy: SparseStrategy) -> None:
-        """Keep the record and the model of a round."""
+        """Keep the record, the model and the mask of a round."""
         self.records.append(record)
         self.states.append(strategy.model())
+        self.masks.append(strategy.mask)
 
     @property
     def layout(self) -> Layout:
@@ -152,6 +155,7 @@ def play(
     strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     played = Played(strategy, workshop, grid)
     strategy.watch = played
+    strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
     strategy.post.folder = folder
     rounds = config.settings.run.rounds
     strategy.start(

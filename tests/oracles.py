@@ -1,8 +1,10 @@
-"""SSFL and FedAvg as their papers write them: one process, plain tensors, no Flower, codec, mask class or stream.
+"""Methods as their papers write them: one process, plain tensors, no Flower, codec, mask class or stream.
 
 They share with the package the data, the initial weights and the addresses of random numbers, and nothing of what
 they check: the loop, the scores, the ranking, the masking and the averages are written again, the slow obvious way.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -53,15 +55,28 @@ def saliency_mask(workshop: Workshop, w0: State) -> State:
     return mask
 
 
-def train_locally(workshop: Workshop, w: State, mask: State, round_: int, client: int) -> State:
-    """One client's epochs of clipped SGD with weight decay; dead weights get no gradient."""
+def train_locally(
+    workshop: Workshop,
+    w: State,
+    mask: State,
+    round_: int,
+    client: int,
+    epochs: int | None = None,
+    purpose: str = "train",
+    pull: float = 0.0,
+    towards: State | None = None,
+) -> State:
+    """One client's epochs of clipped SGD with weight decay; dead weights get no gradient.
+
+    With a pull (Ditto), v <- v - lr * pull * (v - towards) after every step.
+    """
     options, run = workshop.config.settings.local, workshop.config.settings.run
     model, data = workshop.model, workshop.data.train.take(workshop.partition.train[client])
     model.load_state_dict(w)
     model.train()
     lr = options.lr * options.lr_decay ** (round_ - 1)
-    rng = generator(run.seed, "train", round_, client)
-    for _ in range(options.epochs):
+    rng = generator(run.seed, purpose, round_, client)
+    for _ in range(epochs or options.epochs):
         order = rng.permutation(len(data))
         for start in range(0, len(data), options.batch_size):
             batch = order[start : start + options.batch_size]
@@ -74,13 +89,101 @@ def train_locally(workshop: Workshop, w: State, mask: State, round_: int, client
                 scale = min(1.0, options.clip / (float(norm) + 1e-6))
                 for name, parameter in model.named_parameters():
                     parameter -= lr * (gradients[name] * scale + options.weight_decay * parameter)
+                    if towards is not None:
+                        parameter -= lr * pull * (parameter - towards[name])
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def one_round(workshop: Workshop, w: State, mask: State, round_: int, cohort: list[int]) -> State:
+def one_round(
+    workshop: Workshop, w: State, mask: State, round_: int, cohort: list[int], epochs: int | None = None
+) -> State:
     """FedAvg inside a mask (all of the weights if it is empty): w = sum_k n_k w_k / sum_k n_k."""
     w = {name: tensor * mask[name] if name in mask else tensor for name, tensor in w.items()}
-    trained = [train_locally(workshop, w, mask, round_, client) for client in cohort]
+    trained = [train_locally(workshop, w, mask, round_, client, epochs) for client in cohort]
     shares = [len(workshop.partition.train[client]) for client in cohort]
     means = {name: sum(n * t[name].double() for n, t in zip(shares, trained, strict=True)) for name in w}
     return {name: (mean / sum(shares)).float() for name, mean in means.items()}
+
+
+def ditto_personal(workshop: Workshop, v: State, w: State, round_: int, client: int) -> State:
+    """Ditto, algorithm 1: a sampled client's own model, pulled towards the w that came down."""
+    options = workshop.config.settings.own["ditto"]
+    return train_locally(
+        workshop, v, {}, round_, client, options.personal_epochs, "personal", pull=options.pull, towards=w
+    )
+
+
+def dispfl_first_mask(workshop: Workshop, client: int, w0: State) -> State:
+    """DisPFL: a random mask with Erdos-Renyi-Kernel densities, eps * sum(shape) / prod(shape), at most 1."""
+    config = workshop.config
+    shapes = {name: tuple(t.shape) for name, t in w0.items() if t.ndim > 1}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    alive = int(config.settings.mask.density * sum(sizes.values()))
+    dense: set[str] = set()
+    while True:
+        rest = [name for name in shapes if name not in dense]
+        eps = (alive - sum(sizes[name] for name in dense)) / sum(sum(shapes[name]) for name in rest)
+        full = [name for name in rest if eps * sum(shapes[name]) > sizes[name]]
+        if not full:
+            break
+        dense |= {max(full, key=lambda name: sum(shapes[name]) / sizes[name])}
+    rng, mask = generator(config.settings.run.seed, "dispfl-mask", client), {}
+    for name, size in sizes.items():
+        count = size if name in dense else int(eps * sum(shapes[name]))
+        bits = np.zeros(size, dtype=bool)
+        bits[rng.choice(np.arange(size), count, replace=False, shuffle=False)] = True
+        mask[name] = torch.from_numpy(bits).view(shapes[name])
+    return mask
+
+
+def dispfl_neighbours(workshop: Workshop, round_: int, client: int) -> list[int]:
+    """DisPFL: as many random others as gossip.neighbours says."""
+    run, options = workshop.config.settings.run, workshop.config.settings.own["gossip"]
+    others = [other for other in range(run.clients) if other != client]
+    order = generator(run.seed, "gossip", round_, client).permutation(others)
+    return [int(other) for other in order[: options.neighbours]]
+
+
+def mean_over_owners(models: list[State], masks: list[State]) -> State:
+    """sum_j w_j / sum_j m_j, 0 where no mask has the weight; everything else is the plain mean."""
+    mean = {}
+    for name in models[0]:
+        total, owners = torch.zeros_like(models[0][name], dtype=torch.float64), torch.zeros_like(models[0][name])
+        for model, mask in zip(models, masks, strict=True):
+            bits = mask[name].float() if name in mask else torch.ones_like(model[name])
+            total += model[name].double() * bits
+            owners += bits
+        mean[name] = torch.where(owners > 0, total / owners, 0.0).float()
+    return mean
+
+
+def dispfl_next_mask(workshop: Workshop, w: State, mask: State, round_: int, client: int) -> State:
+    """DisPFL: the smallest alive weights of each layer die, as many dead ones come alive."""
+    settings, data = workshop.config.settings, workshop.data.train.take(workshop.partition.train[client])
+    drop = 0.5 / 2 * (1 + math.cos(math.pi * (round_ - 1) / settings.run.rounds))
+    rng = generator(settings.run.seed, "regrow", round_, client)
+    gradients: State = {}
+    if settings.own["dispfl"].regrow == "gradient":
+        batch = rng.choice(len(data), min(settings.local.batch_size, len(data)), replace=False)
+        model = workshop.model
+        model.load_state_dict(w)
+        model.zero_grad()
+        inputs = workshop.data.transform.test(data.pixels[batch])
+        functional.cross_entropy(model(inputs), data.labels[batch]).backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    moved = {}
+    for name, bits in mask.items():
+        alive = bits.numpy().ravel().copy()
+        places = np.flatnonzero(alive)
+        count = math.ceil(drop * places.size)
+        size = w[name].abs().numpy().ravel()[places]
+        alive[places[np.lexsort((-places, size))[:count]]] = False
+        dead = np.flatnonzero(~alive)
+        if gradients:
+            steep = gradients[name].abs().numpy().ravel()[dead]
+            born = dead[np.argsort(-steep, kind="stable")[:count]]
+        else:
+            born = rng.choice(dead, count, replace=False, shuffle=False)
+        alive[born] = True
+        moved[name] = torch.from_numpy(alive).view_as(bits)
+    return moved

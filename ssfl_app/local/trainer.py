@@ -1,6 +1,7 @@
 """The one training loop of the project, and the two other things a model is asked for: gradient and accuracy."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,23 +134,41 @@ class LocalTrainer:
         self.passes += seen
         return float(total) / seen
 
-    def gradient(self, model: nn.Module, data: Images) -> State:
-        """Return dL/dw of the mean cross-entropy over `data`, without augmentation, for prunable tensors.
+    def gradient(self, model: nn.Module, data: Images, temperature: float = 1.0) -> State:
+        """Return dL/dw over `data`, without augmentation, for prunable tensors.
 
+        L is T * (mean cross-entropy of z / T), with the logits z and the `temperature` T; for T = 1 the usual loss.
         The model is left as it was, buffers included, with no gradients behind.
         """
         data = data.to(self.device)
         self.passes += len(data)
-        training, buffers = model.training, {name: buffer.clone() for name, buffer in model.named_buffers()}
         weights = originals(model)
-        model.train()
-        loss = self._loss(model, self.transform.test(data.pixels), data.labels)
-        gradients = torch.autograd.grad(loss, list(weights.values()))
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        model.train(training)
+        with _left_alone(model):
+            loss = self._loss(model, self.transform.test(data.pixels), data.labels, temperature)
+            gradients = torch.autograd.grad(loss, list(weights.values()))
         return dict(zip(weights, gradients, strict=True))
+
+    def curvature(
+        self, model: nn.Module, data: Images, direction: Mapping[str, torch.Tensor], temperature: float = 1.0
+    ) -> State:
+        """Return H v: the Hessian of the loss of `gradient` in the prunable tensors, times a direction in them.
+
+        By double backward, so it counts two passes an image. The model is left as `gradient` leaves it.
+
+        Parameters
+        ----------
+        direction : mapping
+            v, a tensor of each prunable tensor's shape by its name; on any device.
+        """
+        data = data.to(self.device)
+        self.passes += 2 * len(data)
+        weights = originals(model)
+        with _left_alone(model):
+            loss = self._loss(model, self.transform.test(data.pixels), data.labels, temperature)
+            slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            along = [(g * direction[n].to(g)).sum() for n, g in zip(weights, slopes, strict=True)]
+            products = torch.autograd.grad(torch.stack(along).sum(), list(weights.values()), materialize_grads=True)
+        return dict(zip(weights, products, strict=True))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Images) -> tuple[float, float]:
@@ -171,8 +190,25 @@ class LocalTrainer:
         return torch.optim.SGD(parameters, lr, options.momentum, weight_decay=options.weight_decay, foreach=True)
 
     @staticmethod
-    def _loss(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(inputs), labels)
+    def _loss(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        logits = model(inputs)
+        if temperature == 1:
+            return F.cross_entropy(logits, labels)
+        return temperature * F.cross_entropy(logits / temperature, labels)
+
+
+@contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """In training mode inside; mode and buffers as before afterwards."""
+    training, buffers = model.training, {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        model.train(training)
 
 
 @torch.no_grad()

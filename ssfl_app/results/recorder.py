@@ -102,13 +102,13 @@ class Recorder:
         with (self.folder / "rounds.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         if record["round"]:
+            if record.get("setup_asked"):
+                self.say(discovery_line(record, "setup_") + f", mask distance {record['mask_distance']:.3f}")
             timed = [r["seconds"] for r in self.records if r["round"]]
             left = (self._rounds - record["round"]) * sum(timed) / len(timed)
             self.say(round_line(record, self._rounds, left))
         elif record["asked"]:
-            down, up = record["bytes_discovery_down"] / 1e6, record["bytes_discovery_up"] / 1e6
-            answered = f"{len(record['ok'])} of {len(record['asked'])} clients answered"
-            self.say(f"discovery: {answered}, {down:.3f} MB down, {up:.3f} MB up, {record['seconds']:.1f} s")
+            self.say(discovery_line(record, "") + f", {record['seconds']:.1f} s")
 
     # ---- going on after an interruption ------------------------------------------------------
 
@@ -195,6 +195,13 @@ class Recorder:
 
     def _count(self, kind: str) -> int:
         return sum(len(r.get(name, {})) for r in self.records for name in failure_keys(kind))
+
+
+def discovery_line(record: Record, prefix: str) -> str:
+    """Return the line of a discovery: before round 1, or (`prefix` "setup_") before a later round."""
+    down, up = record["bytes_discovery_down"] / 1e6, record["bytes_discovery_up"] / 1e6
+    answered = f"{len(record[f'{prefix}ok'])} of {len(record[f'{prefix}asked'])} clients answered"
+    return f"discovery: {answered}, {down:.3f} MB down, {up:.3f} MB up"
 
 
 def failure_keys(kind: str) -> tuple[str, ...]:

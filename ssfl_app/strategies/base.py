@@ -15,6 +15,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import nn
 
 from ssfl_app.aggregate import MAX_WEIGHT
 from ssfl_app.seeding import generator
@@ -73,6 +74,9 @@ class SparseStrategy(Strategy):
         Training loss of each client that answered well in the last round.
     watch : Watch or None
         Sees the run go by.
+    workbench, image_shape : nn.Module or None, tuple of int
+        A model of this layout that the server may compute with, holding any weights, and (channels, height, width)
+        of its input; None for a strategy that stands alone. Whoever starts a run sets them.
     """
 
     name: ClassVar[str]
@@ -87,6 +91,8 @@ class SparseStrategy(Strategy):
         self.state: State = {}
         self.mask = Mask.dense(layout)
         self.watch: Watch | None = None
+        self.workbench: nn.Module | None = None
+        self.image_shape: tuple[int, ...] | None = None
         self.post = Post(settings.run, mask_travels=issubclass(self.client.down, SharedMask))
         self.peer_bytes = 0
         self.accuracy: dict[int, float] = {}

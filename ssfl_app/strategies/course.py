@@ -30,8 +30,8 @@ class Ask(Protocol):
     ) -> Iterator[Reply]:
         """Yield the good replies as they come; take all of them.
 
-        Without a parcel the question is about the weights of this moment: it states their digest, and a client that
-        makes others from the seed asks for them.
+        Without a parcel the question is about the weights of this moment: it states their digest as the fact
+        "weights", and a client that makes others from the seed asks for them. A parcel may state it as well.
         """
 
 
@@ -87,11 +87,13 @@ class Course:
             self._tell(record | {"seconds": time.monotonic() - began})
         for round_ in range(max(1, first), last + 1):
             began = time.monotonic()
-            self._strategy.peer_bytes = 0
+            self._strategy.peer_bytes, before = 0, self._strategy.mask
             found = self._discover(round_, "setup_", functools.partial(self._strategy.prepare, round_))
             record = _sum(found, self._train(round_), self._evaluate(round_))
             record["bytes_peer"] = self._strategy.peer_bytes
             record["density"], record["density_all"] = self._strategy.densities()
+            if found:  # the strategy asked: how far is its mask from the one before?
+                record["mask_distance"] = before.jaccard_distance(self._strategy.mask)
             self._tell(record | {"seconds": time.monotonic() - began})
         self._result.arrays = ArrayRecord(dict(self._strategy.model()))
         return self._result
@@ -105,9 +107,9 @@ class Course:
         strategy, outcomes = self._strategy, list[Outcome]()
 
         def ask(question: str, clients: Iterable[int], check: Check, parcel: Parcel | None = None) -> Iterator[Reply]:
-            weights = {"weights": functools.cache(self._weights)} if parcel is None else {}
             if parcel is None:
                 parcel = Parcel(facts={"weights": state_digest(strategy.layout, strategy.state)})
+            weights = {"weights": functools.cache(self._weights)} if "weights" in parcel.facts else {}
             messages = self._post.write(
                 f"query.{question}", round_, ((client, parcel, None) for client in clients), {}, weights
             )

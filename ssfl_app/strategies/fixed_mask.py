@@ -9,6 +9,8 @@ TMLR 2026, arXiv 2405.09037, algorithm 1:
 3. FedAvg inside the mask: clients train ``m * w`` with masked gradients, only alive values and the dense remainder
    (biases, norms) travel.
 
+Step 1 and 2 can be done by other criteria than SNIP's (ssfl.criterion): `criteria.py` has them.
+
 Controls with the same rounds and bytes: `random` draws m uniformly (over all layers, or layer by layer with
 mask.scope "layer"); `shuffled` permutes SSFL's m inside every layer, so it has SSFL's density per layer and none of
 its choice of weights.
@@ -19,34 +21,26 @@ may keep more; weights average by samples as in the author's code (version 1: un
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import cast
+from typing import Any, cast
 
-from ssfl_app.aggregate import WeightedMean
-from ssfl_app.options import ConfigError, at_least, choice, fraction
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.options import ConfigError
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import SharedMask
-from ssfl_app.sparsity.layout import Layout
+from ssfl_app.sparsity.layout import Layout, State
 from ssfl_app.sparsity.mask import Mask, Scope, keep_count
-from ssfl_app.sparsity.values import check_values, read_values
+from ssfl_app.sparsity.values import Arrays
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.criteria import QUESTIONS, SsflOptions, answer, discover, options_of, steps_of
+from ssfl_app.strategies.refresh import Refresher, lifted_weights
 from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.scoring import snip_scores
 from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Parcel
-
-
-@dataclass(frozen=True)
-class SsflOptions:
-    """Keys of the room ``ssfl``."""
-
-    saliency_batches: int = at_least(1)
-    saliency_batch_size: int = at_least(1)
-    saliency_weighting: str = choice("samples", "uniform")
-    saliency_share: float = fraction()
 
 
 class MaskedClient(ClientRule):
@@ -57,18 +51,16 @@ class MaskedClient(ClientRule):
 
 
 class SaliencyClient(MaskedClient):
-    """Answers the question "saliency" with the mean score of each prunable weight over its minibatches."""
+    """Scores weights as ssfl.criterion says."""
 
-    questions = ("saliency",)
+    questions = QUESTIONS
 
     def setup(self, question: str, parcel: Parcel) -> Parcel:
-        """Return the scores, float32, shape (prunable,), at the dense weights the question is about."""
+        """Return the scores at the dense weights the question is about."""
         if question not in self.questions:
             return super().setup(question, parcel)
-        options = cast(SsflOptions, self.settings.own["ssfl"])
-        state = self.initial_weights(parcel)
-        scores = snip_scores(self, state, options.saliency_batches, options.saliency_batch_size)
-        return Parcel({"values": scores}, {"samples": len(self.site.train)})
+        refresh = "alive" in parcel.arrays and "values" not in parcel.arrays
+        return answer(self, question, parcel, lifted_weights(self, parcel) if refresh else None)
 
 
 class FixedMask(SparseStrategy):
@@ -81,8 +73,18 @@ class FixedMask(SparseStrategy):
         self.mask = self.find_mask(ask)
         self.state = self.mask.apply(self.state)
 
-    def find_mask(self, ask: Ask) -> Mask:
-        """Return the global mask."""
+    def find_mask(self, ask: Ask, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
+        """Return the global mask.
+
+        Parameters
+        ----------
+        ask : Ask
+            Asks clients.
+        round_ : int
+            Before which it is wanted; 0: before the first.
+        state, carry : State, Parcel, optional
+            The weights it is about, if they are not the initial ones, and how clients get at them (`discover`).
+        """
         raise NotImplementedError
 
 
@@ -102,32 +104,56 @@ class Ssfl(FixedMask):
             raise ConfigError(
                 f"mask.min-per-layer is {floor}; it is small enough for the {alive} alive weights in all"
             )
+        steps_of(settings)  # refuses steps where there are none
+        self._initial: State = {}  # kept where a refresh may need it
+        self._refresher = Refresher(options_of(settings), settings.run.clients)
 
-    def find_mask(self, ask: Ask) -> Mask:
-        """Ask clients for scores, average them as they come, keep the top."""
-        options = cast(SsflOptions, self.settings.own["ssfl"])
-        mean = WeightedMean(self.layout.prunable_size)
-        for reply in ask("saliency", self.asked(options.saliency_share), self._check_scores):
-            weight = reply.samples if options.saliency_weighting == "samples" else 1
-            mean.add(reply.arrays["values"], weight)
-            del reply
-        scores, wanted = mean.value(), self.settings.mask
-        del mean
-        return Mask.top(
-            self.layout, scores, wanted.density, cast(Scope, wanted.scope), min_per_layer=wanted.min_per_layer
-        )
+    def setup(self, ask: Ask) -> None:
+        """Find the mask at w0, unless dense rounds come first."""
+        if options_of(self.settings).refresh != "never":
+            self._initial = self.state
+        if not options_of(self.settings).warmup_rounds:
+            super().setup(ask)
 
-    def asked(self, share: float) -> Iterable[int]:
+    def prepare(self, round_: int, ask: Ask) -> None:
+        """After the dense rounds find the mask at the weights of that moment; refresh it when that is due."""
+        warmup = options_of(self.settings).warmup_rounds
+        if warmup and round_ == warmup + 1:
+            self.mask = self.find_mask(ask, round_, self.state)
+            self.state = self.mask.apply(self.state)
+        elif self._refresher.due(round_, self.losses) and round_ > warmup:
+            question = self._refresher.question(self.mask, self.state, self._initial)
+            trained, self.state = self.state, question.lifted  # what a client is sent that cannot make it itself
+            try:
+                mask = self.find_mask(ask, round_, question.lifted, question.parcel)
+            finally:
+                self.state = trained
+            self.state = mask.apply(self._refresher.start(trained, question.lifted, self._initial))
+            self.mask = mask
+
+    def snapshot(self) -> Arrays:
+        """Return all that `restore` needs."""
+        initial = {"initial": self.layout.flatten(self._initial)} if self._initial else {}
+        return super().snapshot() | initial | self._refresher.snapshot()
+
+    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`."""
+        super().restore(round_, arrays)
+        if "initial" in arrays:
+            self._initial = self.layout.unflatten(np.asarray(arrays["initial"], dtype=np.float32))
+        self._refresher.restore(arrays)
+
+    def find_mask(self, ask: Ask, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
+        """Ask clients for what ssfl.criterion needs, and keep the top."""
+        return discover(self, ask, self.asked(round_), state, carry)
+
+    def asked(self, round_: int) -> list[int]:
         """Return the clients that are asked for scores: all that are there, or a random share of at least one."""
-        run, clients = self.settings.run, len(self.present(0))
+        clients, share = len(self.present(round_)), options_of(self.settings).saliency_share
         # As the decimal it is written as: in binary 0.07 * 100 is above 7 and would ask 8 clients.
         count = max(1, math.ceil(Fraction(repr(share)) * clients))
-        chosen = generator(run.seed, "saliency-share").choice(clients, count, replace=False)
+        chosen = generator(self.settings.run.seed, "saliency-share").choice(clients, count, replace=False)
         return sorted(int(client) for client in chosen)
-
-    def _check_scores(self, client: int, parcel: Parcel) -> None:
-        self.check_samples(parcel)
-        check_values(read_values(parcel.arrays, "fp32", self.layout.prunable_size))
 
 
 class Shuffled(Ssfl):
@@ -135,9 +161,10 @@ class Shuffled(Ssfl):
 
     name = "shuffled"
 
-    def find_mask(self, ask: Ask) -> Mask:
+    def find_mask(self, ask: Ask, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
         """Return SSFL's mask, shuffled."""
-        return super().find_mask(ask).shuffle(generator(self.settings.run.seed, "shuffle"))
+        found = super().find_mask(ask, round_, state, carry)
+        return found.shuffle(generator(self.settings.run.seed, "shuffle"))
 
 
 class Random(FixedMask):
@@ -150,7 +177,7 @@ class Random(FixedMask):
         if settings.mask.min_per_layer:
             raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with strategy random")
 
-    def find_mask(self, ask: Ask) -> Mask:
+    def find_mask(self, ask: Ask, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
         """Draw the mask."""
         wanted, rng = self.settings.mask, generator(self.settings.run.seed, "random-mask")
         return Mask.random(self.layout, wanted.density, rng, cast(Scope, wanted.scope))

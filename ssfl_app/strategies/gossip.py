@@ -33,8 +33,8 @@ class GossipOptions:
 def neighbours(settings: Settings, round_: int, client: int) -> list[int]:
     """Return the clients whose models this one takes in a round: ascending, without itself, of those who take part.
 
-    "random" draws gossip.neighbours of the others anew in every round (all of them if they are fewer), each client for
-    itself: that i takes from j does not mean that j takes from i. "ring" is the clients before and after, "full"
+    "random" draws gossip.neighbours of the others anew in every round (all of them if they are fewer), each client
+    for itself: that i takes from j does not mean that j takes from i. "ring" is the clients before and after, "full"
     everybody; neither reads gossip.neighbours.
     """
     options, run = cast(GossipOptions, settings.own["gossip"]), settings.run
@@ -98,7 +98,9 @@ class DenseRelay(SparseStrategy):
     def snapshot(self) -> Arrays:
         """Return all that `restore` needs: the models too."""
         models = {"first": self._first, **{str(client): self._last[client] for client in self.heard}}
-        return super().snapshot() | {f"model/{k}/{name}": a for k, model in models.items() for name, a in model.items()}
+        return super().snapshot() | {
+            f"model/{k}/{name}": a for k, model in models.items() for name, a in model.items()
+        }
 
     def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`."""

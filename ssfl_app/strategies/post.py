@@ -159,7 +159,7 @@ class Post:
             later, brings = dict(attachments or {}), set[str]()
             if mask is not None:
                 facts["digest"] = mask.digest
-                if self._mask_travels:
+                if self._mask_travels and mask.count < mask.alive.size:  # everybody knows the dense one
                     later["mask"] = functools.partial(bitmap, mask)
                     brings = set() if self._holds.get(client) == mask.digest else {"mask"}
             self._letters[client] = Letter(kind, Parcel(parcel.arrays, facts), mask, later)

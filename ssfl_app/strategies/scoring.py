@@ -1,21 +1,36 @@
 """Scores of a client's weights for the strategies that look for masks before training."""
 
+from collections.abc import Callable
+
 from ssfl_app.aggregate import WeightedMean
+from ssfl_app.local.data import Images
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import State, Vector, load_state, state_of
 from ssfl_app.sparsity.saliency import balanced_batch, snip
 from ssfl_app.strategies.rule import ClientRule
 
 
-def snip_scores(rule: ClientRule, state: State, batches: int, batch_size: int) -> Vector:
-    """Return |dL/dw * w| at `state`, float32, shape (prunable,): the mean over class-balanced minibatches."""
+def mean_over_batches(
+    rule: ClientRule, state: State, batches: int, batch_size: int, score: Callable[[Images], State], first: int = 0
+) -> Vector:
+    """Return the mean of `score` over class-balanced minibatches, float32, shape (prunable,).
+
+    The workbench holds `state`. Minibatch number `first` is the first one; equal numbers are equal images.
+    """
     site = rule.site
     load_state(site.model, state)
     mean = WeightedMean(site.layout.prunable_size)
     labels = site.train.labels.numpy()
-    for batch in range(batches):
+    for batch in range(first, first + batches):
         rng = generator(rule.settings.run.seed, "saliency", site.number, batch)
         chosen = site.train.take(balanced_batch(labels, batch_size, rng))
-        scores = snip(site.trainer.gradient(site.model, chosen), state_of(site.model))
-        mean.add(site.layout.flatten_prunable(scores))
+        mean.add(site.layout.flatten_prunable(score(chosen)))
     return mean.value()
+
+
+def snip_scores(rule: ClientRule, state: State, batches: int, batch_size: int) -> Vector:
+    """Return |dL/dw * w| at `state`, float32, shape (prunable,): the mean over class-balanced minibatches."""
+    model, trainer = rule.site.model, rule.site.trainer
+    return mean_over_batches(
+        rule, state, batches, batch_size, lambda images: snip(trainer.gradient(model, images), state_of(model))
+    )

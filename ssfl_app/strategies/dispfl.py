@@ -1,0 +1,214 @@
+"""DisPFL: peers with sparse models of their own, who take the mean of their neighbours' and move their masks.
+
+Dai, Shen, He, Tian and Tao, "DisPFL: Towards communication-efficient personalized federated learning via
+decentralized sparse training", ICML 2022, algorithm 1. There is no server: every client trains in every round. Client
+i starts with ``w0`` under a random mask m_i of its own, with Erdos-Renyi-Kernel densities. In round t of T it
+
+1. takes the models w_j and masks m_j with which its neighbours (room ``gossip``) and itself last trained, and starts
+   from ``m_i * sum_j w_j / sum_j m_j``, 0 where nobody owns a coordinate;
+2. trains inside m_i: that is the model it is tested with;
+3. moves its mask: of the n alive weights of each layer the ``ceil(d n)`` of smallest magnitude die and as many dead
+   ones come alive, ``d = 0.25 (1 + cos(pi (t - 1) / T))``. Who has just died may come back at once, so a layer that
+   was dense stays dense. The new mask counts from the next round on.
+
+The server here only relays. It keeps every client's last model and mask, takes the mean for each client and sends it
+under the client's mask; what the exchange would cost between peers is counted as ``bytes_peer``. Up go the values
+under the old mask, which the server knows, and the bitmap of the new one: the arrays and the bytes of `Bitmask`.
+
+With A alive of P prunable coordinates and R others, per client and round, fp32: down = up = evaluation =
+``4 (A + R) + ceil(P / 8)`` bytes, and between peers as much from each neighbour.
+
+Departures: who comes alive is drawn at random (dispfl.regrow "random"), as in all published scripts; the paper ranks
+by the gradient of one minibatch ("gradient"; the minibatch is not augmented). mask.density is over the prunable
+weights, as everywhere here, and the rest is dense; the public code counts biases and norms in. The mean is unweighted
+whatever run.weighting says: peers do not tell each other how much they hold. The accuracy after the mean and before
+training, which that code logs too, is not measured. Central evaluation tests the mean over the owners among all
+clients, a model that nobody uses. A client whose answer is lost takes part with the last model the server took.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.options import anything, choice
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import Bitmask, SharedMask, nbytes, read_mask
+from ssfl_app.sparsity.densities import Counts, erk, uniform
+from ssfl_app.sparsity.evolve import cosine_drop, fire, random_mask, regrow
+from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
+from ssfl_app.sparsity.mask import Mask, keep_count
+from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.strategies.base import SparseStrategy, density_pair
+from ssfl_app.strategies.checks import check_number
+from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.gossip import GossipOptions, neighbours
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Facts, Parcel
+
+FIRST_DROP = 0.5
+"""Share of the alive weights that die in round 1."""
+
+
+@dataclass(frozen=True)
+class DisPflOptions:
+    """Keys of the room ``dispfl``."""
+
+    densities: str = choice("erk", "uniform")
+    same_initial: bool = anything("true or false")
+    regrow: str = choice("random", "gradient")
+    static: bool = anything("true or false")
+
+
+class DisPflClient(ClientRule):
+    """Trains inside the mask that came down, and says under which one it wants to train next."""
+
+    down = Bitmask
+    up = Bitmask
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Return the trained values under the mask that came down, and the bitmap of the next mask."""
+        round_ = int(parcel.facts["round"])
+        mask = self.load(parcel)
+        reply = self.reply(parcel, mask, self.fit(round_, mask))
+        return Parcel({**reply.arrays, "mask": self._moved(round_, mask).packed()}, reply.facts)
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the client's own model, as it was after training."""
+        self.load(parcel)
+        return self.tested(parcel, "personal_accuracy")
+
+    def _moved(self, round_: int, mask: Mask) -> Mask:
+        """Return the next mask, by the weights on the workbench."""
+        options, run = cast(DisPflOptions, self.settings.own["dispfl"]), self.settings.run
+        if options.static:
+            return mask
+        site, drop = self.site, cosine_drop(FIRST_DROP, round_ - 1, run.rounds)
+        counts = {name: math.ceil(drop * alive) for name, alive, _ in mask.layers()}
+        left = fire(mask, np.abs(site.layout.flatten_prunable(state_of(site.model))), counts)
+        rng = generator(run.seed, "regrow", round_, site.number)
+        if options.regrow == "random":
+            return regrow(left, counts, rng=rng)
+        size = min(self.settings.local.batch_size, len(site.train))
+        batch = site.train.take(rng.choice(len(site.train), size, replace=False))
+        gradient = site.trainer.gradient(site.model, batch)
+        return regrow(left, counts, np.abs(site.layout.flatten_prunable(gradient)))
+
+
+class DisPfl(SparseStrategy):
+    """Relays. `masks` are those of the next training; `models` carry the ones they were trained under."""
+
+    name = "dispfl"
+    client = DisPflClient
+    rooms = {"dispfl": DisPflOptions, "gossip": GossipOptions}  # noqa: RUF012  (ClassVar of the base)
+    everyone = True
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        options, clients = cast(DisPflOptions, settings.own["dispfl"]), range(settings.run.clients)
+        counts = layer_counts(layout, settings.mask.density, options.densities)
+        drawn = [0 if options.same_initial else client for client in clients]
+        self.masks = [random_mask(layout, counts, generator(settings.run.seed, "dispfl-mask", k)) for k in drawn]
+        self.models: list[Arrays] = []
+        self._sent = dict(enumerate(self.masks))  # client -> mask of its last message
+        self._present = self.present(0)
+        self._consensus: State | None = None
+
+    def setup(self, ask: Ask) -> None:
+        """Give every client its part of the initial weights."""
+        self.models = [self.up.encode(self.layout, self.state, mask) for mask in self.masks]
+
+    def send(self, round_: int, client: int) -> Parcel:
+        """Return the mean over the owners among the client and its neighbours, under the client's mask."""
+        peers = neighbours(self.settings, round_, client)
+        self.peer_bytes += sum(nbytes(self.models[peer]) for peer in peers)
+        mean = self.layout.unflatten(self._mean(sorted([client, *peers])))
+        return self._under(client, mean, self.masks[client])
+
+    def deliver(self, round_: int, client: int) -> Parcel:
+        """Return the client's own model under the mask it was trained in."""
+        state, mask = self.up.decode(self.models[client], self.layout, self.mask)
+        return self._under(client, state, mask)
+
+    def mask_for(self, client: int) -> Mask:
+        """Return the mask of the client's last message: the next one for training, the old one for a test."""
+        return self._sent[client]
+
+    def check_trained(self, client: int, parcel: Parcel) -> None:
+        """Raise PayloadError unless values fit the old mask and the new one has as many alive in each layer."""
+        check_number(parcel, "loss")
+        self.check_samples(parcel)
+        old, new = self.masks[client], read_mask(parcel.arrays, self.layout)
+        SharedMask(self.up.values).check(parcel.arrays, self.layout, old)
+        for (name, before, _), (_, after, _) in zip(old.layers(), new.layers(), strict=True):
+            if after != before:
+                raise PayloadError(f"the new mask has {after} alive weights in {name}; it must keep {before}")
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Keep each client's model under its old mask, and its new mask."""
+        for reply in replies:
+            client, old = reply.client, self.masks[reply.client].packed()
+            self.models[client] = {name: reply.arrays[name] for name in self.models[client]} | {"mask": old}
+            self.masks[client] = read_mask(reply.arrays, self.layout)
+        self._present, self._consensus = self.present(round_), None
+
+    def model(self) -> State:
+        """Return the mean over the owners among all clients that take part."""
+        if self._consensus is None:
+            self._consensus = self.layout.unflatten(self._mean(self._present))
+        return self._consensus
+
+    def densities(self) -> tuple[float, float]:
+        """Return the means over the clients' masks."""
+        return density_pair(*self.masks)
+
+    def snapshot(self) -> Arrays:
+        """Return all that `restore` needs: models and masks too."""
+        models = {f"model/{k}/{n}": array for k, arrays in enumerate(self.models) for n, array in arrays.items()}
+        return super().snapshot() | models | {f"mask/{k}": mask.packed() for k, mask in enumerate(self.masks)}
+
+    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`."""
+        super().restore(round_, arrays)
+        clients = range(self.settings.run.clients)
+        bitmaps = [np.asarray(arrays[f"mask/{k}"], dtype=np.uint8) for k in clients]
+        self.masks = [Mask.unpack(self.layout, bitmap) for bitmap in bitmaps]
+        self.models = [
+            {key.rpartition("/")[2]: array for key, array in arrays.items() if key.startswith(f"model/{k}/")}
+            for k in clients
+        ]
+        self._sent = dict(enumerate(self.masks))
+        self._present, self._consensus = self.present(round_), None
+
+    def _under(self, client: int, state: State, mask: Mask) -> Parcel:
+        self._sent[client] = mask
+        return Parcel(self.down.encode(self.layout, state, mask))
+
+    def _mean(self, clients: Iterable[int]) -> Vector:
+        """Return the unweighted mean over the owners of each coordinate, 0 where there are none.
+
+        `clients` is ascending: the sum, in float64, does not depend on who answered first.
+        """
+        values = SharedMask(self.up.values)
+        total, owners = np.zeros(self.layout.size), np.zeros(self.layout.size, dtype=np.int32)
+        for client in clients:
+            mask = read_mask(self.models[client], self.layout)
+            model = np.zeros(self.layout.size, dtype=np.float32)
+            model[mask.carried] = values.vector(self.models[client], self.layout, mask)
+            total += model
+            owners += mask.carried
+        return np.asarray(total / np.maximum(owners, 1), dtype=np.float32)
+
+
+def layer_counts(layout: Layout, density: float, how: str) -> Counts:
+    """Return how many weights of each prunable tensor are alive; `density` is over all of these."""
+    if how == "uniform":
+        return uniform(layout, density)
+    dense = layout.size - layout.prunable_size
+    # `erk` counts the dense remainder in.
+    return erk(layout, (keep_count(density, layout.prunable_size) + dense) / layout.size)

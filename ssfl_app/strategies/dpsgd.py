@@ -1,0 +1,101 @@
+"""D-PSGD: every client trains, and mixes its model with those of a few neighbours; and D-PSGD-FT.
+
+Lian, Zhang, Zhang, Hsieh, Zhang and Liu, "Can decentralized algorithms outperform centralized algorithms? A case
+study for decentralized parallel stochastic gradient descent", NeurIPS 2017, algorithm 1; with local epochs in place
+of one SGD step, as a baseline in the public code of DisPFL. In round r every client i
+
+1. takes the uniform mean of its own and its neighbours' models of round r - 1 (room ``gossip``);
+2. trains it for one local round; that is its model of round r.
+
+The global accuracies are those of the consensus, the uniform mean of all models; the personal accuracy is that of the
+client's own one. `dpsgd-ft` does the same, and after the last round every client fine-tunes the consensus for one
+local round: then that is its personal accuracy.
+
+Peers need no server; here it relays: it keeps every client's last model and sends each client the mean that this one
+would take. On the wire that is one dense model down and one up a client and round, ``8 (P + R) K`` bytes together
+with fp32. `peer_bytes` has what the peers themselves would pay, the models of all neighbours: ``4 (P + R) n K`` for
+n neighbours each.
+
+Departures: neighbours are drawn anew for each round and client (that code seeds with round + client, so client i + 1
+draws what client i draws a round later); fine-tuning happens once, after the last round, at the rate of `finetune`
+(there every 100 rounds, with round -1, so at lr * decay**-1); run.weighting changes nothing: by samples, mixing on a
+ring would not keep the mean of all models. A client whose answer is lost takes part with the last model that the
+server took. A lossy wire.up-values rounds a client's own model in its mean as well.
+"""
+
+from collections.abc import Iterable
+
+from ssfl_app.sparsity.layout import load_state, state_of
+from ssfl_app.sparsity.values import Arrays
+from ssfl_app.strategies.gossip import DenseRelay, GossipOptions, neighbours
+from ssfl_app.strategies.personal import FinetuneOptions, finetuned
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.wire import Facts, Parcel, freeze
+
+
+class DpsgdClient(ClientRule):
+    """Trains the mean that came down, and keeps its own model."""
+
+    remembers = True
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Train the mean and return the client's model."""
+        reply = super().train(parcel)
+        self.remember(parcel, {"model": self.site.layout.flatten(state_of(self.site.model))})
+        return reply
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the consensus, and the client's own model."""
+        facts = super().evaluate(parcel)
+        load_state(self.site.model, self.personal_model(parcel))
+        return self.tested(parcel, "personal_accuracy") | facts
+
+
+class DpsgdFtClient(DpsgdClient):
+    """The same, which in the end fine-tunes the consensus."""
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the consensus, and the client's own model; after the last round a fine-tuned consensus instead."""
+        if parcel.facts["round"] != self.settings.run.rounds:
+            return super().evaluate(parcel)
+        return ClientRule.evaluate(self, parcel) | finetuned(self, parcel)
+
+
+class Dpsgd(DenseRelay):
+    """The network of the peers."""
+
+    name = "dpsgd"
+    client = DpsgdClient
+    rooms = {"gossip": GossipOptions}  # noqa: RUF012  (ClassVar of the base)
+
+    _mixed: tuple[int, list[int], Arrays] = (0, [], {})
+
+    def send(self, round_: int, client: int) -> Parcel:
+        """Return the mean of the client's and its neighbours' models; made once for clients with the same ones."""
+        others = neighbours(self.settings, round_, client)
+        self.peer_bytes += sum(Parcel(self.last(other)).nbytes for other in others)
+        group = sorted([client, *others])
+        if self._mixed[:2] != (round_, group):
+            state = self.layout.unflatten(self.mean(group))
+            self._mixed = (round_, group, freeze(self.down.encode(self.layout, state, self.mask)))
+        return Parcel(self._mixed[2])
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Keep the models; the state becomes their mean."""
+        self._mixed = (0, [], {})
+        for reply in replies:
+            self.keep(reply)
+        self.state = self.layout.unflatten(self.mean(self.present(round_)))
+
+    def deliver(self, round_: int, client: int) -> Parcel:
+        """Return the consensus."""
+        return super().send(round_, client)
+
+
+class DpsgdFt(Dpsgd):
+    """The server does what D-PSGD's does."""
+
+    name = "dpsgd-ft"
+    client = DpsgdFtClient
+    rooms = {"gossip": GossipOptions, "finetune": FinetuneOptions}  # noqa: RUF012  (ClassVar of the base)

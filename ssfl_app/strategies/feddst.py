@@ -1,0 +1,172 @@
+"""FedDST: FedAvg inside one global mask that clients move now and then.
+
+Bibikar, Vikalo, Wang and Chen, "Federated dynamic sparse training: computing less, communicating less, yet learning
+better", AAAI 2022, algorithm 1. The first mask is random, with Erdos-Renyi-Kernel layer densities. Rounds are FedAvg
+inside the mask, but in rounds 1, 1 + every, ... of the first `until` of a run
+
+1. a client trains, removes the share ``a = alpha / 2 (1 + cos(pi (r - 1) / end))`` of each layer's alive weights, the
+   smallest, and lets as many dead ones come alive at 0, those of largest |dL/dw| on one minibatch; it trains on and
+   sends its values and its mask m_k;
+2. the server takes ``sum n_k m_k w_k / sum n_k m_k`` on the union of the masks, and keeps the largest of each layer.
+   Every layer keeps its number of alive weights for ever.
+
+With A alive of P prunable coordinates and R others, per client and round, fp32: down and up ``4 (A + R)``; in a round
+that moves masks ceil(P / 8) more up, and after it once ceil(P / 8) more down.
+
+Departures. A weight has to train before the server may judge it: the mask moves before the last local epoch, or, with
+one, before it. With published settings it moves after the last one, what came alive is sent as 0 and goes at once.
+Only dead weights come alive, those just removed among them, which then keep their value; the public code ranks alive
+ones too and sets them to 0. Layer densities are proportional to Erdos-Renyi-Kernel's, at most 1, and mask.density is
+that of all prunable weights together (the code scales sparsities and lets layers exceed 1). alpha is the code's
+default; its scripts for CIFAR have 0.01. `feddst.proximal` is FedProx's mu; the gradient of step 1 is without it.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssfl_app.aggregate import OverlapMean
+from ssfl_app.options import ConfigError, at_least, fraction
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import Bitmask, Codec, SharedMask, read_mask
+from ssfl_app.sparsity.densities import Counts, rescaled
+from ssfl_app.sparsity.evolve import cosine_drop, fire, random_mask, regrow, top_mask
+from ssfl_app.sparsity.layout import Layout, state_of
+from ssfl_app.sparsity.mask import Mask, keep_count
+from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.folds import carried_mean
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Parcel
+
+
+@dataclass(frozen=True)
+class FedDstOptions:
+    """Keys of the room ``feddst``."""
+
+    every: int = at_least(1)
+    until: float = fraction()
+    alpha: float = fraction()
+    proximal: float = at_least(0)
+
+    def moves(self, round_: int, rounds: int) -> bool:
+        """Return whether masks move in this round."""
+        return (round_ - 1) % self.every == 0 and round_ <= keep_count(self.until, rounds)
+
+    def share(self, round_: int, rounds: int) -> float:
+        """Return which share of its alive weights a layer exchanges in a round that moves masks."""
+        return cosine_drop(self.alpha, round_ - 1, keep_count(self.until, rounds))
+
+
+def layer_counts(layout: Layout, density: float) -> Counts:
+    """Return the alive weights of each layer, floor(density * prunable) in all, as Erdos-Renyi-Kernel shares them."""
+    shapes = dict(layout.shapes)
+    return rescaled(layout, {name: sum(shapes[name]) / math.prod(shapes[name]) for name in layout.prunable}, density)
+
+
+def proximal(model: nn.Module, mu: float) -> Callable[[nn.Module], torch.Tensor]:
+    """Return mu / 2 |w - w'|^2 as a function of the model, w' being its weights of this moment."""
+    centre = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def penalty(moved: nn.Module) -> torch.Tensor:
+        parts = [(p - c).square().sum() for p, c in zip(moved.parameters(), centre, strict=True)]
+        return mu / 2 * torch.stack(parts).sum()
+
+    return penalty
+
+
+class FedDstClient(ClientRule):
+    """Trains inside the global mask, and moves it in the rounds for that."""
+
+    down = SharedMask
+    up = Bitmask
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Return the alive values, and their mask if it moved."""
+        options, run = cast(FedDstOptions, self.settings.own["feddst"]), self.settings.run
+        mask, round_, epochs = self.load(parcel), int(parcel.facts["round"]), self.settings.local.epochs
+        changes: dict[str, Any] = {}
+        if options.proximal:
+            changes["penalty"] = proximal(self.site.model, options.proximal)
+        if not options.moves(round_, run.rounds):
+            loss, codec = self.fit(round_, mask, **changes), SharedMask(self.settings.wire.up_values)
+            return Parcel(codec.encode(self.site.layout, state_of(self.site.model), mask), self.facts(parcel, loss))
+        total = 0.0
+        if epochs > 1:
+            total = (epochs - 1) * self.fit(round_, mask, epochs=epochs - 1, **changes)
+        moved = self.moved(round_, mask, options.share(round_, run.rounds))
+        total += self.fit(round_, moved, purpose="feddst-moved", epochs=1, **changes)
+        return self.reply(parcel, moved, total / epochs)
+
+    def moved(self, round_: int, mask: Mask, share: float) -> Mask:
+        """Return the mask after each layer exchanged this share of its alive weights, by those on the workbench."""
+        site = self.site
+        counts = {name: math.floor(share * alive) for name, alive, _ in mask.layers()}
+        left = fire(mask, np.abs(site.layout.flatten_prunable(state_of(site.model))), counts)
+        rng = generator(self.settings.run.seed, "feddst-regrow", round_, site.number)
+        chosen = rng.permutation(len(site.train))[: self.settings.local.batch_size]
+        gradient = site.trainer.gradient(site.model, site.train.take(chosen))
+        return regrow(left, counts, np.abs(site.layout.flatten_prunable(gradient)))
+
+
+class FedDst(SparseStrategy):
+    """Merges masks by the magnitude of the mean weights."""
+
+    name = "feddst"
+    client = FedDstClient
+    rooms = {"feddst": FedDstOptions}  # noqa: RUF012  (ClassVar of the base)
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        if settings.mask.min_per_layer:
+            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with {self.name}")
+        self.counts = layer_counts(layout, settings.mask.density)
+        self._moves = False
+
+    @property
+    def up(self) -> Codec:
+        """The codec of models sent back: with their masks only in rounds that move them."""
+        return (Bitmask if self._moves else SharedMask)(self.settings.wire.up_values)
+
+    def setup(self, ask: Ask) -> None:
+        """Draw the first mask and apply it to the initial weights."""
+        self.mask = random_mask(self.layout, self.counts, generator(self.settings.run.seed, "feddst-mask"))
+        self.state = self.mask.apply(self.state)
+
+    def prepare(self, round_: int, ask: Ask) -> None:
+        """Note whether masks move in this round."""
+        options, run = cast(FedDstOptions, self.settings.own["feddst"]), self.settings.run
+        self._moves = options.moves(round_, run.rounds)
+
+    def check_trained(self, client: int, parcel: Parcel) -> None:
+        """Refuse a mask that moved weights from one layer to another, too."""
+        super().check_trained(client, parcel)
+        if not self._moves:
+            return
+        for name, alive, _ in read_mask(parcel.arrays, self.layout).layers():
+            if alive != self.counts[name]:
+                raise PayloadError(f"a mask has {alive} alive weights in {name}; it must have {self.counts[name]}")
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Take the mean; where masks moved, over the owners, and keep the largest weights that somebody owns."""
+        if not self._moves:
+            self.state = carried_mean(self, replies)
+            return
+        mean = OverlapMean(self.layout.size)
+        for reply in replies:
+            values, mask = self.decoded(reply)
+            mean.add(values, mask.carried, self.weight(reply))
+            del reply, values, mask
+        flat, prunable = mean.value(np.zeros(self.layout.size, dtype=np.float32)), self.layout.is_prunable
+        owned = mean.weights()[prunable] > 0
+        magnitudes = np.where(owned, np.abs(flat[prunable]), np.float32(-1))  # an owned weight may be 0
+        self.mask = top_mask(self.layout, magnitudes, self.counts)
+        self.state = self.mask.apply(self.layout.unflatten(flat))

@@ -1,0 +1,183 @@
+"""FedFomo: every client mixes the models of the peers that lower its own validation loss.
+
+Zhang, Sapra, Fidler, Yeung and Alvarez, "Personalized federated learning with first order model optimization", ICLR
+2021; in the form of the public code of DisPFL. Client i holds out a part V of its images. In a round it
+
+1. trains its own model t on the others: t';
+2. gives each candidate j, t' and the peers' models of the round before, the weight
+   ``w_j = (L_V(t) - L_V(j)) / ||j - t||``, 0 at distance 0, and takes ``t + sum_j w_j+ (j - t) / sum_j w_j+`` with
+   ``w+ = max(0, w)`` as its model;
+3. adds the peers' w_j to its preferences p_i.
+
+With probability 1 - fedfomo.epsilon its fedfomo.peers peers are those it prefers most, else random ones. There is no
+global model: personal accuracy is what counts; the central one is that of the uniform mean of all models.
+
+The server relays: it keeps all models and p, chooses the peers, and sends their models; a client returns its model
+and the peers' w_j. With n peers that is ``4 (P + R) n`` bytes down and ``4 (P + R) + 4 n`` up a client and round with
+fp32, and nothing down for a test. `peer_bytes` is what went down. p has 8 K**2 bytes beside the models.
+
+Departures: if no candidate helps, the client keeps t' (fedfomo.keep-local; false is the published rule: it keeps t,
+and the training of that round is lost). A peer is one that the server has a model of, so nobody is sent anything in
+round 1, where all peers hold w0 and weigh 0. p starts at 0 and grows by this round's weights only (that code adds the
+last known weights of all clients again in every round), and ties are broken by chance. epsilon stays constant, as
+there; the authors' own code lowers it. A weight that is no finite number, of a model whose loss overflows, counts as
+0. run.weighting changes nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.local.data import Images
+from ssfl_app.options import anything, at_least, fraction, option
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import LinearCodec
+from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
+from ssfl_app.sparsity.values import Arrays, PayloadError, take
+from ssfl_app.strategies.gossip import DenseRelay
+from ssfl_app.strategies.personal import held_out
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Facts, Parcel, freeze
+
+
+@dataclass(frozen=True)
+class FedFomoOptions:
+    """Keys of the room ``fedfomo``."""
+
+    peers: int = at_least(1)
+    epsilon: float = option("a number from 0 to 1", lambda value: 0 <= value <= 1)
+    validation: float = fraction()
+    keep_local: bool = anything("true or false")
+
+
+class FedFomoClient(ClientRule):
+    """Keeps its own model, and judges those of its peers."""
+
+    remembers = True
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Train the client's model, mix it with what came down, and return it with the peers' weights."""
+        site, options = self.site, cast(FedFomoOptions, self.settings.own["fedfomo"])
+        training, validation = held_out(self, options.validation)
+        start = site.layout.flatten(self.personal_model(parcel))
+        before = self._loss(start, validation)  # and `start` is on the workbench
+        loss = self.fit(int(parcel.facts["round"]), data=training)
+        candidates = [site.layout.flatten(state_of(site.model)), *self._peers(parcel)]
+        weights = [weight(start, before, other, self._loss(other, validation)) for other in candidates]
+        own = mixed(start, candidates, weights)
+        if own is None:
+            own = candidates[0] if options.keep_local else start
+        self.remember(parcel, {"model": own})
+        reply = self.reply(parcel, site.dense, loss, site.layout.unflatten(own))
+        return Parcel({**reply.arrays, "preference": np.array(weights[1:], dtype=np.float32)}, reply.facts)
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the client's own model."""
+        load_state(self.site.model, self.personal_model(parcel))
+        return self.tested(parcel, "personal_accuracy")
+
+    def _loss(self, model: Vector, validation: Images) -> float:
+        load_state(self.site.model, self.site.layout.unflatten(model))
+        return self.site.trainer.evaluate(self.site.model, validation)[0]
+
+    def _peers(self, parcel: Parcel) -> list[Vector]:
+        codec, models = cast(LinearCodec, self.down(self.settings.wire.down_values)), dict[int, Arrays]()
+        for key, array in parcel.arrays.items():
+            name, _, place = key.rpartition(".")
+            models.setdefault(int(place), {})[name] = array
+        return [codec.vector(models[place], self.site.layout, self.site.dense) for place in sorted(models)]
+
+
+def weight(start: Vector, loss: float, other: Vector, other_loss: float) -> float:
+    """Return by how much the loss falls from `start` to the other model, for each unit of distance."""
+    distance = float(np.linalg.norm(other.astype(np.float64) - start))
+    slope = (loss - other_loss) / distance if distance else 0.0
+    return slope if np.isfinite(slope) else 0.0
+
+
+def mixed(start: Vector, others: list[Vector], weights: list[float]) -> Vector | None:
+    """Return `start` moved towards the models of positive weight; None if there is none."""
+    total = sum(max(0.0, w) for w in weights)
+    if not total:
+        return None
+    moved = start.astype(np.float64)
+    for other, w in zip(others, weights, strict=True):
+        if w > 0:
+            moved += w / total * (other.astype(np.float64) - start)
+    return moved.astype(np.float32)
+
+
+class FedFomo(DenseRelay):
+    """The network of the peers, and their preferences."""
+
+    name = "fedfomo"
+    client = FedFomoClient
+    rooms = {"fedfomo": FedFomoOptions}  # noqa: RUF012  (ClassVar of the base)
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        self.preferences = np.zeros((settings.run.clients, settings.run.clients))
+        self._sent: dict[int, list[int]] = {}  # client -> whose models it got in this round
+        self._relayed: dict[int, Arrays] = {}
+
+    def peers(self, round_: int, client: int) -> list[int]:
+        """Return the clients whose models this one gets, ascending."""
+        options = cast(FedFomoOptions, self.settings.own["fedfomo"])
+        rng = generator(self.settings.run.seed, "fedfomo", round_, client)
+        explores = rng.random() < options.epsilon
+        others = rng.permutation([other for other in self.heard if other != client]).astype(np.int64)
+        if not explores:
+            others = others[np.argsort(-self.preferences[client, others], kind="stable")]
+        return sorted(int(other) for other in others[: options.peers])
+
+    def send(self, round_: int, client: int) -> Parcel:
+        """Return the peers' models, one after the other."""
+        self._sent[client] = self.peers(round_, client)
+        models = [self._encoded_last(other) for other in self._sent[client]]
+        parcel = Parcel({f"{name}.{i}": array for i, model in enumerate(models) for name, array in model.items()})
+        self.peer_bytes += parcel.nbytes
+        return parcel
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Keep the models and add up the preferences; the state becomes the mean of the models."""
+        self._relayed = {}
+        for reply in replies:
+            self.keep(reply)
+            self.preferences[reply.client, self._sent[reply.client]] += reply.arrays["preference"]
+        self.state = self.layout.unflatten(self.mean(self.present(round_)))
+
+    def deliver(self, round_: int, client: int) -> Parcel:
+        """Return nothing: the client tests its own model."""
+        return Parcel()
+
+    def check_trained(self, client: int, parcel: Parcel) -> None:
+        """Raise PayloadError unless a finite weight came for each peer."""
+        super().check_trained(client, parcel)
+        preference = take(parcel.arrays, "preference", np.float32, len(self._sent[client]))
+        if not np.isfinite(preference).all():
+            raise PayloadError("preference must be finite")
+
+    def snapshot(self) -> Arrays:
+        """Return all that `restore` needs: the preferences too."""
+        return super().snapshot() | {"preferences": self.preferences.ravel()}
+
+    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`."""
+        super().restore(round_, arrays)
+        self.preferences = np.array(arrays["preferences"], dtype=np.float64).reshape(self.preferences.shape)
+
+    def _encoded_last(self, client: int) -> Arrays:
+        # Passed on as it came if both directions have one value type; each is serialised once, whoever gets it.
+        if self.up.values == self.down.values:
+            return self.last(client)
+        if client not in self._relayed:
+            state = self.layout.unflatten(
+                cast(LinearCodec, self.up).vector(self.last(client), self.layout, self.mask)
+            )
+            self._relayed[client] = freeze(self.down.encode(self.layout, state, self.mask))
+        return self._relayed[client]

@@ -1,0 +1,216 @@
+"""FedPM: nobody trains a weight; clients train which of the fixed random weights take part.
+
+Isik, Pase, Gunduz, Weissman and Zorzi, "Sparse random networks for communication-efficient federated learning",
+ICLR 2023. Every prunable weight is a constant ``c * sign(u)``, u the run's initial weight and
+``c = e * sqrt(1 / fan_in)`` of its layer. A probability theta says how often it takes part. In a round
+
+1. theta goes down; a client starts its scores at ``s = logit(theta)`` and trains them, each forward pass with a mask
+   drawn from Bernoulli(sigmoid(s)) and the gradient straight through the draw;
+2. it sends one mask drawn from Bernoulli(sigmoid(s)): one bit a weight;
+3. the server counts in a Beta posterior that starts at (1, 1), ``alpha += n_k m_k`` and ``beta += n_k (1 - m_k)``,
+   and takes its mode: ``theta = (alpha - 1) / (alpha + beta - 2)``, the mean of the masks since the last reset.
+
+Tested is one network: one mask drawn from theta (the published way), or theta > 0.5; all clients get the same bits.
+
+Bytes a client, P prunable weights: 4 P down and ceil(P / 8) up in a round, ceil(P / 8) in an evaluation.
+
+Departures: biases are frozen at 0 and norms at 1 and 0, and neither is masked (published: no norm, and biases are
+constants and masked too), so BatchNorm is refused: one bit a weight carries no statistics. Signs are those of the
+run's initial weights. A mask counts n_k times, or once with run.weighting "uniform" as published. theta is clamped to
+0.01..0.99 where a client takes its logit; the public code clamps the bits that come up instead, and scales the
+gradient of a draw by theta. Adam starts anew in each round (there: once a client); local.clip bounds its gradient.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ssfl_app.local.reparam import bernoulli_weights
+from ssfl_app.options import ConfigError, above, at_least, choice
+from ssfl_app.seeding import generator, torch_generator
+from ssfl_app.sparsity.codec import BitsOnly, LinearCodec, read_mask
+from ssfl_app.sparsity.layout import Bits, Layout, State, load_state, state_of
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.strategies.base import SparseStrategy, density_pair
+from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Facts, Parcel, freeze
+
+CLAMP = 0.01
+"""theta stays this far from 0 and 1 in a client's scores: their logits have no end."""
+
+
+@dataclass(frozen=True)
+class FedPmOptions:
+    """Keys of the room ``fedpm``."""
+
+    lr: float = above(0)
+    reset: int = at_least(0)
+    evaluate: str = choice("sample", "threshold")
+
+
+class Prunable(LinearCodec):
+    """The prunable coordinates; both ends know the others, which read 0."""
+
+    name = "prunable"
+
+    def places(self, layout: Layout, mask: Mask) -> Bits:
+        """Return the prunable coordinates."""
+        return layout.is_prunable
+
+
+def signs(layout: Layout, initial: State) -> Mask:
+    """Return where the constants are positive."""
+    return Mask(layout, layout.flatten_prunable(initial) > 0)
+
+
+def constants(layout: Layout, positive: Mask) -> State:
+    """Return the network before it is masked: +-c at each prunable weight, biases at 0, norm weights at 1."""
+    bits, state = positive.tensors(), State()
+    for name, shape in layout.shapes:
+        if name in bits:
+            size = math.e * math.sqrt(1 / math.prod(shape[1:]))
+            state[name] = torch.where(bits[name], size, -size)
+        else:
+            state[name] = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    return state
+
+
+class FedPmClient(ClientRule):
+    """Trains probabilities and sends bits."""
+
+    down = Prunable
+    up = BitsOnly
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Train the scores that came down as probabilities; return one mask drawn from them."""
+        self.load(parcel)
+        site, round_ = self.site, int(parcel.facts["round"])
+        options, where = cast(FedPmOptions, self.settings.own["fedpm"]), (round_, site.number)
+        network, theta = self._constants(parcel), state_of(site.model)
+        scores = {name: torch.logit(theta[name].clamp(CLAMP, 1 - CLAMP)) for name in site.layout.prunable}
+        load_state(site.model, network | scores)
+        chance = torch_generator(self.settings.run.seed, "fedpm", *where)
+        fixed = {name: network[name] for name in scores}
+        with bernoulli_weights(site.model, chance, constants=fixed):
+            loss = self.fit(round_, lr=options.lr, optimizer=torch.optim.Adam)
+        trained = torch.from_numpy(site.layout.flatten_prunable(state_of(site.model)))
+        rng = generator(self.settings.run.seed, "fedpm-upload", *where)
+        return self.reply(parcel, drawn(site.layout, torch.sigmoid(trained).numpy(), rng), loss)
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the network whose mask came down."""
+        mask = read_mask(parcel.arrays, self.site.layout)
+        load_state(self.site.model, mask.apply(self._constants(parcel)))
+        return self.tested(parcel)
+
+    def _constants(self, parcel: Parcel) -> State:
+        """Return the constants; their signs are made from the seed once and kept."""
+        site, digest = self.site, str(parcel.facts.get("signs", ""))
+        positive = site.mask(digest)
+        if positive is None:
+            positive = signs(site.layout, site.initial())
+            if positive.digest != digest:
+                raise PayloadError(f"signs is {digest!r}; the seed makes {positive.digest!r} at this client")
+            site.memory.keep(digest, positive.packed())
+        return constants(site.layout, positive)
+
+
+def drawn(layout: Layout, probabilities: npt.NDArray[np.float32], rng: np.random.Generator) -> Mask:
+    """Return a mask in which each weight, shape (prunable,), is alive with its probability."""
+    return Mask(layout, rng.random(probabilities.size, dtype=np.float32) < probabilities)
+
+
+class FedPm(SparseStrategy):
+    """The prunable tensors of `state` hold theta; the model is the masked constants.
+
+    Attributes
+    ----------
+    signs : Mask
+        Where the constants are positive.
+    ones, masks : int64 ndarray, shape (prunable,), and int
+        alpha - 1 of each weight, and alpha + beta - 2, which is the same for all.
+    network : Mask
+        Of the network that is tested.
+    """
+
+    name = "fedpm"
+    client = FedPmClient
+    rooms = {"fedpm": FedPmOptions}  # noqa: RUF012  (ClassVar of the base)
+    density_matters = False
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        if any(name.endswith("running_mean") for name, _ in layout.shapes):
+            raise ConfigError("model.norm is 'batch'; with fedpm, which sends no statistics, it is group or none")
+        self.signs = self.network = self.mask
+        self.ones, self.masks = np.zeros(layout.prunable_size, dtype=np.int64), 0
+        self._bits: Arrays = {}
+
+    @property
+    def options(self) -> FedPmOptions:
+        """The room ``fedpm``."""
+        return cast(FedPmOptions, self.settings.own["fedpm"])
+
+    def setup(self, ask: Ask) -> None:
+        """Take the signs of the initial weights, and draw the first scores from N(0, 1)."""
+        self.signs = signs(self.layout, self.state)
+        rng = generator(self.settings.run.seed, "fedpm-scores")
+        scores = torch.from_numpy(rng.standard_normal(self.layout.prunable_size, dtype=np.float32))
+        self._believe(0, torch.sigmoid(scores).numpy())
+
+    def send(self, round_: int, client: int) -> Parcel:
+        """Return theta."""
+        return Parcel(super().send(round_, client).arrays, {"signs": self.signs.digest})
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Count the bits of the masks and take the mode of the posterior."""
+        anew = self.options.reset and (round_ - 1) % self.options.reset == 0
+        ones, masks = (np.zeros_like(self.ones), 0) if anew else (self.ones.copy(), self.masks)
+        for reply in replies:
+            weight = self.weight(reply)
+            np.add(ones, weight, out=ones, where=read_mask(reply.arrays, self.layout).alive)
+            masks += weight
+        self.ones, self.masks = ones, masks
+        self._believe(round_, (ones / masks).astype(np.float32))
+
+    def deliver(self, round_: int, client: int) -> Parcel:
+        """Return the mask of the network that is tested."""
+        return Parcel(self._bits, {"signs": self.signs.digest})
+
+    def model(self) -> State:
+        """Return the network that is tested."""
+        return self.network.apply(constants(self.layout, self.signs))
+
+    def densities(self) -> tuple[float, float]:
+        """Return those of the network that is tested."""
+        return density_pair(self.network)
+
+    def snapshot(self) -> Arrays:
+        """Return all that `restore` needs: the signs and the posterior too."""
+        posterior = {"ones": self.ones, "masks": np.array([self.masks], dtype=np.int64)}
+        return super().snapshot() | posterior | {"signs": self.signs.packed()}
+
+    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`."""
+        super().restore(round_, arrays)
+        self.signs = Mask.unpack(self.layout, np.asarray(arrays["signs"], dtype=np.uint8))
+        self.ones, self.masks = np.asarray(arrays["ones"], dtype=np.int64).copy(), int(arrays["masks"][0])
+        self._believe(round_, self.layout.flatten_prunable(self.state))
+
+    def _believe(self, round_: int, theta: npt.NDArray[np.float32]) -> None:
+        self.state = self.layout.expand(theta, self.layout.is_prunable)
+        if self.options.evaluate == "threshold":
+            self.network = Mask(self.layout, theta > 0.5)
+        else:
+            rng = generator(self.settings.run.seed, "fedpm-evaluate", round_)
+            self.network = drawn(self.layout, theta, rng)
+        self._bits = freeze(BitsOnly().encode(self.layout, self.state, self.network))

@@ -1,0 +1,248 @@
+"""FLASH: a random mask whose layer densities a few clients find out, fixed before round 1; and its joint variant.
+
+Babakniya, Kundu, Prakash, Niu and Avestimehr, "Revisiting sparsity hunting in federated learning: why does sparsity
+consensus matter?", TMLR 2023.
+
+`flash` (there: SPDST). Stage 1: a share of the clients starts from the common initial weights and one random mask and
+trains with *sparse learning*: after every epoch but the last each layer loses its smallest weights, a share
+``prune-rate * (1 - epoch / epochs)`` of those alive, and as many random ones come alive, dealt to the layers in
+proportion to the mean magnitude of their alive weights. They send layer densities only; the server averages them,
+scales them to `mask.density` and draws a random mask of these layer densities. Stage 2: FedAvg in that mask.
+
+`flash-joint` (there: JMWST). In rounds 1, 1 + flash.joint-every, ... clients train with sparse learning and send the
+mask they end with; the server averages the weights, what a client does not hold counting as 0, and keeps the largest
+of each layer, as many as the mean of the clients' layer densities says. In the other rounds the mask stays.
+
+Sparse learning over one epoch changes the mask in the middle, between random halves of the images.
+
+Departures: linear layers are pruned too, and means are weighted by run.weighting (published: conv only, uniform). The
+first mask is exact in total (there: a coin for each weight), and so is every later one. Regrowth may fill a layer
+(there: 99 %), and nearly dense layers are pruned like others. Stage 2 starts from the run's initial weights. The
+public code tests the average before it masks it; here the masked model is tested.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, cast
+
+import numpy as np
+
+from ssfl_app.aggregate import WeightedMean
+from ssfl_app.options import ConfigError, at_least, fraction
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import Bitmask, Codec, SharedMask, read_mask
+from ssfl_app.sparsity.densities import Counts, rescaled
+from ssfl_app.sparsity.evolve import fire, layer_densities, random_mask, regrow, top_mask
+from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import PayloadError, check_values, read_values
+from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.folds import carried_mean
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Parcel
+
+
+@dataclass(frozen=True)
+class FlashOptions:
+    """Keys of the room ``flash``."""
+
+    stage_clients: float = fraction()
+    stage_epochs: int = at_least(1)
+    prune_rate: float = fraction()
+    joint_every: int = at_least(1)
+
+    def changes(self, round_: int) -> bool:
+        """Return whether the joint variant changes the mask in this round."""
+        return (round_ - 1) % self.joint_every == 0
+
+
+def first_mask(layout: Layout, settings: Settings) -> Mask:
+    """Return the random mask that stage 1 starts from; both ends draw it."""
+    return Mask.random(layout, settings.mask.density, generator(settings.run.seed, "flash-start"))
+
+
+def dealt(total: int, shares: Mapping[str, float], room: Counts) -> Counts:
+    """Return counts in proportion to the shares, none above its room, that add up to `total`, at most all room.
+
+    What a full layer cannot take goes to the others, in proportion again; to one of share 0 only when they are full.
+    """
+    exact = {name: Fraction(share) for name, share in shares.items()}
+    # Those that fill up first come first: where one is not filled, none after it is.
+    order = sorted(room, key=lambda name: room[name] / exact[name] if exact[name] else math.inf)
+    counts, whole = dict.fromkeys(room, 0), sum(exact.values())
+    for name in order:
+        part = total * exact[name] / whole if whole else Fraction(total)
+        counts[name] = min(room[name], math.floor(part + Fraction(1, 2)))
+        total, whole = total - counts[name], whole - exact[name]
+    return counts
+
+
+def evolved(mask: Mask, magnitudes: Vector, rate: Fraction, rng: np.random.Generator) -> Mask:
+    """Return the mask after one step of sparse learning.
+
+    Each layer loses `rate` of its alive coordinates, rounded up; they may come back at once. `magnitudes` is |w|,
+    float32, shape (prunable,).
+    """
+    fired = {name: math.ceil(rate * alive) for name, alive, _ in mask.layers()}
+    left, means = fire(mask, magnitudes, fired), dict[str, float]()
+    for name, span in mask.layout.prunable_spans.items():
+        alive = magnitudes[span][mask.alive[span]]
+        means[name] = float(alive.mean(dtype=np.float64)) if alive.size else 0.0
+    room = {name: size - alive for name, alive, size in left.layers()}
+    return regrow(left, dealt(sum(fired.values()), means, room), rng=rng)
+
+
+def shares_of(mask: Mask) -> Vector:
+    """Return the density of each prunable tensor, in the order of the layout."""
+    return np.array(list(layer_densities(mask).values()), dtype=np.float32)
+
+
+class FlashClient(ClientRule):
+    """Answers "layer_densities" by sparse learning; trains as FedAvg's client does, inside the mask."""
+
+    down = SharedMask
+    up: ClassVar[type[Codec]] = SharedMask
+    questions = ("layer_densities",)
+
+    def setup(self, question: str, parcel: Parcel) -> Parcel:
+        """Return the layer densities, float32, shape (prunable tensors,), that sparse learning ends with."""
+        if question not in self.questions:
+            return super().setup(question, parcel)
+        load_state(self.site.model, self.initial_weights(parcel))
+        start, rate = first_mask(self.site.layout, self.settings), self.settings.local.lr
+        mask, _ = self.learn(0, start, self.options.stage_epochs, "flash-stage", rate)
+        return Parcel({"values": shares_of(mask)}, {"samples": len(self.site.train)})
+
+    @property
+    def options(self) -> FlashOptions:
+        """The room ``flash``."""
+        return cast(FlashOptions, self.settings.own["flash"])
+
+    def learn(
+        self, round_: int, mask: Mask, epochs: int, purpose: str, lr: float | None = None
+    ) -> tuple[Mask, float]:
+        """Train the workbench's model with sparse learning; return the mask it ends with and the mean loss."""
+        site, rng = self.site, generator(self.settings.run.seed, purpose, round_, self.site.number)
+        parts = [site.train] * epochs
+        if epochs == 1 and len(site.train) > 1:
+            parts = [site.train.take(half) for half in np.array_split(rng.permutation(len(site.train)), 2)]
+        total = 0.0
+        for done, images in enumerate(parts):
+            if done:
+                rate = Fraction(repr(self.options.prune_rate)) * (1 - Fraction(done, len(parts)))
+                magnitudes = abs(site.layout.flatten_prunable(state_of(site.model)))
+                mask = evolved(mask, magnitudes, rate, rng)
+            loss = self.fit(round_, mask, purpose=f"{purpose}-{done}", data=images, lr=lr, epochs=1)
+            total += len(images) * loss
+        return mask, total / sum(map(len, parts))
+
+
+class FlashJointClient(FlashClient):
+    """Moves the mask while it trains, in the rounds for that."""
+
+    up = Bitmask
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Train, with sparse learning in rounds that change the mask; return the alive values, and the new mask."""
+        mask, round_ = self.load(parcel), int(parcel.facts["round"])
+        if self.options.changes(round_):
+            found, loss = self.learn(round_, mask, self.settings.local.epochs, "flash-joint")
+            return self.reply(parcel, found, loss)
+        loss = self.fit(round_, mask)
+        codec = SharedMask(self.settings.wire.up_values)
+        return Parcel(codec.encode(self.site.layout, state_of(self.site.model), mask), self.facts(parcel, loss))
+
+
+class Flash(SparseStrategy):
+    """FedAvg inside a random mask of the layer densities that stage 1 found."""
+
+    name = "flash"
+    client = FlashClient
+    rooms = {"flash": FlashOptions}  # noqa: RUF012  (ClassVar of the base)
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        if settings.mask.min_per_layer:
+            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with {self.name}")
+
+    @property
+    def options(self) -> FlashOptions:
+        """The room ``flash``."""
+        return cast(FlashOptions, self.settings.own["flash"])
+
+    def setup(self, ask: Ask) -> None:
+        """Ask for layer densities, draw the mask and apply it to the initial weights."""
+        shares = WeightedMean(len(self.layout.prunable))
+        for reply in ask("layer_densities", self.asked(), self._check_shares):
+            shares.add(reply.arrays["values"], self.weight(reply))
+        rng = generator(self.settings.run.seed, "flash-mask")
+        self.mask = random_mask(self.layout, self._counts(shares), rng)
+        self.state = self.mask.apply(self.state)
+
+    def asked(self) -> list[int]:
+        """Return the clients of stage 1: a random share of those that are there, rounded down, at least one."""
+        clients = len(self.present(0))
+        count = max(1, math.floor(Fraction(repr(self.options.stage_clients)) * clients))
+        chosen = generator(self.settings.run.seed, "flash-clients").choice(clients, count, replace=False)
+        return sorted(int(client) for client in chosen)
+
+    def _counts(self, shares: WeightedMean) -> Counts:
+        """Return how many weights of each layer are alive, by the mean of the clients' layer densities."""
+        named = dict(zip(self.layout.prunable, shares.value().tolist(), strict=True))
+        return rescaled(self.layout, named, self.settings.mask.density)
+
+    def _check_shares(self, client: int, parcel: Parcel) -> None:
+        self.check_samples(parcel)
+        shares = read_values(parcel.arrays, "fp32", len(self.layout.prunable))
+        check_values(shares)
+        if shares.min() < 0 or shares.max() > 1 or not shares.any():
+            raise PayloadError(
+                f"layer densities are from {shares.min():g} to {shares.max():g}; each is in 0..1, not all are 0"
+            )
+
+
+class FlashJoint(Flash):
+    """The mask moves with the weights."""
+
+    name = "flash-joint"
+    client = FlashJointClient
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        self._changes = True
+
+    @property
+    def up(self) -> Codec:
+        """The codec of models sent back: with their masks only in rounds that change the mask."""
+        return (Bitmask if self._changes else SharedMask)(self.settings.wire.up_values)
+
+    def prepare(self, round_: int, ask: Ask) -> None:
+        """Note whether this round changes the mask."""
+        self._changes = self.options.changes(round_)
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Average weights, and layer densities if the mask changes; keep the largest weights of each layer."""
+        if not self._changes:
+            self.state = carried_mean(self, replies)
+            return
+        weights, shares = WeightedMean(self.layout.size), WeightedMean(len(self.layout.prunable))
+        for reply in replies:
+            values, mask = self.decoded(reply)
+            weights.add(values, self.weight(reply))
+            shares.add(shares_of(mask), self.weight(reply))
+            del reply, values, mask
+        flat = weights.value()
+        self.mask = top_mask(self.layout, abs(flat[self.layout.is_prunable]), self._counts(shares))
+        self.state = self.mask.apply(self.layout.unflatten(flat))
+
+    def check_trained(self, client: int, parcel: Parcel) -> None:
+        """Refuse a mask of another density too: the mean would take it for a layer's sensitivity."""
+        super().check_trained(client, parcel)
+        count = read_mask(parcel.arrays, self.layout).count if self._changes else self.mask.count
+        if count != self.mask.count:
+            raise PayloadError(f"a mask has {count} alive weights; it came down with {self.mask.count}")

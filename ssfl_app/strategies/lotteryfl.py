@@ -1,0 +1,91 @@
+"""LotteryFL: every client looks for its own winning ticket, a subnetwork that learns well from the initial weights.
+
+Li, Sun, Wang, Duan, Li, Chen and Li, "LotteryFL: Empower edge intelligence with personalized and
+communication-efficient federated learning", SEC 2021, algorithm 1. Client k's mask m_k starts dense. A sampled client
+
+1. gets ``m_k * w``. If that is right on more than lotteryfl.accuracy of its training images and m_k is above
+   mask.density, the share lotteryfl.step of smallest alive magnitudes dies in each layer, and all that is left,
+   biases and norms too, goes back to the initial weights;
+2. trains inside m_k and sends the weights with the bitmap of m_k.
+
+The server takes each coordinate's mean over the clients that sent it, the old value where there are none. Client k is
+tested with ``m_k * w``; the density is an outcome.
+
+With A alive of P prunable coordinates and R others, per client and round, fp32: down and evaluation ``4 (A + R)``
+bytes, up ``4 (A + R) + ceil(P / 8)`` with the A after pruning. No mask goes down.
+
+Departures: the public code measures step 1's accuracy on two batches of the client's test images; here it is all of
+its training images. It prunes by percentile; shares are rounded down here. Its mean is unweighted (run.weighting
+"uniform"). Clients make the initial weights from the seed; one whose torch makes other ones fails, by name, where it
+would need them. What is less than one weight a layer above mask.density stays, and nobody rewinds for it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.options import at_least, fraction
+from ssfl_app.sparsity.layout import State, load_state, state_digest
+from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.shrinking import ShrinkingClient, ShrinkingMasks
+from ssfl_app.wire import Parcel
+
+
+@dataclass(frozen=True)
+class LotteryFlOptions:
+    """Keys of the room ``lotteryfl``."""
+
+    step: float = fraction()
+    accuracy: float = at_least(0)
+
+
+class LotteryFlClient(ShrinkingClient):
+    """Prunes before training, and then starts from the initial weights."""
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Prune and rewind if the model is good enough, train, and return the weights under the mask."""
+        options = cast(LotteryFlOptions, self.settings.own["lotteryfl"])
+        mask = self.load(parcel)
+        smaller = self.pruned(mask, options.step)
+        if smaller.count < mask.count and self.training_accuracy() > options.accuracy:
+            mask = smaller
+            load_state(self.site.model, mask.apply(self._initial(parcel)))
+        return self.answer(parcel, mask, self.fit(int(parcel.facts["round"]), mask))
+
+    def _initial(self, parcel: Parcel) -> State:
+        state = self.site.initial()
+        digest = state_digest(self.site.layout, state)
+        if digest != parcel.facts["weights"]:
+            wanted = str(parcel.facts["weights"])
+            raise PayloadError(f"the seed's weights are {digest[:16]} here; they must be {wanted[:16]}")
+        return state
+
+
+class LotteryFl(ShrinkingMasks):
+    """States the digest of the initial weights in every message."""
+
+    name = "lotteryfl"
+    client = LotteryFlClient
+    rooms = {"lotteryfl": LotteryFlOptions}  # noqa: RUF012  (ClassVar of the base)
+    _weights = ""
+
+    def setup(self, ask: Ask) -> None:
+        """Note what the initial weights are."""
+        self._weights = state_digest(self.layout, self.state)
+
+    def send(self, round_: int, client: int) -> Parcel:
+        """Return the client's own part of the global model."""
+        return Parcel(super().send(round_, client).arrays, {"weights": self._weights})
+
+    def snapshot(self) -> Arrays:
+        """Return all that `restore` needs: the digest too."""
+        return super().snapshot() | {"weights": np.frombuffer(bytes.fromhex(self._weights), dtype=np.uint8)}
+
+    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`."""
+        super().restore(round_, arrays)
+        self._weights = np.asarray(arrays["weights"], dtype=np.uint8).tobytes().hex()

@@ -1,0 +1,199 @@
+"""PruneFL: one client prunes the model while it trains alone; later all clients help to move the mask.
+
+Jiang, Wang, Valls, Ko, Lee, Leung and Tassiulas, "Model pruning enables efficient federated learning on edge
+devices", IEEE TNNLS 2022. A *readjustment* of the mask, given the squared gradients g^2 of all prunable weights
+
+1. removes a share of the alive weights, those of smallest |w|, whatever their layer;
+2. adds weights, removed or dead, in the order of g_j^2, while ``g_j^2 > mean of g^2 over the alive``: that is what
+   training gains in a unit of time if each weight costs the same time. They start at 0; what was removed and comes
+   back keeps its value.
+
+*Stage 1*, before round 1: a random client trains from w0 alone, first densely, and readjusts after each of up to
+`checks` local rounds, until the mask changed by less than a tenth five times running. It sends model and mask.
+*Stage 2*: FedAvg inside the mask; in every round that `every` divides, clients also send g^2 at the weights that came
+down, and the server readjusts after the mean, removing the share ``prune * 0.5 ** (round / 10000)``.
+
+prunefl.density says what ends step 2: "target" (floor(mask.density * P) weights are alive, or nothing was added as
+there are more already) or "max" (the rule above, at the latest there; the density is then an outcome).
+
+With A alive of P prunable coordinates and R others, fp32: stage 1 costs ``4 (A + R) + ceil(P / 8)`` up; a client and
+round ``4 (A + R)`` each way, ``4 P`` more up in a round that readjusts and ceil(P / 8) more down after it.
+
+Departures: every weight costs the same time (published: measured on the authors' machines, for each layer of their
+nets). g^2 is the mean over one pass of minibatches at one model (there: summed along local steps); it is that of the
+cross-entropy without augmentation. Checks of stage 1 are a local round apart, with the first round's learning rate
+(there: 50 rounds of 5 steps, up to 1000).
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from ssfl_app.aggregate import WeightedMean
+from ssfl_app.options import ConfigError, at_least, choice, fraction
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import Bitmask, SharedMask
+from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
+from ssfl_app.sparsity.mask import Mask, _largest, keep_count
+from ssfl_app.sparsity.values import PayloadError, check_values, take
+from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.folds import carried_mean
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Parcel
+
+HALF_LIFE = 10_000
+"""Rounds after which half as many weights are removed."""
+
+SETTLED, CALM = 0.1, 5
+"""Stage 1 ends after this many readjustments in a row that changed less than this share of the alive weights."""
+
+
+@dataclass(frozen=True)
+class PruneFlOptions:
+    """Keys of the room ``prunefl``."""
+
+    checks: int = at_least(0)
+    every: int = at_least(1)
+    prune: float = fraction()
+    density: str = choice("target", "max")
+
+
+def options_of(settings: Settings) -> PruneFlOptions:
+    """Return the options of the room ``prunefl``."""
+    return cast(PruneFlOptions, settings.own["prunefl"])
+
+
+def readjusted(mask: Mask, magnitudes: Vector, squares: Vector, share: float, most: int, target: bool) -> Mask:
+    """Return the mask after a readjustment.
+
+    Parameters
+    ----------
+    magnitudes, squares : array of float32, shape (prunable,)
+        |w| and g^2.
+    share : float
+        Of the alive weights that are removed, in (0, 1].
+    most : int
+        Nothing is added beyond so many alive weights.
+    target : bool
+        Whether they are filled up whatever g^2 is.
+    """
+    kept = mask.count - keep_count(share, mask.count)
+    alive = _largest(np.where(mask.alive, magnitudes, np.float32(-1)), kept, "index")
+    outside = np.flatnonzero(~alive)
+    order = outside[_largest(squares[outside], min(outside.size, max(0, most - kept)), "index")]
+    if not target and order.size:
+        order = order[np.argsort(-squares[order], kind="stable")]
+        gains = squares[order].astype(np.float64)
+        before = squares[alive].sum(dtype=np.float64) + np.cumsum(gains) - gains
+        worth = gains > before / np.maximum(1, kept + np.arange(order.size))
+        order = order[: order.size if worth.all() else int(np.argmin(worth))]
+    alive[order] = True
+    return Mask(mask.layout, alive)
+
+
+class PruneFlClient(ClientRule):
+    """FedAvg's client, which also tells squared gradients; one of them prunes alone first."""
+
+    down = SharedMask
+    up = SharedMask
+    questions = ("initial_pruning",)
+
+    def setup(self, question: str, parcel: Parcel) -> Parcel:
+        """Return the model and the mask of stage 1."""
+        if question not in self.questions:
+            return super().setup(question, parcel)
+        site, options, calm = self.site, options_of(self.settings), 0
+        load_state(site.model, self.initial_weights(parcel))
+        mask, most = site.dense, keep_count(self.settings.mask.density, site.layout.prunable_size)
+        for check in range(options.checks):
+            if calm == CALM:
+                break
+            # Round 0 would have another rate than the first one.
+            self.fit(0, mask, purpose=f"prunefl-{check}", lr=self.settings.local.lr)
+            weights = np.abs(site.layout.flatten_prunable(state_of(site.model)))
+            squares = self.squares(0, f"prunefl-squares-{check}")
+            before, mask = mask, readjusted(mask, weights, squares, options.prune, most, options.density == "target")
+            changed = int(np.count_nonzero(before.alive ^ mask.alive))
+            calm = calm + 1 if changed < SETTLED * before.count else 0
+        return Parcel(Bitmask().encode(site.layout, state_of(site.model), mask), {"samples": len(site.train)})
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Train as ever; in rounds that readjust send the squared gradients at the model that came down as well."""
+        round_ = int(parcel.facts["round"])
+        if round_ % options_of(self.settings).every:
+            return super().train(parcel)
+        mask = self.load(parcel)
+        squares = self.squares(round_, "prunefl-squares")
+        reply = self.reply(parcel, mask, self.fit(round_, mask))
+        return Parcel({**reply.arrays, "squares": squares}, reply.facts)
+
+    def squares(self, round_: int, purpose: str) -> Vector:
+        """Return the mean of g^2 over one pass of minibatches, at the model on the workbench."""
+        site, size = self.site, self.settings.local.batch_size
+        order = generator(self.settings.run.seed, purpose, round_, site.number).permutation(len(site.train))
+        mean = WeightedMean(site.layout.prunable_size)
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            gradient = site.trainer.gradient(site.model, site.train.take(chosen))
+            mean.add(np.square(site.layout.flatten_prunable(gradient)), len(chosen))
+        return mean.value()
+
+
+class PruneFl(SparseStrategy):
+    """Takes the first mask from one client and readjusts it by what all of them tell."""
+
+    name = "prunefl"
+    client = PruneFlClient
+    rooms = {"prunefl": PruneFlOptions}  # noqa: RUF012  (ClassVar of the base)
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        if settings.mask.min_per_layer:
+            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with {self.name}")
+
+    def setup(self, ask: Ask) -> None:
+        """Have one client prune."""
+        if not options_of(self.settings).checks:
+            return
+        present = self.present(0)
+        client = present[int(generator(self.settings.run.seed, "prunefl-client").choice(len(present)))]
+        for reply in ask("initial_pruning", [client], self._check_pruned):
+            self.state, self.mask = Bitmask().decode(reply.arrays, self.layout)
+
+    def check_trained(self, client: int, parcel: Parcel) -> None:
+        """Refuse bad squares too, in rounds that readjust."""
+        super().check_trained(client, parcel)
+        if int(parcel.facts["round"]) % options_of(self.settings).every == 0:
+            squares = take(parcel.arrays, "squares", np.float32, self.layout.prunable_size)
+            check_values(squares)
+            if squares.min() < 0:
+                raise PayloadError(f"squares reach {squares.min():g}; they must be at least 0")
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Take the mean; readjust the mask when that is due."""
+        options, density = options_of(self.settings), self.settings.mask.density
+        if round_ % options.every:
+            self.state = carried_mean(self, replies)
+            return
+        squares = WeightedMean(self.layout.prunable_size)
+
+        def noted() -> Iterator[Reply]:
+            for reply in replies:
+                squares.add(reply.arrays["squares"], self.weight(reply))
+                yield reply
+                del reply
+
+        state = carried_mean(self, noted())
+        weights, most = np.abs(self.layout.flatten_prunable(state)), keep_count(density, self.layout.prunable_size)
+        share = options.prune * 0.5 ** (round_ / HALF_LIFE)
+        self.mask = readjusted(self.mask, weights, squares.value(), share, most, options.density == "target")
+        self.state = self.mask.apply(state)
+
+    def _check_pruned(self, client: int, parcel: Parcel) -> None:
+        self.check_samples(parcel)
+        Bitmask().check(parcel.arrays, self.layout, self.mask)

@@ -1,0 +1,124 @@
+"""What methods share in which every client has a mask of its own that starts dense and only loses weights.
+
+Client k gets ``m_k * w`` and sends its weights with the bitmap of the mask that they carry, which may be smaller than
+the one that came down. The server takes each coordinate's mean over the clients whose weights carry it, keeps the old
+value where there are none, and knows m_k from then on. Masks go down only to clients that lost theirs; the first one,
+under which everything is alive, never does.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.sparsity.codec import Bitmask, SharedMask, read_mask
+from ssfl_app.sparsity.evolve import fire
+from ssfl_app.sparsity.layout import Layout, state_of
+from ssfl_app.sparsity.mask import Mask, keep_count
+from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.strategies.base import SparseStrategy, density_pair
+from ssfl_app.strategies.folds import overlap_mean
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Facts, Parcel
+
+
+class ShrinkingClient(ClientRule):
+    """Holds its own mask. Subclasses say when weights are pruned."""
+
+    down = SharedMask
+    up = Bitmask
+
+    def known_mask(self, parcel: Parcel, digest: str) -> Mask:
+        """Return the mask with this digest; the dense one of the start needs no telling."""
+        dense = self.site.dense
+        return dense if digest == dense.digest else super().known_mask(parcel, digest)
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the client's own part of the global model."""
+        self.load(parcel)
+        return self.tested(parcel, "personal_accuracy")
+
+    def pruned(self, mask: Mask, step: float) -> Mask:
+        """Return `mask` without the share `step` of its weights in each layer: the smallest on the workbench.
+
+        Rounded down in each layer. Near mask.density the share shrinks, so that the mask never falls below it. What
+        rounding then leaves over, less than a weight a layer, stays: nobody prunes, or rewinds, for that little.
+        """
+        layout = self.site.layout
+        spare = mask.count - keep_count(self.settings.mask.density, layout.prunable_size)
+        if spare < len(layout.prunable):
+            return mask
+        share = min(Fraction(repr(step)), Fraction(spare, mask.count))
+        counts = {name: math.floor(share * alive) for name, alive, _ in mask.layers()}
+        return fire(mask, np.abs(layout.flatten_prunable(state_of(self.site.model))), counts)
+
+    def training_accuracy(self) -> float:
+        """Return the workbench's accuracy on the client's training images."""
+        return self.site.trainer.evaluate(self.site.model, self.site.train)[1]
+
+    def answer(self, parcel: Parcel, mask: Mask, loss: float) -> Parcel:
+        """Return the workbench's weights under `mask`, the client's own from now on."""
+        self.site.memory.keep(mask.digest, mask.packed())
+        return self.reply(parcel, mask, loss)
+
+
+class ShrinkingMasks(SparseStrategy):
+    """The server's half: a mask for every client."""
+
+    client = ShrinkingClient
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        self.masks = [Mask.dense(layout)] * settings.run.clients
+        for client, mask in enumerate(self.masks):
+            self.post.holds(client, mask)
+
+    def mask_for(self, client: int) -> Mask:
+        """Return the client's own mask."""
+        return self.masks[client]
+
+    def send(self, round_: int, client: int) -> Parcel:
+        """Return the client's own part of the global model."""
+        return Parcel(self.down.encode(self.layout, self.state, self.masks[client]))
+
+    def check_trained(self, client: int, parcel: Parcel) -> None:
+        """Raise PayloadError unless the mask that came up is part of the old one, and none below mask.density."""
+        super().check_trained(client, parcel)
+        old, new = self.masks[client], read_mask(parcel.arrays, self.layout)
+        revived = np.count_nonzero(new.alive & ~old.alive)
+        if revived:
+            raise PayloadError(f"a mask brings {revived} dead weights back; masks of {self.name} only shrink")
+        least = keep_count(self.settings.mask.density, self.layout.prunable_size)
+        if new.count < least:
+            raise PayloadError(f"a mask has {new.count} alive weights; mask.density leaves at least {least}")
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Take the mean over the clients whose weights carry a coordinate, and note their masks."""
+        values = overlap_mean(self, self._noted(replies), self.layout.flatten(self.state))
+        self.state = self.layout.unflatten(values)
+
+    def _noted(self, replies: Iterable[Reply]) -> Iterator[Reply]:
+        for reply in replies:
+            self.masks[reply.client] = read_mask(reply.arrays, self.layout)
+            self.post.holds(reply.client, self.masks[reply.client])
+            yield reply
+            del reply
+
+    def densities(self) -> tuple[float, float]:
+        """Return the means over the clients' masks."""
+        return density_pair(*self.masks)
+
+    def snapshot(self) -> Arrays:
+        """Return all that `restore` needs: the masks too."""
+        return super().snapshot() | {f"mask/{k}": mask.packed() for k, mask in enumerate(self.masks)}
+
+    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`."""
+        super().restore(round_, arrays)
+        packed = [np.asarray(arrays[f"mask/{k}"], dtype=np.uint8) for k in range(self.settings.run.clients)]
+        self.masks = [Mask.unpack(self.layout, bitmap) for bitmap in packed]

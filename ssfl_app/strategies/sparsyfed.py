@@ -1,0 +1,141 @@
+"""SparsyFed: power-propagated local training, pruned to a density before every upload.
+
+Guastella et al., "SparsyFed: Sparse adaptive federated training", ICLR 2025, arXiv 2504.05153. The weights w travel,
+and every conv and linear layer computes with ``v = sign(w) |w|^beta``. A client
+
+1. trains w: with beta > 1 the gradient dL/dw = beta |w|^(beta-1) dL/dv is 0 at w = 0, so what the server holds dead
+   stays dead, which is how clients come to agree on a mask. Activations kept for dL/dv are pruned to the density of
+   their layer (the larger ones stay);
+2. keeps the floor(density * prunable) largest |w| over all layers, the first one too, and sends them with a bitmap.
+
+The server's w is the mean, what a client did not send counting as 0; its mask is the union of the masks that came
+up. It goes down as a bitmap and alive values, dense in round 1. Clients' models have the density that is asked for;
+the union is denser, and that is the density reported. Models are tested with v; so is the central one.
+
+`sparsyfed.exponent` "spectral" sets beta per layer to 1 + mean(|w| / sigma(|w|)) of the w that came down.
+
+Departures: v starts as the initial weights of the run, w0 = sign(u) |u|^(1/beta), where the authors draw a truncated
+normal; with "spectral", beta of u is taken for that, so v starts near u only. The density of a layer is read from the
+mask that came down, not from zeros. Activations are ranked in every batch; the public code keeps the first batch's
+threshold for the round. Its spectral exponents are cached by shape, so equal layers share one; here each has its own.
+The rate schedule and BatchNorm of the paper are left to the common frame (local.*, model.norm).
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from torch import nn
+
+from ssfl_app.aggregate import WeightedMean
+from ssfl_app.local.reparam import inverse_power, power, power_propagation, sparse_activations, spectral_exponents
+from ssfl_app.options import ConfigError, anything, at_least, choice
+from ssfl_app.sparsity.codec import Bitmask, read_mask
+from ssfl_app.sparsity.evolve import layer_densities
+from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
+from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import MaskOptions, Settings
+from ssfl_app.wire import Facts, Parcel
+
+
+@dataclass(frozen=True)
+class SparsyFedOptions:
+    """Keys of the room ``sparsyfed``."""
+
+    beta: float = at_least(1)
+    exponent: str = choice("fixed", "spectral")
+    prune_activations: bool = anything("true or false")
+
+
+def exponents(layout: Layout, settings: Settings, state: State) -> dict[str, float]:
+    """Return beta of each prunable tensor; both ends compute it from the w that went down."""
+    options = cast(SparsyFedOptions, settings.own["sparsyfed"])
+    if options.exponent == "fixed":
+        return dict.fromkeys(layout.prunable, options.beta)
+    layers = [nn.Linear(1, 1, bias=False, device="meta") for _ in layout.prunable]  # the server has no model
+    for layer, name in zip(layers, layout.prunable, strict=True):
+        layer.weight = nn.Parameter(state[name], requires_grad=False)
+    return dict(zip(layout.prunable, spectral_exponents(nn.ModuleList(layers)).values(), strict=True))
+
+
+def largest(layout: Layout, weights: Vector, wanted: MaskOptions) -> Mask:
+    """Return the mask of the largest |w|, shape (layout.prunable_size,)."""
+    scope = cast(Scope, wanted.scope)
+    return Mask.top(layout, np.abs(weights), wanted.density, scope, min_per_layer=wanted.min_per_layer)
+
+
+class SparsyFedClient(ClientRule):
+    """Trains w through v, and prunes w."""
+
+    down = Bitmask
+    up = Bitmask
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Train the model that came down and return it pruned."""
+        options, site = cast(SparsyFedOptions, self.settings.own["sparsyfed"]), self.site
+        mask = self.load(parcel)
+        keep = layer_densities(mask) if options.prune_activations else dict.fromkeys(site.layout.prunable, 1.0)
+        with self.powered(), sparse_activations(site.model, keep):
+            loss = self.fit(int(parcel.facts["round"]))  # no mask: it is beta > 1 that keeps dead weights dead
+        weights = site.layout.flatten_prunable(state_of(site.model))
+        return self.reply(parcel, largest(site.layout, weights, self.settings.mask), loss)
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the model that came down, with v."""
+        self.load(parcel)
+        with self.powered():
+            return self.tested(parcel)
+
+    def powered(self) -> AbstractContextManager[None]:
+        """Return the context in which the workbench, which holds the w that came down, computes with v."""
+        model = self.site.model
+        return power_propagation(model, exponents(self.site.layout, self.settings, state_of(model)))
+
+
+class SparsyFed(SparseStrategy):
+    """Averages pruned weights."""
+
+    name = "sparsyfed"
+    client = SparsyFedClient
+    rooms = {"sparsyfed": SparsyFedOptions}  # noqa: RUF012  (ClassVar of the base)
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        try:
+            self._count = largest(layout, np.zeros(layout.prunable_size, dtype=np.float32), settings.mask).count
+        except ValueError as error:
+            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; {error}") from error
+
+    def setup(self, ask: Ask) -> None:
+        """Turn the initial weights, which are to be v, into w."""
+        betas = exponents(self.layout, self.settings, self.state)
+        self.state = {n: inverse_power(t, betas[n]) if n in betas else t for n, t in self.state.items()}
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Take the mean with zeros, and the union of the masks."""
+        mean, sent = WeightedMean(self.layout.size), np.zeros(self.layout.prunable_size, dtype=np.bool_)
+        for reply in replies:
+            part, mask = self.decoded(reply)
+            mean.add(part, self.weight(reply))
+            sent |= mask.alive
+            del reply, part
+        self.state, self.mask = self.layout.unflatten(mean.value()), Mask(self.layout, sent)
+
+    def model(self) -> State:
+        """Return the global model with v in place of w."""
+        betas = exponents(self.layout, self.settings, self.state)
+        return {n: power(t, betas[n]) if n in betas else t for n, t in self.state.items()}
+
+    def check_trained(self, client: int, parcel: Parcel) -> None:
+        """Refuse as ever, and a mask of another density than was asked for."""
+        super().check_trained(client, parcel)
+        count = read_mask(parcel.arrays, self.layout).count
+        if count != self._count:
+            raise PayloadError(f"{count} weights came up; mask.density {self.settings.mask.density} is {self._count}")

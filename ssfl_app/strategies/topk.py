@@ -1,0 +1,141 @@
+"""Top-k: dense models down, each client's largest coordinates up.
+
+Ohib et al., "SSFL", arXiv 2405.09037 version 1 (its baseline: each client shares its top-k weights and the server
+averages); Guastella et al., "SparsyFed", ICLR 2025 (its Top-K baseline); Stich, Cordonnier and Jaggi, "Sparsified SGD
+with memory", NeurIPS 2018 (error feedback). Client k trains the global model w to w_k, all of it, and sends the
+floor(density * prunable) coordinates of largest magnitude, with the dense remainder (biases, norms):
+
+- `topk.of` "weights": of w_k. The new w is the mean of what came up. With `topk.mean` "zeros" what a client did not
+  send counts as 0, so a coordinate shrinks by the share of clients that sent it; with "overlap" it is the mean over
+  those that sent it, and the old value where nobody did.
+- "update": of w_k - w. The server adds the mean over all clients of the cohort, 0 where one did not send. With
+  `topk.error-feedback` client k keeps what it did not send and adds it to its next update before it chooses:
+  ``d = w_k - w + e_k``, sends ``top(d)``, ``e_k <- d - top(d)``.
+
+The mask of the global model is the union of the masks that came up for weights with zeros, and dense otherwise; what
+goes down is always dense.
+
+Departures: exactly k coordinates, the lower index first among equals; places travel as a bitmap (`topk.index`), or as
+int32 positions, which is less below density 1/32. Means are weighted by samples (run.weighting); v1's is uniform.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from ssfl_app.aggregate import WeightedMean
+from ssfl_app.options import ConfigError, anything, choice
+from ssfl_app.sparsity.codec import Bitmask, Codec, Indexed
+from ssfl_app.sparsity.layout import Layout, Vector, state_of
+from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.strategies.folds import overlap_mean, zeros_mean
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import MaskOptions, Settings
+from ssfl_app.wire import Parcel
+
+
+@dataclass(frozen=True)
+class TopkOptions:
+    """Keys of the room ``topk``."""
+
+    of: str = choice("weights", "update")
+    mean: str = choice("zeros", "overlap")
+    index: str = choice("bitmap", "int32")
+    error_feedback: bool = anything("true or false")
+
+
+def chosen(layout: Layout, values: Vector, wanted: MaskOptions) -> Mask:
+    """Return the mask of the largest prunable coordinates of a vector of all coordinates."""
+    scores = np.abs(values[layout.is_prunable])
+    scope = cast(Scope, wanted.scope)
+    return Mask.top(layout, scores, wanted.density, scope, min_per_layer=wanted.min_per_layer)
+
+
+def codec(settings: Settings) -> Codec:
+    """Return how the chosen coordinates travel up."""
+    options = cast(TopkOptions, settings.own["topk"])
+    return {"bitmap": Bitmask, "int32": Indexed}[options.index](settings.wire.up_values)
+
+
+class TopkClient(ClientRule):
+    """Trains everything and sends the largest."""
+
+    up = Bitmask  # or Indexed: `codec`
+    remembers = True
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Train the model that came down; return its largest coordinates, or those of its change."""
+        options, layout = cast(TopkOptions, self.settings.own["topk"]), self.site.layout
+        self.load(parcel)
+        old = layout.flatten(state_of(self.site.model))
+        loss = self.fit(int(parcel.facts["round"]))
+        values = layout.flatten(state_of(self.site.model))
+        if options.of == "update":
+            values -= old
+        if options.error_feedback:
+            kept = self.recall(parcel)
+            values += np.float32(0) if kept is None else kept["residual"]
+        mask, up = chosen(layout, values, self.settings.mask), codec(self.settings)
+        arrays = up.encode(layout, layout.unflatten(values), mask)
+        if options.error_feedback:
+            sent, _ = up.decode(arrays, layout, mask)  # as the server reads it: rounding is fed back too
+            self.remember(parcel, {"residual": values - layout.flatten(sent)})
+        return Parcel(arrays, self.facts(parcel, loss))
+
+
+class Topk(SparseStrategy):
+    """Averages models or updates of which each client sent a part."""
+
+    name = "topk"
+    client = TopkClient
+    rooms = {"topk": TopkOptions}  # noqa: RUF012  (ClassVar of the base)
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        self.options = options = cast(TopkOptions, settings.own["topk"])
+        if options.of == "weights" and options.error_feedback:
+            raise ConfigError("topk.error-feedback is true; with topk.of 'weights' it is false")
+        if options.of == "update" and options.mean == "overlap":
+            raise ConfigError("topk.mean is 'overlap'; with topk.of 'update' it is 'zeros'")
+        self._dense = self.mask
+        try:
+            self._count = chosen(layout, np.zeros(layout.size, dtype=np.float32), settings.mask).count
+        except ValueError as error:
+            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; {error}") from error
+
+    @property
+    def up(self) -> Codec:
+        """The codec of what is sent back."""
+        return codec(self.settings)
+
+    def mask_for(self, client: int) -> Mask:
+        """Return the dense mask: whole models go down."""
+        return self._dense
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Replace the model by the mean, or add the mean to it."""
+        if self.options.of == "update":
+            values = self.layout.flatten(self.state) + zeros_mean(self, replies)
+        elif self.options.mean == "overlap":
+            values = overlap_mean(self, replies, self.layout.flatten(self.state))
+        else:
+            mean, sent = WeightedMean(self.layout.size), np.zeros(self.layout.prunable_size, dtype=np.bool_)
+            for reply in replies:
+                part, mask = self.decoded(reply)
+                mean.add(part, self.weight(reply))
+                sent |= mask.alive
+                del reply, part
+            values, self.mask = mean.value(), Mask(self.layout, sent)
+        self.state = self.layout.unflatten(values)
+
+    def check_trained(self, client: int, parcel: Parcel) -> None:
+        """Refuse as ever, and what carries another number of coordinates than was asked for."""
+        super().check_trained(client, parcel)
+        count = parcel.arrays["values"].size - (self.layout.size - self.layout.prunable_size)
+        if count != self._count:
+            raise PayloadError(f"{count} weights came up; mask.density {self.settings.mask.density} is {self._count}")

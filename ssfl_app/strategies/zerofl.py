@@ -1,0 +1,153 @@
+"""ZeroFL: dense models that compute with their largest weights only, and send a little more than these.
+
+Qiu et al., "ZeroFL: Efficient on-device training for federated learning with local sparsity", ICLR 2022; the local
+training is SWAT (Raihan and Aamodt, "Sparse weight activation training", NeurIPS 2020). A client trains the global
+model w to w_k: each layer computes with its floor(density * size) largest weights, chosen anew in every step, and
+hands their dense gradient to all of its weights; activations kept for weight gradients are pruned to the same
+density. The first layer does neither. No weight is ever masked. It sends a share of density + zerofl.r-mask (at most
+1) of the prunable coordinates, and the dense remainder (biases, norms); which, and what of them, `zerofl.uplink`:
+
+================  ===============  =========  =======================
+uplink            at the largest   sends      the server
+================  ===============  =========  =======================
+top-weights       |w_k|            w_k        takes the mean
+top-weights-diff  |w_k|            w_k - w    adds the mean
+top-diff          |w_k - w|        w_k - w    adds the mean
+================  ===============  =========  =======================
+
+The mean is FedAvg's over the cohort, 0 where a client did not send: with "top-weights" a coordinate shrinks by the
+share of clients that sent it, and is 0 if none did; with differences it then keeps its value. Whole models go down.
+Clients test, and `model()` is, the model that computes: the largest weights of each layer, the first one dense.
+
+Departures: there is no public code; that the mean of "top-weights" counts zeros is how we read the paper's FedAvg on
+sparse tensors. What is sent is ranked over all layers (mask.scope), the first one among them, so with "top-weights"
+weights of it can become 0; places travel as a bitmap, where the paper has CSR. The SWAT modules in SparsyFed's code
+overwrite w by its largest weights in each step; as in the paper, ours stays dense.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import cast
+
+import numpy as np
+
+from ssfl_app.local.reparam import sparse_activations, top_weights
+from ssfl_app.options import ConfigError, choice, option
+from ssfl_app.sparsity.codec import Bitmask, read_mask
+from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
+from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.folds import zeros_mean
+from ssfl_app.strategies.post import Reply
+from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Facts, Parcel, freeze
+
+
+@dataclass(frozen=True)
+class ZeroFlOptions:
+    """Keys of the room ``zerofl``."""
+
+    uplink: str = choice("top-weights", "top-weights-diff", "top-diff")
+    r_mask: float = option("a fraction in [0, 1]", lambda value: 0 <= value <= 1)
+
+
+def sent_mask(layout: Layout, values: Vector, settings: Settings) -> Mask:
+    """Return the mask of what travels up: the largest prunable coordinates of a vector of all coordinates."""
+    wanted, options = settings.mask, cast(ZeroFlOptions, settings.own["zerofl"])
+    # As the decimals they are written as: in binary 0.7 + 0.1 is below 0.8.
+    share = float(min(Fraction(repr(wanted.density)) + Fraction(repr(options.r_mask)), Fraction(1)))
+    scores, scope = np.abs(values[layout.is_prunable]), cast(Scope, wanted.scope)
+    return Mask.top(layout, scores, share, scope, min_per_layer=wanted.min_per_layer)
+
+
+def used_mask(layout: Layout, state: State, density: float) -> Mask:
+    """Return the mask of the weights that compute: the largest of each layer, and all of the first."""
+    mask = Mask.top(layout, np.abs(layout.flatten_prunable(state)), density, "layer")
+    first = np.zeros(layout.prunable_size, dtype=np.bool_)
+    first[layout.prunable_spans[layout.prunable[0]]] = True
+    return mask | Mask(layout, first)
+
+
+class ZeroFlClient(ClientRule):
+    """Trains a dense model that computes sparsely, and sends a part of it."""
+
+    up = Bitmask
+
+    def train(self, parcel: Parcel) -> Parcel:
+        """Train the model that came down; return the largest of its weights, or of their changes."""
+        options, layout = cast(ZeroFlOptions, self.settings.own["zerofl"]), self.site.layout
+        self.load(parcel)
+        old = layout.flatten(state_of(self.site.model))
+        keep = dict.fromkeys(layout.prunable, self.settings.mask.density) | {layout.prunable[0]: 1.0}
+        with self.sparse(), sparse_activations(self.site.model, keep):
+            loss = self.fit(int(parcel.facts["round"]))
+        new = layout.flatten(state_of(self.site.model))
+        mask = sent_mask(layout, new - old if options.uplink == "top-diff" else new, self.settings)
+        values = new if options.uplink == "top-weights" else new - old
+        return self.reply(parcel, mask, loss, layout.unflatten(values))
+
+    def evaluate(self, parcel: Parcel) -> Facts:
+        """Test the model that came down, with its largest weights."""
+        self.load(parcel)
+        with self.sparse():
+            return self.tested(parcel)
+
+    def sparse(self) -> AbstractContextManager[None]:
+        """Return the context in which the workbench computes with its largest weights."""
+        return top_weights(self.site.model, self.settings.mask.density, dense=self.site.layout.prunable[:1])
+
+
+class ZeroFl(SparseStrategy):
+    """Averages what came up; its `mask` is that of the weights that compute, its `state` is dense."""
+
+    name = "zerofl"
+    client = ZeroFlClient
+    rooms = {"zerofl": ZeroFlOptions}  # noqa: RUF012  (ClassVar of the base)
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        self._dense = self.mask
+        try:
+            self._count = sent_mask(layout, np.zeros(layout.size, dtype=np.float32), settings).count
+        except ValueError as error:
+            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; {error}") from error
+
+    def setup(self, ask: Ask) -> None:
+        """Find the weights that compute."""
+        self.mask = used_mask(self.layout, self.state, self.settings.mask.density)
+
+    def mask_for(self, client: int) -> Mask:
+        """Return the dense mask: whole models go down."""
+        return self._dense
+
+    def send(self, round_: int, client: int) -> Parcel:
+        """Return the whole model, encoded once a round."""
+        memo = self._encoded
+        if memo is None or memo[0] is not self.state:
+            arrays = freeze(self.down.encode(self.layout, self.state, self._dense))
+            self._encoded = memo = (self.state, self._dense, arrays)
+        return Parcel(memo[2])
+
+    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Replace the model by the mean, or add the mean to it."""
+        values = zeros_mean(self, replies)
+        if cast(ZeroFlOptions, self.settings.own["zerofl"]).uplink != "top-weights":
+            values += self.layout.flatten(self.state)
+        self.state = self.layout.unflatten(values)
+        self.mask = used_mask(self.layout, self.state, self.settings.mask.density)
+
+    def model(self) -> State:
+        """Return the weights that compute."""
+        return self.mask.apply(self.state)
+
+    def check_trained(self, client: int, parcel: Parcel) -> None:
+        """Refuse as ever, and another number of coordinates than was asked for."""
+        super().check_trained(client, parcel)
+        count = read_mask(parcel.arrays, self.layout).count
+        if count != self._count:
+            raise PayloadError(f"{count} weights came up; density and zerofl.r-mask make {self._count}")
