@@ -31,7 +31,7 @@ def masks(
         str, typer.Option(metavar="N,N,...", help="Numbers of minibatches in the mean score.")
     ] = "1,2,4,8,16,32,64,128,256",
     repeats: Annotated[int, typer.Option(help="Orders of the minibatches.")] = 5,
-    out: Out = Path("study"),
+    out: Out = Path("runs/study"),
 ) -> None:
     """Measure how SSFL's mask nears the masks of the whole data, the more minibatches are in the mean score."""
     from rich.console import Console
@@ -57,7 +57,7 @@ def masks(
 @app.command()
 def clients(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of finished runs.")],
-    out: Out = Path("study"),
+    out: Out = Path("runs/study"),
 ) -> None:
     """Draw each client's accuracy against its number of images and against the spread of its classes."""
     from ssfl_app.results.client_study import study_clients

@@ -24,6 +24,8 @@ Facts = dict[str, Fact]
 
 SERIAL_TYPE = "ssfl.raw.v1"
 _DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "u1", "i1", "<i4", "<i8")}
+MASKS = "masks"
+"""Folder of bitmaps, one file a digest, in the folder that simulated clients share."""
 _MEMORY, _PERSONAL = "ssfl", "ssfl-personal"
 
 
@@ -126,7 +128,7 @@ class Memory:
 
     def __init__(self, context: Context, client: int, folder: Path | None = None) -> None:
         self._state = context.state
-        self._masks = None if folder is None else folder / "masks"
+        self._masks = None if folder is None else folder / MASKS
         self._personal: _Versions = (
             _Records(context.state) if folder is None else _Files(folder / f"client-{client:05d}")
         )

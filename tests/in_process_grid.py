@@ -142,8 +142,34 @@ def play(
     """Play a run without a run folder: strategy, exchange, wire and clients are the real ones.
 
     Clients keep what they remember in `folder`, or in Flower's state without one. The run breaks off after round
-    `until`.
+    `until`. A plain run (none of these, no faults) is played once and shared by the tests that ask for it again:
+    they only read it.
     """
+    if not MEMO.enabled or faults or folder or until is not None:
+        return _play(keys, luck, faults, folder, until)
+    asked = repr((sorted(keys.items()), luck))
+    if asked not in MEMO.runs:
+        while len(MEMO.runs) >= MEMO.most:
+            del MEMO.runs[next(iter(MEMO.runs))]
+        MEMO.runs[asked] = _play(keys, luck, None, None, None)
+    return MEMO.runs[asked]
+
+
+@dataclass
+class Memo:
+    """Runs that were played already; switched off for tests that change the code under them."""
+
+    enabled: bool = True
+    most: int = 10
+    runs: dict[str, Played] = field(default_factory=dict)
+
+
+MEMO = Memo()
+
+
+def _play(
+    keys: Flat, luck: int, faults: Mapping[Where, Fault] | None, folder: Path | None, until: int | None
+) -> Played:
     from flwr.app import ArrayRecord
 
     from ssfl_app.server_app import central_evaluation

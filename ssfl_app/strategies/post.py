@@ -23,7 +23,7 @@ from ssfl_app.exchange import Courier, Outcome, RunFailed, is_simulation
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.settings import RunOptions
-from ssfl_app.wire import Facts, Packer, Parcel, read_record
+from ssfl_app.wire import MASKS, Facts, Packer, Parcel, read_record
 
 SIMULATED_NODES_APPEAR = 5.0
 """Seconds after which all simulated nodes are there: Flower registers them together, before its actors start."""
@@ -167,8 +167,12 @@ class Post:
         return messages
 
     def holds(self, client: int, mask: Mask) -> None:
-        """Note that a client holds this mask already: it made it itself."""
+        """Note that a client holds this mask: it answered under it, or made it itself."""
+        before = self._holds.get(client)
         self._holds[client] = mask.digest
+        if self.folder is not None and before not in (None, *self._holds.values()):
+            # Nobody holds the old one any more. Should anybody need it after all, it is asked for and sent.
+            (self.folder / MASKS / str(before)).unlink(missing_ok=True)
 
     def _message(self, client: int, brings: set[str]) -> Message:
         letter = self._letters[client]
@@ -232,7 +236,7 @@ class Post:
             self.outcome.looks += int(reply.facts.get("looks", 0))
             mask = self._letters[client].mask
             if mask is not None:
-                self._holds[client] = mask.digest
+                self.holds(client, mask)
             yield reply
             del message, reply
         self._packer, self._letters = Packer(), {}  # models that nobody will ask for any more
