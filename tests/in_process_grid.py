@@ -160,7 +160,7 @@ class Memo:
     """Runs that were played already; switched off for tests that change the code under them."""
 
     enabled: bool = True
-    most: int = 10
+    most: int = 24
     runs: dict[str, Played] = field(default_factory=dict)
 
 

@@ -19,6 +19,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.results import compare
 from ssfl_app.results.compare import Entry, Estimate, Row, estimate
 from ssfl_app.results.compare_page import cells, headers, markdown, picture
+from ssfl_app.results.recorder import read_status
 from ssfl_app.results.runs import facts, read_run
 
 NONE = "\N{EN DASH}"
@@ -351,7 +352,9 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     assert end.value.code == 1
     assert "the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "out" / "comparison.md").exists()
-    finished = [path.parent for path in (tmp_path / "out" / "runs").glob("*/summary.json")]
+    # Not whoever has a summary: the other run may have been stopped between that and its report.
+    homes = (tmp_path / "out" / "runs").glob("*/")
+    finished = [home for home in homes if read_status(home).get("status") == "finished"]
     assert finished
     before = {path: (path / "summary.json").read_bytes() for path in finished}
 
@@ -410,7 +413,7 @@ def test_a_failed_run_is_named_and_the_others_are_compared(
 def test_what_a_kill_left_is_cleared_and_other_files_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, said = words(tmp_path, ""), list[str]()
     home = tmp_path / "out" / "runs" / "ssfl-d0.1-s1"
-    monkeypatch.setattr(sweep.subprocess, "Popen", no_process)
+    monkeypatch.setattr(sweep.workers, "start", no_process)
     for name, kept in (("status.json", False), ("thesis.txt", True)):
         home.mkdir(parents=True)
         (home / name).write_text("{}")

@@ -1,6 +1,5 @@
 """D-PSGD: the mixing by hand, what every client gets, what it costs, and what a lost answer means."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,6 @@ EVERYBODY: Flat = BASE | {"run.cohort": 6, "run.weighting": "uniform", "strategy
 FEW: Flat = BASE | {"gossip.neighbours": 2, "run.evaluate-every": 2, "partition.name": "dirichlet-class"}
 
 SCALAR = Layout((("w", (1,)),), ("w",))
-
-
-@functools.cache
-def _run(items: tuple[tuple[str, Any], ...]) -> Played:
-    return play(dict(items))
-
-
-def run(keys: Flat) -> Played:
-    """Play without faults; once for equal keys."""
-    return _run(tuple(sorted(keys.items())))
 
 
 def peers(values: list[float], topology: str) -> Dpsgd:
@@ -114,7 +103,7 @@ class TestMixing:
 
 
 def test_each_client_gets_the_mean_of_its_own_and_its_neighbours_models_of_the_round_before() -> None:
-    played = run(FEW)
+    played = play(FEW)
     w0, sent, down = played.layout.flatten(played.workshop.initial_state()), models(played), came_down(played)
     settings = played.strategy.settings
     for client in range(6):
@@ -127,7 +116,7 @@ def test_each_client_gets_the_mean_of_its_own_and_its_neighbours_models_of_the_r
 
 
 def test_accuracy_is_the_consensus_and_personal_accuracy_the_clients_own_model() -> None:
-    played = run(FEW)
+    played = play(FEW)
     sent = models(played)
     consensus = mean([sent[3, client] for client in range(6)])
     assert np.allclose(played.layout.flatten(played.strategy.state), consensus, rtol=0, atol=1e-7)
@@ -140,7 +129,7 @@ def test_accuracy_is_the_consensus_and_personal_accuracy_the_clients_own_model()
 
 @pytest.mark.parametrize(("keys", "taken"), [(RING, 2), (FULL, 5), (FEW, 2)], ids=["ring", "full", "random"])
 def test_the_wire_carries_one_model_each_way_and_peers_would_carry_their_neighbours(keys: Flat, taken: int) -> None:
-    played = run(keys)
+    played = play(keys)
     model = 4 * played.layout.size
     for record in played.records[1:]:
         assert record["bytes_train_down"] == record["bytes_train_up"] == 6 * model
@@ -150,7 +139,7 @@ def test_the_wire_carries_one_model_each_way_and_peers_would_carry_their_neighbo
 
 
 def test_peers_would_pay_for_the_values_as_clients_send_them() -> None:
-    exact, half = run(RING), run(RING | {"wire.up-values": "fp16", "run.rounds": 2})
+    exact, half = play(RING), play(RING | {"wire.up-values": "fp16", "run.rounds": 2})
     for long, short in zip(exact.records[1:3], half.records[1:], strict=True):
         assert 2 * short["bytes_peer"] == long["bytes_peer"]
         assert short["bytes_train_down"] == long["bytes_train_down"]
@@ -195,7 +184,7 @@ def test_malformed_models_are_refused_by_name_and_others_go_on() -> None:
 
 def test_what_comes_beside_a_model_is_not_kept() -> None:
     more = tamper(lambda p: Parcel({**p.arrays, "junk": np.zeros(10_000, np.float32)}, p.facts))
-    played, plain = play(RING, faults={("train", 1, 1): more}), run(RING)
+    played, plain = play(RING, faults={("train", 1, 1): more}), play(RING)
     assert played.records[2]["bytes_peer"] == plain.records[2]["bytes_peer"]
     assert played.strategy.snapshot().keys() == plain.strategy.snapshot().keys()
     assert played.bits() == plain.bits()
@@ -219,16 +208,16 @@ def test_a_snapshot_has_the_models_that_later_rounds_need(tmp_path: Path) -> Non
 
 class TestFinetuning:
     def test_the_consensus_and_its_accuracy_are_those_of_dpsgd(self) -> None:
-        tuned, plain = run(FEW | {"strategy": "dpsgd-ft"}), run(FEW)
+        tuned, plain = play(FEW | {"strategy": "dpsgd-ft"}), play(FEW)
         assert tuned.bits() == plain.bits()
         assert tuned.strategy.accuracy == plain.strategy.accuracy
 
     def test_before_the_last_round_the_personal_model_is_the_clients_own(self) -> None:
-        tuned, plain = run(FEW | {"strategy": "dpsgd-ft"}), run(FEW)
+        tuned, plain = play(FEW | {"strategy": "dpsgd-ft"}), play(FEW)
         assert tuned.records[2]["personal_accuracy"] == plain.records[2]["personal_accuracy"]
 
     def test_after_the_last_round_every_client_fine_tunes_the_consensus_and_it_costs_no_bytes(self) -> None:
-        tuned, plain = run(FEW | {"strategy": "dpsgd-ft"}), run(FEW)
+        tuned, plain = play(FEW | {"strategy": "dpsgd-ft"}), play(FEW)
         assert tuned.strategy.personal_accuracy != plain.strategy.personal_accuracy
         everybody = sum(len(share) for share in tuned.workshop.partition.train)
         for a, b in zip(tuned.records[1:], plain.records[1:], strict=True):
@@ -239,7 +228,7 @@ class TestFinetuning:
 
 def test_with_full_topology_it_is_fedavg_and_fedavg_ft_of_everybody_with_equal_weights() -> None:
     """So what is fine-tuned is the consensus, and not a client's own model."""
-    gossip, server = run(FULL), run(EVERYBODY)
+    gossip, server = play(FULL), play(EVERYBODY)
     ours, theirs = (p.layout.flatten(p.strategy.state) for p in (gossip, server))
     assert np.allclose(ours, theirs, rtol=0, atol=1e-6)
     assert gossip.strategy.accuracy == server.strategy.accuracy

@@ -1,6 +1,5 @@
 """FedFomo: the weights and the mixing by hand, who is chosen, what travels, and what a bad answer is."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,6 @@ BASE: Flat = {"strategy": "fedfomo", "local.batch-size": 64, "run.evaluate-every
 PATHOLOGICAL: Flat = {"partition.name": "pathological", "run.clients": 10, "fedfomo.peers": 9}
 
 SCALAR = Layout((("w", (1,)),), ("w",))
-
-
-@functools.cache
-def _run(items: tuple[tuple[str, Any], ...]) -> Played:
-    return play(dict(items))
-
-
-def run(keys: Flat) -> Played:
-    """Play without faults; once for equal keys."""
-    return _run(tuple(sorted(keys.items())))
 
 
 def server(**keys: Any) -> FedFomo:
@@ -145,7 +134,7 @@ class TestChoice:
 
 class TestRun:
     def test_peers_models_are_those_of_the_round_before_and_not_ones_own(self) -> None:
-        played = run(BASE)
+        played = play(BASE)
         up, down = sent_up(played), sent_down(played)
         for client in range(6):
             assert not down[1, client].arrays
@@ -156,7 +145,7 @@ class TestRun:
                 assert len(set(whose)) == 2
 
     def test_bytes(self) -> None:
-        played = run(BASE)
+        played = play(BASE)
         model = 4 * played.layout.size
         for record in played.records[1:]:
             peers = 0 if record["round"] == 1 else 2
@@ -166,19 +155,19 @@ class TestRun:
 
     def test_validation_images_are_looked_at_and_never_trained_on(self) -> None:
         """Of the model before, the trained one and each peer's."""
-        played = run(BASE)
+        played = play(BASE)
         images = sum(len(share) for share in played.workshop.partition.train)
         for record in played.records[1:]:
             assert record["image_passes"] == images - sum(held(played))
             assert record["validation_passes"] == (2 if record["round"] == 1 else 4) * sum(held(played))
 
     def test_the_share_of_validation_images_is_an_option(self) -> None:
-        played = run(BASE | {"fedfomo.validation": 0.5, "run.rounds": 1, "run.evaluate-every": 1})
+        played = play(BASE | {"fedfomo.validation": 0.5, "run.rounds": 1, "run.evaluate-every": 1})
         sizes = [len(share) for share in played.workshop.partition.train]
         assert played.records[1]["image_passes"] == sum(n - round(0.5 * n) for n in sizes)
 
     def test_personal_accuracy_is_that_of_the_model_that_went_up_and_there_is_no_other(self) -> None:
-        played = run(BASE)
+        played = play(BASE)
         shop, up = played.workshop, sent_up(played)
         assert played.strategy.accuracy == {}
         for client, known in played.strategy.personal_accuracy.items():
@@ -189,7 +178,7 @@ class TestRun:
         assert np.allclose(played.layout.flatten(played.strategy.state), everybody, rtol=0, atol=1e-7)
 
     def test_preferences_are_the_sums_of_the_weights_that_came_up(self) -> None:
-        played = run(BASE)
+        played = play(BASE)
         up, down, expected = sent_up(played), sent_down(played), np.zeros((6, 6))
         for round_ in (2, 3):
             owners = {up[round_ - 1, j].arrays["values"].tobytes(): j for j in range(6)}
@@ -202,7 +191,7 @@ class TestRun:
 
     def test_what_a_client_returns_is_what_the_paper_writes(self) -> None:
         """Written again, for a client that some peer helps: local training, the weights, and the mixing."""
-        played = run(BASE | PATHOLOGICAL)
+        played = play(BASE | PATHOLOGICAL)
         up, shop, settings = sent_up(played), played.workshop, played.strategy.settings
         best = {client: parcel.arrays["preference"].max() for (r, client), parcel in up.items() if r == 3}
         client = max(best, key=lambda c: best[c])
@@ -230,7 +219,7 @@ class TestRun:
         assert np.allclose(up[3, client].arrays["values"], expected, rtol=0, atol=1e-5)
 
     def test_a_client_prefers_those_who_share_a_class_with_it(self) -> None:
-        played = run(BASE | PATHOLOGICAL)
+        played = play(BASE | PATHOLOGICAL)
         labels = played.workshop.data.train.labels.numpy()
         classes = [set(labels[share].tolist()) for share in played.workshop.partition.train]
         pairs = [(i, j) for i in range(10) for j in range(10) if i != j]
@@ -254,12 +243,12 @@ class TestRun:
             assert (models[1] != models[0]).any()
 
     def test_a_lossy_wire_is_lossy_for_peers_only(self) -> None:
-        played = run(BASE | {"wire.up-values": "int8", "wire.down-values": "fp16", "run.rounds": 2})
+        played = play(BASE | {"wire.up-values": "int8", "wire.down-values": "fp16", "run.rounds": 2})
         size = played.layout.size
         assert played.records[2]["bytes_train_down"] == 6 * 2 * 2 * size
         assert played.records[2]["bytes_train_up"] == 6 * (size + 4 * -(-size // 1024) + 4 * 2)
         assert {p.arrays["values.0"].dtype for (r, _), p in sent_down(played).items() if r == 2} == {np.dtype("f2")}
-        both = run(BASE | {"wire.up-values": "int8", "wire.down-values": "int8", "run.rounds": 2})
+        both = play(BASE | {"wire.up-values": "int8", "wire.down-values": "int8", "run.rounds": 2})
         assert both.records[2]["bytes_train_down"] == 6 * 2 * (size + 4 * -(-size // 1024))
         for name in ("values", "scales"):  # handed on as they came
             up = {p.arrays[name].tobytes() for (r, _), p in sent_up(both).items() if r == 1}

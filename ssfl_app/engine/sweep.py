@@ -4,9 +4,7 @@ A run lives in ``DIR/runs/<slug>``. One that is finished is not played again, on
 that was started with another configuration is an error: nothing is mixed and nothing is overwritten.
 """
 
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +15,7 @@ from typing import NamedTuple
 
 from ssfl_app import config as configuration
 from ssfl_app import guard
+from ssfl_app.engine import workers
 from ssfl_app.engine.command import ENGINES
 from ssfl_app.engine.sweep_plan import TASK, Plan, Planned, difference, read_plan
 from ssfl_app.options import ConfigError
@@ -50,7 +49,7 @@ class Sweep:
 
 class _Job(NamedTuple):
     run: Planned
-    process: "subprocess.Popen[bytes]"
+    process: workers.Worker
     errors: Path
 
 
@@ -169,26 +168,19 @@ def _start(run: Planned, folder: Path, engine: str, work: Path) -> _Job:
             shutil.rmtree(home)
         words = [str(file), "--out", str(home)]
     errors = home.with_name(f"{run.slug}.stderr")
-    with errors.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from ssfl_app.cli import main; main()", "run", "--engine", engine, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # console.log in the run folder has it
-            stderr=stderr,
-            start_new_session=True,  # Ctrl-C is for this process, which then asks the others to end
-            env=os.environ | {guard.LAUNCHER: str(folder / ".lock")},  # and if it is killed, they end too
-        )
+    # If this process is killed, they end too.
+    process = workers.start(engine, words, errors, {guard.LAUNCHER: str(folder / ".lock")})
     return _Job(run, process, errors)
 
 
 def _reason(job: _Job, folder: Path) -> str:
     """Return why a run failed, in one line, or "" if it did not."""
     lines = [line.strip() for line in job.errors.read_text(errors="replace").splitlines() if line.strip()]
-    if job.process.returncode == 0 and state(job.run, folder) == "finished":
+    if job.process.poll() == 0 and state(job.run, folder) == "finished":
         job.errors.unlink()
         return ""
     said = [line.removeprefix("ssfl: ") for line in lines if line.startswith("ssfl: ")] or lines[-1:]
-    return f"failed: {said[0] if said else f'exit code {job.process.returncode}, {job.errors}'}"
+    return f"failed: {said[0] if said else f'exit code {job.process.poll()}, {job.errors}'}"
 
 
 def _result(run: Planned, folder: Path) -> str:
@@ -202,11 +194,9 @@ def _stop(jobs: Sequence[_Job]) -> None:
         job.process.terminate()
     end = time.monotonic() + STOP_TIMEOUT
     for job in jobs:
-        try:
-            job.process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        if not job.process.wait(max(0.0, end - time.monotonic())):
             job.process.kill()
-            job.process.wait()
+            job.process.wait(STOP_TIMEOUT)
         job.errors.unlink(missing_ok=True)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from ssfl_app.aggregate import OverlapMean, WeightedMean
 from ssfl_app.sparsity.codec import LinearCodec
 from ssfl_app.sparsity.layout import State, Vector
+from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies.post import Reply
 
 if TYPE_CHECKING:
@@ -48,14 +49,18 @@ def carried_mean(strategy: "SparseStrategy", replies: Iterable[Reply]) -> State:
     return codec.expand(values, layout, mask)
 
 
-def zeros_mean(strategy: "SparseStrategy", replies: Iterable[Reply]) -> Vector:
-    """Return the mean of whole models, float32, shape (layout.size,); what a client did not send counts as 0."""
-    mean = WeightedMean(strategy.layout.size)
+def zeros_mean(strategy: "SparseStrategy", replies: Iterable[Reply]) -> tuple[Vector, Mask]:
+    """Return the mean of whole models, what a client did not send counting as 0, and the union of their masks.
+
+    The mean is float32, shape (layout.size,).
+    """
+    mean, sent = WeightedMean(strategy.layout.size), np.zeros(strategy.layout.prunable_size, dtype=np.bool_)
     for reply in replies:
-        values, _ = strategy.decoded(reply)
+        values, mask = strategy.decoded(reply)
         mean.add(values, strategy.weight(reply))
+        sent |= mask.alive
         del reply, values
-    return mean.value()
+    return mean.value(), Mask(strategy.layout, sent)
 
 
 def overlap_mean(strategy: "SparseStrategy", replies: Iterable[Reply], old: Vector) -> Vector:

@@ -18,22 +18,19 @@ Departures: layers are ranked together unless mask.scope is "layer" (the author'
 layer). A client that was lost before it told its mask gets the random one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
-
-import numpy as np
-import numpy.typing as npt
 
 from ssfl_app.options import choice
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitsOnly, SharedMask, read_mask
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask, Scope, keep_count
-from ssfl_app.sparsity.values import Arrays, PayloadError
-from ssfl_app.strategies.base import SparseStrategy, density_pair
+from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.folds import overlap_mean, zeros_mean
+from ssfl_app.strategies.own_masks import OwnMasks
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.scoring import snip_scores
@@ -92,7 +89,7 @@ class LocalSaliencyClient(LocalMaskClient):
         return Parcel(BitsOnly().encode(site.layout, state, own), {"samples": len(site.train)})
 
 
-class RandomLocal(SparseStrategy):
+class RandomLocal(OwnMasks):
     """A random mask for every client."""
 
     name = "random-local"
@@ -108,36 +105,14 @@ class RandomLocal(SparseStrategy):
         for client, mask in enumerate(self.masks):
             self.post.holds(client, mask)
 
-    def mask_for(self, client: int) -> Mask:
-        """Return the client's own mask."""
-        return self.masks[client]
-
-    def send(self, round_: int, client: int) -> Parcel:
-        """Return the client's own part of the global model."""
-        return Parcel(self.down.encode(self.layout, self.state, self.masks[client]))
-
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Take the mean, over those who hold a coordinate or over all."""
         options = cast(LocalMaskOptions, self.settings.own["local-mask"])
         if options.mean == "zeros":
-            values = zeros_mean(self, replies)
+            values, _ = zeros_mean(self, replies)
         else:
             values = overlap_mean(self, replies, self.layout.flatten(self.state))
         self.state = self.layout.unflatten(values)
-
-    def densities(self) -> tuple[float, float]:
-        """Return the means over the clients' masks."""
-        return density_pair(*self.masks)
-
-    def snapshot(self) -> Arrays:
-        """Return all that `restore` needs: the masks too."""
-        return super().snapshot() | {f"mask/{k}": mask.packed() for k, mask in enumerate(self.masks)}
-
-    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Continue after `round_`."""
-        super().restore(round_, arrays)
-        packed = [np.asarray(arrays[f"mask/{k}"], dtype=np.uint8) for k in range(self.settings.run.clients)]
-        self.masks = [Mask.unpack(self.layout, bitmap) for bitmap in packed]
 
 
 class LocalSaliency(RandomLocal):

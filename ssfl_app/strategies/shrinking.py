@@ -7,23 +7,20 @@ under which everything is alive, never does.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ssfl_app.sparsity.codec import Bitmask, SharedMask, read_mask
 from ssfl_app.sparsity.evolve import fire
-from ssfl_app.sparsity.layout import Layout, state_of
+from ssfl_app.sparsity.layout import state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
-from ssfl_app.sparsity.values import Arrays, PayloadError
-from ssfl_app.strategies.base import SparseStrategy, density_pair
+from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies.folds import overlap_mean
+from ssfl_app.strategies.own_masks import OwnMasks
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Parcel
 
 
@@ -32,11 +29,6 @@ class ShrinkingClient(ClientRule):
 
     down = SharedMask
     up = Bitmask
-
-    def known_mask(self, parcel: Parcel, digest: str) -> Mask:
-        """Return the mask with this digest; the dense one of the start needs no telling."""
-        dense = self.site.dense
-        return dense if digest == dense.digest else super().known_mask(parcel, digest)
 
     def evaluate(self, parcel: Parcel) -> Facts:
         """Test the client's own part of the global model."""
@@ -67,24 +59,10 @@ class ShrinkingClient(ClientRule):
         return self.reply(parcel, mask, loss)
 
 
-class ShrinkingMasks(SparseStrategy):
+class ShrinkingMasks(OwnMasks):
     """The server's half: a mask for every client."""
 
     client = ShrinkingClient
-
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        self.masks = [Mask.dense(layout)] * settings.run.clients
-        for client, mask in enumerate(self.masks):
-            self.post.holds(client, mask)
-
-    def mask_for(self, client: int) -> Mask:
-        """Return the client's own mask."""
-        return self.masks[client]
-
-    def send(self, round_: int, client: int) -> Parcel:
-        """Return the client's own part of the global model."""
-        return Parcel(self.down.encode(self.layout, self.state, self.masks[client]))
 
     def check_trained(self, client: int, parcel: Parcel) -> None:
         """Raise PayloadError unless the mask that came up is part of the old one, and none below mask.density."""
@@ -108,17 +86,3 @@ class ShrinkingMasks(SparseStrategy):
             self.post.holds(reply.client, self.masks[reply.client])
             yield reply
             del reply
-
-    def densities(self) -> tuple[float, float]:
-        """Return the means over the clients' masks."""
-        return density_pair(*self.masks)
-
-    def snapshot(self) -> Arrays:
-        """Return all that `restore` needs: the masks too."""
-        return super().snapshot() | {f"mask/{k}": mask.packed() for k, mask in enumerate(self.masks)}
-
-    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Continue after `round_`."""
-        super().restore(round_, arrays)
-        packed = [np.asarray(arrays[f"mask/{k}"], dtype=np.uint8) for k in range(self.settings.run.clients)]
-        self.masks = [Mask.unpack(self.layout, bitmap) for bitmap in packed]

@@ -29,7 +29,6 @@ from typing import cast
 import numpy as np
 from torch import nn
 
-from ssfl_app.aggregate import WeightedMean
 from ssfl_app.local.reparam import inverse_power, power, power_propagation, sparse_activations, spectral_exponents
 from ssfl_app.options import ConfigError, anything, at_least, choice
 from ssfl_app.sparsity.codec import Bitmask, read_mask
@@ -39,6 +38,7 @@ from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.folds import zeros_mean
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import MaskOptions, Settings
@@ -120,13 +120,8 @@ class SparsyFed(SparseStrategy):
 
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Take the mean with zeros, and the union of the masks."""
-        mean, sent = WeightedMean(self.layout.size), np.zeros(self.layout.prunable_size, dtype=np.bool_)
-        for reply in replies:
-            part, mask = self.decoded(reply)
-            mean.add(part, self.weight(reply))
-            sent |= mask.alive
-            del reply, part
-        self.state, self.mask = self.layout.unflatten(mean.value()), Mask(self.layout, sent)
+        values, self.mask = zeros_mean(self, replies)
+        self.state = self.layout.unflatten(values)
 
     def model(self) -> State:
         """Return the global model with v in place of w."""

@@ -25,7 +25,6 @@ from typing import cast
 
 import numpy as np
 
-from ssfl_app.aggregate import WeightedMean
 from ssfl_app.options import ConfigError, anything, choice
 from ssfl_app.sparsity.codec import Bitmask, Codec, Indexed
 from ssfl_app.sparsity.layout import Layout, Vector, state_of
@@ -120,17 +119,11 @@ class Topk(SparseStrategy):
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Replace the model by the mean, or add the mean to it."""
         if self.options.of == "update":
-            values = self.layout.flatten(self.state) + zeros_mean(self, replies)
+            values = self.layout.flatten(self.state) + zeros_mean(self, replies)[0]
         elif self.options.mean == "overlap":
             values = overlap_mean(self, replies, self.layout.flatten(self.state))
         else:
-            mean, sent = WeightedMean(self.layout.size), np.zeros(self.layout.prunable_size, dtype=np.bool_)
-            for reply in replies:
-                part, mask = self.decoded(reply)
-                mean.add(part, self.weight(reply))
-                sent |= mask.alive
-                del reply, part
-            values, self.mask = mean.value(), Mask(self.layout, sent)
+            values, self.mask = zeros_mean(self, replies)
         self.state = self.layout.unflatten(values)
 
     def check_trained(self, client: int, parcel: Parcel) -> None:

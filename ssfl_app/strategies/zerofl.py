@@ -135,7 +135,7 @@ class ZeroFl(SparseStrategy):
 
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Replace the model by the mean, or add the mean to it."""
-        values = zeros_mean(self, replies)
+        values = zeros_mean(self, replies)[0]
         if cast(ZeroFlOptions, self.settings.own["zerofl"]).uplink != "top-weights":
             values += self.layout.flatten(self.state)
         self.state = self.layout.unflatten(values)

@@ -1,0 +1,44 @@
+"""The server's half of methods in which every client has a mask of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.sparsity.layout import Layout
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import Arrays
+from ssfl_app.strategies.base import SparseStrategy, density_pair
+from ssfl_app.strategies.settings import Settings
+from ssfl_app.wire import Parcel
+
+
+class OwnMasks(SparseStrategy):
+    """Sends each client its part of the global model; `masks` has one a client, dense at first."""
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        self.masks = [Mask.dense(layout)] * settings.run.clients
+
+    def mask_for(self, client: int) -> Mask:
+        """Return the client's own mask."""
+        return self.masks[client]
+
+    def send(self, round_: int, client: int) -> Parcel:
+        """Return the client's own part of the global model."""
+        return Parcel(self.down.encode(self.layout, self.state, self.masks[client]))
+
+    def densities(self) -> tuple[float, float]:
+        """Return the means over the clients' masks."""
+        return density_pair(*self.masks)
+
+    def snapshot(self) -> Arrays:
+        """Return all that `restore` needs: the masks too."""
+        return super().snapshot() | {f"mask/{k}": mask.packed() for k, mask in enumerate(self.masks)}
+
+    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`."""
+        super().restore(round_, arrays)
+        packed = [np.asarray(arrays[f"mask/{k}"], dtype=np.uint8) for k in range(self.settings.run.clients)]
+        self.masks = [Mask.unpack(self.layout, bitmap) for bitmap in packed]
