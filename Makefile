@@ -32,7 +32,7 @@ tests: $(VENV)/.installed-dev
 fast: $(VENV)/.installed-dev  ## the tests that start no Flower processes
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
-bench: $(VENV)/.installed-dev  ## record benchmarks/results again (CIFAR-10 by hand: benchmarks/tables.py cifar10)
+bench: $(VENV)/.installed-dev  ## record benchmarks/results again (by hand, longer: tables.py cifar10, study.py, shift.py, masks.py)
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/tables.py digits
 	$(BIN)/python benchmarks/memory.py
