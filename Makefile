@@ -27,10 +27,10 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 fast: $(VENV)/.installed-dev  ## the tests that start no Flower processes
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
 
 bench: $(VENV)/.installed-dev  ## record benchmarks/results again (by hand, longer: tables.py cifar10, study.py, shift.py, masks.py)
 	$(BIN)/python benchmarks/demo.py

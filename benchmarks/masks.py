@@ -1,7 +1,7 @@
 """Record the mask studies on digits: python benchmarks/masks.py
 
-`ssfl study masks` for 100 clients at densities 0.5 and 0.05, and `ssfl study clients` on two runs whose clients differ in
-size (dirichlet-class): pictures and numbers go to benchmarks/results/.
+`ssfl study masks` for 100 clients at densities 0.5 and 0.05, and `ssfl study clients` on two runs whose clients
+differ in size (dirichlet-class): pictures and numbers go to benchmarks/results/.
 """
 
 import shutil

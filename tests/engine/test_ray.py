@@ -13,7 +13,8 @@ import pytest
 
 from tests.in_process_grid import SMALL
 
-pytestmark = pytest.mark.slow
+# One group: in parallel they would see each other's processes.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("engine")]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -60,6 +61,20 @@ def test_ray_gives_the_digits_of_the_in_process_engine_twice(
         ray = ssfl(tmp_path / name, f"{KEYS} engine.actors={actors}")
         assert ray.pop("engine") == "ray"
         assert ray == inline
+
+
+def test_personal_models_on_ray_are_those_of_the_in_process_engine(tmp_path: Path) -> None:
+    """Each client's model is a file of the run folder, whoever wrote it: actors, or this process."""
+    keys = f"{KEYS} strategy='ditto'"
+    inline, ray = ssfl(tmp_path / "inline", keys, "--engine", "inline"), ssfl(tmp_path / "ray", keys)
+    assert (inline.pop("engine"), ray.pop("engine")) == ("inline", "ray")
+    assert ray == inline
+    files = [sorted((tmp_path / name / "clients").glob("client-*/*.safetensors")) for name in ("inline", "ray")]
+    assert len(files[0]) >= 6
+    assert [file.relative_to(tmp_path / "inline") for file in files[0]] == [
+        file.relative_to(tmp_path / "ray") for file in files[1]
+    ]
+    assert all(one.read_bytes() == two.read_bytes() for one, two in zip(*files, strict=True))
 
 
 def start(folder: Path, keys: str = KEYS) -> tuple["subprocess.Popen[str]", set[int]]:
