@@ -129,7 +129,7 @@ class Mask:
             count = keep_count(density, size)
             if scope == "layer":
                 count = max(count, min(min_per_layer, size))
-            alive[span] = _largest(scores[span], count, ties)
+            alive[span] = largest(scores[span], count, ties)
         return cls(layout, alive)
 
     @classmethod
@@ -256,8 +256,11 @@ def _groups(layout: Layout, scope: Scope) -> list[slice]:
     raise ValueError(f"scope is {scope!r}; it is global or layer")
 
 
-def _largest(scores: Vector, count: int, ties: str) -> Bits:
-    # Selection by np.partition, O(n): sorting 1e8 scores would take a minute.
+def largest(scores: Vector, count: int, ties: str) -> Bits:
+    """Return where the `count` largest of `scores`, shape (n,), are; ties "index": the first ones, "keep": all.
+
+    Selection by np.partition, O(n): sorting 1e8 scores would take a minute.
+    """
     if count == 0:
         return np.zeros(scores.size, dtype=np.bool_)
     threshold = np.partition(scores, scores.size - count)[scores.size - count]
@@ -275,7 +278,7 @@ def _with_floor(layout: Layout, scores: Vector, floor: int, total: int) -> Vecto
     reserved = 0
     for span in layout.prunable_spans.values():
         count = min(floor, span.stop - span.start)
-        raised[span][_largest(scores[span], count, "index")] = np.inf
+        raised[span][largest(scores[span], count, "index")] = np.inf
         reserved += count
     if reserved > total:
         raise ValueError(f"min-per-layer {floor} reserves {reserved} weights; the density leaves {total}")

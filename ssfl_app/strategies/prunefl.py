@@ -36,7 +36,7 @@ from ssfl_app.options import ConfigError, at_least, choice, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Bitmask, SharedMask
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
-from ssfl_app.sparsity.mask import Mask, _largest, keep_count
+from ssfl_app.sparsity.mask import Mask, largest, keep_count
 from ssfl_app.sparsity.values import PayloadError, check_values, take
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
@@ -83,9 +83,9 @@ def readjusted(mask: Mask, magnitudes: Vector, squares: Vector, share: float, mo
         Whether they are filled up whatever g^2 is.
     """
     kept = mask.count - keep_count(share, mask.count)
-    alive = _largest(np.where(mask.alive, magnitudes, np.float32(-1)), kept, "index")
+    alive = largest(np.where(mask.alive, magnitudes, np.float32(-1)), kept, "index")
     outside = np.flatnonzero(~alive)
-    order = outside[_largest(squares[outside], min(outside.size, max(0, most - kept)), "index")]
+    order = outside[largest(squares[outside], min(outside.size, max(0, most - kept)), "index")]
     if not target and order.size:
         order = order[np.argsort(-squares[order], kind="stable")]
         gains = squares[order].astype(np.float64)
