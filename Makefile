@@ -27,10 +27,11 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -m slow  # one at a time: they start Flower's processes and look for what is left of them
 
 fast: $(VENV)/.installed-dev  ## the tests that start no Flower processes
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 bench: $(VENV)/.installed-dev  ## record benchmarks/results again (by hand, longer: tables.py cifar10, study.py, shift.py, masks.py)
 	$(BIN)/python benchmarks/demo.py

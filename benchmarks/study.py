@@ -52,15 +52,9 @@ def short_table(table: dict) -> str:
 def short_row(row: dict) -> str:
     mean = row["means"]
     gap = row["difference"] or {}
-    p = (
-        "same"
-        if gap.get("same")
-        else ""
-        if gap.get("p") is None
-        else "<0.01"
-        if gap["p"] < 0.01
-        else f"{gap['p']:.2f}"
-    )
+    p = ""
+    if gap.get("p") is not None:
+        p = "<0.01" if gap["p"] < 0.01 else f"{gap['p']:.2f}"
     return " | ".join(
         [
             f"| `{row['strategy']}`",

@@ -13,8 +13,7 @@ import pytest
 
 from tests.in_process_grid import SMALL
 
-# One group: in parallel they would see each other's processes.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("engine")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
