@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests run in as many processes as there are cores.
+# Tests run in as many processes as there are cores, a file in one: its tests share runs, and the engine's look for
+# processes that other runs of Flower would have started as well.
 JOBS ?= auto
 FILES := pyproject.toml constraints.txt
 # Tests use Flower; nothing of them may talk to the internet.
@@ -27,11 +28,10 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
-	$(BIN)/python -m pytest -m slow  # one at a time: they start Flower's processes and look for what is left of them
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 fast: $(VENV)/.installed-dev  ## the tests that start no Flower processes
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 bench: $(VENV)/.installed-dev  ## record benchmarks/results again (by hand, longer: tables.py cifar10, study.py, shift.py, masks.py)
 	$(BIN)/python benchmarks/demo.py
