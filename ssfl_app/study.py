@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ssfl_app import config as configuration
@@ -21,7 +20,7 @@ from ssfl_app.results.study_plots import DRAWS, GRADIENT, MEASURES, SCORES, Erro
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask, Scope
-from ssfl_app.sparsity.saliency import balanced_batch, snip
+from ssfl_app.sparsity.saliency import balanced_batch, pooled_snip
 from ssfl_app.strategies.settings import MaskOptions
 from ssfl_app.workshop import Workshop, check, open_workshop
 
@@ -91,7 +90,7 @@ def distances(mask: Mask, oracle: Mask) -> dict[str, float]:
     both, either = (mask & oracle).count, (mask | oracle).count
     if not either:
         raise ValueError("both masks are empty; at least one keeps a weight")
-    values = ((either - both) / (either + both), (either - both) / either, mask.hamming(oracle))
+    values = ((either - both) / (either + both), mask.jaccard_distance(oracle), mask.hamming(oracle))
     return dict(zip(MEASURES, values, strict=True))
 
 
@@ -138,8 +137,7 @@ class Scorer:
 
     def score(self, gradient: Vector) -> Vector:
         """Return |g * w|, shape (prunable,)."""
-        g, w = ({"": torch.from_numpy(vector)} for vector in (gradient, self.weights))
-        return cast(Vector, snip(g, w)[""].numpy())
+        return pooled_snip(gradient, self.weights)
 
     def drawn(self, place: Place) -> Vector:
         """Return the scores of a client's class-balanced minibatch, the one that SSFL draws."""

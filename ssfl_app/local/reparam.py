@@ -68,13 +68,15 @@ def spectral_exponents(model: nn.Module) -> dict[str, float]:
     u = (1, ..., 1)/sqrt(out), where the authors' code draws u: v = |W|'u / ||.||, sigma = || |W|v ||. It is never
     above the true value, and beta never above 1 + 1/sqrt(size).
     """
-    exponents = {}
-    for name, weight in originals(model).items():
-        matrix = weight.detach().abs().double().flatten(1)
-        side = matrix.sum(dim=0)  # |W|'u up to its length
-        sigma = float(torch.linalg.vector_norm(matrix @ (side / torch.linalg.vector_norm(side))))
-        exponents[name] = 1 + float(matrix.mean()) / sigma if matrix.any() else 1.0
-    return exponents
+    return {name: spectral_exponent(weight) for name, weight in originals(model).items()}
+
+
+def spectral_exponent(weight: torch.Tensor) -> float:
+    """Return the exponent of one tensor, (out, ...), as `spectral_exponents` has it."""
+    matrix = weight.detach().abs().double().flatten(1)
+    side = matrix.sum(dim=0)  # |W|'u up to its length
+    sigma = float(torch.linalg.vector_norm(matrix @ (side / torch.linalg.vector_norm(side))))
+    return 1 + float(matrix.mean()) / sigma if matrix.any() else 1.0
 
 
 @contextmanager

@@ -224,8 +224,8 @@ class Mask:
 
     def jaccard_distance(self, other: "Mask") -> float:
         """Return 1 - |both alive| / |either alive|: 0 for equal masks, 1 for disjoint ones."""
-        either = np.count_nonzero(self.alive | self._same(other))
-        return 1 - float(np.count_nonzero(self.alive & other.alive)) / max(1, int(either))
+        either = int(np.count_nonzero(self.alive | self._same(other)))
+        return (either - int(np.count_nonzero(self.alive & other.alive))) / max(1, either)
 
     def __or__(self, other: "Mask") -> "Mask":
         return Mask(self.layout, self.alive | self._same(other))

@@ -111,12 +111,12 @@ class SparseStrategy(Strategy):
         """Find out what must be known before this round. Default: nothing."""
 
     def send(self, round_: int, client: int) -> Parcel:
-        """Return what goes down to this client. Default: the global model, encoded once a round."""
-        memo = self._encoded
-        if memo is None or memo[0] is not self.state or memo[1] is not self.mask:
+        """Return what goes down to this client. Default: the global model under `mask_for`, encoded once a mask."""
+        memo, mask = self._encoded, self.mask_for(client)
+        if memo is None or memo[0] is not self.state or memo[1] is not mask:
             self._encoded = memo = None  # the old one goes before the new one comes
-            arrays = freeze(self.down.encode(self.layout, self.state, self.mask))
-            self._encoded = memo = (self.state, self.mask, arrays)
+            arrays = freeze(self.down.encode(self.layout, self.state, mask))
+            self._encoded = memo = (self.state, mask, arrays)
         return Parcel(memo[2])
 
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:

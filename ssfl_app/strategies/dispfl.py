@@ -42,10 +42,10 @@ from ssfl_app.sparsity.evolve import cosine_drop, fire, random_mask, regrow
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import Arrays, PayloadError
-from ssfl_app.strategies.base import SparseStrategy, density_pair
 from ssfl_app.strategies.checks import check_number
 from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.gossip import GossipOptions, neighbours
+from ssfl_app.strategies.own_masks import OwnMasks
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
@@ -100,7 +100,7 @@ class DisPflClient(ClientRule):
         return regrow(left, counts, np.abs(site.layout.flatten_prunable(gradient)))
 
 
-class DisPfl(SparseStrategy):
+class DisPfl(OwnMasks):
     """Relays. `masks` are those of the next training; `models` carry the ones they were trained under."""
 
     name = "dispfl"
@@ -163,24 +163,17 @@ class DisPfl(SparseStrategy):
             self._consensus = self.layout.unflatten(self._mean(self._present))
         return self._consensus
 
-    def densities(self) -> tuple[float, float]:
-        """Return the means over the clients' masks."""
-        return density_pair(*self.masks)
-
     def snapshot(self) -> Arrays:
-        """Return all that `restore` needs: models and masks too."""
+        """Return all that `restore` needs: the models too."""
         models = {f"model/{k}/{n}": array for k, arrays in enumerate(self.models) for n, array in arrays.items()}
-        return super().snapshot() | models | {f"mask/{k}": mask.packed() for k, mask in enumerate(self.masks)}
+        return super().snapshot() | models
 
     def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`."""
         super().restore(round_, arrays)
-        clients = range(self.settings.run.clients)
-        bitmaps = [np.asarray(arrays[f"mask/{k}"], dtype=np.uint8) for k in clients]
-        self.masks = [Mask.unpack(self.layout, bitmap) for bitmap in bitmaps]
         self.models = [
             {key.rpartition("/")[2]: array for key, array in arrays.items() if key.startswith(f"model/{k}/")}
-            for k in clients
+            for k in range(self.settings.run.clients)
         ]
         self._sent = dict(enumerate(self.masks))
         self._present, self._consensus = self.present(round_), None

@@ -11,11 +11,10 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays
 from ssfl_app.strategies.base import SparseStrategy, density_pair
 from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Parcel
 
 
 class OwnMasks(SparseStrategy):
-    """Sends each client its part of the global model; `masks` has one a client, dense at first."""
+    """Each client gets its part of the global model; `masks` has one a client, dense at first."""
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings)
@@ -24,10 +23,6 @@ class OwnMasks(SparseStrategy):
     def mask_for(self, client: int) -> Mask:
         """Return the client's own mask."""
         return self.masks[client]
-
-    def send(self, round_: int, client: int) -> Parcel:
-        """Return the client's own part of the global model."""
-        return Parcel(self.down.encode(self.layout, self.state, self.masks[client]))
 
     def densities(self) -> tuple[float, float]:
         """Return the means over the clients' masks."""

@@ -169,8 +169,10 @@ class Post:
     def holds(self, client: int, mask: Mask) -> None:
         """Note that a client holds this mask: it answered under it, or made it itself."""
         before = self._holds.get(client)
+        if before == mask.digest:
+            return
         self._holds[client] = mask.digest
-        if self.folder is not None and before not in (None, *self._holds.values()):
+        if self._mask_travels and self.folder is not None and before not in (None, *self._holds.values()):
             # Nobody holds the old one any more. Should anybody need it after all, it is asked for and sent.
             (self.folder / MASKS / str(before)).unlink(missing_ok=True)
 

@@ -27,9 +27,8 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from torch import nn
 
-from ssfl_app.local.reparam import inverse_power, power, power_propagation, sparse_activations, spectral_exponents
+from ssfl_app.local.reparam import inverse_power, power, power_propagation, sparse_activations, spectral_exponent
 from ssfl_app.options import ConfigError, anything, at_least, choice
 from ssfl_app.sparsity.codec import Bitmask, read_mask
 from ssfl_app.sparsity.evolve import layer_densities
@@ -59,10 +58,7 @@ def exponents(layout: Layout, settings: Settings, state: State) -> dict[str, flo
     options = cast(SparsyFedOptions, settings.own["sparsyfed"])
     if options.exponent == "fixed":
         return dict.fromkeys(layout.prunable, options.beta)
-    layers = [nn.Linear(1, 1, bias=False, device="meta") for _ in layout.prunable]  # the server has no model
-    for layer, name in zip(layers, layout.prunable, strict=True):
-        layer.weight = nn.Parameter(state[name], requires_grad=False)
-    return dict(zip(layout.prunable, spectral_exponents(nn.ModuleList(layers)).values(), strict=True))
+    return {name: spectral_exponent(state[name]) for name in layout.prunable}
 
 
 def largest(layout: Layout, weights: Vector, wanted: MaskOptions) -> Mask:

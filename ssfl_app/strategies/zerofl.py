@@ -45,7 +45,7 @@ from ssfl_app.strategies.folds import zeros_mean
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Facts, Parcel, freeze
+from ssfl_app.wire import Facts, Parcel
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,6 @@ class ZeroFl(SparseStrategy):
     def mask_for(self, client: int) -> Mask:
         """Return the dense mask: whole models go down."""
         return self._dense
-
-    def send(self, round_: int, client: int) -> Parcel:
-        """Return the whole model, encoded once a round."""
-        memo = self._encoded
-        if memo is None or memo[0] is not self.state:
-            arrays = freeze(self.down.encode(self.layout, self.state, self._dense))
-            self._encoded = memo = (self.state, self._dense, arrays)
-        return Parcel(memo[2])
 
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Replace the model by the mean, or add the mean to it."""
