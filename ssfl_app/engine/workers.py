@@ -6,10 +6,14 @@ longer to import than a small run to play. A run on Ray starts a SuperLink and a
 
 import multiprocessing
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Protocol
+
+COMMAND = "ssfl_app.cli:main"
+"""What a worker starts, as pyproject.toml names it: the command `ssfl`, which lies above this floor."""
 
 _PRELOADED = (
     "ssfl_app.cli",
@@ -53,7 +57,7 @@ class _Spawned:
     def __init__(self, command: list[str], errors: Path, environment: dict[str, str]) -> None:
         with errors.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from ssfl_app.cli import main; main()", *command],
+                [sys.executable, "-P", "-c", f"import pkgutil; pkgutil.resolve_name('{COMMAND}')()", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # console.log in the run folder has it
                 stderr=stderr,
@@ -100,8 +104,6 @@ class _Forked:
 
 
 def _run(command: list[str], errors: str, environment: dict[str, str]) -> None:
-    from ssfl_app.cli import main
-
     os.setsid()
     for number, target in ((0, os.devnull), (1, os.devnull), (2, errors)):
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -110,4 +112,4 @@ def _run(command: list[str], errors: str, environment: dict[str, str]) -> None:
         os.close(opened)
     os.environ.update(environment)
     sys.argv = ["ssfl", *command]
-    main()
+    pkgutil.resolve_name(COMMAND)()
