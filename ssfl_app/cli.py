@@ -1,4 +1,4 @@
-"""The command line: run, compare, report, partition."""
+"""The command line: run, compare, study, federation, report, partition."""
 
 import signal
 import sys
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ssfl_app.federation_cli import app as federation_app
 from ssfl_app.options import ConfigError
 from ssfl_app.study_cli import app as study_app
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(study_app, name="study", help="Studies of the SSFL paper: masks, clients.")
+app.add_typer(federation_app, name="federation", help="Real SuperNodes: up, run, status, down; init, node, ...")
 
 ConfigFile = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Keys that differ from the defaults.")

@@ -17,7 +17,7 @@ ENGINES = ("ray", "inline")
 
 @dataclass(frozen=True)
 class Command:
-    """The words of `ssfl run`."""
+    """The words of `ssfl run`; `engine` is one of `ENGINES`, or "deployment" for `ssfl federation run`."""
 
     file: Path | None
     overrides: list[str]
@@ -29,6 +29,8 @@ class Command:
 
 def run_command(command: Command) -> None:
     """Run, or raise ConfigError before anything was written; exit with 1 if the run fails."""
+    if command.engine not in ENGINES:
+        raise ConfigError(f"--engine is {command.engine!r}; it is one of {', '.join(ENGINES)}")
     config, layout = resolve(command)
     folder = Path(config.settings.run.out)
     try:
@@ -59,8 +61,6 @@ def resolve(command: Command) -> tuple[Config, Layout]:
         Anything about it cannot be run: keys, values, data, partition, GPU, folders.
     """
     nodes, resume = command.nodes, command.resume
-    if command.engine not in ENGINES:
-        raise ConfigError(f"--engine is {command.engine!r}; it is one of {', '.join(ENGINES)}")
     given = configuration.read_file(command.file) if command.file else {}
     given |= configuration.read_overrides(command.overrides)
     if nodes is not None:

@@ -1,0 +1,156 @@
+"""What an authenticated federation needs: a certificate authority, the SuperLink's certificate, and a key a node.
+
+The folder of a federation::
+
+    ca/ca.key                        signs certificates; keep it off every server
+    superlink/ca.crt server.pem server.key
+    nodes/<name>/ca.crt key key.pub  what one SuperNode needs; the private key goes nowhere else
+
+Nodes check the SuperLink by its certificate (TLS); the SuperLink knows nodes by their public keys, which are
+registered with it.
+"""
+
+import ipaddress
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from ssfl_app.options import ConfigError
+
+CA_DAYS = 3650
+_PEM = serialization.Encoding.PEM
+
+
+def make_authority(folder: Path, days: int = CA_DAYS) -> None:
+    """Make ``ca/ca.key`` and ``ca/ca.crt`` in the folder of a federation, unless they are there."""
+    home = folder / "ca"
+    if (home / "ca.key").exists():
+        return
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = _name("ssfl federation CA")
+    builder = _certificate(name, name, key.public_key(), timedelta(days=days))
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    usage = {name: name in ("key_cert_sign", "crl_sign", "digital_signature") for name in _USAGES}
+    builder = builder.add_extension(x509.KeyUsage(**usage), critical=True)
+    certificate = builder.sign(key, hashes.SHA256())
+    home.mkdir(parents=True, exist_ok=True)
+    _write_private(home / "ca.key", _private(key, serialization.PrivateFormat.PKCS8))
+    (home / "ca.crt").write_bytes(certificate.public_bytes(_PEM))
+
+
+def make_server(folder: Path, hosts: Sequence[str], days: int) -> None:
+    """Make the SuperLink's key and certificate, new ones if there are some already.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the federation; its authority exists.
+    hosts : sequence of str
+        Names and IP addresses under which nodes and users reach the SuperLink; one or more.
+    days : int
+        How long the certificate is valid. Nodes refuse an expired one.
+
+    Raises
+    ------
+    ConfigError
+        There is no host, or no authority to sign with.
+    """
+    if not hosts:
+        raise ConfigError("hosts is empty; it is one name or address of the SuperLink or more")
+    authority, signer = _authority(folder)
+    key = ec.generate_private_key(ec.SECP384R1())
+    builder = _certificate(_name(hosts[0]), authority.subject, key.public_key(), timedelta(days=days))
+    builder = builder.add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), False)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
+    certificate = builder.sign(signer, hashes.SHA256())
+    home = folder / "superlink"
+    home.mkdir(parents=True, exist_ok=True)
+    _write_private(home / "server.key", _private(key, serialization.PrivateFormat.PKCS8))
+    (home / "server.pem").write_bytes(certificate.public_bytes(_PEM))
+    shutil.copy(folder / "ca" / "ca.crt", home / "ca.crt")
+
+
+def make_node(folder: Path, name: str) -> Path:
+    """Make the key pair of a node (P-384, OpenSSH) unless it is there; return the node's folder."""
+    home = folder / "nodes" / name
+    if not (home / "key").exists():
+        home.mkdir(parents=True, exist_ok=True)
+        key = ec.generate_private_key(ec.SECP384R1())
+        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        (home / "key.pub").write_bytes(public + b"\n")
+        _write_private(home / "key", _private(key, serialization.PrivateFormat.OpenSSH))
+    if (folder / "ca" / "ca.crt").exists():
+        shutil.copy(folder / "ca" / "ca.crt", home / "ca.crt")
+    return home
+
+
+def expires(certificate: Path) -> datetime:
+    """Return when a certificate of the PEM file ends."""
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+
+
+_USAGES = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
+
+
+def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    home = folder / "ca"
+    if not (home / "ca.key").exists():
+        raise ConfigError(f"{home / 'ca.key'} is not there; it is the key that signs certificates: make it first")
+    key = serialization.load_pem_private_key((home / "ca.key").read_bytes(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{home / 'ca.key'} is {type(key).__name__}; it is an elliptic-curve key")
+    return x509.load_pem_x509_certificate((home / "ca.crt").read_bytes()), key
+
+
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, valid: timedelta
+) -> x509.CertificateBuilder:
+    # Back-dated by an hour: machines whose clocks differ a little agree that it has begun.
+    begin = datetime.now(UTC) - timedelta(hours=1)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(min(begin, datetime.now(UTC) + valid - timedelta(hours=1)))
+        .not_valid_after(datetime.now(UTC) + valid)
+    )
+
+
+def _name(common: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
+    return key.private_bytes(_PEM, form, serialization.NoEncryption())
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    # Made with its mode: there is no moment in which others could read it.
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_bytes(content)

@@ -1,0 +1,289 @@
+"""A federation of real processes: a SuperLink with TLS and node authentication, and authenticated SuperNodes.
+
+Its folder holds the credentials (`credentials`), ``federation.json``, and a home for each process::
+
+    superlink/  state.db superlink.log flwr/      flwr/ is FLWR_HOME
+    nodes/<name>/  node.log flwr/ state/          state/: masks and personal models that outlive the process
+    control/flwr/config.toml                      for `flwr ...` with FLWR_HOME=control/flwr
+
+`ssfl federation up` has one process keep the SuperLink and all nodes on this machine alive (`keep`); on real hosts
+`superlink` and `node` do that for one of them each.
+"""
+
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssfl_app import guard
+from ssfl_app.engine.credentials import expires, make_authority, make_node, make_server
+from ssfl_app.engine.keeper import TICK, Keeper, Service
+from ssfl_app.engine.processes import environment, wait_until_healthy
+from ssfl_app.exchange import RunFailed
+from ssfl_app.options import ConfigError
+from ssfl_app.results.recorder import write_json
+
+CONNECTION = "federation"
+"""Name of the SuperLink in Flower's config.toml."""
+
+_COMMAND_TIMEOUT = 120.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A SuperNode on this machine: its name, Flower's ``--node-config``, and its own port."""
+
+    name: str
+    config: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What ``federation.json`` says: where the SuperLink listens, and which nodes run on this machine."""
+
+    folder: Path
+    host: str
+    port: int
+    nodes: tuple[Node, ...]
+
+    @property
+    def address(self) -> str:
+        """Host and port under which the SuperLink is reached."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def state(self) -> Path:
+        """What `Keeper` says of the processes on this machine."""
+        return self.folder / "running.json"
+
+    @property
+    def lock(self) -> Path:
+        """Locked while somebody keeps the processes alive."""
+        return self.folder / ".lock"
+
+    @property
+    def flwr_home(self) -> Path:
+        """FLWR_HOME for commands that control the federation."""
+        return self.folder / "control" / "flwr"
+
+
+def create(
+    folder: Path, host: str, port: int, nodes: Mapping[str, str], ports: Iterable[int], days: int
+) -> Federation:
+    """Make the folder of a federation with all credentials.
+
+    Parameters
+    ----------
+    folder : Path
+        Absolute. Credentials that are there already stay.
+    host, port : str, int
+        Under which nodes and users reach the SuperLink.
+    nodes : mapping of str to str
+        Name of each node -> its ``--node-config``.
+    ports : iterable of int
+        A port of this machine for each node.
+    days : int
+        How long the SuperLink's certificate is valid.
+    """
+    made = tuple(Node(name, config, own) for (name, config), own in zip(nodes.items(), ports, strict=True))
+    federation = Federation(folder, host, port, made)
+    make_authority(folder)
+    if not (folder / "superlink" / "server.key").exists():
+        make_server(folder, list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"])), days)
+    for node in made:
+        make_node(folder, node.name)
+    federation.flwr_home.mkdir(parents=True, exist_ok=True)
+    (federation.flwr_home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{federation.address}"\n'
+        f'root-certificates = "{folder / "superlink" / "ca.crt"}"\n'
+    )
+    content = {"host": host, "port": port, "nodes": [vars(node) for node in made]}
+    write_json(folder / "federation.json", content)
+    return federation
+
+
+def read(folder: Path) -> Federation:
+    """Return the federation in a folder.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
+    try:
+        content = json.loads((folder / "federation.json").read_text())
+        nodes = tuple(Node(**node) for node in content["nodes"])
+        return Federation(folder, content["host"], content["port"], nodes)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--dir is {folder}; it is a folder that `ssfl federation up` or `init` made") from error
+
+
+# ---- what runs ---------------------------------------------------------------------------------
+
+
+def superlink_service(folder: Path, bind: str, port: int) -> Service:
+    """Return the SuperLink: TLS, registered nodes only, and a database that survives it."""
+    home = folder / "superlink"
+    (home / "flwr").mkdir(parents=True, exist_ok=True)
+    command = ["flower-superlink", "--host", bind, "--port", str(port), "--enable-supernode-auth"]
+    command += ["--ssl-ca-certfile", str(home / "ca.crt"), "--ssl-certfile", str(home / "server.pem")]
+    command += ["--ssl-keyfile", str(home / "server.key"), "--database", str(home / "state.db")]
+    command += ["--disable-runtime-dependency-installation"]
+    return Service("superlink", command, home, environment(home / "flwr"), home / "superlink.log")
+
+
+def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
+    """Return a SuperNode whose credentials lie in `home`.
+
+    Parameters
+    ----------
+    superlink : str
+        Host and port of the SuperLink; its certificate must name that host.
+    config : str
+        Flower's ``--node-config``. ``state-path`` is added unless it is there.
+    port : int
+        For the node's own processes, on the loopback interface.
+    """
+    # Of its own: nodes that share an FLWR_HOME read each other's half-copied apps.
+    (home / "flwr").mkdir(parents=True, exist_ok=True)
+    if "state-path=" not in config:
+        config = f"{config} state-path='{home / 'state'}'".strip()
+    command = ["flower-supernode", "--superlink", superlink, "--root-certificates", str(home / "ca.crt")]
+    command += ["--auth-supernode-private-key", str(home / "key"), "--node-config", config]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    # A client computes with engine.threads; libraries must not start a thread a core beside them.
+    variables = environment(home / "flwr", OMP_NUM_THREADS="1")
+    return Service(home.name, command, home, variables, home / "node.log")
+
+
+def keep_services(services: list[Service], state: Path) -> None:
+    """Keep services alive until SIGTERM or SIGINT."""
+    keeper = Keeper(state)
+    try:
+        keeper.add(services)
+        keeper.run()
+    finally:
+        keeper.close()
+
+
+def keep(federation: Federation) -> None:
+    """Keep the SuperLink and all nodes of this machine alive until SIGTERM or SIGINT.
+
+    Raises
+    ------
+    ConfigError
+        Somebody does so already.
+    """
+    lock = guard.take(federation.lock)
+    if lock is None:
+        raise ConfigError(f"--dir is {federation.folder}; its federation is up already")
+    keeper = Keeper(federation.state)
+    try:
+        superlink = superlink_service(federation.folder, "127.0.0.1", federation.port)
+        keeper.add([superlink])
+        if superlink.process is not None:
+            authority = federation.folder / "superlink" / "ca.crt"
+            wait_until_healthy(superlink.process, federation.address, superlink.log, authority)
+        register(federation, [node.name for node in federation.nodes])
+        keeper.add(
+            [
+                node_service(federation.folder / "nodes" / node.name, federation.address, node.config, node.port)
+                for node in federation.nodes
+            ]
+        )
+        keeper.run()
+    finally:
+        keeper.close()
+        lock.close()
+
+
+# ---- what is asked of the SuperLink --------------------------------------------------------------
+
+
+def control(federation: Federation, *words: str) -> Any:
+    """Return what a command of Flower's `flwr` says as JSON.
+
+    Raises
+    ------
+    RunFailed
+        It failed; with what it said.
+    """
+    command = ["flwr", *words, CONNECTION, "--format", "json"]
+    done = subprocess.run(
+        command,
+        env=environment(federation.flwr_home),
+        capture_output=True,
+        text=True,
+        timeout=_COMMAND_TIMEOUT,
+        check=False,
+        cwd=federation.folder,
+    )
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        answer = {"success": False, "error-message": (done.stdout + done.stderr).strip()}
+    if not answer.get("success"):
+        raise RunFailed(f"{' '.join(command)}: {answer.get('error-message', done.stdout + done.stderr)}")
+    return answer
+
+
+def register(federation: Federation, names: Iterable[str]) -> None:
+    """Register nodes' public keys with the SuperLink, unless that was done already."""
+    for name in names:
+        home = federation.folder / "nodes" / name
+        mark = home / "registered.json"
+        if not mark.exists():
+            write_json(mark, control(federation, "supernode", "register", str(home / "key.pub")))
+
+
+def nodes(federation: Federation) -> list[dict[str, Any]]:
+    """Return what the SuperLink knows of its nodes, as ``flwr supernode list`` has it."""
+    return list(control(federation, "supernode", "list")["nodes"])
+
+
+def is_up(federation: Federation) -> bool:
+    """Return whether somebody keeps the federation's processes alive."""
+    if not federation.folder.exists():
+        return False
+    lock = guard.take(federation.lock)
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
+def wait_until_online(federation: Federation, timeout: float, say: Callable[[str], None]) -> None:
+    """Wait until all nodes of this machine are online.
+
+    Raises
+    ------
+    RunFailed
+        Some are not within `timeout` seconds, or nobody keeps the federation alive any more.
+    """
+    end, said = time.monotonic() + timeout, -1
+    while True:
+        if not is_up(federation):
+            raise RunFailed(f"the federation ended; see {federation.folder / 'keeper.log'}")
+        online = 0
+        with contextlib.suppress(RunFailed):  # its SuperLink does not listen yet
+            online = sum(node["status"] == "online" for node in nodes(federation))
+        if online != said:
+            say(f"{online} of {len(federation.nodes)} nodes are online")
+            said = online
+        if online >= len(federation.nodes):
+            return
+        if time.monotonic() > end:
+            raise RunFailed(
+                f"{online} of {len(federation.nodes)} nodes are online after {timeout:g} s; see node.log in "
+                f"{federation.folder / 'nodes'}"
+            )
+        time.sleep(TICK)
+
+
+def certificate_ends(federation: Federation) -> str:
+    """Return the day on which the SuperLink's certificate ends."""
+    return expires(federation.folder / "superlink" / "server.pem").date().isoformat()

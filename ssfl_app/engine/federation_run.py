@@ -1,0 +1,105 @@
+"""`ssfl federation run`: a run on the SuperNodes of a federation, from the machine of its SuperLink.
+
+The ServerApp runs on that machine and writes the run folder there, the same folder that `ssfl run` leaves. Whether
+the run finished is what it recorded there: ``flwr run --stream`` exits with 0 in any case.
+"""
+
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ssfl_app import config as configuration
+from ssfl_app import guard
+from ssfl_app.config import Config, write_toml
+from ssfl_app.engine.command import Command, resolve
+from ssfl_app.engine.federation import CONNECTION, Federation, control, is_up
+from ssfl_app.engine.processes import copy_app, environment, follow, judge, running
+from ssfl_app.exchange import RunFailed
+from ssfl_app.options import ConfigError
+from ssfl_app.results.recorder import read_status
+
+_LEFT_ALONE = 30.0
+"""Seconds that a ServerApp gets to end after Flower's command did."""
+
+
+def run_on(federation: Federation, command: Command) -> None:
+    """Run, or raise ConfigError before anything was written; exit with 1 if the run fails.
+
+    Without run.clients in the configuration the clients are all nodes, and with fewer of them than run.cohort all of
+    them train in each round.
+    """
+    if not is_up(federation):
+        raise ConfigError(f"--dir is {federation.folder}; its federation is not up: ssfl federation up")
+    if command.resume is None:
+        command = replace(command, overrides=[*_sizes(federation, command), *command.overrides])
+    config, _ = resolve(command)
+    folder = Path(config.settings.run.out)
+    try:
+        _launch(federation, config, lambda line: print(line, flush=True))
+    except (RunFailed, OSError) as error:
+        print(f"ssfl: the run failed: {error}\nto go on: {_again(federation, folder)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"ssfl: interrupted\nto go on: {_again(federation, folder)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _again(federation: Federation, folder: Path) -> str:
+    return f"ssfl federation run --dir {federation.folder} --resume {folder}"
+
+
+def _sizes(federation: Federation, command: Command) -> list[str]:
+    """Return run.clients and run.cohort as overrides, where the command does not set them."""
+    given = configuration.read_file(command.file) if command.file else {}
+    given |= configuration.read_overrides(command.overrides)
+    clients = command.nodes or int(given.get("run.clients", 0)) or len(federation.nodes)
+    cohort = min(clients, int(configuration.defaults()["run.cohort"]))
+    sizes = {"run.clients": clients, "run.cohort": cohort}
+    return [f"{key}={value}" for key, value in sizes.items() if key not in given]
+
+
+def _launch(federation: Federation, config: Config, say: Callable[[str], None]) -> None:
+    folder = Path(config.settings.run.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = guard.take(folder / ".lock")
+    if lock is None:
+        raise RunFailed(f"{folder} is being written to by another run; it is to end first")
+    lock.close()
+    (folder / "status.json").unlink(missing_ok=True)  # that of an earlier session says nothing about this one
+    log = folder / "flower.log"
+    begin = log.stat().st_size if log.exists() else 0
+    with tempfile.TemporaryDirectory(prefix="ssfl-") as work:
+        app, overrides = copy_app(Path(work) / "ssfl-app"), Path(work) / "run.toml"
+        overrides.write_text(write_toml(config.flat))
+        flwr = ["flwr", "run", str(app), CONNECTION, "--stream", "-c", str(overrides)]
+        with running(flwr, Path(work), environment(federation.flwr_home), log) as process:
+            try:
+                follow(process, folder / "console.log", say)
+            except KeyboardInterrupt:
+                _ask_to_stop(federation, log, begin)
+                raise
+    _wait_for_the_end(folder)
+    judge(folder, log, begin)
+
+
+def _wait_for_the_end(folder: Path) -> None:
+    """Wait until nobody writes to the run folder: Flower's command ends early if the SuperLink goes away."""
+    end = time.monotonic() + _LEFT_ALONE
+    while read_status(folder).get("status") == "running" and time.monotonic() < end:
+        lock = guard.take(folder / ".lock")
+        if lock is not None:
+            lock.close()
+            return
+        time.sleep(0.1)
+
+
+def _ask_to_stop(federation: Federation, log: Path, begin: int) -> None:
+    with log.open("rb") as file:
+        file.seek(begin)
+        started = re.search(rb"started run (\d+)", file.read())
+    if started is not None:
+        control(federation, "stop", started.group(1).decode())

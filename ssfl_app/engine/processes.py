@@ -1,0 +1,168 @@
+"""Processes of Flower: started in this very environment, waited for, and ended with all their children."""
+
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+
+import psutil
+
+from ssfl_app.config import app_folder
+from ssfl_app.exchange import RunFailed
+from ssfl_app.results.recorder import read_status
+
+START_TIMEOUT = 60.0
+STOP_TIMEOUT = 20.0
+
+# Without the third Flower installs torch anew for each run; the others contact the internet.
+_SWITCHES = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def environment(flwr_home: Path, **more: str) -> dict[str, str]:
+    """Return this process's environment for a Flower process with its own FLWR_HOME, with `more` variables."""
+    path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+    return os.environ | _SWITCHES | {"FLWR_HOME": str(flwr_home), "PATH": path} | more
+
+
+def spawn(command: list[str], cwd: Path, variables: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start a command of this very environment in a session of its own; what it says is added to the file `log`."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [str(Path(sys.executable).parent / command[0]), *command[1:]],
+            cwd=cwd,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the launcher, which then stops the others in order
+        )
+
+
+@contextmanager
+def running(
+    command: list[str], cwd: Path, variables: dict[str, str], log: Path
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a command as `spawn` does; end it and all its descendants in the end."""
+    process = spawn(command, cwd, variables, log)
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def end(*processes: "subprocess.Popen[bytes]") -> None:
+    """End processes and all their descendants: first asked, then killed."""
+    end_families([process.pid for process in processes])
+    for process in processes:
+        process.wait()
+
+
+def end_families(pids: list[int]) -> None:
+    """End the processes with these ids and all their descendants: first asked, then killed."""
+    parents, family = [], []
+    for pid in pids:
+        try:
+            parents.append(psutil.Process(pid))
+            family += [parents[-1], *parents[-1].children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+    for parent in parents:
+        if parent.is_running():
+            parent.terminate()
+    _, alive = psutil.wait_procs(family, STOP_TIMEOUT if parents else 1)
+    for member in alive:
+        # Flower's and Ray's children have sessions of their own and survive their parent for a while.
+        member.kill()
+    psutil.wait_procs(alive, STOP_TIMEOUT)
+
+
+def wait_until_healthy(
+    process: "subprocess.Popen[bytes]", address: str, log: Path, authority: Path | None = None
+) -> None:
+    """Wait until the SuperLink at host:port answers, by TLS if a certificate authority's file is given.
+
+    Raises
+    ------
+    RunFailed
+        It ended, or did not answer within `START_TIMEOUT` seconds; with the end of its log.
+    """
+    scheme = "http" if authority is None else "https"
+    context = None if authority is None else ssl.create_default_context(cafile=str(authority))
+    end_ = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < end_ and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{scheme}://{address}/health", timeout=1, context=context) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.05)
+    raise RunFailed(f"Flower's SuperLink did not start at {address} within {START_TIMEOUT:g} s:\n  {tail(log)}")
+
+
+def tail(log: Path, begin: int = 0) -> str:
+    """Return the last lines of a log after its first `begin` bytes, indented."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return "\n  ".join(lines[-12:])
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def copy_app(target: Path) -> Path:
+    """Copy this very package and its pyproject.toml to a folder whose name Flower accepts."""
+    package = Path(str(resources.files("ssfl_app")))
+    ignore = shutil.ignore_patterns("__pycache__", "_app")
+    shutil.copytree(package, target / "ssfl_app", ignore=ignore)
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(app_folder() / name, target / name)
+    return target
+
+
+def follow(flwr: "subprocess.Popen[bytes]", console: Path, say: Callable[[str], None]) -> None:
+    """Say the lines that the ServerApp adds to console.log, until Flower's command ends."""
+    read = console.stat().st_size if console.exists() else 0
+    alive = True
+    while alive:
+        alive = flwr.poll() is None  # asked before reading, so that the last lines are read too
+        if console.exists():
+            with console.open() as file:
+                file.seek(read)
+                text = file.read()
+            whole = text[: text.rfind("\n") + 1]
+            read += len(whole.encode())
+            for line in whole.splitlines():
+                say(line)
+        if alive:
+            time.sleep(0.1)
+
+
+def judge(folder: Path, log: Path, begin: int) -> None:
+    """Raise RunFailed unless the ServerApp recorded in its run folder that the run is finished.
+
+    `log` is the file of what ``flwr run`` said, which for this run begins after `begin` bytes.
+    """
+    status = read_status(folder)
+    if status.get("status") == "finished":
+        return
+    if status.get("status") == "failed":
+        raise RunFailed(str(status["message"]))
+    raise RunFailed(f"Flower ended the run before it was finished; the end of {log}:\n  {tail(log, begin)}")

@@ -1,0 +1,192 @@
+"""`ssfl federation`: real SuperNodes, all on one machine for trying, or one process a host."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssfl_app.exchange import RunFailed
+from ssfl_app.options import ConfigError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+Folder = Annotated[Path, typer.Option("--dir", help="Folder of the federation: credentials, database, logs.")]
+DEFAULT = Path("federation")
+ONLINE_TIMEOUT = 150.0  # seconds; Flower refuses a node for a minute after it ended without a word
+Days = Annotated[int, typer.Option(help="How long the SuperLink's certificate is valid.", min=1)]
+Sites = Annotated[
+    list[str] | None, typer.Option(help="A node with its own data, NAME=FOLDER; once a node, instead of --nodes.")
+]
+
+
+@app.command()
+def up(
+    nodes: Annotated[int, typer.Option(help="SuperNodes; node i holds partition i of the data set.", min=1)] = 5,
+    site: Sites = None,
+    port: Annotated[int, typer.Option(help="Of the SuperLink on 127.0.0.1. 0: a free one.")] = 0,
+    folder: Folder = DEFAULT,
+    days: Days = 365,
+) -> None:
+    """Start a SuperLink and authenticated SuperNodes on this machine, and keep them alive in the background."""
+    from ssfl_app.engine import federation as house
+    from ssfl_app.engine.processes import free_port
+
+    home = folder.expanduser().resolve()
+    names = _sites(site) if site else {f"node-{i}": f"partition-id={i} num-partitions={nodes}" for i in range(nodes)}
+    if (home / "federation.json").exists():
+        federation = house.read(home)
+        known = {node.name: node.config for node in federation.nodes}
+        if known != names:
+            raise ConfigError(
+                f"--dir is {home}; its federation has the nodes {', '.join(known)}: "
+                "ask for those, or name another folder"
+            )
+    else:
+        ports = [free_port() for _ in names]
+        federation = house.create(home, "127.0.0.1", port or free_port(), names, ports, days)
+    if house.is_up(federation):
+        raise ConfigError(f"--dir is {home}; its federation is up already")
+    with (home / "keeper.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "ssfl_app", "federation", "keep", "--dir", str(home)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd=home,
+        )
+    while not house.is_up(federation) and process.poll() is None:
+        time.sleep(0.1)
+    try:
+        house.wait_until_online(federation, ONLINE_TIMEOUT, typer.echo)
+    except RunFailed as error:
+        print(f"ssfl: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    typer.echo(f"up: SuperLink at {federation.address}, its certificate until {house.certificate_ends(federation)}")
+    typer.echo(f"next: ssfl federation run{_option(folder)}")
+
+
+def _sites(words: list[str]) -> dict[str, str]:
+    sites = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        data = Path(path).expanduser().resolve()
+        if not name.replace("-", "").replace("_", "").isalnum() or not path or not data.is_dir():
+            raise ConfigError(f"--site is {word!r}; it is NAME=FOLDER, the folder being there")
+        sites[name] = f"name='{name}' data-path='{data}'"
+    return sites
+
+
+def _option(folder: Path) -> str:
+    return "" if folder == DEFAULT else f" --dir {folder}"
+
+
+@app.command()
+def run(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Keys that differ.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("-c", "--config", metavar="KEY=VALUE", help="Further keys.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    folder: Folder = DEFAULT,
+) -> None:
+    """Run a strategy on the nodes, as `ssfl run` does in simulation. Exit code: 0 finished, 1 failed, 2 bad input."""
+    from ssfl_app.engine import federation as house
+    from ssfl_app.engine.command import Command
+    from ssfl_app.engine.federation_run import run_on
+
+    federation = house.read(folder.expanduser().resolve())
+    run_on(federation, Command(config, override or [], None, "deployment", out, resume))
+
+
+@app.command()
+def status(folder: Folder = DEFAULT) -> None:
+    """Show processes, nodes and runs. Exit code: 0 up with all nodes online, 1 not."""
+    from rich.console import Console
+
+    from ssfl_app.engine import federation as house
+    from ssfl_app.engine.federation_status import overview
+
+    table, well = overview(house.read(folder.expanduser().resolve()))
+    Console().print(table)
+    raise typer.Exit(0 if well else 1)
+
+
+@app.command()
+def down(folder: Folder = DEFAULT) -> None:
+    """Stop everything that `up` started; credentials, registrations and results stay."""
+    from ssfl_app.engine import federation as house
+    from ssfl_app.engine.federation_status import stop
+
+    typer.echo(f"ended {stop(house.read(folder.expanduser().resolve()))} processes")
+
+
+@app.command(hidden=True)
+def keep(folder: Folder = DEFAULT) -> None:
+    """Keep the processes alive, in the foreground; `up` starts this."""
+    from ssfl_app.engine import federation as house
+
+    house.keep(house.read(folder.expanduser().resolve()))
+
+
+@app.command()
+def init(
+    host: Annotated[str, typer.Option(help="Name or address under which nodes reach the SuperLink.")],
+    name: Annotated[list[str], typer.Option(help="Of a node; once for each.")],
+    port: Annotated[int, typer.Option(help="Of the SuperLink.")] = 8000,
+    folder: Folder = DEFAULT,
+    days: Days = 365,
+) -> None:
+    """Make the credentials for real hosts: a CA, the SuperLink's certificate, a key for each node."""
+    from ssfl_app.engine import federation as house
+
+    home = folder.expanduser().resolve()
+    house.create(home, host, port, dict.fromkeys(name, ""), [9094] * len(name), days)
+    typer.echo(
+        f"SuperLink: copy {home / 'superlink'} and {home / 'control'} to {host}\n"
+        f"nodes: copy {home / 'nodes'}/<name> to each; its file key is for it alone\n"
+        f"keep {home / 'ca' / 'ca.key'} where only you can read it"
+    )
+
+
+@app.command()
+def superlink(
+    bind: Annotated[str, typer.Option(help="Interface to listen on.")] = "0.0.0.0",
+    folder: Folder = DEFAULT,
+) -> None:
+    """Run the SuperLink of this host in the foreground; it is started again when it ends."""
+    from ssfl_app.engine import federation as house
+
+    home = folder.expanduser().resolve()
+    service = house.superlink_service(home, bind, house.read(home).port)
+    house.keep_services([service], home / "superlink" / "running.json")
+
+
+@app.command()
+def register(folder: Folder = DEFAULT) -> None:
+    """Register the nodes' public keys with the running SuperLink; those registered already are left alone."""
+    from ssfl_app.engine import federation as house
+
+    federation = house.read(folder.expanduser().resolve())
+    house.register(federation, [node.name for node in federation.nodes])
+    typer.echo(f"registered: {', '.join(node.name for node in federation.nodes)}")
+
+
+@app.command()
+def node(
+    home: Annotated[Path, typer.Argument(metavar="DIR", help="The node's folder: ca.crt and key.")],
+    superlink: Annotated[str, typer.Option(help="HOST:PORT of the SuperLink.")],
+    config: Annotated[str, typer.Option("--node-config", help="\"name='a' data-path='/data/a'\" or partition-id=0.")],
+    port: Annotated[int, typer.Option(help="For the node's own processes, on 127.0.0.1.")] = 9094,
+) -> None:
+    """Run the SuperNode of this host in the foreground; it is started again when it ends."""
+    from ssfl_app.engine import federation as house
+
+    folder = home.expanduser().resolve()
+    if not (folder / "key").is_file() or not (folder / "ca.crt").is_file():
+        raise ConfigError(f"DIR is {folder}; it is a folder with ca.crt and key, as `ssfl federation init` makes it")
+    house.keep_services([house.node_service(folder, superlink, config, port)], folder / "running.json")
