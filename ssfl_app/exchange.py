@@ -16,16 +16,14 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from ssfl_app.guard import RunFailed
+
 SIMULATION_POLL = 0.01
 DEPLOYMENT_POLL = 0.25
 """Seconds between polls: a pull costs 0.1 ms in simulation and 25 ms of SuperLink CPU over HTTP."""
 
 IN_FLIGHT = 100_000_000
 """Bytes of replies that may be on their way at once in simulation, if that is more than one a core."""
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; the message says why in one line."""
 
 
 def is_simulation(grid: Grid) -> bool:

@@ -3,12 +3,13 @@
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ssfl_app.exchange import RunFailed
+from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -32,6 +33,7 @@ def up(
 ) -> None:
     """Start a SuperLink and authenticated SuperNodes on this machine, and keep them alive in the background."""
     from ssfl_app.engine import federation as house
+    from ssfl_app.engine.credentials import expires
     from ssfl_app.engine.processes import free_port
 
     home = folder.expanduser().resolve()
@@ -46,9 +48,10 @@ def up(
             )
     else:
         ports = [free_port() for _ in names]
-        federation = house.create(home, "127.0.0.1", port or free_port(), names, ports, days)
+        federation = house.create(home, "127.0.0.1", port or free_port(), names, ports, timedelta(days=days))
     if house.is_up(federation):
         raise ConfigError(f"--dir is {home}; its federation is up already")
+    house.check_certificate(home)
     with (home / "keeper.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "ssfl_app", "federation", "keep", "--dir", str(home)],
@@ -65,7 +68,7 @@ def up(
     except RunFailed as error:
         print(f"ssfl: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
-    typer.echo(f"up: SuperLink at {federation.address}, its certificate until {house.certificate_ends(federation)}")
+    typer.echo(f"up: SuperLink at {federation.address}, its certificate ends on {expires(home):%Y-%m-%d}")
     typer.echo(f"next: ssfl federation run{_option(folder)}")
 
 
@@ -145,12 +148,22 @@ def init(
     from ssfl_app.engine import federation as house
 
     home = folder.expanduser().resolve()
-    house.create(home, host, port, dict.fromkeys(name, ""), [9094] * len(name), days)
+    house.create(home, host, port, dict.fromkeys(name, ""), [9094] * len(name), timedelta(days=days))
     typer.echo(
         f"SuperLink: copy {home / 'superlink'} and {home / 'control'} to {host}\n"
         f"nodes: copy {home / 'nodes'}/<name> to each; its file key is for it alone\n"
         f"keep {home / 'ca' / 'ca.key'} where only you can read it"
     )
+
+
+@app.command()
+def certificate(folder: Folder = DEFAULT, days: Days = 365) -> None:
+    """Make a new certificate for the SuperLink, for the same hosts; nodes need nothing new. Restart it afterwards."""
+    from ssfl_app.engine.credentials import expires, hosts_of, make_server
+
+    home = folder.expanduser().resolve()
+    make_server(home, hosts_of(home), timedelta(days=days))
+    typer.echo(f"{home / 'superlink' / 'server.pem'} ends on {expires(home):%Y-%m-%d}: restart the SuperLink")
 
 
 @app.command()

@@ -36,6 +36,10 @@ def take(path: Path) -> IO[str] | None:
     return file
 
 
+class RunFailed(RuntimeError):
+    """The run cannot go on; the message says why in one line."""
+
+
 @contextmanager
 def hold(path: Path) -> Iterator[None]:
     """Hold a file locked that nobody else has locked."""

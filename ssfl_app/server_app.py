@@ -9,9 +9,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from ssfl_app import guard
 from ssfl_app.config import Flat, difference, read_file, write_toml
-from ssfl_app.exchange import RunFailed, is_simulation
+from ssfl_app.exchange import is_simulation
+from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
-from ssfl_app.results.recorder import Recorder, default_folder, write_json
+from ssfl_app.results.files import write_json
+from ssfl_app.results.recorder import Recorder, default_folder
 from ssfl_app.results.report import final_text, write_report
 from ssfl_app.results.runs import read_run
 from ssfl_app.sparsity.layout import load_state

@@ -5,7 +5,7 @@ import pytest
 from flwr.app import Message
 
 from ssfl_app.config import Flat
-from ssfl_app.exchange import RunFailed
+from ssfl_app.guard import RunFailed
 from ssfl_app.wire import Parcel
 from ssfl_app.workshop import Workshop
 from tests.in_process_grid import Fault, Played, ScriptedGrid, answer_error, forget, keep_silent, play, tamper

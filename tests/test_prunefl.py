@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ssfl_app.config import merge, parse
-from ssfl_app.exchange import RunFailed
+from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.codec import SharedMask
 from ssfl_app.sparsity.layout import Layout, load_state

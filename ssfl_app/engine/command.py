@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ssfl_app import config as configuration
 from ssfl_app.config import Config, Flat
-from ssfl_app.exchange import RunFailed
+from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.results.recorder import default_folder
 from ssfl_app.sparsity.layout import Layout

@@ -23,18 +23,18 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ssfl_app.options import ConfigError
 
-CA_DAYS = 3650
+CA_VALID = timedelta(days=3650)
 _PEM = serialization.Encoding.PEM
 
 
-def make_authority(folder: Path, days: int = CA_DAYS) -> None:
+def make_authority(folder: Path, valid: timedelta = CA_VALID) -> None:
     """Make ``ca/ca.key`` and ``ca/ca.crt`` in the folder of a federation, unless they are there."""
     home = folder / "ca"
     if (home / "ca.key").exists():
         return
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name("ssfl federation CA")
-    builder = _certificate(name, name, key.public_key(), timedelta(days=days))
+    builder = _certificate(name, name, key.public_key(), valid)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     usage = {name: name in ("key_cert_sign", "crl_sign", "digital_signature") for name in _USAGES}
     builder = builder.add_extension(x509.KeyUsage(**usage), critical=True)
@@ -44,7 +44,7 @@ def make_authority(folder: Path, days: int = CA_DAYS) -> None:
     (home / "ca.crt").write_bytes(certificate.public_bytes(_PEM))
 
 
-def make_server(folder: Path, hosts: Sequence[str], days: int) -> None:
+def make_server(folder: Path, hosts: Sequence[str], valid: timedelta) -> None:
     """Make the SuperLink's key and certificate, new ones if there are some already.
 
     Parameters
@@ -53,8 +53,8 @@ def make_server(folder: Path, hosts: Sequence[str], days: int) -> None:
         Of the federation; its authority exists.
     hosts : sequence of str
         Names and IP addresses under which nodes and users reach the SuperLink; one or more.
-    days : int
-        How long the certificate is valid. Nodes refuse an expired one.
+    valid : timedelta
+        From now on. Nodes refuse a certificate that has expired.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def make_server(folder: Path, hosts: Sequence[str], days: int) -> None:
         raise ConfigError("hosts is empty; it is one name or address of the SuperLink or more")
     authority, signer = _authority(folder)
     key = ec.generate_private_key(ec.SECP384R1())
-    builder = _certificate(_name(hosts[0]), authority.subject, key.public_key(), timedelta(days=days))
+    builder = _certificate(_name(hosts[0]), authority.subject, key.public_key(), valid)
     builder = builder.add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), False)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
     certificate = builder.sign(signer, hashes.SHA256())
@@ -90,9 +90,19 @@ def make_node(folder: Path, name: str) -> Path:
     return home
 
 
-def expires(certificate: Path) -> datetime:
-    """Return when a certificate of the PEM file ends."""
-    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+def expires(folder: Path) -> datetime:
+    """Return when the SuperLink's certificate ends."""
+    return _server(folder).not_valid_after_utc
+
+
+def hosts_of(folder: Path) -> list[str]:
+    """Return the names and addresses that the SuperLink's certificate is made for."""
+    names = _server(folder).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in names]
+
+
+def _server(folder: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((folder / "superlink" / "server.pem").read_bytes())
 
 
 _USAGES = (
@@ -122,15 +132,15 @@ def _certificate(
     subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, valid: timedelta
 ) -> x509.CertificateBuilder:
     # Back-dated by an hour: machines whose clocks differ a little agree that it has begun.
-    begin = datetime.now(UTC) - timedelta(hours=1)
+    now, hour = datetime.now(UTC), timedelta(hours=1)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(min(begin, datetime.now(UTC) + valid - timedelta(hours=1)))
-        .not_valid_after(datetime.now(UTC) + valid)
+        .not_valid_before(min(now, now + valid) - hour)
+        .not_valid_after(now + valid)
     )
 
 

@@ -16,21 +16,23 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from ssfl_app import guard
 from ssfl_app.engine.credentials import expires, make_authority, make_node, make_server
-from ssfl_app.engine.keeper import TICK, Keeper, Service
+from ssfl_app.engine.keeper import Keeper, Service
 from ssfl_app.engine.processes import environment, wait_until_healthy
-from ssfl_app.exchange import RunFailed
+from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
-from ssfl_app.results.recorder import write_json
+from ssfl_app.results.files import write_json
 
 CONNECTION = "federation"
 """Name of the SuperLink in Flower's config.toml."""
 
 _COMMAND_TIMEOUT = 120.0
+ASK_AGAIN = 1.0  # seconds between two questions who is online: each is a process of its own
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Federation:
 
 
 def create(
-    folder: Path, host: str, port: int, nodes: Mapping[str, str], ports: Iterable[int], days: int
+    folder: Path, host: str, port: int, nodes: Mapping[str, str], ports: Iterable[int], valid: timedelta
 ) -> Federation:
     """Make the folder of a federation with all credentials.
 
@@ -87,14 +89,14 @@ def create(
         Name of each node -> its ``--node-config``.
     ports : iterable of int
         A port of this machine for each node.
-    days : int
+    valid : timedelta
         How long the SuperLink's certificate is valid.
     """
     made = tuple(Node(name, config, own) for (name, config), own in zip(nodes.items(), ports, strict=True))
     federation = Federation(folder, host, port, made)
     make_authority(folder)
     if not (folder / "superlink" / "server.key").exists():
-        make_server(folder, list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"])), days)
+        make_server(folder, list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"])), valid)
     for node in made:
         make_node(folder, node.name)
     federation.flwr_home.mkdir(parents=True, exist_ok=True)
@@ -127,8 +129,15 @@ def read(folder: Path) -> Federation:
 
 
 def superlink_service(folder: Path, bind: str, port: int) -> Service:
-    """Return the SuperLink: TLS, registered nodes only, and a database that survives it."""
+    """Return the SuperLink: TLS, registered nodes only, and a database that survives it.
+
+    Raises
+    ------
+    ConfigError
+        Its certificate has expired.
+    """
     home = folder / "superlink"
+    check_certificate(folder)
     (home / "flwr").mkdir(parents=True, exist_ok=True)
     command = ["flower-superlink", "--host", bind, "--port", str(port), "--enable-supernode-auth"]
     command += ["--ssl-ca-certfile", str(home / "ca.crt"), "--ssl-certfile", str(home / "server.pem")]
@@ -281,9 +290,14 @@ def wait_until_online(federation: Federation, timeout: float, say: Callable[[str
                 f"{online} of {len(federation.nodes)} nodes are online after {timeout:g} s; see node.log in "
                 f"{federation.folder / 'nodes'}"
             )
-        time.sleep(TICK)
+        time.sleep(ASK_AGAIN)
 
 
-def certificate_ends(federation: Federation) -> str:
-    """Return the day on which the SuperLink's certificate ends."""
-    return expires(federation.folder / "superlink" / "server.pem").date().isoformat()
+def check_certificate(folder: Path) -> None:
+    """Raise ConfigError if the SuperLink's certificate has expired: every node would refuse it."""
+    ends = expires(folder)
+    if ends <= datetime.now(UTC):
+        raise ConfigError(
+            f"the SuperLink's certificate ended on {ends:%Y-%m-%d %H:%M} UTC; make another one: "
+            f"ssfl federation certificate --dir {folder}"
+        )

@@ -17,8 +17,10 @@ from ssfl_app import guard
 from ssfl_app.config import Config, write_toml
 from ssfl_app.engine.command import Command, resolve
 from ssfl_app.engine.federation import CONNECTION, Federation, control, is_up
-from ssfl_app.engine.processes import copy_app, environment, follow, judge, running
-from ssfl_app.exchange import RunFailed
+from ssfl_app.engine.federation_status import services
+from ssfl_app.engine.flower_app import copy_app, follow, judge
+from ssfl_app.engine.processes import environment, running
+from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.results.recorder import read_status
 
@@ -70,7 +72,7 @@ def _launch(federation: Federation, config: Config, say: Callable[[str], None]) 
         raise RunFailed(f"{folder} is being written to by another run; it is to end first")
     lock.close()
     (folder / "status.json").unlink(missing_ok=True)  # that of an earlier session says nothing about this one
-    log = folder / "flower.log"
+    log, superlink = folder / "flower.log", services(federation).get("superlink")
     begin = log.stat().st_size if log.exists() else 0
     with tempfile.TemporaryDirectory(prefix="ssfl-") as work:
         app, overrides = copy_app(Path(work) / "ssfl-app"), Path(work) / "run.toml"
@@ -83,6 +85,8 @@ def _launch(federation: Federation, config: Config, say: Callable[[str], None]) 
                 _ask_to_stop(federation, log, begin)
                 raise
     _wait_for_the_end(folder)
+    if read_status(folder).get("status") == "running" and services(federation).get("superlink") != superlink:
+        raise RunFailed("the SuperLink ended in the middle of the run; it was started again, nodes come back to it")
     judge(folder, log, begin)
 
 

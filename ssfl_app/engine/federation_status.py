@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ssfl_app.engine.federation import Federation, is_up, nodes
 from ssfl_app.engine.processes import STOP_TIMEOUT, end_families
-from ssfl_app.exchange import RunFailed
+from ssfl_app.guard import RunFailed
 
 
 def services(federation: Federation) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,8 @@ import torch
 
 from ssfl_app import guard
 from ssfl_app.config import Config, app_folder, write_toml
-from ssfl_app.engine.processes import copy_app, environment, follow, free_port, judge, running, wait_until_healthy
+from ssfl_app.engine.flower_app import copy_app, follow, judge
+from ssfl_app.engine.processes import environment, free_port, running, wait_until_healthy
 
 SMALLEST_STORE = 100_000_000  # Ray refuses less than 79 MB
 

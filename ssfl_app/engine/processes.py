@@ -1,23 +1,19 @@
 """Processes of Flower: started in this very environment, waited for, and ended with all their children."""
 
 import os
-import shutil
 import socket
 import ssl
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 
 import psutil
 
-from ssfl_app.config import app_folder
-from ssfl_app.exchange import RunFailed
-from ssfl_app.results.recorder import read_status
+from ssfl_app.guard import RunFailed
 
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 20.0
@@ -125,44 +121,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def copy_app(target: Path) -> Path:
-    """Copy this very package and its pyproject.toml to a folder whose name Flower accepts."""
-    package = Path(str(resources.files("ssfl_app")))
-    ignore = shutil.ignore_patterns("__pycache__", "_app")
-    shutil.copytree(package, target / "ssfl_app", ignore=ignore)
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(app_folder() / name, target / name)
-    return target
-
-
-def follow(flwr: "subprocess.Popen[bytes]", console: Path, say: Callable[[str], None]) -> None:
-    """Say the lines that the ServerApp adds to console.log, until Flower's command ends."""
-    read = console.stat().st_size if console.exists() else 0
-    alive = True
-    while alive:
-        alive = flwr.poll() is None  # asked before reading, so that the last lines are read too
-        if console.exists():
-            with console.open() as file:
-                file.seek(read)
-                text = file.read()
-            whole = text[: text.rfind("\n") + 1]
-            read += len(whole.encode())
-            for line in whole.splitlines():
-                say(line)
-        if alive:
-            time.sleep(0.1)
-
-
-def judge(folder: Path, log: Path, begin: int) -> None:
-    """Raise RunFailed unless the ServerApp recorded in its run folder that the run is finished.
-
-    `log` is the file of what ``flwr run`` said, which for this run begins after `begin` bytes.
-    """
-    status = read_status(folder)
-    if status.get("status") == "finished":
-        return
-    if status.get("status") == "failed":
-        raise RunFailed(str(status["message"]))
-    raise RunFailed(f"Flower ended the run before it was finished; the end of {log}:\n  {tail(log, begin)}")

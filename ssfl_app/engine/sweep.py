@@ -21,10 +21,10 @@ from ssfl_app.engine.sweep_plan import TASK, Plan, Planned, difference, read_pla
 from ssfl_app.options import ConfigError
 from ssfl_app.results.compare import Entry, as_json, tables
 from ssfl_app.results.compare_page import markdown, picture
-from ssfl_app.results.files import write_atomically
+from ssfl_app.results.files import write_atomically, write_json
 from ssfl_app.results.page import percent
 from ssfl_app.results.plots import png_bytes
-from ssfl_app.results.recorder import read_status, write_json
+from ssfl_app.results.recorder import read_status
 from ssfl_app.results.runs import CENTRAL, facts, read_run
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY

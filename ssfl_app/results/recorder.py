@@ -27,16 +27,11 @@ from safetensors import torch as safe_torch
 
 from ssfl_app import guard
 from ssfl_app.options import ConfigError
-from ssfl_app.results.files import write_atomically
+from ssfl_app.results.files import write_atomically, write_json
 from ssfl_app.sparsity.layout import Layout, State, state_digest
 from ssfl_app.sparsity.mask import Mask
 
 Record = dict[str, Any]
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON atomically."""
-    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def default_folder(strategy: str, data: str) -> Path:

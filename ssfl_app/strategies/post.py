@@ -19,7 +19,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from ssfl_app.exchange import Courier, Outcome, RunFailed, is_simulation
+from ssfl_app.exchange import Courier, Outcome, is_simulation
+from ssfl_app.guard import RunFailed
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.settings import RunOptions

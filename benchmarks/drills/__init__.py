@@ -1,0 +1,1 @@
+"""Faults on real SuperNodes, on purpose, and what they cost: ``python -m benchmarks.drills``."""
