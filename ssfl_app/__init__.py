@@ -1,3 +1,34 @@
-"""Sparse federated learning on Flower: SSFL and the systems it is compared with."""
+"""Sparse federated learning on Flower: SSFL and the systems it is compared with.
+
+The plug-in layer for other people's Flower projects is exported here: ``from ssfl_app import SSFL, sparse_mod``.
+The names are looked up when they are first used, so that ``import ssfl_app`` loads neither torch nor Flower.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssfl_app.plugin.gradients import mask_gradients as mask_gradients
+    from ssfl_app.plugin.mod import SparseMod as SparseMod
+    from ssfl_app.plugin.mod import sparse_mod as sparse_mod
+    from ssfl_app.plugin.mod import sparse_numpy_mod as sparse_numpy_mod
+    from ssfl_app.plugin.strategy import SSFL as SSFL
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "SSFL": "ssfl_app.plugin.strategy",
+    "SparseMod": "ssfl_app.plugin.mod",
+    "sparse_mod": "ssfl_app.plugin.mod",
+    "sparse_numpy_mod": "ssfl_app.plugin.mod",
+    "mask_gradients": "ssfl_app.plugin.gradients",
+}
+
+__all__ = ["SSFL", "SparseMod", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a name of the plug-in layer, which is imported now."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""Handwritten digits, a small CNN, and nothing that knows of sparsity."""

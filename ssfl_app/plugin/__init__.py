@@ -1,0 +1,21 @@
+"""The plug-in layer: SSFL for people who have a Flower project already.
+
+=================  ==========================================================================================
+module             what
+=================  ==========================================================================================
+`strategy`         `SSFL`, the server's half: takes FedAvg's arguments and starts like FedAvg
+`mod`              `sparse_mod` and `sparse_numpy_mod`, the client's half: masked values <-> the dense arrays of an
+                   unmodified train function
+`gradients`        `mask_gradients`, one optional line in a foreign training loop
+`sheet`            what both ends know of a foreign state dict: names, shapes, types, order, what is pruned
+`question`         how the mod reads saliency out of somebody else's train function
+`legacy`           Message API <-> what an old-style NumPyClient takes
+`mail`, `answer`   the server's messages to nodes, resent with the mask to a node that lost it; checked answers
+`folding`, `inner` what the replies of a round become: a streamed mean, or what another Flower strategy makes of them
+`course`           the order of events, and the record of each round
+`discovery`        round 0: the question for saliency, and the mask
+`cohort`           who takes part
+=================  ==========================================================================================
+
+Names are exported by `ssfl_app` itself; `docs/plugin.md` says how they are used.
+"""

@@ -1,0 +1,139 @@
+"""The course of a run: discovery, then rounds of training and evaluation, each told as one record."""
+
+import time
+from collections.abc import Callable
+from logging import INFO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+
+if TYPE_CHECKING:
+    from ssfl_app.plugin.strategy import SSFL
+
+Record = dict[str, Any]
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class Course:
+    """Plays the rounds of one strategy on one grid.
+
+    Parameters
+    ----------
+    strategy : SSFL
+        With its model and its mail.
+    grid : Grid
+        Flower's.
+    configs : pair of ConfigRecord
+        The user's, of training and evaluation.
+    evaluate_fn : callable, optional
+        Flower's central evaluation.
+    """
+
+    def __init__(
+        self, strategy: "SSFL", grid: Grid, configs: tuple[ConfigRecord, ConfigRecord], evaluate_fn: Evaluate | None
+    ) -> None:
+        self._strategy, self._grid, self._configs, self._evaluate_fn = strategy, grid, configs, evaluate_fn
+        self._result = Result()
+
+    def play(self, initial_arrays: ArrayRecord, num_rounds: int) -> Result:
+        """Play round 0, which is discovery, and all others.
+
+        Raises
+        ------
+        RunFailed
+            Too few nodes connected, or answered well, or Ray lost an actor. `SSFL.history` ends with that round.
+        """
+        began = time.monotonic()
+        strategy = self._strategy
+        self._central(0, initial_arrays)
+        del initial_arrays  # a model's size
+        if strategy.base.fraction_train and strategy.discovery.density < 1:
+            self._discover()
+        for round_ in range(1, num_rounds + 1):
+            log(INFO, "")
+            log(INFO, "[ROUND %s/%s]", round_, num_rounds)
+            start, record = time.monotonic(), Record(round=round_)
+            strategy.history.append(record)
+            record |= self._train(round_)
+            strategy.mail.need(strategy.min_ok_fraction, f"training in round {round_}")
+            record |= self._evaluate(round_)
+            record["central"] = self._central(round_, None)
+            record["seconds"] = time.monotonic() - start
+        self._result.arrays = strategy.arrays()
+        log(INFO, "")
+        log(INFO, "Strategy execution finished in %.2fs", time.monotonic() - began)
+        return self._result
+
+    def _discover(self) -> None:
+        strategy = self._strategy
+        start, record = time.monotonic(), Record(round=0)
+        strategy.history.append(record)
+        log(INFO, "")
+        log(INFO, "[DISCOVERY]")
+        # The function is asked what it would do in round 1: its schedules may have no round 0.
+        config = ConfigRecord({**self._configs[0], "server-round": 1})
+        nodes = strategy.sample(self._grid, "saliency", 0, strategy.discovery.share, strategy.base.min_train_nodes)
+        mask = strategy.discovery.find(strategy.mail, self._grid, nodes, strategy.model, config, record)
+        strategy.mail.mask = mask
+        strategy.model[~mask.carried] = 0
+        record["seconds"] = time.monotonic() - start
+        log(INFO, "\t└──> %s of %s prunable weights stay alive", mask.count, mask.alive.size)
+
+    def _train(self, round_: int) -> Record:
+        strategy, mail = self._strategy, self._strategy.mail
+        messages = list(strategy.configure_train(round_, ArrayRecord(), self._configs[0], self._grid))
+        if messages:
+            log(INFO, "configure_train: Sampled %s nodes", len(messages))
+        replies = mail.carry(self._grid, messages, 4 * int(np.count_nonzero(mail.mask.carried)))
+        arrays, metrics = strategy.aggregate_train(round_, replies)
+        if messages:
+            mail.log_failures("aggregate_train")
+        self._note(metrics, self._result.train_metrics_clientapp, round_)
+        outcome, mask = mail.outcome, mail.mask
+        return {
+            **mail.names(),
+            "aggregated": arrays is not None,
+            "metrics": dict(metrics or {}),
+            "messages_train_down": outcome.sent,
+            "messages_train_up": len(outcome.ok) + len(outcome.refused),
+            "bytes_train_down": outcome.down,
+            "bytes_train_up": outcome.up,
+            "bytes_mask_down": outcome.mask_down,
+            "density": mask.density,
+            "density_all": int(np.count_nonzero(mask.carried)) / mask.carried.size,
+        }
+
+    def _evaluate(self, round_: int) -> Record:
+        strategy, mail = self._strategy, self._strategy.mail
+        messages = list(strategy.configure_evaluate(round_, ArrayRecord(), self._configs[1], self._grid))
+        if not messages:
+            return {"bytes_evaluate_down": 0}
+        log(INFO, "configure_evaluate: Sampled %s nodes", len(messages))
+        metrics = strategy.aggregate_evaluate(round_, mail.carry(self._grid, messages, 0))
+        mail.log_failures("aggregate_evaluate")
+        self._note(metrics, self._result.evaluate_metrics_clientapp, round_)
+        return {
+            **{f"evaluate_{name}": value for name, value in mail.names().items()},
+            "evaluate_metrics": dict(metrics or {}),
+            "bytes_evaluate_down": mail.outcome.down,
+            "bytes_evaluate_mask_down": mail.outcome.mask_down,
+        }
+
+    def _note(self, metrics: MetricRecord | None, book: dict[int, MetricRecord], round_: int) -> None:
+        if metrics is not None:
+            log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
+            book[round_] = metrics
+
+    def _central(self, round_: int, arrays: ArrayRecord | None) -> Record | None:
+        if self._evaluate_fn is None:
+            return None
+        metrics = self._evaluate_fn(round_, self._strategy.arrays() if arrays is None else arrays)
+        if metrics is None:
+            return None
+        log(INFO, "Global evaluation: %s", metrics)
+        self._result.evaluate_metrics_serverapp[round_] = metrics
+        return dict(metrics)

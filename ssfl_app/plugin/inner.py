@@ -1,0 +1,99 @@
+"""Another Flower strategy inside: it sees replies whose one array is the flat vector of carried values.
+
+All nodes send the same coordinates, so what FedAdam or Krum do to arrays they do to that vector: a server optimiser
+moves alive coordinates only, and distances between clients are those of their alive values.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from ssfl_app.guard import RunFailed
+from ssfl_app.plugin.answer import Answer
+from ssfl_app.plugin.folding import common_metrics
+from ssfl_app.sparsity.layout import Vector
+from ssfl_app.sparsity.values import PayloadError, check_values
+
+VECTOR = "values"
+"""Name of the one array that an inner strategy sees."""
+
+
+def told_by(
+    configure: Callable[..., Iterable[Message]],
+    server_round: int,
+    values: Vector,
+    config: ConfigRecord,
+    grid: Grid,
+    config_key: str,
+) -> ConfigRecord:
+    """Have an inner strategy prepare a round, and return the config it writes to its first node.
+
+    Its own choice of nodes is not used. It draws from Python's global generator, whose state is put back.
+
+    Parameters
+    ----------
+    configure : callable
+        Its `configure_train` or `configure_evaluate`.
+    values : array of float32
+        The carried values of the model.
+    config : ConfigRecord
+        The user's; returned as it is if the strategy writes to nobody.
+    config_key : str
+        Where it puts the config.
+    """
+    before = random.getstate()
+    try:
+        messages = list(configure(server_round, ArrayRecord({VECTOR: Array(values)}), config, grid))
+    finally:
+        random.setstate(before)
+    told: Any = messages[0].content[config_key] if messages else config
+    return ConfigRecord(dict(told))
+
+
+def aggregate_by(
+    inner: FedAvg, server_round: int, answers: Sequence[Answer], size: int
+) -> tuple[Vector | None, MetricRecord | None]:
+    """Return what `inner` makes of the answers: the new vector of carried values, and metrics.
+
+    Raises
+    ------
+    RunFailed
+        It made something else of them: another name, shape, or values that are not finite.
+    """
+    arrays, metrics = inner.aggregate_train(server_round, _replies(answers, inner.arrayrecord_key))
+    if arrays is None:
+        return None, metrics
+    what = f"{type(inner).__name__} in round {server_round}"
+    if list(arrays) != [VECTOR]:
+        raise RunFailed(f"{what} returned the arrays {list(arrays)}; it was given [{VECTOR!r}]")
+    values = arrays[VECTOR].numpy().astype(np.float32)
+    try:
+        if values.shape != (size,):
+            raise PayloadError(f"it has shape {values.shape}; it must be ({size},)")
+        check_values(values)
+    except PayloadError as error:
+        raise RunFailed(f"{what} returned a vector that is no model: {error}") from error
+    return values, metrics
+
+
+def evaluate_by(inner: FedAvg, server_round: int, answers: Sequence[Answer]) -> MetricRecord | None:
+    """Return what `inner` makes of the metrics of an evaluation."""
+    return inner.aggregate_evaluate(server_round, _replies(answers, None))
+
+
+def _replies(answers: Sequence[Answer], arrays_key: str | None) -> list[Message]:
+    """Return the answers as Flower's strategies expect replies, by node id."""
+    messages = []
+    ordered = sorted(answers, key=lambda answer: answer.node)
+    for answer, content in zip(ordered, common_metrics(ordered), strict=True):
+        assert answer.message is not None
+        if arrays_key is not None:
+            content[arrays_key] = ArrayRecord({VECTOR: Array(answer.values)})
+        answer.message.content = content
+        messages.append(answer.message)
+    return messages

@@ -1,0 +1,216 @@
+"""The server's messages to nodes, and which answers are good ones.
+
+The mask goes down once per node, with the sheet, in the first message that needs it; every message carries the
+digest of both. A node that does not hold them (restarted, joined late, state cleared) answers "need mask" and gets
+the message again with them, in the same round. An answer for another round or digest, or whose arrays or numbers
+are not what they must be, is refused by node and reason; it never reaches the mean.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from logging import INFO
+from typing import Any, Literal
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common import log
+from flwr.serverapp import Grid
+
+from ssfl_app.exchange import Courier, Outcome
+from ssfl_app.guard import RunFailed
+from ssfl_app.plugin.answer import Answer, metrics_of, weight_of
+from ssfl_app.plugin.mod import REPLY
+from ssfl_app.plugin.sheet import Sheet
+from ssfl_app.sparsity.layout import Vector
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import Arrays, PayloadError, check_values, read_values, write_values
+from ssfl_app.wire import Facts, Packer, Parcel, freeze, read_record
+
+Kind = Literal["train", "evaluate", "saliency"]
+ONCE = ("mask", "sheet", "fixed")
+"""Arrays that go down once per node; their bytes are counted apart."""
+
+
+class Mail:
+    """Writes messages to nodes, carries them, and opens the replies one at a time.
+
+    Parameters
+    ----------
+    sheet : Sheet
+        Of the model.
+    values : str
+        Value type of training and evaluation messages, both ways.
+    weight_key : str
+        The metric that weighs a reply, "num-examples" by default in Flower.
+    timeout : float
+        Seconds an exchange may take; also the messages' time to live.
+
+    Attributes
+    ----------
+    mask : Mask
+        Under which training and evaluation messages are encoded; the dense one at first.
+    outcome : Outcome
+        Of the exchange that is going on, or the last one.
+    """
+
+    def __init__(self, sheet: Sheet, values: str, weight_key: str, timeout: float) -> None:
+        self.sheet, self.mask, self.outcome = sheet, Mask.dense(sheet.layout), Outcome()
+        self._values, self._weight_key, self._timeout = values, weight_key, timeout
+        self._packer = Packer()
+        self._holds: dict[int, str] = {}  # node -> digest it answered under
+        self._node_of: dict[str, int] = {}  # message id -> node
+        self._kind: Kind = "train"
+        self._letter = Parcel()  # the same for all nodes of an exchange
+        self._once: Arrays = {}
+        self._config: Mapping[str, Any] = {}
+
+    # ---- out ---------------------------------------------------------------------------------
+
+    def write(
+        self, kind: Kind, round_: int, nodes: Iterable[int], model: Vector, config: Mapping[str, Any], facts: Facts
+    ) -> list[Message]:
+        """Return one message per node.
+
+        Parameters
+        ----------
+        kind : {"train", "evaluate", "saliency"}
+            The question "saliency" travels as a train message and is about the whole `model` in float32.
+        model : array of float32, shape (layout.size,)
+            Of which the carried coordinates travel.
+        config : mapping
+            The user's, under "server-round" and so on.
+        facts : dict
+            Beside the usual ones.
+        """
+        mask = Mask.dense(self.sheet.layout) if kind == "saliency" else self.mask
+        values = "fp32" if kind == "saliency" else self._values
+        digest = self.sheet.digest_under(mask)
+        told: Facts = {"ssfl": kind, "round": round_, "digest": digest, "values": values}
+        self._kind, self._packer, self._config = kind, Packer(), config
+        self._letter = Parcel(
+            freeze(write_values(model[mask.carried], values)), {**told, "weight-key": self._weight_key, **facts}
+        )
+        bitmap = {} if mask.count == mask.alive.size else {"mask": mask.packed()}  # everybody knows the dense one
+        self._once = freeze({**bitmap, **self.sheet.written()})
+        knows_it = {node for node in nodes if self._holds.get(node) == digest and kind != "saliency"}
+        return [self._message(node, node not in knows_it) for node in nodes]
+
+    def _message(self, node: int, bring: bool) -> Message:
+        arrays = {**self._letter.arrays, **(self._once if bring else {})}
+        record = self._packer.record(Parcel(arrays, self._letter.facts))
+        record["config"] = ConfigRecord(dict(self._config))  # its own: in one process a client may change it
+        kind = "evaluate" if self._kind == "evaluate" else "train"
+        return Message(record, node, kind, ttl=self._timeout, group_id=str(self._letter.facts["round"]))
+
+    def carry(self, grid: Grid, messages: Iterable[Message], reply_bytes: int) -> Iterator[Message]:
+        """Send messages that `write` made; return the replies, of about this size, as they come."""
+        courier = Courier(grid, self._timeout, reply_bytes)
+        self.outcome = courier.outcome
+        self._push(courier, {message.metadata.dst_node_id: message for message in messages})
+        return self._replies(courier)
+
+    def _replies(self, courier: Courier) -> Iterator[Message]:
+        again: set[int] = set()
+        for node, reply in courier.replies():
+            self.outcome.up += sum(_sizes(reply).values())
+            if _needs_mask(reply) and node not in again:
+                again.add(node)
+                self._push(courier, {node: self._message(node, bring=True)})
+                continue
+            self._node_of[reply.metadata.reply_to_message_id] = node
+            yield reply
+            del reply
+
+    def _push(self, courier: Courier, messages: dict[int, Message]) -> None:
+        for message in messages.values():
+            sizes = _sizes(message)
+            self.outcome.mask_down += sum(sizes.pop(name, 0) for name in ONCE)
+            self.outcome.down += sum(sizes.values())
+        courier.send(messages)
+
+    # ---- in ----------------------------------------------------------------------------------
+
+    def open(self, replies: Iterable[Message]) -> Iterator[Answer]:
+        """Yield the good replies; refuse the others by node and reason, errors that Flower reports among them."""
+        for message in replies:
+            node = self._node_of.pop(message.metadata.reply_to_message_id)
+            try:
+                answer = self._read(node, message)
+            except PayloadError as error:
+                self.outcome.refused[node] = str(error)
+                continue
+            self.outcome.ok.append(node)
+            if self._kind != "saliency":
+                self._holds[node] = str(answer.facts["digest"])
+            yield answer
+            del message, answer
+
+    def _read(self, node: int, message: Message) -> Answer:
+        parcel = read_record(message.content)
+        facts, sent = parcel.facts, self._letter.facts
+        if facts.get("need"):
+            raise PayloadError(f"asks for {facts['need']!r} again")
+        for name in ("round", "digest"):
+            if facts.get(name) != sent[name]:
+                raise PayloadError(f"{name} is {facts.get(name)!r}; it must be {sent[name]!r}")
+        records, name = RecordDict(), "metrics"
+        for key, record in message.content.items():
+            if key.startswith(REPLY) and not isinstance(record, ArrayRecord):
+                records[key.removeprefix(REPLY)] = record
+        if self._kind == "saliency":
+            weight = facts.get("samples") if sent["weighting"] == "samples" else 1
+        else:
+            name, metrics = metrics_of(records)
+            if self._weight_key not in metrics:
+                raise PayloadError(f"no metric {self._weight_key!r} among {sorted(metrics)}; it weighs the reply")
+            weight = metrics[self._weight_key]
+        return Answer(node, self._vector(parcel), weight_of(weight), records, name, facts, message)
+
+    def _vector(self, parcel: Parcel) -> Vector:
+        if self._kind == "evaluate":
+            return np.zeros(0, dtype=np.float32)
+        layout = self.sheet.layout
+        carried = layout.prunable_size if self._kind == "saliency" else int(np.count_nonzero(self.mask.carried))
+        values = read_values(parcel.arrays, str(self._letter.facts["values"]), carried)
+        check_values(values)
+        return values
+
+    def names(self) -> dict[str, Any]:
+        """Return who answered well, who was lost and who was refused, and why, as `SSFL.history` has it."""
+        outcome = self.outcome
+        bad = {"lost": outcome.lost, "refused": outcome.refused}
+        return {"ok": sorted(outcome.ok), **{k: {str(n): v[n] for n in sorted(v)} for k, v in bad.items()}}
+
+    def log_failures(self, what: str) -> None:
+        """Log how many answers came, and each failure by node and reason."""
+        bad = {**self.outcome.lost, **self.outcome.refused}
+        log(INFO, "%s: Received %s results and %s failures", what, len(self.outcome.ok), len(bad))
+        for node, reason in sorted(bad.items()):
+            log(INFO, "\t> node %s: %s", node, reason)
+
+    def enough(self, share: float) -> bool:
+        """Return whether at least `share` of the nodes that were asked answered well."""
+        outcome = self.outcome
+        asked = len(outcome.ok) + len(outcome.lost) + len(outcome.refused)
+        return len(outcome.ok) >= share * asked
+
+    def need(self, share: float, what: str) -> None:
+        """Raise RunFailed unless at least `share` of the nodes that were asked answered well."""
+        if self.enough(share):
+            return
+        bad = {**self.outcome.lost, **self.outcome.refused}
+        asked = len(self.outcome.ok) + len(bad)
+        reasons = ", ".join(f"node {node}: {why}" for node, why in sorted(bad.items()))
+        raise RunFailed(
+            f"{what}: {len(self.outcome.ok)} of {asked} nodes answered well; min_ok_fraction is {share} ({reasons})"
+        )
+
+
+def _sizes(message: Message) -> dict[str, int]:
+    # Counted on the encoded payload itself. By key: `.array_records` would build a reference cycle.
+    arrays: Any = message.content.get("arrays")
+    return {name: len(array.data) for name, array in arrays.items()} if isinstance(arrays, ArrayRecord) else {}
+
+
+def _needs_mask(message: Message) -> bool:
+    facts = message.content.get("facts")
+    return isinstance(facts, ConfigRecord) and facts.get("need") == "mask"

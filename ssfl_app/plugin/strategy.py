@@ -1,0 +1,274 @@
+"""`SSFL`, the server's half: in the place of FedAvg, with its arguments, started the same way.
+
+Ohib et al., "SSFL: Discovering Sparse Unified Subnetworks at Initialization for Efficient Federated Learning", TMLR
+2026, arXiv 2405.09037, algorithm 1: ask all clients for ``|g * w|`` at the common initial weights, average by
+samples, keep the top ``density`` as one mask, then FedAvg inside it, where only alive values and the dense
+remainder (biases, norms) travel.
+"""
+
+from collections.abc import Callable, Iterable
+from logging import INFO
+from typing import TypedDict, Unpack
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
+
+from ssfl_app.plugin.answer import Answer
+from ssfl_app.plugin.cohort import sample, wait_for
+from ssfl_app.plugin.course import Course, Record
+from ssfl_app.plugin.discovery import Discovery
+from ssfl_app.plugin.folding import PositionalMean, common_metrics
+from ssfl_app.plugin.inner import aggregate_by, evaluate_by, told_by
+from ssfl_app.plugin.mail import Mail
+from ssfl_app.plugin.sheet import Sheet
+from ssfl_app.sparsity.layout import Vector
+from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.values import VALUE_TYPES, check_values
+
+MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
+
+
+class FedAvgArguments(TypedDict, total=False):
+    """What Flower's FedAvg takes; its defaults are Flower's and written there."""
+
+    fraction_train: float
+    fraction_evaluate: float
+    min_train_nodes: int
+    min_evaluate_nodes: int
+    min_available_nodes: int
+    weighted_by_key: str
+    arrayrecord_key: str
+    configrecord_key: str
+    train_metrics_aggr_fn: MetricsFn | None
+    evaluate_metrics_aggr_fn: MetricsFn | None
+
+
+class SSFL(Strategy):
+    """Sparse federated learning in the place of Flower's FedAvg; the clients need `sparse_mod`.
+
+    Parameters
+    ----------
+    density : float
+        Share of the prunable weights that stay alive, in (0, 1]. 1: FedAvg with one flat vector, no question asked.
+    inner : FedAvg, optional
+        One of Flower's Message-API strategies that derive from FedAvg: FedAvgM, FedAdam, FedYogi, FedAdagrad,
+        FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan. It aggregates replies whose one array is the flat vector
+        of carried values, and holds the FedAvg arguments. It keeps all replies of a round, O(nodes * carried)
+        memory.
+    seed : int
+        Of everything random: which nodes take part.
+    prunable : iterable of str, optional
+        Names of the tensors to prune. Default: floating, 2 dimensions or more, name ending in "weight".
+    scope : {"global", "layer"}
+        Rank all layers together (the paper), or each on its own.
+    min_per_layer : int
+        Alive weights that each layer keeps at least.
+    saliency_batches : int
+        Minibatches that a client scores.
+    saliency_weighting : {"samples", "uniform"}
+        Weight of a client in the mean score. "samples", as in the paper, lets the train function run to its end once,
+        without steps, to learn its number of examples. "uniform" leaves it after the minibatches.
+    saliency_share : float
+        Share of the connected nodes that is asked for scores, in (0, 1].
+    values : str
+        Value type on the wire in training and evaluation: fp32, fp16, bf16 or int8.
+    min_ok_fraction : float
+        A round counts if this share of its nodes answered well, in [0, 1]; if not, the run fails. 0: the run goes on
+        with whoever answered.
+    **fedavg
+        FedAvg's own arguments, see `FedAvgArguments`.
+
+    Attributes
+    ----------
+    history : list of dict
+        One record a round, round 0 is discovery: who answered (`ok`), who was `lost` or `refused` and why, bytes of
+        encoded arrays, metrics, density, seconds.
+    mail : Mail
+        Who holds what, and the exchange that is going on; its `mask` is the one in use. Once the strategy was
+        started.
+    model : array of float32
+        All floating coordinates of the model, dead weights 0.
+    base, discovery, min_ok_fraction
+        The inner strategy, or a FedAvg that holds its arguments; how the mask is found; as given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is out of range; `inner` is no FedAvg, or is given beside FedAvg's arguments.
+    """
+
+    def __init__(
+        self,
+        density: float = 0.1,
+        *,
+        inner: FedAvg | None = None,
+        seed: int = 1,
+        prunable: Iterable[str] | None = None,
+        scope: Scope = "global",
+        min_per_layer: int = 0,
+        saliency_batches: int = 1,
+        saliency_weighting: str = "samples",
+        saliency_share: float = 1.0,
+        values: str = "fp32",
+        min_ok_fraction: float = 0.5,
+        **fedavg: Unpack[FedAvgArguments],
+    ) -> None:
+        if inner is not None and fedavg:
+            raise ValueError(f"{sorted(fedavg)} beside inner: give them to {type(inner).__name__}, which takes them")
+        if inner is not None and not isinstance(inner, FedAvg):
+            raise TypeError(
+                f"inner is {type(inner).__name__}; it is one of Flower's strategies that derive from FedAvg"
+            )
+        if values not in VALUE_TYPES:
+            raise ValueError(f"values is {values!r}; it is one of {', '.join(VALUE_TYPES)}")
+        if not 0 <= min_ok_fraction <= 1:
+            raise ValueError(f"min_ok_fraction is {min_ok_fraction}; it is a fraction in [0, 1]")
+        self.history: list[Record] = []
+        self.model: Vector = np.zeros(0, dtype=np.float32)
+        self._mail: Mail | None = None
+        self.discovery = Discovery(
+            density, scope, min_per_layer, saliency_batches, saliency_weighting, saliency_share, min_ok_fraction
+        )
+        self._inner, self.base = inner, FedAvg(**fedavg) if inner is None else inner
+        self._seed, self._prunable = seed, None if prunable is None else tuple(prunable)
+        self._values, self.min_ok_fraction = values, min_ok_fraction
+        self._timeout = 3600.0
+        self._cohort: list[int] = []
+
+    @property
+    def mail(self) -> Mail:
+        """The messages of this run.
+
+        Raises
+        ------
+        RuntimeError
+            `start` was not called yet.
+        """
+        if self._mail is None:
+            raise RuntimeError("SSFL was not started; call start() first")
+        return self._mail
+
+    @property
+    def mask(self) -> Mask:
+        """The mask in use: the dense one, until discovery is over."""
+        return self.mail.mask
+
+    def sample(self, grid: Grid, what: str, round_: int, fraction: float, least: int) -> list[int]:
+        """Return the nodes that take part in something, see `ssfl_app.plugin.cohort`."""
+        least_connected = max(self.base.min_available_nodes, least)
+        connected = wait_for(grid, least_connected, self._timeout)
+        return sample(connected, self._seed, what, round_, max(int(len(connected) * fraction), least, 1))
+
+    # ---- Flower's interface --------------------------------------------------------------------
+
+    def summary(self) -> None:
+        """Log the settings, as Flower's strategies do."""
+        log(INFO, "\t├──> SSFL: density %s, values %s, seed %s", self.discovery.density, self._values, self._seed)
+        if self._inner is not None:
+            log(INFO, "\t├──> Carried values are aggregated by %s", type(self._inner).__name__)
+        self.base.summary()
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Find the mask and train inside it; arguments and result are those of Flower's `Strategy.start`.
+
+        `timeout` is for each exchange of messages, and for nodes to connect. The result holds dense arrays under the
+        names, shapes and types of `initial_arrays`, dead weights exactly 0.
+
+        Raises
+        ------
+        RunFailed
+            Too few nodes connected, or answered well in a round, or Ray lost an actor.
+        ValueError
+            Nothing in `initial_arrays` is prunable, or its values are not finite.
+        """
+        log(INFO, "Starting %s strategy: %d rounds", type(self).__name__, num_rounds)
+        self.summary()
+        sheet = Sheet.of(initial_arrays, self._prunable, (self.base.arrayrecord_key, self.base.configrecord_key))
+        self.model = sheet.flatten(initial_arrays)
+        check_values(self.model)
+        self._mail, self._timeout = Mail(sheet, self._values, self.base.weighted_by_key, timeout), timeout
+        self.history = []
+        configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        return Course(self, grid, configs, evaluate_fn).play(initial_arrays, num_rounds)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the training messages of a round. The model is this strategy's own; `arrays` is not read."""
+        base, config = self.base, ConfigRecord({**config, "server-round": server_round})
+        if not base.fraction_train:
+            return []
+        nodes = self.sample(grid, "train", server_round, base.fraction_train, base.min_train_nodes)
+        if self._inner is not None:
+            hook, values = self._inner.configure_train, self.model[self.mask.carried]
+            config = told_by(hook, server_round, values, config, grid, base.configrecord_key)
+        self._cohort = nodes
+        return self.mail.write("train", server_round, nodes, self.model, config, {})
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take the replies one at a time, and change the model by the good ones if there are enough of them.
+
+        Raises
+        ------
+        RunFailed
+            The inner strategy returned no model.
+        """
+        size, answers = int(np.count_nonzero(self.mail.mask.carried)), list[Answer]()
+        mean = PositionalMean(size, max(1, len(self._cohort))) if self._inner is None else None
+        for answer in self.mail.open(replies):
+            if mean is not None:
+                mean.add(answer.values, answer.weight)
+                answer = answer.numbers()  # numbers only: server memory does not grow with the nodes
+            answers.append(answer)
+        if not answers or not self.mail.enough(self.min_ok_fraction):
+            return None, None
+        if self._inner is not None:
+            values, metrics = aggregate_by(self._inner, server_round, answers, size)
+        else:
+            assert mean is not None
+            values = mean.value()
+            metrics = self.base.train_metrics_aggr_fn(common_metrics(answers), self.base.weighted_by_key)
+        if values is None:
+            return None, metrics
+        self.model = self.mail.sheet.spread(values, self.mail.mask)
+        return self.arrays(), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the evaluation messages of a round; `arrays` is not read."""
+        base, config = self.base, ConfigRecord({**config, "server-round": server_round})
+        if not base.fraction_evaluate:
+            return []
+        nodes = self.sample(grid, "evaluate", server_round, base.fraction_evaluate, base.min_evaluate_nodes)
+        if self._inner is not None:
+            hook, values = self._inner.configure_evaluate, self.model[self.mask.carried]
+            config = told_by(hook, server_round, values, config, grid, base.configrecord_key)
+        return self.mail.write("evaluate", server_round, nodes, self.model, config, {})
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the metrics of the good replies, aggregated as FedAvg does or as the inner strategy does."""
+        answers = list(self.mail.open(replies))
+        if not answers:
+            return None
+        if self._inner is not None:
+            return evaluate_by(self._inner, server_round, answers)
+        return self.base.evaluate_metrics_aggr_fn(common_metrics(answers), self.base.weighted_by_key)
+
+    def arrays(self) -> ArrayRecord:
+        """Return the model: dense arrays as `initial_arrays` were, dead weights exactly 0."""
+        return self.mail.sheet.dense(self.model)
