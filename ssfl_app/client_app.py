@@ -4,6 +4,8 @@
 nothing else. `serve` is the adapter that lets strategies of the Message API drive such a client.
 """
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ from flwr.app import Context, Message
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
+from ssfl_app.local.place import Place, read_place
+from ssfl_app.options import ConfigError
+from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.strategies.post import FOLDER
+from ssfl_app.strategies.post import CLIENT, FOLDER, RUN
 from ssfl_app.strategies.rule import ClientRule, Need
-from ssfl_app.wire import Memory, Packer, Parcel, read_record
+from ssfl_app.wire import Facts, Memory, Packer, Parcel, read_record
 from ssfl_app.workshop import code_digest, gpu_is_hidden, open_workshop
 
 NDArrays = list[npt.NDArray[Any]]
@@ -28,22 +33,24 @@ class SparseClient(NumPyClient):
     ----------
     rule : ClientRule
         The algorithm, at this client's site.
+    name : str
+        Of a site with data of its own; "": the client goes by its number.
 
     Notes
     -----
     ``config["arrays"]`` names the arrays in order, e.g. "values,mask"; so does the returned metric "arrays".
     """
 
-    def __init__(self, rule: ClientRule) -> None:
+    def __init__(self, rule: ClientRule, name: str = "") -> None:
         self.rule = rule
+        self.name = name
 
     def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return who this client is and what it works with."""
+        """Return who this client is, what it holds and what it works with."""
         site = self.rule.site
         return {
-            "client": site.number,
-            "samples": len(site.share[0]),
-            "test-samples": len(site.share[1]),
+            **({"name": self.name} if self.name else {"client": site.number}),
+            **site.data.holding(*site.share).facts(),
             "device": str(site.trainer.device),
             "gpu-is-hidden": gpu_is_hidden(),
             "code": code_digest(),
@@ -106,12 +113,56 @@ def serve(client: NumPyClient, message: Message) -> Message:
 
 
 def handle(message: Message, context: Context) -> Message:
-    """Answer a message as the client that this node is."""
-    workshop = open_workshop(dict(context.run_config))
-    number = int(context.node_config["partition-id"])
-    folder = read_record(message.content).facts.get(FOLDER)
-    memory = Memory(context, number, Path(str(folder)) if folder else None)
-    return serve(SparseClient(workshop.rule(number, memory)), message)
+    """Answer a message as the client that this node is.
+
+    Raises
+    ------
+    ConfigError
+        The SuperNode was started with keys that do not fit the run, or its data cannot be read.
+    PayloadError
+        The message is not one for this node.
+    """
+    flat, facts = dict(context.run_config), read_record(message.content).facts
+    place = read_place(context.node_config, "sites" if flat.get("data.where") == "sites" else "shared")
+    hello = message.metadata.message_type == "query.hello"
+    number = 0 if hello and place.name else client_number(place, facts)
+    try:
+        workshop = open_workshop(flat, place.data_path)
+    except ConfigError as error:
+        raise place.in_its_words(error) from error
+    rule = workshop.rule(number, memory_of(context, place, number, facts))
+    return serve(SparseClient(rule, place.name), message)
+
+
+def client_number(place: Place, facts: Mapping[str, Any]) -> int:
+    """Return the number of the client that a node is: its own, or the one the server gives to its name.
+
+    Raises
+    ------
+    PayloadError
+        The node goes by its name and the message states no number.
+    """
+    number = facts.get(CLIENT) if place.number is None else place.number
+    if type(number) is not int or not 0 <= number < 2**31:
+        raise PayloadError(f"{CLIENT} is {number!r}; a message to site {place.name!r} states its number")
+    return number
+
+
+def memory_of(context: Context, place: Place, number: int, facts: Facts) -> Memory:
+    """Return where a client keeps things: below a state-path, in a simulation's folder, or in Flower's state.
+
+    Raises
+    ------
+    PayloadError
+        The run's token, which becomes the name of a folder, is not 16 hex digits.
+    """
+    if place.state_path is not None and RUN in facts:
+        token = str(facts[RUN])
+        if not re.fullmatch("[0-9a-f]{16}", token):
+            raise PayloadError(f"{RUN} is {token[:40]!r}; it is 16 hex digits")
+        return Memory(context, number, place.state_path / token, survives=True)
+    folder = facts.get(FOLDER)
+    return Memory(context, number, Path(str(folder)) if folder else None)
 
 
 app = ClientApp()

@@ -88,6 +88,9 @@ def parse(flat: Mapping[str, Any]) -> Config:
     if run.cohort > run.clients:
         raise ConfigError(f"run.cohort is {run.cohort}; it is at most run.clients, {run.clients}")
     made["shift"].check(run.clients, run.cohort)
+    made["data"].check()
+    if made["data"].where == "sites" and made["shift"].round:
+        raise ConfigError(f"shift.round is {made['shift'].round}; it is 0 with data.where 'sites'")
     shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures", "shift")}
     own = {name: made[name] for s in REGISTRY.values() for name in s.rooms}
     parts = {name: made[name] for name in ("data", "partition", "model", "engine")}

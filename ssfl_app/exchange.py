@@ -9,12 +9,13 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ssfl_app.guard import RunFailed
 
@@ -125,12 +126,16 @@ class Courier:
         while (self._waiting or self._queue) and time.monotonic() < self._end:
             got = False
             for message_id in list(self._waiting):
-                for reply in self._grid.pull_messages([message_id]):
+                for reply in self._pull(message_id):
                     # Errors made by infrastructure name the server as their source: trust the id only.
-                    client = self._waiting.pop(reply.metadata.reply_to_message_id)
+                    client = self._waiting.pop(reply.metadata.reply_to_message_id, None)
+                    if client is None:  # a second answer to one message: the first one counts
+                        continue
                     got = True
                     if reply.has_error():
                         self._sort(client, reply.error.code, reply.error.reason or "")
+                    elif not reply.has_content():
+                        self.outcome.refused[client] = "answered with neither content nor an error"
                     else:
                         yield client, reply
                     del reply
@@ -144,9 +149,21 @@ class Courier:
         self._waiting.clear()
         self._queue.clear()
 
+    def _pull(self, message_id: str) -> Iterable[Message]:
+        try:
+            return self._grid.pull_messages([message_id])
+        except (ValueError, TypeError, LookupError, AttributeError, DecodeError) as error:
+            if is_simulation(self._grid):
+                raise
+            # Flower builds a message from the objects that a node uploaded, and these are the node's word.
+            client = self._waiting.pop(message_id)
+            self.outcome.refused[client] = in_a_line(f"no message: {type(error).__name__}: {error}")
+            return []
+
     def _sort(self, client: int, code: int, reason: str) -> None:
-        line = _last_line(reason)
-        if code == ErrorCode.UNKNOWN:  # in simulation an exception of Ray, not of the client
+        line = last_line(reason)
+        # In simulation an exception of Ray; elsewhere a SuperNode whose app failed, which is that client's affair.
+        if code == ErrorCode.UNKNOWN and is_simulation(self._grid):
             raise RunFailed(
                 f"a Ray actor died while it worked for client {client} ({line}). Most often it ran out of memory: "
                 "try fewer actors (engine.actors) or a smaller model"
@@ -157,7 +174,12 @@ class Courier:
             self.outcome.lost[client] = f"Flower error {code}: {line}"
 
 
-def _last_line(text: str) -> str:
-    # A client's exception arrives as a whole traceback; its last line says what happened.
+def in_a_line(text: str) -> str:
+    """Return the beginning of what a client said, at most 300 characters, all of them printable."""
+    return "".join(c if c.isprintable() else " " for c in text[:300])
+
+
+def last_line(text: str) -> str:
+    """Return the last line of a reason, likewise: that of a traceback says what happened."""
     lines = [line.strip(" '>") for line in text.replace("\\n", "\n").splitlines() if line.strip(" '>")]
-    return lines[-1][:300] if lines else "no reason given"
+    return in_a_line(lines[-1]) if lines else "no reason given"

@@ -133,7 +133,7 @@ def keep(folder: Folder = DEFAULT) -> None:
     """Keep the processes alive, in the foreground; `up` starts this."""
     from ssfl_app.engine import federation as house
 
-    house.keep(house.read(folder.expanduser().resolve()))
+    house.keep_all(house.read(folder.expanduser().resolve()))
 
 
 @app.command()
@@ -150,7 +150,7 @@ def init(
     home = folder.expanduser().resolve()
     house.create(home, host, port, dict.fromkeys(name, ""), [9094] * len(name), timedelta(days=days))
     typer.echo(
-        f"SuperLink: copy {home / 'superlink'} and {home / 'control'} to {host}\n"
+        f"SuperLink's host: copy {home} without ca/ca.key and nodes/*/key\n"
         f"nodes: copy {home / 'nodes'}/<name> to each; its file key is for it alone\n"
         f"keep {home / 'ca' / 'ca.key'} where only you can read it"
     )
@@ -174,9 +174,7 @@ def superlink(
     """Run the SuperLink of this host in the foreground; it is started again when it ends."""
     from ssfl_app.engine import federation as house
 
-    home = folder.expanduser().resolve()
-    service = house.superlink_service(home, bind, house.read(home).port)
-    house.keep_services([service], home / "superlink" / "running.json")
+    house.keep_superlink(house.read(folder.expanduser().resolve()), bind)
 
 
 @app.command()
@@ -202,4 +200,4 @@ def node(
     folder = home.expanduser().resolve()
     if not (folder / "key").is_file() or not (folder / "ca.crt").is_file():
         raise ConfigError(f"DIR is {folder}; it is a folder with ca.crt and key, as `ssfl federation init` makes it")
-    house.keep_services([house.node_service(folder, superlink, config, port)], folder / "running.json")
+    house.keep_node(house.node_service(folder, superlink, config, port))

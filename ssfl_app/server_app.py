@@ -1,5 +1,9 @@
 """Flower's server door: read the configuration, build the strategy, start it, and write the run folder."""
 
+import contextlib
+import json
+import re
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,8 +15,10 @@ from ssfl_app import guard
 from ssfl_app.config import Flat, difference, read_file, write_toml
 from ssfl_app.exchange import is_simulation
 from ssfl_app.guard import RunFailed
+from ssfl_app.local.holdings import Holding, other_images, read_holding
+from ssfl_app.local.holdings import difference as unlike
 from ssfl_app.options import ConfigError
-from ssfl_app.results.files import write_json
+from ssfl_app.results.files import write_atomically, write_json
 from ssfl_app.results.recorder import Recorder, default_folder
 from ssfl_app.results.report import final_text, write_report
 from ssfl_app.results.runs import read_run
@@ -83,9 +89,12 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
     strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
     if is_simulation(grid):  # clients share this machine; elsewhere each keeps its own in Flower's state
         strategy.post.folder = recorder.folder / "clients"
+    else:
+        strategy.post.token = run_token(recorder.folder)
     checkpoint = recorder.resume() if run.resume else None
     if checkpoint is not None:
         strategy.restore(*checkpoint)
+        strategy.post.roster.expected = site_names(recorder.folder)
         recorder.say(f"resuming after round {checkpoint[0]}")
     # Not kept in a variable: the initial weights would stay in memory for the whole run.
     strategy.start(grid, ArrayRecord(workshop.initial_state()), run.rounds, evaluate_fn=central_evaluation(workshop))
@@ -93,7 +102,7 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
     facts: Record = {
         "strategy": config.strategy,
         "dataset": config.data.name,
-        "partition": config.partition.name,
+        "partition": "sites" if workshop.own else config.partition.name,
         "model": config.model.name,
         "clients": run.clients,
         "cohort": run.cohort,
@@ -107,6 +116,26 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
     recorder.say(final_text(summary, recorder.folder))
 
 
+def run_token(folder: Path) -> str:
+    """Return what real clients call this run in the names of files: drawn at its start, the same on resuming."""
+    path = folder / "checkpoint" / "token"
+    with contextlib.suppress(OSError):
+        if re.fullmatch("[0-9a-f]{16}", token := path.read_text().strip()):
+            return token
+    token = secrets.token_hex(8)
+    write_atomically(path, lambda file: file.write_text(token + "\n"))
+    return token
+
+
+def site_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of the sites of the run in a folder, by client; empty if its clients have none."""
+    try:
+        rows = json.loads((folder / "clients.json").read_text())["clients"]
+        return tuple(str(row["name"]) for row in sorted(rows, key=lambda row: int(row["client"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
 def engine_name(grid: Grid) -> str:
     """Return inline, ray or deployment."""
     if getattr(grid, "in_process", False):
@@ -114,8 +143,10 @@ def engine_name(grid: Grid) -> str:
     return "ray" if is_simulation(grid) else "deployment"
 
 
-def central_evaluation(workshop: Workshop) -> Callable[[int, ArrayRecord], MetricRecord]:
-    """Return Flower's evaluate_fn: loss and accuracy of the global model on the whole test set."""
+def central_evaluation(workshop: Workshop) -> Callable[[int, ArrayRecord], MetricRecord] | None:
+    """Return Flower's evaluate_fn, loss and accuracy of the global model on the whole test set; None without one."""
+    if not len(workshop.data.test):
+        return None
 
     def evaluate(_: int, arrays: ArrayRecord) -> MetricRecord:
         load_state(workshop.model, {n: torch.from_numpy(a.numpy()) for n, a in arrays.items()})
@@ -131,15 +162,17 @@ class Watcher:
     def __init__(self, recorder: Recorder, workshop: Workshop) -> None:
         self.recorder = recorder
         self.workshop = workshop
+        self._sites: dict[int, Facts] = {}
 
     def met(self, sites: Mapping[int, Facts]) -> None:
-        """Compare code, name devices, and describe the run in a few lines.
+        """Compare code, label sets and image shapes, name devices, and describe the run in a few lines.
 
         Raises
         ------
         RunFailed
-            A client runs other code than the server.
+            A client runs other code than the server, or holds images of other classes or another shape.
         """
+        self._sites = dict(sites)
         for client, facts in sorted(sites.items()):
             if facts.get("code") != code_digest():
                 raise RunFailed(
@@ -147,10 +180,12 @@ class Watcher:
                     "install the same version on both, or start Flower's SuperLink from another folder"
                 )
         config, data = self.workshop.config, self.workshop.data
-        devices = ", ".join(sorted({str(facts["device"]) for facts in sites.values()}))
+        compare_holdings(sites, self.workshop)
+        devices = ", ".join(sorted({str(facts.get("device", "unknown device")) for facts in sites.values()}))
+        dealt = "own data" if self.workshop.own else f"{config.partition.name} partition"
         self.recorder.say(
-            f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {config.partition.name} "
-            f"partition, {config.model.name} with {self.workshop.layout.size:,} parameters"
+            f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {dealt}, "
+            f"{config.model.name} with {self.workshop.layout.size:,} parameters"
         )
         if any(facts.get("gpu-is-hidden") for facts in sites.values()):
             self.recorder.say(
@@ -175,15 +210,42 @@ class Watcher:
         self._write_clients(known)
 
     def _write_clients(self, known: Mapping[str, Mapping[str, float]]) -> None:
-        data, partition = self.workshop.data, self.workshop.partition
-        train = partition.class_counts(data.train.labels.numpy(), data.classes)
-        clients = [
-            {
-                "client": client,
-                "train": counts.tolist(),
-                "test_images": len(partition.test[client]),
-                **{name: known.get(name, {}).get(str(client)) for name in ("accuracy", "personal_accuracy")},
-            }
-            for client, counts in enumerate(train)
-        ]
-        write_json(self.recorder.folder / "clients.json", {"class_names": list(data.class_names), "clients": clients})
+        shop, clients = self.workshop, []
+        for client in range(shop.config.settings.run.clients):
+            facts = self._sites.get(client, {})
+            held = read_holding(facts) if shop.own else shop.holding(client)
+            clients.append(
+                {
+                    "client": client,
+                    **({"name": str(facts["name"])} if "name" in facts else {}),
+                    "train": list(held.counts),
+                    "test_images": held.test_images,
+                    **{name: known.get(name, {}).get(str(client)) for name in ("accuracy", "personal_accuracy")},
+                }
+            )
+        names = list(shop.data.class_names)
+        write_json(self.recorder.folder / "clients.json", {"class_names": names, "clients": clients})
+
+
+def compare_holdings(sites: Mapping[int, Facts], workshop: Workshop) -> None:
+    """Compare what clients say that they hold, among each other and with the server.
+
+    Raises
+    ------
+    RunFailed
+        Label sets or image shapes differ; the message names both sides, what differs, and the cure. Or a client's
+        copy of a shared data set is another one than the server's.
+    """
+    first: tuple[str, Holding] | None = None
+    for client, facts in sorted(sites.items()):
+        if "classes" not in facts:  # another version of this code, which does not say; `met` ends such a run
+            continue
+        who = str(facts.get("name", f"client {client}"))
+        held = read_holding(facts)
+        first = first or (who, held)
+        dealt = workshop.holding(client)
+        why = unlike(*first, who, held) or unlike(who, held, "the server", dealt)
+        if why is not None:
+            raise RunFailed(why)
+        if not workshop.own and (why := other_images(who, held, dealt)) is not None:
+            raise RunFailed(why)

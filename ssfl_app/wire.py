@@ -8,14 +8,14 @@ type of our own: no 128-byte ``.npy`` header each, no copy to read them, and Flo
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 from safetensors import numpy as safe_numpy
 
+from ssfl_app.local.shelf import Files, MaskFile, Versions, replace
 from ssfl_app.sparsity.codec import nbytes
 from ssfl_app.sparsity.values import Arrays, PayloadError
 
@@ -113,8 +113,9 @@ class Memory:
     """What a client keeps between messages: a mask, and personal state by the round it was made in.
 
     Flower's `Context.state` is the store in deployment; it dies with the SuperNode there, so it may be found empty at
-    any time. In simulation it lies in the server's process, once per client, and crosses to a worker and back with
-    every message: there the server names a folder, and bitmaps and personal models are files in it.
+    any time, unless the SuperNode was given a folder for what must survive. In simulation the state lies in the
+    server's process, once per client, and crosses to a worker and back with every message: there the server names a
+    folder, and bitmaps and personal models are files in it.
 
     Parameters
     ----------
@@ -124,17 +125,24 @@ class Memory:
         Number of the client.
     folder : Path, optional
         A folder that all clients of this machine share.
+    survives : bool
+        Whether the mask that is held must be found in `folder` alone, after a restart, and not in Flower's state too.
     """
 
-    def __init__(self, context: Context, client: int, folder: Path | None = None) -> None:
+    def __init__(self, context: Context, client: int, folder: Path | None = None, survives: bool = False) -> None:
         self._state = context.state
         self._masks = None if folder is None else folder / MASKS
-        self._personal: _Versions = (
-            _Records(context.state) if folder is None else _Files(folder / f"client-{client:05d}")
-        )
+        self._personal: Versions = _Records(context.state)
+        self._mask: MaskFile | None = None
+        if folder is not None:
+            own = folder / f"client-{client:05d}"
+            self._personal, self._mask = Files(own), MaskFile(own / "mask") if survives else None
 
     def bitmap(self, digest: str) -> npt.NDArray[np.uint8] | None:
         """Return the bitmap of the mask with this digest, or None if it is not held."""
+        if self._mask is not None:
+            content = self._mask.read(digest)
+            return None if content is None else np.frombuffer(content, dtype=np.uint8)
         held = self._state.get(_MEMORY)
         if not isinstance(held, ConfigRecord) or held["digest"] != digest:
             return None
@@ -144,9 +152,12 @@ class Memory:
 
     def keep(self, digest: str, bitmap: npt.NDArray[np.uint8]) -> None:
         """Keep a mask; it replaces the one before."""
+        if self._mask is not None:
+            self._mask.write(digest, bitmap.tobytes())
+            return
         if self._masks is not None:
             if not (self._masks / digest).exists():
-                _write(self._masks / digest, bitmap.tobytes())
+                replace(self._masks / digest, bitmap.tobytes())
             self._state[_MEMORY] = ConfigRecord({"digest": digest})
             return
         self._state[_MEMORY] = ConfigRecord({"digest": digest, "mask": bitmap.tobytes()})
@@ -173,35 +184,6 @@ class Memory:
             self._personal.delete(version)
 
 
-class _Versions(Protocol):
-    def rounds(self) -> list[int]: ...
-    def read(self, round_: int) -> bytes: ...
-    def write(self, round_: int, content: bytes) -> None: ...
-    def delete(self, round_: int) -> None: ...
-
-
-class _Files:
-    """Versions as files of a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def rounds(self) -> list[int]:
-        return sorted(int(file.stem) for file in self._folder.glob("*.safetensors"))
-
-    def read(self, round_: int) -> bytes:
-        return self._path(round_).read_bytes()
-
-    def write(self, round_: int, content: bytes) -> None:
-        _write(self._path(round_), content)
-
-    def delete(self, round_: int) -> None:
-        self._path(round_).unlink()
-
-    def _path(self, round_: int) -> Path:
-        return self._folder / f"{round_:06d}.safetensors"
-
-
 class _Records:
     """Versions as entries of a record of Flower's state."""
 
@@ -224,10 +206,3 @@ class _Records:
     def delete(self, round_: int) -> None:
         kept = {name: content for name, content in self._held().items() if name != str(round_)}
         self._state[_PERSONAL] = ConfigRecord(kept)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,9 +19,10 @@ from ssfl_app import config as configuration
 from ssfl_app.config import Config
 from ssfl_app.local import data, models
 from ssfl_app.local.data import DataSet
+from ssfl_app.local.holdings import Holding
 from ssfl_app.local.trainer import LocalTrainer
 from ssfl_app.options import ConfigError, Scalar
-from ssfl_app.partitions import Partition, split
+from ssfl_app.partitions import Indices, Partition, split
 from ssfl_app.sparsity.layout import Layout, State, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
@@ -30,7 +32,11 @@ from ssfl_app.wire import Memory
 
 @dataclass
 class Workshop:
-    """Data, partition, model and trainer of one configuration."""
+    """Data, partition, model and trainer of one configuration.
+
+    Where each site has data of its own, `data` are those of this one, or the server's test set, and the one share of
+    `partition` is all of them.
+    """
 
     config: Config
     data: DataSet
@@ -50,6 +56,22 @@ class Workshop:
         shape, seed = self.data.shape, self.config.settings.run.seed
         return state_of(models.create(self.config.model, shape[0], self.data.classes, seed))
 
+    @property
+    def own(self) -> bool:
+        """Whether each client has data of its own."""
+        return self.config.data.where == "sites"
+
+    def share(self, client: int) -> tuple[Indices, Indices]:
+        """Return the indices of a client's training and test images; none for a number that is not needed."""
+        place = 0 if self.own else client
+        if place >= len(self.partition.train):
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        return self.partition.train[place], self.partition.test[place]
+
+    def holding(self, client: int) -> Holding:
+        """Return what a client holds."""
+        return self.data.holding(*self.share(client))
+
     def rule(self, client: int, memory: Memory) -> ClientRule:
         """Return the client's half of the strategy at one client's site."""
         site = Site(
@@ -58,7 +80,7 @@ class Workshop:
             layout=self.layout,
             trainer=self.trainer,
             data=self.data,
-            share=(self.partition.train[client], self.partition.test[client]),
+            share=self.share(client),
             memory=memory,
             initial=self.initial_state,
             dense=self.dense,
@@ -68,25 +90,42 @@ class Workshop:
 
 
 @functools.lru_cache(maxsize=2)
-def _open(items: tuple[tuple[str, Scalar], ...]) -> Workshop:
+def _open(items: tuple[tuple[str, Scalar], ...], site: str) -> Workshop:
     config = configuration.parse(dict(items))
     torch.set_num_threads(config.engine.threads)
     device = find_device(config.settings.run.device)
-    images, partition = load_federation(config)
+    images, partition = _load(config, site)
     model = models.create(config.model, images.shape[0], images.classes, config.settings.run.seed)
     trainer = LocalTrainer(config.settings.local, images.transform, device)
     return Workshop(config, images, partition, model.to(device), Layout.of(model), trainer)
 
 
-def open_workshop(flat: configuration.Flat) -> Workshop:
+def open_workshop(flat: configuration.Flat, data_path: str = "") -> Workshop:
     """Return the workshop of a configuration, made on first use and kept.
+
+    Parameters
+    ----------
+    flat : dict
+        The run config.
+    data_path : str
+        Where a client says that the data lie on its machine: the shared set, or its own.
 
     Raises
     ------
     ConfigError
         The configuration is bad, its data cannot be read, or there is no GPU where one is asked for.
     """
-    return _open(tuple(sorted(flat.items())))
+    if flat.get("data.where") != "sites" and data_path:
+        flat = flat | {"data.path": data_path}
+    return _open(tuple(sorted(flat.items())), data_path)
+
+
+def _load(config: Config, site: str) -> tuple[DataSet, Partition]:
+    """Return a data set and who holds what of it; `site` is where a site's own data lie, "" on the server."""
+    if config.data.where == "shared":
+        return load_federation(config)
+    images = data.load_own(config.data, site) if site else data.load_central(config.data)
+    return images, Partition((np.arange(len(images.train)),), (np.arange(len(images.test)),))
 
 
 def load_federation(config: Config) -> tuple[DataSet, Partition]:
@@ -95,8 +134,10 @@ def load_federation(config: Config) -> tuple[DataSet, Partition]:
     Raises
     ------
     ConfigError
-        The data cannot be read, or do not suffice for this partition.
+        The data cannot be read, do not suffice for this partition, or are not dealt at all.
     """
+    if config.data.where != "shared":
+        raise ConfigError(f"data.where is {config.data.where!r}; what sites bring with them is not dealt")
     images = data.load(config.data)
     run = config.settings.run
     labels = images.train.labels.numpy(), images.test.labels.numpy()
@@ -112,7 +153,7 @@ def check(config: Config) -> Layout:
         Its device, data, partition or mask cannot be had.
     """
     find_device(config.settings.run.device)
-    images, _ = load_federation(config)
+    images, _ = _load(config, "")
     layout = Layout.of(models.outline(config.model, images.shape[0], images.classes))
     REGISTRY[config.strategy](layout, config.settings)
     return layout

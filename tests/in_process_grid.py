@@ -1,12 +1,12 @@
 """The in-process engine with bad luck: random node ids, replies in random order, scripted faults."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
 from ssfl_app import client_app
 from ssfl_app.config import Flat, merge, parse
@@ -62,10 +62,20 @@ def tamper(change: Callable[[Parcel], Parcel]) -> Fault:
 class ScriptedGrid(InlineGrid):
     """An InlineGrid whose node ids and order of replies depend on `luck`, and whose clients misbehave on cue."""
 
-    def __init__(self, config: Flat, luck: int = 0, faults: Mapping[Where, Fault] | None = None) -> None:
+    def __init__(
+        self,
+        config: Flat,
+        luck: int = 0,
+        faults: Mapping[Where, Fault] | None = None,
+        node_configs: Sequence[Flat] | None = None,
+    ) -> None:
         self._luck = np.random.default_rng(luck)
-        ids = self._luck.choice(2**62, int(config["run.clients"]), replace=False)
-        super().__init__(client_app.app, config, {int(node): client for client, node in enumerate(ids)})
+        count = int(config["run.clients"]) if node_configs is None else len(node_configs)
+        ids = [int(node) for node in self._luck.choice(2**62, count, replace=False)]
+        own = None if node_configs is None else dict(zip(ids, node_configs, strict=True))
+        super().__init__(client_app.app, config, {node: client for client, node in enumerate(ids)}, own)
+        # A site's number is the rank of its name.
+        self._names = sorted(str(each["name"]) for each in node_configs or () if "name" in each)
         self._faults = dict(faults or {})
         self.log: list[Where] = []
         self.sent: list[tuple[Where, Parcel]] = []
@@ -81,14 +91,25 @@ class ScriptedGrid(InlineGrid):
         return self._contexts[message.metadata.dst_node_id]
 
     def context_of(self, client: int) -> Any:
-        return next(c for c in self._contexts.values() if c.node_config["partition-id"] == client)
+        return next(c for c in self._contexts.values() if self.number(c) == client)
+
+    def number(self, context: Any) -> int:
+        name = context.node_config.get("name")
+        return int(context.node_config["partition-id"]) if name is None else self._names.index(str(name))
+
+    def add(self, node: int, node_config: Flat) -> None:
+        """Connect one more node."""
+        like = next(iter(self._contexts.values()))
+        self._contexts[node] = Context(
+            run_id=1, node_id=node, node_config=dict(node_config), state=RecordDict(), run_config=like.run_config
+        )
 
     def work(self, message: Message) -> Message:
         return super()._answer(message)
 
     def _answer(self, message: Message) -> Message | None:  # type: ignore[override]
         parcel = read_record(message.content)
-        client = int(self.context(message).node_config["partition-id"])
+        client = self.number(self.context(message))
         where = (message.metadata.message_type, int(parcel.facts.get("round", 0)), client)
         self.log.append(where)
         self.sent.append((where, parcel))
@@ -97,6 +118,12 @@ class ScriptedGrid(InlineGrid):
         if reply is not None and not reply.has_error():
             self.got.append((where, read_record(reply.content)))
         return reply
+
+
+class DeploymentGrid(ScriptedGrid):
+    """Nodes that the server takes for real ones."""
+
+    in_process = False
 
 
 @dataclass
@@ -138,15 +165,19 @@ def play(
     faults: Mapping[Where, Fault] | None = None,
     folder: Path | None = None,
     until: int | None = None,
+    node_configs: Sequence[Flat] | None = None,
+    grid: ScriptedGrid | None = None,
+    prepare: Callable[[SparseStrategy], None] | None = None,
 ) -> Played:
     """Play a run without a run folder: strategy, exchange, wire and clients are the real ones.
 
     Clients keep what they remember in `folder`, or in Flower's state without one. The run breaks off after round
-    `until`. A plain run (none of these, no faults) is played once and shared by the tests that ask for it again:
+    `until`. Nodes are started with `node_configs`, or are those of another `grid`; `prepare` sees the strategy before
+    it starts. A plain run (none of these, no faults) is played once and shared by the tests that ask for it again:
     they only read it.
     """
-    if not MEMO.enabled or faults or folder or until is not None:
-        return _play(keys, luck, faults, folder, until)
+    if not MEMO.enabled or faults or folder or until is not None or node_configs or grid or prepare:
+        return _play(keys, luck, faults, folder, until, node_configs, grid, prepare)
     asked = repr((sorted(keys.items()), luck))
     if asked not in MEMO.runs:
         while len(MEMO.runs) >= MEMO.most:
@@ -168,7 +199,14 @@ MEMO = Memo()
 
 
 def _play(
-    keys: Flat, luck: int, faults: Mapping[Where, Fault] | None, folder: Path | None, until: int | None
+    keys: Flat,
+    luck: int,
+    faults: Mapping[Where, Fault] | None,
+    folder: Path | None,
+    until: int | None,
+    node_configs: Sequence[Flat] | None = None,
+    grid: ScriptedGrid | None = None,
+    prepare: Callable[[SparseStrategy], None] | None = None,
 ) -> Played:
     from flwr.app import ArrayRecord
 
@@ -177,12 +215,14 @@ def _play(
     flat = merge(SMALL, keys)
     config = parse(flat)
     workshop = open_workshop(flat)
-    grid = ScriptedGrid(flat, luck, faults)
+    grid = grid or ScriptedGrid(flat, luck, faults, node_configs)
     strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     played = Played(strategy, workshop, grid)
     strategy.watch = played
     strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
     strategy.post.folder = folder
+    if prepare is not None:
+        prepare(strategy)
     rounds = config.settings.run.rounds
     strategy.start(
         grid,

@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def options(name, path="", size=0, download=False, augment="auto"):
-    return DataOptions(name, str(path), download, size, augment)
+    return DataOptions(name, str(path), download, size, augment, "shared", "", 0)
 
 
 def png(pixels):
@@ -95,6 +95,17 @@ def test_digits():
     assert torch.equal(again.train.pixels, digits.train.pixels)
     assert torch.equal(again.test.labels, digits.test.labels)
     assert again.transform.augment == "crop-flip"
+
+
+def test_digits_from_the_cache_lie_in_memory_as_those_that_were_read(cache):
+    # Torch chooses its kernels by the strides, and another kernel gives other bits.
+    first, second, read = (*(sources.digits("", False, 0) for _ in range(2)), sources._digits())
+    assert len(list(cache.iterdir())) == 1
+    for part in ("train", "test", "train_labels", "test_labels"):
+        arrays = [torch.from_numpy(getattr(raw, part)) for raw in (first, second, read)]
+        assert len({array.stride() for array in arrays}) == 1
+        assert all(torch.equal(array, arrays[0]) for array in arrays)
+    assert (first.mean, first.std, first.class_names) == (read.mean, read.std, read.class_names)
 
 
 def test_measured_moments_are_those_of_the_training_pixels():
@@ -398,10 +409,19 @@ def test_bad_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("name", "mnist"), ("augment", "cutout"), ("image-size", -1), ("download", "yes")]
+    ("key", "value"),
+    [
+        ("name", "mnist"),
+        ("augment", "cutout"),
+        ("image-size", -1),
+        ("download", "yes"),
+        ("where", "x"),
+        ("channels", 2),
+    ],
 )
 def test_bad_options_are_refused(key, value):
     good = {"name": "digits", "path": "", "download": False, "image-size": 0, "augment": "auto"}
+    good |= {"where": "shared", "classes": "", "channels": 0}
     assert build(DataOptions, "data", good) == options("digits")
     with pytest.raises(ConfigError, match=f"data.{key} is"):
         build(DataOptions, "data", good | {key: value})

@@ -146,7 +146,7 @@ def test_a_client_with_other_code_is_named() -> None:
 
 
 def test_too_few_simulated_nodes_are_a_plain_message_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssfl_app.strategies.post.SIMULATED_NODES_APPEAR", 0.2)
+    monkeypatch.setattr("ssfl_app.strategies.roster.SIMULATED_NODES_APPEAR", 0.2)
     monkeypatch.setattr(ScriptedGrid, "get_node_ids", lambda self: list(self._contexts)[:3])
     with pytest.raises(
         RunFailed, match=r"Flower simulates 3 SuperNodes and run.clients is 4: set num-supernodes to 4"

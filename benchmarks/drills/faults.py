@@ -195,13 +195,13 @@ def _online(place: Field, count: int = NODES) -> bool:
 
 def clock_off(work: Path, reference: dict[str, Any]) -> Result:
     """A node's clock is four minutes ahead, which Flower's authentication accepts."""
-    with federation(work) as place, _other_clock(place, "+240s"):
+    with federation(work) as place, _with_clock(place, 240):
         run = place.start(work / "run")
         return told(run, clock_off.__doc__ or "", finished(run), reference, KEYS["run.round-timeout"])
 
 
 @contextmanager
-def _other_clock(place: Field, offset: str) -> Iterator[None]:
+def _with_clock(place: Field, offset: int) -> Iterator[None]:
     """Start the federation again without the victim, and the victim beside it with another clock."""
     stop(place.federation)
     known = place.federation
@@ -212,7 +212,7 @@ def _other_clock(place: Field, offset: str) -> Iterator[None]:
     keeper = subprocess.Popen(ssfl("federation", "keep", "--dir", str(place.folder)), stdout=subprocess.DEVNULL)
     until("the federation is up", lambda: house.is_up(place.federation))
     service = house.node_service(place.folder / "nodes" / VICTIM, known.address, victim.config, victim.port)
-    service.variables |= {"LD_PRELOAD": str(fake_clock()), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    service.variables |= other_clock(place.folder, offset)
     try:
         service.start()
         until("all nodes are online", lambda: _online(place, len(known.nodes)))
@@ -224,9 +224,13 @@ def _other_clock(place: Field, offset: str) -> Iterator[None]:
         keeper.wait()
 
 
-def fake_clock() -> Path:
-    """Return the library of the package `faketime`."""
-    return next(path for lib in ("/usr/lib", "/usr/local/lib") for path in Path(lib).rglob("libfaketime.so.1"))
+def other_clock(work: Path, seconds: int) -> dict[str, str]:
+    """Return environment variables under which a process sees another time of day."""
+    library = work / "clock.so"
+    work.mkdir(parents=True, exist_ok=True)
+    source = Path(__file__).with_name("clock.c")
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return {"LD_PRELOAD": str(library), "CLOCK_OFFSET": str(seconds)}
 
 
 def _first(errors: str) -> str:

@@ -39,6 +39,11 @@ def text(keys: dict[str, Any]) -> str:
     return " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
 
 
+def _keys(changed: dict[str, Any]) -> dict[str, Any]:
+    # run__round_timeout, as Python writes an argument, is the key run.round-timeout.
+    return KEYS | {key.replace("__", ".").replace("_", "-"): value for key, value in changed.items()}
+
+
 def until(what: str, found: Callable[[], Any], patience: float = PATIENCE) -> Any:
     """Wait until `found` returns something true, and return it."""
     end = time.monotonic() + patience
@@ -98,7 +103,7 @@ class Field:
     def start(self, out: Path, **keys: Any) -> Run:
         """Start a run in the background."""
         words = ["federation", "run", "--dir", str(self.folder), "--out", str(out)]
-        return self._started(out, [*words, "-c", text(KEYS | {k.replace("__", "."): v for k, v in keys.items()})])
+        return self._started(out, [*words, "-c", text(_keys(keys))])
 
     def resume(self, out: Path) -> Run:
         """Resume a run in the background."""
@@ -178,10 +183,10 @@ def federation(work: Path) -> Iterator[Field]:
             raise RuntimeError(f"left behind: {left}")
 
 
-def inline(out: Path) -> dict[str, Any]:
+def inline(out: Path, **keys: Any) -> dict[str, Any]:
     """Return the summary of the same run in one process."""
     subprocess.run(
-        ssfl("run", "--engine", "inline", "-c", text(KEYS), "--out", str(out)),
+        ssfl("run", "--engine", "inline", "-c", text(_keys(keys)), "--out", str(out)),
         check=True,
         stdout=subprocess.DEVNULL,
         timeout=PATIENCE,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.drills.faults import fake_clock
+from benchmarks.drills.faults import other_clock
 from benchmarks.drills.field import Field
 from ssfl_app.engine import credentials
 from ssfl_app.engine.processes import environment, free_port
@@ -36,14 +36,13 @@ def refusals(place: Field, work: Path) -> list[Refusal]:
     registered = place.folder / "nodes" / "node-1" / "key"
     tls, key = ["--root-certificates", authority], ["--auth-supernode-private-key", str(home / "key")]
     wrong = ["--root-certificates", str(other / "ca" / "ca.crt")]
-    clock = {"LD_PRELOAD": str(fake_clock()), "FAKETIME": "+600s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     ours = ["--auth-supernode-private-key", str(registered)]
     return [
         _try(place, work, "a key that is not registered", [*tls, *key]),
         _try(place, work, "no key", tls),
         _try(place, work, "another certificate authority", [*wrong, *key]),
         _try(place, work, "no TLS", ["--insecure", "--max-retries", "3"]),
-        _try(place, work, "a registered key, the clock ten minutes ahead", [*tls, *ours], clock),
+        _try(place, work, "a registered key, the clock ten minutes ahead", [*tls, *ours], other_clock(work, 600)),
     ]
 
 

@@ -75,6 +75,8 @@ def resolve(command: Command) -> tuple[Config, Layout]:
     flat = _resumed(given, resume) if resume else configuration.merge(given)
     flat["run.resume"] = resume is not None
     config = configuration.parse(flat)
+    if config.data.where == "sites" and command.engine in ENGINES:
+        raise ConfigError("data.where is 'sites'; own data need real SuperNodes: ssfl federation run, or flwr run")
     layout = check(config)
     where = flat["run.out"] or default_folder(config.strategy, config.data.name)
     folder = Path(str(where)).expanduser().resolve()

@@ -4,7 +4,7 @@ Its folder holds the credentials (`credentials`), ``federation.json``, and a hom
 
     superlink/  state.db superlink.log flwr/      flwr/ is FLWR_HOME
     nodes/<name>/  node.log flwr/ state/          state/: masks and personal models that outlive the process
-    control/flwr/config.toml                      for `flwr ...` with FLWR_HOME=control/flwr
+    control/config.toml                           for `flwr ...` with FLWR_HOME=control
 
 `ssfl federation up` has one process keep the SuperLink and all nodes on this machine alive (`keep`); on real hosts
 `superlink` and `node` do that for one of them each.
@@ -26,7 +26,7 @@ from ssfl_app.engine.keeper import Keeper, Service
 from ssfl_app.engine.processes import environment, wait_until_healthy
 from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
-from ssfl_app.results.files import write_json
+from ssfl_app.results.files import write_atomically, write_json
 
 CONNECTION = "federation"
 """Name of the SuperLink in Flower's config.toml."""
@@ -68,10 +68,17 @@ class Federation:
         """Locked while somebody keeps the processes alive."""
         return self.folder / ".lock"
 
-    @property
     def flwr_home(self) -> Path:
-        """FLWR_HOME for commands that control the federation."""
-        return self.folder / "control" / "flwr"
+        """Return an FLWR_HOME for commands that control the federation, made where the folder lies now."""
+        home = self.folder / "control"
+        home.mkdir(exist_ok=True)
+        content = (
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self.address}"\n'
+            f'root-certificates = "{self.folder / "superlink" / "ca.crt"}"\n'
+        )
+        if not (home / "config.toml").exists() or (home / "config.toml").read_text() != content:
+            write_atomically(home / "config.toml", lambda file: file.write_text(content))
+        return home
 
 
 def create(
@@ -99,11 +106,6 @@ def create(
         make_server(folder, list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"])), valid)
     for node in made:
         make_node(folder, node.name)
-    federation.flwr_home.mkdir(parents=True, exist_ok=True)
-    (federation.flwr_home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{federation.address}"\n'
-        f'root-certificates = "{folder / "superlink" / "ca.crt"}"\n'
-    )
     content = {"host": host, "port": port, "nodes": [vars(node) for node in made]}
     write_json(folder / "federation.json", content)
     return federation
@@ -170,45 +172,67 @@ def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
     return Service(home.name, command, home, variables, home / "node.log")
 
 
-def keep_services(services: list[Service], state: Path) -> None:
-    """Keep services alive until SIGTERM or SIGINT."""
-    keeper = Keeper(state)
-    try:
-        keeper.add(services)
-        keeper.run()
-    finally:
-        keeper.close()
+def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -> None:
+    """Keep the SuperLink and other services of this machine alive until SIGTERM or SIGINT.
 
-
-def keep(federation: Federation) -> None:
-    """Keep the SuperLink and all nodes of this machine alive until SIGTERM or SIGINT.
+    Parameters
+    ----------
+    bind : str
+        Interface on which the SuperLink listens.
+    then : callable
+        Called when it listens; returns what else is to run.
 
     Raises
     ------
     ConfigError
-        Somebody does so already.
+        Somebody does so already, or the SuperLink's certificate has expired.
+    RunFailed
+        The SuperLink does not start.
     """
+    first = superlink_service(federation.folder, bind, federation.port)
     lock = guard.take(federation.lock)
     if lock is None:
         raise ConfigError(f"--dir is {federation.folder}; its federation is up already")
     keeper = Keeper(federation.state)
     try:
-        superlink = superlink_service(federation.folder, "127.0.0.1", federation.port)
-        keeper.add([superlink])
-        if superlink.process is not None:
+        keeper.add([first])
+        if first.process is not None:
             authority = federation.folder / "superlink" / "ca.crt"
-            wait_until_healthy(superlink.process, federation.address, superlink.log, authority)
-        register(federation, [node.name for node in federation.nodes])
-        keeper.add(
-            [
-                node_service(federation.folder / "nodes" / node.name, federation.address, node.config, node.port)
-                for node in federation.nodes
-            ]
-        )
+            here = "127.0.0.1" if bind == "0.0.0.0" else bind
+            wait_until_healthy(first.process, f"{here}:{federation.port}", first.log, authority)
+        keeper.add(then())
         keeper.run()
     finally:
         keeper.close()
         lock.close()
+
+
+def keep_all(federation: Federation) -> None:
+    """Keep the SuperLink and all nodes on this machine alive, the nodes registered, until SIGTERM or SIGINT."""
+
+    def nodes_of() -> list[Service]:
+        register(federation, [node.name for node in federation.nodes])
+        return [
+            node_service(federation.folder / "nodes" / node.name, federation.address, node.config, node.port)
+            for node in federation.nodes
+        ]
+
+    keep(federation, "127.0.0.1", nodes_of)
+
+
+def keep_superlink(federation: Federation, bind: str) -> None:
+    """Keep the SuperLink of a host alive until SIGTERM or SIGINT; it listens on the interface `bind`."""
+    keep(federation, bind, list)
+
+
+def keep_node(service: Service) -> None:
+    """Keep the SuperNode of a host alive until SIGTERM or SIGINT."""
+    keeper = Keeper(service.cwd / "running.json")
+    try:
+        keeper.add([service])
+        keeper.run()
+    finally:
+        keeper.close()
 
 
 # ---- what is asked of the SuperLink --------------------------------------------------------------
@@ -225,7 +249,7 @@ def control(federation: Federation, *words: str) -> Any:
     command = ["flwr", *words, CONNECTION, "--format", "json"]
     done = subprocess.run(
         command,
-        env=environment(federation.flwr_home),
+        env=environment(federation.flwr_home()),
         capture_output=True,
         text=True,
         timeout=_COMMAND_TIMEOUT,

@@ -78,7 +78,7 @@ def _launch(federation: Federation, config: Config, say: Callable[[str], None]) 
         app, overrides = copy_app(Path(work) / "ssfl-app"), Path(work) / "run.toml"
         overrides.write_text(write_toml(config.flat))
         flwr = ["flwr", "run", str(app), CONNECTION, "--stream", "-c", str(overrides)]
-        with running(flwr, Path(work), environment(federation.flwr_home), log) as process:
+        with running(flwr, Path(work), environment(federation.flwr_home()), log) as process:
             try:
                 follow(process, folder / "console.log", say)
             except KeyboardInterrupt:

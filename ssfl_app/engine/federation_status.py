@@ -38,7 +38,7 @@ def overview(federation: Federation) -> tuple[Table, bool]:
     for name, config in [("superlink", ""), *((node.name, node.config) for node in federation.nodes)]:
         service = known.get(name, {}) if up else {}
         seen = "" if name == "superlink" else online.get(node_id(federation, name), "unknown")
-        stands.append(bool(service.get("pid")) and seen in ("", "online"))
+        stands.append(bool(service.get("pid")) if name == "superlink" else seen == "online")
         table.add_row(name, str(service.get("pid") or "-"), str(service.get("restarts", "-")), seen, config)
     return table, up and all(stands)
 

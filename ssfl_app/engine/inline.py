@@ -4,10 +4,10 @@ For tests, debugging and a single GPU. It gives the same digits as Ray: clients 
 seed, round and client, and the server's sums do not depend on the order of replies.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
@@ -30,6 +30,8 @@ class InlineGrid(Grid):
         The run config, flat.
     nodes : mapping of int to int
         Node id -> partition id.
+    node_configs : mapping of int to dict, optional
+        Node id -> node config, for nodes that were started with other keys than a partition id.
 
     Notes
     -----
@@ -39,13 +41,19 @@ class InlineGrid(Grid):
 
     in_process = True
 
-    def __init__(self, app: ClientApp, config: Flat, nodes: dict[int, int]) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ClientApp,
+        config: Flat,
+        nodes: dict[int, int],
+        node_configs: Mapping[int, UserConfig] | None = None,
+    ) -> None:
+        self._app, own = app, node_configs or {}
         self._contexts = {
             node: Context(
                 run_id=1,
                 node_id=node,
-                node_config={"partition-id": partition, "num-partitions": len(nodes)},
+                node_config=dict(own.get(node, {"partition-id": partition, "num-partitions": len(nodes)})),
                 state=RecordDict(),
                 run_config=dict(config),
             )

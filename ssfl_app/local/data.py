@@ -2,7 +2,7 @@
 
 Examples
 --------
->>> digits = load(DataOptions("digits", "", False, 0, "auto"))
+>>> digits = load(DataOptions("digits", "", False, 0, "auto", "shared", "", 0))
 >>> len(digits.train), len(digits.test), digits.shape, digits.classes
 (1437, 360, (1, 8, 8), 10)
 """
@@ -14,8 +14,10 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from ssfl_app.local.sources import READERS
-from ssfl_app.options import anything, at_least, choice
+from ssfl_app.local.holdings import Holding
+from ssfl_app.local.image_cache import Raw, Wanted
+from ssfl_app.local.sources import OWN, READERS, own, unseen
+from ssfl_app.options import ConfigError, anything, at_least, choice, option
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class DataOptions:
         Pixels a side to resize to (parquet, folder, tiny-imagenet); 0: as they are.
     augment : str
         ``"crop-flip"``, ``"none"``, or ``"auto"``: none for digits, crop-flip for all else.
+    where : str
+        ``"shared"``: one data set that is dealt to the clients; ``"sites"``: each client brings its own.
+    classes : str
+        With sites: names of all classes in order, with commas between them; empty: as each site finds them.
+    channels : int
+        With sites: 1 (grey) or 3 (colour); 0: as each site finds them.
     """
 
     name: str = choice(*READERS)
@@ -41,6 +49,26 @@ class DataOptions:
     download: bool = anything("true or false")
     image_size: int = at_least(0)
     augment: str = choice("auto", "none", "crop-flip")
+    where: str = choice("shared", "sites")
+    classes: str = anything("class names with commas between them, or empty")
+    channels: int = option("0, 1 or 3", lambda value: value in (0, 1, 3))
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The names in `classes`."""
+        return tuple(name.strip() for name in self.classes.split(",")) if self.classes else ()
+
+    def check(self) -> None:
+        """Raise ConfigError unless the options fit together."""
+        if self.where == "shared":
+            for key, value, none in (("classes", self.classes, ""), ("channels", self.channels, 0)):
+                if value != none:
+                    raise ConfigError(f"data.{key} is {value!r}; it is {none!r} with data.where 'shared'")
+            return
+        if self.name not in OWN:
+            raise ConfigError(f"data.name is {self.name!r}; with data.where 'sites' it is one of {', '.join(OWN)}")
+        if "" in self.named or len(set(self.named)) < len(self.named):
+            raise ConfigError(f"data.classes is {self.classes!r}; the names differ and none is empty")
 
 
 @dataclass(frozen=True)
@@ -158,6 +186,10 @@ class DataSet:
         _, channels, height, width = self.train.pixels.shape
         return channels, height, width
 
+    def holding(self, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> Holding:
+        """Return what a client with these indices of training and test images holds."""
+        return Holding.of(self.class_names, self.shape, self.train.labels.numpy()[train], len(test))
+
 
 def load(options: DataOptions) -> DataSet:
     """Read a data set into memory.
@@ -177,7 +209,39 @@ def load(options: DataOptions) -> DataSet:
     ConfigError
         The data is not there or cannot be read; the message names ``data.path`` and what is allowed.
     """
-    raw = READERS[options.name](options.path, options.download, options.image_size)
+    return _data_set(options, READERS[options.name](options.path, options.download, options.image_size))
+
+
+def load_own(options: DataOptions, path: str) -> DataSet:
+    """Read the own data of the site at `path`; they are in the format `options.name`.
+
+    Mean and standard deviation are measured on the site's own training images: no site tells another one's.
+
+    Raises
+    ------
+    ConfigError
+        The data cannot be read, or hold a class that `options.classes` does not name.
+    """
+    return _data_set(options, own(options.name, path, options.image_size, Wanted(options.named, options.channels)))
+
+
+def load_central(options: DataOptions) -> DataSet:
+    """Return what the server of sites with their own data knows: its test images at `options.path`, if it has any.
+
+    Without a path there are none. Mean and std are those of its training images if it has some, else of the others.
+
+    Raises
+    ------
+    ConfigError
+        The images cannot be read, or there is no path and classes, channels or image size are not named either.
+    """
+    if options.path:
+        wanted = Wanted(options.named, options.channels, test_only=True)
+        return _data_set(options, own(options.name, options.path, options.image_size, wanted))
+    return _data_set(options, unseen(options.named, options.channels, options.image_size))
+
+
+def _data_set(options: DataOptions, raw: Raw) -> DataSet:
     augment = options.augment
     if augment == "auto":
         augment = "none" if options.name == "digits" else "crop-flip"

@@ -55,8 +55,37 @@ class Raw:
     std: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What images are to be made of a site's own data, beside their size.
+
+    Attributes
+    ----------
+    classes : tuple of str
+        Names of all classes in order; empty: as found.
+    channels : int
+        1: grey, 3: colour, 0: as the first image is.
+    test_only : bool
+        Whether training images may be missing: for the server, whose images only test.
+    """
+
+    classes: tuple[str, ...] = ()
+    channels: int = 0
+    test_only: bool = False
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """What of it decides the decoded arrays; empty for a shared data set, whose entries are older than this."""
+        return (self.channels, *self.classes) if self.channels or self.classes else ()
+
+
 def decode(
-    path: str, items: Iterable[tuple[str, bytes | Path]], count: int, size: int, like: tuple[int, ...] | None
+    path: str,
+    items: Iterable[tuple[str, bytes | Path]],
+    count: int,
+    size: int,
+    like: tuple[int, ...] | None,
+    channels: int = 0,
 ) -> Pixels:
     """Decode images into one array.
 
@@ -72,6 +101,8 @@ def decode(
         Pixels a side to resize to (bilinear, without keeping the aspect); 0: as they are.
     like : tuple of int or None
         (C, H, W) they must have. None: that of the first image, C = 1 if it is grey (mode L), else 3.
+    channels : int
+        C, if `like` is None; 0: that of the first image.
 
     Returns
     -------
@@ -84,7 +115,7 @@ def decode(
     """
     out: Pixels | None = None
     for index, (name, source) in enumerate(items):
-        image = _open(path, name, source, size, like)
+        image = _open(path, name, source, size, like[0] if like else channels)
         pixels = np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
         if out is None:
             out = np.empty((count, *(like or pixels.shape)), dtype=np.uint8)
@@ -99,14 +130,13 @@ def decode(
     return out
 
 
-def _open(path: str, name: str, source: bytes | Path, size: int, like: tuple[int, ...] | None) -> "Image":
-    """Return one image in the wanted mode and size."""
+def _open(path: str, name: str, source: bytes | Path, size: int, channels: int) -> "Image":
+    """Return one image in the wanted mode (0: its own) and size."""
     from PIL import Image
 
-    grey = None if like is None else like[0] == 1
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            mode = "L" if (image.mode == "L" if grey is None else grey) else "RGB"
+            mode = "L" if (channels == 1 if channels else image.mode == "L") else "RGB"
             ready = image.convert(mode)
             return ready.resize((size, size), Image.Resampling.BILINEAR) if size else ready
     # The decoders of Pillow raise almost anything on broken input: OSError, SyntaxError, struct.error, ...

@@ -123,7 +123,7 @@ def create(options: ModelOptions, channels: int, classes: int, seed: int) -> nn.
     1/sqrt(fan_in)); norms start at weight 1, bias 0.
     """
     # On the meta device nothing is drawn; the real numbers come from our own generator below.
-    model = outline(options, channels, classes).to_empty(device="cpu")
+    model = _materialised(outline(options, channels, classes))
     rng = torch_generator(seed, "init")
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -135,4 +135,17 @@ def create(options: ModelOptions, channels: int, classes: int, seed: int) -> nn.
             module.reset_parameters()
         elif next(module.parameters(recurse=False), None) is not None or len(list(module.buffers(recurse=False))):
             raise TypeError(f"{type(module).__name__} in model {options.name} has no initialisation here")
+    return model
+
+
+def _materialised(model: nn.Module) -> nn.Module:
+    """Give a model of the meta device memory of the CPU that holds anything.
+
+    `to_empty` does so too, by Python code of torch that imports sympy: a third of a second, in deployment a message.
+    """
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype)))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
     return model

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ssfl_app.local.image_cache import Labels, Pixels, Raw, cached, decode, measure, one_line
+from ssfl_app.local.image_cache import Labels, Pixels, Raw, Wanted, cached, decode, measure, one_line
 from ssfl_app.options import ConfigError
 
 _WHAT = "a folder with *train*.parquet and *test*.parquet (or *val*.parquet)"
@@ -19,7 +19,7 @@ _LABEL_COLUMNS = ("label", "fine_label", "coarse_label")
 _ROWS = 1024  # decoded at a time
 
 
-def read_parquet(path: str, root: Path, image_size: int) -> Raw:
+def read_parquet(path: str, root: Path, image_size: int, wanted: Wanted | None = None) -> Raw:
     """Read all shards of <root>/*train*.parquet and <root>/*test*.parquet; mean and std are measured.
 
     Parameters
@@ -30,36 +30,47 @@ def read_parquet(path: str, root: Path, image_size: int) -> Raw:
         The same, as a folder that exists.
     image_size : int
         Pixels a side to resize to; 0: as they are.
+    wanted : Wanted, optional
+        Of a site's own data. A label is a class of `wanted.classes` by its name in the hub's metadata; without
+        names there it is a position in `wanted.classes`.
 
     Raises
     ------
     ConfigError
         A part is missing, a file is no parquet file or lacks a column, a label is negative or missing, an
-        image cannot be decoded, or sizes differ with `image_size` 0.
+        image cannot be decoded, sizes differ with `image_size` 0, or `wanted.classes` lacks a class.
     """
+    wanted = wanted or Wanted()
     train = sorted(root.glob("*train*.parquet"))
     test = sorted(root.glob("*test*.parquet")) or sorted(root.glob("*val*.parquet"))
+    if wanted.test_only:
+        train = train or test
     for part, files in (("train", train), ("test", test)):
         if not files:
             raise ConfigError(f"data.path is {path!r}; *{part}*.parquet is missing, it is {_WHAT}")
 
     def read() -> Raw:
-        train_pixels, train_labels = _part(path, train, image_size, None)
-        test_pixels, test_labels = _part(path, test, image_size, train_pixels.shape[1:])
+        train_pixels, train_labels = _part(path, train, image_size, None, wanted.channels)
+        test_pixels, test_labels = _part(path, test, image_size, train_pixels.shape[1:], 0)
+        if wanted.classes:
+            train_labels = _renamed(path, train, train_labels, wanted.classes)
+            test_labels = _renamed(path, test, test_labels, wanted.classes)
         highest = int(max(train_labels.max(), test_labels.max()))
-        names = _class_names(train[0], highest)
+        names = wanted.classes or _class_names(train[0], highest)
         return Raw(train_pixels, train_labels, test_pixels, test_labels, names, *measure(train_pixels))
 
-    return cached(("parquet", str(root.resolve()), image_size), [*train, *test], read)
+    return cached(("parquet", str(root.resolve()), image_size, *wanted.key), [*train, *test], read)
 
 
-def _part(path: str, files: list[Path], size: int, like: tuple[int, ...] | None) -> tuple[Pixels, Labels]:
+def _part(
+    path: str, files: list[Path], size: int, like: tuple[int, ...] | None, channels: int
+) -> tuple[Pixels, Labels]:
     """Return the images and labels of all shards."""
     import pyarrow as pa
 
     try:
         labels = np.concatenate([_labels(path, file) for file in files])
-        return decode(path, _items(path, files), len(labels), size, like), labels
+        return decode(path, _items(path, files), len(labels), size, like, channels), labels
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(
             f"data.path is {path!r}; its files cannot be read ({one_line(error)}), it is {_WHAT}"
@@ -113,14 +124,41 @@ def _items(path: str, files: list[Path]) -> Iterator[tuple[str, bytes]]:
                 row += 1
 
 
+def _renamed(path: str, files: list[Path], labels: Labels, classes: tuple[str, ...]) -> Labels:
+    """Return the labels as positions in `classes`."""
+    highest = int(labels.max())
+    names = _hub_names(files[0])
+    if len(names) <= highest:  # no names: the labels are positions already
+        if highest >= len(classes):
+            raise ConfigError(
+                f"data.path is {path!r}; {files[0].name} has the label {highest} without a name, data.classes "
+                f"names {len(classes)} classes: {', '.join(classes)}"
+            )
+        return labels
+    positions = np.zeros(len(names), dtype=np.int64)
+    for label in np.unique(labels):
+        if names[label] not in classes:
+            raise ConfigError(
+                f"data.path is {path!r}; {files[0].name} has images of class {names[label]!r}, data.classes "
+                f"names {', '.join(classes)}"
+            )
+        positions[label] = classes.index(names[label])
+    return positions[labels]
+
+
 def _class_names(file: Path, highest: int) -> tuple[str, ...]:
     """Return the names in the hub's metadata if they cover all labels, else "0", "1", ... to `highest`."""
+    names = _hub_names(file)
+    return names if len(names) > highest else tuple(str(index) for index in range(highest + 1))
+
+
+def _hub_names(file: Path) -> tuple[str, ...]:
+    """Return the names of the labels in the hub's metadata, none without them."""
     import pyarrow.parquet as pq
 
     label = _columns(str(file), file)[1]
     try:
         facts: Any = json.loads(pq.read_schema(file).metadata[b"huggingface"])
-        names = tuple(str(name) for name in facts["info"]["features"][label]["names"])
+        return tuple(str(name) for name in facts["info"]["features"][label]["names"])
     except (KeyError, TypeError, ValueError):
-        names = ()
-    return names if len(names) > highest else tuple(str(index) for index in range(highest + 1))
+        return ()

@@ -5,11 +5,13 @@ A reader is a function ``(path, download, image_size) -> Raw``, named in `READER
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-from ssfl_app.local.image_cache import Pixels, Raw, cached, decode, measure, one_line
+from ssfl_app.local.folders import Files, image_folder
+from ssfl_app.local.image_cache import Pixels, Raw, Wanted, cached, decode, measure, one_line
 from ssfl_app.local.parquet import read_parquet
 from ssfl_app.options import ConfigError
 
@@ -21,6 +23,14 @@ _CIFAR_MOMENTS = {
 _TINY = "tiny-imagenet-200"
 _TINY_URL = f"http://cs231n.stanford.edu/{_TINY}.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+# What the folder of a source of own data is, for messages.
+_SHAPES = {
+    "parquet": "a folder of parquet files",
+    "folder": "a folder with train/<class>/* and test/<class>/* (or val)",
+}
+OWN = tuple(_SHAPES)
+"""Sources that a site may hold its own data in."""
 
 
 def _bad(path: str | Path, what: str) -> ConfigError:
@@ -44,10 +54,19 @@ def _own_size(name: str, image_size: int) -> None:
 
 def digits(path: str, download: bool, image_size: int) -> Raw:
     """Read scikit-learn's digits, (1, 8, 8), split 80/20 with equal class shares; nothing is downloaded."""
+    _own_size("digits", image_size)
+    # Through the cache: to import scikit-learn takes a second, and a real SuperNode starts a process a message.
+    versions = [metadata.version(name) for name in ("scikit-learn", "numpy")]
+    raw = cached(("digits", *versions), [], _digits)
+    # Selected as without the cache: the strides decide which kernel convolves, and kernels round differently.
+    train, test = (np.asarray(part)[:, 0][:, None][np.arange(len(part))] for part in (raw.train, raw.test))
+    return replace(raw, train=train, test=test)
+
+
+def _digits() -> Raw:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    _own_size("digits", image_size)
     bunch = load_digits()
     labels = bunch.target.astype(np.int64)
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
@@ -82,7 +101,7 @@ def cifar100(path: str, download: bool, image_size: int) -> Raw:
 
 
 def _read_files(
-    key: str, path: str, size: int, parts: Sequence[list[tuple[Path, int]]], names: tuple[str, ...]
+    key: str, path: str, size: int, parts: Sequence[Files], names: tuple[str, ...], channels: int = 0
 ) -> Raw:
     """Return the images of (file, class) lists for training and test, through the cache."""
 
@@ -91,42 +110,71 @@ def _read_files(
         for part in parts:
             items = ((str(file), file) for file, _ in part)
             like = pixels[0].shape[1:] if pixels else None
-            pixels.append(decode(path, items, len(part), size, like))
+            pixels.append(decode(path, items, len(part), size, like, channels))
         train, test = (np.array([label for _, label in part], dtype=np.int64) for part in parts)
         return Raw(pixels[0], train, pixels[1], test, names, *measure(pixels[0]))
 
     files = [file for part in parts for file, _ in part]
-    return cached((key, str(Path(path).resolve()), size, *names), files, read)
-
-
-def _image_folder(path: str, root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    """Return the files of <root>/<class>/ with their classes, and the sorted class names."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        found = ImageFolder(root)
-    except OSError as error:
-        raise _bad(path, f"{one_line(error)}; it is a folder of <class>/<image> under {root.name}") from error
-    return [(Path(file), label) for file, label in found.samples], tuple(found.classes)
+    own = (channels,) if channels else ()
+    return cached((key, str(Path(path).resolve()), size, *own, *names), files, read)
 
 
 def parquet(path: str, download: bool, image_size: int) -> Raw:
     """Read the parquet files in <path>: see `ssfl_app.local.parquet`; mean and std are measured."""
-    return read_parquet(path, _folder(path, False, "a folder of parquet files"), image_size)
+    return read_parquet(path, _folder(path, False, _SHAPES["parquet"]), image_size)
 
 
 def folder(path: str, download: bool, image_size: int) -> Raw:
     """Read <path>/train/<class>/* and <path>/test/<class>/* (or val); mean and std are measured."""
-    what = "a folder with train/<class>/* and test/<class>/* (or val)"
-    root = _folder(path, False, what)
+    what = _SHAPES["folder"]
+    return _own_folder(path, _folder(path, False, what), image_size, Wanted(), what)
+
+
+def _own_folder(path: str, root: Path, image_size: int, wanted: Wanted, what: str) -> Raw:
     tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
-    if not tests or not (root / "train").is_dir():
-        raise _bad(path, f"{'test' if (root / 'train').is_dir() else 'train'} is missing, it is {what}")
-    train, names = _image_folder(path, root / "train")
-    test, test_names = _image_folder(path, tests[0])
+    trains = [root / "train"] if (root / "train").is_dir() else tests[:1] if wanted.test_only else []
+    if not tests or not trains:
+        raise _bad(path, f"{'test' if trains else 'train'} is missing, it is {what}")
+    train, names = image_folder(path, trains[0], wanted.classes)
+    test, test_names = image_folder(path, tests[0], wanted.classes)
     if odd := sorted(set(names) ^ set(test_names)):
         raise _bad(path, f"class {odd[0]} is only in one of train and {tests[0].name}, it is to be in both")
-    return _read_files("folder", path, image_size, (train, test), names)
+    return _read_files("folder", path, image_size, (train, test), names, wanted.channels)
+
+
+def own(name: str, path: str, image_size: int, wanted: Wanted) -> Raw:
+    """Read the own data of a site, or of the server: a folder of parquet files or of image folders.
+
+    Raises
+    ------
+    ConfigError
+        `name` is neither parquet nor folder, or the data cannot be read.
+    """
+    if name not in OWN:
+        raise ConfigError(f"data.name is {name!r}; with data.where 'sites' it is one of {', '.join(OWN)}")
+    what = _SHAPES[name]
+    root = _folder(path, False, what)
+    if name == "parquet":
+        return read_parquet(path, root, image_size, wanted)
+    return _own_folder(path, root, image_size, wanted, what)
+
+
+def unseen(classes: tuple[str, ...], channels: int, image_size: int) -> Raw:
+    """Return a data set without images, of which only classes and shape are known.
+
+    Raises
+    ------
+    ConfigError
+        One of the three is not given.
+    """
+    for key, value in (("classes", ",".join(classes)), ("channels", channels), ("image-size", image_size)):
+        if not value:
+            raise ConfigError(
+                f"data.{key} is {value!r}; with data.where 'sites' and no data.path the server builds the model from "
+                "data.classes, data.channels and data.image-size: give all three"
+            )
+    pixels, labels = np.empty((0, channels, image_size, image_size), np.uint8), np.empty(0, np.int64)
+    return Raw(pixels, labels, pixels, labels, classes, (0.0,) * channels, (1.0,) * channels)
 
 
 def tiny_imagenet(path: str, download: bool, image_size: int) -> Raw:
@@ -140,7 +188,7 @@ def tiny_imagenet(path: str, download: bool, image_size: int) -> Raw:
         if not download:
             raise _bad(path, f"{_TINY} is not in it: set data.download to true to get it")
         _download_tiny(path, where)
-    train, wnids = _image_folder(path, root / "train")
+    train, wnids = image_folder(path, root / "train")
     test = _tiny_test(path, root / "val", wnids)
     raw = _read_files("tiny-imagenet", path, image_size, (train, test), wnids)
     half = (0.5,) * raw.train.shape[1]

@@ -213,8 +213,9 @@ def accuracy_by_client(run: Run) -> "Figure":
     mean = f"mean of {len(kept)} clients: {accuracy.mean():.2f} %"
     axes.axhline(accuracy.mean(), color=PALETTE[1], lw=1.2, ls="--", label=mean)
     for index in np.argsort(accuracy, kind="stable")[:3]:
-        name, point = f"client {rows[kept[index]]['client']}", (float(xs[index]), float(accuracy[index]))
-        axes.annotate(_plain(name), point, xytext=(6, -3), textcoords="offset points", fontsize=8, color=INK)
+        row, point = rows[kept[index]], (float(xs[index]), float(accuracy[index]))
+        name = _plain(row.get("name") or f"client {row['client']}")
+        axes.annotate(name, point, xytext=(6, -3), textcoords="offset points", fontsize=8, color=INK)
     ylabel = "Accuracy on its own test images (%)"
     _finish(axes, "Accuracy by client: " + _plain(read.run_labels([run])[0]), xlabel, ylabel)
     _x_axis(axes, [xs.astype(float)], xlabel)

@@ -154,7 +154,8 @@ class Recorder:
             write_atomically(self.folder / "mask.safetensors", lambda f: safe_torch.save_file(bits, f))
         rounds = [record for record in self.records if record["round"]]
         messages = sum(r["messages_train_down"] + r["messages_train_up"] for r in rounds)
-        evaluated = [r for r in rounds if r["central_accuracy"] is not None]
+        accuracies = ("central_accuracy", "local_accuracy_mean", "personal_accuracy_mean")
+        evaluated = [r for r in rounds if any(r[name] is not None for name in accuracies)]
         summary = facts | {
             "density": rounds[-1]["density"],
             "density_all": rounds[-1]["density_all"],
@@ -162,9 +163,7 @@ class Recorder:
             "prunable": layout.prunable_size,
             "alive": round(rounds[-1]["density"] * layout.prunable_size),
             "train_loss": rounds[-1]["train_loss"],
-            "central_accuracy": evaluated[-1]["central_accuracy"] if evaluated else None,
-            "local_accuracy_mean": evaluated[-1]["local_accuracy_mean"] if evaluated else None,
-            "personal_accuracy_mean": evaluated[-1]["personal_accuracy_mean"] if evaluated else None,
+            **{name: evaluated[-1][name] if evaluated else None for name in accuracies},
             **self._bytes(),
             "bytes_peer": sum(r["bytes_peer"] for r in rounds),
             "bytes_dense_train": 4 * layout.size * messages,

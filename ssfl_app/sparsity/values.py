@@ -60,7 +60,8 @@ def read_values(arrays: Mapping[str, npt.NDArray[Any]], kind: str, size: int) ->
         return np.asarray((values.astype(np.uint32) << 16).view(np.float32))
     if kind == "int8":
         scales = take(arrays, "scales", np.float32, -(-size // BLOCK))
-        with np.errstate(invalid="ignore"):  # 0 * Inf is NaN, which whoever reads foreign values refuses
+        # 0 * Inf is NaN and 127 * 3e38 is Inf: whoever reads foreign values refuses both.
+        with np.errstate(invalid="ignore", over="ignore"):
             return np.asarray(values.astype(np.float32) * np.repeat(scales, BLOCK)[:size])
     return values.astype(np.float32, copy=False)
 

@@ -1,15 +1,16 @@
 """What an answer must be before an algorithm sees it."""
 
-import math
-
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.wire import Parcel
 
+LARGEST = 2.0**128
+"""Above every float32; a sum over clients and samples of such numbers stays far below the end of float64."""
+
 
 def check_number(parcel: Parcel, name: str) -> None:
-    """Raise PayloadError unless the fact is a finite number."""
+    """Raise PayloadError unless the fact is a finite number, and one that a float32 can be."""
     value = parcel.facts.get(name)
-    if not isinstance(value, float) or not math.isfinite(value):
+    if not isinstance(value, float) or not abs(value) <= LARGEST:
         raise PayloadError(f"{name} is {value!r}; it must be a finite number")
 
 

@@ -87,9 +87,10 @@ class Course:
             self._tell(record | {"seconds": time.monotonic() - began})
         for round_ in range(max(1, first), last + 1):
             began = time.monotonic()
+            back = self._post.rejoin(self._grid)
             self._strategy.peer_bytes, before = 0, self._strategy.mask
             found = self._discover(round_, "setup_", functools.partial(self._strategy.prepare, round_))
-            record = _sum(found, self._train(round_), self._evaluate(round_))
+            record = _sum(found, self._train(round_), self._evaluate(round_)) | back
             record["bytes_peer"] = self._strategy.peer_bytes
             record["density"], record["density_all"] = self._strategy.densities()
             if found:  # the strategy asked: how far is its mask from the one before?

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 CRITERIA = ("snip", "pooled-snip", "grasp", "synflow", "iterative-snip", "force", "magnitude")
 QUESTIONS = ("saliency", "curvature")
+MAGNITUDES = ("snip", "iterative-snip", "force")
+"""Criteria whose clients answer with magnitudes; the others ask for gradients."""
 STEPS = {"synflow": 100, "iterative-snip": 5, "force": 5}
 """Steps of the criteria that have some, unless ssfl.steps says otherwise."""
 
@@ -163,7 +165,12 @@ class _Inquiry:
 
     def _check(self, size: int, client: int, parcel: Parcel) -> None:
         self.strategy.check_samples(parcel)
-        check_values(read_values(parcel.arrays, "fp32", size))
+        values = read_values(parcel.arrays, "fp32", size)
+        check_values(values)
+        criterion = options_of(self.strategy.settings).criterion
+        # Below 0 an alive weight would rank behind one that an earlier step removed.
+        if criterion in MAGNITUDES and values.size and values.min() < 0:
+            raise PayloadError(f"scores reach {values.min():g}; those of {criterion} must be at least 0")
 
     def top(self, scores: Vector, density: float | None = None) -> Mask:
         """Return the mask of the largest scores, of mask.density by default."""

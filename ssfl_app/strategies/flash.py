@@ -200,7 +200,8 @@ class Flash(SparseStrategy):
         self.check_samples(parcel)
         shares = read_values(parcel.arrays, "fp32", len(self.layout.prunable))
         check_values(shares)
-        if shares.min() < 0 or shares.max() > 1 or not shares.any():
+        # Densities of less than one weight would add up to an empty mask, as zeros do.
+        if shares.min() < 0 or shares.max() > 1 or shares.max() * self.layout.prunable_size < 1:
             raise PayloadError(
                 f"layer densities are from {shares.min():g} to {shares.max():g}; each is in 0..1, not all are 0"
             )

@@ -61,7 +61,8 @@ class LocalMaskClient(ClientRule):
         """Return the mask with this digest; the client's random one needs no telling."""
         if "mask" not in parcel.arrays and self.site.mask(digest) is None:
             own = random_mask(self.site.layout, self.settings, self.site.number)
-            self.site.memory.keep(own.digest, own.packed())
+            if own.digest == digest:  # if another one is meant, the held one stays
+                self.site.memory.keep(own.digest, own.packed())
         return super().known_mask(parcel, digest)
 
     def evaluate(self, parcel: Parcel) -> Facts:
@@ -130,6 +131,9 @@ class LocalSaliency(RandomLocal):
 
     def _check_mask(self, client: int, parcel: Parcel) -> None:
         self.check_samples(parcel)
-        count, wanted = read_mask(parcel.arrays, self.layout).count, self.settings.mask
-        if wanted.scope == "global" and count != keep_count(wanted.density, self.layout.prunable_size):
-            raise PayloadError(f"a mask has {count} alive weights; mask.density is {wanted.density}")
+        mask, wanted = read_mask(parcel.arrays, self.layout), self.settings.mask
+        if wanted.scope == "global" and mask.count != keep_count(wanted.density, self.layout.prunable_size):
+            raise PayloadError(f"a mask has {mask.count} alive weights; mask.density is {wanted.density}")
+        for name, alive, size in mask.layers() if wanted.scope == "layer" else ():
+            if alive != max(keep_count(wanted.density, size), min(wanted.min_per_layer, size)):
+                raise PayloadError(f"a mask has {alive} alive weights in {name}; mask.density is {wanted.density}")

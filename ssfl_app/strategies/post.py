@@ -10,7 +10,6 @@ refused by name and counted. It never reaches an algorithm.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +18,24 @@ from typing import Any
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from ssfl_app.exchange import Courier, Outcome, is_simulation
-from ssfl_app.guard import RunFailed
+from ssfl_app.exchange import Courier, Outcome
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.strategies.roster import Roster
 from ssfl_app.strategies.settings import RunOptions
 from ssfl_app.wire import MASKS, Facts, Packer, Parcel, read_record
-
-SIMULATED_NODES_APPEAR = 5.0
-"""Seconds after which all simulated nodes are there: Flower registers them together, before its actors start."""
 
 MOST_WORK = 2**40
 """Images of one message: more is no count, and would spoil the sum."""
 
 FOLDER = "folder"
 """Fact of a message in simulation: where simulated clients keep their files."""
+
+RUN = "run"
+"""Fact of a message in deployment: 16 hex digits that tell this run's files on a node from another run's."""
+
+CLIENT = "client"
+"""Fact of a message to a site with data of its own: the number that its name has in this run."""
 
 Check = Callable[[int, Parcel], None]
 """check(client, parcel) raises PayloadError on an answer that an algorithm must not see."""
@@ -78,13 +80,18 @@ class Post:
         Of the exchange that is going on, or the last one.
     folder : Path or None
         Where simulated clients keep their files.
+    token : str or None
+        What real clients call this run in the names of their files.
+    roster : Roster
+        Who is who.
     """
 
     def __init__(self, run: RunOptions, mask_travels: bool) -> None:
         self.outcome = Outcome()
         self.folder: Path | None = None
+        self.token: str | None = None
+        self.roster = Roster(run)
         self._run, self._mask_travels = run, mask_travels
-        self._roster: dict[int, int] = {}  # client -> node
         self._packer = Packer()
         self._letters: dict[int, Letter] = {}  # of the exchange that is going on
         self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
@@ -98,43 +105,17 @@ class Post:
         Raises
         ------
         RunFailed
-            Some did not come within run.join-timeout, two claim one number, or one cannot start.
+            As `Roster.meet` does.
         """
-        end, asked, sites = time.monotonic() + self._run.join_timeout, set[int](), dict[int, Facts]()
-        few = time.monotonic() + SIMULATED_NODES_APPEAR
-        while True:
-            new = sorted(set(grid.get_node_ids()) - asked)
-            asked.update(new)
-            for node, facts in self._greet(grid, new, max(1.0, end - time.monotonic())):
-                number = int(facts["client"])
-                if number in sites:
-                    raise RunFailed(f"two nodes say that they are client {number}; each needs its own partition-id")
-                if 0 <= number < self._run.clients:
-                    self._roster[number], sites[number] = node, facts
-            missing = sorted(set(range(self._run.clients)) - set(sites))
-            if not missing:
-                return sites
-            if is_simulation(grid) and len(asked) < self._run.clients and time.monotonic() > few:
-                raise RunFailed(
-                    f"Flower simulates {len(asked)} SuperNodes and run.clients is {self._run.clients}: set "
-                    f"num-supernodes to {self._run.clients}, as `ssfl run` does"
-                )
-            if time.monotonic() > end:
-                names = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-                raise RunFailed(
-                    f"{len(sites)} of {self._run.clients} clients joined within run.join-timeout "
-                    f"{self._run.join_timeout:g} s; missing: {names}"
-                )
-            time.sleep(0.1)
+        return self.roster.meet(grid)
 
-    def _greet(self, grid: Grid, nodes: list[int], timeout: float) -> Iterator[tuple[int, Facts]]:
-        courier = Courier(grid, timeout)
-        hello = self._packer.record(Parcel())
-        courier.send({i: Message(hello, node, "query.hello", ttl=timeout) for i, node in enumerate(nodes)})
-        for i, reply in courier.replies():
-            yield nodes[i], read_record(reply.content).facts
-        if courier.outcome.refused:
-            raise RunFailed("a client cannot start: " + next(iter(courier.outcome.refused.values())))
+    def rejoin(self, grid: Grid) -> dict[str, Any]:
+        """Let nodes that were set up anew take their old places; return what a round's record says of it."""
+        back, strangers = self.roster.rejoin(grid)
+        for client in back:
+            self._holds.pop(client, None)
+        told = {"rejoined": back, "strangers": {str(node): strangers[node] for node in sorted(strangers)}}
+        return {name: value for name, value in told.items() if value}
 
     # ---- out ---------------------------------------------------------------------------------
 
@@ -154,9 +135,10 @@ class Post:
         # Packed when the first client needs it, and the same array for all, so that it is serialised once.
         bitmap = functools.cache(lambda mask: {"mask": mask.packed()})
         common = {**config, "round": round_} | ({} if self.folder is None else {FOLDER: str(self.folder)})
+        common |= {} if self.token is None else {RUN: self.token}
         messages = []
         for client, parcel, mask in parcels:
-            facts = {**common, **parcel.facts}
+            facts = {**common, **({CLIENT: client} if self.roster.names else {}), **parcel.facts}
             later, brings = dict(attachments or {}), set[str]()
             if mask is not None:
                 facts["digest"] = mask.digest
@@ -186,13 +168,13 @@ class Post:
         group = str(letter.parcel.facts["round"])
         # Time to live = round timeout: Flower's default of 12 hours would let replies come rounds later.
         ttl = self._run.round_timeout
-        return Message(record, self._roster[client], letter.kind, ttl=ttl, group_id=group)
+        return Message(record, self.roster.nodes[client], letter.kind, ttl=ttl, group_id=group)
 
     def carry(self, grid: Grid, messages: Iterable[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `write` made; return the replies, of about this size, as they come."""
         courier = Courier(grid, self._run.round_timeout, reply_bytes)
         self.outcome = courier.outcome
-        client_at = {node: client for client, node in self._roster.items()}
+        client_at = {node: client for client, node in self.roster.nodes.items()}
         self._push(courier, {client_at[message.metadata.dst_node_id]: message for message in messages})
         return self._replies(courier)
 

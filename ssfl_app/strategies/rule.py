@@ -197,6 +197,9 @@ class ClientRule:
         state, mask = self.down(self.settings.wire.down_values).decode(parcel.arrays, layout, known)
         if mask.digest != digest:
             raise PayloadError(f"digest is {digest!r}; what came down has {mask.digest!r} at this client")
+        broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+        if broken:  # it would be trained on, and remembered
+            raise PayloadError(f"values of {broken[0]} that came down are NaN or Inf; all must be finite")
         load_state(self.site.model, state)
         return mask
 

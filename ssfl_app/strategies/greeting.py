@@ -1,0 +1,179 @@
+"""The greeting: ``query.hello``, asked until a node answers or the time is over, and what counts as an answer.
+
+A hello that got lost costs seconds, not the run. Nor does a malformed answer end it: that node is set aside by name.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from ssfl_app.exchange import is_simulation, last_line
+from ssfl_app.guard import RunFailed
+from ssfl_app.local.holdings import read_holding
+from ssfl_app.local.place import NAME
+from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.wire import Facts, Packer, Parcel, read_record
+
+RETRY = 5.0
+"""Seconds between two hellos to a node whose answer was an error of Flower's."""
+
+TRY = 30.0
+"""Seconds after which a silent node is asked again; an answer to the earlier hello still counts."""
+
+MOST_BYTES = 2**20
+"""Bytes of all facts of a hello."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A checked answer to ``query.hello``: a client's number, or the name of a site, and what it says of itself."""
+
+    node: int
+    number: int | None
+    name: str
+    facts: Facts
+
+    @property
+    def place(self) -> int | str:
+        """What no two nodes may claim."""
+        return self.name if self.number is None else self.number
+
+
+def read_hello(node: int, reply: Message) -> Hello:
+    """Return what a node says of itself.
+
+    Raises
+    ------
+    PayloadError
+        It is not what a client of this project says.
+    """
+    if not reply.has_content():
+        raise PayloadError("it has neither content nor an error")
+    facts = read_record(reply.content).facts
+    if sum(len(name) + len(str(value)) for name, value in facts.items()) > MOST_BYTES:
+        raise PayloadError(f"the hello is larger than {MOST_BYTES} characters")
+    number, name = facts.get("client"), facts.get("name", "")
+    for key in ("code", "device"):
+        text = facts.get(key)
+        if not isinstance(text, str) or len(text) > 64 or not text.isprintable():
+            raise PayloadError(f"{key} is {_short(text)}; it is one line of at most 64 characters")
+    if "name" in facts:
+        if number is not None or not isinstance(name, str) or not NAME.fullmatch(name):
+            raise PayloadError(
+                f"name is {_short(name)} and client is {_short(number)}; a site has a name and no number"
+            )
+        read_holding(facts)  # nobody but the site knows what it holds
+        return Hello(node, None, name, facts)
+    if type(number) is not int or not 0 <= number < 2**31:
+        raise PayloadError(f"client is {_short(number)}; it is a whole number of at least 0")
+    if "classes" in facts:
+        read_holding(facts)
+    return Hello(node, number, "", facts)
+
+
+class Hellos:
+    """Says hello to nodes until each has answered.
+
+    Attributes
+    ----------
+    answered : set of int
+        Nodes that need not be asked again, whatever they answered.
+    lost, raised, odd : dict of int to str
+        Nodes without a good answer, and why: none came or Flower made an error of it; the client raised an exception;
+        the answer is not one of ours.
+    """
+
+    def __init__(self, grid: Grid, end: float) -> None:
+        self.answered: set[int] = set()
+        self.lost: dict[int, str] = {}
+        self.raised: dict[int, str] = {}
+        self.odd: dict[int, str] = {}
+        self._grid, self._end = grid, end
+        self._record = Packer().record(Parcel())
+        self._asked: dict[int, float] = {}
+        self._waiting: dict[str, int] = {}
+
+    def silent(self, nodes: Iterable[int]) -> bool:
+        """Return whether an answer of one of the nodes may still be on its way."""
+        return bool(set(nodes) - self.answered - set(self.lost))
+
+    def ask(self, nodes: Iterable[int]) -> None:
+        """Say hello to the connected nodes that are due: new, back again, or without an answer for too long."""
+        now, there = time.monotonic(), set(nodes)
+        for node in set(self._asked) - there:  # it may come back, and what it was working on is gone
+            del self._asked[node]
+        due = []
+        for node in sorted(there - self.answered):
+            waited = now - self._asked.get(node, -TRY)
+            if node not in self._asked or waited >= (RETRY if node in self.lost else TRY):
+                if node in self._asked:
+                    self.lost.setdefault(node, f"no answer within {TRY:g} s")
+                self._asked[node] = now
+                due.append(node)
+        ttl = max(1.0, self._end - now)
+        messages = [Message(self._record, node, "query.hello", ttl=ttl) for node in due]
+        accepted = {i for i in self._grid.push_messages(messages) if i} if messages else set()
+        for message in messages:
+            if message.metadata.message_id in accepted:
+                self._waiting[message.metadata.message_id] = message.metadata.dst_node_id
+            else:
+                self.lost[message.metadata.dst_node_id] = "Flower did not accept the message"
+
+    def hear(self) -> list[Hello]:
+        """Return the good answers that came.
+
+        Raises
+        ------
+        RunFailed
+            A Ray actor died.
+        """
+        good = []
+        for message_id, node in list(self._waiting.items()):
+            reply = self._pull(message_id, node)
+            if reply is None or node in self.answered:
+                continue
+            if reply.has_error():
+                self._sort(node, reply.error.code, last_line(reply.error.reason or ""))
+                continue
+            try:
+                good.append(read_hello(node, reply))
+                self._settle(node)
+            except PayloadError as error:
+                self._settle(node, f"its hello is malformed: {last_line(str(error))}")
+        return good
+
+    def _pull(self, message_id: str, node: int) -> Message | None:
+        try:
+            for reply in self._grid.pull_messages([message_id]):
+                self._waiting.pop(message_id, None)
+                return reply
+        except (ValueError, TypeError, LookupError, AttributeError, DecodeError) as error:
+            # Flower builds a message from the objects that a node uploaded, and these are the node's word.
+            del self._waiting[message_id]
+            self._settle(node, f"its hello is no message: {last_line(f'{type(error).__name__}: {error}')}")
+        return None
+
+    def _settle(self, node: int, odd: str = "") -> None:
+        self.answered.add(node)
+        self.lost.pop(node, None)
+        if odd:
+            self.odd[node] = odd
+
+    def _sort(self, node: int, code: int, reason: str) -> None:
+        if code == ErrorCode.UNKNOWN and is_simulation(self._grid):
+            raise RunFailed(f"a Ray actor died at the greeting ({reason}). Most often it ran out of memory")
+        if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
+            self._settle(node)
+            self.raised[node] = f"raised: {reason}"
+        else:
+            self.lost[node] = f"Flower error {code}: {reason}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

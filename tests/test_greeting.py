@@ -1,0 +1,281 @@
+"""The greeting: lost and malformed hellos, nodes that come, go and come back under another id."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssfl_app.config import Flat, merge, parse
+from ssfl_app.guard import RunFailed
+from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.strategies import greeting, roster
+from ssfl_app.strategies.greeting import Hello, read_hello
+from ssfl_app.strategies.roster import Roster
+from ssfl_app.wire import Packer, Parcel
+from ssfl_app.workshop import open_workshop
+from tests.in_process_grid import (
+    SMALL,
+    DeploymentGrid,
+    Fault,
+    Played,
+    ScriptedGrid,
+    answer_error,
+    keep_silent,
+    play,
+    tamper,
+)
+
+ONE: Flat = {"run.rounds": 1, "run.clients": 4, "run.cohort": 4, "strategy": "fedavg"}
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greeting, "RETRY", 0.05)
+    monkeypatch.setattr(greeting, "TRY", 0.3)
+    monkeypatch.setattr(roster, "REJOIN_TIMEOUT", 2.0)
+    monkeypatch.setattr(roster, "DEPLOYMENT_POLL", 0.01)
+    monkeypatch.setattr("ssfl_app.exchange.DEPLOYMENT_POLL", 0.01)
+
+
+def times(count: int, fault: Fault) -> Fault:
+    """Misbehave `count` times, then work."""
+    left = count
+
+    def some(grid: ScriptedGrid, message: Message) -> Message | None:
+        nonlocal left
+        left -= 1
+        return fault(grid, message) if left >= 0 else grid.work(message)
+
+    return some
+
+
+def facts(**new: Any) -> Fault:
+    return tamper(lambda p: Parcel(p.arrays, {k: v for k, v in {**p.facts, **new}.items() if v is not None}))
+
+
+def meet(grid: ScriptedGrid, **keys: Any) -> Roster:
+    """Greet the nodes of a grid, and nothing else."""
+    made = Roster(
+        parse(merge(SMALL, {**ONE, **{f"run.{k.replace('_', '-')}": v for k, v in keys.items()}})).settings.run
+    )
+    made.meet(grid)
+    return made
+
+
+def grid(faults: dict[Any, Fault] | None = None, configs: list[Flat] | None = None) -> ScriptedGrid:
+    open_workshop(merge(SMALL, ONE))  # seconds, which the first hello would seem to be lost in
+    return ScriptedGrid(merge(SMALL, ONE), 0, faults, configs)
+
+
+@pytest.mark.parametrize("fault", [answer_error(5), answer_error(1), keep_silent], ids=["gone", "import", "silent"])
+def test_a_lost_hello_is_said_again(fault: Fault) -> None:
+    flaky = grid({("query.hello", 0, 2): times(2, fault)})
+    assert sorted(meet(flaky).nodes) == [0, 1, 2, 3]
+    assert [where[2] for where in flaky.log].count(2) == 3
+    assert [where[2] for where in flaky.log].count(1) == 1
+
+
+def test_hellos_are_not_said_more_often_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greeting, "RETRY", 0.2)
+    flaky = grid({("query.hello", 0, 2): answer_error(5)})
+    with pytest.raises(RunFailed, match=r"3 of 4 clients joined .* missing: 2 \(node \d+ Flower error 5: scripted\)"):
+        meet(flaky, join_timeout=1.0)
+    assert 3 <= [where[2] for where in flaky.log].count(2) <= 6
+
+
+class SlowGrid(ScriptedGrid):
+    """The node that is asked first answers its first hello only after it was asked again, and no later one."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.hellos: list[tuple[int, str]] = []
+
+    def push_messages(self, messages: Any) -> Any:
+        messages = list(messages)
+        ids = list(super().push_messages(messages))
+        self.hellos += [(m.metadata.dst_node_id, m.metadata.message_id) for m in messages]
+        return ids
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        first, *later = [i for node, i in self.hellos if node == self.hellos[0][0]]
+        blocked = set(later) if later else {first}
+        return super().pull_messages([i for i in message_ids if i not in blocked])
+
+
+def test_an_answer_to_an_earlier_hello_counts() -> None:
+    slow = SlowGrid(merge(SMALL, ONE))
+    assert sorted(meet(slow).nodes) == [0, 1, 2, 3]
+    assert len(slow.hellos) > 4
+
+
+def test_a_node_that_leaves_and_comes_back_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greeting, "TRY", 1000.0)
+    shaky = grid({("query.hello", 0, 2): times(1, keep_silent)})
+    node = next(n for n, c in shaky._contexts.items() if shaky.number(c) == 2)
+    began = time.monotonic()
+
+    def there(self: ScriptedGrid) -> list[int]:
+        return [n for n in self._contexts if n != node or not 0.1 < time.monotonic() - began < 0.3]
+
+    monkeypatch.setattr(ScriptedGrid, "get_node_ids", there)
+    assert meet(shaky, join_timeout=5.0).nodes[2] == node
+
+
+BAD = [
+    (facts(client=None), "client is None"),
+    (facts(client="2"), "client is '2'"),
+    (facts(client=True), "client is True"),
+    (facts(client=-1), "client is -1"),
+    (facts(client=2**70), "client is 1180591620717411303424"),
+    (facts(device=7), "device is 7"),
+    (facts(code="x" * 2_000_000), "larger than 1048576"),
+    (facts(name="a"), "a site has a name and no number"),
+    (facts(counts="1,x"), "counts is '1,x'"),
+    (facts(shape="0,8,8"), "shape is '0,8,8'"),
+    (lambda g, m: Message(RecordDict(), reply_to=m), "record 'arrays' is NoneType"),
+    (facts(client=99), "says that it is client 99, run.clients is 4"),
+]
+
+
+@pytest.mark.parametrize(("fault", "reason"), BAD, ids=[reason for _, reason in BAD])
+def test_a_malformed_hello_sets_that_node_aside_by_name(fault: Fault, reason: str) -> None:
+    odd = grid({("query.hello", 0, 2): fault})
+    with pytest.raises(RunFailed, match=r"3 of 4 clients joined .* missing: 2") as caught:
+        meet(odd, join_timeout=0.3)
+    assert reason in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+SCALARS = st.one_of(
+    st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=8), st.binary(max_size=8)
+)
+KEYS = st.sampled_from(["client", "name", "code", "device", "classes", "shape", "counts", "test-samples", "x"])
+GOOD = {
+    "client": 1,
+    "code": "c",
+    "device": "cpu",
+    "classes": "a\nb",
+    "shape": "1,2,2",
+    "counts": "1,2",
+    "test-samples": 3,
+}
+
+
+@st.composite
+def records(draw: Any) -> RecordDict:
+    """Return anything a node may send: other records, or facts with some of ours spoiled or missing."""
+    spoiled: dict[str, Any] = draw(st.dictionaries(KEYS, st.one_of(SCALARS, st.lists(st.integers(0, 9), max_size=2))))
+    kept = {key: value for key, value in GOOD.items() if draw(st.booleans())}
+    arrays = draw(st.sampled_from([ArrayRecord(), ArrayRecord({"a": Array(np.ones(2))}), MetricRecord({"a": 1})]))
+    record = RecordDict({"arrays": arrays, "facts": ConfigRecord(kept | spoiled)})
+    for name in draw(st.sets(st.sampled_from(["arrays", "facts"]))):
+        if draw(st.booleans()):
+            del record[name]
+    return record
+
+
+@settings(max_examples=150, deadline=None)
+@given(records())
+def test_whatever_a_node_sends_is_a_hello_or_is_refused(record: RecordDict) -> None:
+    asked = Message(RecordDict(), 5, "query.hello")
+    try:
+        hello = read_hello(5, Message(record, reply_to=asked))
+    except PayloadError:  # the only way out besides a hello
+        return
+    assert isinstance(hello, Hello)
+    assert (hello.number is None) is bool(hello.name)
+    assert isinstance(hello.facts["code"], str)
+
+
+def test_a_good_hello_is_read() -> None:
+    asked = Message(RecordDict(), 5, "query.hello")
+    read = read_hello(5, Message(Packer().record(Parcel(facts=GOOD)), reply_to=asked))
+    assert (read.number, read.name, read.place) == (1, "", 1)
+    site = {key: value for key, value in GOOD.items() if key != "client"} | {"name": "clinic"}
+    assert read_hello(5, Message(Packer().record(Parcel(facts=site)), reply_to=asked)).place == "clinic"
+
+
+def test_two_nodes_that_claim_one_number_are_both_named() -> None:
+    twice = grid({("query.hello", 0, 1): facts(client=0)})
+    nodes = sorted(n for n, c in twice._contexts.items() if twice.number(c) in (0, 1))
+    with pytest.raises(RunFailed, match=f"two nodes say that they are client 0: {nodes[0]} and {nodes[1]}; "):
+        meet(twice)
+
+
+def test_a_node_that_raises_ends_the_run_unless_it_is_not_needed() -> None:
+    fault = answer_error(2, "Traceback\nConfigError: data.path is '/x'; there is no such folder")
+    with pytest.raises(RunFailed, match=r"a client cannot start: node \d+ raised: ConfigError: data.path is '/x'"):
+        meet(grid({("query.hello", 0, 2): fault}))
+    spare = [{"partition-id": i} for i in range(4)] + [{"partition-id": 4}]
+    assert sorted(meet(grid({("query.hello", 0, 4): fault}, spare)).nodes) == [0, 1, 2, 3]
+
+
+# ---- rejoining ----------------------------------------------------------------------------------
+
+
+class MovingGrid(DeploymentGrid):
+    """Before a round, the nodes of `moves` are set up anew under another id."""
+
+    def __init__(self, config: Flat, moves: dict[int, tuple[int, int, Flat]], **options: Any) -> None:
+        super().__init__(config, **options)
+        self.moves = moves  # round -> (client that leaves, new node, its node config)
+        self.trained = 0
+        self.asked: list[int] = []
+
+    def get_node_ids(self) -> list[int]:
+        move = self.moves.pop(self.trained + 1, None)
+        if move is not None:
+            client, node, config = move
+            old = next(n for n, c in self._contexts.items() if self.number(c) == client)
+            del self._contexts[old]
+            self.add(node, config)
+        return list(self._contexts)
+
+    def push_messages(self, messages: Any) -> Any:
+        known = [m for m in messages if m.metadata.dst_node_id in self._contexts]
+        self.asked += [m.metadata.dst_node_id for m in known if m.metadata.message_type == "query.hello"]
+        self.trained = max([self.trained, *(int(m.metadata.group_id or 0) for m in known)])
+        return super().push_messages(known)
+
+
+@pytest.fixture
+def moved() -> Any:
+    keys: Flat = {"run.rounds": 2, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 2}
+
+    def run(moves: dict[int, tuple[int, int, Flat]], **options: Any) -> Played:
+        return play(keys, grid=MovingGrid(merge(SMALL, keys), moves, **options))
+
+    return run
+
+
+def test_a_node_under_another_id_takes_its_old_place(moved: Any) -> None:
+    good, played = moved({}), moved({2: (1, 77, {"partition-id": 1, "num-partitions": 4})})
+    assert played.bits() == good.bits()
+    assert [record.get("rejoined") for record in played.records] == [None, None, [1]]
+    assert all(not record["lost"] and not record["refused"] for record in played.records[1:])
+    # The new node does not hold the mask: it gets it with its first message, and is not left to ask.
+    bitmap = -(-played.layout.prunable_size // 8)
+    assert played.records[2]["bytes_mask_down"] == bitmap
+    assert played.records[2]["messages_train_down"] == 4
+    assert played.grid.asked.count(77) == 1
+
+
+def test_nodes_that_have_no_place_are_not_let_in(moved: Any) -> None:
+    played = moved({2: (1, 77, {"partition-id": 2, "num-partitions": 4})})
+    assert played.records[2]["strangers"] == {"77": "says that it is 2: its node is still there"}
+    assert list(played.records[2]["lost"]) == ["1"]
+    assert played.records[2]["ok"] == [0, 2, 3]
+
+
+def test_a_node_with_other_code_does_not_take_a_place(moved: Any) -> None:
+    fault = facts(code="another")
+    moves: dict[int, tuple[int, int, Flat]] = {2: (1, 77, {"partition-id": 1, "num-partitions": 4})}
+    played = moved(
+        moves, faults={("query.hello", 0, 1): lambda g, m: fault(g, m) if 77 in g._contexts else g.work(m)}
+    )
+    assert played.records[2]["strangers"] == {"77": "says that it is 1, with another code than before"}
+    assert list(played.records[2]["lost"]) == ["1"]
