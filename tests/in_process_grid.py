@@ -26,6 +26,7 @@ SMALL: Flat = {
     "run.round-timeout": 30.0,
     "mask.density": 0.2,
     "local.epochs": 1,
+    "local.batch-size": 32,
     "partition.alpha": 1.0,
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,22 @@ def overview(federation: Federation) -> tuple[Table, bool]:
     for name, config in [("superlink", ""), *((node.name, node.config) for node in federation.nodes)]:
         service = known.get(name, {}) if up else {}
         seen = "" if name == "superlink" else online.get(node_id(federation, name), "unknown")
-        stands.append(bool(service.get("pid")) if name == "superlink" else seen == "online")
+        if seen not in ("", "online"):
+            seen = ": ".join(filter(None, [seen, complaint(federation.folder / "nodes" / name / "node.log")]))
+        stands.append(seen == "online" or (name == "superlink" and bool(service.get("pid"))))
         table.add_row(name, str(service.get("pid") or "-"), str(service.get("restarts", "-")), seen, config)
     return table, up and all(stands)
+
+
+def complaint(log: Path) -> str:
+    """Return the last line of a node's log that says why it is not let in, "" if there is none."""
+    if not log.exists():
+        return ""
+    lines = re.sub(r"\x1b\[\d+m", "", log.read_text(errors="replace")).splitlines()
+    found = [
+        line.strip() for line in lines[-200:] if re.search(r"\[code: |CERTIFICATE|Connection attempt failed", line)
+    ]
+    return found[-1][:160] if found else ""
 
 
 def node_id(federation: Federation, name: str) -> str:

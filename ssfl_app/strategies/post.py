@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from ssfl_app.exchange import Courier, Outcome
+from ssfl_app.exchange import Courier, Outcome, in_a_line
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.roster import Roster
@@ -214,7 +214,7 @@ class Post:
             try:
                 reply = self._read(client, message, check)
             except PayloadError as error:
-                self.outcome.refused[client] = str(error)
+                self.outcome.refused[client] = in_a_line(str(error))
                 continue
             self.outcome.ok.append(client)
             self.outcome.passes += int(reply.facts.get("passes", 0))
@@ -249,8 +249,8 @@ class Post:
 
 def _sizes(message: Message) -> dict[str, int]:
     # Counted on the encoded payload itself. By key: `.array_records` would build a reference cycle.
-    arrays: Any = message.content.get("arrays") or {}
-    return {name: len(array.data) for name, array in arrays.items()}
+    arrays = message.content.get("arrays")
+    return {name: len(array.data) for name, array in arrays.items()} if isinstance(arrays, ArrayRecord) else {}
 
 
 def _need(message: Message) -> str | None:
