@@ -22,8 +22,10 @@ from ssfl_app.wire import Facts, Packer, Parcel, read_record
 RETRY = 5.0
 """Seconds between two hellos to a node whose answer was an error of Flower's."""
 
-TRY = 30.0
-"""Seconds after which a silent node is asked again; an answer to the earlier hello still counts."""
+TRY = 90.0
+"""Seconds after which a silent node is asked again; an answer to the earlier hello still counts.
+
+Longer than the minute in which Flower notices that a node is gone: a busy node would work off each hello in turn."""
 
 MOST_BYTES = 2**20
 """Bytes of all facts of a hello."""
