@@ -32,14 +32,16 @@ def up(
     days: Days = 365,
 ) -> None:
     """Start a SuperLink and authenticated SuperNodes on this machine, and keep them alive in the background."""
-    from ssfl_app.engine import federation as house
     from ssfl_app.engine.credentials import expires
+    from ssfl_app.engine.federation import create, read
+    from ssfl_app.engine.federation_control import is_up, wait_until_online
+    from ssfl_app.engine.federation_services import check_certificate
     from ssfl_app.engine.processes import free_port
 
     home = folder.expanduser().resolve()
     names = _sites(site) if site else {f"node-{i}": f"partition-id={i} num-partitions={nodes}" for i in range(nodes)}
     if (home / "federation.json").exists():
-        federation = house.read(home)
+        federation = read(home)
         known = {node.name: node.config for node in federation.nodes}
         if known != names:
             raise ConfigError(
@@ -48,10 +50,10 @@ def up(
             )
     else:
         ports = [free_port() for _ in names]
-        federation = house.create(home, "127.0.0.1", port or free_port(), names, ports, timedelta(days=days))
-    if house.is_up(federation):
+        federation = create(home, "127.0.0.1", port or free_port(), names, ports, timedelta(days=days))
+    if is_up(federation):
         raise ConfigError(f"--dir is {home}; its federation is up already")
-    house.check_certificate(home)
+    check_certificate(home)
     with (home / "keeper.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "ssfl_app", "federation", "keep", "--dir", str(home)],
@@ -61,10 +63,10 @@ def up(
             start_new_session=True,
             cwd=home,
         )
-    while not house.is_up(federation) and process.poll() is None:
+    while not is_up(federation) and process.poll() is None:
         time.sleep(0.1)
     try:
-        house.wait_until_online(federation, ONLINE_TIMEOUT, typer.echo)
+        wait_until_online(federation, ONLINE_TIMEOUT, typer.echo)
     except RunFailed as error:
         print(f"ssfl: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -98,11 +100,11 @@ def run(
     folder: Folder = DEFAULT,
 ) -> None:
     """Run a strategy on the nodes, as `ssfl run` does in simulation. Exit code: 0 finished, 1 failed, 2 bad input."""
-    from ssfl_app.engine import federation as house
     from ssfl_app.engine.command import Command
+    from ssfl_app.engine.federation import read
     from ssfl_app.engine.federation_run import run_on
 
-    federation = house.read(folder.expanduser().resolve())
+    federation = read(folder.expanduser().resolve())
     run_on(federation, Command(config, override or [], None, "deployment", out, resume))
 
 
@@ -111,10 +113,10 @@ def status(folder: Folder = DEFAULT) -> None:
     """Show processes, nodes and runs. Exit code: 0 up with all nodes online, 1 not."""
     from rich.console import Console
 
-    from ssfl_app.engine import federation as house
+    from ssfl_app.engine.federation import read
     from ssfl_app.engine.federation_status import overview
 
-    table, well = overview(house.read(folder.expanduser().resolve()))
+    table, well = overview(read(folder.expanduser().resolve()))
     Console().print(table)
     raise typer.Exit(0 if well else 1)
 
@@ -122,18 +124,19 @@ def status(folder: Folder = DEFAULT) -> None:
 @app.command()
 def down(folder: Folder = DEFAULT) -> None:
     """Stop everything that `up` started; credentials, registrations and results stay."""
-    from ssfl_app.engine import federation as house
+    from ssfl_app.engine.federation import read
     from ssfl_app.engine.federation_status import stop
 
-    typer.echo(f"ended {stop(house.read(folder.expanduser().resolve()))} processes")
+    typer.echo(f"ended {stop(read(folder.expanduser().resolve()))} processes")
 
 
 @app.command(hidden=True)
 def keep(folder: Folder = DEFAULT) -> None:
     """Keep the processes alive, in the foreground; `up` starts this."""
-    from ssfl_app.engine import federation as house
+    from ssfl_app.engine.federation import read
+    from ssfl_app.engine.federation_services import keep_all
 
-    house.keep_all(house.read(folder.expanduser().resolve()))
+    keep_all(read(folder.expanduser().resolve()))
 
 
 @app.command()
@@ -145,10 +148,10 @@ def init(
     days: Days = 365,
 ) -> None:
     """Make the credentials for real hosts: a CA, the SuperLink's certificate, a key for each node."""
-    from ssfl_app.engine import federation as house
+    from ssfl_app.engine.federation import create
 
     home = folder.expanduser().resolve()
-    house.create(home, host, port, dict.fromkeys(name, ""), [9094] * len(name), timedelta(days=days))
+    create(home, host, port, dict.fromkeys(name, ""), [9094] * len(name), timedelta(days=days))
     typer.echo(
         f"SuperLink's host: copy {home} without ca/ca.key and nodes/*/key\n"
         f"nodes: copy {home / 'nodes'}/<name> to each; its file key is for it alone\n"
@@ -172,18 +175,20 @@ def superlink(
     folder: Folder = DEFAULT,
 ) -> None:
     """Run the SuperLink of this host in the foreground; it is started again when it ends."""
-    from ssfl_app.engine import federation as house
+    from ssfl_app.engine.federation import read
+    from ssfl_app.engine.federation_services import keep_superlink
 
-    house.keep_superlink(house.read(folder.expanduser().resolve()), bind)
+    keep_superlink(read(folder.expanduser().resolve()), bind)
 
 
 @app.command()
 def register(folder: Folder = DEFAULT) -> None:
     """Register the nodes' public keys with the running SuperLink; those registered already are left alone."""
-    from ssfl_app.engine import federation as house
+    from ssfl_app.engine.federation import read
+    from ssfl_app.engine.federation_control import register
 
-    federation = house.read(folder.expanduser().resolve())
-    house.register(federation, [node.name for node in federation.nodes])
+    federation = read(folder.expanduser().resolve())
+    register(federation, [node.name for node in federation.nodes])
     typer.echo(f"registered: {', '.join(node.name for node in federation.nodes)}")
 
 
@@ -195,9 +200,9 @@ def node(
     port: Annotated[int, typer.Option(help="For the node's own processes, on 127.0.0.1.")] = 9094,
 ) -> None:
     """Run the SuperNode of this host in the foreground; it is started again when it ends."""
-    from ssfl_app.engine import federation as house
+    from ssfl_app.engine.federation_services import keep_node, node_service
 
     folder = home.expanduser().resolve()
     if not (folder / "key").is_file() or not (folder / "ca.crt").is_file():
         raise ConfigError(f"DIR is {folder}; it is a folder with ca.crt and key, as `ssfl federation init` makes it")
-    house.keep_node(house.node_service(folder, superlink, config, port))
+    keep_node(node_service(folder, superlink, config, port))

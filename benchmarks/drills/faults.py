@@ -14,6 +14,8 @@ from typing import Any
 from benchmarks.drills.field import KEYS, NODES, Field, Run, federation, ssfl, until
 from ssfl_app.engine import credentials
 from ssfl_app.engine import federation as house
+from ssfl_app.engine.federation_control import is_up, nodes
+from ssfl_app.engine.federation_services import node_service
 from ssfl_app.engine.federation_status import stop
 from ssfl_app.engine.processes import end
 from ssfl_app.guard import RunFailed
@@ -188,7 +190,7 @@ def certificate_expires(work: Path, reference: dict[str, Any]) -> Result:
 
 def _online(place: Field, count: int = NODES) -> bool:
     try:
-        return sum(node["status"] == "online" for node in house.nodes(place.federation)) == count
+        return sum(node["status"] == "online" for node in nodes(place.federation)) == count
     except RunFailed:
         return False
 
@@ -210,8 +212,8 @@ def _with_clock(place: Field, offset: int) -> Iterator[None]:
     write_json(place.folder / "federation.json", {"host": known.host, "port": known.port, "nodes": rest})
     place.federation = house.read(place.folder)
     keeper = subprocess.Popen(ssfl("federation", "keep", "--dir", str(place.folder)), stdout=subprocess.DEVNULL)
-    until("the federation is up", lambda: house.is_up(place.federation))
-    service = house.node_service(place.folder / "nodes" / VICTIM, known.address, victim.config, victim.port)
+    until("the federation is up", lambda: is_up(place.federation))
+    service = node_service(place.folder / "nodes" / VICTIM, known.address, victim.config, victim.port)
     service.variables |= other_clock(place.folder, offset)
     try:
         service.start()

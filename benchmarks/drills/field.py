@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from ssfl_app.engine import federation as house
+from ssfl_app.engine.federation_control import wait_until_online
 from ssfl_app.engine.federation_status import services, stop
 
 NODES = 3
@@ -131,7 +132,7 @@ class Field:
         return until(f"{name} works on a message", found)
 
     def nodes_online(self) -> None:
-        house.wait_until_online(self.federation, 150.0, lambda line: None)
+        wait_until_online(self.federation, 150.0, lambda line: None)
 
     def log(self, name: str) -> str:
         """Return the log of a service."""

@@ -12,6 +12,8 @@ from benchmarks.wan.topology import SERVER, SERVER_ADDRESS, WideArea, enter, ins
 from ssfl_app import guard
 from ssfl_app.engine import federation as house
 from ssfl_app.engine.federation import Federation
+from ssfl_app.engine.federation_control import nodes, register
+from ssfl_app.engine.federation_services import node_service, superlink_service
 from ssfl_app.engine.keeper import Service
 from ssfl_app.engine.processes import end, wait_until_healthy
 
@@ -33,13 +35,13 @@ def federation(folder: Path, area: WideArea) -> Iterator[Federation]:
     services: list[Service] = []
     lock = guard.take(made.lock)  # `federation_run` takes it for the sign that somebody keeps the processes
     try:
-        services.append(house.superlink_service(folder, SERVER_ADDRESS, PORT))
+        services.append(superlink_service(folder, SERVER_ADDRESS, PORT))
         services[0].start()
         assert services[0].process is not None
         wait_until_healthy(services[0].process, made.address, services[0].log, folder / "superlink" / "ca.crt")
-        house.register(made, list(nodes))
+        register(made, list(nodes))
         for site, node in zip(area.sites, made.nodes, strict=True):
-            service = house.node_service(folder / "nodes" / node.name, made.address, node.config, node.port)
+            service = node_service(folder / "nodes" / node.name, made.address, node.config, node.port)
             service.command = inside(site.namespace, [str(BIN / service.command[0]), *service.command[1:]])
             services.append(service)
             service.start()
@@ -67,7 +69,7 @@ def _prefer(pid: int) -> None:
 
 def _wait(made: Federation, services: list[Service]) -> None:
     late = time.monotonic() + ONLINE_TIMEOUT
-    while sum(node["status"] == "online" for node in house.nodes(made)) < len(made.nodes):
+    while sum(node["status"] == "online" for node in nodes(made)) < len(made.nodes):
         ended = [s.name for s in services if s.process is not None and s.process.poll() is not None]
         if ended or time.monotonic() > late:
             raise RuntimeError(f"the nodes are not online; ended: {ended}; logs in {made.folder}")

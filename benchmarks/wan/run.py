@@ -169,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=DENSITIES, default=list(DENSITIES), metavar="MODEL")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds of each case")
+    parser.add_argument("--window", type=int, default=0, help="packets a new connection may send at once; 0: as is")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of wan.json and wan.md")
     parser.add_argument("--table", action="store_true", help="only write wan.md anew from wan.json")
     words = parser.parse_args()
@@ -187,12 +188,13 @@ def measure_all(words: argparse.Namespace, work: Path, known: dict[str, Any], re
     """Measure the cases asked for, and write the record after each."""
     os.environ["SSFL_CACHE"] = str(work / "cache")
     make_data(work / "data")
-    with WideArea(SITES, work / "packets") as area:
+    with WideArea(SITES, work / "packets", words.window) as area:
         trips = {site.name: area.round_trip(site) for site in SITES}
         with federation(work / "federation", area) as made:
             for case in cases(words.models):
                 result = play(made, area, case, words.rounds, work / "data")
-                known["cases"]["{} {} {}".format(*case)] = result | {"dropped_packets_so_far": dropped()}
+                name = "{} {} {}".format(*case) + (f" window {words.window}" if words.window else "")
+                known["cases"][name] = result | {"dropped_packets_so_far": dropped(), "window": words.window}
                 known["links"] = {
                     "delay": "own relay between TUN devices (this kernel has no netem)",
                     "sites": {site.name: {"rtt_ms": site.rtt, "measured_ms": trips[site.name]} for site in SITES},

@@ -57,14 +57,24 @@ def computing(case: Case) -> float:
 
 def ordered(known: dict[str, Any]) -> list[Case]:
     """Return the cases from the smallest model to the largest, dense ones first."""
-    return sorted(known["cases"].values(), key=lambda c: (len(c["model"]), c["model"], -c["density"]))
+    return sorted(known["cases"].values(), key=lambda c: (len(c["model"]), c["model"], window(c), -c["density"]))
+
+
+def window(case: Case) -> int:
+    """Return how many packets a new connection may send at once; 0: the kernel's ten."""
+    return int(case.get("window", 0))
+
+
+def title(case: Case) -> str:
+    """Return the model, and the window of new connections if it is not the kernel's."""
+    return case["model"] + (f", first window {window(case)} packets" if window(case) else "")
 
 
 def pairs(known: dict[str, Any]) -> list[tuple[Case, Case]]:
-    """Return (dense, sparse) cases of the same model, for which both were measured."""
+    """Return (dense, sparse) cases of the same model and window, for which both were measured."""
     found = ordered(known)
-    dense = {case["model"]: case for case in found if case["strategy"] == "fedavg"}
-    return [(dense[c["model"]], c) for c in found if c["strategy"] == "ssfl" and c["model"] in dense]
+    dense = {title(case): case for case in found if case["strategy"] == "fedavg"}
+    return [(dense[title(c)], c) for c in found if c["strategy"] == "ssfl" and title(c) in dense]
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -83,7 +93,7 @@ def _times(known: dict[str, Any]) -> str:
     rows = []
     for dense, sparse in pairs(known):
         payloads = [transfers(case["rounds"], "up")[0]["payload"] for case in (dense, sparse)]
-        row = [dense["model"], f"{sparse['density']:g}", " -> ".join(f"{p / 1e6:.3f}" for p in payloads)]
+        row = [title(dense), f"{sparse['density']:g}", " -> ".join(f"{p / 1e6:.3f}" for p in payloads)]
         row += [f"{payloads[0] / payloads[1]:.2f} x"]
         for key in ("seconds", "busy_seconds"):
             a, b = gather(dense, key), gather(sparse, key)
@@ -118,7 +128,7 @@ def _overheads(known: dict[str, Any]) -> str:
     for case in ordered(known):
         late = case["lateness_ms"]
         polled = f"{100 * excess(case, 'wire', True):.1f} %" if len(case["rounds"]) > 1 else "-"
-        row = [case["model"], case["strategy"], f"{case['density']:g}"]
+        row = [title(case), case["strategy"], f"{case['density']:g}"]
         row += [f"{transfers(case['rounds'], 'up')[0]['payload'] / 1e6:.3f}"]
         row += [f"{ideal(case, known['links']['rate_mbit']):.2f}", f"{100 * excess(case, 'stream'):.1f} %"]
         row += [f"{100 * excess(case, 'wire'):.1f} %", polled]
@@ -132,7 +142,7 @@ def _goals(known: dict[str, Any]) -> str:
         over = excess(case, "stream")
         met = "met" if over <= STREAM_GOAL else "NOT met"
         lines.append(
-            f"- TCP bytes within {100 * STREAM_GOAL:.0f} % of the payload, {case['model']} {case['strategy']} "
+            f"- TCP bytes within {100 * STREAM_GOAL:.0f} % of the payload, {title(case)} {case['strategy']} "
             f"{case['density']:g}: {100 * over:.1f} %, {met}"
         )
     for dense, sparse in pairs(known):
@@ -140,7 +150,7 @@ def _goals(known: dict[str, Any]) -> str:
             whole, flowing = (gather(dense, key) / gather(sparse, key) for key in ("seconds", "busy_seconds"))
             wire = gather(dense, "wire_bytes") / gather(sparse, "wire_bytes")
             lines.append(
-                f"- SSFL {SPEED_GOAL:g} x faster or more on {SPEED_MODEL}: gather {whole:.2f} x, "
+                f"- SSFL {SPEED_GOAL:g} x faster or more on {title(dense)}: gather {whole:.2f} x, "
                 f"{'met' if whole >= SPEED_GOAL else 'NOT met'}; busy time {flowing:.2f} x, "
                 f"{'met' if flowing >= SPEED_GOAL else 'NOT met'}; "
                 f"IP bytes, that is time at the link's rate, {wire:.2f} x"
@@ -197,7 +207,7 @@ def write_table(known: dict[str, Any], path: Path, page: Path | None = None) -> 
     shown = {"where": head, "times": times, "goals": goals, "bytes": _overheads(known)}
     parts = [head, "## Times", times, "## Goals", goals]
     for dense, sparse in pairs(known):
-        if dense["model"] == SPEED_MODEL:
+        if title(dense) == SPEED_MODEL:
             shown["sites"] = _sites(known, dense, sparse)
             parts += [f"## Uploads of {SPEED_MODEL} by site", shown["sites"]]
             parts += ["## The slowest upload of the last round", _timelines(dense, sparse, list(links["sites"]))]

@@ -92,10 +92,15 @@ class WideArea:
         One or more.
     log : Path
         File of the relay's packet log. Line 2 i is what site i sends, line 2 i + 1 what it is sent.
+    window : int
+        Packets that a new connection may send before the first acknowledgement; 0: the kernel's ten.
     """
 
-    def __init__(self, sites: tuple[Site, ...], log: Path) -> None:
+    def __init__(self, sites: tuple[Site, ...], log: Path, window: int = 0) -> None:
         self.sites, self.log = sites, log
+        self._route = ["congctl", CONGESTION]
+        if window:
+            self._route += ["initcwnd", str(window), "initrwnd", str(window)]
         self._relay: subprocess.Popen[bytes] | None = None
         self._lock: IO[str] | None = None
 
@@ -123,11 +128,9 @@ class WideArea:
         lines, descriptors = [], []
         for number, site in enumerate(self.sites):
             near, far = f"10.77.{number}.1", f"10.77.{number}.2"
-            server = _tun(SERVER, device(number), near, far)
-            node = _tun(site.namespace, "wan", far, near)
-            _in(
-                site.namespace, "ip", "route", "add", SERVER_ADDRESS, "via", near, "dev", "wan", "congctl", CONGESTION
-            )
+            server = _tun(SERVER, device(number), near, far, self._route)
+            node = _tun(site.namespace, "wan", far, near, self._route)
+            _in(site.namespace, "ip", "route", "add", SERVER_ADDRESS, "via", near, "dev", "wan", *self._route)
             lines += [(node, server, site.rtt / 2000), (server, node, site.rtt / 2000)]
             descriptors += [server, node]
         command = [sys.executable, "-P", "-m", "benchmarks.wan.delay", json.dumps(lines), str(self.log)]
@@ -209,7 +212,7 @@ def _prepare(namespace: str) -> None:
         os.close(before)
 
 
-def _tun(namespace: str, name: str, address: str, peer: str) -> int:
+def _tun(namespace: str, name: str, address: str, peer: str, route: list[str]) -> int:
     """Make a TUN device with a rate limit in a namespace; return its descriptor. It lives as long as that is open."""
     before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     try:
@@ -224,7 +227,7 @@ def _tun(namespace: str, name: str, address: str, peer: str) -> int:
         bucket = ["rate", f"{RATE_MBIT}mbit", "burst", str(BURST), "latency", f"{QUEUE_MS}ms"]
         subprocess.run(["tc", "qdisc", "add", "dev", name, "root", "tbf", *bucket], check=True)
         _ip("link", "set", name, "up")
-        _ip("route", "add", peer, "dev", name, "congctl", CONGESTION)
+        _ip("route", "add", peer, "dev", name, *route)
         return descriptor
     finally:
         _setns(before)

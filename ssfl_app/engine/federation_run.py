@@ -16,7 +16,8 @@ from ssfl_app import config as configuration
 from ssfl_app import guard
 from ssfl_app.config import Config, write_toml
 from ssfl_app.engine.command import Command, resolve
-from ssfl_app.engine.federation import CONNECTION, Federation, control, is_up
+from ssfl_app.engine.federation import CONNECTION, Federation
+from ssfl_app.engine.federation_control import control, is_up
 from ssfl_app.engine.federation_status import services
 from ssfl_app.engine.flower_app import copy_app, follow, judge
 from ssfl_app.engine.processes import environment, running

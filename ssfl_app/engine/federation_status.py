@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 from rich.table import Table
 
-from ssfl_app.engine.federation import Federation, is_up, nodes
+from ssfl_app.engine.federation import Federation
+from ssfl_app.engine.federation_control import is_up, nodes
 from ssfl_app.engine.processes import STOP_TIMEOUT, end_families
 from ssfl_app.guard import RunFailed
 

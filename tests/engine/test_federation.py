@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.drills.field import KEYS, Field, federation, inline, ssfl
-from ssfl_app.engine.federation import control
+from ssfl_app.engine.federation_control import control
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,96 @@
+"""What is asked of a federation's SuperLink: registrations, who is online; by Flower's own command `flwr`."""
+
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ssfl_app import guard
+from ssfl_app.engine.federation import CONNECTION, Federation
+from ssfl_app.engine.processes import environment
+from ssfl_app.guard import RunFailed
+from ssfl_app.results.files import write_json
+
+_COMMAND_TIMEOUT = 120.0
+ASK_AGAIN = 1.0  # seconds between two questions who is online: each is a process of its own
+
+
+def control(federation: Federation, *words: str) -> Any:
+    """Return what a command of Flower's `flwr` says as JSON.
+
+    Raises
+    ------
+    RunFailed
+        It failed; with what it said.
+    """
+    command = ["flwr", *words, CONNECTION, "--format", "json"]
+    done = subprocess.run(
+        command,
+        env=environment(federation.flwr_home()),
+        capture_output=True,
+        text=True,
+        timeout=_COMMAND_TIMEOUT,
+        check=False,
+        cwd=federation.folder,
+    )
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        answer = {"success": False, "error-message": (done.stdout + done.stderr).strip()}
+    if not answer.get("success"):
+        raise RunFailed(f"{' '.join(command)}: {answer.get('error-message', done.stdout + done.stderr)}")
+    return answer
+
+
+def register(federation: Federation, names: Iterable[str]) -> None:
+    """Register nodes' public keys with the SuperLink, unless that was done already."""
+    for name in names:
+        home = federation.folder / "nodes" / name
+        mark = home / "registered.json"
+        if not mark.exists():
+            write_json(mark, control(federation, "supernode", "register", str(home / "key.pub")))
+
+
+def nodes(federation: Federation) -> list[dict[str, Any]]:
+    """Return what the SuperLink knows of its nodes, as ``flwr supernode list`` has it."""
+    return list(control(federation, "supernode", "list")["nodes"])
+
+
+def is_up(federation: Federation) -> bool:
+    """Return whether somebody keeps the federation's processes alive."""
+    if not federation.folder.exists():
+        return False
+    lock = guard.take(federation.lock)
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
+def wait_until_online(federation: Federation, timeout: float, say: Callable[[str], None]) -> None:
+    """Wait until all nodes of this machine are online.
+
+    Raises
+    ------
+    RunFailed
+        Some are not within `timeout` seconds, or nobody keeps the federation alive any more.
+    """
+    end, said = time.monotonic() + timeout, -1
+    while True:
+        if not is_up(federation):
+            raise RunFailed(f"the federation ended; see {federation.folder / 'keeper.log'}")
+        online = 0
+        with contextlib.suppress(RunFailed):  # its SuperLink does not listen yet
+            online = sum(node["status"] == "online" for node in nodes(federation))
+        if online != said:
+            say(f"{online} of {len(federation.nodes)} nodes are online")
+            said = online
+        if online >= len(federation.nodes):
+            return
+        if time.monotonic() > end:
+            raise RunFailed(
+                f"{online} of {len(federation.nodes)} nodes are online after {timeout:g} s; see node.log in "
+                f"{federation.folder / 'nodes'}"
+            )
+        time.sleep(ASK_AGAIN)
