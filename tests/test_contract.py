@@ -53,7 +53,9 @@ def test_is_registered_under_its_own_name(played: Played) -> None:
 
 def test_learns(played: Played) -> None:
     """The models that the method ends up with are good where they are used, and better than at its start."""
-    keys = {"run.rounds": 4, "local.epochs": 3, "run.evaluate-every": 4} | LEARNS.get(name_of(played), {})
+    keys = {"run.rounds": 4, "local.epochs": 3, "local.batch-size": 16, "run.evaluate-every": 4} | LEARNS.get(
+        name_of(played), {}
+    )
     long = play({"strategy": name_of(played)} | keys)
     last = long.records[-1]
     best = last["central_accuracy"] if last["personal_accuracy_mean"] is None else last["personal_accuracy_mean"]

@@ -6,7 +6,7 @@ python -m benchmarks.drills [name ...]     about 20 minutes; root for the full d
 import json
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,27 +22,26 @@ HEAD = "# Drills: what breaks, and what it costs\n\nWritten by `python -m benchm
 PAGE = Path(__file__).parents[2] / "docs" / "drills.md"
 
 
-def play(names: list[str]) -> dict[str, Any]:
-    record: dict[str, Any] = {"environment": environment(), "keys": KEYS, "drills": {}, "refusals": []}
+def play(names: list[str], record: dict[str, Any]) -> Iterator[str]:
+    """Play the drills of these names, all if there are none; note each in the record and yield what came of it."""
+    record |= {"keys": KEYS, "environment": environment()}
     with tempfile.TemporaryDirectory(prefix="drills-") as folder:
         work = Path(folder)
         reference = inline(work / "reference")
         record["reference"] = {key: reference[key] for key in ("model_sha256", "central_accuracy")}
         if not names or "undisturbed" in names:
             record["undisturbed"] = undisturbed(work / "undisturbed", reference)
-            print(json.dumps(record["undisturbed"], indent=1), flush=True)
+            yield f"undisturbed: {record['undisturbed']}"
         for drill in faults.RUNS:
-            if names and drill.__name__ not in names:
-                continue
-            began = time.monotonic()
-            result = drill(work / drill.__name__, reference)
-            record["drills"][drill.__name__] = asdict(result) | {"waited_too_long": result.waited_too_long}
-            print(f"{drill.__name__}: {time.monotonic() - began:.0f} s: {result}", flush=True)
+            name = drill.__name__
+            if not names or name in names:
+                result = drill(work / name, reference)
+                record.setdefault("drills", {})[name] = asdict(result) | {"waited_too_long": result.waited_too_long}
+                yield f"{name}: {result}"
         if not names or "refusals" in names:
             with federation(work / "refusals") as place:
                 record["refusals"] = [asdict(row) for row in refusals(place, work / "refusals")]
-            print(json.dumps(record["refusals"], indent=1))
-    return record
+            yield f"refusals: {record['refusals']}"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -61,7 +60,8 @@ def table(record: dict[str, Any]) -> str:
         "| drill | end | lost or refused | longest round s | accuracy % | bits of the undisturbed run |",
         "|---|---|---|---|---|---|",
     ]
-    for row in record["drills"].values():
+    played = record.get("drills", {})
+    for row in [played[drill.__name__] for drill in faults.RUNS if drill.__name__ in played]:
         failed = "; ".join([*row["lost"], *(f"refused: {line}" for line in row["refused"])]) or "nothing"
         late = ", too long" if row["waited_too_long"] else ""
         lines.append(
@@ -69,7 +69,7 @@ def table(record: dict[str, Any]) -> str:
             f"{'yes' if row['same_bits'] else 'no'} |"
         )
     lines += ["", "| a node with | its exit code | it says | the SuperLink says |", "|---|---|---|---|"]
-    for row in record["refusals"]:
+    for row in record.get("refusals", []):
         code = "still trying" if row["exit_code"] is None else row["exit_code"]
         lines.append(f"| {row['who']} | {code} | {row['node_says']} | {row['superlink_says']} |")
     return "\n".join(lines) + "\n"
@@ -87,15 +87,12 @@ def describe(calm: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    names = sys.argv[1:]
-    record = play(names)
-    if names:
-        print(table(record))
-        return
-    (RESULTS / "drills.json").write_text(json.dumps(record, indent=2) + "\n")
-    PAGE.write_text(
-        f"# Drills: what breaks, and what it costs\n\nWritten by `python -m benchmarks.drills`.\n\n{table(record)}"
-    )
+    names, path = sys.argv[1:], RESULTS / "drills.json"
+    record = json.loads(path.read_text()) if names and path.exists() else {}
+    for told in play(names, record):
+        print(told, flush=True)
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    PAGE.write_text(f"{HEAD}\n{table(record)}")
 
 
 if __name__ == "__main__":

@@ -120,11 +120,13 @@ class Field:
         return psutil.Process(until(f"{name} runs", lambda: services(self.federation).get(name, {}).get("pid")))
 
     def client_app(self, name: str) -> psutil.Process:
-        """Wait until a node works on a message, and return the process that does."""
+        """Wait until a node begins to work on a message, and return the process that does."""
+        asked = time.time()
 
         def found() -> psutil.Process | None:
             try:
-                family = self.service(name).children(recursive=True)
+                # Not one that is about to end: that of the message before lingers for a while.
+                family = [p for p in self.service(name).children(recursive=True) if p.create_time() > asked]
                 return next((p for p in family if any("flwr-clientapp" in word for word in p.cmdline())), None)
             except psutil.Error:
                 return None
