@@ -16,6 +16,9 @@ from ssfl_app.engine.keeper import Keeper, Service
 from ssfl_app.engine.processes import environment, wait_until_healthy
 from ssfl_app.options import ConfigError
 
+GIVES_UP = "Giving up reconnection"
+"""What a SuperNode of Flower 1.41 says when it meets a bad certificate in a run: it stays, and does nothing more."""
+
 
 def check_certificate(folder: Path) -> None:
     """Raise ConfigError if the SuperLink's certificate has expired: every node would refuse it."""
@@ -66,7 +69,7 @@ def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
     command += ["--host", "127.0.0.1", "--port", str(port)]
     # A client computes with engine.threads; libraries must not start a thread a core beside them.
     variables = environment(home / "flwr", OMP_NUM_THREADS="1")
-    return Service(home.name, command, home, variables, home / "node.log")
+    return Service(home.name, command, home, variables, home / "node.log", GIVES_UP)
 
 
 def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -> None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -30,26 +30,35 @@ TICK = 0.2
 
 @dataclass
 class Service:
-    """A command that is to run at all times; what it says is added to the file `log`."""
+    """A command that is to run at all times; what it says is added to the file `log`.
+
+    `surrender` is what it says there when it has given up without ending: it is then ended, and started again.
+    """
 
     name: str
     command: list[str]
     cwd: Path
     variables: dict[str, str]
     log: Path
+    surrender: str = ""
     process: "subprocess.Popen[bytes] | None" = None
     began: float = 0.0
     due: float = 0.0
     ends: int = 0  # since it last ran steadily
-    restarts: int = field(default=0)
+    restarts: int = 0
+    read: int = 0  # bytes of the log that were looked at
 
     def start(self) -> None:
         """Start it."""
         self._note(f"starting {self.name}")
+        self.read = self.log.stat().st_size
         self.process, self.began = spawn(self.command, self.cwd, self.variables, self.log), time.monotonic()
 
     def look(self, now: float) -> bool:
         """Start it again if it ended and its time has come; return whether anything changed."""
+        if self.process is not None and self._gave_up():
+            self._note(f"{self.name} gave up and is ended")
+            end(self.process)
         if self.process is not None and self.process.poll() is None:
             if self.ends and now - self.began > STEADY:
                 self.ends = 0
@@ -63,6 +72,16 @@ class Service:
             return False
         self.start()
         return True
+
+    def _gave_up(self) -> bool:
+        if not self.surrender or self.log.stat().st_size <= self.read:
+            return False
+        with self.log.open("rb") as file:
+            file.seek(self.read)
+            said = file.read()
+        whole = said[: said.rfind(b"\n") + 1]
+        self.read += len(whole)
+        return self.surrender.encode() in whole
 
     def _note(self, text: str) -> None:
         with self.log.open("a") as file:
