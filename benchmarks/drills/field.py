@@ -120,14 +120,22 @@ class Field:
         return psutil.Process(until(f"{name} runs", lambda: services(self.federation).get(name, {}).get("pid")))
 
     def client_app(self, name: str) -> psutil.Process:
-        """Wait until a node begins to work on a message, and return the process that does."""
+        """Wait until a node is in the middle of a message, and return the process that works on it.
+
+        In the middle: it has the message and loads torch. One that is killed earlier Flower starts again, and one
+        that is about to end, of the message before, has nothing to lose.
+        """
         asked = time.time()
+
+        def busy(process: psutil.Process) -> bool:
+            return any("flwr-clientapp" in word for word in process.cmdline()) and any(
+                "libtorch" in mapped.path for mapped in process.memory_maps()
+            )
 
         def found() -> psutil.Process | None:
             try:
-                # Not one that is about to end: that of the message before lingers for a while.
                 family = [p for p in self.service(name).children(recursive=True) if p.create_time() > asked]
-                return next((p for p in family if any("flwr-clientapp" in word for word in p.cmdline())), None)
+                return next((p for p in family if busy(p)), None)
             except psutil.Error:
                 return None
 
