@@ -13,7 +13,7 @@ from flwr.app import Message
 from torch import nn
 from torch.nn import functional
 
-from ssfl_app.config import merge, parse
+from ssfl_app.config import Flat, merge, parse
 from ssfl_app.local.data import Images, Transform
 from ssfl_app.local.trainer import LocalOptions, LocalTrainer
 from ssfl_app.options import ConfigError
@@ -185,7 +185,8 @@ def test_temperature_divides_the_logits_and_multiplies_the_loss() -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_finds_its_own_mask_of_the_wanted_size_and_trains(criterion: str) -> None:
-    played = play({"strategy": "ssfl", "ssfl.criterion": criterion, "run.rounds": 3, "run.evaluate-every": 3})
+    keys: Flat = {"ssfl.criterion": criterion, "run.rounds": 3, "run.evaluate-every": 3, "local.batch-size": 16}
+    played = play({"strategy": "ssfl"} | keys)
     assert played.strategy.mask.count == ALIVE
     assert played.records[-1]["central_accuracy"] > 0.7
     if criterion != "snip":

@@ -141,7 +141,7 @@ class TestMasks:
         assert masks(by_gradient, 1) == masks(played, 1)
         assert masks(by_gradient, 2) != masks(played, 2)
         for ours, theirs in zip(by_gradient.records[1:], played.records[1:], strict=True):
-            assert ours["image_passes"] - theirs["image_passes"] == 6 * 16
+            assert ours["image_passes"] - theirs["image_passes"] == 6 * SMALL["local.batch-size"]
 
     def test_static_masks_stay(self) -> None:
         static = dispfl(dispfl__static=True)

@@ -114,7 +114,7 @@ def test_a_client_removes_the_smallest_and_lets_the_dead_of_largest_gradient_com
     magnitudes = np.abs(layout.flatten_prunable(first.state))
     for client, parcel in up(played, 1).items():
         images = workshop.data.train.take(workshop.partition.train[client])
-        batch = generator(1, "feddst-regrow", 1, client).permutation(len(images))[:16]
+        batch = generator(1, "feddst-regrow", 1, client).permutation(len(images))[: SMALL["local.batch-size"]]
         gradient = workshop.trainer.gradient(workshop.model, images.take(batch))
         slopes = np.abs(layout.flatten_prunable(gradient))
         new = Mask.unpack(layout, parcel.arrays["mask"])
@@ -153,7 +153,7 @@ def test_image_passes_are_the_epochs_and_one_minibatch_when_the_mask_moves() -> 
     played = feddst(local__epochs=2)
     for record, minibatches in ((played.records[1], 1), (played.records[2], 0)):
         images = sum(len(played.workshop.partition.train[client]) for client in record["ok"])
-        assert record["image_passes"] == 2 * images + 16 * 4 * minibatches
+        assert record["image_passes"] == 2 * images + SMALL["local.batch-size"] * 4 * minibatches
 
 
 def test_alive_weights_keep_their_values_when_the_mask_moves() -> None:

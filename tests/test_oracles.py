@@ -38,7 +38,7 @@ def compare(played: Played, mask: oracles.State, atol: float = 1e-6) -> None:
 
 
 def test_fedavg() -> None:
-    compare(play({"strategy": "fedavg"}), {})
+    compare(play({"strategy": "fedavg", "local.batch-size": 16}), {})
 
 
 # dirichlet-class gives clients of very different sizes, so that weights and scores are really weighted.

@@ -12,6 +12,7 @@ from ssfl_app.config import Flat
 from tests.in_process_grid import play
 
 RECIPE: Flat = {
+    "local.batch-size": 16,
     "run.clients": 10,
     "run.cohort": 5,
     "run.rounds": 8,

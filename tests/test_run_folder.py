@@ -72,7 +72,7 @@ def test_a_run_leaves_all_its_files_where_the_user_stands(ssfl: Run, tmp_path: P
     with safe_open(folder / "mask.safetensors", framework="np") as file:
         assert sum(int(file.get_tensor(name).sum()) for name in file.keys()) == written["alive"]  # noqa: SIM118
     config = tomllib.loads((folder / "config.toml").read_text())
-    assert config["local"]["batch-size"] == 16
+    assert config["local"]["batch-size"] == SMALL["local.batch-size"]
     assert config["mask"]["density"] == 0.2
 
 

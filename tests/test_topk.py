@@ -107,7 +107,9 @@ def slow_round(played: Played, round_: int, of: str, mean: str) -> Vector:
 
 @pytest.mark.parametrize(("of", "mean"), [("weights", "zeros"), ("weights", "overlap"), ("update", "zeros")])
 def test_a_run_is_what_the_slow_way_makes_of_each_round(of: str, mean: str) -> None:
-    played = topk(topk__of=of, topk__mean=mean, partition__name="dirichlet-class", run__rounds=2)
+    played = topk(
+        topk__of=of, topk__mean=mean, partition__name="dirichlet-class", run__rounds=2, local__batch_size=16
+    )
     for round_ in (1, 2):
         theirs, ours = slow_round(played, round_, of, mean), played.layout.flatten(played.states[round_])
         # A pair at the very threshold may change places between two float32 sums.

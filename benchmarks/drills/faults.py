@@ -179,12 +179,12 @@ def certificate_expires(work: Path, reference: dict[str, Any]) -> Result:
         place.service("superlink").kill()
         code, _ = run.end()
         until("the node says why", lambda: "expired" in place.log(VICTIM))
-        said = next(line for line in place.log(VICTIM).splitlines() if "expired" in line)
+        said = next(line for line in place.log(VICTIM).splitlines() if "expired" in line).partition("[SSL")[2]
         credentials.make_server(place.folder, ["127.0.0.1", "localhost"], timedelta(days=365))
         place.service("superlink").terminate()
         until("all nodes are back", lambda: _online(place))
         again = place.resume(work / "run")
-        ends = f"failed, exit code {code}; nodes: {said.strip()}; resumed: {finished(again)}"
+        ends = f"failed, exit code {code}; nodes: [SSL{said}; resumed: {finished(again)}"
         return told(again, certificate_expires.__doc__ or "", ends, reference, KEYS["run.round-timeout"])
 
 
