@@ -64,9 +64,10 @@ def table(record: dict[str, Any]) -> str:
     for row in [played[drill.__name__] for drill in faults.RUNS if drill.__name__ in played]:
         failed = "; ".join([*row["lost"], *(f"refused: {line}" for line in row["refused"])]) or "nothing"
         late = ", too long" if row["waited_too_long"] else ""
+        accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}"
+        bits = "yes" if row["same_bits"] else "no"
         lines.append(
-            f"| {row['what']} | {row['end']} | {failed} | {row['longest']:.0f}{late} | {100 * row['accuracy']:.1f} | "
-            f"{'yes' if row['same_bits'] else 'no'} |"
+            f"| {row['what']} | {row['end']} | {failed} | {row['longest']:.0f}{late} | {accuracy} | {bits} |"
         )
     lines += ["", "| a node with | its exit code | it says | the SuperLink says |", "|---|---|---|---|"]
     for row in record.get("refusals", []):

@@ -55,24 +55,24 @@ def told(run: Run, what: str, ends: str, reference: dict[str, Any], timeout: flo
             for name in (kind, f"evaluate_{kind}")
             for client, why in r.get(name, {}).items()
         ]
-    summary = run.summary
+    summary = run.summary  # empty if the run never got to its end
     masks = [r.get("bytes_mask_down", 0) for r in records]
     return Result(
         what,
         ends,
         failures["lost"],
         failures["refused"],
-        max(r["seconds"] for r in records),
+        max((r["seconds"] for r in records), default=0.0),
         timeout,
-        summary["central_accuracy"],
-        summary["model_sha256"] == reference["model_sha256"],
+        summary.get("central_accuracy"),
+        summary.get("model_sha256") == reference["model_sha256"],
         masks_again=sum(1 for later in masks[2:] if later),
     )
 
 
 def finished(run: Run) -> str:
     code, errors = run.end()
-    return "finished" if code == 0 else f"failed: {errors}"
+    return "finished" if code == 0 else f"failed: {_first(errors)}"
 
 
 def kill_in_discovery(work: Path, reference: dict[str, Any]) -> Result:

@@ -90,7 +90,8 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "summary.json").read_text()))
+        path = self.folder / "summary.json"
+        return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 class Field:
@@ -156,6 +157,12 @@ class Field:
                 run.process.terminate()
                 run.process.wait()
         stop(self.federation)
+        end = time.monotonic() + 10  # children of a node that ended by itself need a moment
+        while (left := self._left()) and time.monotonic() < end:
+            time.sleep(0.2)
+        return left
+
+    def _left(self) -> list[str]:
         home = str(self.folder)
         left = []
         for process in psutil.process_iter():
