@@ -63,7 +63,7 @@ def table(record: dict[str, Any]) -> str:
     played = record.get("drills", {})
     for row in [played[drill.__name__] for drill in faults.RUNS if drill.__name__ in played]:
         failed = "; ".join([*row["lost"], *(f"refused: {line}" for line in row["refused"])]) or "nothing"
-        late = ", too long" if row["waited_too_long"] else ""
+        longest = f"{row['longest']:.0f}" + (", too long" if row["waited_too_long"] else "")
         accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}"
         bits = "yes" if row["same_bits"] else "no"
         lines.append(
