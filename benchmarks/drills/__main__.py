@@ -66,9 +66,7 @@ def table(record: dict[str, Any]) -> str:
         longest = f"{row['longest']:.0f}" + (", too long" if row["waited_too_long"] else "")
         accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}"
         bits = "yes" if row["same_bits"] else "no"
-        lines.append(
-            f"| {row['what']} | {row['end']} | {failed} | {row['longest']:.0f}{late} | {accuracy} | {bits} |"
-        )
+        lines.append(f"| {row['what']} | {row['end']} | {failed} | {longest} | {accuracy} | {bits} |")
     lines += ["", "| a node with | its exit code | it says | the SuperLink says |", "|---|---|---|---|"]
     for row in record.get("refusals", []):
         code = "still trying" if row["exit_code"] is None else row["exit_code"]
