@@ -196,7 +196,7 @@ def _online(place: Field, count: int = NODES) -> bool:
 
 
 def clock_off(work: Path, reference: dict[str, Any]) -> Result:
-    """A node's clock is four minutes ahead, which Flower's authentication accepts."""
+    """A node's clock is four minutes ahead; Flower allows five when it lets a node in."""
     with federation(work) as place, _with_clock(place, 240):
         run = place.start(work / "run")
         return told(run, clock_off.__doc__ or "", finished(run), reference, KEYS["run.round-timeout"])

@@ -41,7 +41,7 @@ def test_the_bits_of_the_simulation_and_the_bytes_that_flower_counts(place: Fiel
 
 
 def test_a_node_that_is_killed_comes_back_and_costs_numbers_in_the_table(place: Field, tmp_path: Path) -> None:
-    run = place.start(tmp_path / "run", run__rounds=9, run__evaluate_every=9, run__round_timeout=60.0)
+    run = place.start(tmp_path / "run", run__rounds=6, run__evaluate_every=6, run__round_timeout=60.0)
     run.wait_for("round 1/")
     place.client_app("node-1")
     place.service("node-1").kill()
@@ -51,7 +51,7 @@ def test_a_node_that_is_killed_comes_back_and_costs_numbers_in_the_table(place: 
     lost = [record["round"] for record in records if "1" in record.get("lost", {})]
     assert lost == list(range(2, 2 + len(lost)))  # from the round in which it was killed until it was back
     assert lost
-    assert 9 not in lost  # Flower takes a node back a minute after it was killed
+    assert 6 not in lost  # Flower takes a node back a minute after it was killed
     assert summary["lost_replies"] == len(lost) + sum(len(record.get("evaluate_lost", {})) for record in records)
     assert summary["refused_replies"] == 0
     assert all(set(record["lost"]) <= {"1"} for record in records)
