@@ -21,7 +21,7 @@ from ssfl_app.engine.processes import end
 from ssfl_app.guard import RunFailed
 from ssfl_app.results.files import write_json
 
-VICTIM, NUMBER = "node-1", 1  # a node, and its client's number
+VICTIM = "node-1"
 SLACK = 90.0  # seconds that anything may wait beyond the round timeout
 
 

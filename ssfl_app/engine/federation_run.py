@@ -59,7 +59,7 @@ def _sizes(federation: Federation, command: Command) -> list[str]:
     """Return run.clients and run.cohort as overrides, where the command does not set them."""
     given = configuration.read_file(command.file) if command.file else {}
     given |= configuration.read_overrides(command.overrides)
-    clients = command.nodes or int(given.get("run.clients", 0)) or len(federation.nodes)
+    clients = int(given.get("run.clients", 0)) or len(federation.nodes)
     cohort = min(clients, int(configuration.defaults()["run.cohort"]))
     sizes = {"run.clients": clients, "run.cohort": cohort}
     return [f"{key}={value}" for key, value in sizes.items() if key not in given]

@@ -111,11 +111,6 @@ class Keeper:
             self._services.append(service)
         self._write()
 
-    @property
-    def stopping(self) -> bool:
-        """Whether the keeper was told to stop."""
-        return self._stopping
-
     def look(self) -> None:
         """Start again what has ended and is due."""
         now = time.monotonic()
