@@ -86,8 +86,8 @@ def _parcel(parameters: NDArrays, config: dict[str, Any]) -> Parcel:
     return Parcel(dict(zip(names, parameters, strict=True)), facts)
 
 
-def serve(client: NumPyClient, message: Message) -> Message:
-    """Answer a message of the Message API by a NumPyClient.
+def serve(client: NumPyClient, message: Message, packer: Packer | None = None) -> Message:
+    """Answer a message of the Message API by a NumPyClient; `packer` writes the answer.
 
     ``query.hello`` asks for properties, ``query.<question>`` and ``train`` call `fit`, ``evaluate`` calls
     `evaluate`. The round and the digest go back as they came, so that the server can tell what was answered.
@@ -109,7 +109,7 @@ def serve(client: NumPyClient, message: Message) -> Message:
     if "round" in parcel.facts:
         facts["round"] = parcel.facts["round"]
     reply = Parcel(dict(zip(names, arrays, strict=True)), facts)
-    return Message(Packer().record(reply), reply_to=message)
+    return Message((packer or Packer()).record(reply), reply_to=message)
 
 
 def handle(message: Message, context: Context) -> Message:
@@ -131,7 +131,7 @@ def handle(message: Message, context: Context) -> Message:
     except ConfigError as error:
         raise place.in_its_words(error) from error
     rule = workshop.rule(number, memory_of(context, place, number, facts))
-    return serve(SparseClient(rule, place.name), message)
+    return serve(SparseClient(rule, place.name), message, Packer(workshop.config.settings.wire.bitmaps))
 
 
 def client_number(place: Place, facts: Mapping[str, Any]) -> int:

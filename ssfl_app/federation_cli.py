@@ -75,12 +75,16 @@ def up(
 
 
 def _sites(words: list[str]) -> dict[str, str]:
-    sites = {}
+    from ssfl_app.local.place import NAME
+
+    sites: dict[str, str] = {}
     for word in words:
         name, _, path = word.partition("=")
         data = Path(path).expanduser().resolve()
-        if not name.replace("-", "").replace("_", "").isalnum() or not path or not data.is_dir():
-            raise ConfigError(f"--site is {word!r}; it is NAME=FOLDER, the folder being there")
+        if not NAME.fullmatch(name) or not path or not data.is_dir() or "'" in str(data):
+            raise ConfigError(f"--site is {word!r}; it is NAME=FOLDER, the folder being there, without a quote in it")
+        if name in sites:
+            raise ConfigError(f"--site is {word!r}; another one has that name already")
         sites[name] = f"name='{name}' data-path='{data}'"
     return sites
 

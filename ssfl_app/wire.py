@@ -3,8 +3,12 @@
 On the wire a message is a `RecordDict` of two records: "arrays" with one Flower `Array` per flat array of the
 codec, and "facts", a `ConfigRecord` of a few scalars. The arrays hold raw little-endian bytes under a serial
 type of our own: no 128-byte ``.npy`` header each, no copy to read them, and Flower refuses to misread them.
+
+Bytes of type uint8, bitmaps above all, can travel deflated: their layers have densities of their own, and far from
+0.5 a bit holds less than one bit (wire.bitmaps).
 """
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +26,9 @@ from ssfl_app.sparsity.values import Arrays, PayloadError
 Fact = bool | int | float | str | bytes
 Facts = dict[str, Fact]
 
-SERIAL_TYPE = "ssfl.raw.v1"
+SERIAL_TYPE, DEFLATED = "ssfl.raw.v1", "ssfl.zlib.v1"
+MOST_INFLATED = 2**28
+"""Largest array that deflated bytes may unfold to: the bitmap of two billion weights."""
 _DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "u1", "i1", "<i4", "<i8")}
 MASKS = "masks"
 """Folder of bitmaps, one file a digest, in the folder that simulated clients share."""
@@ -48,9 +54,16 @@ def freeze(arrays: Arrays) -> Arrays:
 
 
 class Packer:
-    """Writes parcels as records; an array that many parcels share becomes one buffer, however many they are."""
+    """Writes parcels as records; an array that many parcels share becomes one buffer, however many they are.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    bitmaps : str
+        ``"plain"``, or ``"zlib"``: arrays of uint8 are deflated where that makes them smaller.
+    """
+
+    def __init__(self, bitmaps: str = "plain") -> None:
+        self._deflate = bitmaps == "zlib"
         self._done: dict[int, tuple[npt.NDArray[Any], Array]] = {}
 
     def record(self, parcel: Parcel) -> RecordDict:
@@ -67,7 +80,10 @@ class Packer:
             # The array is kept beside its record, so its id cannot be given to another one meanwhile.
             base = array.base
             data = base if isinstance(base, bytes) and len(base) == array.nbytes else array.tobytes()
-            self._done[id(array)] = (array, Array(array.dtype.name, array.shape, SERIAL_TYPE, data))
+            kind = SERIAL_TYPE
+            if self._deflate and array.dtype == np.uint8 and len(small := zlib.compress(data)) < len(data):
+                data, kind = small, DEFLATED
+            self._done[id(array)] = (array, Array(array.dtype.name, array.shape, kind, data))
         return self._done[id(array)][1]
 
 
@@ -95,11 +111,27 @@ def _lookup(record: RecordDict, name: str, kind: type) -> Any:
 
 def _read_array(name: str, array: Array) -> npt.NDArray[Any]:
     dtype = _DTYPES.get(array.dtype)
+    if array.stype == DEFLATED and dtype == np.uint8:
+        return np.frombuffer(_inflate(name, array), dtype=np.uint8)
     if array.stype != SERIAL_TYPE or dtype is None:
         raise PayloadError(f"array {name} is {array.dtype} in {array.stype!r}; it must be {SERIAL_TYPE!r}")
     if tuple(array.shape) != (len(array.data) // dtype.itemsize,) or len(array.data) % dtype.itemsize:
         raise PayloadError(f"array {name} has shape {array.shape} and {len(array.data)} bytes of {array.dtype}")
     return np.frombuffer(array.data, dtype=dtype)
+
+
+def _inflate(name: str, array: Array) -> bytes:
+    size = array.shape[0] if len(array.shape) == 1 else -1
+    if not isinstance(size, int) or not 0 <= size <= MOST_INFLATED:
+        raise PayloadError(f"array {name} has shape {array.shape}; deflated it is flat, of at most {MOST_INFLATED}")
+    reader = zlib.decompressobj()
+    try:
+        data = reader.decompress(array.data, size + 1)  # never more than that, whatever the bytes would unfold to
+    except zlib.error as error:
+        raise PayloadError(f"array {name} cannot be inflated: {error}") from error
+    if len(data) != size or not reader.eof or reader.unused_data:
+        raise PayloadError(f"array {name} inflates to {len(data)} bytes or more; its shape is {tuple(array.shape)}")
+    return data
 
 
 def _scalars(facts: Mapping[str, Any]) -> Facts:

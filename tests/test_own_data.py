@@ -1,6 +1,7 @@
 """Sites with data of their own: numbers that follow names, label sets, what survives, and what is refused."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from flwr.app import Context, RecordDict
 from PIL import Image
 
-from ssfl_app import client_app, server_app
+from ssfl_app import cli, client_app, server_app
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.guard import RunFailed
 from ssfl_app.local.data import load_central, load_own
@@ -432,3 +433,18 @@ def test_personal_models_survive_a_restart_and_a_resume(sites: list[Flat], tmp_p
     again = own(nodes, keys, prepare=resumed)
     assert again.strategy.personal_accuracy == whole.strategy.personal_accuracy
     assert again.bits() == whole.bits()
+
+
+@pytest.mark.parametrize(
+    "words", [["a b=."], ["=."], ["a="], ["a=nowhere"], ["-a=."], ["x" * 65 + "=."], ["a=.", "a=."]]
+)
+def test_sites_of_a_trial_federation_are_refused_by_the_words_that_name_them(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sites = [part for word in words for part in ("--site", word)]
+    monkeypatch.setattr(sys, "argv", ["ssfl", "federation", "up", "--dir", str(tmp_path / "made"), *sites])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert f"--site is {words[-1]!r}" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()

@@ -69,10 +69,8 @@ def _try(place: Field, work: Path, who: str, words: list[str], more: dict[str, s
 def reason(log: str) -> str:
     """Return the lines of a log that say what went wrong, without colours and keys."""
     plain = re.sub(r"\x1b\[\d+m", "", log)
-    wanted = [
-        line.strip()
-        for line in plain.splitlines()
-        if re.search(r"\[code: |CERTIFICATE|Invalid HTTP|ApiError|refused|retr|Failed to init", line)
-    ]
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    telling = r"\[code: |CERTIFICATE|Invalid HTTP|ApiError|refused|retr|Failed to init|40[13]|authentication"
+    wanted = [line for line in lines if re.search(telling, line)]
     short = [re.sub(r"b'-----BEGIN.*?-----\\n'", "(key)", line) for line in wanted]
     return " / ".join(dict.fromkeys(re.sub(r"^(ERROR|WARNING|INFO) *: *", "", line)[:240] for line in short[-3:]))

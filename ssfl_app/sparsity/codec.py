@@ -43,12 +43,15 @@ class Codec(ABC):
     ----------
     values : str
         Value type, one of `ssfl_app.sparsity.values.VALUE_TYPES`.
+    rng : numpy.random.Generator, optional
+        `encode` rounds stochastically with it; to the nearest without one.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, values: str = "fp32") -> None:
+    def __init__(self, values: str = "fp32", rng: np.random.Generator | None = None) -> None:
         self.values = values
+        self.rng = rng
 
     @abstractmethod
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
@@ -81,7 +84,7 @@ class LinearCodec(Codec):
         """Return the carried coordinates of the state."""
         flat, places = layout.flatten(state), self.places(layout, mask)
         flat[~mask.carried] = 0
-        return write_values(flat if places.all() else flat[places], self.values)
+        return write_values(flat if places.all() else flat[places], self.values, self.rng)
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
         """Return the state with 0 wherever nothing was carried."""
@@ -136,7 +139,7 @@ class Bitmask(Codec):
 
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return the bitmap and the values."""
-        return {**SharedMask(self.values).encode(layout, state, mask), "mask": mask.packed()}
+        return {**SharedMask(self.values, self.rng).encode(layout, state, mask), "mask": mask.packed()}
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
         """Return the state and the mask that the bitmap tells."""
@@ -152,7 +155,7 @@ class Indexed(Codec):
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return positions (ascending) and values."""
         index = np.flatnonzero(mask.alive).astype(np.int32)
-        return {**SharedMask(self.values).encode(layout, state, mask), "index": index}
+        return {**SharedMask(self.values, self.rng).encode(layout, state, mask), "index": index}
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
         """Return the state and the mask that the positions tell."""
@@ -186,7 +189,7 @@ class Csr(Codec):
             indices.append(matrix.indices.astype(np.int32))
             indptr.append(matrix.indptr.astype(np.int32))
         alive, rest = mask.carried & layout.is_prunable, ~layout.is_prunable
-        values = write_values(np.concatenate([flat[alive], flat[rest]]), self.values)
+        values = write_values(np.concatenate([flat[alive], flat[rest]]), self.values, self.rng)
         return {**values, "indices": np.concatenate(indices), "indptr": np.concatenate(indptr)}
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:

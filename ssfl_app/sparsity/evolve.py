@@ -14,7 +14,8 @@ import numpy as np
 
 from ssfl_app.sparsity.densities import Counts
 from ssfl_app.sparsity.layout import Bits, Layout, Vector
-from ssfl_app.sparsity.mask import Mask, largest
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.selection import largest
 
 
 def random_mask(layout: Layout, counts: Counts, rng: np.random.Generator) -> Mask:

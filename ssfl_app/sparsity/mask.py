@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from ssfl_app.sparsity.layout import Bits, Layout, State, Vector
+from ssfl_app.sparsity.selection import largest
 
 Scope = Literal["global", "layer"]
 
@@ -254,22 +255,6 @@ def _groups(layout: Layout, scope: Scope) -> list[slice]:
     if scope == "global":
         return [slice(0, layout.prunable_size)]
     raise ValueError(f"scope is {scope!r}; it is global or layer")
-
-
-def largest(scores: Vector, count: int, ties: str) -> Bits:
-    """Return where the `count` largest of `scores`, shape (n,), are; ties "index": the first ones, "keep": all.
-
-    Selection by np.partition, O(n): sorting 1e8 scores would take a minute.
-    """
-    if count == 0:
-        return np.zeros(scores.size, dtype=np.bool_)
-    threshold = np.partition(scores, scores.size - count)[scores.size - count]
-    if ties == "keep":
-        return np.asarray(scores >= threshold)
-    alive: Bits = scores > threshold
-    equal = np.flatnonzero(scores == threshold)
-    alive[equal[: count - int(np.count_nonzero(alive))]] = True
-    return alive
 
 
 def _with_floor(layout: Layout, scores: Vector, floor: int, total: int) -> Vector:

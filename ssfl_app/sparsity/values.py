@@ -1,6 +1,8 @@
 """Value types: how a vector of float32 is written down.
 
-fp32 is exact. The others are lossy within a stated relative error of each value or block:
+fp32 is exact. The others round, to the nearest value that they have, within a stated relative error of each value or
+block. Given a generator they round stochastically: up or down with the odds that make the mean exact, at most twice
+that error (Alistarh et al., "QSGD", NeurIPS 2017; Croci et al., "Stochastic rounding", 2022).
 
 =====  ==============  ================================================================
 type   bytes a value   largest error of x
@@ -9,7 +11,12 @@ fp32   4               0
 fp16   2               2**-11 |x| for 2**-14 <= |x| <= 65504, 2**-25 below
 bf16   2               2**-8 |x|
 int8   1 + 4 / 1024    max|block| / 254, blocks of 1024 values
+log8   1               half a step of x, see below; scores, x >= 0
 =====  ==============  ================================================================
+
+log8 is for scores that are averaged and ranked: what counts is their order, over many octaves. Plain fp16 would turn
+every score under 6e-8 into 0. Code 0 is 0; codes 1 to 255 are a geometric series from the 0.5 % quantile of the
+positive scores, to which the smaller ones are raised, to their maximum. Over 16 octaves a step is 4.5 %.
 """
 
 from collections.abc import Mapping
@@ -23,7 +30,10 @@ from ssfl_app.sparsity.layout import Vector
 Arrays = dict[str, npt.NDArray[Any]]
 
 VALUE_TYPES = ("fp32", "fp16", "bf16", "int8")
+SCORE_TYPES = ("fp32", "bf16", "log8")
 BLOCK = 1024
+LOWEST = 0.005
+"""Share of the positive scores that log8 does not tell apart."""
 
 MAX_VALUE = 2.0**15
 """Largest magnitude of a value: beyond it a model has diverged, and the exact mean would overflow."""
@@ -33,17 +43,29 @@ class PayloadError(ValueError):
     """Arrays that cannot be what their sender says they are."""
 
 
-def write_values(flat: Vector, kind: str) -> Arrays:
-    """Return the arrays that carry `flat`: "values", and "scales" for int8."""
+def write_values(flat: Vector, kind: str, rng: np.random.Generator | None = None) -> Arrays:
+    """Return the arrays that carry `flat`: "values", and "scales" for int8 and log8.
+
+    Parameters
+    ----------
+    flat : array of float32, shape (n,)
+        Of at least 0 each for log8.
+    kind : str
+        One of `VALUE_TYPES` or `SCORE_TYPES`.
+    rng : numpy.random.Generator, optional
+        Rounds fp16, bf16 and int8 stochastically; to the nearest without it.
+    """
     if kind == "fp32":
         return {"values": np.ascontiguousarray(flat, dtype=np.float32)}
     if kind == "fp16":
-        return {"values": np.clip(flat, -65504, 65504).astype(np.float16)}
+        return {"values": _to_fp16(np.clip(flat, -65504, 65504), rng)}
     if kind == "bf16":
-        return {"values": _to_bf16(flat)}
+        return {"values": _to_bf16(flat, rng)}
     if kind == "int8":
-        return _to_int8(flat)
-    raise ValueError(f"value type is {kind!r}; it is one of {', '.join(VALUE_TYPES)}")
+        return _to_int8(flat, rng)
+    if kind == "log8":
+        return _to_log8(flat)
+    raise ValueError(f"value type is {kind!r}; it is one of {', '.join(dict.fromkeys(VALUE_TYPES + SCORE_TYPES))}")
 
 
 def read_values(arrays: Mapping[str, npt.NDArray[Any]], kind: str, size: int) -> Vector:
@@ -54,7 +76,7 @@ def read_values(arrays: Mapping[str, npt.NDArray[Any]], kind: str, size: int) ->
     PayloadError
         An array is missing, or has another type or length.
     """
-    dtype = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int8": np.int8}[kind]
+    dtype = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int8": np.int8, "log8": np.uint8}[kind]
     values = take(arrays, "values", dtype, size)
     if kind == "bf16":
         return np.asarray((values.astype(np.uint32) << 16).view(np.float32))
@@ -63,6 +85,8 @@ def read_values(arrays: Mapping[str, npt.NDArray[Any]], kind: str, size: int) ->
         # 0 * Inf is NaN and 127 * 3e38 is Inf: whoever reads foreign values refuses both.
         with np.errstate(invalid="ignore", over="ignore"):
             return np.asarray(values.astype(np.float32) * np.repeat(scales, BLOCK)[:size])
+    if kind == "log8":
+        return _series(take(arrays, "scales", np.float32, 2))[values]
     return values.astype(np.float32, copy=False)
 
 
@@ -96,20 +120,64 @@ def check_values(values: npt.NDArray[np.floating]) -> None:
     raise PayloadError(f"{what}; all must be finite and at most {MAX_VALUE:g}")
 
 
-def _to_bf16(flat: Vector) -> npt.NDArray[np.uint16]:
-    # Round to nearest, ties to even, on the bits; NaN stays NaN because its top mantissa bit is forced.
+def _to_fp16(flat: Vector, rng: np.random.Generator | None) -> npt.NDArray[np.float16]:
+    near = flat.astype(np.float16)
+    if rng is None:
+        return near
+    back = near.astype(np.float32)
+    other = np.nextafter(near, np.where(flat > back, np.float16(np.inf), np.float16(-np.inf)))
+    off = flat != back
+    odds = np.zeros(flat.size, dtype=np.float32)
+    np.divide(flat - back, other.astype(np.float32) - back, out=odds, where=off)
+    return np.where(rng.random(flat.size, dtype=np.float32) < odds, other, near)
+
+
+def _to_bf16(flat: Vector, rng: np.random.Generator | None) -> npt.NDArray[np.uint16]:
     bits = np.ascontiguousarray(flat, dtype=np.float32).view(np.uint32)
-    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    if rng is None:  # on the bits: to the nearest, ties to even
+        push: npt.NDArray[np.integer] = 0x7FFF + ((bits >> 16) & 1)
+    else:
+        push = rng.integers(0, 1 << 16, flat.size, dtype=np.uint16)
+    rounded = (bits.astype(np.uint64) + push) >> 16
+    # NaN stays NaN because its top mantissa bit is forced.
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     return np.where(nan, (bits >> 16) | 0x0040, rounded).astype(np.uint16)
 
 
-def _to_int8(flat: Vector) -> Arrays:
+def _to_int8(flat: Vector, rng: np.random.Generator | None) -> Arrays:
     blocks = -(-flat.size // BLOCK)
     padded = np.zeros(blocks * BLOCK, dtype=np.float32)
     padded[: flat.size] = flat
     table = padded.reshape(blocks, BLOCK)
     scales = (np.abs(table).max(axis=1) / np.float32(127)).astype(np.float32) if blocks else np.zeros(0, np.float32)
-    safe = np.where(scales > 0, scales, np.float32(1))
-    codes = np.clip(np.rint(table / safe[:, None]), -127, 127).astype(np.int8)
+    table /= np.where(scales > 0, scales, np.float32(1))[:, None]
+    if rng is None:
+        np.rint(table, out=table)
+    else:
+        table += rng.random(table.shape, dtype=np.float32)
+        np.floor(table, out=table)
+    codes = np.clip(table, -127, 127).astype(np.int8)
     return {"values": codes.reshape(-1)[: flat.size], "scales": scales}
+
+
+def _to_log8(flat: Vector) -> Arrays:
+    positive = flat[flat > 0]
+    if not positive.size:
+        return {"values": np.zeros(flat.size, dtype=np.uint8), "scales": np.zeros(2, dtype=np.float32)}
+    low, high = np.partition(positive, rank := int(LOWEST * positive.size))[rank], positive.max()
+    octaves = np.log2(high) - np.log2(low)
+    codes = np.zeros(flat.size, dtype=np.uint8)
+    steps = (np.log2(positive) - np.log2(low)) * (np.float32(254) / octaves if octaves > 0 else np.float32(0))
+    codes[flat > 0] = 1 + np.clip(np.rint(steps), 0, 254).astype(np.uint8)
+    return {"values": codes, "scales": np.array([low, high], dtype=np.float32)}
+
+
+def _series(scales: npt.NDArray[np.float32]) -> Vector:
+    """Return what the 256 codes of log8 mean."""
+    low, high = (float(scale) for scale in scales)
+    if low == high == 0:
+        return np.zeros(256, dtype=np.float32)
+    if not 0 < low <= high < np.inf:
+        raise PayloadError(f"scales are {low:g} and {high:g}; they are finite, and 0 < the first <= the second")
+    series = np.exp2(np.linspace(np.log2(low), np.log2(high), 255))
+    return np.concatenate([[0.0], series]).astype(np.float32)

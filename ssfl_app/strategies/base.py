@@ -23,11 +23,11 @@ from ssfl_app.sparsity.codec import Codec, SharedMask
 from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays
-from ssfl_app.strategies.checks import check_number, check_samples, check_tested
+from ssfl_app.strategies.checks import check_feedback, check_number, check_samples, check_tested
 from ssfl_app.strategies.course import Ask, Course, Record
 from ssfl_app.strategies.folds import carried_mean
 from ssfl_app.strategies.post import Addressed, Post, Reply
-from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.rule import ClientRule, encode_with
 from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Parcel, freeze
 
@@ -93,7 +93,7 @@ class SparseStrategy(Strategy):
         self.watch: Watch | None = None
         self.workbench: nn.Module | None = None
         self.image_shape: tuple[int, ...] | None = None
-        self.post = Post(settings.run, mask_travels=issubclass(self.client.down, SharedMask))
+        self.post = Post(settings.run, issubclass(self.client.down, SharedMask), settings.wire.bitmaps)
         self.peer_bytes = 0
         self.accuracy: dict[int, float] = {}
         self.personal_accuracy: dict[int, float] = {}
@@ -101,6 +101,11 @@ class SparseStrategy(Strategy):
         self._next_round = 0  # 0: setup is still to come
         self._encoded: tuple[State, Mask, Arrays] | None = None
         self._since = np.zeros(settings.run.clients, dtype=np.int64)  # client -> last round it answered well in
+        self._folded = 0  # the round that made `state`
+        self._residual: Vector | None = None  # what rounding took from the models sent before this one
+        self._lost: Vector | None = None  # and from this one
+        if settings.wire.error_feedback:
+            check_feedback(type(self), SparseStrategy)
 
     # ---- the hooks ---------------------------------------------------------------------------
 
@@ -115,9 +120,16 @@ class SparseStrategy(Strategy):
         memo, mask = self._encoded, self.mask_for(client)
         if memo is None or memo[0] is not self.state or memo[1] is not mask:
             self._encoded = memo = None  # the old one goes before the new one comes
-            arrays = freeze(self.down.encode(self.layout, self.state, mask))
-            self._encoded = memo = (self.state, mask, arrays)
+            self._encoded = memo = (self.state, mask, freeze(self._written(mask)))
         return Parcel(memo[2])
+
+    def _written(self, mask: Mask) -> Arrays:
+        """Return the global model as it goes down."""
+        if not self.settings.wire.error_feedback:
+            return self.down.encode(self.layout, self.state, mask)
+        # A model is encoded twice where a run goes on: it makes up for the same residual again and leaves the same.
+        arrays, self._lost = encode_with(self.down, self.layout, self.state, mask, self._residual)
+        return arrays
 
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Change the global model by the replies. Default: their weighted mean, taken as they come."""
@@ -148,12 +160,18 @@ class SparseStrategy(Strategy):
     @property
     def down(self) -> Codec:
         """The codec of models sent to clients."""
-        return self.client.down(self.settings.wire.down_values)
+        return self.client.down(self.settings.wire.down_values, self._rounder())
 
     @property
     def up(self) -> Codec:
         """The codec of models sent back."""
         return self.client.up(self.settings.wire.up_values)
+
+    def _rounder(self) -> np.random.Generator | None:
+        # By the round that made the model, not the one it is sent in: that is the same when a run goes on.
+        if self.settings.wire.rounding == "nearest":
+            return None
+        return generator(self.settings.run.seed, "rounding-down", self._folded)
 
     def decoded(self, reply: Reply) -> tuple[Vector, Mask]:
         """Return the model of a reply, float32, shape (layout.size,), 0 where nothing was sent, and its mask."""
@@ -174,17 +192,21 @@ class SparseStrategy(Strategy):
 
     def snapshot(self) -> Arrays:
         """Return all that `restore` needs, as flat arrays."""
-        return {"state": self.layout.flatten(self.state), "mask": self.mask.packed(), "since": self._since}
+        lost = {} if self._residual is None else {"residual": self._residual}
+        return {"state": self.layout.flatten(self.state), "mask": self.mask.packed(), "since": self._since} | lost
 
     def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`, from a snapshot taken there."""
         self.state = self.layout.unflatten(np.asarray(arrays["state"], dtype=np.float32))
         self.mask = Mask.unpack(self.layout, np.asarray(arrays["mask"], dtype=np.uint8))
         self._since = np.asarray(arrays["since"], dtype=np.int64).copy()
-        self._next_round = round_ + 1
+        if "residual" in arrays:
+            self._residual = np.asarray(arrays["residual"], dtype=np.float32)
+        self._next_round, self._folded = round_ + 1, round_
 
     def _letter(self, client: int, parcel: Parcel) -> Addressed:
-        since = {"since": int(self._since[client])} if self.client.remembers else {}
+        remembers = self.client.remembers or self.settings.wire.error_feedback
+        since = {"since": int(self._since[client])} if remembers else {}
         return client, Parcel(parcel.arrays, {**since, **parcel.facts}), self.mask_for(client)
 
     # ---- Flower's interface ------------------------------------------------------------------
@@ -217,6 +239,7 @@ class SparseStrategy(Strategy):
         stream = good()
         self._encoded = None  # it holds the model that the fold replaces
         self.fold(server_round, stream)
+        self._folded, self._residual, self._lost = server_round, self._lost, None
         for _ in stream:  # a fold that stops early must not leave clients unaccounted for
             pass
         self.losses = {client: loss for client, (_, loss) in sorted(seen.items())}

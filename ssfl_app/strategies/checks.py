@@ -1,10 +1,33 @@
 """What an answer must be before an algorithm sees it."""
 
+from typing import TYPE_CHECKING
+
+from ssfl_app.options import ConfigError
+from ssfl_app.sparsity.codec import LinearCodec
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.wire import Parcel
 
+if TYPE_CHECKING:
+    from ssfl_app.strategies.base import SparseStrategy
+
 LARGEST = 2.0**128
 """Above every float32; a sum over clients and samples of such numbers stays far below the end of float64."""
+
+
+def check_feedback(strategy: "type[SparseStrategy]", base: "type[SparseStrategy]") -> None:
+    """Raise ConfigError unless a strategy can make up for rounding.
+
+    It can where both ends know which coordinates travel, the same ones for all clients, and where a client has no
+    other state that it remembers between rounds.
+    """
+    client = strategy.client
+    linear = issubclass(client.down, LinearCodec) and issubclass(client.up, LinearCodec)
+    own = strategy.send is not base.send or strategy.mask_for is not base.mask_for or strategy.fold is not base.fold
+    if client.remembers or own or not linear:
+        raise ConfigError(
+            f"wire.error-feedback is true; it is false with strategy {strategy.name}, where clients have masks, "
+            "models or memories of their own"
+        )
 
 
 def check_number(parcel: Parcel, name: str) -> None:

@@ -14,6 +14,9 @@ force           the same with ``|g w0|``: removed       scores of all weights in
 magnitude       largest ``|w0|``                        nothing
 ==============  ======================================  =====================================================
 
+With ssfl.score-values bf16 or log8 a value costs 2 or 1 bytes instead of 4. log8 has no sign: it is for the criteria
+that ask for magnitudes, snip, iterative-snip and force.
+
 P prunable weights; step t of T keeps the density d ** (t / T), so A_1 = P; the first step needs no bitmap. Means are
 weighted by samples (ssfl.saliency-weighting). g_k is client k's mean gradient over its class-balanced minibatches,
 at weights w that both ends know.
@@ -40,7 +43,15 @@ from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest
 from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.sparsity.saliency import flow_net, grasp, pooled_snip, snip, synflow
-from ssfl_app.sparsity.values import Arrays, PayloadError, check_values, read_values, take
+from ssfl_app.sparsity.values import (
+    SCORE_TYPES,
+    Arrays,
+    PayloadError,
+    check_values,
+    read_values,
+    take,
+    write_values,
+)
 from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.scoring import mean_over_batches, snip_scores
@@ -54,6 +65,8 @@ CRITERIA = ("snip", "pooled-snip", "grasp", "synflow", "iterative-snip", "force"
 QUESTIONS = ("saliency", "curvature")
 MAGNITUDES = ("snip", "iterative-snip", "force")
 """Criteria whose clients answer with magnitudes; the others ask for gradients."""
+SIGNED = ("pooled-snip", "grasp")
+"""Criteria whose clients answer with numbers that may be negative."""
 STEPS = {"synflow": 100, "iterative-snip": 5, "force": 5}
 """Steps of the criteria that have some, unless ssfl.steps says otherwise."""
 
@@ -65,6 +78,7 @@ class SsflOptions:
     saliency_batches: int = at_least(1)
     saliency_batch_size: int = at_least(1)
     saliency_weighting: str = choice("samples", "uniform")
+    score_values: str = choice(*SCORE_TYPES)
     saliency_share: float = fraction()
     criterion: str = choice(*CRITERIA)
     steps: int = at_least(0)
@@ -92,6 +106,11 @@ def steps_of(settings: Settings) -> int:
     options = options_of(settings)
     if options.steps and options.criterion not in STEPS:
         raise ConfigError(f"ssfl.steps is {options.steps}; it is 0 with ssfl.criterion {options.criterion}")
+    if options.score_values == "log8" and options.criterion in SIGNED:
+        raise ConfigError(
+            f"ssfl.score-values is 'log8'; it is fp32 or bf16 with ssfl.criterion {options.criterion}, whose values "
+            "have signs"
+        )
     return options.steps or STEPS.get(options.criterion, 1)
 
 
@@ -159,15 +178,16 @@ class _Inquiry:
         facts = {**self.carry.facts, "step": step} if step else self.carry.facts
         parcel = Parcel({**self.carry.arrays, **(arrays or {})}, facts)
         for reply in self.ask(question, self.clients, partial(self._check, size), parcel):
-            mean.add(reply.arrays["values"], reply.samples if by_samples else 1)
+            values = read_values(reply.arrays, options_of(self.strategy.settings).score_values, size)
+            mean.add(values, reply.samples if by_samples else 1)
             del reply
         return mean.value()
 
     def _check(self, size: int, client: int, parcel: Parcel) -> None:
         self.strategy.check_samples(parcel)
-        values = read_values(parcel.arrays, "fp32", size)
+        criterion, kind = (options := options_of(self.strategy.settings)).criterion, options.score_values
+        values = read_values(parcel.arrays, kind, size)
         check_values(values)
-        criterion = options_of(self.strategy.settings).criterion
         # Below 0 an alive weight would rank behind one that an earlier step removed.
         if criterion in MAGNITUDES and values.size and values.min() < 0:
             raise PayloadError(f"scores reach {values.min():g}; those of {criterion} must be at least 0")
@@ -265,7 +285,9 @@ _RULES: Mapping[str, Callable[[_Inquiry], Mask]] = {
 
 
 def answer(rule: ClientRule, question: str, parcel: Parcel, state: State | None = None) -> Parcel:
-    """Return a client's answer to one of `QUESTIONS`: "values", float32, one for each weight that is asked about.
+    """Return a client's answer to one of `QUESTIONS`: "values", one for each weight that is asked about.
+
+    They travel as ssfl.score-values says.
 
     Parameters
     ----------
@@ -301,7 +323,7 @@ def answer(rule: ClientRule, question: str, parcel: Parcel, state: State | None 
         )
     else:
         values = mean_over_batches(rule, state, *batches, lambda i: site.trainer.gradient(site.model, i, temperature))
-    return Parcel({"values": values}, {"samples": len(site.train)})
+    return Parcel(write_values(values, options.score_values), {"samples": len(site.train)})
 
 
 def _on_masked_net(rule: ClientRule, state: State, parcel: Parcel) -> Vector:

@@ -97,8 +97,7 @@ class FedDstClient(ClientRule):
         if options.proximal:
             changes["penalty"] = proximal(self.site.model, options.proximal)
         if not options.moves(round_, run.rounds):
-            loss, codec = self.fit(round_, mask, **changes), SharedMask(self.settings.wire.up_values)
-            return Parcel(codec.encode(self.site.layout, state_of(self.site.model), mask), self.facts(parcel, loss))
+            return self.reply(parcel, mask, self.fit(round_, mask, **changes), up=SharedMask)
         total = 0.0
         if epochs > 1:
             total = (epochs - 1) * self.fit(round_, mask, epochs=epochs - 1, **changes)

@@ -153,9 +153,7 @@ class FlashJointClient(FlashClient):
         if self.options.changes(round_):
             found, loss = self.learn(round_, mask, self.settings.local.epochs, "flash-joint")
             return self.reply(parcel, found, loss)
-        loss = self.fit(round_, mask)
-        codec = SharedMask(self.settings.wire.up_values)
-        return Parcel(codec.encode(self.site.layout, state_of(self.site.model), mask), self.facts(parcel, loss))
+        return self.reply(parcel, mask, self.fit(round_, mask), up=SharedMask)
 
 
 class Flash(SparseStrategy):

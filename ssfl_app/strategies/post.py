@@ -73,6 +73,8 @@ class Post:
         The room ``run``.
     mask_travels : bool
         Whether clients must be given the mask to read a message: the codec down is `SharedMask`.
+    bitmaps : str
+        As `Packer` has it.
 
     Attributes
     ----------
@@ -86,13 +88,13 @@ class Post:
         Who is who.
     """
 
-    def __init__(self, run: RunOptions, mask_travels: bool) -> None:
+    def __init__(self, run: RunOptions, mask_travels: bool, bitmaps: str = "plain") -> None:
         self.outcome = Outcome()
         self.folder: Path | None = None
         self.token: str | None = None
         self.roster = Roster(run)
-        self._run, self._mask_travels = run, mask_travels
-        self._packer = Packer()
+        self._run, self._mask_travels, self._bitmaps = run, mask_travels, bitmaps
+        self._packer = Packer(bitmaps)
         self._letters: dict[int, Letter] = {}  # of the exchange that is going on
         self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
         self._client_of: dict[str, int] = {}  # message id -> client
@@ -131,7 +133,7 @@ class Post:
 
         `config` holds further facts. `attachments` are made and sent to clients that ask for them.
         """
-        self._packer, self._letters = Packer(), {}
+        self._packer, self._letters = Packer(self._bitmaps), {}
         # Packed when the first client needs it, and the same array for all, so that it is serialised once.
         bitmap = functools.cache(lambda mask: {"mask": mask.packed()})
         common = {**config, "round": round_} | ({} if self.folder is None else {FOLDER: str(self.folder)})
@@ -224,7 +226,7 @@ class Post:
                 self.holds(client, mask)
             yield reply
             del message, reply
-        self._packer, self._letters = Packer(), {}  # models that nobody will ask for any more
+        self._packer, self._letters = Packer(self._bitmaps), {}  # models that nobody will ask for any more
         if share is not None:
             self.outcome.need(share, what)
 

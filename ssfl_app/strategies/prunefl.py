@@ -36,7 +36,8 @@ from ssfl_app.options import ConfigError, at_least, choice, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Bitmask, SharedMask
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
-from ssfl_app.sparsity.mask import Mask, keep_count, largest
+from ssfl_app.sparsity.mask import Mask, keep_count
+from ssfl_app.sparsity.selection import largest
 from ssfl_app.sparsity.values import PayloadError, check_values, take
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import nn
 
 from ssfl_app.local.data import DataSet, Images
@@ -12,7 +13,7 @@ from ssfl_app.local.trainer import LocalTrainer
 from ssfl_app.partitions import Indices
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, Dense, SharedMask, read_mask
-from ssfl_app.sparsity.layout import Layout, State, load_state, state_digest, state_of
+from ssfl_app.sparsity.layout import Layout, State, Vector, load_state, state_digest, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.settings import Settings
@@ -67,6 +68,33 @@ class Site:
             self.masks.clear()
             self.masks[digest] = Mask.unpack(self.layout, bitmap)
         return self.masks[digest]
+
+
+def encode_with(
+    codec: Codec, layout: Layout, state: State, mask: Mask, residual: Vector | None
+) -> tuple[Arrays, Vector]:
+    """Encode a state with error feedback: what rounding took from the values sent before is added to these.
+
+    Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014; Karimireddy et al., "Error Feedback Fixes
+    SignSGD", ICML 2019.
+
+    Parameters
+    ----------
+    residual : array of float32, shape (layout.size,), or None
+        What is to be made up for; None: nothing yet.
+
+    Returns
+    -------
+    Arrays, Vector
+        What travels, and the new residual: 0 where nothing travels.
+    """
+    wanted = layout.flatten(state)
+    if residual is not None:
+        wanted += residual
+    wanted[~mask.carried] = 0
+    arrays = codec.encode(layout, layout.unflatten(wanted), mask)
+    wanted -= layout.flatten(codec.decode(arrays, layout, mask)[0])
+    return arrays, wanted
 
 
 class ClientRule:
@@ -147,13 +175,27 @@ class ClientRule:
             site.model, site.train if data is None else data, rng, lr=rate, mask=sparse, **changes
         )
 
-    def reply(self, parcel: Parcel, mask: Mask, loss: float, state: State | None = None) -> Parcel:
-        """Return the answer to a training message: a state, that of the workbench by default, under `mask`."""
-        site = self.site
-        arrays = self.up(self.settings.wire.up_values).encode(
-            site.layout, state_of(site.model) if state is None else state, mask
-        )
+    def reply(
+        self, parcel: Parcel, mask: Mask, loss: float, state: State | None = None, up: type[Codec] | None = None
+    ) -> Parcel:
+        """Return the answer to a training message: a state, that of the workbench by default, under `mask`.
+
+        `up` is another codec than the class's, in rounds that have one.
+        """
+        layout, codec = self.site.layout, (up or self.up)(self.settings.wire.up_values, self.rounder(parcel))
+        state = state_of(self.site.model) if state is None else state
+        if not self.settings.wire.error_feedback:
+            return Parcel(codec.encode(layout, state, mask), self.facts(parcel, loss))
+        kept = self.recall(parcel)
+        arrays, lost = encode_with(codec, layout, state, mask, None if kept is None else kept["residual"])
+        self.remember(parcel, {"residual": lost})
         return Parcel(arrays, self.facts(parcel, loss))
+
+    def rounder(self, parcel: Parcel) -> np.random.Generator | None:
+        """Return what the values of the answer to a training message are rounded with, if stochastically."""
+        if self.settings.wire.rounding == "nearest":
+            return None
+        return generator(self.settings.run.seed, "rounding-up", int(parcel.facts["round"]), self.site.number)
 
     def facts(self, parcel: Parcel, loss: float) -> Facts:
         """Return the facts of an answer to a training message."""

@@ -43,6 +43,9 @@ class WireOptions:
 
     down_values: str = choice(*VALUE_TYPES)
     up_values: str = choice(*VALUE_TYPES)
+    rounding: str = choice("nearest", "stochastic")
+    error_feedback: bool = anything("true or false")
+    bitmaps: str = choice("plain", "zlib")
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,10 @@ def chosen(layout: Layout, values: Vector, wanted: MaskOptions) -> Mask:
     return Mask.top(layout, scores, wanted.density, scope, min_per_layer=wanted.min_per_layer)
 
 
-def codec(settings: Settings) -> Codec:
-    """Return how the chosen coordinates travel up."""
+def codec(settings: Settings, rng: np.random.Generator | None = None) -> Codec:
+    """Return how the chosen coordinates travel up; `rng` as `Codec` has it."""
     options = cast(TopkOptions, settings.own["topk"])
-    return {"bitmap": Bitmask, "int32": Indexed}[options.index](settings.wire.up_values)
+    return {"bitmap": Bitmask, "int32": Indexed}[options.index](settings.wire.up_values, rng)
 
 
 class TopkClient(ClientRule):
@@ -79,7 +79,7 @@ class TopkClient(ClientRule):
         if options.error_feedback:
             kept = self.recall(parcel)
             values += np.float32(0) if kept is None else kept["residual"]
-        mask, up = chosen(layout, values, self.settings.mask), codec(self.settings)
+        mask, up = chosen(layout, values, self.settings.mask), codec(self.settings, self.rounder(parcel))
         arrays = up.encode(layout, layout.unflatten(values), mask)
         if options.error_feedback:
             sent, _ = up.decode(arrays, layout, mask)  # as the server reads it: rounding is fed back too
