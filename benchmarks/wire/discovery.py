@@ -26,8 +26,8 @@ from ssfl_app.wire import Facts, Packer, Parcel, read_record
 from ssfl_app.workshop import open_workshop
 
 KEYS = (
-    "data.name='parquet' data.path='{data}' model.name='{model}' run.clients={clients} run.cohort=10 "
-    "mask.density={density} ssfl.saliency-batch-size=16 run.device='cpu' engine.threads=2 ssfl.score-values='{kind}'"
+    "data.name='parquet' data.path='{data}' model.name='{model}' run.clients={clients} run.cohort=1 "
+    "mask.density={density} ssfl.saliency-batch-size=16 run.device='cpu' engine.threads=2 run.round-timeout=36000.0 ssfl.score-values='{kind}'"
 )
 DENSITIES = (0.5, 0.1, 0.05)
 
