@@ -4,6 +4,7 @@ Defaults are written once, in ``[tool.flwr.app.config]`` of ``pyproject.toml``; 
 merged with the user's overrides, and the command line reads the same table.
 """
 
+import functools
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -16,8 +17,9 @@ import tomli_w
 
 from ssfl_app.local.data import DataOptions
 from ssfl_app.local.models import ModelOptions
+from ssfl_app.local.steps import PRECISIONS
 from ssfl_app.local.trainer import LocalOptions
-from ssfl_app.options import ConfigError, Scalar, at_least, build, flatten
+from ssfl_app.options import ConfigError, Scalar, anything, at_least, build, choice, flatten
 from ssfl_app.partitions import PartitionOptions
 from ssfl_app.partitions.late import ShiftOptions
 from ssfl_app.strategies import REGISTRY
@@ -28,10 +30,16 @@ Flat = dict[str, Scalar]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Keys of the room ``engine``: how a run is executed. Actors never change its results, threads change bits."""
+    """Keys of the room ``engine``: how a run is executed.
+
+    Threads and precision change the bits of its results, the others never do.
+    """
 
     actors: int = at_least(0)
+    concurrent: int = at_least(0)
     threads: int = at_least(1)
+    precision: str = choice(*PRECISIONS)
+    graphs: bool = anything("true or false")
 
 
 ROOMS: dict[str, type] = {
@@ -48,7 +56,7 @@ ROOMS: dict[str, type] = {
 } | {name: room for strategy in REGISTRY.values() for name, room in strategy.rooms.items()}
 
 # What may differ between a run and its continuation.
-_NOT_THE_RUN = ("run.out", "run.resume", "engine.actors")
+NOT_THE_RUN = ("run.out", "run.resume", "engine.actors", "engine.concurrent", "engine.graphs")
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,12 @@ def parse(flat: Mapping[str, Any]) -> Config:
 
 def defaults() -> Flat:
     """Return the default configuration, from pyproject.toml of the checkout or the installed wheel."""
+    return dict(_defaults())
+
+
+@functools.cache
+def _defaults() -> Flat:
+    # Kept: to read the file takes ten milliseconds, and a table of many runs merges it for each of them.
     return flatten(tomllib.loads((app_folder() / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
 
 
@@ -111,6 +125,19 @@ def app_folder() -> Path:
 
 def read_file(path: Path) -> Flat:
     """Return the keys of a TOML file; tables become dotted keys.
+
+    A table ``[published]`` says what a paper reports of this configuration. It changes no run and is left out.
+
+    Raises
+    ------
+    ConfigError
+        The file is missing or no TOML.
+    """
+    return {key: value for key, value in read_toml(path).items() if not key.startswith("published.")}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return everything that is in a TOML file; tables become dotted keys.
 
     Raises
     ------
@@ -184,6 +211,6 @@ def write_toml(flat: Mapping[str, Scalar]) -> str:
 def difference(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str | None:
     """Return, as a sentence, the first of our keys by which this is another run than theirs; None if none is."""
     for key, value in sorted(ours.items()):
-        if not key.startswith(_NOT_THE_RUN) and value != theirs.get(key):
+        if not key.startswith(NOT_THE_RUN) and value != theirs.get(key):
             return f"{key} is {value!r}; that run was started with {theirs.get(key)!r}"
     return None

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -76,6 +76,11 @@ class Courier:
         Expected size of a reply. In simulation replies wait in this process until they are pulled, so only
         as many messages are in flight as keep every core busy, or fit into `IN_FLIGHT` together. Real nodes
         get all messages at once.
+
+    Notes
+    -----
+    A grid that works on messages in threads of this process has `concurrent`, how many at once, and `wait`, which
+    sleeps until a reply is there.
     """
 
     def __init__(self, grid: Grid, timeout: float, reply_bytes: int = 0) -> None:
@@ -85,9 +90,12 @@ class Courier:
         self._waiting: dict[str, int] = {}
         self._queue: deque[tuple[int, Message]] = deque()
         self._poll, self._limit = DEPLOYMENT_POLL, sys.maxsize
+        self._sleep: Callable[[float], object] = getattr(grid, "wait", time.sleep)
         if is_simulation(grid):
             self._poll = SIMULATION_POLL
-            self._limit = max(os.cpu_count() or 1, IN_FLIGHT // max(1, reply_bytes))
+            # Twice what is worked on at once: whoever is ready finds the next message there.
+            busy = max(os.cpu_count() or 1, 2 * getattr(grid, "concurrent", 1))
+            self._limit = max(busy, IN_FLIGHT // max(1, reply_bytes))
 
     def send(self, messages: Mapping[int, Message]) -> None:
         """Take one message per client; a client must have no other message on its way.
@@ -143,7 +151,7 @@ class Courier:
             self._push()
             if self._waiting:
                 delay = self._poll if got else min(delay * 1.5, max(self._poll, 0.1))
-                time.sleep(delay)
+                self._sleep(delay)
         for client in [*self._waiting.values(), *(client for client, _ in self._queue)]:
             self.outcome.lost[client] = f"no answer within {self._timeout:g} s"
         self._waiting.clear()

@@ -126,7 +126,7 @@ class Scorer:
         load_state(workshop.model, workshop.initial_state())
         self.weights = workshop.layout.flatten_prunable(state_of(workshop.model))
         self._workshop, self._size = workshop, batch_size
-        self._labels = workshop.data.train.labels.numpy()
+        self._labels = workshop.data.train.labels.cpu().numpy()
         self._seed = workshop.config.settings.run.seed
         self._kept: dict[Place, Vector] | None = {} if self.weights.nbytes * drawn < MAX_CACHE else None
 

@@ -1,12 +1,14 @@
 """What a process sets up once: data, partition, model. Both doors work with it.
 
 In simulation one process serves many clients and many messages, so the workshop is kept between them; in deployment
-each message has a fresh process and it is opened once there.
+each message has a fresh process and it is opened once there. Threads that serve clients at the same time share data
+and partition, and each has a bench of its own: what a message writes to.
 """
 
 import functools
 import hashlib
 import os
+import threading
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -20,7 +22,7 @@ from ssfl_app.config import Config
 from ssfl_app.local import data, models
 from ssfl_app.local.data import DataSet
 from ssfl_app.local.holdings import Holding
-from ssfl_app.local.trainer import LocalTrainer
+from ssfl_app.local.trainer import LocalTrainer, Steps
 from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Indices, Partition, split
 from ssfl_app.sparsity.layout import Layout, State, state_of
@@ -30,12 +32,21 @@ from ssfl_app.strategies.rule import ClientRule, Site
 from ssfl_app.wire import Memory
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What one thread works at: a model that each message loads, its trainer, and unpacked masks by digest."""
+
+    model: nn.Module
+    trainer: LocalTrainer
+    masks: dict[str, Mask] = field(default_factory=dict)
+
+
 @dataclass
 class Workshop:
     """Data, partition, model and trainer of one configuration.
 
     Where each site has data of its own, `data` are those of this one, or the server's test set, and the one share of
-    `partition` is all of them.
+    `partition` is all of them. `model` and `trainer` are those of the thread that opened the workshop.
     """
 
     config: Config
@@ -44,7 +55,22 @@ class Workshop:
     model: nn.Module
     layout: Layout
     trainer: LocalTrainer
-    masks: dict[str, Mask] = field(default_factory=dict)
+    _threads: threading.local = field(default_factory=threading.local)
+
+    def __post_init__(self) -> None:
+        self._threads.bench = Bench(self.model, self.trainer)
+
+    @property
+    def bench(self) -> Bench:
+        """The bench of the calling thread; it is made on first use and goes with its thread."""
+        if not hasattr(self._threads, "bench"):
+            device = self.trainer.device
+            torch.set_num_threads(self.config.engine.threads)  # OpenMP keeps this number for each thread
+            if device.type == "cuda":  # all that this thread does on the GPU, beside what others do there
+                torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+            model, trainer = _model(self.config, self.data, device), _trainer(self.config, self.data, device)
+            self._threads.bench = Bench(model, trainer)
+        return self._threads.bench  # type: ignore[no-any-return]
 
     @functools.cached_property
     def dense(self) -> Mask:
@@ -74,19 +100,23 @@ class Workshop:
 
     def rule(self, client: int, memory: Memory) -> ClientRule:
         """Return the client's half of the strategy at one client's site."""
+        bench = self.bench
         site = Site(
             number=client,
-            model=self.model,
+            model=bench.model,
             layout=self.layout,
-            trainer=self.trainer,
+            trainer=bench.trainer,
             data=self.data,
             share=self.share(client),
             memory=memory,
             initial=self.initial_state,
             dense=self.dense,
-            masks=self.masks,
+            masks=bench.masks,
         )
         return REGISTRY[self.config.strategy].client(site, self.config.settings)
+
+
+_OPENING = threading.Lock()
 
 
 @functools.lru_cache(maxsize=2)
@@ -95,9 +125,32 @@ def _open(items: tuple[tuple[str, Scalar], ...], site: str) -> Workshop:
     torch.set_num_threads(config.engine.threads)
     device = find_device(config.settings.run.device)
     images, partition = _load(config, site)
-    model = models.create(config.model, images.shape[0], images.classes, config.settings.run.seed)
-    trainer = LocalTrainer(config.settings.local, images.transform, device)
-    return Workshop(config, images, partition, model.to(device), Layout.of(model), trainer)
+    images = _resident(images, device)
+    model = _model(config, images, device)
+    return Workshop(config, images, partition, model, Layout.of(model), _trainer(config, images, device))
+
+
+def _model(config: Config, images: DataSet, device: torch.device) -> nn.Module:
+    model = models.create(config.model, images.shape[0], images.classes, config.settings.run.seed).to(device)
+    if device.type == "cuda" and not any(isinstance(module, nn.GroupNorm) for module in model.modules()):
+        # The layout of the convolutions that are fast there. Torch's GroupNorm would change it back, and forth.
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def _trainer(config: Config, images: DataSet, device: torch.device) -> LocalTrainer:
+    engine = config.engine
+    # On a GPU without graphs too: the same kernels give the same bits.
+    steps: Steps = "plain" if device.type == "cpu" else "graphs" if engine.graphs else "static"
+    return LocalTrainer(config.settings.local, images.transform, device, engine.precision, steps)
+
+
+def _resident(images: DataSet, device: torch.device) -> DataSet:
+    """Return the data set on the GPU, if there is one and the images take no more than half of what is free there."""
+    size = images.train.pixels.nbytes + images.test.pixels.nbytes
+    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] // 2:
+        return images
+    return images.to(device)
 
 
 def open_workshop(flat: configuration.Flat, data_path: str = "") -> Workshop:
@@ -117,7 +170,8 @@ def open_workshop(flat: configuration.Flat, data_path: str = "") -> Workshop:
     """
     if flat.get("data.where") != "sites" and data_path:
         flat = flat | {"data.path": data_path}
-    return _open(tuple(sorted(flat.items())), data_path)
+    with _OPENING:  # by one thread, for all
+        return _open(tuple(sorted(flat.items())), data_path)
 
 
 def _load(config: Config, site: str) -> tuple[DataSet, Partition]:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ssfl_app.local import data, image_cache, sources
+from ssfl_app.local import image_cache, sources
 from ssfl_app.local.data import DataOptions, Images, Transform, load
+from ssfl_app.local.transform import padding
 from ssfl_app.options import ConfigError, build
 
 CIFAR10 = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10"
@@ -433,7 +434,7 @@ def test_bad_options_are_refused(key, value):
 def one_by_one(pixels, rng):
     """Crop and flip image after image, with the offsets of `Transform.train`."""
     count, _, height, width = pixels.shape
-    pad = data.padding(min(height, width))
+    pad = padding(min(height, width))
     down, right = rng.integers(0, 2 * pad + 1, size=(2, count))
     flips = rng.random(count) < 0.5
     out = []
@@ -461,7 +462,7 @@ def test_crop_pads_raw_pixels_with_zero_and_reaches_all_offsets():
     assert torch.equal(pixels, torch.full_like(pixels, 255))
     top = (made[:, 0, :, 8] < 0).sum(dim=1)
     assert top.unique().tolist() == [0, 1, 2, 3, 4]
-    assert [data.padding(side) for side in (4, 8, 15, 16, 32)] == [0, 1, 1, 4, 4]
+    assert [padding(side) for side in (4, 8, 15, 16, 32)] == [0, 1, 1, 4, 4]
 
 
 def test_half_of_the_images_are_mirrored():

@@ -27,7 +27,8 @@ from ssfl_app.workshop import open_workshop
 
 KEYS = (
     "data.name='parquet' data.path='{data}' model.name='{model}' run.clients={clients} run.cohort=1 "
-    "mask.density={density} ssfl.saliency-batch-size=16 run.device='cpu' engine.threads=2 run.round-timeout=36000.0 ssfl.score-values='{kind}'"
+    "mask.density={density} ssfl.saliency-batch-size=16 run.device='cpu' engine.threads=2 "
+    "run.round-timeout=36000.0 ssfl.score-values='{kind}'"
 )
 DENSITIES = (0.5, 0.1, 0.05)
 

@@ -95,5 +95,5 @@ def _resumed(given: Flat, folder: Path) -> Flat:
         raise ConfigError(f"--resume is {folder}; {clash}")
     if "run.out" in given:
         raise ConfigError(f"--out is {given['run.out']}; --resume goes on in {folder}, give one of them")
-    engine = {key: value for key, value in given.items() if key == "engine.actors"}
-    return theirs | engine | {"run.out": str(folder)}
+    free = {key: value for key, value in given.items() if key in configuration.NOT_THE_RUN}
+    return theirs | free | {"run.out": str(folder)}

@@ -1,10 +1,14 @@
 """The in-process engine: the same ServerApp and ClientApp without Ray, SuperLink or FAB.
 
-For tests, debugging and a single GPU. It gives the same digits as Ray: clients draw from generators that name
-seed, round and client, and the server's sums do not depend on the order of replies.
+For tests, debugging and a single GPU, which several clients share in threads: `engine.concurrent`. It gives the
+same digits as Ray: clients draw from generators that name seed, round and client, and the server's sums do not depend
+on the order of replies.
 """
 
+import time
 from collections.abc import Iterable, Mapping
+from concurrent import futures
+from threading import Event, Lock
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
@@ -15,12 +19,19 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from ssfl_app.config import Flat
+from ssfl_app.workshop import find_device
+
+ON_A_GPU = 8
+"""Clients trained at once on a GPU, unless `engine.concurrent` says otherwise."""
 
 _SERVER = 1
 
 
 class InlineGrid(Grid):
-    """A Flower grid whose nodes live in this process; a message is worked on when its reply is pulled.
+    """A Flower grid whose nodes live in this process.
+
+    With `concurrent` 1 a message is worked on when its reply is pulled; with more, by one of so many threads, from
+    when it is pushed.
 
     Parameters
     ----------
@@ -32,6 +43,8 @@ class InlineGrid(Grid):
         Node id -> partition id.
     node_configs : mapping of int to dict, optional
         Node id -> node config, for nodes that were started with other keys than a partition id.
+    concurrent : int
+        Messages that are worked on at once; if more than one, call `close` in the end.
 
     Notes
     -----
@@ -47,8 +60,13 @@ class InlineGrid(Grid):
         config: Flat,
         nodes: dict[int, int],
         node_configs: Mapping[int, UserConfig] | None = None,
+        concurrent: int = 1,
     ) -> None:
         self._app, own = app, node_configs or {}
+        self.concurrent = concurrent
+        self._pool = futures.ThreadPoolExecutor(concurrent, "client") if concurrent > 1 else None
+        self._working: dict[str, futures.Future[Message]] = {}
+        self._ready = Event()  # a reply is, that nobody has been told of
         self._contexts = {
             node: Context(
                 run_id=1,
@@ -59,6 +77,8 @@ class InlineGrid(Grid):
             )
             for node, partition in nodes.items()
         }
+        # A node whose last answer nobody waited for may still be at it.
+        self._nodes = {node: Lock() for node in nodes}
         self._waiting: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=1)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, _SERVER
@@ -92,17 +112,43 @@ class InlineGrid(Grid):
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())
-            self._waiting[message.metadata.message_id] = message
             ids.append(message.metadata.message_id)
+            if self._pool is None:
+                self._waiting[ids[-1]] = message
+            else:
+                self._working[ids[-1]] = self._pool.submit(self._answer_alone, message)
+                self._working[ids[-1]].add_done_callback(lambda _: self._ready.set())
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Work on the messages with these ids and return the replies."""
+        """Return the replies to the messages with these ids: those that are ready, or are made now."""
+        if self._pool is not None:
+            ready = [i for i in message_ids if i in self._working and self._working[i].done()]
+            return [self._working.pop(i).result() for i in ready]
         return [self._answer(self._waiting.pop(i)) for i in message_ids if i in self._waiting]
+
+    def wait(self, seconds: float) -> None:
+        """Sleep so long, or until a reply is ready."""
+        if self._pool is None:
+            time.sleep(seconds)
+        else:
+            self._ready.wait(seconds)
+            self._ready.clear()
+
+    def close(self) -> None:
+        """End the threads, as soon as each is ready with its message."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push the messages and return all replies."""
-        return self.pull_messages(self.push_messages(messages))
+        ids = list(self.push_messages(messages))
+        futures.wait([self._working[i] for i in ids if i in self._working])
+        return self.pull_messages(ids)
+
+    def _answer_alone(self, message: Message) -> Message:
+        with self._nodes[message.metadata.dst_node_id]:
+            return self._answer(message)
 
     def _answer(self, message: Message) -> Message:
         try:
@@ -124,4 +170,15 @@ def run_inline(server: ServerApp, client: ClientApp, config: Flat) -> None:
     """
     nodes = {1000 + i: i for i in range(int(config["run.clients"]))}
     context = Context(run_id=1, node_id=_SERVER, node_config={}, state=RecordDict(), run_config=dict(config))
-    server(InlineGrid(client, config, nodes), context)
+    grid = InlineGrid(client, config, nodes, concurrent=clients_at_once(config))
+    try:
+        server(grid, context)
+    finally:
+        grid.close()
+
+
+def clients_at_once(config: Flat) -> int:
+    """Return how many clients the inline engine trains at once."""
+    on_gpu = find_device(str(config["run.device"])).type == "cuda"
+    wanted = int(config["engine.concurrent"]) or (ON_A_GPU if on_gpu else 1)
+    return min(wanted, int(config["run.clients"]))

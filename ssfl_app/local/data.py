@@ -1,4 +1,4 @@
-"""Data sets in memory: images as bytes, and the transform that makes network input of a batch.
+"""Data sets in memory: images as bytes.
 
 Examples
 --------
@@ -7,16 +7,16 @@ Examples
 (1437, 360, (1, 8, 8), 10)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
 from ssfl_app.local.holdings import Holding
 from ssfl_app.local.image_cache import Raw, Wanted
 from ssfl_app.local.sources import OWN, READERS, own, unseen
+from ssfl_app.local.transform import Transform as Transform
 from ssfl_app.options import ConfigError, anything, at_least, choice, option
 
 
@@ -101,71 +101,6 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Transform:
-    """Makes network input of pixels, a batch at a time, on the pixels' own device.
-
-    Attributes
-    ----------
-    mean, std : tuple of C floats
-        Of each channel, in units of pixel / 255.
-    augment : str
-        What `train` does before it normalises: ``"none"``, or ``"crop-flip"``.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augment: str
-
-    def train(self, pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        """Return a training batch: random crop and flip if asked for, then normalised.
-
-        Parameters
-        ----------
-        pixels : uint8 tensor, shape (B, C, H, W)
-        rng : numpy.random.Generator
-            Source of offsets and flips, drawn on the CPU: every device gets the same batch. Not touched when
-            `augment` is ``"none"``.
-
-        Returns
-        -------
-        float32 tensor, shape (B, C, H, W)
-        """
-        return self.test(_crop_flip(pixels, rng) if self.augment == "crop-flip" else pixels)
-
-    def test(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return (pixel / 255 - mean) / std as float32, shape (B, C, H, W), of uint8 `pixels`.
-
-        Bit for bit torchvision's `ToTensor` and `Normalize`.
-        """
-        mean, std = torch.tensor([self.mean, self.std], device=pixels.device)[..., None, None]
-        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
-
-
-def padding(side: int) -> int:
-    """Return how far a crop may move an image of `side` pixels: 4, and less on images below 16 pixels."""
-    return 4 if side >= 16 else side // 8
-
-
-def _crop_flip(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Crop each image (B, C, H, W) out of its zero-padded self at random; mirror half of them.
-
-    Zero is the raw pixel, as in torchvision's `RandomCrop`: after normalising, the border is -mean / std.
-    """
-    count, channels, height, width = pixels.shape
-    pad = padding(min(height, width))
-    device = pixels.device
-    down, right = torch.from_numpy(rng.integers(0, 2 * pad + 1, size=(2, count, 1))).to(device)
-    mirror = torch.from_numpy(rng.random((count, 1)) < 0.5).to(device)
-    across = torch.arange(width, device=device)
-    rows = down + torch.arange(height, device=device)
-    columns = right + torch.where(mirror, across.flip(0), across)
-    # One place in the padded plane for each pixel of the crop, the same in all channels.
-    places = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).reshape(count, 1, -1)
-    planes = functional.pad(pixels, (pad, pad, pad, pad)).flatten(2)
-    return planes.gather(2, places.expand(-1, channels, -1)).view(pixels.shape)
-
-
-@dataclass(frozen=True)
 class DataSet:
     """A data set, its class names and how its images enter a network."""
 
@@ -186,9 +121,13 @@ class DataSet:
         _, channels, height, width = self.train.pixels.shape
         return channels, height, width
 
+    def to(self, device: torch.device) -> "DataSet":
+        """Return the data set with its images on `device`."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
     def holding(self, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> Holding:
         """Return what a client with these indices of training and test images holds."""
-        return Holding.of(self.class_names, self.shape, self.train.labels.numpy()[train], len(test))
+        return Holding.of(self.class_names, self.shape, self.train.labels.cpu().numpy()[train], len(test))
 
 
 def load(options: DataOptions) -> DataSet:

@@ -1,43 +1,27 @@
 """The one training loop of the project, and the two other things a model is asked for: gradient and accuracy."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ssfl_app.local.captured import StaticStep
 from ssfl_app.local.data import Images, Transform
 from ssfl_app.local.reparam import originals
-from ssfl_app.options import above, at_least, fraction
+from ssfl_app.local.steps import LocalOptions as LocalOptions
+from ssfl_app.local.steps import Optimizer as Optimizer
+from ssfl_app.local.steps import PlainStep, Step, settle, unchanged
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
 
 EVALUATION_BATCH = 500
 """Images of a forward pass without gradients; fixed, so that it never changes the bits of a loss."""
 
-
-@dataclass(frozen=True)
-class LocalOptions:
-    """Keys of the room ``local``: plain SGD on a client."""
-
-    epochs: int = at_least(1)
-    batch_size: int = at_least(1)
-    lr: float = above(0)
-    lr_decay: float = fraction()
-    momentum: float = at_least(0)
-    weight_decay: float = at_least(0)
-    clip: float = at_least(0)
-
-    def rate(self, round_: int) -> float:
-        """Return the learning rate of a 1-based round: lr * lr_decay ** (round - 1)."""
-        return self.lr * self.lr_decay ** (round_ - 1)
-
-
-Optimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
-"""Makes an optimizer of the parameters that train and the learning rate."""
+Steps = Literal["plain", "static", "graphs"]
 
 
 class LocalTrainer:
@@ -51,6 +35,12 @@ class LocalTrainer:
         Augmentation and normalisation.
     device : torch.device
         Where models and batches live; models passed in must be there already.
+    precision : str
+        On a GPU: ``"fp32"``; ``"tf32"`` in convolutions and products; or ``"bf16"`` in the training of a model with
+        its usual forward pass, and tf32 in all else. On the CPU nothing but fp32.
+    steps : str
+        ``"plain"``; or, where plain SGD trains a model with its usual forward pass, ``"graphs"``: steps that a GPU
+        replays; ``"static"``: the same steps uncaptured, for comparison. See `ssfl_app.local.captured`.
 
     Attributes
     ----------
@@ -60,12 +50,22 @@ class LocalTrainer:
         Images that went forward only, in evaluation.
     """
 
-    def __init__(self, options: LocalOptions, transform: Transform, device: torch.device) -> None:
+    def __init__(
+        self,
+        options: LocalOptions,
+        transform: Transform,
+        device: torch.device,
+        precision: str = "fp32",
+        steps: Steps = "plain",
+    ) -> None:
         self.options = options
         self.transform = transform
         self.device = device
+        self.precision = precision
+        self.steps = steps
         self.passes = 0
         self.looks = 0
+        self._static: StaticStep | None = None
 
     def fit(
         self,
@@ -106,33 +106,69 @@ class LocalTrainer:
         optimizer : callable, optional
             Makes another one than the SGD of `options`. Parameters that need no gradient are left alone by both.
         """
-        data = data.to(self.device)
+        data = self._here(data)
         model.train()
-        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        keep = {} if mask is None else {n: bits.float() for n, bits in mask.tensors(self.device).items()}
-        weights = originals(model)
-        masked, bits = [weights[n] for n in keep], list(keep.values())
-        stepper = (optimizer or self._sgd)(named.values(), lr)
-        _apply(masked, bits)
-        # Summed on the device: reading the loss of every step would stall a GPU.
-        total, seen = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        step = self._step(model, lr, mask, penalty, after_step, optimizer)
+        seen = 0
         for _ in range(self.options.epochs if epochs is None else epochs):
-            order = torch.from_numpy(rng.permutation(len(data))).to(self.device)
-            for chosen in torch.split(order, self.options.batch_size):
-                stepper.zero_grad()
-                loss = self._loss(model, self.transform.train(data.pixels[chosen], rng), data.labels[chosen])
-                (loss if penalty is None else loss + penalty(model)).backward()  # type: ignore[no-untyped-call]
-                _apply([p.grad for p in masked if p.grad is not None], bits)
-                if self.options.clip:
-                    nn.utils.clip_grad_norm_(named.values(), self.options.clip)
-                stepper.step()
-                _apply(masked, bits)
-                if after_step is not None:
-                    after_step(model)
-                total += loss.detach() * len(chosen)
-                seen += len(chosen)
+            for inputs, labels in self._epoch(data, rng, step.ahead):
+                step(inputs, labels)
+                seen += len(labels)
         self.passes += seen
-        return float(total) / seen
+        return step.total() / seen
+
+    def _step(
+        self,
+        model: nn.Module,
+        lr: float,
+        mask: Mask | None,
+        penalty: Callable[[nn.Module], torch.Tensor] | None,
+        after_step: Callable[[nn.Module], None] | None,
+        optimizer: Optimizer | None,
+    ) -> Step:
+        special = penalty is not None or after_step is not None or optimizer is not None
+        half = self.precision == "bf16" and self.device.type == "cuda"
+        usual = (half or self.steps != "plain") and unchanged(model)
+        autocast = half and usual
+        if special or not usual or self.steps == "plain":
+            return PlainStep(
+                model,
+                self.options,
+                lr,
+                mask,
+                autocast=autocast,
+                penalty=penalty,
+                after_step=after_step,
+                optimizer=optimizer,
+            )
+        if self._static is None or not self._static.serves(model):
+            self._static = None  # its memory is free before the next one takes some
+            capture = self.steps == "graphs"
+            self._static = StaticStep(model, self.options, autocast=autocast, capture=capture)
+        return self._static.begin(lr, mask)
+
+    def _epoch(
+        self, data: Images, rng: np.random.Generator, ahead: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the batches of one pass, at most `ahead` images prepared at a time, or a batch.
+
+        What an epoch draws is drawn at its start and goes to the device at once, so nothing there waits for it.
+        """
+        size, count = self.options.batch_size, len(data)
+        order = rng.permutation(count)[None]
+        draws = [self.transform.draw(data.pixels[start : start + size], rng) for start in range(0, count, size)]
+        plan = torch.from_numpy(np.concatenate([order, np.concatenate(draws, axis=1)]))
+        if self.device.type == "cuda":
+            plan = plan.pin_memory().to(self.device, non_blocking=True)
+        for part in torch.split(plan, max(ahead, size), dim=1):
+            inputs, labels = self.transform.apply(data.pixels[part[0]], part[1:]), data.labels[part[0]]
+            yield from zip(torch.split(inputs, size), torch.split(labels, size), strict=True)
+
+    def _here(self, data: Images) -> Images:
+        """Return the images on the device, which from now on computes as `precision` says."""
+        if self.device.type == "cuda":
+            settle(self.precision)
+        return data.to(self.device)
 
     def gradient(self, model: nn.Module, data: Images, temperature: float = 1.0) -> State:
         """Return dL/dw over `data`, without augmentation, for prunable tensors.
@@ -140,7 +176,7 @@ class LocalTrainer:
         L is T * (mean cross-entropy of z / T), with the logits z and the `temperature` T; for T = 1 the usual loss.
         The model is left as it was, buffers included, with no gradients behind.
         """
-        data = data.to(self.device)
+        data = self._here(data)
         self.passes += len(data)
         weights = originals(model)
         with _left_alone(model):
@@ -160,7 +196,7 @@ class LocalTrainer:
         direction : mapping
             v, a tensor of each prunable tensor's shape by its name; on any device.
         """
-        data = data.to(self.device)
+        data = self._here(data)
         self.passes += 2 * len(data)
         weights = originals(model)
         with _left_alone(model):
@@ -173,7 +209,7 @@ class LocalTrainer:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Images) -> tuple[float, float]:
         """Return (mean loss, accuracy in [0, 1]) over n >= 1 images."""
-        data = data.to(self.device)
+        data = self._here(data)
         self.looks += len(data)
         model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -184,10 +220,6 @@ class LocalTrainer:
             loss += F.cross_entropy(logits, data.labels[part], reduction="sum")
             correct += (logits.argmax(dim=1) == data.labels[part]).sum()
         return float(loss) / len(data), int(correct) / len(data)
-
-    def _sgd(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        options = self.options
-        return torch.optim.SGD(parameters, lr, options.momentum, weight_decay=options.weight_decay, foreach=True)
 
     @staticmethod
     def _loss(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -209,9 +241,3 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
         model.train(training)
-
-
-@torch.no_grad()
-def _apply(tensors: Sequence[torch.Tensor], bits: list[torch.Tensor]) -> None:
-    if bits:
-        torch._foreach_mul_(list(tensors), bits)

@@ -86,7 +86,7 @@ def read_values(arrays: Mapping[str, npt.NDArray[Any]], kind: str, size: int) ->
         with np.errstate(invalid="ignore", over="ignore"):
             return np.asarray(values.astype(np.float32) * np.repeat(scales, BLOCK)[:size])
     if kind == "log8":
-        return _series(take(arrays, "scales", np.float32, 2))[values]
+        return np.asarray(_series(take(arrays, "scales", np.float32, 2))[values])
     return values.astype(np.float32, copy=False)
 
 

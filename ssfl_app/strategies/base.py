@@ -192,8 +192,8 @@ class SparseStrategy(Strategy):
 
     def snapshot(self) -> Arrays:
         """Return all that `restore` needs, as flat arrays."""
-        lost = {} if self._residual is None else {"residual": self._residual}
-        return {"state": self.layout.flatten(self.state), "mask": self.mask.packed(), "since": self._since} | lost
+        kept: Arrays = {"state": self.layout.flatten(self.state), "mask": self.mask.packed(), "since": self._since}
+        return kept if self._residual is None else kept | {"residual": self._residual}
 
     def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`, from a snapshot taken there."""

@@ -20,7 +20,7 @@ def mean_over_batches(
     site = rule.site
     load_state(site.model, state)
     mean = WeightedMean(site.layout.prunable_size)
-    labels = site.train.labels.numpy()
+    labels = site.train.labels.cpu().numpy()
     for batch in range(first, first + batches):
         rng = generator(rule.settings.run.seed, "saliency", site.number, batch)
         chosen = site.train.take(balanced_batch(labels, batch_size, rng))

@@ -1,0 +1,248 @@
+"""What benchmarks/gpu.py measures with: trainers on one device, rounds of the inline engine, a profile."""
+
+import functools
+import json
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ssfl_app.local import sources
+from ssfl_app.local.data import Images, Transform
+from ssfl_app.local.image_cache import Raw
+from ssfl_app.local.models import ModelOptions, create
+from ssfl_app.local.trainer import LocalOptions, LocalTrainer
+from ssfl_app.sparsity.layout import Layout
+from ssfl_app.sparsity.mask import Mask
+
+RECIPE = {  # of the paper; the room local has its values by default
+    "strategy": "ssfl",
+    "data.name": "cifar10",
+    "model.name": "resnet18",
+    "mask.density": 0.5,
+    "run.clients": 100,
+    "run.cohort": 10,
+    "run.evaluate-every": 50,
+    "run.checkpoint-every": 25,
+    "ssfl.saliency-batch-size": 16,
+}
+MOMENTS = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured; `keys` change the recipe, and the first `skipped` rounds capture most graphs."""
+
+    model: str
+    side: int
+    clients: int
+    images: int
+    epochs: int
+    at_once: tuple[int, ...]
+    rounds: int
+    skipped: int
+    keys: str
+
+
+def noise(count: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 3, side, side), dtype=np.uint8), rng.integers(0, 10, count)
+
+
+class Bench:
+    """Makes models, trainers and images on one device."""
+
+    def __init__(self, device: torch.device, scale: Scale) -> None:
+        self.device, self.scale, self.on_gpu = device, scale, device.type == "cuda"
+        self.fast = "graphs" if self.on_gpu else "static"
+        pixels, labels = noise(8 * scale.images, scale.side, 1)
+        self.all = Images(torch.from_numpy(pixels), torch.from_numpy(labels)).to(device)
+
+    def images(self, client: int, count: int = 0) -> Images:
+        start = client % 8 * self.scale.images
+        part = slice(start, start + (count or self.scale.images))
+        return Images(self.all.pixels[part], self.all.labels[part])
+
+    def model(self, norm: str = "group", name: str = "", last: bool = False) -> torch.nn.Module:
+        """Return a model with the same weights each time; `last`: channels last."""
+        model = create(ModelOptions(name or self.scale.model, norm), 3, 10, seed=1).to(self.device)
+        return model.to(memory_format=torch.channels_last if last else torch.preserve_format)
+
+    def trainer(self, steps: str, precision: str, **changes: float) -> LocalTrainer:
+        recipe = {"epochs": self.scale.epochs, "batch_size": 16, "lr": 0.1, "lr_decay": 0.998, "momentum": 0.0}
+        options = LocalOptions(**recipe | {"weight_decay": 5e-4, "clip": 10.0} | changes)  # type: ignore[arg-type]
+        return LocalTrainer(options, Transform(*MOMENTS, "crop-flip"), self.device, precision, steps)  # type: ignore[arg-type]
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def at_once(self, count: int, work: Callable[[int], None]) -> None:
+        """Run work(0), ..., work(count - 1), each in a thread with a stream of its own, as the inline engine does."""
+        errors: list[BaseException] = []
+
+        def run(index: int) -> None:
+            torch.set_num_threads(1)
+            stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.on_gpu else nullcontext()
+            try:
+                with stream:
+                    work(index)
+            except BaseException as error:
+                errors.append(error)
+
+        if count == 1:
+            run(0)
+        else:
+            threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        self.wait()
+        if errors:
+            raise errors[0]
+
+
+class Clients:
+    """Clients that train at once under masks of half the weights; one pass each is over when they are made."""
+
+    def __init__(self, bench: Bench, steps: str, precision: str, count: int, **model: str | bool) -> None:
+        self.bench, self.count = bench, count
+        self.trainers = [bench.trainer(steps, precision) for _ in range(count)]
+        self.models = [bench.model(**model) for _ in range(count)]  # type: ignore[arg-type]
+        self.mask = Mask.random(Layout.of(self.models[0]), 0.5, np.random.default_rng(1))
+        self.train(epochs=1)
+
+    def train(self, epochs: int) -> float:
+        """Train and return images a second."""
+        before, began = sum(run.passes for run in self.trainers), time.monotonic()
+        self.bench.at_once(self.count, functools.partial(self._train, epochs=epochs))
+        return (sum(run.passes for run in self.trainers) - before) / (time.monotonic() - began)
+
+    def _train(self, index: int, epochs: int) -> None:
+        data, rng = self.bench.images(index), np.random.default_rng(index)
+        self.trainers[index].fit(self.models[index], data, rng, lr=0.01, mask=self.mask, epochs=epochs)
+
+
+def trainer_rate(bench: Bench, steps: str, precision: str, at_once: int, **model: str | bool) -> dict:
+    """Return images a second of clients that train at once, with everything captured."""
+    clients, epochs = Clients(bench, steps, precision, at_once, **model), bench.scale.epochs
+    rate = clients.train(epochs if steps == "plain" else 2 * epochs)
+    return {"steps": steps, "precision": precision, "concurrent": at_once, **model, "images_per_second": rate}
+
+
+# ---- rounds of the engine ---------------------------------------------------------------------
+
+
+def synthetic(scale: Scale) -> None:
+    """Let the data set cifar10 be random images in this process."""
+    (train, labels), (test, test_labels) = (
+        noise(scale.clients * scale.images, scale.side, 1),
+        noise(20 * scale.clients, scale.side, 2),
+    )
+    raw = Raw(train, labels, test, test_labels, tuple(f"class {i}" for i in range(10)), *MOMENTS)
+    sources.READERS["cifar10"] = lambda path, download, size: raw
+
+
+@contextmanager
+def stopwatch() -> Iterator[dict[str, float]]:
+    """Add up the seconds that threads spend in the parts of a round."""
+    from ssfl_app.aggregate import WeightedMean
+    from ssfl_app.strategies.rule import ClientRule
+
+    spent: dict[str, float] = defaultdict(float)
+    parts = {
+        "train": (LocalTrainer, "fit"),
+        "client reads the model": (ClientRule, "load"),
+        "client writes its answer": (ClientRule, "reply"),
+        "server adds an answer": (WeightedMean, "add"),
+        "server takes the mean": (WeightedMean, "value"),
+    }
+    before = {part: getattr(owner, name) for part, (owner, name) in parts.items()}
+
+    def timed(function: Callable, part: str) -> Callable:
+        @functools.wraps(function)
+        def call(*args: object, **more: object) -> object:
+            began = time.monotonic()
+            try:
+                return function(*args, **more)
+            finally:
+                spent[part] += time.monotonic() - began
+
+        return call
+
+    for part, (owner, name) in parts.items():
+        setattr(owner, name, timed(before[part], part))
+    try:
+        yield spent
+    finally:
+        for part, (owner, name) in parts.items():
+            setattr(owner, name, before[part])
+
+
+def engine_rate(scale: Scale, data: Path | None, precision: str, at_once: int, whole: int = 0) -> dict:
+    """Return images a second of rounds of the inline engine, and where their time went; `whole`: a run of so many."""
+    from ssfl_app import client_app, server_app
+    from ssfl_app.config import merge, read_overrides
+    from ssfl_app.engine.inline import run_inline
+
+    rounds = whole or scale.rounds
+    keys = {"run.rounds": rounds, "engine.concurrent": at_once, "engine.precision": precision}
+    keys |= {} if whole else {"run.evaluate-every": rounds, "run.checkpoint-every": rounds}
+    if data is not None:
+        kind = "parquet" if any(data.rglob("*.parquet")) else "cifar10"
+        keys |= {"data.path": str(data.resolve()), "data.name": kind}
+    with tempfile.TemporaryDirectory() as folder, stopwatch() as spent:
+        out = Path(folder) / "run"
+        config = merge(RECIPE, keys, read_overrides([scale.keys]), {"run.out": str(out)})
+        began = time.monotonic()
+        run_inline(server_app.app, client_app.app, config)
+        wall = time.monotonic() - began
+        records = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+        summary = json.loads((out / "summary.json").read_text())
+    records = [record for record in records if record["round"]]
+    timed = records if whole else records[scale.skipped : -1]  # the last round also tests the model at each client
+    images, seconds = (sum(record[name] for record in timed) for name in ("image_passes", "seconds"))
+    row = {"precision": precision, "concurrent": at_once, "images_per_second": images / seconds, "rounds": len(timed)}
+    row |= {"images_per_round": images / len(timed), "wall_seconds": wall, "thread_seconds": dict(spent)}
+    return row | {"central_accuracy": summary["central_accuracy"], "seconds": [r["seconds"] for r in records]}
+
+
+# ---- a profile --------------------------------------------------------------------------------
+
+
+def profile(bench: Bench, precision: str, at_once: int) -> dict:
+    """Return the kernels that take the GPU's time, and for which share of the time it runs any."""
+    activity = torch.profiler.ProfilerActivity.CUDA if bench.on_gpu else torch.profiler.ProfilerActivity.CPU
+    clients = Clients(bench, bench.fast, precision, at_once)
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        clients.train(epochs=1)
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(str(Path(folder) / "trace.json"))
+        events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset") if bench.on_gpu else ("cpu_op",)
+    return {"precision": precision, "concurrent": at_once} | digest([e for e in events if e.get("cat") in kinds])
+
+
+def digest(events: list[dict]) -> dict:
+    """Return what a trace's events come to: busy (of the time), at_once (kernels while busy), the largest by name."""
+    total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    busy, end = 0.0, -1.0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        start, stop = event["ts"], event["ts"] + event["dur"]
+        busy, end = busy + max(0.0, stop - max(start, end)), max(end, stop)
+        total[event["name"]][0] += event["dur"]
+        total[event["name"]][1] += 1
+    wall, work = end - min(event["ts"] for event in events), sum(spent for spent, _ in total.values())
+    top = [
+        {"name": name[:120], "share": spent / work, "calls": calls, "ms": spent / 1e3}
+        for name, (spent, calls) in sorted(total.items(), key=lambda item: -item[1][0])[:15]
+    ]
+    return {"busy": busy / wall, "at_once": work / busy, "wall_ms": wall / 1e3, "launches": len(events), "top": top}

@@ -1,0 +1,235 @@
+"""The inline engine with several clients at once: the same bits, each thread at a bench of its own."""
+
+import threading
+import time
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from ssfl_app import client_app
+from ssfl_app.config import merge, parse, write_toml
+from ssfl_app.engine.command import Command, resolve
+from ssfl_app.engine.inline import InlineGrid, clients_at_once, run_inline
+from ssfl_app.exchange import Courier
+from ssfl_app.guard import RunFailed
+from ssfl_app.options import ConfigError
+from ssfl_app.workshop import open_workshop
+from tests.in_process_grid import SMALL, play
+
+
+def echo(work):
+    """Return an app that answers every message with what `work` says of it."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"facts": ConfigRecord({"said": work(context.node_id)})}), reply_to=message)
+
+    return app
+
+
+def letter(grid, node):
+    return grid.create_message(RecordDict(), "train", node, "")
+
+
+def said(message):
+    return message.content["facts"]["said"]
+
+
+@pytest.fixture
+def grid(request):
+    """Return a function that makes a grid of 6 nodes; its threads end with the test."""
+    made = []
+
+    def make(work, concurrent):
+        made.append(InlineGrid(echo(work), {}, {i: i for i in range(1, 7)}, concurrent=concurrent))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("strategy", ["ssfl", "fedavg", "ditto"])
+def test_clients_at_once_give_the_bits_of_one_after_the_other(tmp_path, strategy):
+    runs = []
+    for concurrent in (1, 4):
+        keys = {"strategy": strategy, "run.rounds": 2, "local.batch-size": 64}
+        nodes = {1000 + i: i for i in range(SMALL["run.clients"])}
+        grid = InlineGrid(client_app.app, merge(SMALL, keys), nodes, concurrent=concurrent)
+        runs.append(play(keys, grid=grid, folder=tmp_path / str(concurrent)))
+        grid.close()
+    assert runs[0].bits() == runs[1].bits()
+    assert runs[0].metrics() == runs[1].metrics()
+    assert runs[0].metrics()[-1]["lost"] == {}
+
+
+def test_so_many_work_at_once_and_no_more(grid):
+    lock, now, most = threading.Lock(), [0], [0]
+    everyone = threading.Barrier(3, timeout=10)
+
+    def work(node):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        everyone.wait()  # passes only if three are here together
+        with lock:
+            now[0] -= 1
+        return node
+
+    here = grid(work, 3)
+    replies = here.send_and_receive([letter(here, node) for node in range(1, 7)])
+    assert sorted(map(said, replies)) == [1, 2, 3, 4, 5, 6]
+    assert most == [3]
+
+
+def test_one_at_a_time_works_when_a_reply_is_pulled(grid):
+    seen = []
+    here = grid(lambda node: seen.append(node) or node, 1)
+    ids = list(here.push_messages([letter(here, 1), letter(here, 2)]))
+    assert seen == []
+    assert [said(m) for m in here.pull_messages(ids[1:])] == [2]
+    assert seen == [2]
+
+
+def test_a_pull_returns_what_is_ready_and_waits_for_nothing(grid):
+    go = threading.Event()
+    here = grid(lambda node: go.wait(10) and node if node == 1 else node, 2)
+    slow, quick = here.push_messages([letter(here, 1), letter(here, 2)])
+    here.wait(10)
+    assert [said(m) for m in here.pull_messages([slow, quick])] == [2]
+    assert list(here.pull_messages([slow, quick])) == []
+    go.set()
+    here.wait(10)
+    assert [said(m) for m in here.pull_messages([slow, quick])] == [1]
+
+
+def test_a_wait_ends_with_a_reply_or_with_its_time(grid):
+    here = grid(lambda node: node, 2)
+    began = time.monotonic()
+    here.wait(0.05)
+    assert time.monotonic() - began >= 0.05
+    here.push_messages([letter(here, 1)])
+    here.wait(60)
+    assert time.monotonic() - began < 30
+
+
+def test_a_node_answers_one_message_at_a_time(grid):
+    busy, twice = threading.Lock(), []
+
+    def work(node):
+        twice.append(not busy.acquire(blocking=False))
+        time.sleep(0.01)
+        busy.release()
+        return node
+
+    here = grid(work, 3)
+    here.send_and_receive([letter(here, 1) for _ in range(4)])
+    assert twice == [False] * 4
+
+
+def test_an_exception_becomes_an_answer(grid):
+    def work(node):
+        if node == 2:
+            raise ValueError("no")
+        return node
+
+    here = grid(work, 2)
+    courier = Courier(here, 10.0)
+    courier.send({node: letter(here, node) for node in range(1, 5)})
+    assert sorted(said(reply) for _, reply in courier.replies()) == [1, 3, 4]
+    assert courier.outcome.refused == {2: "raised: ValueError: no"}
+
+
+def test_enough_messages_are_in_flight_for_all_threads(grid, monkeypatch):
+    monkeypatch.setattr("ssfl_app.exchange.os.cpu_count", lambda: 1)
+    here = grid(lambda node: node, 2)
+    courier = Courier(here, 10.0, reply_bytes=10**12)
+    courier.send({node: letter(here, node) for node in range(1, 7)})
+    assert courier.outcome.sent == 4
+    assert len(list(courier.replies())) == 6
+    alone = Courier(grid(lambda node: node, 1), 10.0, reply_bytes=10**12)
+    alone.send({node: letter(here, node) for node in range(1, 7)})
+    assert alone.outcome.sent == 2
+
+
+def test_each_thread_has_a_bench_and_shares_the_data():
+    shop = open_workshop(merge(SMALL, {"run.seed": 5}))
+    found = {}
+
+    def look(name):
+        found[name] = (shop.bench, shop.bench, torch.get_num_threads())
+
+    threads = [threading.Thread(target=look, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert shop.bench.model is shop.model
+    assert shop.bench.trainer is shop.trainer
+    (a, again, ones), (b, _, _) = found["a"], found["b"]
+    assert a is again
+    assert ones == shop.config.engine.threads
+    assert len({id(bench.model) for bench in (a, b, shop.bench)}) == 3
+    assert len({id(bench.trainer) for bench in (a, b, shop.bench)}) == 3
+    assert len({id(bench.masks) for bench in (a, b, shop.bench)}) == 3
+    weights = [list(bench.model.state_dict().values()) for bench in (a, b)]
+    assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
+
+
+def test_a_workshop_is_opened_once_however_many_ask():
+    flat, found = merge(SMALL, {"run.seed": 6}), []
+    threads = [threading.Thread(target=lambda: found.append(open_workshop(flat))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len({id(shop) for shop in found}) == 1
+
+
+@pytest.mark.parametrize(("gpu", "keys", "count"), [
+    (False, {}, 1), (False, {"engine.concurrent": 3}, 3), (False, {"engine.concurrent": 30}, 6), (True, {}, 6),
+    (True, {"run.clients": 20}, 8), (True, {"run.device": "cpu"}, 1), (True, {"engine.concurrent": 1}, 1),
+])  # fmt: skip
+def test_how_many_at_once(monkeypatch, gpu, keys, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert clients_at_once(merge(SMALL, keys)) == count
+
+
+@pytest.mark.parametrize(
+    ("engine", "steps"), [({}, "plain"), ({"engine.graphs": False}, "plain"), ({"engine.precision": "bf16"}, "plain")]
+)
+def test_the_cpu_takes_plain_steps_whatever_the_engine_asks(engine, steps):
+    shop = open_workshop(merge(SMALL, engine))
+    assert shop.trainer.steps == steps
+    assert shop.trainer.precision == parse(merge(engine)).engine.precision
+
+
+def test_a_run_may_be_resumed_with_other_threads_but_not_with_another_precision(tmp_path):
+    (tmp_path / "config.toml").write_text(write_toml(merge(SMALL, {"run.out": str(tmp_path)})))
+
+    def resumed(keys):
+        return resolve(Command(None, [keys], None, "inline", None, tmp_path))[0]
+
+    engine = resumed("engine.concurrent=2 engine.graphs=false").engine
+    assert (engine.concurrent, engine.graphs) == (2, False)
+    with pytest.raises(ConfigError, match=r"engine.precision is 'tf32'; that run was started with 'fp32'"):
+        resumed("engine.precision='tf32'")
+
+
+def test_the_engine_ends_its_threads_with_the_run():
+    grids = []
+
+    def server(grid, context):
+        grids.append(grid)
+        grid.send_and_receive([letter(grid, node) for node in grid.get_node_ids()])
+        raise RunFailed("it is over")
+
+    before = threading.active_count()
+    with pytest.raises(RunFailed, match="it is over"):
+        run_inline(server, echo(lambda node: node), merge(SMALL, {"engine.concurrent": 3}))
+    assert grids[0].concurrent == 3
+    assert threading.active_count() == before
