@@ -1,4 +1,4 @@
-"""The command line: run, compare, study, federation, report, partition."""
+"""The command line: run, compare, reproduce, study, federation, report, partition."""
 
 import signal
 import sys
@@ -64,6 +64,37 @@ def compare(
     from ssfl_app.engine.sweep import Sweep, run_sweep
 
     run_sweep(Sweep(files, override or [], out, engine, jobs, report_only), typer.echo)
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(metavar="[TABLE]", help="Which; --list names them.")] = "",
+    budget: Annotated[str, typer.Option(help="Time for all rows: 90s, 10m, 2h, or none.")] = "none",
+    profile: Annotated[
+        str, typer.Option(help="published: each row as its file has it; v1, tmlr, dispfl: as these sources have it.")
+    ] = "published",
+    override: Override = None,
+    out: Annotated[Path | None, typer.Option(help="Folder. [default: runs/reproduce-<table>-<profile>]")] = None,
+    engine: Annotated[
+        str, typer.Option(help="inline: each run in one process; ray: Flower's simulation.")
+    ] = "inline",
+    listed: Annotated[
+        bool, typer.Option("--list", help="Play nothing; list the tables, or the rows of one.")
+    ] = False,
+) -> None:
+    """Play the rows of a published table as far as the budget goes, and print published beside measured numbers.
+
+    The same command goes on where it stopped. Exit code: 0 finished or budget over, 1 a run failed, 2 bad
+    configuration.
+    """
+    from ssfl_app.reproduce import Words, show
+    from ssfl_app.reproduce import reproduce as play
+
+    words = Words(table, profile, override or [], budget, out, engine)
+    if listed:
+        show(words)
+    else:
+        play(words, typer.echo)
 
 
 @app.command()

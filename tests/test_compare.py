@@ -12,7 +12,7 @@ import tomli_w
 from scipy import stats
 
 from ssfl_app import cli
-from ssfl_app.engine import sweep
+from ssfl_app.engine import sweep, workers
 from ssfl_app.engine.sweep import Sweep, run_sweep
 from ssfl_app.engine.sweep_plan import Plan, read_plan
 from ssfl_app.options import ConfigError
@@ -413,7 +413,7 @@ def test_a_failed_run_is_named_and_the_others_are_compared(
 def test_what_a_kill_left_is_cleared_and_other_files_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, said = words(tmp_path, ""), list[str]()
     home = tmp_path / "out" / "runs" / "ssfl-d0.1-s1"
-    monkeypatch.setattr(sweep.workers, "start", no_process)
+    monkeypatch.setattr(workers, "start", no_process)
     for name, kept in (("status.json", False), ("thesis.txt", True)):
         home.mkdir(parents=True)
         (home / name).write_text("{}")

@@ -20,8 +20,8 @@ from ssfl_app.strategies import REGISTRY
 
 # Keys with a list of their own in [compare], and keys that are the affair of `ssfl compare`.
 _LISTS = {"strategy": "strategies", "run.seed": "seeds", "mask.density": "densities"}
-_OURS = ("run.out", "run.resume")
-_NO_AXES = (*_LISTS, *_OURS, "engine.actors")
+OURS = ("run.out", "run.resume")
+_NO_AXES = (*_LISTS, *OURS, "engine.actors")
 TASK = ("data", "partition", "model", "shift")  # rooms: runs that differ here are never rows of one table
 
 
@@ -53,7 +53,7 @@ def read_plan(files: Sequence[Path], overrides: Iterable[str]) -> Plan:
         A file is no TOML, a key or value is not allowed, or the files name different baselines.
     """
     override = configuration.read_overrides(overrides)
-    for key in _OURS:
+    for key in OURS:
         if key in override:
             raise ConfigError(f"{key} is {override[key]!r}; `ssfl compare` sets it itself, by --out")
     runs: dict[str, Planned] = {}
@@ -71,8 +71,8 @@ def read_plan(files: Sequence[Path], overrides: Iterable[str]) -> Plan:
     if len(baselines) > 1:
         said = ", ".join(f"{name!r} in {path}" for name, path in baselines.items())
         raise ConfigError(f"compare.baseline is {said}; it is one strategy for all files")
-    planned = list(runs.values())
-    return Plan(planned, _axes(planned, axes), next(iter(baselines), "ssfl"))
+    pooled = list(runs.values())
+    return Plan(pooled, _axes(pooled, axes), next(iter(baselines), "ssfl"))
 
 
 def difference(run: Planned, theirs: Mapping[str, Any]) -> str | None:
@@ -103,7 +103,7 @@ def _runs(given: Flat, asked: dict[str, Any], axes: dict[str, Any], override: Fl
     only: dict[str, Flat] = {}
     for key in [key for key in asked if key.startswith("only.")]:
         name, _, rest = key.removeprefix("only.").partition(".")
-        if rest in ("strategy", "run.seed", *_OURS):
+        if rest in ("strategy", "run.seed", *OURS):
             raise ConfigError(f"compare.only.{name} has {rest}; it is a key that may differ for one strategy")
         only.setdefault(_strategy("compare.only", name), {})[rest] = asked.pop(key)
     lists = [_values(f"compare.{_LISTS[key]}", asked.pop(_LISTS[key], [base[key]])) for key in _LISTS]
@@ -117,10 +117,17 @@ def _runs(given: Flat, asked: dict[str, Any], axes: dict[str, Any], override: Fl
         dense = not REGISTRY[_strategy("strategy", name)].density_matters
         varied = {"strategy": name, "run.seed": seed} | ({} if dense else {"mask.density": density})
         flat = configuration.merge(given, place, varied, only.get(name, {}), override)
-        yield _planned(flat, dense, list(axes))
+        yield planned(flat, dense, list(axes))
 
 
-def _planned(flat: Flat, dense: bool, axes: Sequence[str]) -> Planned:
+def planned(flat: Flat, dense: bool, axes: Sequence[str] = ()) -> Planned:
+    """Return the run of a configuration, named after strategy, density, seed and `axes`.
+
+    Raises
+    ------
+    ConfigError
+        A value is not allowed.
+    """
     if flat["data.path"]:  # as `ssfl run` does; what is relative here is not elsewhere
         flat["data.path"] = str(Path(str(flat["data.path"])).expanduser().resolve())
     if type(flat["mask.density"]) is int:

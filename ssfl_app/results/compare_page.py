@@ -42,7 +42,7 @@ def markdown(
     for table in made:
         if table.axes:
             lines += [f"## {_axes(table)}", ""]
-        lines += [_task(table), "", *_grid(headers(baseline), [cells(row) for row in table.rows]), ""]
+        lines += [_task(table), "", *grid(headers(baseline), [cells(row) for row in table.rows]), ""]
     lines += [f"![Accuracy on own tests against bytes]({picture})", "", *_notes(made, baseline), ""]
     return "\n".join([*lines, _origin(made, environments), ""])
 
@@ -89,14 +89,14 @@ def _number(value: float | None, form: str) -> str:
     return NONE if value is None else format(value, form)
 
 
-def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a Markdown table whose columns are aligned in plain text too."""
+def grid(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
+    """Return a Markdown table whose columns are aligned in plain text too; the first `texts` hold texts."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["-" * width if i < texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
 
     def line(parts: Sequence[str]) -> str:
-        numbers = (part.rjust(width) for part, width in zip(parts[1:], widths[1:], strict=True))
-        return f"| {' | '.join([parts[0].ljust(widths[0]), *numbers])} |"
+        sized = enumerate(zip(parts, widths, strict=True))
+        return f"| {' | '.join(part.ljust(w) if i < texts else part.rjust(w) for i, (part, w) in sized)} |"
 
     return [line(heads), line(rule), *map(line, rows)]
 
@@ -146,14 +146,18 @@ def _origin(made: Sequence[Table], environments: Sequence[Mapping[str, Any]]) ->
     seeds = sorted({seed for row in rows for seed in (*row.seeds, *row.missing)})
     parts = [f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} ({', '.join(map(str, seeds))})"]
     parts.append(f"{sum(len(row.seeds) for row in rows)} runs")
+    return "; ".join([*parts, *origin(environments)]) + "."
+
+
+def origin(environments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return where runs were played: machines, versions, days."""
     machines = {f"{e.get('cores')} cores of {e.get('cpu')}, {e.get('gpu') or 'no GPU'}" for e in environments}
-    parts += sorted(machines)
+    parts = sorted(machines)
     for name in ("python", "torch", "flwr", "ssfl-app", "git"):
         versions = sorted({str(e[name]) for e in environments if e.get(name)})
         parts += [f"{name} {' and '.join(versions)}"] if versions else []
     days = sorted({str(e["time"])[:10] for e in environments if e.get("time")})
-    parts += [days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"] if days else []
-    return "; ".join(parts) + "."
+    return parts + ([days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"] if days else [])
 
 
 def picture(made: Sequence[Table], strategies: Sequence[str]) -> "Figure":

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def compare_table(runs: Sequence[Run]) -> "Table":
     """Return one row a run, for 130 columns or more; "x fewer than dense" counts training alone."""
-    return _rich([header.replace(" ", "\n") for header in COMPARE], compare_rows(runs), TEXT_COLUMNS)
+    return rich_table([header.replace(" ", "\n") for header in COMPARE], compare_rows(runs), TEXT_COLUMNS)
 
 
 def final_table(summary: Mapping[str, Any], folder: Path) -> "Table":
@@ -61,7 +61,7 @@ def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> "Table":
         largest = f"{class_names[top]} ({100 * row[top] / total:.0f} %)" if total else NONE
         name = str(client) if client < len(array) else "all"
         rows.append([name, largest, f"{total:,}", f"{int((row > 0).sum())} of {len(row)}"])
-    return _rich(["Client", "Largest class", "Images", "Classes"], rows, 2)
+    return rich_table(["Client", "Largest class", "Images", "Classes"], rows, 2)
 
 
 def draw_partition(counts: ArrayLike, class_names: Sequence[str], png: Path) -> None:
@@ -158,7 +158,8 @@ def _unfinished(run: Run) -> str:
     return f"{run.name} is unfinished: {done} of {planned} rounds were written; totals are of those rounds."
 
 
-def _rich(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> "Table":
+def rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> "Table":
+    """Return a table for the terminal; the first `texts` columns are texts, the others numbers."""
     # Cells are Text: a run named "[red]" would otherwise be read as markup.
     from rich import box
     from rich.table import Table

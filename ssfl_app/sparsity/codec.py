@@ -16,6 +16,7 @@ BitsOnly       1 bit a prunable weight                nobody; carries no values 
 =============  =====================================  ==========================================
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from ssfl_app.sparsity.layout import Layout, State, Vector
+from ssfl_app.sparsity.layout import Index, Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError, check_values, read_values, take, write_values
 
@@ -80,11 +81,21 @@ class LinearCodec(Codec):
     def places(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
         """Return a bool vector of shape (layout.size,): the coordinates that are carried, in order."""
 
+    def index(self, layout: Layout, mask: Mask) -> Index:
+        """Return `places` to index a vector with: NumPy picks by numbers ten times as fast as by bits."""
+        places = self.places(layout, mask)
+        return slice(None) if places.all() else np.flatnonzero(places)
+
+    def count(self, layout: Layout, mask: Mask) -> int:
+        """Return how many coordinates are carried."""
+        return int(np.count_nonzero(self.places(layout, mask)))
+
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return the carried coordinates of the state."""
-        flat, places = layout.flatten(state), self.places(layout, mask)
-        flat[~mask.carried] = 0
-        return write_values(flat if places.all() else flat[places], self.values, self.rng)
+        flat = layout.flatten(state)
+        if mask.count < mask.alive.size:
+            flat[np.flatnonzero(~mask.carried)] = 0
+        return write_values(flat[self.index(layout, mask)], self.values, self.rng)
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
         """Return the state with 0 wherever nothing was carried."""
@@ -101,11 +112,11 @@ class LinearCodec(Codec):
 
     def vector(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> Vector:
         """Return the carried values as float32."""
-        return read_values(arrays, self.values, int(np.count_nonzero(self.places(layout, mask))))
+        return read_values(arrays, self.values, self.count(layout, mask))
 
     def expand(self, vector: Vector, layout: Layout, mask: Mask) -> State:
         """Return the state whose carried coordinates are `vector`."""
-        return layout.expand(vector, self.places(layout, mask))
+        return layout.expand(vector, self.index(layout, mask))
 
 
 class Dense(LinearCodec):
@@ -130,6 +141,24 @@ class SharedMask(LinearCodec):
     def places(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
         """Return the alive coordinates and those no mask covers."""
         return mask.carried
+
+    def index(self, layout: Layout, mask: Mask) -> Index:
+        """Return where they are."""
+        return _carried(mask)
+
+    def count(self, layout: Layout, mask: Mask) -> int:
+        """Return how many they are."""
+        return mask.count + layout.size - layout.prunable_size
+
+    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
+        """Return them; what the state holds at dead coordinates does not matter."""
+        return write_values(layout.flatten(state)[self.index(layout, mask)], self.values, self.rng)
+
+
+@functools.lru_cache(maxsize=2)
+def _carried(mask: Mask) -> Index:
+    # Kept for the masks in use, of which SSFL has one: 8 bytes for each carried coordinate.
+    return slice(None) if mask.count == mask.alive.size else np.flatnonzero(mask.carried)
 
 
 class Bitmask(Codec):

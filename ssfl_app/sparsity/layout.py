@@ -18,6 +18,8 @@ from torch import nn
 State = dict[str, torch.Tensor]
 Vector = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.bool_]
+Index = npt.NDArray[np.intp] | slice
+"""Coordinates of a vector in rising order: their numbers, or all of them."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,10 @@ class Layout:
 
     def unflatten(self, flat: Vector) -> State:
         """Return the state of a vector of all coordinates, shape (size,), which is copied."""
-        return self.expand(flat, np.ones(self.size, dtype=np.bool_))
+        return self.expand(flat, slice(None))
 
-    def expand(self, values: Vector, places: Bits) -> State:
-        """Return the state with `values` at `places`, a bool vector of shape (size,), and 0 elsewhere.
+    def expand(self, values: Vector, places: Bits | Index) -> State:
+        """Return the state with `values` at `places`, numbers or a bool vector of shape (size,), and 0 elsewhere.
 
         Its tensors are views of one buffer that torch owns: kernels may round differently on buffers with
         another alignment, and equal runs must give equal bits.

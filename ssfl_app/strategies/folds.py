@@ -40,7 +40,7 @@ def carried_mean(strategy: "SparseStrategy", replies: Iterable[Reply]) -> State:
     codec, layout, mask = strategy.up, strategy.layout, strategy.mask
     if not isinstance(codec, LinearCodec):
         raise TypeError(f"{strategy.name} sends {codec.name} up; the default fold takes linear codecs only")
-    mean = WeightedMean(int(np.count_nonzero(codec.places(layout, mask))))
+    mean = WeightedMean(codec.count(layout, mask))
     for reply in replies:
         mean.add(codec.vector(reply.arrays, layout, mask), strategy.weight(reply))
         del reply

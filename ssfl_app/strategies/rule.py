@@ -91,7 +91,7 @@ def encode_with(
     wanted = layout.flatten(state)
     if residual is not None:
         wanted += residual
-    wanted[~mask.carried] = 0
+    wanted[np.flatnonzero(~mask.carried)] = 0
     arrays = codec.encode(layout, layout.unflatten(wanted), mask)
     wanted -= layout.flatten(codec.decode(arrays, layout, mask)[0])
     return arrays, wanted
@@ -239,7 +239,8 @@ class ClientRule:
         state, mask = self.down(self.settings.wire.down_values).decode(parcel.arrays, layout, known)
         if mask.digest != digest:
             raise PayloadError(f"digest is {digest!r}; what came down has {mask.digest!r} at this client")
-        broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+        # NaN and Inf both show in the extremes, which are found in one pass and no memory.
+        broken = [n for n, t in state.items() if t.numel() and not all(x.isfinite() for x in t.aminmax())]
         if broken:  # it would be trained on, and remembered
             raise PayloadError(f"values of {broken[0]} that came down are NaN or Inf; all must be finite")
         load_state(self.site.model, state)

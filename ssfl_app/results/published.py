@@ -1,0 +1,238 @@
+"""Published numbers beside measured ones: the table ``[published]`` of a configuration, and the page of many.
+
+The numbers are those that a paper or its authors print, and are written nowhere else: accuracies in percent, MB of
+10**6 bytes. 0 and "" mean that none is published.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssfl_app import config as configuration
+from ssfl_app.options import anything, at_least, build, choice, option
+from ssfl_app.results.compare_page import NONE, grid, origin
+from ssfl_app.results.page import megabytes, percent
+from ssfl_app.results.report import rich_table
+from ssfl_app.results.runs import CENTRAL, LOCAL, MB, PERSONAL, Run, evaluated, facts
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+METRICS = {
+    "central": (CENTRAL, "the global model on all test images"),
+    "local": (LOCAL, "the global model, mean over clients' own tests"),
+    "personal": (PERSONAL, "personal models, mean over clients' own tests"),
+}
+"""What an accuracy is of: its key in a record, and the same in words."""
+NOT_PUBLISHED: dict[str, Any] = {"accuracy": 0.0, "megabytes": 0.0, "minutes": 0.0, "hardware": "", "note": ""}
+HEADERS = (
+    "row",
+    "state",
+    "accuracy of",
+    "published %",
+    "measured %",
+    "at round",
+    "published MB",
+    "measured MB",
+    "min",
+)
+PUBLISHED = "published"
+"""The profile that leaves every row as its file has it."""
+TEXTS = 3  # the first columns; numbers follow
+# What may be changed without making another run of it; data.name has a warning of its own.
+_SAME_RUN = {
+    *configuration.NOT_THE_RUN,
+    *("data.name", "data.path", "data.download", "run.device", "run.evaluate-every", "run.checkpoint-every"),
+    *("run.round-timeout", "run.join-timeout"),
+}
+_ACCURACIES = "Accuracy of: " + "; ".join(f"{name}: {words}" for name, (_, words) in METRICS.items()) + "."
+_SIZES = (
+    "MB are those of a round, of payload, in one direction, as the paper counts: of all clients that train, the "
+    "busier direction, or for methods without a server what one client gets from its peers. Discovery, masks that "
+    "are sent once, and evaluation are left out."
+)
+NOTES = (_ACCURACIES, _SIZES, "Min: wall time of the rounds that are played, discovery included.")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is published about a configuration.
+
+    Attributes
+    ----------
+    source : str
+        Where it is printed: "Table 1".
+    profile : str
+        The profile that the configuration follows: a file in ``configs/profiles``.
+    metric : str
+        What the accuracy is of, a key of `METRICS`.
+    accuracy : float
+        In percent.
+    megabytes : float
+        MB a round, one direction, of all clients of a cohort.
+    minutes, hardware : float, str
+        How long it took, and where.
+    note : str
+        What is not known, or was assumed.
+    """
+
+    source: str = anything("a text")
+    profile: str = anything("a profile")
+    metric: str = choice(*METRICS)
+    accuracy: float = option("a number of percent", lambda value: 0 <= value <= 100)
+    megabytes: float = at_least(0)
+    minutes: float = at_least(0)
+    hardware: str = anything("a text")
+    note: str = anything("a text")
+
+
+def read_published(path: Path) -> Published | None:
+    """Return the table ``[published]`` of a configuration; None if it has none.
+
+    Raises
+    ------
+    ConfigError
+        The file is missing or no TOML, or the table has a bad or missing key.
+    """
+    everything = configuration.read_toml(path)
+    found = {key.partition(".")[2]: value for key, value in everything.items() if key.startswith("published.")}
+    return build(Published, "published", NOT_PUBLISHED | found) if found else None
+
+
+def first_line(published: Published) -> str:
+    """Return the comment that the file of a published number begins with."""
+    said = f"{published.accuracy:g} %" if published.accuracy else "no number"
+    size = f"; {published.megabytes:g} MB a round" if published.megabytes else ""
+    time = f"about {published.minutes:g}" if published.minutes else "not measured here"
+    where = published.hardware or "not stated"
+    return (
+        f"# Published: {said} ({published.source}; {METRICS[published.metric][1]}){size}. "
+        f"Hardware: {where}. Minutes: {time}."
+    )
+
+
+def listing(rows: Sequence[tuple[str, Published]]) -> "Table":
+    """Return the published numbers of the rows of a table, for the terminal."""
+    cells = []
+    for name, said in rows:
+        numbers = (percent(said.accuracy / 100 if said.accuracy else None), megabytes(said.megabytes * MB or None))
+        cells.append(
+            [name, said.source, said.profile, said.metric, *numbers, f"{said.minutes:g}" if said.minutes else "-"]
+        )
+    return rich_table(["row", "source", "profile", "accuracy of", "%", "MB", "min"], cells, 4)
+
+
+def overview(found: Mapping[str, Sequence[Published]]) -> "Table":
+    """Return the tables that there are, with the sources of their rows, for the terminal."""
+    rows = [
+        [name, "; ".join(dict.fromkeys(said.source for said in published)), str(len(published))]
+        for name, published in found.items()
+    ]
+    return rich_table(["table", "sources", "rows"], rows, 2)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: what is published, and how far its run has come.
+
+    `state` is for people; `run` is None if nothing was played. `data` is the data set of the published number.
+    """
+
+    name: str
+    published: Published
+    data: str
+    config: Mapping[str, Any]
+    state: str
+    run: Run | None
+
+
+def measured(line: Line) -> dict[str, Any]:
+    """Return what was measured: fractions in [0, 1], bytes, seconds; None for what is not known yet."""
+    keys = ("accuracy", "round", "rounds", "bytes_a_round", "seconds", *(key for key, _ in METRICS.values()))
+    if line.run is None:
+        return dict.fromkeys(keys)
+    known, rounds = facts(line.run), len(line.run.rounds)
+    places, values = evaluated(line.run, METRICS[line.published.metric][0])
+    accuracy, place = (float(values[-1]), int(places[-1])) if len(values) else (None, None)
+    # Peers pay for each other's models, each client for itself: the paper states the busiest node.
+    peers = (known["bytes_peer"] or 0) / max(1, known["trained_clients"] or 1)
+    sent = peers or max(known["bytes_train_down"], known["bytes_train_up"])
+    at = None if place is None else line.run.rounds[place]["round"]
+    everything = (accuracy, at, rounds, sent / rounds if rounds else None, known["seconds_total"])
+    return dict(zip(keys, (*everything, *(known[key] for key, _ in METRICS.values())), strict=True))
+
+
+def cells(line: Line) -> list[str]:
+    """Return the row of a line, under `HEADERS`."""
+    found, said = measured(line), line.published
+    minutes = None if found["seconds"] is None else found["seconds"] / 60
+    made = [
+        *(line.name, line.state, said.metric),
+        percent(said.accuracy / 100 if said.accuracy else None),
+        percent(found["accuracy"]),
+        NONE if found["round"] is None else str(found["round"]),
+        megabytes(said.megabytes * MB if said.megabytes else None),
+        megabytes(found["bytes_a_round"]),
+        NONE if minutes is None else f"{minutes:,.1f}" if minutes >= 0.1 else f"{minutes:.2g}",
+    ]
+    return [NONE if cell == "-" else cell for cell in made]
+
+
+@dataclass(frozen=True)
+class Page:
+    """All rows of a table, the profile that they were played with, and the keys of the command line."""
+
+    title: str
+    profile: str
+    overrides: Mapping[str, Any]
+    lines: Sequence[Line]
+
+
+def table(page: Page) -> "Table":
+    """Return the table for the terminal."""
+    return rich_table([header.replace(" ", "\n", 1) for header in HEADERS], list(map(cells, page.lines)), TEXTS)
+
+
+def warnings(page: Page) -> list[str]:
+    """Return why measured numbers are not comparable with the published ones, if there is a reason."""
+    data = sorted(
+        {(line.config["data.name"], line.data) for line in page.lines if line.config["data.name"] != line.data}
+    )
+    said = [
+        f"The data are {ours}, the published numbers are of {theirs}: do not compare them." for ours, theirs in data
+    ]
+    profiles = sorted({line.published.profile for line in page.lines} - {page.profile})
+    if page.profile != PUBLISHED and profiles:
+        said.append(f"Played with the profile {page.profile}; published numbers are of {' and '.join(profiles)}.")
+    changed = ", ".join(f"{key}={value!r}" for key, value in page.overrides.items() if key not in _SAME_RUN)
+    return said + (
+        [f"Changed on the command line: {changed}. The published numbers are not of that."] if changed else []
+    )
+
+
+def markdown(page: Page) -> str:
+    """Return the Markdown page: warnings, the table, notes, and where it was played."""
+    lines = page.lines
+    notes = [*NOTES, *(f"{line.name}: {line.published.note}" for line in lines if line.published.note)]
+    places = origin([line.run.environment for line in lines if line.run is not None and line.run.environment])
+    made = [f"# {page.title}", "", *(f"**{warning}**\n" for warning in warnings(page))]
+    made += [*grid(HEADERS, list(map(cells, lines)), TEXTS), "", *(f"- {note}" for note in notes), ""]
+    return "\n".join([*made, *(["; ".join(places) + ".", ""] if places else [])])
+
+
+def as_json(page: Page) -> dict[str, Any]:
+    """Return all numbers of a page."""
+    rows = [
+        {
+            "row": line.name,
+            "state": line.state,
+            "published": asdict(line.published),
+            "measured": measured(line),
+            "rounds": line.config["run.rounds"],
+            "data": {"published": line.data, "measured": line.config["data.name"]},
+            "environment": line.run.environment if line.run is not None else None,
+        }
+        for line in page.lines
+    ]
+    return {"title": page.title, "profile": page.profile, "warnings": warnings(page), "rows": rows}
