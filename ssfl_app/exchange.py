@@ -130,9 +130,8 @@ class Courier:
         RunFailed
             A Ray actor died. Flower would go on feeding most later messages to the dead one.
         """
-        delay = self._poll
         while (self._waiting or self._queue) and time.monotonic() < self._end:
-            got = False
+            looked, got = time.monotonic(), False
             for message_id in list(self._waiting):
                 for reply in self._pull(message_id):
                     # Errors made by infrastructure name the server as their source: trust the id only.
@@ -150,8 +149,9 @@ class Courier:
                     self._push()
             self._push()
             if self._waiting:
-                delay = self._poll if got else min(delay * 1.5, max(self._poll, 0.1))
-                self._sleep(delay)
+                # A round ends with its last reply: look often, but where many are awaited not all of the time.
+                in_vain = 0.0 if got else time.monotonic() - looked
+                self._sleep(max(self._poll, min(4 * in_vain, 0.1)))
         for client in [*self._waiting.values(), *(client for client, _ in self._queue)]:
             self.outcome.lost[client] = f"no answer within {self._timeout:g} s"
         self._waiting.clear()

@@ -21,7 +21,7 @@ from ssfl_app.strategies import REGISTRY
 # Keys with a list of their own in [compare], and keys that are the affair of `ssfl compare`.
 _LISTS = {"strategy": "strategies", "run.seed": "seeds", "mask.density": "densities"}
 OURS = ("run.out", "run.resume")
-_NO_AXES = (*_LISTS, *OURS, "engine.actors")
+_NO_AXES = (*_LISTS, *configuration.NOT_THE_RUN)
 TASK = ("data", "partition", "model", "shift")  # rooms: runs that differ here are never rows of one table
 
 

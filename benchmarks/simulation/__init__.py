@@ -1,0 +1,1 @@
+"""What simulation costs beside the training itself: ``python -m benchmarks.simulation.run``."""

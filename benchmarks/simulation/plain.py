@@ -1,0 +1,114 @@
+"""The same local training in plain PyTorch: no Flower, no messages, no evaluation, no mean.
+
+The loop is written here once more, so that a slow loop in the package would show. Model, initial weights, images,
+order, augmentation and learning rate are the app's, by its own random streams: the loss of round 1 is therefore that
+of the app's round 1, and `efficiency` compares the two.
+"""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.simulation import workload
+from ssfl_app.local import models
+from ssfl_app.local.data import Transform
+from ssfl_app.seeding import generator
+
+Result = dict[str, Any]
+
+
+class Trainer:
+    """Trains clients of a workload, each from the initial weights: what weights are does not change the time."""
+
+    def __init__(self, folder: Path) -> None:
+        work = workload.load(folder)
+        facts = work.facts
+        self.facts, self.shares, self.cohorts = facts, work.shares, work.cohorts
+        self.pixels, self.labels = torch.from_numpy(work.pixels), torch.from_numpy(work.labels)
+        options = models.ModelOptions(facts["model"], facts["norm"])
+        self.model = models.create(options, work.pixels.shape[1], facts["classes"], facts["seed"])
+        self.initial = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.transform = Transform(tuple(facts["mean"]), tuple(facts["std"]), facts["augment"])
+
+    def train(self, round_: int, client: int) -> tuple[float, int]:
+        """Train one client in one round; return its mean loss and how many images it has."""
+        facts, share = self.facts, torch.from_numpy(self.shares[client])
+        pixels, labels = self.pixels[share], self.labels[share]
+        self.model.load_state_dict(self.initial)
+        self.model.train()
+        rng = generator(facts["seed"], "train", round_, client)
+        rate = facts["lr"] * facts["lr_decay"] ** (round_ - 1)
+        parameters = list(self.model.parameters())
+        # foreach is the faster variant on a CPU too: the reference shall not be a slow one.
+        stepper = torch.optim.SGD(
+            parameters, rate, facts["momentum"], weight_decay=facts["weight_decay"], foreach=True
+        )
+        total = torch.zeros((), dtype=torch.float64)
+        for _ in range(facts["epochs"]):
+            for chosen in torch.from_numpy(rng.permutation(len(labels))).split(facts["batch_size"]):
+                stepper.zero_grad()
+                loss = F.cross_entropy(self.model(self.transform.train(pixels[chosen], rng)), labels[chosen])
+                loss.backward()
+                if facts["clip"]:
+                    nn.utils.clip_grad_norm_(parameters, facts["clip"])
+                stepper.step()
+                total += loss.detach() * len(chosen)
+        return float(total) / (facts["epochs"] * len(labels)), len(labels)
+
+
+_trainer: Trainer
+_together: threading.Barrier
+
+
+def _begin(folder: Path, threads: int, together: threading.Barrier) -> None:
+    global _trainer, _together
+    torch.set_num_threads(threads)
+    _trainer, _together = Trainer(folder), together
+
+
+def _warm(client: int) -> None:
+    _trainer.train(1, client)
+    _together.wait()  # so that no worker takes two of these
+
+
+def _train(where: tuple[int, int]) -> tuple[float, int]:
+    return _trainer.train(*where)
+
+
+def measure(folder: Path, processes: int, threads: int, rounds: Iterable[int]) -> Result:
+    """Time the training of some rounds: clients are handed to `processes` workers with `threads` threads each.
+
+    Every worker trains one client before the clock starts.
+    """
+    cohorts = workload.load(folder).cohorts
+    context = multiprocessing.get_context("spawn")  # a fork would share the parent's thread pool
+    found = []
+    with context.Pool(processes, _begin, (folder, threads, context.Barrier(processes))) as pool:
+        pool.map(_warm, [int(cohorts[0][0])] * processes, chunksize=1)
+        for round_ in rounds:
+            began = time.monotonic()
+            told = pool.map(_train, [(round_, int(client)) for client in cohorts[round_ - 1]], chunksize=1)
+            seconds, samples = time.monotonic() - began, sum(n for _, n in told)
+            loss = sum(loss * n for loss, n in told) / samples
+            found.append({"round": round_, "seconds": seconds, "samples": samples, "loss": loss})
+    return {
+        "processes": processes,
+        "threads": threads,
+        "rounds": found,
+        "seconds": median(r["seconds"] for r in found),
+    }
+
+
+def reference(folder: Path, rounds: Iterable[int]) -> list[Result]:
+    """Return both ways to use all cores: one process with a thread a core, and one process a core."""
+    cores, rounds = os.cpu_count() or 1, list(rounds)
+    return [measure(folder, 1, cores, rounds), measure(folder, cores, 1, rounds)]

@@ -1,0 +1,1 @@
+"""FedAvg with Flower's own parts only: nothing here knows of sparsity."""

@@ -1,0 +1,173 @@
+"""simulation.md and scale.svg from simulation.json: no number that is not computed here from the record."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ssfl_app.results.plots import FAINT, INK, PALETTE, svg_bytes
+
+EFFICIENCY = {"cifar10": 0.9, "digits": 0.6}
+STOCK, PFL, STARTUP = 2.0, 1.0, 3.0
+Part = dict[str, Any]
+
+
+def write_table(known: dict[str, Part], folder: Path) -> None:
+    """Write the page of a record, and the plot if the record has its part."""
+    lines = ["# Simulation on CPU", "", "Written by `python -m benchmarks.simulation.run`.", ""]
+    lines += [*table(("goal", "measured", ""), goals(known)), ""]
+    for name, section in SECTIONS.items():
+        if name in known:
+            lines += [*section(known[name]), ""]
+    if "scale" in known:
+        (folder / "scale.svg").write_bytes(svg_bytes(plot(known["scale"]["cases"])))
+        lines += ["![Cost against scale](scale.svg)", ""]
+    (folder / "simulation.md").write_text("\n".join(lines))
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return lines of a Markdown table."""
+    head = list(head)
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def verdict(part: Part, met: bool) -> str:
+    return "no measurement" if part["tiny"] else "met" if met else "**not met**"
+
+
+def judged(part: Part, found: float, goal: float) -> str:
+    """Return the verdict on an efficiency: one above 1 says that the reference was disturbed."""
+    return "disturbed: above 1" if found > 1.02 and not part["tiny"] else verdict(part, found >= goal)
+
+
+def where(part: Part) -> str:
+    """Return a line that says on what a part was measured, when, and what else ran there."""
+    env = part["environment"]
+    return (
+        f"{env['cores']} cores of {env['cpu']}, {part['date']}, flwr {env['flwr']}, ray {env['ray']}, "
+        f"torch {env['torch']}, commit {env['git']}; load before and after {part['load_before']:.1f} and "
+        f"{part['load_after']:.1f}; took {part['took_seconds'] / 60:.1f} minutes"
+        + ("; TINY: no measurement." if part["tiny"] else ".")
+    )
+
+
+def goals(known: dict[str, Part]) -> Iterator[tuple[str, str, str]]:
+    """Yield goal, what was measured, and the verdict."""
+    for task, goal in EFFICIENCY.items() if "efficiency" in known else ():
+        for strategy in ("ssfl", "fedavg"):
+            part = known["efficiency"]
+            found = part[task]["runs"][f"{strategy} ray"]["efficiency"]
+            yield f"efficiency at least {goal}, {task}, `{strategy}`", f"{found:.2f}", judged(part, found, goal)
+    if "efficiency" in known:
+        plan = known["efficiency"]["cifar10"]["plan"]
+        met = verdict(known["efficiency"], plan["met"])
+        yield "an actor a core with one torch thread, printed", f"`{plan['printed']}`", met
+    for task in EFFICIENCY if "peers" in known else ():
+        found = known["peers"][task]
+        for name, key, goal in (("stock Flower's", "times_stock", STOCK), ("pfl's", "times_pfl", PFL)):
+            what = f"rounds a second at least {goal:g} x {name}, {task}"
+            yield what, f"{found[key]:.2f} x", verdict(known["peers"], found[key] >= goal)
+    if "startup" in known:
+        # Both readings of the goal: they can disagree, since the two begin round 1 at different stages (startup.py).
+        readings = (("first round's begin", "above_begin"), ("end of round 1 less a typical round", "above"))
+        for what, key in readings:
+            above = known["startup"][key]
+            met = verdict(known["startup"], above <= STARTUP)
+            yield f"start-up at most {STARTUP:g} s above `flwr run`, {what}", f"{above:+.1f} s", met
+
+
+def efficiency(part: Part) -> Iterator[str]:
+    yield from ("## Efficiency", "", where(part), "")
+    yield (
+        "Seconds of a round's training in plain PyTorch, the faster of two ways to use all cores, by wall seconds of "
+        f"the app's rounds; medians without round 1 and the last one. CIFAR-10: its first {part['images']:,} images."
+    )
+    for task in EFFICIENCY:
+        found = part[task]
+        yield from ("", f"### {task}", "", f"`{found['keys'].strip()}`", "")
+        rows = []
+        for way in (*found["plain"], found["plain_on_one_core"]):
+            name = f"plain PyTorch, {way['processes']} process(es), {way['threads']} thread(s) each"
+            rows.append((name, f"{way['seconds']:.3f}", f"{found['plain_seconds'] / way['seconds']:.2f}", ""))
+        for name, run in found["runs"].items():
+            end_to_end = f"{run['efficiency_from_end_to_end']:.2f}"
+            rows.append((f"`{name}`", f"{run['noted']:.3f}", f"{run['efficiency']:.2f}", end_to_end))
+        yield from table(("", "s a round", "efficiency", "with what is between rounds"), rows)
+        loss, equal = found["loss_of_round_1"], "equal" if found["same_training"] else "NOT EQUAL"
+        yield from ("", f"Loss of round 1: plain {loss['plain']:.6f}, fedavg {loss['app']:.6f}, {equal}.")
+
+
+def peers(part: Part) -> Iterator[str]:
+    yield from ("## Side by side", "", where(part), "")
+    yield "Seconds from the end of a round to the end of the next; medians without the first and the last round."
+    for task in EFFICIENCY:
+        found = part[task]
+        ours = found["runs"]["ssfl run, fedavg"]["typical"]
+        rows = [
+            (name, f"{run['typical']:.3f}", f"{1 / run['typical']:.3f}", f"{run['typical'] / ours:.2f}")
+            for name, run in found["runs"].items()
+        ]
+        head = ("", "s a round", "rounds a second", "`ssfl run`, fedavg is faster by")
+        yield from ("", f"### {task}", "", f"`{found['keys'].strip()}`", "", *table(head, rows))
+        versions = next(run["versions"] for run in found["runs"].values() if "versions" in run)
+        yield from ("", "pfl's environment: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".")
+
+
+def startup(part: Part) -> Iterator[str]:
+    yield from ("## Start-up", "", where(part), "", f"`{part['keys'].strip()}`", "")
+    yield "Seconds after the command was started, medians. Start-up: the end of round 1 less a typical round."
+    keys = ("startup", "round_1_begins", "round_1_ends", "whole_command")
+    rows = [(f"`{name}`", *(f"{found[key]:.1f}" for key in keys)) for name, found in part["medians"].items()]
+    yield from ("", *table(("", "start-up", "round 1 begins", "round 1 ends", "whole command"), rows))
+
+
+def scale(part: Part) -> Iterator[str]:
+    yield from ("## Cost against scale", "", where(part), "")
+    yield (
+        "All clients train in every round, one step each. Setup: SSFL's discovery. Memory: anonymous and shared "
+        "pages of the process with ServerApp and Ray's driver, before the first model is sent and at its peak."
+    )
+    rows = [
+        (
+            f"`{case['strategy']}`",
+            case["model"],
+            f"{case['parameters']:,}",
+            f"{case['clients']:,}",
+            f"{case['seconds']:.2f}",
+            f"{case['setup_seconds']:.2f}",
+            f"{case['down'] / 1e6:.2f}",
+            f"{case['up'] / 1e6:.2f}",
+            f"{case['idle_bytes'] / 1e6:.0f}",
+            f"{case['peak_bytes'] / 1e6:.0f}",
+        )
+        for case in part["cases"]
+    ]
+    head = ("", "model", "parameters", "clients", "s a round", "setup s", "MB down a round", "MB up")
+    yield from ("", *table((*head, "server MB idle", "at its peak"), rows))
+
+
+SECTIONS = {"efficiency": efficiency, "peers": peers, "startup": startup, "scale": scale}
+
+
+def plot(cases: list[Part]) -> Any:
+    """Return seconds, memory and bytes against clients, and against parameters."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained", facecolor="white")
+    panels = figure.subplots(2, 3)
+    costs = (("s a round", "seconds", 1.0), ("server memory, MB", "peak_bytes", 1e6), ("MB a round", "bytes", 1e6))
+    smallest, fewest = (min(case[key] for case in cases) for key in ("parameters", "clients"))
+    sides = (("clients", "parameters", smallest), ("parameters", "clients", fewest))
+    for line, (x, fixed, value) in zip(panels, sides, strict=True):
+        for axes, (label, key, unit) in zip(line, costs, strict=True):
+            for colour, strategy in zip(PALETTE, ("ssfl", "fedavg"), strict=False):
+                own = [case for case in cases if case["strategy"] == strategy and case[fixed] == value]
+                own = sorted((case | {"bytes": case["down"] + case["up"]} for case in own), key=lambda case: case[x])
+                ys = [case[key] / unit for case in own]
+                axes.plot([case[x] for case in own], ys, "o-", color=colour, ms=4, lw=1.6, label=strategy)
+            axes.set(xscale="log", yscale="log", xlabel=x, ylabel=label)
+            axes.grid(color=FAINT, lw=0.6)
+            axes.tick_params(colors=INK, labelsize=8.5)
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_title(f"{value:,} {fixed}", loc="left", fontsize=10, color=INK)
+    panels[0][0].legend(frameon=False)
+    return figure
