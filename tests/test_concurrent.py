@@ -1,8 +1,12 @@
 """The inline engine with several clients at once: the same bits, each thread at a bench of its own."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -11,6 +15,7 @@ from flwr.clientapp import ClientApp
 from ssfl_app import client_app
 from ssfl_app.config import merge, parse, write_toml
 from ssfl_app.engine.command import Command, resolve
+from ssfl_app.engine.crew import crew
 from ssfl_app.engine.inline import InlineGrid, clients_at_once, run_inline
 from ssfl_app.exchange import Courier
 from ssfl_app.guard import RunFailed
@@ -191,11 +196,12 @@ def test_a_workshop_is_opened_once_however_many_ask():
 
 
 @pytest.mark.parametrize(("gpu", "keys", "count"), [
-    (False, {}, 1), (False, {"engine.concurrent": 3}, 3), (False, {"engine.concurrent": 30}, 6), (True, {}, 6),
-    (True, {"run.clients": 20}, 8), (True, {"run.device": "cpu"}, 1), (True, {"engine.concurrent": 1}, 1),
+    (False, {}, 4), (False, {"engine.concurrent": 3}, 3), (False, {"engine.concurrent": 30}, 6), (True, {}, 6),
+    (True, {"run.clients": 20}, 8), (True, {"run.device": "cpu"}, 4), (True, {"engine.concurrent": 1}, 1),
 ])  # fmt: skip
 def test_how_many_at_once(monkeypatch, gpu, keys, count):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
     assert clients_at_once(merge(SMALL, keys)) == count
 
 
@@ -233,3 +239,78 @@ def test_the_engine_ends_its_threads_with_the_run():
         run_inline(server, echo(lambda node: node), merge(SMALL, {"engine.concurrent": 3}))
     assert grids[0].concurrent == 3
     assert threading.active_count() == before
+
+
+# ---- processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["ssfl", "ditto"])
+def test_processes_give_the_bits_of_one_client_after_the_other(tmp_path, strategy):
+    keys = {"strategy": strategy, "run.rounds": 2, "local.batch-size": 64}
+    alone = play(keys)
+    nodes, config = {1000 + i: i for i in range(SMALL["run.clients"])}, merge(SMALL, keys)
+    open_workshop(config)
+    with crew(client_app.app, 3) as app:
+        grid = InlineGrid(app, config, nodes, concurrent=3)
+        try:
+            # Without a folder a client keeps its mask or its model in its node's state, which crosses the pipe.
+            at_once = play(keys, grid=grid)
+        finally:
+            grid.close()
+    assert at_once.bits() == alone.bits()
+    assert at_once.metrics() == alone.metrics()
+
+
+def test_a_process_that_raises_is_a_clients_failure_and_one_that_dies_is_the_runs():
+    def work(node):
+        if node == 1:
+            raise ValueError("no data here")
+        if node == 2:
+            os._exit(1)
+        return os.getpid()
+
+    before = {child.pid for child in psutil.Process().children()}
+    with crew(echo(work), 2) as app:
+        grid = InlineGrid(app, {}, {i: i for i in range(1, 7)}, concurrent=2)
+        try:
+            (bad,) = grid.send_and_receive([letter(grid, 1)])
+            assert bad.error.reason == "ValueError: no data here"
+            pids = {said(reply) for reply in grid.send_and_receive([letter(grid, node) for node in (3, 4, 5, 6)])}
+            assert os.getpid() not in pids
+            with pytest.raises(RunFailed, match="a process that trains clients died"):
+                grid.send_and_receive([letter(grid, 2)])
+            (good,) = grid.send_and_receive([letter(grid, 3)])  # the other one is alive
+            assert said(good) in pids
+        finally:
+            grid.close()
+    assert {child.pid for child in psutil.Process().children()} == before
+
+
+def test_processes_end_with_the_one_that_made_them(tmp_path):
+    script = f"""
+import os, time
+from pathlib import Path
+from flwr.clientapp import ClientApp
+from ssfl_app.engine.crew import crew
+import psutil
+with crew(ClientApp(), 3):
+    Path({str(tmp_path / "pids")!r}).write_text(" ".join(str(c.pid) for c in psutil.Process().children()))
+    os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", script], check=False)
+    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 3
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_the_inline_engine_forks_on_a_cpu():
+    grids = []
+
+    def server(grid, context):
+        grids.append(grid)
+        replies = grid.send_and_receive([letter(grid, node) for node in (1000, 1001, 1002)])
+        assert os.getpid() not in {said(reply) for reply in replies}
+
+    run_inline(server, echo(lambda node: os.getpid()), merge(SMALL, {"engine.concurrent": 3}))
+    assert grids[0].concurrent == 3

@@ -19,6 +19,9 @@ LEARNS: dict[str, dict[str, Any]] = {
     name: {"run.rounds": 6, "run.evaluate-every": 6} for name in ("fedpm", "lotteryfl", "sparsyfed", "random-local")
 }
 
+# Keys under which a strategy costs less and does the same: PruneFL's one client prunes alone for 20 local rounds.
+CHEAP: dict[str, dict[str, Any]] = {"prunefl": {"prunefl.checks": 2}}
+
 # Strategies whose density is an outcome: it starts at 1 or elsewhere and falls, or follows from what was learnt.
 EMERGENT: set[str] = {
     "subfedavg",  # of clients' masks, which start dense and shrink as their models get good
@@ -40,7 +43,11 @@ TRAINS_ON: dict[str, float] = {"fedfomo": 0.9}
 
 @pytest.fixture(scope="module", params=sorted(REGISTRY))
 def played(request: pytest.FixtureRequest) -> Played:
-    return play({"strategy": request.param})
+    return play(base(request.param))
+
+
+def base(name: str) -> dict[str, Any]:
+    return {"strategy": name} | CHEAP.get(name, {})
 
 
 def name_of(played: Played) -> str:
@@ -56,7 +63,7 @@ def test_learns(played: Played) -> None:
     keys = {"run.rounds": 4, "local.epochs": 3, "local.batch-size": 16, "run.evaluate-every": 4} | LEARNS.get(
         name_of(played), {}
     )
-    long = play({"strategy": name_of(played)} | keys)
+    long = play(base(name_of(played)) | keys)
     last = long.records[-1]
     best = last["central_accuracy"] if last["personal_accuracy_mean"] is None else last["personal_accuracy_mean"]
     assert best > 0.8
@@ -64,20 +71,20 @@ def test_learns(played: Played) -> None:
 
 
 def test_repeats_bit_for_bit_with_other_node_ids_and_another_order_of_replies(played: Played, tmp_path: Path) -> None:
-    again = play({"strategy": name_of(played)}, luck=1, folder=tmp_path)  # and with client memory in files
+    again = play(base(name_of(played)), luck=1, folder=tmp_path)  # and with client memory in files
     assert again.grid.log != played.grid.log
     assert again.bits() == played.bits()
     assert again.metrics() == played.metrics()
 
 
 def test_another_seed_is_another_run(played: Played) -> None:
-    assert play({"strategy": name_of(played), "run.seed": 2, "run.rounds": 1}).bits() != played.bits()
+    assert play(base(name_of(played)) | {"run.seed": 2, "run.rounds": 1}).bits() != played.bits()
 
 
 def test_goes_on_from_a_snapshot_to_the_same_bits(played: Played, tmp_path: Path) -> None:
     from flwr.app import ArrayRecord
 
-    keys = {"strategy": name_of(played), "run.checkpoint-every": 1}
+    keys = base(name_of(played)) | {"run.checkpoint-every": 1}
     half = play(keys, folder=tmp_path, until=1)
     arrays = {name: array.copy() for name, array in half.strategy.snapshot().items()}
     rest = play(keys, folder=tmp_path, until=2)  # got further than its checkpoint: clients remember round 2
@@ -164,7 +171,7 @@ def test_leaves_global_random_generators_alone(played: Played) -> None:
     np.random.seed(5)  # noqa: NPY002
     torch.manual_seed(5)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
-    play({"strategy": name_of(played), "run.rounds": 1})
+    play(base(name_of(played)) | {"run.rounds": 1})
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
 
 
@@ -182,12 +189,12 @@ def test_goes_on_without_a_lost_client_and_a_refused_one_changes_no_more(played:
             values = values[:-1]
         return Parcel({**parcel.arrays, name: values}, parcel.facts)
 
-    lost = play({"strategy": name_of(played)}, faults={where: answer_error(5, "node gone")})
+    lost = play(base(name_of(played)), faults={where: answer_error(5, "node gone")})
     assert lost.records[2]["lost"] == {str(client): "Flower error 5: node gone"}
     assert lost.records[2]["ok"] == [c for c in played.records[2]["cohort"] if c != client]
     assert lost.bits() != played.bits()
 
-    refused = play({"strategy": name_of(played)}, faults={where: tamper(poison)})
+    refused = play(base(name_of(played)), faults={where: tamper(poison)})
     reason = refused.records[2]["refused"][str(client)]
     assert "1 values are NaN or Inf" in reason or "bytes; this layout needs" in reason
     assert refused.bits() == lost.bits()

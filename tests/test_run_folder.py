@@ -130,7 +130,8 @@ def test_too_few_good_replies_end_with_exit_code_1_and_an_intact_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalTrainer, "fit", failing)
-        code, _, err = ssfl("run", "--engine", "inline", "-c", KEYS, "--out", "run")
+        one_process = f"{KEYS} engine.concurrent=1"  # in which calls are counted
+        code, _, err = ssfl("run", "--engine", "inline", "-c", one_process, "--out", "run")
     assert code == 1
     assert "training in round 2: 0 of 4 clients answered well" in err
     assert "raised: ValueError: the scanner is offline" in err

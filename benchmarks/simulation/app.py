@@ -14,13 +14,23 @@ from benchmarks.wan.measure import Watch, round_ends
 SSFL = str(Path(sys.executable).parent / "ssfl")
 
 
-def play(keys: str, engine: str, folder: Path) -> dict[str, Any]:
-    """Run a configuration; return when rounds ended, in seconds after the command was started, and what it recorded.
+ENGINES = {
+    "ray": ("ray", ""),
+    "inline": ("inline", " engine.concurrent=1"),
+    "inline on all cores": ("inline", ""),
+}
+"""Engines by name: what `--engine` is, and further keys."""
 
-    "seconds" is what the app notes for a round in rounds.jsonl. "ends" is when that line was there: from one to the
-    next is the whole of a round, with what the app does between rounds (recording, checkpoints).
+
+def play(keys: str, name: str, folder: Path) -> dict[str, Any]:
+    """Run a configuration on one of `ENGINES`; return when rounds ended, and what it recorded.
+
+    "seconds" is what the app notes for a round in rounds.jsonl. "ends" is when that line was there, in seconds after
+    the command was started: from one to the next is the whole of a round, with what the app does between rounds
+    (recording, checkpoints).
     """
-    lines = folder / "rounds.jsonl"
+    engine, more = ENGINES[name]
+    lines, keys = folder / "rounds.jsonl", keys + more
     said = folder.with_suffix(".log")
     command = [SSFL, "run", "--engine", engine, "-c", keys, "--out", str(folder)]
     with said.open("w") as output, Watch({lines: None}) as watch:
@@ -31,7 +41,7 @@ def play(keys: str, engine: str, folder: Path) -> dict[str, Any]:
         raise RuntimeError(f"{' '.join(command)} failed:\n{said.read_text()[-3000:]}")
     return read(folder) | {
         "keys": keys,
-        "engine": engine,
+        "engine": name,
         "plan": next((line for line in said.read_text().splitlines() if line.startswith("engine ")), ""),
         "command_seconds": wall,
         "ends": [end - began for end in round_ends(watch.lines)],

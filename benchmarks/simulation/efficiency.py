@@ -10,9 +10,9 @@ from statistics import median
 from typing import Any
 
 from benchmarks.simulation import plain, tasks
-from benchmarks.simulation.app import play, recorded, typical
+from benchmarks.simulation.app import ENGINES, play, recorded, typical
 
-STRATEGIES, ENGINES = ("ssfl", "fedavg"), ("ray", "inline")
+STRATEGIES = ("ssfl", "fedavg")
 REFERENCE = 6  # rounds of plain PyTorch at a time: all have the same number of steps
 
 

@@ -1,30 +1,33 @@
 """The in-process engine: the same ServerApp and ClientApp without Ray, SuperLink or FAB.
 
-For tests, debugging and a single GPU, which several clients share in threads: `engine.concurrent`. It gives the
-same digits as Ray: clients draw from generators that name seed, round and client, and the server's sums do not depend
-on the order of replies.
+For tests, debugging and one machine: several clients are trained at once in threads that share a GPU, or in forks of
+this process (`crew`) that share its data: `engine.concurrent`. It gives the same digits as Ray: clients draw from
+generators that name seed, round and client, and the server's sums do not depend on the order of replies.
 """
 
+import contextlib
+import os
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from threading import Event, Lock
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from ssfl_app.config import Flat
-from ssfl_app.workshop import find_device
+from ssfl_app.engine.crew import SERVER, answered, crew, identify
+from ssfl_app.workshop import find_device, open_workshop
 
 ON_A_GPU = 8
 """Clients trained at once on a GPU, unless `engine.concurrent` says otherwise."""
 
-_SERVER = 1
+Answer = Callable[[Message, Context], Message]
+"""What a node does with a message: a ClientApp, or a crew of processes that are one."""
 
 
 class InlineGrid(Grid):
@@ -35,8 +38,8 @@ class InlineGrid(Grid):
 
     Parameters
     ----------
-    app : ClientApp
-        What every node runs.
+    app : callable
+        What every node runs, a ClientApp.
     config : dict
         The run config, flat.
     nodes : mapping of int to int
@@ -56,7 +59,7 @@ class InlineGrid(Grid):
 
     def __init__(
         self,
-        app: ClientApp,
+        app: Answer,
         config: Flat,
         nodes: dict[int, int],
         node_configs: Mapping[int, UserConfig] | None = None,
@@ -81,7 +84,7 @@ class InlineGrid(Grid):
         self._nodes = {node: Lock() for node in nodes}
         self._waiting: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=1)
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, _SERVER
+        identify()
 
     def set_run(self, run: Run) -> None:
         """Use this run."""
@@ -151,13 +154,7 @@ class InlineGrid(Grid):
             return self._answer(message)
 
     def _answer(self, message: Message) -> Message:
-        try:
-            return self._app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception as error:
-            # As Flower does: the client's exception becomes an error reply, whatever it is.
-            return Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"), reply_to=message
-            )
+        return answered(self._app, message, self._contexts[message.metadata.dst_node_id])
 
 
 def run_inline(server: ServerApp, client: ClientApp, config: Flat) -> None:
@@ -169,16 +166,30 @@ def run_inline(server: ServerApp, client: ClientApp, config: Flat) -> None:
         What the ServerApp raises.
     """
     nodes = {1000 + i: i for i in range(int(config["run.clients"]))}
-    context = Context(run_id=1, node_id=_SERVER, node_config={}, state=RecordDict(), run_config=dict(config))
-    grid = InlineGrid(client, config, nodes, concurrent=clients_at_once(config))
-    try:
+    context = Context(run_id=1, node_id=SERVER, node_config={}, state=RecordDict(), run_config=dict(config))
+    at_once = clients_at_once(config)
+    where = "threads on a GPU" if on_a_gpu(config) else "processes" if at_once > 1 else "this process"
+    print(f"engine inline: {at_once} client(s) at once, in {where}", flush=True)
+    with contextlib.ExitStack() as stack:
+        app: Answer = client
+        if at_once > 1 and not on_a_gpu(config):
+            open_workshop(dict(config))  # before the fork: all of them share it
+            app = stack.enter_context(crew(client, at_once))
+        grid = InlineGrid(app, config, nodes, concurrent=at_once)
+        stack.callback(grid.close)
         server(grid, context)
-    finally:
-        grid.close()
 
 
 def clients_at_once(config: Flat) -> int:
-    """Return how many clients the inline engine trains at once."""
-    on_gpu = find_device(str(config["run.device"])).type == "cuda"
-    wanted = int(config["engine.concurrent"]) or (ON_A_GPU if on_gpu else 1)
+    """Return how many clients the inline engine trains at once: by default 8 on a GPU, and a core each on a CPU.
+
+    Where processes cannot safely be forked (not on Linux), that is one.
+    """
+    cores = (os.cpu_count() or 1) if sys.platform == "linux" else 1
+    wanted = int(config["engine.concurrent"]) or (ON_A_GPU if on_a_gpu(config) else cores)
     return min(wanted, int(config["run.clients"]))
+
+
+def on_a_gpu(config: Flat) -> bool:
+    """Return whether clients train on a GPU."""
+    return find_device(str(config["run.device"])).type == "cuda"

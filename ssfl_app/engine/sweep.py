@@ -3,11 +3,12 @@
 A run lives in ``DIR/runs/<slug>``; `jobs` says what becomes of a folder that is there already.
 """
 
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssfl_app import guard
@@ -21,6 +22,7 @@ from ssfl_app.results.files import write_atomically, write_json
 from ssfl_app.results.page import percent
 from ssfl_app.results.plots import png_bytes
 from ssfl_app.results.runs import CENTRAL, facts, read_run
+from ssfl_app.workshop import find_device
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ def play(runs: Sequence[Planned], folder: Path, engine: str, jobs: int, say: Cal
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    running.append(start(run, _home(run, folder), engine, Path(work), folder / ".lock"))
+                    running.append(
+                        start(_shared(run, jobs), _home(run, folder), engine, Path(work), folder / ".lock")
+                    )
                 time.sleep(0.05)
                 for job in [job for job in running if job.process.poll() is not None]:
                     running.remove(job)
@@ -103,6 +107,13 @@ def play(runs: Sequence[Planned], folder: Path, engine: str, jobs: int, say: Cal
         finally:
             stop(running)
     return failed
+
+
+def _shared(run: Planned, jobs: int) -> Planned:
+    """Return a run that leaves the other jobs their share of the cores, unless it says how many clients at once."""
+    if jobs == 1 or run.flat["engine.concurrent"] or find_device(str(run.flat["run.device"])).type == "cuda":
+        return run
+    return replace(run, flat=run.flat | {"engine.concurrent": max(1, (os.cpu_count() or 1) // jobs)})
 
 
 def _home(run: Planned, folder: Path) -> Path:
