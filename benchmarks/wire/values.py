@@ -78,7 +78,8 @@ def table(task: str, record: dict[str, Any]) -> list[str]:
         cells = (f"{statistics.mean(run[key] for run in runs.values()):,.0f}" for key in ("down", "up"))
         mean = statistics.mean(run["accuracy"] for run in runs.values())
         lines.append(f"| {name} | {' | '.join(cells)} | {mean:.2f} | {_interval(off) if name != 'fp32' else ''} |")
-    return [*lines, "", f"Means over {len(TASKS[task][1])} seeds of the mean of the last {LAST} rounds."]
+    seeds = sorted({seed for runs in record.values() for seed in runs})
+    return [*lines, "", f"Seeds {', '.join(seeds)}; a run's accuracy is the mean of its last {LAST} rounds."]
 
 
 def _interval(differences: list[float]) -> str:
