@@ -167,8 +167,11 @@ def init(
 def certificate(folder: Folder = DEFAULT, days: Days = 365) -> None:
     """Make a new certificate for the SuperLink, for the same hosts; nodes need nothing new. Restart it afterwards."""
     from ssfl_app.engine.credentials import expires, hosts_of, make_server
+    from ssfl_app.engine.federation import read
 
-    home = folder.expanduser().resolve()
+    home = read(folder.expanduser().resolve()).folder
+    if not (home / "ca" / "ca.key").is_file():
+        raise ConfigError(f"--dir is {home}; it is a folder with ca/ca.key, which signs the certificate")
     make_server(home, hosts_of(home), timedelta(days=days))
     typer.echo(f"{home / 'superlink' / 'server.pem'} ends on {expires(home):%Y-%m-%d}: restart the SuperLink")
 

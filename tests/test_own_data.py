@@ -12,6 +12,7 @@ from PIL import Image
 
 from ssfl_app import cli, client_app, server_app
 from ssfl_app.config import Flat, merge, parse
+from ssfl_app.engine import credentials
 from ssfl_app.guard import RunFailed
 from ssfl_app.local.data import load_central, load_own
 from ssfl_app.local.holdings import Holding, difference, read_holding
@@ -448,3 +449,32 @@ def test_sites_of_a_trial_federation_are_refused_by_the_words_that_name_them(
     assert ended.value.code == 2
     assert f"--site is {words[-1]!r}" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
+
+
+def test_a_new_certificate_needs_the_key_of_the_authority_and_is_for_the_same_hosts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made"
+
+    def ssfl(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["ssfl", "federation", *words, "--dir", str(made)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out + err
+
+    code, said = ssfl("certificate")
+    assert code == 2
+    assert f"--dir is {made}; it is a folder that `ssfl federation up` or `init` made" in said
+    assert ssfl("init", "--host", "hub.example", "--name", "a", "--days", "3")[0] == 0
+    first, key = (made / "superlink" / "server.pem").read_bytes(), (made / "nodes" / "a" / "key").read_bytes()
+    hosts = credentials.hosts_of(made)
+    assert "hub.example" in hosts
+    assert ssfl("certificate", "--days", "9")[0] == 0
+    assert (made / "superlink" / "server.pem").read_bytes() != first
+    assert (made / "nodes" / "a" / "key").read_bytes() == key
+    assert credentials.hosts_of(made) == hosts
+    (made / "ca" / "ca.key").unlink()  # as on the SuperLink's host
+    code, said = ssfl("certificate")
+    assert code == 2
+    assert f"--dir is {made}; it is a folder with ca/ca.key" in said
