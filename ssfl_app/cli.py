@@ -36,7 +36,7 @@ def run(
     config: ConfigFile = None,
     override: Override = None,
     nodes: Annotated[int | None, typer.Option(help="Simulated SuperNodes; sets run.clients.")] = None,
-    engine: Annotated[str, typer.Option(help="ray: Flower's simulation; inline: all in this process.")] = "ray",
+    engine: Annotated[str, typer.Option(help="ray: Flower's simulation; inline: without Ray.")] = "ray",
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
@@ -51,9 +51,7 @@ def compare(
     files: Annotated[list[Path], typer.Argument(metavar="SWEEP.toml...", help="Configurations with [compare].")],
     override: Override = None,
     out: Annotated[Path | None, typer.Option(help="Folder. [default: runs/compare-<name of the file>]")] = None,
-    engine: Annotated[
-        str, typer.Option(help="inline: each run in one process; ray: Flower's simulation.")
-    ] = "inline",
+    engine: Annotated[str, typer.Option(help="inline: without Ray; ray: Flower's simulation.")] = "inline",
     jobs: Annotated[int, typer.Option(help="Runs that are played at once.")] = 1,
     report_only: Annotated[bool, typer.Option("--report-only", help="Play nothing; compare what is there.")] = False,
 ) -> None:
@@ -75,9 +73,7 @@ def reproduce(
     ] = "published",
     override: Override = None,
     out: Annotated[Path | None, typer.Option(help="Folder. [default: runs/reproduce-<table>-<profile>]")] = None,
-    engine: Annotated[
-        str, typer.Option(help="inline: each run in one process; ray: Flower's simulation.")
-    ] = "inline",
+    engine: Annotated[str, typer.Option(help="inline: without Ray; ray: Flower's simulation.")] = "inline",
     listed: Annotated[
         bool, typer.Option("--list", help="Play nothing; list the tables, or the rows of one.")
     ] = False,
