@@ -2,8 +2,8 @@
 
 Parts: values (accuracy and bytes of the value types), discovery (bytes and overlap of the score types), select
 (seconds and memory of the server's top-k), nncodec (a standard codec for networks on the same models). The data are
-CIFAR-10 as parquet files, or as SSFL_CIFAR10 names them; without them values plays digits only, and discovery and
-nncodec nothing. Measured parts are kept in benchmarks/results/wire.json, and wire.md is made from that file.
+CIFAR-10 as parquet files, or as SSFL_CIFAR10 names them; without them values plays digits only, and discovery
+nothing. Measured parts are kept in benchmarks/results/wire.json, and wire.md is made from that file.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def main() -> None:
         elif part == "values":
             for task in values.TASKS if args.data else ["digits"]:
                 values.measure(task, args.data, record.setdefault(part, {}).setdefault(task, {}), save)
-        elif part == "nncodec" and args.data:
-            record[part] = nncodec.measure(args.data)
+        elif part == "nncodec":
+            record[part] = nncodec.measure()
         save()
 
 
