@@ -43,10 +43,14 @@ def simulated(record: dict[str, Any]) -> Iterator[Row]:
     env = next(iter(record.values()))["environment"]
     for goal, measured, verdict in simulation.goals(record):
         yield goal, measured, verdict, machine(env), script
+    if "scale" not in record:
+        yield "cost against scale: 10 to 1,000 clients, 0.1 to 25 million parameters", "not measured", "", "", script
 
 
 def wired(record: dict[str, Any]) -> Iterator[Row]:
     script, where = "`python -m benchmarks.wire.run`", record.get("environment", {})
+    if "cifar10" not in record.get("values", {}):
+        yield f"fp16 and int8 within {POINTS} points of fp32, cifar10", "not measured", "", "", script
     for task, found in record.get("values", {}).items():
         for kind in ("fp16", "int8"):
             pairs = [

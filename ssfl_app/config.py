@@ -112,7 +112,7 @@ def defaults() -> Flat:
 
 @functools.cache
 def _defaults() -> Flat:
-    # Kept: to read the file takes ten milliseconds, and a table of many runs merges it for each of them.
+    # Kept: a table of many runs merges it for each of them.
     return flatten(tomllib.loads((app_folder() / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
 
 

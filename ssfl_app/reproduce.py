@@ -13,7 +13,7 @@ from pathlib import Path
 from ssfl_app import config as configuration
 from ssfl_app import guard
 from ssfl_app.engine import jobs
-from ssfl_app.engine.command import ENGINES
+from ssfl_app.engine.command import check_engine
 from ssfl_app.options import ConfigError
 from ssfl_app.reproduce_rows import Row, read_budget, read_rows, tables
 from ssfl_app.results.files import write_atomically, write_json
@@ -47,8 +47,7 @@ def reproduce(words: Words, say: Say) -> None:
     ConfigError
         A row cannot be played, or its folder holds another run; nothing was played.
     """
-    if words.engine not in ENGINES:
-        raise ConfigError(f"--engine is {words.engine!r}; it is one of {', '.join(ENGINES)}")
+    check_engine(words.engine)
     budget, override = read_budget(words.budget), configuration.read_overrides(words.overrides)
     rows = read_rows(words.table, words.profile, override)
     folder = (words.out or Path("runs") / f"reproduce-{words.table}-{words.profile}").expanduser().resolve()

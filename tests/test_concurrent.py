@@ -286,6 +286,16 @@ def test_a_process_that_raises_is_a_clients_failure_and_one_that_dies_is_the_run
     assert {child.pid for child in psutil.Process().children()} == before
 
 
+def test_nobody_waits_for_processes_that_are_all_dead():
+    with crew(echo(lambda node: os._exit(1)), 2) as app:
+        grid = InlineGrid(app, {}, {i: i for i in range(1, 7)}, concurrent=2)
+        try:
+            with pytest.raises(RunFailed, match="a process that trains clients died"):
+                grid.send_and_receive([letter(grid, node) for node in range(1, 7)])
+        finally:
+            grid.close()
+
+
 def test_processes_end_with_the_one_that_made_them(tmp_path):
     script = f"""
 import os, time

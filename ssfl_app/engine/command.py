@@ -27,10 +27,15 @@ class Command:
     resume: Path | None
 
 
+def check_engine(name: str) -> None:
+    """Raise ConfigError unless `name` is one of `ENGINES`."""
+    if name not in ENGINES:
+        raise ConfigError(f"--engine is {name!r}; it is one of {', '.join(ENGINES)}")
+
+
 def run_command(command: Command) -> None:
     """Run, or raise ConfigError before anything was written; exit with 1 if the run fails."""
-    if command.engine not in ENGINES:
-        raise ConfigError(f"--engine is {command.engine!r}; it is one of {', '.join(ENGINES)}")
+    check_engine(command.engine)
     config, layout = resolve(command)
     folder = Path(config.settings.run.out)
     try:

@@ -65,7 +65,9 @@ class Crew:
                 "a process that trains clients died. Most often it ran out of memory: try a lower engine.concurrent "
                 "or a smaller model"
             ) from gone
-        self._idle.put(connection)
+        finally:
+            # A dead one too: who gets it is told, where waiting for a living one might never end.
+            self._idle.put(connection)
         return reply  # type: ignore[no-any-return]
 
 

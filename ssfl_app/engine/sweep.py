@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssfl_app import guard
-from ssfl_app.engine.command import ENGINES
+from ssfl_app.engine.command import check_engine
 from ssfl_app.engine.jobs import Job, check_all, old_reason, reason, start, state, stop
 from ssfl_app.engine.sweep_plan import Plan, Planned, read_plan
 from ssfl_app.options import ConfigError
@@ -45,8 +45,7 @@ def run_sweep(sweep: Sweep, say: Callable[[str], None]) -> None:
     ConfigError
         A run cannot be played, or its folder holds another one; nothing was played.
     """
-    if sweep.engine not in ENGINES:
-        raise ConfigError(f"--engine is {sweep.engine!r}; it is one of {', '.join(ENGINES)}")
+    check_engine(sweep.engine)
     if sweep.jobs < 1:
         raise ConfigError(f"--jobs is {sweep.jobs}; it is a number of at least 1")
     plan = read_plan(sweep.files, sweep.overrides)

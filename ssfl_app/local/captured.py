@@ -1,7 +1,7 @@
 """The training step on buffers that never move, so that a GPU plays it as one graph.
 
-A small model spends its time in Python: a step of ResNet-18 is some 400 kernels of a few microseconds, each launched
-by more code than it runs. Here a step reads a batch from buffers at fixed addresses, and what it changes (weights,
+A small model on small batches spends its time in Python: a step is hundreds of short kernels, each launched by more
+code than it runs. Here a step reads a batch from buffers at fixed addresses, and what it changes (weights,
 momentum, the sum of losses) stays at fixed addresses too. So a CUDA graph of it is captured once for each batch size
 and replayed ever after: a step is then two copies and a launch, whatever the depth of the model. Learning rate and
 mask are read from buffers as well: another client, round or mask is no new graph.

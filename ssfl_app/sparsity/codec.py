@@ -82,7 +82,7 @@ class LinearCodec(Codec):
         """Return a bool vector of shape (layout.size,): the coordinates that are carried, in order."""
 
     def index(self, layout: Layout, mask: Mask) -> Index:
-        """Return `places` to index a vector with: NumPy picks by numbers ten times as fast as by bits."""
+        """Return `places` to index a vector with: NumPy picks by numbers faster than by bits."""
         places = self.places(layout, mask)
         return slice(None) if places.all() else np.flatnonzero(places)
 
