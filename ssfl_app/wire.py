@@ -8,6 +8,7 @@ Bytes of type uint8, bitmaps above all, can travel deflated: their layers have d
 0.5 a bit holds less than one bit (wire.bitmaps).
 """
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ Facts = dict[str, Fact]
 
 SERIAL_TYPE, DEFLATED = "ssfl.raw.v1", "ssfl.zlib.v1"
 MOST_INFLATED = 2**28
-"""Largest array that deflated bytes may unfold to: the bitmap of two billion weights."""
+"""Most bytes that the deflated arrays of a message may unfold to: the bitmap of two billion weights."""
 _DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "u1", "i1", "<i4", "<i8")}
 MASKS = "masks"
 """Folder of bitmaps, one file a digest, in the folder that simulated clients share."""
@@ -99,6 +100,10 @@ def read_record(record: RecordDict) -> Parcel:
         The records are not what `Packer` writes.
     """
     arrays, facts = _lookup(record, "arrays", ArrayRecord), _lookup(record, "facts", ConfigRecord)
+    # All of them together: many that are within the limit would fill the memory as well as one.
+    total = sum(max(0, math.prod(array.shape)) for array in arrays.values() if array.stype == DEFLATED)
+    if total > MOST_INFLATED:
+        raise PayloadError(f"deflated arrays have {total} bytes; together they have at most {MOST_INFLATED}")
     return Parcel({name: _read_array(name, array) for name, array in arrays.items()}, _scalars(facts))
 
 
@@ -122,8 +127,8 @@ def _read_array(name: str, array: Array) -> npt.NDArray[Any]:
 
 def _inflate(name: str, array: Array) -> bytes:
     size = array.shape[0] if len(array.shape) == 1 else -1
-    if not isinstance(size, int) or not 0 <= size <= MOST_INFLATED:
-        raise PayloadError(f"array {name} has shape {array.shape}; deflated it is flat, of at most {MOST_INFLATED}")
+    if size < 0:
+        raise PayloadError(f"array {name} has shape {array.shape}; deflated it is flat")
     reader = zlib.decompressobj()
     try:
         data = reader.decompress(array.data, size + 1)  # never more than that, whatever the bytes would unfold to

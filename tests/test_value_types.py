@@ -181,7 +181,7 @@ SMALL_BITS = zlib.compress(bytes(1000))
         ((1000,), SMALL_BITS[:-6], "inflates to"),
         ((1000,), SMALL_BITS + b"more", "inflates to"),
         ((1000,), b"no zlib", "cannot be inflated"),
-        ((MOST_INFLATED + 1,), SMALL_BITS, "has shape"),
+        ((MOST_INFLATED + 1,), SMALL_BITS, "together they have at most"),
         ((-1,), SMALL_BITS, "has shape"),
         ((10, 100), SMALL_BITS, "has shape"),
     ],
@@ -191,6 +191,13 @@ def test_bytes_that_do_not_inflate_to_their_shape_are_refused(shape: Any, data: 
         {"arrays": ArrayRecord({"mask": Array("uint8", shape, DEFLATED, data)}), "facts": ConfigRecord()}
     )
     with pytest.raises(PayloadError, match=said):
+        read_record(record)
+
+
+def test_many_deflated_arrays_are_refused_before_any_is_inflated() -> None:
+    half = Array("uint8", (MOST_INFLATED // 2 + 1,), DEFLATED, SMALL_BITS)
+    record = RecordDict({"arrays": ArrayRecord({"a": half, "b": half}), "facts": ConfigRecord()})
+    with pytest.raises(PayloadError, match="together they have at most"):
         read_record(record)
 
 
