@@ -23,7 +23,7 @@ MAX_WEIGHT = 2**23
 _HIGH = 2.0**24  # one unit of the upper limb is 2**-24
 _LOW = 2.0**56
 _CARRY = 32  # bits of the lower limb
-_BLOCK = 1 << 18  # coordinates worked on at a time: temporaries stay in the cache
+_BLOCK = 1 << 15  # coordinates worked on at a time: temporaries stay in the cache
 
 
 class _FixedPoint:
@@ -42,13 +42,23 @@ class _FixedPoint:
         check_values(values)
         if weight < 1 or self.weight + weight > MAX_WEIGHT:
             raise ValueError(f"a weight is {weight} after {self.weight}; at least 1, together at most {MAX_WEIGHT}")
+        whole, rest, units = np.empty(_BLOCK), np.empty(_BLOCK), np.empty(_BLOCK, dtype=np.int64)
         for block in self._blocks():
-            exact = values[block].astype(np.float64)
-            high = np.floor(exact * _HIGH)
-            low = np.rint((exact - high / _HIGH) * _LOW)  # 0 to 2**32
-            total = low.astype(np.int64) * weight + self._low[block]
-            self._high[block] += high.astype(np.int64) * weight + (total >> _CARRY)
-            self._low[block] = total & 0xFFFFFFFF
+            high, low = self._high[block], self._low[block]
+            floor, part, integers = whole[: high.size], rest[: high.size], units[: high.size]
+            np.multiply(values[block], _HIGH, out=part, dtype=np.float64)
+            np.floor(part, out=floor)
+            part -= floor  # exact, 0 to 1
+            part *= _LOW / _HIGH
+            np.copyto(integers, np.rint(part, out=part), casting="unsafe")  # 0 to 2**32
+            integers *= weight
+            integers += low
+            np.copyto(low, integers, casting="unsafe")  # modulo 2**32
+            integers >>= _CARRY
+            high += integers
+            np.copyto(integers, floor, casting="unsafe")
+            integers *= weight
+            high += integers
         self.weight += weight
 
     def _sum(self, block: slice) -> npt.NDArray[np.float64]:

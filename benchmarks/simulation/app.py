@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -13,24 +14,19 @@ from benchmarks.wan.measure import Watch, round_ends
 
 SSFL = str(Path(sys.executable).parent / "ssfl")
 
-
-ENGINES = {
-    "ray": ("ray", ""),
-    "inline": ("inline", " engine.concurrent=1"),
-    "inline on all cores": ("inline", ""),
-}
-"""Engines by name: what `--engine` is, and further keys."""
+ENGINES = ("ray", "inline")
+"""Both play clients on all cores."""
 
 
-def play(keys: str, name: str, folder: Path) -> dict[str, Any]:
-    """Run a configuration on one of `ENGINES`; return when rounds ended, and what it recorded.
+def play(keys: str, engine: str, work: Path) -> dict[str, Any]:
+    """Run a configuration on one of `ENGINES` in a new folder below `work`; return when rounds ended, and the record.
 
     "seconds" is what the app notes for a round in rounds.jsonl. "ends" is when that line was there, in seconds after
     the command was started: from one to the next is the whole of a round, with what the app does between rounds
-    (recording, checkpoints).
+    (recording, checkpoints), and "typical" is the median of that. "noted" is the median of "seconds".
     """
-    engine, more = ENGINES[name]
-    lines, keys = folder / "rounds.jsonl", keys + more
+    folder = Path(tempfile.mkdtemp(dir=work)) / "run"
+    lines = folder / "rounds.jsonl"
     said = folder.with_suffix(".log")
     command = [SSFL, "run", "--engine", engine, "-c", keys, "--out", str(folder)]
     with said.open("w") as output, Watch({lines: None}) as watch:
@@ -39,12 +35,16 @@ def play(keys: str, name: str, folder: Path) -> dict[str, Any]:
         wall = time.monotonic() - began
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{said.read_text()[-3000:]}")
-    return read(folder) | {
+    ends = [end - began for end in round_ends(watch.lines)]
+    found = read(folder)
+    return found | {
         "keys": keys,
-        "engine": name,
+        "engine": engine,
         "plan": next((line for line in said.read_text().splitlines() if line.startswith("engine ")), ""),
         "command_seconds": wall,
-        "ends": [end - began for end in round_ends(watch.lines)],
+        "ends": ends,
+        "typical": typical(ends),
+        "noted": recorded(found),
     }
 
 

@@ -1,57 +1,61 @@
 """How much of a round is training: seconds in plain PyTorch on all cores / wall seconds of the app's rounds.
 
-Left out are round 1, in which processes warm up, and the last one, which is evaluated.
+Plain PyTorch and the app take turns, and each is divided by the other within its turn. Left out are round 1, in which
+processes warm up, and the last one, which is evaluated.
 """
 
 import os
 import re
+from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from benchmarks.simulation import plain, tasks
-from benchmarks.simulation.app import ENGINES, play, recorded, typical
+from benchmarks.simulation import app, plain, tasks, turns
 
 STRATEGIES = ("ssfl", "fedavg")
-REFERENCE = 6  # rounds of plain PyTorch at a time: all have the same number of steps
+REFERENCE = 6  # rounds of plain PyTorch in a turn: all have the same number of steps
 
 
 def measure(work: Path, images: int, tiny: bool) -> dict[str, Any]:
     """Measure both tasks."""
-    return {name: measure_task(tasks.make(name, work, images, tiny), work) for name in ("cifar10", "digits")}
+    made = [tasks.make(name, work, images, tiny) for name in ("cifar10", "digits")]
+    return {task.name: measure_task(task, work, 1 if tiny else turns.TURNS) for task in made}
 
 
-def measure_task(task: tasks.Task, work: Path) -> dict[str, Any]:
-    """Measure plain PyTorch, the app with each engine and strategy, and plain PyTorch again."""
-    measured = list(range(2, task.rounds))[:REFERENCE]
-    one_core = plain.measure(task.workload, 1, 1, [1, *measured])
-    ways, runs = plain.reference(task.workload, measured), {}
-    for engine in ENGINES:
-        for strategy in STRATEGIES:
-            played = play(f"{task.keys} strategy='{strategy}'", engine, work / f"{task.name}-{engine}-{strategy}")
-            runs[f"{strategy} {engine}"] = played | {"typical": typical(played["ends"]), "noted": recorded(played)}
-            print(f"{task.name} {strategy} {engine}: {recorded(played):.2f} s a round", flush=True)
-    best = min(ways, key=lambda way: way["seconds"])
-    # Once more: other machines of the same host take more or less of our cores as time goes by.
-    again = plain.measure(task.workload, best["processes"], best["threads"], measured)
-    best["rounds"] += again["rounds"]
-    best["seconds"] = median(r["seconds"] for r in best["rounds"])
-    loss = {"plain": one_core["rounds"][0]["loss"], "app": runs["fedavg ray"]["losses"][1]}
-    for played in runs.values():
-        played["efficiency"] = best["seconds"] / played["noted"]
-        played["efficiency_from_end_to_end"] = best["seconds"] / played["typical"]
-    for way in ways:
-        print(f"{task.name} plain, {way['processes']} x {way['threads']} threads: {way['seconds']:.2f} s", flush=True)
+def measure_task(task: tasks.Task, work: Path, times: int) -> dict[str, Any]:
+    """Measure plain PyTorch both ways, and the app with each engine and strategy, in turns."""
+    cores, rounds = os.cpu_count() or 1, range(1, task.rounds)[:REFERENCE]
+    players: dict[str, Any] = {}
+    for processes, threads in ((1, cores), (cores, 1)):
+        players[plain_name(processes, threads)] = partial(plain.measure, task.workload, processes, threads, rounds)
+    for strategy, engine in product(STRATEGIES, app.ENGINES):
+        keys = f"{task.keys} strategy='{strategy}'"
+        players[f"ssfl run, {strategy}, {engine}"] = partial(app.play, keys, engine, work)
+    found = turns.take(players, times)
+    reference = turns.fastest(found, "plain")
+    efficiency = {
+        name: {
+            "noted": turns.quotient(reference, runs, "noted"),
+            "from_end_to_end": turns.quotient(reference, runs),
+        }
+        for name, runs in found.items()
+        if name.startswith("ssfl run")
+    }
+    ours, theirs = found["ssfl run, fedavg, ray"][0], found[plain_name(cores, 1)][0]
+    loss = {"plain": theirs["rounds"][0]["loss"], "app": ours["losses"][1]}
     return {
         "keys": task.keys,
-        "plain": ways,
-        "plain_seconds": best["seconds"],
-        "plain_on_one_core": one_core,
+        "runs": found,
+        "efficiency": efficiency,
         "loss_of_round_1": loss,
         "same_training": same(loss["plain"], loss["app"]),
-        "plan": planned(runs["fedavg ray"]["plan"]),
-        "runs": runs,
+        "plan": planned(ours["plan"]),
     }
+
+
+def plain_name(processes: int, threads: int) -> str:
+    return f"plain PyTorch, {processes} x {threads} threads"
 
 
 def same(ours: float, theirs: float) -> bool:

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.simulation.app import typical
 from benchmarks.simulation.tasks import Task
 from ssfl_app.engine.processes import free_port
 
@@ -72,5 +73,6 @@ def play(task: Task, processes: int, threads: int, work: Path) -> dict[str, Any]
         "threads": threads,
         "command_seconds": wall,
         "ends": ends,
+        "typical": typical(ends),
         "versions": versions,
     }

@@ -6,7 +6,6 @@ of the app's round 1, and `efficiency` compares the two.
 """
 
 import multiprocessing
-import os
 import threading
 import time
 from collections.abc import Iterable
@@ -104,11 +103,5 @@ def measure(folder: Path, processes: int, threads: int, rounds: Iterable[int]) -
         "processes": processes,
         "threads": threads,
         "rounds": found,
-        "seconds": median(r["seconds"] for r in found),
+        "typical": median(r["seconds"] for r in found),
     }
-
-
-def reference(folder: Path, rounds: Iterable[int]) -> list[Result]:
-    """Return both ways to use all cores: one process with a thread a core, and one process a core."""
-    cores, rounds = os.cpu_count() or 1, list(rounds)
-    return [measure(folder, 1, cores, rounds), measure(folder, cores, 1, rounds)]

@@ -20,14 +20,13 @@ def measure(work: Path, images: int, tiny: bool) -> dict[str, Any]:
     more = "run.rounds=5 run.evaluate-every=5 local.epochs=1 local.lr-decay=1.0"
     task = tasks.make("digits", work, images, tiny, more)
     found: dict[str, list[dict[str, Any]]] = {"flwr run": [], "ssfl run, fedavg": [], "ssfl run, ssfl": []}
-    for repeat in range(1 if tiny else REPEATS):
+    for _ in range(1 if tiny else REPEATS):
         found["flwr run"].append(stock.play(task, 1, "quickstart", work))
         for strategy in ("fedavg", "ssfl"):
             keys = f"{task.keys} strategy='{strategy}'"
-            found[f"ssfl run, {strategy}"].append(app.play(keys, "ray", work / f"startup-{strategy}-{repeat}"))
+            found[f"ssfl run, {strategy}"].append(app.play(keys, "ray", work))
     for runs in found.values():
         for run in runs:
-            run["typical"] = app.typical(run["ends"])
             run["startup"] = run["ends"][1] - run["typical"]
     medians = {
         name: {

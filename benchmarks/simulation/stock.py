@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.simulation.app import typical
 from benchmarks.simulation.tasks import Task
 from ssfl_app.engine.processes import end_families, environment, free_port, running, tail
 
@@ -49,7 +50,7 @@ def play(task: Task, cpus: int, loader: str, work: Path) -> dict[str, Any]:
             end_families(superlinks(port))
         check(log, marks, task)
         ends = [json.loads(line)["time"] - began for line in marks.read_text().splitlines()]
-    return {"cpus": cpus, "loader": loader, "command_seconds": wall, "ends": ends}
+    return {"cpus": cpus, "loader": loader, "command_seconds": wall, "ends": ends, "typical": typical(ends)}
 
 
 def superlinks(port: str) -> list[int]:

@@ -1,14 +1,18 @@
 """simulation.md and scale.svg from simulation.json: no number that is not computed here from the record."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.simulation.app import ENGINES
+from benchmarks.simulation.efficiency import STRATEGIES
+from benchmarks.simulation.turns import middle, quotient
 from ssfl_app.results.plots import FAINT, INK, PALETTE, svg_bytes
 
 EFFICIENCY = {"cifar10": 0.9, "digits": 0.6}
 STOCK, PFL, STARTUP = 2.0, 1.0, 3.0
+TURNS = "All took turns; quotients are within a turn: median, least and most."
 Part = dict[str, Any]
 
 
@@ -40,6 +44,11 @@ def judged(part: Part, found: float, goal: float) -> str:
     return "disturbed: above 1" if found > 1.02 and not part["tiny"] else verdict(part, found >= goal)
 
 
+def spread(found: Mapping[str, float], unit: str = "") -> str:
+    """Return the median of the turns, and between which values they lie."""
+    return f"{found['median']:.2f}{unit} ({found['least']:.2f} to {found['most']:.2f})"
+
+
 def where(part: Part) -> str:
     """Return a line that says on what a part was measured, when, and what else ran there."""
     env = part["environment"]
@@ -55,19 +64,19 @@ def goals(known: dict[str, Part]) -> Iterator[tuple[str, str, str]]:
     """Yield goal, what was measured, and the verdict."""
     for task, goal in EFFICIENCY.items() if "efficiency" in known else ():
         part = known["efficiency"]
-        for strategy, engine in product(("ssfl", "fedavg"), ("ray", "inline on all cores")):
-            found = part[task]["runs"][f"{strategy} {engine}"]["efficiency"]
+        for strategy, engine in product(STRATEGIES, ENGINES):
+            found = part[task]["efficiency"][f"ssfl run, {strategy}, {engine}"]["noted"]
             what = f"efficiency at least {goal}, {task}, `{strategy}`, {engine}"
-            yield what, f"{found:.2f}", judged(part, found, goal)
+            yield what, spread(found), judged(part, found["median"], goal)
     if "efficiency" in known:
         plan = known["efficiency"]["cifar10"]["plan"]
         met = verdict(known["efficiency"], plan["met"])
         yield "an actor a core with one torch thread, printed", f"`{plan['printed']}`", met
     for task in EFFICIENCY if "peers" in known else ():
-        for engine, times in known["peers"][task]["times"].items():
+        for engine, faster in known["peers"][task]["faster"].items():
             for name, key, goal in (("stock Flower's", "stock", STOCK), ("pfl's", "pfl", PFL)):
                 what = f"rounds a second at least {goal:g} x {name}, {task}, {engine}"
-                yield what, f"{times[key]:.2f} x", verdict(known["peers"], times[key] >= goal)
+                yield what, spread(faster[key], " x"), verdict(known["peers"], faster[key]["median"] >= goal)
     if "startup" in known:
         # Both readings of the goal: they can disagree, since the two begin round 1 at different stages (startup.py).
         readings = (("first round's begin", "above_begin"), ("end of round 1 less a typical round", "above"))
@@ -81,18 +90,16 @@ def efficiency(part: Part) -> Iterator[str]:
     yield from ("## Efficiency", "", where(part), "")
     yield (
         "Seconds of a round's training in plain PyTorch, the faster of two ways to use all cores, by wall seconds of "
-        f"the app's rounds; medians without round 1 and the last one. CIFAR-10: its first {part['images']:,} images."
+        f"the app's rounds, without round 1 and the last one. CIFAR-10: its first {part['images']:,} images. {TURNS}"
     )
     for task in EFFICIENCY:
         found = part[task]
         yield from ("", f"### {task}", "", f"`{found['keys'].strip()}`", "")
         rows = []
-        for way in (*found["plain"], found["plain_on_one_core"]):
-            name = f"plain PyTorch, {way['processes']} process(es), {way['threads']} thread(s) each"
-            rows.append((name, f"{way['seconds']:.3f}", f"{found['plain_seconds'] / way['seconds']:.2f}", ""))
-        for name, run in found["runs"].items():
-            end_to_end = f"{run['efficiency_from_end_to_end']:.2f}"
-            rows.append((f"`{name}`", f"{run['noted']:.3f}", f"{run['efficiency']:.2f}", end_to_end))
+        for name, runs in found["runs"].items():
+            own = found["efficiency"].get(name)
+            cells = (spread(own["noted"]), spread(own["from_end_to_end"])) if own else ("", "")
+            rows.append((name, f"{middle(runs, 'noted' if own else 'typical'):.3f}", *cells))
         yield from table(("", "s a round", "efficiency", "with what is between rounds"), rows)
         loss, equal = found["loss_of_round_1"], "equal" if found["same_training"] else "NOT EQUAL"
         yield from ("", f"Loss of round 1: plain {loss['plain']:.6f}, fedavg {loss['app']:.6f}, {equal}.")
@@ -100,17 +107,16 @@ def efficiency(part: Part) -> Iterator[str]:
 
 def peers(part: Part) -> Iterator[str]:
     yield from ("## Side by side", "", where(part), "")
-    yield "Seconds from the end of a round to the end of the next; medians without the first and the last round."
+    yield f"Seconds from the end of a round to the end of the next, without the first and the last round. {TURNS}"
     for task in EFFICIENCY:
-        found = part[task]
-        ours = found["runs"]["ssfl run, fedavg, ray"]["typical"]
+        runs = part[task]["runs"]
         rows = [
-            (name, f"{run['typical']:.3f}", f"{1 / run['typical']:.3f}", f"{run['typical'] / ours:.2f}")
-            for name, run in found["runs"].items()
+            (name, f"{middle(own):.3f}", *(spread(quotient(own, runs[f"ssfl run, fedavg, {e}"])) for e in ENGINES))
+            for name, own in runs.items()
         ]
-        head = ("", "s a round", "rounds a second", "`ssfl run`, fedavg, ray is faster by")
-        yield from ("", f"### {task}", "", f"`{found['keys'].strip()}`", "", *table(head, rows))
-        versions = next(run["versions"] for run in found["runs"].values() if "versions" in run)
+        head = ("", "s a round", *(f"by `ssfl run`, fedavg, {engine}" for engine in ENGINES))
+        yield from ("", f"### {task}", "", f"`{part[task]['keys'].strip()}`", "", *table(head, rows))
+        versions = next(run["versions"] for own in runs.values() for run in own if "versions" in run)
         yield from ("", "pfl's environment: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".")
 
 
