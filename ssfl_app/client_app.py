@@ -14,6 +14,7 @@ from flwr.app import Context, Message
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
+from ssfl_app.local.heap import keep_heap
 from ssfl_app.local.place import Place, read_place
 from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.values import PayloadError
@@ -130,6 +131,8 @@ def handle(message: Message, context: Context) -> Message:
         workshop = open_workshop(flat, place.data_path)
     except ConfigError as error:
         raise place.in_its_words(error) from error
+    if workshop.trainer.device.type == "cpu":
+        keep_heap()
     rule = workshop.rule(number, memory_of(context, place, number, facts))
     return serve(SparseClient(rule, place.name), message, Packer(workshop.config.settings.wire.bitmaps))
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from benchmarks.simulation import workload
 from ssfl_app.local import models
 from ssfl_app.local.data import Transform
+from ssfl_app.local.heap import keep_heap
 from ssfl_app.seeding import generator
 
 Result = dict[str, Any]
@@ -71,6 +72,7 @@ _together: threading.Barrier
 def _begin(folder: Path, threads: int, together: threading.Barrier) -> None:
     global _trainer, _together
     torch.set_num_threads(threads)
+    keep_heap()  # as the app does: the reference shall not be a slow one
     _trainer, _together = Trainer(folder), together
 
 

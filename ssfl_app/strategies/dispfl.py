@@ -110,17 +110,19 @@ class DisPfl(OwnMasks):
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings)
-        options, clients = cast(DisPflOptions, settings.own["dispfl"]), range(settings.run.clients)
-        counts = layer_counts(layout, settings.mask.density, options.densities)
-        drawn = [0 if options.same_initial else client for client in clients]
-        self.masks = [random_mask(layout, counts, generator(settings.run.seed, "dispfl-mask", k)) for k in drawn]
+        self._options = cast(DisPflOptions, settings.own["dispfl"])
+        self._counts = layer_counts(layout, settings.mask.density, self._options.densities)
         self.models: list[Arrays] = []
         self._sent = dict(enumerate(self.masks))  # client -> mask of its last message
         self._present = self.present(0)
         self._consensus: State | None = None
 
     def setup(self, ask: Ask) -> None:
-        """Give every client its part of the initial weights."""
+        """Draw every client's mask, and give it its part of the initial weights."""
+        layout, run, same = self.layout, self.settings.run, self._options.same_initial
+        drawn = [0 if same else client for client in range(run.clients)]
+        self.masks = [random_mask(layout, self._counts, generator(run.seed, "dispfl-mask", k)) for k in drawn]
+        self._sent = dict(enumerate(self.masks))
         self.models = [self.up.encode(self.layout, self.state, mask) for mask in self.masks]
 
     def send(self, round_: int, client: int) -> Parcel:

@@ -97,12 +97,9 @@ class RandomLocal(OwnMasks):
     client = LocalMaskClient
     rooms = {"local-mask": LocalMaskOptions}  # noqa: RUF012  (ClassVar of the base)
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        self.masks = [random_mask(layout, settings, client) for client in range(settings.run.clients)]
-
     def setup(self, ask: Ask) -> None:
         """Both ends draw the masks."""
+        self.masks = [random_mask(self.layout, self.settings, client) for client in range(self.settings.run.clients)]
         for client, mask in enumerate(self.masks):
             self.post.holds(client, mask)
 
