@@ -30,16 +30,16 @@ class Task:
     rounds: int
 
 
-def write_cifar(target: Path, images: int) -> None:
-    """Write the first `images` training images of CIFAR-10 and a tenth as many test images as parquet files.
+def write_cifar(source: Path, target: Path, images: int, tests: int) -> None:
+    """Write the first so many training and test images of CIFAR-10 as parquet files.
 
     The app has no key to use a part of a data set, and all 50,000 images make rounds of a minute on two cores.
     """
     import pyarrow.parquet as pq
 
     target.mkdir(parents=True)
-    for part, count in (("train", images), ("test", max(100, images // 10))):
-        file = next(Path(CIFAR10).glob(f"*{part}*.parquet"))
+    for part, count in (("train", images), ("test", tests)):
+        file = next(source.glob(f"*{part}*.parquet"))
         # With the metadata: names of the classes are in it.
         pq.write_table(pq.read_table(file).slice(0, count), target / f"{part}-00000-of-00001.parquet")
 
@@ -50,7 +50,7 @@ def keys_of(name: str, work: Path, images: int, tiny: bool) -> str:
     if name == "cifar10":
         data = work / f"cifar10-{images}"
         if not data.exists():
-            write_cifar(data, images)
+            write_cifar(Path(CIFAR10), data, images, max(100, images // 10))
         # One epoch in batches of 32, as in README's table; the last round is the only one that is evaluated.
         keys += f"data.name='parquet' data.path='{data}' model.name='resnet20' local.epochs=1 local.batch-size=32 "
         keys += "run.rounds=5 run.evaluate-every=5 "
