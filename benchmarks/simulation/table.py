@@ -120,6 +120,25 @@ def peers(part: Part) -> Iterator[str]:
         yield from ("", "pfl's environment: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".")
 
 
+def busy(part: Part) -> Iterator[str]:
+    yield from ("## Where the rest of a round goes", "", where(part), "")
+    yield "`fedavg`: shares of all cores that kinds of processes have between the first round and the last."
+    kinds = ("trains", "server", "SuperLink", "Ray", "launcher")
+    rows = [
+        (task, engine, *(f"{100 * row[kind]:.1f} %" if kind in row else "" for kind in kinds), f"{idle(row):.1f} %")
+        for task in EFFICIENCY
+        for engine, row in part[task].items()
+    ]
+    yield from ("", *table(("", "", *kinds, "cores wait"), rows))
+    times = ", ".join(f"{ms:.1f} ms with {name}" for name, ms in part["layout"].items())
+    yield from ("", f"One client's `fit` on digits, by how its images lie in memory: {times}.")
+
+
+def idle(row: Mapping[str, float]) -> float:
+    """Return the percent of all cores that nobody uses."""
+    return 100 * (1 - sum(row.values()))
+
+
 def startup(part: Part) -> Iterator[str]:
     yield from ("## Start-up", "", where(part), "", f"`{part['keys'].strip()}`", "")
     yield "Seconds after the command was started, medians. Start-up: the end of round 1 less a typical round."
@@ -153,7 +172,7 @@ def scale(part: Part) -> Iterator[str]:
     yield from ("", *table((*head, "server MB idle", "at its peak"), rows))
 
 
-SECTIONS = {"efficiency": efficiency, "peers": peers, "startup": startup, "scale": scale}
+SECTIONS = {"efficiency": efficiency, "peers": peers, "busy": busy, "startup": startup, "scale": scale}
 
 
 def plot(cases: list[Part]) -> Any:
