@@ -35,7 +35,7 @@ CIFAR10 = (
     "ssfl.saliency-batch-size=128 mask.density=0.5"
 )
 TASKS: dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {
-    "digits": ("mask.density=0.1", (1, 2, 3, 4, 5), tuple(VARIANTS)),
+    "digits": ("mask.density=0.1", (1, 2, 3), tuple(VARIANTS)),
     "cifar10": (
         CIFAR10,
         (1, 2, 3),
