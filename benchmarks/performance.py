@@ -40,9 +40,8 @@ def simulated(record: dict[str, Any]) -> Iterator[Row]:
     if not record:
         yield "simulation on CPU", "not measured", "", "", script
         return
-    env = next(iter(record.values()))["environment"]
-    for goal, measured, verdict in simulation.goals(record):
-        yield goal, measured, verdict, machine(env), script
+    for part, goal, measured, verdict in simulation.goals(record):
+        yield goal, measured, verdict, machine(part["environment"]), script
     if "scale" not in record:
         yield "cost against scale: 10 to 1,000 clients, 0.1 to 25 million parameters", "not measured", "", "", script
 

@@ -325,6 +325,11 @@ def test_tables_print_names_that_look_like_markup(tmp_path: Path) -> None:
     assert "[red]x[bold]" in capture.get()
 
 
+def test_the_same_plot_is_the_same_file(run: Run) -> None:
+    one, other = (plots.svg_bytes(plots.accuracy_by_round([run])) for _ in range(2))
+    assert one == other
+
+
 def test_report_of_one_run_is_self_contained_and_whole(run: Run, tmp_path: Path) -> None:
     report.write_report([run], tmp_path / "made" / "report.html")
     html = (tmp_path / "made" / "report.html").read_text()

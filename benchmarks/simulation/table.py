@@ -19,7 +19,7 @@ Part = dict[str, Any]
 def write_table(known: dict[str, Part], folder: Path) -> None:
     """Write the page of a record, and the plot if the record has its part."""
     lines = ["# Simulation on CPU", "", "Written by `python -m benchmarks.simulation.run`.", ""]
-    lines += [*table(("goal", "measured", ""), goals(known)), ""]
+    lines += [*table(("goal", "measured", ""), (row for _, *row in goals(known))), ""]
     for name, section in SECTIONS.items():
         if name in known:
             lines += [*section(known[name]), ""]
@@ -60,30 +60,55 @@ def where(part: Part) -> str:
     )
 
 
-def goals(known: dict[str, Part]) -> Iterator[tuple[str, str, str]]:
-    """Yield goal, what was measured, and the verdict."""
-    for task, goal in EFFICIENCY.items() if "efficiency" in known else ():
-        part = known["efficiency"]
+def goals(known: dict[str, Part]) -> Iterator[tuple[Part, str, str, str]]:
+    """Yield the part that measured it, the goal, what was measured, and the verdict."""
+    for name, found in JUDGES.items():
+        if name in known:
+            yield from ((known[name], *row) for row in found(known[name]))
+
+
+def judged_efficiency(part: Part) -> Iterator[tuple[str, str, str]]:
+    for task, goal in EFFICIENCY.items():
         for strategy, engine in product(STRATEGIES, ENGINES):
             found = part[task]["efficiency"][f"ssfl run, {strategy}, {engine}"]["noted"]
             what = f"efficiency at least {goal}, {task}, `{strategy}`, {engine}"
             yield what, spread(found), judged(part, found["median"], goal)
-    if "efficiency" in known:
-        plan = known["efficiency"]["cifar10"]["plan"]
-        met = verdict(known["efficiency"], plan["met"])
-        yield "an actor a core with one torch thread, printed", f"`{plan['printed']}`", met
-    for task in EFFICIENCY if "peers" in known else ():
-        for engine, faster in known["peers"][task]["faster"].items():
+    plan = part["cifar10"]["plan"]
+    yield "an actor a core with one torch thread, printed", f"`{plan['printed']}`", verdict(part, plan["met"])
+
+
+def judged_peers(part: Part) -> Iterator[tuple[str, str, str]]:
+    for task in EFFICIENCY:
+        for engine, faster in part[task]["faster"].items():
             for name, key, goal in (("stock Flower's", "stock", STOCK), ("pfl's", "pfl", PFL)):
                 what = f"rounds a second at least {goal:g} x {name}, {task}, {engine}"
-                yield what, spread(faster[key], " x"), verdict(known["peers"], faster[key]["median"] >= goal)
-    if "startup" in known:
-        # Both readings of the goal: they can disagree, since the two begin round 1 at different stages (startup.py).
-        readings = (("first round's begin", "above_begin"), ("end of round 1 less a typical round", "above"))
-        for what, key in readings:
-            above = known["startup"][key]
-            met = verdict(known["startup"], above <= STARTUP)
-            yield f"start-up at most {STARTUP:g} s above `flwr run`, {what}", f"{above:+.1f} s", met
+                yield what, spread(faster[key], " x"), verdict(part, faster[key]["median"] >= goal)
+
+
+def judged_startup(part: Part) -> Iterator[tuple[str, str, str]]:
+    # Both readings of the goal: they can disagree, since the two begin round 1 at different stages (startup.py).
+    for what, key in (("first round's begin", "above_begin"), ("end of round 1 less a typical round", "above")):
+        above = part[key]
+        goal = f"start-up at most {STARTUP:g} s above `flwr run`, {what}"
+        yield goal, f"{above:+.1f} s", verdict(part, above <= STARTUP)
+
+
+def judged_scale(part: Part) -> Iterator[tuple[str, str, str]]:
+    def span(key: str, unit: float, digits: int) -> str:
+        values = [case[key] / unit for case in part["cases"]]
+        return f"{min(values):,.{digits}f} to {max(values):,.{digits}f}"
+
+    what = f"cost of {span('clients', 1, 0)} clients and {span('parameters', 1e6, 1)} million parameters, plotted"
+    found = f"{span('seconds', 1, 1)} s a round, {span('peak_bytes', 1e6, 0)} MB at the server's peak"
+    yield what, found, verdict(part, True)
+
+
+JUDGES = {
+    "efficiency": judged_efficiency,
+    "peers": judged_peers,
+    "startup": judged_startup,
+    "scale": judged_scale,
+}
 
 
 def efficiency(part: Part) -> Iterator[str]:

@@ -34,9 +34,12 @@ def png_bytes(figure: "Figure", dpi: int = 150) -> bytes:
 
 
 def svg_bytes(figure: "Figure") -> bytes:
-    """Return `figure` as an SVG file; text is drawn as paths, so no font is needed to show it."""
+    """Return `figure` as an SVG file, the same each time; text is drawn as paths, so no font is needed to show it."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "ssfl"}):  # else its ids are random
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
