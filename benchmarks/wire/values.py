@@ -28,7 +28,7 @@ VARIANTS = {
     "int8, stochastic": "wire.up-values='int8' wire.down-values='int8' wire.rounding='stochastic'",
     "int8, error feedback": "wire.up-values='int8' wire.down-values='int8' wire.error-feedback=true",
 }
-# Of CIFAR-10: a run takes about two minutes on two cores.
+# Of CIFAR-10: a run takes about three minutes on two cores.
 TRAIN, TESTS = 10_000, 5_000
 CIFAR10 = (
     "data.name='parquet' data.path='{data}' partition.alpha=1.0 local.epochs=1 local.batch-size=32 run.rounds=12 "
@@ -96,5 +96,7 @@ def _interval(differences: list[float]) -> str:
     from scipy import stats
 
     mean, count = statistics.mean(differences), len(differences)
-    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5 if count > 1 else float("nan")
+    if count == 1:
+        return f"{mean:+.2f}"
+    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5
     return f"{mean:+.2f} ± {half:.2f}"
