@@ -27,7 +27,7 @@ KINDS = (
     ("trains", "ClientAppActor"),
     ("server", "flwr-simulation"),
     ("SuperLink", "flower-superlink"),
-    ("Ray", "ray"),
+    ("Ray", "/ray/"),  # not the launcher, which has --engine ray
 )
 
 

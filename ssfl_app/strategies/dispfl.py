@@ -113,7 +113,7 @@ class DisPfl(OwnMasks):
         self._options = cast(DisPflOptions, settings.own["dispfl"])
         self._counts = layer_counts(layout, settings.mask.density, self._options.densities)
         self.models: list[Arrays] = []
-        self._sent = dict(enumerate(self.masks))  # client -> mask of its last message
+        self._sent: dict[int, Mask] = {}  # client -> mask of its last message
         self._present = self.present(0)
         self._consensus: State | None = None
 
