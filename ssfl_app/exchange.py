@@ -17,7 +17,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from ssfl_app.guard import RunFailed
+from ssfl_app.guard import RunFailed, memory_ran_out
 
 SIMULATION_POLL = 0.01
 DEPLOYMENT_POLL = 0.25
@@ -30,6 +30,14 @@ IN_FLIGHT = 100_000_000
 def is_simulation(grid: Grid) -> bool:
     """Return whether the nodes are simulated: by Flower on Ray, or by our in-process engine."""
     return type(grid).__name__ == "InMemoryGrid" or getattr(grid, "in_process", False)
+
+
+def fewer_at_once(grid: Grid) -> str:
+    """Return what to try where the simulated clients of this grid have too little memory."""
+    count = getattr(grid, "concurrent", 0)
+    if count > 1:
+        return f"{count} clients work at once, try a lower engine.concurrent or a smaller model"
+    return "try a smaller model or batch" if count else "try fewer actors (engine.actors) or a smaller model"
 
 
 @dataclass
@@ -128,7 +136,8 @@ class Courier:
         Raises
         ------
         RunFailed
-            A Ray actor died. Flower would go on feeding most later messages to the dead one.
+            A Ray actor died, and Flower would go on feeding most later messages to the dead one. Or memory ran out in
+            simulation: a mean over those clients that happened to fit is nobody's.
         """
         while (self._waiting or self._queue) and time.monotonic() < self._end:
             looked, got = time.monotonic(), False
@@ -170,12 +179,15 @@ class Courier:
 
     def _sort(self, client: int, code: int, reason: str) -> None:
         line = last_line(reason)
-        # In simulation an exception of Ray; elsewhere a SuperNode whose app failed, which is that client's affair.
+        # In simulation an exception of Ray, or this machine's memory. Elsewhere it is a SuperNode whose app or machine
+        # failed: a matter of that client.
         if code == ErrorCode.UNKNOWN and is_simulation(self._grid):
             raise RunFailed(
                 f"a Ray actor died while it worked for client {client} ({line}). Most often it ran out of memory: "
-                "try fewer actors (engine.actors) or a smaller model"
+                f"{fewer_at_once(self._grid)}"
             )
+        if (what := memory_ran_out(reason)) and is_simulation(self._grid):
+            raise RunFailed(f"client {client}: {what}: {fewer_at_once(self._grid)}")
         if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
             self.outcome.refused[client] = f"raised: {line}"
         else:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import signal
 import threading
 import time
@@ -20,6 +21,12 @@ import psutil
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also stops glibc from raising it
 _LARGE_BLOCK = 4 << 20
+
+# Without torch's statistics and its advice to all of its users.
+_MEMORY = re.compile(
+    r"[^\n]*(out of memory|OutOfMemory|MemoryError|can't allocate memory|Unable to allocate|ALLOC_FAILED)"
+    r"((?!Including non-PyTorch|Of the allocated)[^\n'])*"
+)
 
 LAUNCHER = "SSFL_LAUNCHER"
 """Environment variable: the file that the launcher of this simulation holds locked."""
@@ -38,6 +45,38 @@ def take(path: Path) -> IO[str] | None:
 
 class RunFailed(RuntimeError):
     """The run cannot go on; the message says why in one line."""
+
+
+def memory_ran_out(reason: str) -> str:
+    """Return what an error says that a process or a GPU without memory raised; "" if it is another one.
+
+    Parameters
+    ----------
+    reason : str
+        Its name and message: errors of torch, cuBLAS, cuDNN, numpy and Python have no class in common.
+    """
+    found = _MEMORY.search(reason)
+    return "" if found is None else f"memory ran out ({' '.join(found.group().split())[:200]})"
+
+
+@contextmanager
+def naming_memory(cure: str) -> Iterator[None]:
+    """Turn an error inside for want of memory into RunFailed, which says how much was wanted, and the cure.
+
+    Raises
+    ------
+    RunFailed
+        Memory ran out. Other errors stay what they are.
+    """
+    try:
+        yield
+    except RunFailed:
+        raise
+    except Exception as error:
+        what = memory_ran_out(f"{type(error).__name__}: {error}")
+        if not what:
+            raise
+        raise RunFailed(f"{what}: {cure}") from error
 
 
 @contextmanager

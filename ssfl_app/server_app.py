@@ -13,8 +13,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from ssfl_app import guard
 from ssfl_app.config import Flat, difference, read_file, write_toml
-from ssfl_app.exchange import is_simulation
-from ssfl_app.guard import RunFailed
+from ssfl_app.exchange import fewer_at_once, is_simulation
+from ssfl_app.guard import RunFailed, naming_memory
 from ssfl_app.local.holdings import Holding, other_images, read_holding
 from ssfl_app.local.holdings import difference as unlike
 from ssfl_app.options import ConfigError
@@ -46,7 +46,8 @@ def main(grid: Grid, context: Context) -> None:
     guard.end_with_launcher()
     if engine_name(grid) != "inline":  # where clients train in this process, it would cost them time
         guard.return_freed_memory()
-    workshop = open_workshop(dict(context.run_config))
+    with naming_memory(fewer_at_once(grid)):
+        workshop = open_workshop(dict(context.run_config))
     config = workshop.config
     run = config.settings.run
     folder = Path(run.out) if run.out else Path.cwd() / default_folder(config.strategy, config.data.name)
@@ -54,7 +55,8 @@ def main(grid: Grid, context: Context) -> None:
     # Flushed: Flower forwards what a ServerApp prints, and a round should be seen when it is over.
     recorder = Recorder(folder, write_toml(config.flat), run.rounds, lambda line: print(line, flush=True))
     try:
-        conduct(grid, workshop, recorder)
+        with naming_memory(fewer_at_once(grid)):
+            conduct(grid, workshop, recorder)
         recorder.status("finished")
     except Exception as error:
         named = isinstance(error, ConfigError | RunFailed)

@@ -21,6 +21,7 @@ from ssfl_app import config as configuration
 from ssfl_app.config import Config
 from ssfl_app.local import data, models
 from ssfl_app.local.data import DataSet
+from ssfl_app.local.gpu import MOST_AT_ONCE, memory_need
 from ssfl_app.local.holdings import Holding
 from ssfl_app.local.trainer import LocalTrainer, Steps
 from ssfl_app.options import ConfigError, Scalar
@@ -81,6 +82,12 @@ class Workshop:
         """Return the weights that a run starts from: those of the seed, on the CPU."""
         shape, seed = self.data.shape, self.config.settings.run.seed
         return state_of(models.create(self.config.model, shape[0], self.data.classes, seed))
+
+    def room(self) -> int:
+        """Return how many clients the free memory of the GPU has room for, by an estimate; at least one."""
+        outline = models.outline(self.config.model, self.data.shape[0], self.data.classes)
+        need = memory_need(outline, self.data.shape, self.config.settings.local.batch_size)
+        return max(1, torch.cuda.mem_get_info(self.trainer.device)[0] // need)
 
     @property
     def own(self) -> bool:
@@ -204,26 +211,66 @@ def check(config: Config) -> Layout:
     Raises
     ------
     ConfigError
-        Its device, data, partition or mask cannot be had.
+        Its device, clients at once, data, partition or mask cannot be had.
     """
-    find_device(config.settings.run.device)
+    check_at_once(config)
     images, _ = _load(config, "")
     layout = Layout.of(models.outline(config.model, images.shape[0], images.classes))
     REGISTRY[config.strategy](layout, config.settings)
     return layout
 
 
+def check_at_once(config: Config) -> None:
+    """Find out whether the device is there and can train as many clients at once as are asked for.
+
+    Raises
+    ------
+    ConfigError
+        There is no such device, or engine.concurrent is above `most_at_once` of a GPU.
+    """
+    wanted, most = config.engine.concurrent, most_at_once(config)
+    if find_device(config.settings.run.device).type == "cuda" and wanted > most:
+        raise ConfigError(
+            f"engine.concurrent is {wanted}; on a GPU it is at most {most}: the clients that train in a round, and "
+            f"never more than {MOST_AT_ONCE}, since each has a stream of its own"
+        )
+
+
+def most_at_once(config: Config) -> int:
+    """Return how many clients may be trained at once on a GPU."""
+    run = config.settings.run
+    return min(run.clients if REGISTRY[config.strategy].everyone else run.cohort, MOST_AT_ONCE)
+
+
 def find_device(wanted: str) -> torch.device:
-    """Return the torch device for run.device.
+    """Return the torch device for run.device; the first call comes before this process starts CUDA.
 
     Raises
     ------
     ConfigError
         "cuda" is asked for and this process sees no GPU.
     """
+    # Read when CUDA starts: queues to the GPU. By default there are 8, and clients on other streams wait in them.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is 'cuda'; this process sees no GPU, so it is 'cpu' or 'auto'")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def gpu_notes(config: Config, engine: str = "inline") -> list[str]:
+    """Return what a user should know who trains on this machine's GPU: a line each, none without a GPU."""
+    if find_device(config.settings.run.device).type == "cpu":
+        return []
+    notes, name = [], torch.cuda.get_device_name()
+    if config.engine.precision == "fp32" and torch.cuda.get_device_capability() >= (8, 0):
+        others = "engine.precision 'tf32' or 'bf16' uses its matrix units, which are faster and round more"
+        notes.append(f"note: engine.precision is 'fp32' on {name}; {others}")
+    if engine == "ray" and torch.cuda.device_count() == 1:
+        notes.append(
+            "note: on one GPU the in-process engine is the fast one (--engine inline): its clients share a process, "
+            "where Ray's actors take turns"
+        )
+    return notes
 
 
 def gpu_is_hidden() -> bool:

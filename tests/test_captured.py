@@ -147,11 +147,10 @@ class Graphs:
 
         monkeypatch.setattr(captured.StaticStep, "_step", step)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+        monkeypatch.setattr(captured, "own_stream", lambda holder, device: Stream())
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         stream = Stream()
-        for name in ("current_stream", "default_stream"):
-            monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
 
 
 @pytest.mark.parametrize(("norm", "hyper"), [("group", HARD), ("batch", HARD), ("batch", {})])
@@ -168,10 +167,25 @@ def test_a_capture_leaves_no_trace(monkeypatch, norm, hyper):
     assert sum(graph.replays for graph in graphs.made) == 2 * (3 + 3 + 2 + 2)
 
 
-@pytest.mark.parametrize("ahead", [1, 8, 17])
+IMAGE = 2 * 8 * 8 * 4
+"""Bytes of one of `images` as float32."""
+
+
+@pytest.mark.parametrize("ahead", [1, 8 * IMAGE, 17 * IMAGE])
 def test_images_prepared_in_pieces_are_the_same_images(monkeypatch, ahead):
     monkeypatch.setattr(captured, "AHEAD", ahead)
     Twins(batch_size=4).fit(images(23))
+
+
+@pytest.mark.parametrize(("side", "pieces"), [(8, [64]), (16, [48, 16]), (32, [8] * 8), (64, [8] * 8)])
+def test_images_are_prepared_by_bytes_not_by_number(side, pieces):
+    """As many batches of 8 as 48 images of 16 pixels a side take, whatever their size; at least one batch."""
+    made, ahead = [], 48 * 2 * 16 * 16 * 4
+    for inputs, _ in trainer("static")._epoch(images(64, side=side), np.random.default_rng(1), ahead):
+        storage = inputs.untyped_storage()
+        made += [storage.nbytes() // (inputs[0].numel() * 4)] if inputs.storage_offset() == 0 else []
+        assert storage.nbytes() <= max(ahead, 8 * inputs[0].numel() * 4)
+    assert made == pieces
 
 
 def test_the_plain_step_prepares_a_batch_at_a_time():
@@ -190,7 +204,7 @@ def test_an_epoch_draws_what_single_batches_draw():
     run, rng, again = trainer("static"), np.random.default_rng(1), np.random.default_rng(1)
     for _ in range(2):
         order = again.permutation(19)
-        batches = list(run._epoch(data, rng, 4096))
+        batches = list(run._epoch(data, rng, 1 << 20))
         for (inputs, labels), chosen in zip(batches, (order[:8], order[8:16], order[16:]), strict=True):
             pixels, padded = data.pixels[chosen], nn.functional.pad(data.pixels[chosen], (4, 4, 4, 4))
             corners, mirror = again.integers(0, 9, size=(2, len(chosen), 1)), again.random((len(chosen), 1)) < 0.5

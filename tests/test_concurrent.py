@@ -1,10 +1,12 @@
 """The inline engine with several clients at once: the same bits, each thread at a bench of its own."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import psutil
 import pytest
@@ -12,15 +14,17 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from ssfl_app import client_app
+from ssfl_app import client_app, server_app
 from ssfl_app.config import merge, parse, write_toml
-from ssfl_app.engine.command import Command, resolve
+from ssfl_app.engine.command import Command, resolve, run_command
 from ssfl_app.engine.crew import crew
 from ssfl_app.engine.inline import InlineGrid, clients_at_once, run_inline
+from ssfl_app.engine.jobs import check_all
+from ssfl_app.engine.sweep_plan import read_plan
 from ssfl_app.exchange import Courier
-from ssfl_app.guard import RunFailed
+from ssfl_app.guard import RunFailed, naming_memory
 from ssfl_app.options import ConfigError
-from ssfl_app.workshop import open_workshop
+from ssfl_app.workshop import check_at_once, open_workshop
 from tests.in_process_grid import SMALL, play
 
 
@@ -195,14 +199,102 @@ def test_a_workshop_is_opened_once_however_many_ask():
     assert len({id(shop) for shop in found}) == 1
 
 
-@pytest.mark.parametrize(("gpu", "keys", "count"), [
-    (False, {}, 4), (False, {"engine.concurrent": 3}, 3), (False, {"engine.concurrent": 30}, 6), (True, {}, 6),
-    (True, {"run.clients": 20}, 8), (True, {"run.device": "cpu"}, 4), (True, {"engine.concurrent": 1}, 1),
+@pytest.mark.parametrize(("room", "keys", "count"), [
+    (None, {}, 4), (None, {"engine.concurrent": 3}, 3), (None, {"engine.concurrent": 30}, 6),
+    (99, {}, 4), (99, {"strategy": "dispfl"}, 6), (99, {"run.clients": 40, "run.cohort": 30}, 16), (2, {}, 2),
+    (2, {"engine.concurrent": 3}, 3), (99, {"engine.concurrent": 1}, 1),
 ])  # fmt: skip
-def test_how_many_at_once(monkeypatch, gpu, keys, count):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+def test_how_many_at_once(monkeypatch, room, keys, count):
+    """A core each on a CPU; on a GPU those that train in a round, at most 16, if there is room for them."""
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    assert clients_at_once(merge(SMALL, keys)) == count
+    assert clients_at_once(parse(merge(SMALL, keys)), room) == count
+
+
+@pytest.mark.parametrize(("gpu", "keys", "most"), [
+    (True, {"engine.concurrent": 5}, 4), (True, {"engine.concurrent": 7, "strategy": "dispfl"}, 6),
+    (True, {"engine.concurrent": 17, "run.clients": 40, "run.cohort": 30}, 16),
+    (True, {"engine.concurrent": 4}, 0), (True, {"engine.concurrent": 5, "run.device": "cpu"}, 0),
+    (False, {"engine.concurrent": 5}, 0),
+])  # fmt: skip
+def test_more_at_once_than_is_safe_on_a_gpu_is_refused_by_name(monkeypatch, tmp_path, gpu, keys, most):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    flat = merge(SMALL, keys)
+    if not most:
+        check_at_once(parse(flat))
+        return
+    (tmp_path / "run.toml").write_text(write_toml(flat))
+    plan = read_plan([tmp_path / "run.toml"], [])
+    for door in (
+        lambda: check_at_once(parse(flat)),
+        lambda: resolve(Command(tmp_path / "run.toml", [], None, "inline", tmp_path / "out", None)),
+        lambda: check_all(plan.runs),
+        lambda: run_inline(None, None, flat),
+    ):
+        with pytest.raises(ConfigError, match=rf"engine\.concurrent is \d+; on a GPU it is at most {most}:"):
+            door()
+    assert not (tmp_path / "out").exists()
+
+
+# ---- memory ---------------------------------------------------------------------------------------
+
+NO_ROOM = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. Of the allocated memory 1 is"),
+    MemoryError("Unable to allocate 3.00 GiB for an array"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+)
+
+
+def without_room(error):
+    def work(node):
+        if node == 3:
+            raise error
+        return node
+
+    return work
+
+
+@pytest.mark.parametrize("error", NO_ROOM)
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_client_without_memory_ends_the_run_and_names_the_cure(grid, processes, error):
+    """Never a mean over the clients that happened to fit."""
+    with crew(echo(without_room(error)), 3) if processes else nullcontext() as app:
+        here = grid(without_room(error), 3)
+        here._app = app or here._app
+        courier = Courier(here, 10.0)
+        courier.send({node: letter(here, node) for node in range(1, 7)})
+        said = r"client 3: memory ran out \(.*3 clients work at once.*engine\.concurrent"
+        with pytest.raises(RunFailed, match=said) as run:
+            list(courier.replies())
+    assert str(error).partition(" Of the")[0] in str(run.value)
+    assert "Of the allocated" not in str(run.value)
+
+
+def test_on_real_nodes_a_client_without_memory_is_that_clients_affair(grid, monkeypatch):
+    here = grid(without_room(NO_ROOM[0]), 2)
+    monkeypatch.setattr(type(here), "in_process", False)
+    courier = Courier(here, 10.0)
+    courier.send({node: letter(here, node) for node in range(1, 7)})
+    assert len(list(courier.replies())) == 5
+    assert "CUDA out of memory" in courier.outcome.refused[3]
+
+
+def test_a_server_without_memory_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    """In testing the model; the status says it too, and other errors stay what they are."""
+    words = ["run.rounds=1 engine.concurrent=1", " ".join(f"{k}={v}" for k, v in SMALL.items() if k != "run.rounds")]
+
+    def evaluate(*_):
+        raise NO_ROOM[0]
+
+    monkeypatch.setattr(server_app, "central_evaluation", lambda shop: evaluate)
+    with pytest.raises(SystemExit) as end:
+        run_command(Command(None, words, None, "inline", tmp_path / "run", None))
+    assert end.value.code == 1
+    said = "memory ran out (OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.)"
+    assert said in capsys.readouterr().err
+    assert said in json.loads((tmp_path / "run" / "status.json").read_text())["message"]
+    with pytest.raises(ValueError, match="no"), naming_memory("cure"):
+        raise ValueError("no")
 
 
 @pytest.mark.parametrize(

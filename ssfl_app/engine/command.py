@@ -50,11 +50,15 @@ def run_command(command: Command) -> None:
             launch(config, 4 * layout.size, lambda line: print(line, flush=True))
     except (RunFailed, OSError) as error:
         # OSError: a full disk, a folder that went away. The checkpoint before it is intact.
-        print(f"ssfl: the run failed: {error}\nto go on: ssfl run --resume {folder}", file=sys.stderr)
+        print(f"ssfl: the run failed: {error}{_again(folder)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"ssfl: interrupted\nto go on: ssfl run --resume {folder}", file=sys.stderr)
+        print(f"ssfl: interrupted{_again(folder)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _again(folder: Path) -> str:
+    return f"\nto go on: ssfl run --resume {folder}" if (folder / "config.toml").is_file() else ""
 
 
 def resolve(command: Command) -> tuple[Config, Layout]:

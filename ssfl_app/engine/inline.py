@@ -19,12 +19,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
-from ssfl_app.config import Flat
+from ssfl_app.config import Config, Flat, parse
 from ssfl_app.engine.crew import SERVER, answered, crew, identify
-from ssfl_app.workshop import find_device, open_workshop
-
-ON_A_GPU = 8
-"""Clients trained at once on a GPU, unless `engine.concurrent` says otherwise."""
+from ssfl_app.guard import naming_memory
+from ssfl_app.workshop import check_at_once, gpu_notes, most_at_once, open_workshop
 
 Answer = Callable[[Message, Context], Message]
 """What a node does with a message: a ClientApp, or a crew of processes that are one."""
@@ -163,33 +161,34 @@ def run_inline(server: ServerApp, client: ClientApp, config: Flat) -> None:
     Raises
     ------
     ConfigError, RunFailed
-        What the ServerApp raises.
+        What the ServerApp raises; engine.concurrent is more than this GPU is given; memory ran out.
     """
     nodes = {1000 + i: i for i in range(int(config["run.clients"]))}
     context = Context(run_id=1, node_id=SERVER, node_config={}, state=RecordDict(), run_config=dict(config))
-    at_once = clients_at_once(config)
-    where = "threads on a GPU" if on_a_gpu(config) else "processes" if at_once > 1 else "this process"
+    check_at_once(parse(config))
+    with naming_memory("try a smaller model or data set"):
+        shop = open_workshop(dict(config))  # before anything is forked: all processes share it
+    on_gpu = shop.trainer.device.type == "cuda"
+    at_once = clients_at_once(shop.config, shop.room() if on_gpu else None)
+    where = "threads on a GPU" if on_gpu else "processes" if at_once > 1 else "this process"
     print(f"engine inline: {at_once} client(s) at once, in {where}", flush=True)
+    for note in gpu_notes(shop.config):
+        print(note, flush=True)
     with contextlib.ExitStack() as stack:
-        app: Answer = client
-        if at_once > 1 and not on_a_gpu(config):
-            open_workshop(dict(config))  # before the fork: all of them share it
-            app = stack.enter_context(crew(client, at_once))
+        app: Answer = client if on_gpu or at_once == 1 else stack.enter_context(crew(client, at_once))
         grid = InlineGrid(app, config, nodes, concurrent=at_once)
         stack.callback(grid.close)
         server(grid, context)
 
 
-def clients_at_once(config: Flat) -> int:
-    """Return how many clients the inline engine trains at once: by default 8 on a GPU, and a core each on a CPU.
+def clients_at_once(config: Config, room: int | None = None) -> int:
+    """Return how many clients the inline engine trains at once.
 
-    Where processes cannot safely be forked (not on Linux), that is one.
+    On a GPU by default as many as train in a round and have `room` there. On a CPU (`room` is None) a core each;
+    where processes cannot safely be forked (not on Linux), that is one.
     """
+    wanted = config.engine.concurrent
+    if room is not None:
+        return wanted or min(most_at_once(config), room)
     cores = (os.cpu_count() or 1) if sys.platform == "linux" else 1
-    wanted = int(config["engine.concurrent"]) or (ON_A_GPU if on_a_gpu(config) else cores)
-    return min(wanted, int(config["run.clients"]))
-
-
-def on_a_gpu(config: Flat) -> bool:
-    """Return whether clients train on a GPU."""
-    return find_device(str(config["run.device"])).type == "cuda"
+    return min(wanted or cores, config.settings.run.clients)

@@ -18,7 +18,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.results.recorder import read_status
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.workshop import check
+from ssfl_app.workshop import check, check_at_once
 
 STOP_TIMEOUT = 60.0  # `ssfl run` ends a Ray engine in order, which takes a while
 # What a run leaves that was killed in its first moments, before it wrote its configuration.
@@ -51,6 +51,7 @@ def check_all(runs: Sequence[Planned]) -> None:
     layouts: dict[tuple[object, ...], Layout] = {}
     for run in runs:
         config = configuration.parse(run.flat)
+        check_at_once(config)
         if task(run) not in layouts:
             layouts[task(run)] = check(config)
         REGISTRY[config.strategy](layouts[task(run)], config.settings)

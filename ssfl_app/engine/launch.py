@@ -21,6 +21,7 @@ from ssfl_app import guard
 from ssfl_app.config import Config, app_folder, write_toml
 from ssfl_app.engine.flower_app import copy_app, follow, judge
 from ssfl_app.engine.processes import environment, free_port, running, wait_until_healthy
+from ssfl_app.workshop import find_device, gpu_notes
 
 SMALLEST_STORE = 100_000_000  # Ray refuses less than 79 MB
 
@@ -32,7 +33,7 @@ def plan(config: Config) -> tuple[int, float]:
     """
     run = config.settings.run
     actors = config.engine.actors or min(os.cpu_count() or 1, max(run.cohort, 1))
-    gpus = torch.cuda.device_count() if run.device != "cpu" and torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if find_device(run.device).type == "cuda" else 0
     return actors, gpus / actors
 
 
@@ -49,6 +50,8 @@ def launch(config: Config, model_bytes: int, say: Callable[[str], None]) -> None
     actors, gpu = plan(config)
     threads, cores = config.engine.threads, os.cpu_count()
     say(f"engine ray: {actors} actors, {threads} torch thread(s) and {gpu:g} GPU each, on {cores} cores")
+    for note in gpu_notes(config, "ray"):
+        say(note)
     folder = Path(config.settings.run.out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "status.json").unlink(missing_ok=True)  # that of an earlier session says nothing about this one

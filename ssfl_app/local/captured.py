@@ -24,12 +24,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ssfl_app.local.gpu import own_stream, wait_for
 from ssfl_app.local.reparam import originals
 from ssfl_app.local.steps import LocalOptions, bfloat16, times
 from ssfl_app.sparsity.mask import Mask
 
-AHEAD = 4096
-"""Images that are augmented at a time: a few launches for all of them, and 50 MB of CIFAR."""
+AHEAD = 48 << 20
+"""Bytes of augmented images that are prepared at a time: a few launches for 4096 images of CIFAR."""
 
 WARM_UP = 2
 """Steps before a capture, in which libraries choose and load kernels and take their memory."""
@@ -63,7 +64,7 @@ class StaticStep:
     """
 
     def __init__(self, model: nn.Module, options: LocalOptions, *, autocast: bool, capture: bool) -> None:
-        self.ahead = max(1, AHEAD // options.batch_size) * options.batch_size
+        self.ahead = AHEAD
         self._model, self._clip, self._autocast, self._capture = model, options.clip, autocast, capture
         self._parameters = list(model.parameters())
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
@@ -128,6 +129,7 @@ class StaticStep:
 
     def total(self) -> float:
         """Return the sum of the losses of all images so far."""
+        wait_for(self._device)
         return float(self._total)
 
     def _step(self, batch: _Batch) -> None:
@@ -151,9 +153,8 @@ class StaticStep:
 
     def _captured(self, batch: _Batch) -> torch.cuda.CUDAGraph:
         current = torch.cuda.current_stream(self._device)
-        if self._stream is None:  # the default stream cannot be captured
-            is_default = current == torch.cuda.default_stream(self._device)
-            self._stream = torch.cuda.Stream(self._device) if is_default else current  # type: ignore[no-untyped-call]
+        # Not the thread's: torch may have given that to another thread too, whose kernels would be captured.
+        self._stream = self._stream or own_stream(self, self._device)
         changed = [*self._parameters, *self._model.buffers(), *self._momenta, self._total]
         before = [tensor.detach().clone() for tensor in changed]
         self._stream.wait_stream(current)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from ssfl_app.local.gpu import wait_for
 from ssfl_app.local.reparam import originals
 from ssfl_app.options import above, at_least, fraction
 from ssfl_app.sparsity.mask import Mask
@@ -48,7 +49,7 @@ class Step(Protocol):
     Attributes
     ----------
     ahead : int
-        How many images the loop may prepare at a time; never less than a batch of them.
+        Bytes of float32 images that the loop may prepare at a time; never less than a batch.
     """
 
     ahead: int
@@ -127,6 +128,7 @@ class PlainStep:
 
     def total(self) -> float:
         """Return the sum of the losses of all images so far."""
+        wait_for(self._total.device)
         return float(self._total)
 
 

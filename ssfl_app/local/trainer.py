@@ -11,15 +11,13 @@ from torch.nn import functional as F
 
 from ssfl_app.local.captured import StaticStep
 from ssfl_app.local.data import Images, Transform
+from ssfl_app.local.gpu import EVALUATION_BATCH, wait_for
 from ssfl_app.local.reparam import originals
 from ssfl_app.local.steps import LocalOptions as LocalOptions
 from ssfl_app.local.steps import Optimizer as Optimizer
 from ssfl_app.local.steps import PlainStep, Step, settle, unchanged
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
-
-EVALUATION_BATCH = 500
-"""Images of a forward pass without gradients; fixed, so that it never changes the bits of a loss."""
 
 Steps = Literal["plain", "static", "graphs"]
 
@@ -150,7 +148,7 @@ class LocalTrainer:
     def _epoch(
         self, data: Images, rng: np.random.Generator, ahead: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the batches of one pass, at most `ahead` images prepared at a time, or a batch.
+        """Yield the batches of one pass, at most `ahead` bytes of images prepared at a time, or a batch.
 
         What an epoch draws is drawn at its start and goes to the device at once, so nothing there waits for it.
         """
@@ -160,7 +158,8 @@ class LocalTrainer:
         plan = torch.from_numpy(np.concatenate([order, np.concatenate(draws, axis=1)]))
         if self.device.type == "cuda":
             plan = plan.pin_memory().to(self.device, non_blocking=True)
-        for part in torch.split(plan, max(ahead, size), dim=1):
+        batches = max(1, ahead // (size * data.pixels[0].numel() * torch.float32.itemsize))
+        for part in torch.split(plan, batches * size, dim=1):
             inputs, labels = self.transform.apply(data.pixels[part[0]], part[1:]), data.labels[part[0]]
             yield from zip(torch.split(inputs, size), torch.split(labels, size), strict=True)
 
@@ -182,6 +181,7 @@ class LocalTrainer:
         with _left_alone(model):
             loss = self._loss(model, self.transform.test(data.pixels), data.labels, temperature)
             gradients = torch.autograd.grad(loss, list(weights.values()))
+            wait_for(self.device)
         return dict(zip(weights, gradients, strict=True))
 
     def curvature(
@@ -204,6 +204,7 @@ class LocalTrainer:
             slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
             along = [(g * direction[n].to(g)).sum() for n, g in zip(weights, slopes, strict=True)]
             products = torch.autograd.grad(torch.stack(along).sum(), list(weights.values()), materialize_grads=True)
+            wait_for(self.device)
         return dict(zip(weights, products, strict=True))
 
     @torch.no_grad()
@@ -219,6 +220,7 @@ class LocalTrainer:
             logits = model(self.transform.test(data.pixels[part]))
             loss += F.cross_entropy(logits, data.labels[part], reduction="sum")
             correct += (logits.argmax(dim=1) == data.labels[part]).sum()
+        wait_for(self.device)
         return float(loss) / len(data), int(correct) / len(data)
 
     @staticmethod

@@ -1,0 +1,288 @@
+"""What a process on the fake CUDA runtime finds out; ``tests/test_gpu.py`` starts it and reads its JSON.
+
+``python -m tests.fake_gpu PART``. The runtime is preloaded (``fakecuda`` of the tools beside this repository):
+torch's allocator, autograd, streams and captures run as on a GPU, kernels are recorded and compute nothing.
+"""
+
+import contextlib
+import gc
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from fakecuda import fake
+
+from ssfl_app import client_app, server_app
+from ssfl_app.config import merge, parse
+from ssfl_app.engine.command import Command, run_command
+from ssfl_app.engine.inline import clients_at_once, run_inline
+from ssfl_app.guard import RunFailed
+from ssfl_app.local import captured
+from ssfl_app.local.data import Images, Transform
+from ssfl_app.local.gpu import memory_need, own_stream
+from ssfl_app.local.models import ModelOptions, create, outline
+from ssfl_app.local.trainer import LocalOptions, LocalTrainer
+from ssfl_app.options import ConfigError
+from ssfl_app.sparsity.layout import Layout
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.workshop import gpu_notes, open_workshop
+from tests.in_process_grid import SMALL
+
+GPU = torch.device("cuda")
+SYNCS = ("streamSynchronize", "eventSynchronize", "deviceSynchronize")
+
+
+def trainer(precision="tf32", **changes):
+    recipe = {"epochs": 2, "batch_size": 16, "lr": 0.1, "lr_decay": 1.0, "momentum": 0.0, "weight_decay": 5e-4}
+    options = LocalOptions(**recipe | {"clip": 10.0} | changes)
+    return LocalTrainer(options, Transform((0.5,) * 3, (0.2,) * 3, "crop-flip"), GPU, precision, "graphs")
+
+
+def images(count, side=32):
+    pixels = torch.zeros((count, 3, side, side), dtype=torch.uint8, device=GPU)
+    return Images(pixels, torch.zeros(count, dtype=torch.int64, device=GPU))
+
+
+def network(name, norm="group"):
+    return create(ModelOptions(name, norm), 3, 10, 1).to(GPU)
+
+
+def fit(run, model, data, mask=None):
+    mask = mask or Mask.random(Layout.of(model), 0.5, np.random.default_rng(1))
+    return run.fit(model, data, np.random.default_rng(1), lr=0.1, mask=mask)
+
+
+@contextlib.contextmanager
+def counted():
+    """Yield a list that gets the number of nodes of each graph that is captured inside."""
+    nodes, real = [], captured.StaticStep._captured
+
+    def capture(static, batch):
+        graph = real(static, batch)
+        nodes.append(fake.nodes())  # captures take turns, so the last graph is this one
+        return graph
+
+    captured.StaticStep._captured = capture
+    try:
+        yield nodes
+    finally:
+        captured.StaticStep._captured = real
+
+
+def calls(work):
+    """Return how often `work` makes the runtime's calls, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        fake.reset()
+        work()
+        fake.report(f"{folder}/report")
+        rows = re.findall(r"^call (\d+) (\S+)", Path(f"{folder}/report").read_text(), re.MULTILINE)
+    return {name: int(count) for count, name in rows}
+
+
+# ---- parts ----------------------------------------------------------------------------------------
+
+
+def captures():
+    """Nodes of a step and waits of a fit, for models, norms, precisions and momenta."""
+    kinds = [("cnn", "group"), ("cnn", "batch"), ("cnn", "none"), ("resnet18", "group"), ("resnet18", "batch")]
+    kinds.append(("resnet20", "group"))
+    cases = [(*kind, p, momentum) for kind in kinds for p in ("fp32", "tf32", "bf16") for momentum in (0.0, 0.9)]
+    cases += [("resnet50", "group", "tf32", 0.0), ("resnet50", "group", "bf16", 0.0)]
+    rows = []
+    for name, norm, precision, momentum in cases:
+        run, model, data = trainer(precision, momentum=momentum), network(name, norm), images(36)
+        mask = Mask.random(Layout.of(model), 0.5, np.random.default_rng(1))
+        with counted() as nodes:
+            fit(run, model, data, mask)
+        with counted() as more:
+            again = calls(lambda args=(run, model, data, mask): fit(*args))
+        rows.append({
+            "case": [name, norm, precision, momentum],
+            "nodes": nodes,
+            "syncs": sum(again.get(name, 0) for name in SYNCS),
+            "sleeping": again.get("eventSynchronize", 0),
+            "launches": again.get("graphLaunch", 0),
+            "again": len(more),
+        })  # fmt: skip
+    return rows
+
+
+def threads():
+    """Nodes of the captures of many threads that come and go, when torch gives several of them one stream."""
+    rows, name = {}, "cnn"
+    with counted() as alone:
+        fit(trainer(), network(name), images(36))
+    for count in (8, 16):
+        # Torch has 32: the 33rd is the first one again, as after many threads that came and went.
+        one, *_, same = [torch.cuda.Stream(GPU) for _ in range(33)]
+        with counted() as nodes:
+            at_once(count, lambda index, pair=(one, same): client(pair[index % 2]))
+        rows[count] = {"nodes": nodes, "shared": one.cuda_stream == same.cuda_stream}
+    return {"alone": alone, "threads": rows}
+
+
+def client(stream):
+    torch.cuda.set_stream(stream)
+    run, model = trainer(), network("cnn")
+    for count in (36, 20, 27, 36):  # last batches of 4, 4, 11
+        fit(run, model, images(count))
+
+
+def at_once(count, work):
+    errors = []
+
+    def guarded(index):
+        try:
+            work(index)
+        except BaseException as error:
+            errors.append(error)
+
+    working = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
+    for thread in working:
+        thread.start()
+    for thread in working:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def streams():
+    """Which streams are lent, and what happens when none is left."""
+
+    class Holder:
+        pass
+
+    holders = [Holder() for _ in range(32)]
+    lent = [own_stream(holder, GPU) for holder in holders]
+    usual = {torch.cuda.Stream(GPU).cuda_stream for _ in range(40)}
+    try:
+        own_stream(Holder(), GPU)
+        refused = ""
+    except RunFailed as error:
+        refused = str(error)
+    free = lent[7].cuda_stream
+    del holders[7]
+    gc.collect()
+    again = own_stream(holders[0], GPU).cuda_stream
+    return {
+        "lent": len({stream.cuda_stream for stream in lent}),
+        "shared": len({stream.cuda_stream for stream in lent} & usual),
+        "refused": refused,
+        "again": again == free,
+    }
+
+
+def memory():
+    """What is reserved for a client against the estimate of it, in bytes."""
+    rows = []
+    for name in ("cnn", "resnet18", "resnet50", "resnet20", "resnet110"):
+        gc.collect()
+        torch.cuda.empty_cache()
+        run, model, data = trainer("bf16", momentum=0.9), network(name), images(500)
+        before = torch.cuda.memory_reserved()
+        fit(run, model, data)
+        run.evaluate(model, data)
+        run.gradient(model, data.take(np.arange(64)))
+        need = memory_need(outline(ModelOptions(name, "group"), 3, 10), (3, 32, 32), 16)
+        rows.append([name, torch.cuda.memory_reserved() - before, need])
+        del run, model, data
+    return rows
+
+
+def said(words, **changes):
+    """Return the exit code and the last words of `ssfl run` in this process."""
+    error, out, code = io.StringIO(), io.StringIO(), 0
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(error), contextlib.redirect_stdout(out):
+        try:
+            run_command(Command(None, [words], None, "inline", Path(folder) / "run", None))
+        except SystemExit as end:
+            code = end.code
+        except ConfigError as refused:
+            code = str(refused)
+        rounds = Path(folder) / "run" / "rounds.jsonl"
+        records = [json.loads(line) for line in rounds.read_text().splitlines()] if rounds.exists() else []
+        status = Path(folder) / "run" / "status.json"
+        status = json.loads(status.read_text()) if status.exists() else {}
+    return {"code": code, "said": error.getvalue(), "out": out.getvalue(), "rounds": len(records), "status": status}
+
+
+WIDE = "strategy='fedavg' model.name='resnet18' run.clients=12 run.cohort=10 run.rounds=1 local.epochs=1"
+
+
+def out_of_memory():
+    """How a run ends for which the GPU is too small: in training with many at once, in the server, from the start."""
+    rows = {}
+    rows["threads"] = at(torch.cuda.memory_reserved() + (1500 << 20), f"{WIDE} engine.concurrent=10")
+    for name, clients in (("clients", True), ("server", False)):
+        with patched(LocalTrainer, "evaluate", lambda *args, clients=clients: too_much(clients)):
+            rows[name] = at(80 << 30, f"{WIDE} model.name='cnn' engine.concurrent=2")
+    with patched(LocalTrainer, "fit", lambda *args, **more: too_much(False)):
+        rows["alone"] = at(80 << 30, f"{WIDE} model.name='cnn' engine.concurrent=1")
+    open_workshop.__globals__["_open"].cache_clear()
+    rows["start"] = at(torch.cuda.memory_reserved() + (20 << 20), f"{WIDE} model.name='resnet50'")
+    return rows
+
+
+def too_much(in_threads):
+    """Ask for a terabyte where it is asked to: in the clients' threads, or in the main one."""
+    if in_threads == (threading.current_thread() is not threading.main_thread()):
+        torch.empty(1 << 40, dtype=torch.uint8, device=GPU)
+    return 0.0, 0.0
+
+
+@contextlib.contextmanager
+def patched(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def at(size, words):
+    gc.collect()
+    torch.cuda.empty_cache()
+    fake.limit(size)
+    return said(words)
+
+
+def run():
+    """What a run says at its start, whether it ends, and with how many at once where memory is little."""
+    gc.collect()
+    rows = {"early": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"), "started": torch.cuda.is_initialized()}
+    whole = merge(SMALL, {"run.clients": 40, "run.cohort": 30, "model.name": "resnet18", "run.rounds": 1})
+    shop = open_workshop(whole)
+    rows["connections"] = os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+    need = memory_need(outline(ModelOptions("resnet18", "group"), 1, 10), shop.data.shape, 32)
+    rows["at_once"] = {}
+    for clients in (1, 5, 100):
+        fake.limit(80 << 30)
+        used = (80 << 30) - torch.cuda.mem_get_info()[0]
+        fake.limit(used + int((clients + 0.5) * need))
+        rows["at_once"][clients] = clients_at_once(shop.config, shop.room())
+    fake.limit(80 << 30)
+    for precision in ("fp32", "tf32"):
+        config = parse(whole | {"engine.precision": precision})
+        rows[f"notes {precision}"] = [gpu_notes(config, engine) for engine in ("inline", "ray")]
+    rows["inline"] = said("run.clients=12 run.cohort=5 run.rounds=2 local.epochs=1")
+    more, all_train = "engine.concurrent=17 run.cohort=18", "engine.concurrent=13 strategy='dispfl'"
+    for words in ("engine.concurrent=6", more, all_train):
+        rows[words] = said(f"run.clients=18 run.cohort=5 run.rounds=1 {words}")
+    try:
+        run_inline(server_app.app, client_app.app, merge(SMALL, {"engine.concurrent": 5}))
+    except ConfigError as error:
+        rows["api"] = str(error)
+    return rows
+
+
+if __name__ == "__main__":
+    part = {f.__name__: f for f in (captures, threads, streams, memory, out_of_memory, run)}[sys.argv[1]]
+    print(json.dumps(part()))

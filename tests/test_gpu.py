@@ -1,0 +1,141 @@
+"""Training on a GPU, as far as a machine without one can tell: `tests.fake_gpu` on a fake CUDA runtime.
+
+The runtime lies beside this repository (``../shared/tools/fakecuda``) and is built for the torch that is installed;
+without it, or without a compiler, these tests are skipped. What a GPU computes, and how fast, is found out by
+``benchmarks/gpu_window.py``.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT.parent / "shared" / "tools" / "fakecuda"
+
+NODES = {
+    ("cnn", "group"): (58, 81), ("cnn", "batch"): (44, 67), ("cnn", "none"): (42, 57),
+    ("resnet18", "group"): (295, 422), ("resnet18", "batch"): (155, 282), ("resnet20", "group"): (304, 425),
+    ("resnet50", "group"): (739, 1064),
+}  # fmt: skip
+"""Most nodes of a captured step: in float32 (fp32, tf32), and in bf16."""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Return a function that plays a part of `tests.fake_gpu`, once, and returns what it found."""
+    if not TOOLS.is_dir() or torch.version.cuda is None:
+        pytest.skip("no fake CUDA runtime here, or a torch without CUDA")
+    out = tmp_path_factory.mktemp("fakecuda")
+    build = [sys.executable, str(TOOLS / "build.py"), str(out)]
+    built = subprocess.run(build, capture_output=True, text=True, check=False)
+    if built.returncode:
+        pytest.skip(f"the fake CUDA runtime cannot be built: {built.stderr.strip().splitlines()[-1]}")
+    library = str(out / "libfakecuda.so")
+    paths = os.pathsep.join([str(TOOLS), str(ROOT)])
+    known = {k: v for k, v in os.environ.items() if k != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    variables = known | {"LD_LIBRARY_PATH": str(out), "LD_PRELOAD": library, "PYTHONPATH": paths}
+
+    @functools.cache
+    def play(part):
+        command = [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu", part]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return play
+
+
+def test_every_model_norm_and_precision_is_captured_within_its_budget(found):
+    rows = found("captures")
+    assert len(rows) == 38
+    for row in rows:
+        name, norm, precision, _ = row["case"]
+        most = NODES[name, norm][precision == "bf16"]
+        assert 0 < row["nodes"][0] <= most, row
+        assert len(row["nodes"]) == 2  # batches of 16 and of 4
+        assert len(set(row["nodes"])) == 1
+
+
+def test_a_fit_whose_graphs_are_there_waits_once_and_asleep(found):
+    for row in found("captures"):
+        assert row["again"] == 0, row
+        assert row["launches"] == 6
+        # The one that sleeps, and the read of the sum, which is there by then; the rest are copies from the host.
+        assert row["sleeping"] == 1
+        assert row["syncs"] <= 3
+
+
+def test_captures_are_their_own_whatever_stream_torch_gives_to_threads(found):
+    """Eight and sixteen threads on one stream, which the thirty-third thread of a process shares with the first."""
+    threads = found("threads")
+    assert threads["alone"] == [58, 58]
+    for count, row in threads["threads"].items():
+        assert row["shared"]
+        assert row["nodes"] == [58] * (3 * int(count))
+
+
+def test_a_stream_for_captures_is_lent_to_one_at_a_time(found):
+    streams = found("streams")
+    assert streams["lent"] == 32
+    assert streams["shared"] == 0  # none of those that threads get
+    assert streams["refused"] == "32 models have a stream of cuda for their graphs; torch has no more of them"
+    assert streams["again"]  # it goes back with its holder
+
+
+def test_a_clients_memory_is_estimated_from_above(found):
+    for name, reserved, need in found("memory"):
+        assert reserved <= need <= 2 * reserved, name
+
+
+@pytest.mark.parametrize(("where", "who", "cure"), [
+    ("threads", "client ", "10 clients work at once, try a lower engine.concurrent or a smaller model"),
+    ("clients", "client ", "2 clients work at once, try a lower engine.concurrent or a smaller model"),
+    ("server", "memory", "2 clients work at once, try a lower engine.concurrent or a smaller model"),
+    ("alone", "client 0", "try a smaller model or batch"),
+    ("start", "memory", "try a smaller model or data set"),
+])  # fmt: skip
+def test_a_gpu_without_memory_ends_the_run_and_names_bytes_and_cure(found, where, who, cure):
+    end = found("out_of_memory")[where]
+    first = end["said"].splitlines()[0]
+    assert end["code"] == 1
+    assert first.startswith(f"ssfl: the run failed: {who}")
+    assert "CUDA out of memory. Tried to allocate" in first
+    assert first.endswith(cure)
+    assert end["rounds"] <= 1  # of round 0: no mean was taken
+    if where != "start":
+        assert end["status"]["status"] == "failed"
+        assert end["status"]["message"] in first
+
+
+def test_a_run_takes_what_there_is_room_for_and_refuses_more_than_is_safe(found):
+    run = found("run")
+    assert run["at_once"] == {"1": 1, "5": 5, "100": 16}
+    assert run["engine.concurrent=6"]["code"].startswith("engine.concurrent is 6; on a GPU it is at most 5:")
+    assert "at most 16" in run["engine.concurrent=17 run.cohort=18"]["code"]
+    assert run["engine.concurrent=13 strategy='dispfl'"]["code"] == 0  # all of its clients train in a round
+    assert "engine.concurrent is 5; on a GPU it is at most 4:" in run["api"]
+    assert run["inline"]["code"] == 0
+    assert run["inline"]["out"].startswith("engine inline: 5 client(s) at once, in threads on a GPU\n")
+
+
+def test_queues_to_the_gpu_are_set_before_cuda_starts(found):
+    run = found("run")
+    assert (run["early"], run["started"], run["connections"]) == (None, False, "32")
+
+
+def test_what_a_gpu_has_is_said_at_the_start(found):
+    run = found("run")
+    precision = "note: engine.precision is 'fp32' on Fake H100; engine.precision 'tf32' or 'bf16' uses its matrix"
+    (inline, ray), (none, engine) = run["notes fp32"], run["notes tf32"]
+    assert len(inline) == 1
+    assert inline[0].startswith(precision)
+    assert run["inline"]["out"].count(precision) == 1
+    assert none == []
+    assert ray == inline + engine
+    assert engine[0].startswith("note: on one GPU the in-process engine is the fast one (--engine inline)")
