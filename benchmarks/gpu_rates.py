@@ -1,7 +1,9 @@
-"""What benchmarks/gpu.py measures with: trainers on one device, rounds of the inline engine, a profile."""
+"""What benchmarks/gpu_window.py measures with: trainers on one device, rounds of the in-process engine, a profile."""
 
 import functools
+import gc
 import json
+import re
 import tempfile
 import threading
 import time
@@ -38,7 +40,10 @@ MOMENTS = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured; `keys` change the recipe, and the first `skipped` rounds capture most graphs."""
+    """How much is measured; `keys` change the recipe, and the first `skipped` rounds capture most graphs.
+
+    `at_once` are the numbers of clients of the sweep, `many` is the cohort.
+    """
 
     model: str
     side: int
@@ -46,6 +51,7 @@ class Scale:
     images: int
     epochs: int
     at_once: tuple[int, ...]
+    many: int
     rounds: int
     skipped: int
     keys: str
@@ -131,11 +137,13 @@ class Clients:
         self.trainers[index].fit(self.models[index], data, rng, lr=0.01, mask=self.mask, epochs=epochs)
 
 
-def trainer_rate(bench: Bench, steps: str, precision: str, at_once: int, **model: str | bool) -> dict:
-    """Return images a second of clients that train at once, with everything captured."""
-    clients, epochs = Clients(bench, steps, precision, at_once, **model), bench.scale.epochs
-    rate = clients.train(epochs if steps == "plain" else 2 * epochs)
-    return {"steps": steps, "precision": precision, "concurrent": at_once, **model, "images_per_second": rate}
+def trainer_rate(bench: Bench, precision: str, at_once: int, **model: str | bool) -> dict:
+    """Return images a second of clients that train at once, with everything captured; its memory is free again."""
+    rate = Clients(bench, bench.fast, precision, at_once, **model).train(2 * bench.scale.epochs)
+    gc.collect()
+    if bench.on_gpu:
+        torch.cuda.empty_cache()
+    return {"precision": precision, "concurrent": at_once, **model, "images_per_second": rate}
 
 
 # ---- rounds of the engine ---------------------------------------------------------------------
@@ -152,12 +160,13 @@ def synthetic(scale: Scale) -> None:
 
 
 @contextmanager
-def stopwatch() -> Iterator[dict[str, float]]:
-    """Add up the seconds that threads spend in the parts of a round."""
+def stopwatch() -> Iterator[tuple[dict[str, float], list[tuple[float, float]]]]:
+    """Add up the seconds that threads spend in the parts of a round; also yield when each `fit` began and ended."""
     from ssfl_app.aggregate import WeightedMean
     from ssfl_app.strategies.rule import ClientRule
 
     spent: dict[str, float] = defaultdict(float)
+    fits: list[tuple[float, float]] = []
     parts = {
         "train": (LocalTrainer, "fit"),
         "client reads the model": (ClientRule, "load"),
@@ -175,31 +184,67 @@ def stopwatch() -> Iterator[dict[str, float]]:
                 return function(*args, **more)
             finally:
                 spent[part] += time.monotonic() - began
+                if part == "train":
+                    fits.append((began, time.monotonic()))
 
         return call
 
     for part, (owner, name) in parts.items():
         setattr(owner, name, timed(before[part], part))
     try:
-        yield spent
+        yield spent, fits
     finally:
         for part, (owner, name) in parts.items():
             setattr(owner, name, before[part])
 
 
-def engine_rate(scale: Scale, data: Path | None, precision: str, at_once: int, whole: int = 0) -> dict:
-    """Return images a second of rounds of the inline engine, and where their time went; `whole`: a run of so many."""
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Return how many seconds lie in at least one of the spans."""
+    total, end = 0.0, -1.0
+    for start, stop in sorted(spans):
+        total, end = total + max(0.0, stop - max(start, end)), max(end, stop)
+    return total
+
+
+@contextmanager
+def gpu_busy(on_gpu: bool) -> Iterator[list[float]]:
+    """Sample NVML's share of time in which the GPU ran a kernel; an empty list without NVML."""
+    samples: list[float] = []
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(0.1):
+            try:
+                samples.append(torch.cuda.utilization() / 100)
+            except Exception:  # NVML is one more library, and this one more number
+                return
+
+    thread = threading.Thread(target=sample, daemon=True)
+    if on_gpu:
+        thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+
+
+def engine_rate(scale: Scale, data: Path | None, precision: str, at_once: int, device: str) -> dict:
+    """Return images a second of rounds of the in-process engine, and where their time went.
+
+    `device_seconds` are those in which at least one client trains; the rest, `host_seconds`, is what the host needs
+    before and after and does not hide. `thread_seconds` adds up all threads.
+    """
     from ssfl_app import client_app, server_app
     from ssfl_app.config import merge, read_overrides
     from ssfl_app.engine.inline import run_inline
 
-    rounds = whole or scale.rounds
-    keys = {"run.rounds": rounds, "engine.concurrent": at_once, "engine.precision": precision}
-    keys |= {} if whole else {"run.evaluate-every": rounds, "run.checkpoint-every": rounds}
-    if data is not None:
-        kind = "parquet" if any(data.rglob("*.parquet")) else "cifar10"
-        keys |= {"data.path": str(data.resolve()), "data.name": kind}
-    with tempfile.TemporaryDirectory() as folder, stopwatch() as spent:
+    rounds = scale.rounds
+    keys = {"run.rounds": rounds, "engine.concurrent": at_once, "engine.precision": precision, "run.device": device}
+    keys |= {"run.evaluate-every": rounds, "run.checkpoint-every": rounds} | images_at(data)
+    if data is None:
+        synthetic(scale)
+    on_gpu = device == "cuda"
+    with tempfile.TemporaryDirectory() as folder, stopwatch() as (spent, fits), gpu_busy(on_gpu) as busy:
         out = Path(folder) / "run"
         config = merge(RECIPE, keys, read_overrides([scale.keys]), {"run.out": str(out)})
         began = time.monotonic()
@@ -208,11 +253,22 @@ def engine_rate(scale: Scale, data: Path | None, precision: str, at_once: int, w
         records = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
         summary = json.loads((out / "summary.json").read_text())
     records = [record for record in records if record["round"]]
-    timed = records if whole else records[scale.skipped : -1]  # the last round also tests the model at each client
+    timed = records[scale.skipped : -1]  # the last round also tests the model at each client
     images, seconds = (sum(record[name] for record in timed) for name in ("image_passes", "seconds"))
     row = {"precision": precision, "concurrent": at_once, "images_per_second": images / seconds, "rounds": len(timed)}
-    row |= {"images_per_round": images / len(timed), "wall_seconds": wall, "thread_seconds": dict(spent)}
-    return row | {"central_accuracy": summary["central_accuracy"], "seconds": [r["seconds"] for r in records]}
+    in_rounds, training = sum(record["seconds"] for record in records), covered(fits)
+    row |= {"device_seconds": training, "host_seconds": in_rounds - training, "thread_seconds": dict(spent)}
+    row |= {"gpu_busy": float(np.mean(busy)) if busy else None, "wall_seconds": wall}
+    row |= {"round_seconds": [record["seconds"] for record in records], "images_per_round": images / len(timed)}
+    return row | {"central_accuracy": summary["central_accuracy"]}
+
+
+def images_at(data: Path | None) -> dict[str, str]:
+    """Return the keys for CIFAR-10 in a folder, as parquet files or as torchvision's; crop and flip as published."""
+    if data is None:
+        return {}
+    kind = "parquet" if any(data.rglob("*.parquet")) else "cifar10"
+    return {"data.path": str(data.resolve()), "data.name": kind, "data.augment": "crop-flip"}
 
 
 # ---- a profile --------------------------------------------------------------------------------
@@ -228,21 +284,29 @@ def profile(bench: Bench, precision: str, at_once: int) -> dict:
         profiler.export_chrome_trace(str(Path(folder) / "trace.json"))
         events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
     kinds = ("kernel", "gpu_memcpy", "gpu_memset") if bench.on_gpu else ("cpu_op",)
-    return {"precision": precision, "concurrent": at_once} | digest([e for e in events if e.get("cat") in kinds])
+    seen = [event for event in events if event.get("cat") in kinds]
+    if not seen:
+        raise RuntimeError("the profiler saw no kernel: CUPTI is not allowed here")
+    return {"precision": precision, "concurrent": at_once} | digest(seen)
 
 
 def digest(events: list[dict]) -> dict:
-    """Return what a trace's events come to: busy (of the time), at_once (kernels while busy), the largest by name."""
+    """Return what a trace's events come to.
+
+    `busy` is a share of the time, `at_once` how many kernels run while it is busy; `layout` are kernels that only
+    change a layout, by their names; `top` the largest.
+    """
     total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-    busy, end = 0.0, -1.0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        start, stop = event["ts"], event["ts"] + event["dur"]
-        busy, end = busy + max(0.0, stop - max(start, end)), max(end, stop)
+    for event in events:
         total[event["name"]][0] += event["dur"]
         total[event["name"]][1] += 1
-    wall, work = end - min(event["ts"] for event in events), sum(spent for spent, _ in total.values())
-    top = [
+    spans = [(event["ts"], event["ts"] + event["dur"]) for event in events]
+    wall, busy = max(stop for _, stop in spans) - min(start for start, _ in spans), covered(spans)
+    work = sum(spent for spent, _ in total.values())
+    rows = [
         {"name": name[:120], "share": spent / work, "calls": calls, "ms": spent / 1e3}
-        for name, (spent, calls) in sorted(total.items(), key=lambda item: -item[1][0])[:15]
+        for name, (spent, calls) in sorted(total.items(), key=lambda item: -item[1][0])
     ]
-    return {"busy": busy / wall, "at_once": work / busy, "wall_ms": wall / 1e3, "launches": len(events), "top": top}
+    layout = [row for row in rows if re.search("nchw.*nhwc|nhwc.*nchw|transpose|layout", row["name"], re.IGNORECASE)]
+    found = {"busy": busy / wall, "at_once": work / busy, "wall_ms": wall / 1e3, "launches": len(events)}
+    return found | {"layout": layout[:10], "top": rows[:15]}

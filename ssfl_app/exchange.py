@@ -179,7 +179,7 @@ class Courier:
 
     def _sort(self, client: int, code: int, reason: str) -> None:
         line = last_line(reason)
-        # In simulation an exception of Ray, or this machine's memory. Elsewhere it is a SuperNode whose app or machine
+        # In simulation an exception of Ray, or this machine's memory. Elsewhere a SuperNode whose app or machine
         # failed: a matter of that client.
         if code == ErrorCode.UNKNOWN and is_simulation(self._grid):
             raise RunFailed(

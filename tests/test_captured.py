@@ -1,15 +1,10 @@
 """The fast training step against the plain one, bit for bit, and when it is used.
 
 Here it runs uncaptured: the same code on the same buffers, without a GPU. What is around a capture runs on a stand-in
-for CUDA's graphs; that a real one does the same is checked by ``benchmarks/gpu.py``.
+for CUDA's graphs; that a real one does the same is checked by ``benchmarks/gpu_window.py``.
 """
 
 import contextlib
-import json
-import subprocess
-import sys
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,27 +347,3 @@ def test_the_loss_that_is_reported_is_that_of_this_call():
     losses = [run.fit(model, images(9), np.random.default_rng(1), lr=0.05, epochs=4) for _ in range(4)]
     assert losses == sorted(losses, reverse=True)  # a sum over calls would grow
     assert losses[-1] < 0.8 * losses[0]
-
-
-@pytest.mark.slow
-def test_the_script_that_measures_a_gpu_runs(tmp_path):
-    """Tiny and on the CPU: its checks hold and it writes what it says."""
-    script, out = Path(__file__).parents[1] / "benchmarks" / "gpu.py", tmp_path / "gpu.json"
-    command = [sys.executable, str(script), "--device", "cpu", "--tiny", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads(out.read_text())
-    assert record["environment"]["torch"] == metadata.version("torch")
-    assert all(check["ok"] for check in record["checks"])
-    assert {row["steps"] for row in record["trainer"]} == {"plain", "static"}
-    assert {row["concurrent"] for row in record["engine"]} == {1, 2}
-    assert all(row["images_per_second"] > 0 for row in [*record["trainer"], *record["engine"]])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
-def test_without_a_gpu_the_script_says_so():
-    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "no CUDA" in done.stderr

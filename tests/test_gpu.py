@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,87 @@ def test_what_a_gpu_has_is_said_at_the_start(found):
     assert none == []
     assert ray == inline + engine
     assert engine[0].startswith("note: on one GPU the in-process engine is the fast one (--engine inline)")
+
+
+# ---- the scripts for a machine with a GPU ---------------------------------------------------------
+
+
+def script(name, *words):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+
+
+PARTS = (
+    "checks", "rates", "profile", "rounds", "queues-8", "queues-32", "convolutions", "grouped", "compile", "sweep",
+)  # fmt: skip
+
+
+def window(folder, *words):
+    """Play the window, tiny and on the CPU; return its exit code and its rows by part."""
+    done = script("gpu_window.py", folder, "--device", "cpu", "--tiny", *words)
+    rows = [json.loads(line) for line in (folder / "gpu_window.jsonl").read_text().splitlines()]
+    ended = {row["part"]: row["ended"] for row in rows if "ended" in row}
+    return (
+        done,
+        ended,
+        {part: [r for r in rows if r["part"] == part and "ended" not in r] for part in [*PARTS, "machine"]},
+    )
+
+
+@pytest.mark.slow
+def test_the_window_answers_its_questions_and_a_part_that_fails_is_a_line(tmp_path):
+    done, ended, found = window(tmp_path, "--data", tmp_path)  # without images in it: the part "rounds" fails
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert list(ended) == list(PARTS)
+    assert "ConfigError: data.path is" in ended.pop("rounds")
+    assert set(ended.values()) == {"well"}, ended
+    assert found["machine"][0]["torch"] == metadata.version("torch")
+    assert all(row["same"] for row in found["checks"])
+    assert {row["concurrent"] for row in found["sweep"]} == {1, 2}
+    assert all(row["images_per_second"] > 0 for part in ("rates", "queues-8", "sweep") for row in found[part])
+    assert {row["kind"] for row in found["convolutions"]} == {"tf32 NCHW", "bf16 NCHW", "bf16 NHWC"}
+    assert {row["compiled"] for row in found["compile"]} == {True, False}
+    shown = script("gpu_window.py", tmp_path, "--show").stdout
+    assert all(f"**{part}**: well" in shown for part in ended)
+    assert "**rounds**: failed with 1" in shown
+
+
+def test_the_window_tells_host_and_device_apart(tmp_path):
+    done = script("gpu_window.py", tmp_path, "--device", "cpu", "--tiny", "--part", "rounds")
+    assert done.returncode == 0, done.stderr
+    (played,) = [json.loads(line) for line in (tmp_path / "gpu_window.jsonl").read_text().splitlines()]
+    assert 0 < played["device_seconds"] < sum(played["round_seconds"])
+    assert played["host_seconds"] == pytest.approx(sum(played["round_seconds"]) - played["device_seconds"], abs=0.5)
+    assert set(played["thread_seconds"]) >= {"train", "server adds an answer", "server takes the mean"}
+
+
+def test_a_window_that_is_over_says_what_it_left_out(tmp_path):
+    done, ended, _ = window(tmp_path, "--minutes", 0)
+    assert done.returncode == 1
+    assert ended == dict.fromkeys(PARTS, "no time was left")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_without_a_gpu_the_window_says_so(tmp_path):
+    done = script("gpu_window.py", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no CUDA" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_papers_systems_are_played_and_go_on(tmp_path):
+    def accuracies():
+        systems = json.loads((tmp_path / "gpu_paper.json").read_text())["systems"]
+        return {name: found["central_accuracy"] for name, found in systems.items()}
+
+    done = script("gpu_paper.py", tmp_path, "--minutes", "5", "--tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = accuracies()
+    assert list(first) == ["ssfl", "fedavg", "random", "dispfl"]
+    assert {len(values) for values in first.values()} == {3}
+    (tmp_path / "random" / "status.json").write_text('{"status": "running", "message": ""}')
+    again = script("gpu_paper.py", tmp_path, "--minutes", "5", "--tiny")
+    assert [line for line in again.stdout.splitlines() if not line.startswith(" ")] == ["random: finished"]
+    assert "resuming after round 3" in (tmp_path / "random.log").read_text()
+    assert accuracies() == first
