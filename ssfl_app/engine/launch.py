@@ -6,11 +6,14 @@ What plain ``flwr run`` leaves to its user, and is done here:
   started it first; later runs of another checkout then silently get that one's client code. Here every run has its
   own SuperLink, on a free port, in a neutral folder, with its own FLWR_HOME; all of it is gone afterwards.
 - without a switch each run installs torch anew; telemetry and update checks go to the internet.
+- Ray listens on all interfaces without a password: whoever reaches the machine runs code on it. Here its processes
+  listen on the loopback interface only, and want a token that is drawn for the run.
 - the folder of a Flower app may hold letters, digits and hyphens only, a clone's need not: the app is copied.
 - ``flwr run --stream`` exits with 0 even if the run failed. Here success is what the ServerApp recorded.
 """
 
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +90,18 @@ def _variables(home: Path, address: str, threads: int) -> dict[str, str]:
         f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{address}"\ninsecure = true\n'
     )
     own = {guard.LAUNCHER: str(home / "launcher.lock"), "SSFL_SOURCE": str(app_folder())}
-    return environment(flwr_home, OMP_NUM_THREADS=str(threads), **own)
+    return environment(flwr_home, OMP_NUM_THREADS=str(threads), **own, **_closed())
+
+
+def _closed() -> dict[str, str]:
+    """Return the variables that keep others out of this run's Ray.
+
+    By its defaults every process of Ray listens on all interfaces and runs what it is sent, whoever sends it. Flower
+    passes no address on to `ray.init`; the first variable, made for two other systems, is Ray's own way to take the
+    loopback interface. There the token keeps out other users of this machine.
+    """
+    token = secrets.token_hex(32)
+    return {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
 def _object_store(size: int) -> dict[str, str]:

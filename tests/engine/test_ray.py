@@ -1,5 +1,6 @@
 """The real thing: `ssfl run` and `flwr run` on Ray, against the in-process engine, digit for digit."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -114,8 +115,38 @@ def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, obje
     assert result(folder)["model"] == inline["model"]
 
 
-def test_a_dead_ray_actor_ends_the_run_with_a_plain_message_and_nothing_is_left(tmp_path: Path) -> None:
+def listening(process: psutil.Process) -> dict[tuple[str, int], str]:
+    """Return address and port of all that the descendants of a process listen on, with their names."""
+    found = {}
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sockets = [s for s in child.net_connections("inet") if s.status == psutil.CONN_LISTEN]
+            found |= {(s.laddr.ip.removeprefix("::ffff:"), s.laddr.port): child.name() for s in sockets}
+    return found
+
+
+INTRUDER = """
+import ray
+ray.init(address="127.0.0.1:{port}", log_to_driver=False)
+print("code runs:", ray.get(ray.remote(lambda: 41 + 1).remote()))
+"""
+
+
+def test_a_run_is_reached_by_nobody_and_a_dead_actor_ends_it_with_a_plain_message(tmp_path: Path) -> None:
+    """No descendant listens beyond this machine, and on it nobody without the run's token gets in."""
     process, before = start(tmp_path / "run", f"{KEYS} run.rounds=200")
+    sockets = listening(psutil.Process(process.pid))
+    assert {address for address, _ in sockets} <= {"127.0.0.1", "::1"}, sockets
+    (port,) = [port for (_, port), name in sockets.items() if name == "gcs_server"]
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    without["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray looks for the address on the network
+    for own in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
+        words = [sys.executable, "-c", INTRUDER.format(port=port)]
+        done = subprocess.run(words, env=without | own, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode != 0
+        assert "code runs" not in done.stdout
+        assert "token" in done.stderr.lower()
+    assert process.poll() is None
     actors = alive(before, "ray::ClientAppActor")
     assert actors
     actors[0].kill()
