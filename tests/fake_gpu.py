@@ -27,7 +27,8 @@ from ssfl_app.guard import RunFailed
 from ssfl_app.local import captured
 from ssfl_app.local.data import Images, Transform
 from ssfl_app.local.gpu import memory_need, own_stream
-from ssfl_app.local.models import ModelOptions, create, outline
+from ssfl_app.local.models import NORMS, REGISTRY, ModelOptions, create, outline
+from ssfl_app.local.steps import PRECISIONS
 from ssfl_app.local.trainer import LocalOptions, LocalTrainer
 from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.layout import Layout
@@ -91,13 +92,12 @@ def calls(work):
 
 def captures():
     """Nodes of a step and waits of a fit, for models, norms, precisions and momenta."""
-    kinds = [("cnn", "group"), ("cnn", "batch"), ("cnn", "none"), ("resnet18", "group"), ("resnet18", "batch")]
-    kinds.append(("resnet20", "group"))
-    cases = [(*kind, p, momentum) for kind in kinds for p in ("fp32", "tf32", "bf16") for momentum in (0.0, 0.9)]
-    cases += [("resnet50", "group", "tf32", 0.0), ("resnet50", "group", "bf16", 0.0)]
+    cases = [(name, norm, p, 0.0) for name in REGISTRY for norm in NORMS for p in PRECISIONS]
+    cases += [("cnn", norm, p, 0.9) for norm in NORMS for p in PRECISIONS]
     rows = []
     for name, norm, precision, momentum in cases:
-        run, model, data = trainer(precision, momentum=momentum), network(name, norm), images(36)
+        count = 36 if name == "cnn" else 16  # a second batch size is a second capture
+        run, model, data = trainer(precision, momentum=momentum), network(name, norm), images(count)
         mask = Mask.random(Layout.of(model), 0.5, np.random.default_rng(1))
         with counted() as nodes:
             fit(run, model, data, mask)
