@@ -9,6 +9,9 @@ import numpy.typing as npt
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.words import quoted
 
+MOST_NAME = 200
+"""Characters of the name of a class."""
+
 MOST = 2**40
 """More images than this of one class is no count."""
 
@@ -70,6 +73,9 @@ def read_holding(facts: Mapping[str, object]) -> Holding:
     class_names = tuple(names.split("\n"))
     if len(set(class_names)) < len(class_names) or "" in class_names:
         raise PayloadError(f"classes is {quoted(names)}; the names differ and none is empty")
+    odd = next((name for name in class_names if len(name) > MOST_NAME or not name.isprintable()), None)
+    if odd is not None:
+        raise PayloadError(f"a class is called {quoted(odd)}; a name is printable, of at most {MOST_NAME} characters")
     counts, shape = _numbers(facts, "counts", len(class_names)), _numbers(facts, "shape", 3)
     if 0 in shape:
         raise PayloadError(f"shape is {quoted(facts['shape'])}; it is channels,height,width, each at least 1")
@@ -136,5 +142,5 @@ def _counts(held: Holding) -> str:
 
 
 def _names(classes: set[str]) -> str:
-    listed = [repr(name) for name in sorted(classes)]
+    listed = [quoted(name) for name in sorted(classes)]
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
