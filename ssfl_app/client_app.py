@@ -21,8 +21,12 @@ from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.post import CLIENT, FOLDER, RUN
 from ssfl_app.strategies.rule import ClientRule, Need
-from ssfl_app.wire import Facts, Memory, Packer, Parcel, read_record
+from ssfl_app.wire import Facts, Memory, Packer, Parcel, read_facts, read_record
+from ssfl_app.words import quoted
 from ssfl_app.workshop import code_digest, gpu_is_hidden, open_workshop
+
+MOST_BITMAPS = 4
+"""Bitmaps of a message; what else it holds is never deflated."""
 
 NDArrays = list[npt.NDArray[Any]]
 
@@ -87,13 +91,15 @@ def _parcel(parameters: NDArrays, config: dict[str, Any]) -> Parcel:
     return Parcel(dict(zip(names, parameters, strict=True)), facts)
 
 
-def serve(client: NumPyClient, message: Message, packer: Packer | None = None) -> Message:
+def serve(client: NumPyClient, message: Message, packer: Packer | None = None, unfolded: int = 0) -> Message:
     """Answer a message of the Message API by a NumPyClient; `packer` writes the answer.
+
+    Deflated arrays of the message may unfold to so many bytes together.
 
     ``query.hello`` asks for properties, ``query.<question>`` and ``train`` call `fit`, ``evaluate`` calls
     `evaluate`. The round and the digest go back as they came, so that the server can tell what was answered.
     """
-    parcel = read_record(message.content)
+    parcel = read_record(message.content, unfolded=unfolded)
     category, _, action = message.metadata.message_type.partition(".")
     config = {**parcel.facts, "arrays": ",".join(parcel.arrays)}
     arrays: NDArrays = []
@@ -123,7 +129,7 @@ def handle(message: Message, context: Context) -> Message:
     PayloadError
         The message is not one for this node.
     """
-    flat, facts = dict(context.run_config), read_record(message.content).facts
+    flat, facts = dict(context.run_config), read_facts(message.content)
     place = read_place(context.node_config, "sites" if flat.get("data.where") == "sites" else "shared")
     hello = message.metadata.message_type == "query.hello"
     number = 0 if hello and place.name else client_number(place, facts)
@@ -134,7 +140,8 @@ def handle(message: Message, context: Context) -> Message:
     if workshop.trainer.device.type == "cpu":
         keep_heap()
     rule = workshop.rule(number, memory_of(context, place, number, facts))
-    return serve(SparseClient(rule, place.name), message, Packer(workshop.config.settings.wire.bitmaps))
+    bitmap, packer = -(-workshop.layout.prunable_size // 8), Packer(workshop.config.settings.wire.bitmaps)
+    return serve(SparseClient(rule, place.name), message, packer, MOST_BITMAPS * bitmap)
 
 
 def client_number(place: Place, facts: Mapping[str, Any]) -> int:
@@ -147,7 +154,7 @@ def client_number(place: Place, facts: Mapping[str, Any]) -> int:
     """
     number = facts.get(CLIENT) if place.number is None else place.number
     if type(number) is not int or not 0 <= number < 2**31:
-        raise PayloadError(f"{CLIENT} is {number!r}; a message to site {place.name!r} states its number")
+        raise PayloadError(f"{CLIENT} is {quoted(number)}; a message to site {place.name!r} states its number")
     return number
 
 
@@ -162,7 +169,7 @@ def memory_of(context: Context, place: Place, number: int, facts: Facts) -> Memo
     if place.state_path is not None and RUN in facts:
         token = str(facts[RUN])
         if not re.fullmatch("[0-9a-f]{16}", token):
-            raise PayloadError(f"{RUN} is {token[:40]!r}; it is 16 hex digits")
+            raise PayloadError(f"{RUN} is {quoted(token)}; it is 16 hex digits")
         return Memory(context, number, place.state_path / token, survives=True)
     folder = facts.get(FOLDER)
     return Memory(context, number, Path(str(folder)) if folder else None)

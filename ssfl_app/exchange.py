@@ -18,6 +18,9 @@ from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ssfl_app.guard import RunFailed, memory_ran_out
+from ssfl_app.pulling import BrokenOff, Puller
+from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.words import in_a_line, last_line
 
 SIMULATION_POLL = 0.01
 DEPLOYMENT_POLL = 0.25
@@ -25,6 +28,9 @@ DEPLOYMENT_POLL = 0.25
 
 IN_FLIGHT = 100_000_000
 """Bytes of replies that may be on their way at once in simulation, if that is more than one a core."""
+
+LARGER, BESIDES = 4, 2**24
+"""Bytes of a reply at most: so many times the expected ones (positions, squared gradients), and so many besides."""
 
 
 def is_simulation(grid: Grid) -> bool:
@@ -78,8 +84,8 @@ class Courier:
     grid : Grid
         Flower's.
     timeout : float
-        Seconds from now until unanswered clients count as lost. Give the messages the same time to live,
-        so that no reply of this exchange arrives in a later one.
+        Seconds from now until clients that have not answered, or not uploaded all of their answer, count as lost.
+        Give the messages the same time to live, so that no reply of this exchange arrives in a later one.
     reply_bytes : int
         Expected size of a reply. In simulation replies wait in this process until they are pulled, so only
         as many messages are in flight as keep every core busy, or fit into `IN_FLIGHT` together. Real nodes
@@ -95,6 +101,7 @@ class Courier:
         self.outcome = Outcome()
         self._grid, self._timeout = grid, timeout
         self._end = time.monotonic() + timeout
+        self._puller = Puller(grid, self._end, LARGER * reply_bytes + BESIDES)
         self._waiting: dict[str, int] = {}
         self._queue: deque[tuple[int, Message]] = deque()
         self._poll, self._limit = DEPLOYMENT_POLL, sys.maxsize
@@ -143,8 +150,8 @@ class Courier:
             looked, got = time.monotonic(), False
             for message_id in list(self._waiting):
                 for reply in self._pull(message_id):
-                    # Errors made by infrastructure name the server as their source: trust the id only.
-                    client = self._waiting.pop(reply.metadata.reply_to_message_id, None)
+                    # By what was asked for: what a reply says of itself is its sender's word.
+                    client = self._waiting.pop(message_id, None)
                     if client is None:  # a second answer to one message: the first one counts
                         continue
                     got = True
@@ -161,21 +168,29 @@ class Courier:
                 # A round ends with its last reply: look often, but where many are awaited not all of the time.
                 in_vain = 0.0 if got else time.monotonic() - looked
                 self._sleep(max(self._poll, min(4 * in_vain, 0.1)))
-        for client in [*self._waiting.values(), *(client for client, _ in self._queue)]:
+        for client, _ in self._queue:
             self.outcome.lost[client] = f"no answer within {self._timeout:g} s"
+        for message_id, client in self._waiting.items():
+            begun = self._puller.begun(message_id)
+            what, why = ("whole answer", ": its upload did not end") if begun else ("answer", "")
+            self.outcome.lost[client] = f"no {what} within {self._timeout:g} s{why}"
         self._waiting.clear()
         self._queue.clear()
 
     def _pull(self, message_id: str) -> Iterable[Message]:
         try:
-            return self._grid.pull_messages([message_id])
+            return self._puller.pull(message_id)
+        except BrokenOff as error:
+            self.outcome.lost[self._waiting.pop(message_id)] = str(error)
+        except PayloadError as error:
+            self.outcome.refused[self._waiting.pop(message_id)] = str(error)
         except (ValueError, TypeError, LookupError, AttributeError, DecodeError) as error:
             if is_simulation(self._grid):
                 raise
             # Flower builds a message from the objects that a node uploaded, and these are the node's word.
             client = self._waiting.pop(message_id)
             self.outcome.refused[client] = in_a_line(f"no message: {type(error).__name__}: {error}")
-            return []
+        return []
 
     def _sort(self, client: int, code: int, reason: str) -> None:
         line = last_line(reason)
@@ -192,14 +207,3 @@ class Courier:
             self.outcome.refused[client] = f"raised: {line}"
         else:
             self.outcome.lost[client] = f"Flower error {code}: {line}"
-
-
-def in_a_line(text: str) -> str:
-    """Return the beginning of what a client said, at most 300 characters, all of them printable."""
-    return "".join(c if c.isprintable() else " " for c in text[:300])
-
-
-def last_line(text: str) -> str:
-    """Return the last line of a reason, likewise: that of a traceback says what happened."""
-    lines = [line.strip(" '>") for line in text.replace("\\n", "\n").splitlines() if line.strip(" '>")]
-    return in_a_line(lines[-1]) if lines else "no reason given"

@@ -8,9 +8,7 @@ Bytes of type uint8, bitmaps above all, can travel deflated: their layers have d
 0.5 a bit holds less than one bit (wire.bitmaps).
 """
 
-import math
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,13 @@ from safetensors import numpy as safe_numpy
 
 from ssfl_app.local.shelf import Files, MaskFile, Versions, replace
 from ssfl_app.sparsity.codec import nbytes
-from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
+from ssfl_app.words import in_a_line, quoted
 
 Fact = bool | int | float | str | bytes
 Facts = dict[str, Fact]
 
 SERIAL_TYPE, DEFLATED = "ssfl.raw.v1", "ssfl.zlib.v1"
-MOST_INFLATED = 2**28
-"""Most bytes that the deflated arrays of a message may unfold to: the bitmap of two billion weights."""
 _DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "u1", "i1", "<i4", "<i8")}
 MASKS = "masks"
 """Folder of bitmaps, one file a digest, in the folder that simulated clients share."""
@@ -88,23 +85,64 @@ class Packer:
         return self._done[id(array)][1]
 
 
-def read_record(record: RecordDict) -> Parcel:
+def read_record(record: RecordDict, allowed: Allowed | None = None, unfolded: int = 0) -> Parcel:
     """Return the parcel of Flower records, whoever sent them.
 
     The arrays are read-only views of the received bytes. Records are looked up by name: the properties
     `array_records` and so on build reference cycles that would keep every reply alive.
 
+    Parameters
+    ----------
+    allowed : Allowed, optional
+        The arrays that the message may have. All others are refused before anything is unfolded, so that a refused
+        message costs no more memory than its own bytes and a good one's. None: any.
+    unfolded : int
+        Without `allowed`: bytes that the deflated arrays may unfold to together.
+
     Raises
     ------
     PayloadError
-        The records are not what `Packer` writes.
+        The records are not what `Packer` writes, or an array is not allowed.
     """
-    arrays, facts = _lookup(record, "arrays", ArrayRecord), _lookup(record, "facts", ConfigRecord)
+    arrays = _lookup(record, "arrays", ArrayRecord)
+    for name, array in arrays.items():
+        if array.dtype not in _DTYPES or array.stype not in (SERIAL_TYPE, DEFLATED):
+            kind = f"{in_a_line(array.dtype, 20)} in {quoted(array.stype)}"
+            raise PayloadError(f"array {in_a_line(name, 60)} is {kind}; it must be {SERIAL_TYPE!r}")
+        if len(array.shape) != 1 or array.shape[0] < 0:
+            raise PayloadError(f"array {in_a_line(name, 60)} has shape {_shape(array)}; it is flat")
+        if allowed is not None:
+            _check_allowed(name, array, allowed)
     # All of them together: many that are within the limit would fill the memory as well as one.
-    total = sum(max(0, math.prod(array.shape)) for array in arrays.values() if array.stype == DEFLATED)
-    if total > MOST_INFLATED:
-        raise PayloadError(f"deflated arrays have {total} bytes; together they have at most {MOST_INFLATED}")
-    return Parcel({name: _read_array(name, array) for name, array in arrays.items()}, _scalars(facts))
+    total = sum(array.shape[0] for array in arrays.values() if array.stype == DEFLATED)
+    if allowed is None and total > unfolded:
+        raise PayloadError(f"deflated arrays have {total} bytes; together they have at most {unfolded}")
+    return Parcel({name: _read_array(name, array) for name, array in arrays.items()}, read_facts(record))
+
+
+def read_facts(record: RecordDict) -> Facts:
+    """Return the facts of a message, and look at none of its arrays.
+
+    Raises
+    ------
+    PayloadError
+        They are not what `Packer` writes.
+    """
+    facts = _lookup(record, "facts", ConfigRecord)
+    for name, value in facts.items():
+        if not isinstance(value, bool | int | float | str | bytes):
+            raise PayloadError(f"fact {in_a_line(name, 60)} is {type(value).__name__}; it must be a scalar")
+    return dict(facts)
+
+
+def _check_allowed(name: str, array: Array, allowed: Allowed) -> None:
+    if name not in allowed:
+        raise PayloadError(f"array {in_a_line(name, 60)} is none of this message's, which are {sorted(allowed)}")
+    kind, most = allowed[name]
+    if _DTYPES[array.dtype] != np.dtype(kind):
+        raise PayloadError(f"{name} is {array.dtype}; it must be {np.dtype(kind)}")
+    if array.shape[0] > most:
+        raise PayloadError(f"{name} has length {array.shape[0]}; it has at most {most}")
 
 
 def _lookup(record: RecordDict, name: str, kind: type) -> Any:
@@ -115,35 +153,32 @@ def _lookup(record: RecordDict, name: str, kind: type) -> Any:
 
 
 def _read_array(name: str, array: Array) -> npt.NDArray[Any]:
-    dtype = _DTYPES.get(array.dtype)
-    if array.stype == DEFLATED and dtype == np.uint8:
+    dtype = _DTYPES[array.dtype]
+    if array.stype == DEFLATED:
+        if dtype != np.uint8:
+            what = f"{array.dtype} in {DEFLATED!r}"
+            raise PayloadError(f"array {in_a_line(name, 60)} is {what}; it must be {SERIAL_TYPE!r}")
         return np.frombuffer(_inflate(name, array), dtype=np.uint8)
-    if array.stype != SERIAL_TYPE or dtype is None:
-        raise PayloadError(f"array {name} is {array.dtype} in {array.stype!r}; it must be {SERIAL_TYPE!r}")
-    if tuple(array.shape) != (len(array.data) // dtype.itemsize,) or len(array.data) % dtype.itemsize:
-        raise PayloadError(f"array {name} has shape {array.shape} and {len(array.data)} bytes of {array.dtype}")
+    if array.shape[0] != len(array.data) // dtype.itemsize or len(array.data) % dtype.itemsize:
+        what = f"{len(array.data)} bytes of {array.dtype}"
+        raise PayloadError(f"array {in_a_line(name, 60)} has shape {_shape(array)} and {what}")
     return np.frombuffer(array.data, dtype=dtype)
 
 
 def _inflate(name: str, array: Array) -> bytes:
-    size = array.shape[0] if len(array.shape) == 1 else -1
-    if size < 0:
-        raise PayloadError(f"array {name} has shape {array.shape}; deflated it is flat")
-    reader = zlib.decompressobj()
+    size, reader = array.shape[0], zlib.decompressobj()
     try:
         data = reader.decompress(array.data, size + 1)  # never more than that, whatever the bytes would unfold to
     except zlib.error as error:
-        raise PayloadError(f"array {name} cannot be inflated: {error}") from error
+        raise PayloadError(f"array {in_a_line(name, 60)} cannot be inflated: {error}") from error
     if len(data) != size or not reader.eof or reader.unused_data:
-        raise PayloadError(f"array {name} inflates to {len(data)} bytes or more; its shape is {tuple(array.shape)}")
+        what = f"{len(data)} bytes or more; its shape is {_shape(array)}"
+        raise PayloadError(f"array {in_a_line(name, 60)} inflates to {what}")
     return data
 
 
-def _scalars(facts: Mapping[str, Any]) -> Facts:
-    for name, value in facts.items():
-        if not isinstance(value, bool | int | float | str | bytes):
-            raise PayloadError(f"fact {name} is {type(value).__name__}; it must be a scalar")
-    return dict(facts)
+def _shape(array: Array) -> str:
+    return quoted(tuple(array.shape[:9]))
 
 
 class Memory:

@@ -30,6 +30,8 @@ SMALL: Flat = {
     "partition.alpha": 1.0,
 }
 
+ANY = 2**28
+
 Where = tuple[str, int, int]  # message type, round, client
 Fault = Callable[["ScriptedGrid", Message], Message | None]
 
@@ -55,7 +57,7 @@ def tamper(change: Callable[[Parcel], Parcel]) -> Fault:
 
     def fault(grid: "ScriptedGrid", message: Message) -> Message | None:
         good = grid.work(message)
-        return Message(Packer().record(change(read_record(good.content))), reply_to=message)
+        return Message(Packer().record(change(read_record(good.content, unfolded=ANY))), reply_to=message)
 
     return fault
 
@@ -109,7 +111,7 @@ class ScriptedGrid(InlineGrid):
         return super()._answer(message)
 
     def _answer(self, message: Message) -> Message | None:  # type: ignore[override]
-        parcel = read_record(message.content)
+        parcel = read_record(message.content, unfolded=ANY)
         client = self.number(self.context(message))
         where = (message.metadata.message_type, int(parcel.facts.get("round", 0)), client)
         self.log.append(where)
@@ -117,7 +119,7 @@ class ScriptedGrid(InlineGrid):
         fault = self._faults.get(where)
         reply = self.work(message) if fault is None else fault(self, message)
         if reply is not None and not reply.has_error():
-            self.got.append((where, read_record(reply.content)))
+            self.got.append((where, read_record(reply.content, unfolded=ANY)))
         return reply
 
 

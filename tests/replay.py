@@ -19,7 +19,7 @@ from ssfl_app.guard import RunFailed
 from ssfl_app.sparsity.layout import State
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.wire import read_record
+from ssfl_app.wire import read_facts
 from ssfl_app.workshop import Workshop, open_workshop
 from tests.in_process_grid import SMALL, Where
 
@@ -35,7 +35,7 @@ class _Over(Exception):
 
 def where_of(message: Message, client: int) -> Where:
     """Return which message of a run this is; every step of a criterion asks a question of its own."""
-    facts = read_record(message.content).facts
+    facts = read_facts(message.content)
     step = f"/{facts['step']}" if "step" in facts else ""
     return message.metadata.message_type + step, int(facts.get("round", 0)), client
 

@@ -72,6 +72,21 @@ def test_what_is_encoded_is_decoded_bit_for_bit(name, world):
     assert_bits(layout, got, masked(layout, state, mask))
 
 
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("values", VALUE_TYPES)
+@given(worlds())
+@law
+def test_what_is_encoded_is_allowed(name, values, world):
+    """Whoever reads it says beforehand which arrays it may have, of which type and how long."""
+    layout, state, mask = world
+    allowed = CODECS[name](values).allowed(layout)
+    arrays = CODECS[name](values).encode(layout, state, mask)
+    assert set(arrays) == set(allowed)
+    for key, array in arrays.items():
+        assert array.dtype == np.dtype(allowed[key][0])
+        assert array.size <= allowed[key][1]
+
+
 @pytest.mark.parametrize("codec", [Bitmask, Indexed, Csr])
 @given(worlds())
 @law

@@ -24,7 +24,7 @@ from ssfl_app.client_app import app
 from ssfl_app.engine.inline import InlineGrid
 from ssfl_app.exchange import Courier, Outcome
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.wire import SERIAL_TYPE
+from ssfl_app.wire import DEFLATED, SERIAL_TYPE
 from tests.in_process_grid import Where
 from tests.replay import Answers, Recorded, Replayed, record
 
@@ -55,6 +55,9 @@ EXCHANGES = [(case, kind) for case in CASES for kind in ("train", "evaluate")] +
 MOST_SAMPLES = MAX_WEIGHT // 3  # of three clients
 LONGEST = 400
 """Characters of a reason: it is a line in a table and not the payload."""
+
+BOMB = zlib.compress(bytes(2**28))
+"""261 kB that unfold to 256 MB."""
 
 _MISSING: Any = object()
 
@@ -230,6 +233,19 @@ def another_array(draft: Draft, draw: Draw) -> None:
             draft.arrays[name + "s"] = array
 
 
+def strange_array(draft: Draft, draw: Draw) -> None:
+    """A well-formed array that an answer of this kind does not have; a deflated one would fill the memory."""
+    name = draw(st.sampled_from(["", "extra", "values.0", "a,b", "indptr", "net", "x\n2026 INFO\x1b[2J"]))
+    kind, size = draw(st.sampled_from(["float32", "int64", "uint8"])), draw(st.sampled_from([0, 8, 800]))
+    raw = Array(kind, (size // np.dtype(kind).itemsize,), SERIAL_TYPE, b"\xff" * size)
+    draft.arrays[name] = draw(st.sampled_from([raw, Array("uint8", (2**28,), DEFLATED, BOMB)]))
+
+
+def bomb(draft: Draft, draw: Draw) -> None:
+    """An array that an answer has, of more bytes than any answer's."""
+    draft.arrays[draw(st.sampled_from(sorted(draft.arrays)))] = Array("uint8", (2**28,), DEFLATED, BOMB)
+
+
 def poison(draft: Draft, draw: Draw) -> None:
     """A number that no mean can take."""
     name = draw(st.sampled_from([n for n in sorted(draft.arrays) if n != "mask" and draft.vector(n).size]))
@@ -284,10 +300,10 @@ def no_density(draft: Draft, draw: Draw) -> None:
 
 def damages(draft: Draft) -> list[Damage]:
     """Return what invalidates this answer."""
-    found: list[Damage] = [bad_fact, bad_fact, missing_record, facts_of_another_kind, lying_array]
+    found: list[Damage] = [bad_fact, bad_fact, missing_record, facts_of_another_kind, lying_array, strange_array]
     found.append(arrays_of_another_kind)
     if draft.arrays:
-        found.append(another_array)
+        found += [another_array, bomb]
     if set(draft.arrays) - {"mask"}:
         found += [poison, poison]
     if "mask" in draft.arrays and draft.name != "fedpm":  # there every mask is as good as any
@@ -405,14 +421,44 @@ def test_what_nobody_reads_changes_nothing(case: str, kind: str, data: st.DataOb
     for name in data.draw(st.lists(names, max_size=3)):
         draft.facts[name] = data.draw(SCALARS.filter(lambda value: draft.is_read("extra", value)))
     draft.facts["need"] = data.draw(st.sampled_from([_MISSING, "", 0, False, 0.0, b""]))
-    for name in data.draw(st.lists(st.sampled_from(["", "extra", "values.0", "a,b"]), max_size=2)):
-        words = data.draw(st.sampled_from(["float32", "int64", "uint8"])), data.draw(st.sampled_from([0, 8, 800]))
-        draft.arrays[name] = Array(
-            words[0], (words[1] // np.dtype(words[0]).itemsize,), SERIAL_TYPE, b"\xff" * words[1]
-        )
     for name in data.draw(st.lists(st.sampled_from(["", "more", "metrics"]), max_size=1)):
         draft.records[name] = data.draw(st.sampled_from([ArrayRecord(), MetricRecord({"loss": math.nan})]))
     assert_undisturbed(case, target, recorded(case).replay(target, instead(draft.content())))
+
+
+# ---- arrays that nobody asked for ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "kind"), EXCHANGES)
+def test_arrays_of_no_such_answer_are_refused_before_they_are_unfolded(
+    case: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the good ones, raw and deflated, and in the place of each."""
+    unfolded: list[int] = []
+    inflate = zlib.decompressobj
+
+    class Counting:
+        def __init__(self) -> None:
+            self._inner = inflate()
+
+        def decompress(self, data: bytes, most: int) -> bytes:
+            unfolded.append(most)
+            return self._inner.decompress(data, most)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+    monkeypatch.setattr("ssfl_app.wire.zlib.decompressobj", Counting)
+    target = recorded(case).targets(kind)[0]
+    bombs = Array("uint8", (2**28,), DEFLATED, BOMB), Array("float32", (2,), SERIAL_TYPE, bytes(8))
+    places = [("extra", bombs[1]), *((name, bombs[0]) for name in ["extra", *Draft(case, target).arrays])]
+    for name, array in places:
+        draft = Draft(case, target)
+        draft.arrays[name] = array
+        got = recorded(case).replay(target, instead(draft.content()))
+        assert_as_without(case, target, got)
+        assert got.outcome.up > len(array.data)  # what came is counted all the same
+    assert sum(unfolded) == 0
 
 
 # ---- garbage -----------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from ssfl_app.client_app import handle
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.wire import SERIAL_TYPE
+from ssfl_app.wire import DEFLATED, SERIAL_TYPE
 from tests.in_process_grid import Where
-from tests.test_fuzz import CASES, fuzz, recorded
+from tests.test_fuzz import BOMB, CASES, fuzz, recorded
 
 # A client of each kind: what it is asked, which mask it keeps, and what it remembers.
 MINE = ["ssfl", "ssfl-refresh", "ssfl-grasp", "ssfl-force", "local-saliency", "random-local", "fedpm", "prunefl"]
@@ -137,3 +137,13 @@ def test_a_model_that_is_no_model_is_neither_trained_nor_remembered(case: str, b
     with pytest.raises(PayloadError, match="that came down are NaN or Inf"):
         handle(Message(content, 7, "train", group_id="1"), context)
     assert "ssfl-personal" not in context.state
+
+
+def test_a_message_unfolds_to_no_more_than_a_few_bitmaps() -> None:
+    """261 kB that a server sends fill no client's memory: what unfolds is bounded by the model."""
+    target = recorded("ssfl").targets("train")[0]
+    context, message = context_before("ssfl", target), copy.copy(recorded("ssfl").asked[target])
+    arrays = {**message.content["arrays"], "mask": Array("uint8", (2**28,), DEFLATED, BOMB)}  # type: ignore[dict-item]
+    message.content = RecordDict({"arrays": ArrayRecord(arrays), "facts": message.content["facts"]})
+    with pytest.raises(PayloadError, match=r"deflated arrays have 268435456 bytes; together they have at most \d+$"):
+        handle(message, context)

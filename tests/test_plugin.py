@@ -1,8 +1,10 @@
 """SSFL in the place of FedAvg, over an ordinary Flower app that knows nothing of masks: laws of the server's half."""
 
+import logging
 import random
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -380,6 +382,9 @@ def first(value: float) -> Callable[[np.ndarray], np.ndarray]:
     return lambda flat: np.concatenate([np.float32([value]), flat[1:]])
 
 
+EXTRA = Array("uint8", (2,), "ssfl.raw.v1", b"ab")
+DEFLATED = Array("uint8", (2**20,), "ssfl.zlib.v1", zlib.compress(bytes(2**20)))
+
 BAD: dict[str, tuple[Fault, str]] = {
     "short": (changed(values(lambda flat: flat[:-1])), "length"),
     "NaN": (changed(values(first(np.nan))), "NaN"),
@@ -390,6 +395,10 @@ BAD: dict[str, tuple[Fault, str]] = {
     "no array": (changed(lambda c: c["arrays"].clear()), "no array 'values'"),  # type: ignore[union-attr]
     "arrays that are none": (changed(lambda c: c.update({"arrays": MetricRecord({"values": 1})})), "ArrayRecord"),
     "facts that are none": (changed(lambda c: c.update({"facts": MetricRecord({"round": 2})})), "ConfigRecord"),
+    "an array of its own": (changed(lambda c: c["arrays"].update({"x\n\x1b[2J": EXTRA})), "is none of"),  # type: ignore[union-attr]
+    "deflated": (changed(lambda c: c["arrays"].update({"values": DEFLATED})), "it must be float32"),  # type: ignore[union-attr]
+    "a metric's name": (changed(put("reply.metrics", "x\n2026 INFO: \x1b[2J", 1.0)), "is called"),
+    "a record's name": (changed(lambda c: c.update({"reply." + "x" * 101: ConfigRecord()})), "is called"),
     "no facts": (changed(lambda c: c.pop("facts")), "facts"),
     "digest": (changed(put("facts", "digest", "0" * 16)), "digest is"),
     "round": (changed(put("facts", "round", 7)), "round is 7"),
@@ -415,6 +424,7 @@ def test_a_bad_reply_is_refused_by_node_and_reason_and_changes_nothing(what: str
     strategy, result = play(grid=ForeignGrid(foreign_app(), faults={("train", 2, 1): fault}))
     assert list(strategy.history[2]["refused"]) == ["1001"]
     assert reason in strategy.history[2]["refused"]["1001"]
+    assert strategy.history[2]["refused"]["1001"].isprintable()
     assert without.history[2]["lost"] == {"1001": "Flower error 5: scripted"}
     assert bits(result) == bits(left_out)
 
@@ -426,6 +436,33 @@ def test_bad_scores_and_bad_evaluations_are_refused_too() -> None:
     assert "num-examples" in strategy.history[1]["evaluate_refused"]["1000"]
     assert strategy.history[1]["evaluate_ok"] == [1001, 1002, 1003, 1004]
     assert strategy.mask == direct_mask("samples", 1, 0.5, {p: 60 + 10 * p for p in (0, 1, 3, 4)})
+
+
+def test_what_a_node_says_is_cut_and_printable_in_history_and_log(caplog: pytest.LogCaptureFixture) -> None:
+    forged = "x\n2026-11-27 INFO: run finished, accuracy 99.9 %\n\x1b]0;pwned\x07"
+    long = changed(put("facts", "need", "n" * 50_000_000))
+    faults = {
+        ("saliency", 0, 1): changed(put("facts", "scored-by", "\x1b[2J\n<script>")),
+        ("train", 1, 0): long,
+        ("train", 1, 1): changed(lambda c: c["arrays"].update({forged: EXTRA})),  # type: ignore[union-attr]
+        ("train", 1, 2): changed(put("facts", "digest", forged)),
+        ("train", 1, 3): lambda grid, message: Message(Error(2, forged), reply_to=message),
+    }
+    logger = logging.getLogger("flwr")
+    logger.addHandler(caplog.handler)
+    try:
+        strategy, _ = play(grid=ForeignGrid(foreign_app(), faults=faults), rounds=1)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "scored-by is '\\x1b[2J" in strategy.history[0]["refused"]["1001"]
+    assert strategy.history[0]["scored_by"] == {"gradient": 4}
+    assert list(strategy.history[1]["refused"]) == ["1000", "1001", "1002", "1003"]
+    for reason in strategy.history[1]["refused"].values():
+        assert reason.isprintable()
+        assert len(reason) <= 320
+    said = [record.getMessage() for record in caplog.records]
+    assert any("asks for 'nnn" in line for line in said)
+    assert all("\x1b" not in line and "\n" not in line.strip() and len(line) < 1000 for line in said)
 
 
 def test_too_few_good_replies_end_the_run_and_the_model_stays() -> None:

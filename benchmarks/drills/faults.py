@@ -23,6 +23,7 @@ from ssfl_app.results.files import write_json
 
 VICTIM = "node-1"
 SLACK = 90.0  # seconds that anything may wait beyond the round timeout
+UPLOAD_SLACK = 5.0  # likewise, where nothing but an upload is slow
 
 
 @dataclass
@@ -38,10 +39,11 @@ class Result:
     accuracy: float | None
     same_bits: bool | None
     masks_again: int
+    slack: float = SLACK
 
     @property
     def waited_too_long(self) -> bool:
-        return self.longest > self.timeout + SLACK
+        return self.longest > self.timeout + self.slack
 
 
 def told(run: Run, what: str, ends: str, reference: dict[str, Any], timeout: float) -> Result:
@@ -125,6 +127,30 @@ def too_slow(work: Path, reference: dict[str, Any]) -> Result:
         time.sleep(60)
         client.resume()
         return told(run, too_slow.__doc__ or "", finished(run), reference, 40.0)
+
+
+def upload_never_comes(work: Path, reference: dict[str, Any]) -> Result:
+    """A node announces its reply and uploads nothing of it; round timeout 40 s."""
+    return _slow_upload(work, reference, upload_never_comes.__doc__ or "", 1e9)
+
+
+def upload_trickles(work: Path, reference: dict[str, Any]) -> Result:
+    """A node uploads an object of its reply every 100 s; round timeout 40 s."""
+    return _slow_upload(work, reference, upload_trickles.__doc__ or "", 100.0)
+
+
+def _slow_upload(work: Path, reference: dict[str, Any], what: str, seconds: float) -> Result:
+    pace, hook = work / "pace", str(Path(__file__).parent / "upload")
+    path = os.pathsep.join(filter(None, (hook, os.environ.get("PYTHONPATH"))))
+    with federation(work, DRILL_UPLOAD=str(pace), DRILL_VICTIM=VICTIM, PYTHONPATH=path) as place:
+        run = place.start(work / "run", run__round_timeout=40.0)
+        run.wait_for("round 1/")
+        pace.write_text(str(seconds))
+        run.wait_for("round 2/")
+        pace.unlink()
+        result = told(run, what, finished(run), reference, 40.0)
+        result.slack = UPLOAD_SLACK
+        return result
 
 
 def superlink_killed(work: Path, reference: dict[str, Any]) -> Result:
@@ -246,6 +272,8 @@ RUNS = (
     restart,
     kill_client_app,
     too_slow,
+    upload_never_comes,
+    upload_trickles,
     superlink_killed,
     disk_full,
     certificate_expires,

@@ -177,8 +177,8 @@ class Field:
 
 
 @contextmanager
-def federation(work: Path) -> Iterator[Field]:
-    """Bring a federation up, and down in the end.
+def federation(work: Path, **variables: str) -> Iterator[Field]:
+    """Bring a federation up, its processes under environment variables, and down in the end.
 
     Raises
     ------
@@ -190,6 +190,7 @@ def federation(work: Path) -> Iterator[Field]:
         ssfl("federation", "up", "--nodes", str(NODES), "--dir", str(folder)),
         check=True,
         stdout=subprocess.DEVNULL,
+        env=os.environ | variables,
         timeout=PATIENCE,
     )
     made = Field(folder)

@@ -103,7 +103,8 @@ def _bitmaps(strategy: SparseStrategy, scores: np.ndarray, density: float) -> di
     sizes = {}
     for kind in ("plain", "zlib"):
         record = Packer(kind).record(parcel)
-        assert read_record(record).arrays["mask"].tobytes() == parcel.arrays["mask"].tobytes()
+        bitmap = parcel.arrays["mask"]
+        assert read_record(record, unfolded=bitmap.nbytes).arrays["mask"].tobytes() == bitmap.tobytes()
         sizes[kind] = len(record["arrays"]["mask"].data)
     return sizes
 

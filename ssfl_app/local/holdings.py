@@ -7,6 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.words import quoted
+
+MOST_NAME = 200
+"""Characters of the name of a class."""
 
 MOST = 2**40
 """More images than this of one class is no count."""
@@ -65,16 +69,19 @@ def read_holding(facts: Mapping[str, object]) -> Holding:
     """
     names = facts.get("classes")
     if not isinstance(names, str) or not names:
-        raise PayloadError(f"classes is {_short(names)}; it is the names of the classes, a line each")
+        raise PayloadError(f"classes is {quoted(names)}; it is the names of the classes, a line each")
     class_names = tuple(names.split("\n"))
     if len(set(class_names)) < len(class_names) or "" in class_names:
-        raise PayloadError(f"classes is {_short(names)}; the names differ and none is empty")
+        raise PayloadError(f"classes is {quoted(names)}; the names differ and none is empty")
+    odd = next((name for name in class_names if len(name) > MOST_NAME or not name.isprintable()), None)
+    if odd is not None:
+        raise PayloadError(f"a class is called {quoted(odd)}; a name is printable, of at most {MOST_NAME} characters")
     counts, shape = _numbers(facts, "counts", len(class_names)), _numbers(facts, "shape", 3)
     if 0 in shape:
-        raise PayloadError(f"shape is {_short(facts['shape'])}; it is channels,height,width, each at least 1")
+        raise PayloadError(f"shape is {quoted(facts['shape'])}; it is channels,height,width, each at least 1")
     tests = facts.get("test-samples")
     if type(tests) is not int or not 0 <= tests < MOST:
-        raise PayloadError(f"test-samples is {_short(tests)}; it is a whole number of at least 0")
+        raise PayloadError(f"test-samples is {quoted(tests)}; it is a whole number of at least 0")
     return Holding(class_names, (shape[0], shape[1], shape[2]), counts, tests)
 
 
@@ -83,13 +90,8 @@ def _numbers(facts: Mapping[str, object], name: str, count: int) -> tuple[int, .
     words = text.split(",") if isinstance(text, str) else []
     # Plain digits, and few of them: int() would also take "٣", " 3" and "3_0", and chokes on thousands of digits.
     if len(words) != count or not all(w.isascii() and w.isdigit() and len(w) < 14 and int(w) < MOST for w in words):
-        raise PayloadError(f"{name} is {_short(text)}; it is {count} whole numbers with commas between them")
+        raise PayloadError(f"{name} is {quoted(text)}; it is {count} whole numbers with commas between them")
     return tuple(map(int, words))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def difference(one: str, first: Holding, other: str, second: Holding) -> str | None:
@@ -140,5 +142,5 @@ def _counts(held: Holding) -> str:
 
 
 def _names(classes: set[str]) -> str:
-    listed = [repr(name) for name in sorted(classes)]
+    listed = [quoted(name) for name in sorted(classes)]
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

@@ -70,7 +70,7 @@ class Discovery:
         messages = mail.write("saliency", 0, nodes, model, config, asked)
         for answer in mail.open(mail.carry(grid, messages, 4 * layout.prunable_size)):
             mean.add(answer.values, answer.weight)
-            scored_by[str(answer.facts.get("scored-by"))[:20]] += 1
+            scored_by[str(answer.facts["scored-by"])] += 1
             del answer
         record |= mail.names()
         record["scored_by"] = dict(sorted(scored_by.items()))

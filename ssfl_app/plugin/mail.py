@@ -18,12 +18,24 @@ from flwr.serverapp import Grid
 from ssfl_app.exchange import Courier, Outcome
 from ssfl_app.guard import RunFailed
 from ssfl_app.plugin.answer import Answer, metrics_of, weight_of
-from ssfl_app.plugin.mod import REPLY
+from ssfl_app.plugin.mod import REPLY, SCORED_BY
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import Arrays, PayloadError, check_values, read_values, write_values
+from ssfl_app.sparsity.values import (
+    Allowed,
+    Arrays,
+    PayloadError,
+    allowed_values,
+    check_values,
+    read_values,
+    write_values,
+)
 from ssfl_app.wire import Facts, Packer, Parcel, freeze, read_record
+from ssfl_app.words import quoted
+
+MOST_NAME = 100
+"""Characters of the name of a metric or record."""
 
 Kind = Literal["train", "evaluate", "saliency"]
 ONCE = ("mask", "sheet", "fixed")
@@ -145,18 +157,21 @@ class Mail:
             del message, answer
 
     def _read(self, node: int, message: Message) -> Answer:
-        parcel = read_record(message.content)
+        parcel = read_record(message.content, self._allowed())
         facts, sent = parcel.facts, self._letter.facts
         if facts.get("need"):
-            raise PayloadError(f"asks for {facts['need']!r} again")
+            raise PayloadError(f"asks for {quoted(facts['need'])} again")
         for name in ("round", "digest"):
             if facts.get(name) != sent[name]:
-                raise PayloadError(f"{name} is {facts.get(name)!r}; it must be {sent[name]!r}")
+                raise PayloadError(f"{name} is {quoted(facts.get(name))}; it must be {sent[name]!r}")
         records, name = RecordDict(), "metrics"
         for key, record in message.content.items():
             if key.startswith(REPLY) and not isinstance(record, ArrayRecord):
                 records[key.removeprefix(REPLY)] = record
+        _check_names(records)
         if self._kind == "saliency":
+            if facts.get("scored-by") not in SCORED_BY:
+                raise PayloadError(f"scored-by is {quoted(facts.get('scored-by'))}; it is one of {SCORED_BY}")
             weight = facts.get("samples") if sent["weighting"] == "samples" else 1
         else:
             name, metrics = metrics_of(records)
@@ -165,12 +180,20 @@ class Mail:
             weight = metrics[self._weight_key]
         return Answer(node, self._vector(parcel), weight_of(weight), records, name, facts, message)
 
+    def _allowed(self) -> Allowed:
+        """Return the arrays that an answer may have."""
+        if self._kind == "evaluate":
+            return {}
+        return allowed_values(str(self._letter.facts["values"]), self._carried())
+
+    def _carried(self) -> int:
+        mask = self.mask
+        return mask.alive.size if self._kind == "saliency" else int(np.count_nonzero(mask.carried))
+
     def _vector(self, parcel: Parcel) -> Vector:
         if self._kind == "evaluate":
             return np.zeros(0, dtype=np.float32)
-        layout = self.sheet.layout
-        carried = layout.prunable_size if self._kind == "saliency" else int(np.count_nonzero(self.mask.carried))
-        values = read_values(parcel.arrays, str(self._letter.facts["values"]), carried)
+        values = read_values(parcel.arrays, str(self._letter.facts["values"]), self._carried())
         check_values(values)
         return values
 
@@ -209,6 +232,14 @@ def _sizes(message: Message) -> dict[str, int]:
     # Counted on the encoded payload itself. By key: `.array_records` would build a reference cycle.
     arrays: Any = message.content.get("arrays")
     return {name: len(array.data) for name, array in arrays.items()} if isinstance(arrays, ArrayRecord) else {}
+
+
+def _check_names(records: RecordDict) -> None:
+    """Raise PayloadError unless the names that a user's function chose can stand in a log and in `SSFL.history`."""
+    names = [*records, *(key for record in records.values() for key in record)]
+    odd = next((name for name in names if len(name) > MOST_NAME or not name.isprintable()), None)
+    if odd is not None:
+        raise PayloadError(f"a record or metric is called {quoted(odd)}; it is printable, of at most {MOST_NAME}")
 
 
 def _needs_mask(message: Message) -> bool:

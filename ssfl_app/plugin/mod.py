@@ -35,6 +35,9 @@ which metric counts examples; and, of a question, how many minibatches and how a
 STATE = "ssfl-plugin"
 """Record of Flower's `Context.state` that holds a node's mask (packed), sheet and their digest."""
 
+SCORED_BY = ("own", "gradient", "difference")
+"""How a node may say that it found its scores."""
+
 REPLY = "reply."
 """Prefix of the user's own records on their way up."""
 

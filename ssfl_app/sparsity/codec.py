@@ -27,7 +27,16 @@ from scipy import sparse
 
 from ssfl_app.sparsity.layout import Index, Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import Arrays, PayloadError, check_values, read_values, take, write_values
+from ssfl_app.sparsity.values import (
+    Allowed,
+    Arrays,
+    PayloadError,
+    allowed_values,
+    check_values,
+    read_values,
+    take,
+    write_values,
+)
 
 ArrayMap = Mapping[str, npt.NDArray[Any]]
 
@@ -67,6 +76,10 @@ class Codec(ABC):
         PayloadError
             The arrays are not what this codec writes for this layout.
         """
+
+    def allowed(self, layout: Layout) -> Allowed:
+        """Return the arrays that `encode` may write, whatever the mask; known before anything is unfolded."""
+        return allowed_values(self.values, layout.size)
 
     def check(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> None:
         """Raise PayloadError unless `decode` will succeed and every value is finite."""
@@ -170,6 +183,10 @@ class Bitmask(Codec):
         """Return the bitmap and the values."""
         return {**SharedMask(self.values, self.rng).encode(layout, state, mask), "mask": mask.packed()}
 
+    def allowed(self, layout: Layout) -> Allowed:
+        """Return the arrays that may be written."""
+        return {**super().allowed(layout), **_allowed_bitmap(layout)}
+
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
         """Return the state and the mask that the bitmap tells."""
         carried = read_mask(arrays, layout)
@@ -185,6 +202,10 @@ class Indexed(Codec):
         """Return positions (ascending) and values."""
         index = np.flatnonzero(mask.alive).astype(np.int32)
         return {**SharedMask(self.values, self.rng).encode(layout, state, mask), "index": index}
+
+    def allowed(self, layout: Layout) -> Allowed:
+        """Return the arrays that may be written."""
+        return {**super().allowed(layout), "index": (np.int32, layout.prunable_size)}
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
         """Return the state and the mask that the positions tell."""
@@ -221,6 +242,12 @@ class Csr(Codec):
         values = write_values(np.concatenate([flat[alive], flat[rest]]), self.values, self.rng)
         return {**values, "indices": np.concatenate(indices), "indptr": np.concatenate(indptr)}
 
+    def allowed(self, layout: Layout) -> Allowed:
+        """Return the arrays that may be written."""
+        rows = sum(shape[0] + 1 for name, shape in layout.shapes if name in layout.prunable_spans)
+        tables = {"indices": (np.int32, layout.prunable_size), "indptr": (np.int32, rows)}
+        return {**super().allowed(layout), **tables}
+
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
         """Return the state and the mask that the sparsity structure tells."""
         shapes = dict(layout.shapes)
@@ -252,6 +279,10 @@ class BitsOnly(Codec):
         """Return the bitmap."""
         return {"mask": mask.packed()}
 
+    def allowed(self, layout: Layout) -> Allowed:
+        """Return the bitmap, which is all that is written."""
+        return _allowed_bitmap(layout)
+
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
         """Return an empty state and the mask."""
         return {}, read_mask(arrays, layout)
@@ -277,6 +308,10 @@ def read_mask(arrays: ArrayMap, layout: Layout) -> Mask:
         return Mask.unpack(layout, bitmap)
     except ValueError as error:
         raise PayloadError(str(error)) from error
+
+
+def _allowed_bitmap(layout: Layout) -> Allowed:
+    return {"mask": (np.uint8, -(-layout.prunable_size // 8))}
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -26,8 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.sparsity.layout import Vector
+from ssfl_app.words import in_a_line
 
 Arrays = dict[str, npt.NDArray[Any]]
+Allowed = Mapping[str, tuple[npt.DTypeLike, int]]
+"""The arrays that a message may have: type and largest length by name."""
 
 VALUE_TYPES = ("fp32", "fp16", "bf16", "int8")
 SCORE_TYPES = ("fp32", "bf16", "log8")
@@ -40,7 +43,25 @@ MAX_VALUE = 2.0**15
 
 
 class PayloadError(ValueError):
-    """Arrays that cannot be what their sender says they are."""
+    """Arrays that cannot be what their sender says they are; it is told in a line, whatever words it quotes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(in_a_line(text))
+
+
+_TYPES: Mapping[str, npt.DTypeLike] = {
+    "fp32": np.float32,
+    "fp16": np.float16,
+    "bf16": np.uint16,
+    "int8": np.int8,
+    "log8": np.uint8,
+}
+
+
+def allowed_values(kind: str, size: int) -> Allowed:
+    """Return the arrays that carry at most `size` values."""
+    scales = {"int8": -(-size // BLOCK), "log8": 2}
+    return {"values": (_TYPES[kind], size)} | ({"scales": (np.float32, scales[kind])} if kind in scales else {})
 
 
 def write_values(flat: Vector, kind: str, rng: np.random.Generator | None = None) -> Arrays:
@@ -76,8 +97,7 @@ def read_values(arrays: Mapping[str, npt.NDArray[Any]], kind: str, size: int) ->
     PayloadError
         An array is missing, or has another type or length.
     """
-    dtype = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int8": np.int8, "log8": np.uint8}[kind]
-    values = take(arrays, "values", dtype, size)
+    values = take(arrays, "values", _TYPES[kind], size)
     if kind == "bf16":
         return np.asarray((values.astype(np.uint32) << 16).view(np.float32))
     if kind == "int8":

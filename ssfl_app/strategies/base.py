@@ -22,7 +22,7 @@ from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, SharedMask
 from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import Arrays
+from ssfl_app.sparsity.values import Allowed, Arrays
 from ssfl_app.strategies.checks import check_feedback, check_number, check_samples, check_tested
 from ssfl_app.strategies.course import Ask, Course, Record
 from ssfl_app.strategies.folds import carried_mean
@@ -147,6 +147,13 @@ class SparseStrategy(Strategy):
         """Return the model that this strategy stands for at this moment. Default: `state`."""
         return self.state
 
+    def answers(self, question: str | None = None) -> Allowed:
+        """Return the arrays that answers may have, to a question or to training. Default: none; those of `up`.
+
+        An answer with others is refused unopened.
+        """
+        return self.up.allowed(self.layout) if question is None else {}
+
     def densities(self) -> tuple[float, float]:
         """Return alive / prunable and alive / all coordinates of the model in use. Default: those of `mask`."""
         return density_pair(self.mask)
@@ -230,7 +237,9 @@ class SparseStrategy(Strategy):
 
         def good() -> Iterator[Reply]:
             share = self.settings.failures.min_ok_fraction
-            for reply in self.post.open(replies, self.check_trained, share, f"training in round {server_round}"):
+            for reply in self.post.open(
+                replies, self.answers(), self.check_trained, share, f"training in round {server_round}"
+            ):
                 seen[reply.client] = (reply.samples, float(reply.facts["loss"]))
                 self._since[reply.client] = server_round
                 yield reply
@@ -264,7 +273,7 @@ class SparseStrategy(Strategy):
         that costs a number in the table, not the run.
         """
         self.accuracy, self.personal_accuracy = {}, {}
-        for reply in self.post.open(replies, check_tested, None, f"evaluation in round {server_round}"):
+        for reply in self.post.open(replies, {}, check_tested, None, f"evaluation in round {server_round}"):
             for name, known in (("accuracy", self.accuracy), ("personal_accuracy", self.personal_accuracy)):
                 if reply.samples and name in reply.facts:
                     known[reply.client] = float(reply.facts[name])

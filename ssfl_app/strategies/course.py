@@ -117,7 +117,9 @@ class Course:
             replies = self._post.carry(self._grid, messages, self._reply_bytes)
             outcomes.append(self._post.outcome)
             share = strategy.settings.failures.min_ok_fraction
-            yield from self._post.open(replies, check, share, f"the question {question!r}")
+            yield from self._post.open(
+                replies, strategy.answers(question), check, share, f"the question {question!r}"
+            )
 
         hook(ask)
         if prefix and not outcomes:

@@ -36,7 +36,7 @@ from ssfl_app.options import anything, at_least, fraction, option
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import LinearCodec
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
-from ssfl_app.sparsity.values import Arrays, PayloadError, take
+from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, take
 from ssfl_app.strategies.gossip import DenseRelay
 from ssfl_app.strategies.personal import held_out
 from ssfl_app.strategies.post import Reply
@@ -154,6 +154,10 @@ class FedFomo(DenseRelay):
     def deliver(self, round_: int, client: int) -> Parcel:
         """Return nothing: the client tests its own model."""
         return Parcel()
+
+    def answers(self, question: str | None = None) -> Allowed:
+        """Return the model and a weight for each peer."""
+        return {**super().answers(question), "preference": (np.float32, self.settings.run.clients)}
 
     def check_trained(self, client: int, parcel: Parcel) -> None:
         """Raise PayloadError unless a finite weight came for each peer."""

@@ -33,7 +33,7 @@ from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import SharedMask
 from ssfl_app.sparsity.layout import Layout, State
 from ssfl_app.sparsity.mask import Mask, Scope, keep_count
-from ssfl_app.sparsity.values import Arrays
+from ssfl_app.sparsity.values import Allowed, Arrays, allowed_values
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.criteria import QUESTIONS, SsflOptions, answer, discover, options_of, steps_of
@@ -146,6 +146,11 @@ class Ssfl(FixedMask):
     def find_mask(self, ask: Ask, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
         """Ask clients for what ssfl.criterion needs, and keep the top."""
         return discover(self, ask, self.asked(round_), state, carry)
+
+    def answers(self, question: str | None = None) -> Allowed:
+        """Return a score for each weight for a question."""
+        kind = options_of(self.settings).score_values
+        return super().answers() if question is None else allowed_values(kind, self.layout.prunable_size)
 
     def asked(self, round_: int) -> list[int]:
         """Return the clients that are asked for scores: all that are there, or a random share of at least one."""

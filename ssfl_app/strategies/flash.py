@@ -37,7 +37,7 @@ from ssfl_app.sparsity.densities import Counts, rescaled
 from ssfl_app.sparsity.evolve import fire, layer_densities, random_mask, regrow, top_mask
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import PayloadError, check_values, read_values
+from ssfl_app.sparsity.values import Allowed, PayloadError, allowed_values, check_values, read_values
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.folds import carried_mean
@@ -181,6 +181,11 @@ class Flash(SparseStrategy):
         rng = generator(self.settings.run.seed, "flash-mask")
         self.mask = random_mask(self.layout, self._counts(shares), rng)
         self.state = self.mask.apply(self.state)
+
+    def answers(self, question: str | None = None) -> Allowed:
+        """Return the densities of the layers for a question."""
+        layers = allowed_values("fp32", len(self.layout.prunable))
+        return super().answers() if question is None else layers
 
     def asked(self) -> list[int]:
         """Return the clients of stage 1: a random share of those that are there, rounded down, at least one."""

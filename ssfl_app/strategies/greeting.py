@@ -12,12 +12,14 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from ssfl_app.exchange import is_simulation, last_line
+from ssfl_app.exchange import BESIDES, is_simulation
 from ssfl_app.guard import RunFailed
 from ssfl_app.local.holdings import read_holding
 from ssfl_app.local.place import NAME
+from ssfl_app.pulling import BrokenOff, Puller
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.wire import Facts, Packer, Parcel, read_record
+from ssfl_app.wire import Facts, Packer, Parcel, read_facts
+from ssfl_app.words import last_line, quoted
 
 RETRY = 5.0
 """Seconds between two hellos to a node whose answer was an error of Flower's."""
@@ -56,23 +58,23 @@ def read_hello(node: int, reply: Message) -> Hello:
     """
     if not reply.has_content():
         raise PayloadError("it has neither content nor an error")
-    facts = read_record(reply.content).facts
+    facts = read_facts(reply.content)
     if sum(len(name) + len(str(value)) for name, value in facts.items()) > MOST_BYTES:
         raise PayloadError(f"the hello is larger than {MOST_BYTES} characters")
     number, name = facts.get("client"), facts.get("name", "")
     for key in ("code", "device"):
         text = facts.get(key)
         if not isinstance(text, str) or len(text) > 64 or not text.isprintable():
-            raise PayloadError(f"{key} is {_short(text)}; it is one line of at most 64 characters")
+            raise PayloadError(f"{key} is {quoted(text)}; it is one line of at most 64 characters")
     if "name" in facts:
         if number is not None or not isinstance(name, str) or not NAME.fullmatch(name):
             raise PayloadError(
-                f"name is {_short(name)} and client is {_short(number)}; a site has a name and no number"
+                f"name is {quoted(name)} and client is {quoted(number)}; a site has a name and no number"
             )
         read_holding(facts)  # nobody but the site knows what it holds
         return Hello(node, None, name, facts)
     if type(number) is not int or not 0 <= number < 2**31:
-        raise PayloadError(f"client is {_short(number)}; it is a whole number of at least 0")
+        raise PayloadError(f"client is {quoted(number)}; it is a whole number of at least 0")
     if "classes" in facts:
         read_holding(facts)
     return Hello(node, number, "", facts)
@@ -96,6 +98,7 @@ class Hellos:
         self.raised: dict[int, str] = {}
         self.odd: dict[int, str] = {}
         self._grid, self._end = grid, end
+        self._puller = Puller(grid, end, BESIDES)
         self._record = Packer().record(Parcel())
         self._asked: dict[int, float] = {}
         self._waiting: dict[str, int] = {}
@@ -103,6 +106,12 @@ class Hellos:
     def silent(self, nodes: Iterable[int]) -> bool:
         """Return whether an answer of one of the nodes may still be on its way."""
         return bool(set(nodes) - self.answered - set(self.lost))
+
+    def reasons(self) -> dict[int, str]:
+        """Return why nodes have not given a good answer, as far as they say or show."""
+        begun = {node for message_id, node in self._waiting.items() if self._puller.begun(message_id)}
+        stuck = dict.fromkeys(begun - self.answered, "no whole answer: its upload did not end")
+        return {**self.lost, **stuck, **self.odd, **self.raised}
 
     def ask(self, nodes: Iterable[int]) -> None:
         """Say hello to the connected nodes that are due: new, back again, or without an answer for too long."""
@@ -151,9 +160,12 @@ class Hellos:
 
     def _pull(self, message_id: str, node: int) -> Message | None:
         try:
-            for reply in self._grid.pull_messages([message_id]):
+            for reply in self._puller.pull(message_id):
                 self._waiting.pop(message_id, None)
                 return reply
+        except BrokenOff as error:
+            del self._waiting[message_id]
+            self.lost[node] = str(error)
         except (ValueError, TypeError, LookupError, AttributeError, DecodeError) as error:
             # Flower builds a message from the objects that a node uploaded, and these are the node's word.
             del self._waiting[message_id]
@@ -174,8 +186,3 @@ class Hellos:
             self.raised[node] = f"raised: {reason}"
         else:
             self.lost[node] = f"Flower error {code}: {reason}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -27,7 +27,7 @@ from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitsOnly, SharedMask, read_mask
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask, Scope, keep_count
-from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.sparsity.values import Allowed, PayloadError
 from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.folds import overlap_mean, zeros_mean
 from ssfl_app.strategies.own_masks import OwnMasks
@@ -125,6 +125,10 @@ class LocalSaliency(RandomLocal):
         for reply in ask("own_mask", range(self.settings.run.clients), self._check_mask):
             self.masks[reply.client] = read_mask(reply.arrays, self.layout)
             self.post.holds(reply.client, self.masks[reply.client])
+
+    def answers(self, question: str | None = None) -> Allowed:
+        """Return the bitmap for a question."""
+        return super().answers() if question is None else BitsOnly().allowed(self.layout)
 
     def _check_mask(self, client: int, parcel: Parcel) -> None:
         self.check_samples(parcel)

@@ -18,12 +18,13 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from ssfl_app.exchange import Courier, Outcome, in_a_line
+from ssfl_app.exchange import Courier, Outcome
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
 from ssfl_app.strategies.roster import Roster
 from ssfl_app.strategies.settings import RunOptions
 from ssfl_app.wire import MASKS, Facts, Packer, Parcel, read_record
+from ssfl_app.words import quoted
 
 MOST_WORK = 2**40
 """Images of one message: more is no count, and would spoil the sum."""
@@ -203,8 +204,10 @@ class Post:
 
     # ---- in ----------------------------------------------------------------------------------
 
-    def open(self, replies: Iterable[Message], check: Check, share: float | None, what: str) -> Iterator[Reply]:
-        """Yield the good replies; refuse the others by name.
+    def open(
+        self, replies: Iterable[Message], allowed: Allowed, check: Check, share: float | None, what: str
+    ) -> Iterator[Reply]:
+        """Yield the good replies; refuse the others by name, those with other arrays than `allowed` unopened.
 
         Raises
         ------
@@ -214,9 +217,9 @@ class Post:
         for message in replies:
             client = self._client_of.pop(message.metadata.reply_to_message_id)
             try:
-                reply = self._read(client, message, check)
+                reply = self._read(client, message, allowed, check)
             except PayloadError as error:
-                self.outcome.refused[client] = in_a_line(str(error))
+                self.outcome.refused[client] = str(error)
                 continue
             self.outcome.ok.append(client)
             self.outcome.passes += int(reply.facts.get("passes", 0))
@@ -230,21 +233,21 @@ class Post:
         if share is not None:
             self.outcome.need(share, what)
 
-    def _read(self, client: int, message: Message, check: Check) -> Reply:
-        parcel = read_record(message.content)
+    def _read(self, client: int, message: Message, allowed: Allowed, check: Check) -> Reply:
+        parcel = read_record(message.content, allowed)
         letter, facts = self._letters[client].parcel, parcel.facts
         if facts.get("need"):
-            raise PayloadError(f"asks for {facts['need']!r} again")
+            raise PayloadError(f"asks for {quoted(facts['need'])} again")
         for name in ("round", "digest"):
             if name in letter.facts and facts.get(name) != letter.facts[name]:
-                raise PayloadError(f"{name} is {facts.get(name)!r}; it must be {letter.facts[name]!r}")
+                raise PayloadError(f"{name} is {quoted(facts.get(name))}; it must be {letter.facts[name]!r}")
         samples = facts.get("samples")
         if type(samples) is not int or samples < 0:
-            raise PayloadError(f"samples is {samples!r}; it must be a whole number of at least 0")
+            raise PayloadError(f"samples is {quoted(samples)}; it must be a whole number of at least 0")
         for name in ("passes", "looks"):
             work = facts.get(name, 0)
             if type(work) is not int or not 0 <= work < MOST_WORK:
-                raise PayloadError(f"{name} is {work!r}; it must be a whole number from 0 to {MOST_WORK}")
+                raise PayloadError(f"{name} is {quoted(work)}; it must be a whole number from 0 to {MOST_WORK}")
         check(client, parcel)
         return Reply(client, parcel.arrays, facts, samples)
 

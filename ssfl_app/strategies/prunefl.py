@@ -38,7 +38,7 @@ from ssfl_app.sparsity.codec import Bitmask, SharedMask
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.selection import largest
-from ssfl_app.sparsity.values import PayloadError, check_values, take
+from ssfl_app.sparsity.values import Allowed, PayloadError, check_values, take
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.folds import carried_mean
@@ -165,6 +165,12 @@ class PruneFl(SparseStrategy):
         client = present[int(generator(self.settings.run.seed, "prunefl-client").choice(len(present)))]
         for reply in ask("initial_pruning", [client], self._check_pruned):
             self.state, self.mask = Bitmask().decode(reply.arrays, self.layout)
+
+    def answers(self, question: str | None = None) -> Allowed:
+        """Return a model and its mask for stage 1, and the squares beside a model after that."""
+        if question is not None:
+            return Bitmask().allowed(self.layout)
+        return {**super().answers(), "squares": (np.float32, self.layout.prunable_size)}
 
     def check_trained(self, client: int, parcel: Parcel) -> None:
         """Refuse bad squares too, in rounds that readjust."""

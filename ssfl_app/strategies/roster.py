@@ -79,7 +79,7 @@ class Roster:
                     f"num-supernodes to {self._run.clients}, as `ssfl run` does"
                 )
             if time.monotonic() > end:
-                raise RunFailed(self._too_few({**self._aside, **hellos.lost, **hellos.odd, **hellos.raised}))
+                raise RunFailed(self._too_few({**self._aside, **hellos.reasons()}))
             time.sleep(SIMULATION_POLL if is_simulation(grid) else DEPLOYMENT_POLL)
 
     def _enter(self, hello: Hello, there: set[int]) -> None:
@@ -162,7 +162,7 @@ class Roster:
                     gone.discard(client)
             if gone and hellos.silent(new):
                 time.sleep(DEPLOYMENT_POLL)
-        return sorted(back), {**hellos.lost, **hellos.odd, **hellos.raised}
+        return sorted(back), hellos.reasons()
 
     def _client(self, hello: Hello) -> int:
         """Return the number of the place that a node claims; -1 if the run has no such place."""

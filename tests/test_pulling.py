@@ -1,0 +1,179 @@
+"""No pull waits for an upload: the client that is stuck is lost by name, and the others' replies come meanwhile."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from ssfl_app import exchange, pulling
+from ssfl_app.config import Flat, merge, parse
+from ssfl_app.engine.inline import InlineGrid
+from ssfl_app.exchange import Courier
+from ssfl_app.guard import RunFailed
+from ssfl_app.plugin.strategy import SSFL
+from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.strategies import roster
+from ssfl_app.strategies.roster import Roster
+from ssfl_app.wire import Packer, Parcel
+from tests import test_plugin
+from tests.in_process_grid import SMALL, DeploymentGrid, play
+from tests.test_greeting import MovingGrid
+from tests.uploads import Upload, Uploading, all_but_the_last, at_once, breaks_off, every, never
+
+TIMEOUT = 1.0
+STUCK = "no whole answer within 1 s: its upload did not end"
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (exchange, roster):
+        monkeypatch.setattr(module, "DEPLOYMENT_POLL", 0.01)
+
+
+def node(message: Message, context: Any) -> Message:
+    """Answer with 32 kB."""
+    return Message(Packer().record(Parcel({"values": np.ones(8192, np.float32)}, {"samples": 1})), reply_to=message)
+
+
+def exchanged(uploads: dict[int, Upload], reply_bytes: int = 32768) -> tuple[list[int], Courier, Uploading]:
+    """Send a message to each of these nodes and return who answered, in order."""
+    grid = Uploading(InlineGrid(node, {}, {k: k for k in uploads}), lambda m: uploads[m.metadata.dst_node_id])
+    courier = Courier(grid, TIMEOUT, reply_bytes)
+    courier.send({k: Message(RecordDict(), k, "train", ttl=TIMEOUT) for k in uploads})
+    began = time.monotonic()
+    answered = [client for client, _ in courier.replies()]
+    assert time.monotonic() - began < TIMEOUT + 1
+    return answered, courier, grid
+
+
+@pytest.mark.parametrize("upload", [never, all_but_the_last, every(0.7)])
+def test_a_stuck_upload_costs_its_client_and_nobody_waits(upload: Upload) -> None:
+    answered, courier, grid = exchanged({0: upload, 1: at_once, 2: every(0.02)})
+    assert answered == [1, 2]
+    assert courier.outcome.lost == {0: STUCK}
+    assert courier.outcome.refused == {}
+    assert len(grid.confirmed) == 2
+
+
+def test_an_upload_that_ends_in_time_is_taken() -> None:
+    answered, courier, grid = exchanged({0: every(0.1), 1: at_once})
+    assert answered == [1, 0]
+    assert courier.outcome.lost == {}
+    # While an object is missing a look costs one request, and what is there is not pulled again and again.
+    assert grid.looks < 200
+
+
+def test_an_upload_that_breaks_off_is_lost_at_once() -> None:
+    began = time.monotonic()
+    answered, courier, _ = exchanged({0: breaks_off, 1: at_once})
+    assert time.monotonic() - began < TIMEOUT / 2
+    assert (answered, courier.outcome.lost) == ([1], {0: "its upload broke off"})
+
+
+def test_a_reply_of_too_many_bytes_or_objects_is_refused_while_it_is_pulled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "BESIDES", 10_000)
+    answered, courier, grid = exchanged({0: at_once}, reply_bytes=1000)
+    assert (answered, courier.outcome.refused) == ([], {0: "the reply has more than 14000 bytes"})
+    assert len(grid.confirmed) == 1  # the SuperLink need not keep it
+    monkeypatch.setattr(pulling, "MOST_OBJECTS", 3)
+    answered, courier, grid = exchanged({0: at_once})
+    assert answered == []
+    assert "objects; it has at most 3" in courier.outcome.refused[0]
+    assert grid.looks == 0
+
+
+def test_a_reply_is_known_by_what_was_asked_for() -> None:
+    """A reply that says that it answers another client's message is still its sender's."""
+    first: list[str] = []
+
+    def claims(message: Message, context: Any) -> Message:
+        reply = node(message, context)
+        first.append(message.metadata.message_id)
+        reply.content["arrays"] = Packer().record(Parcel({"values": np.zeros(len(first), np.float32)}))["arrays"]
+        if len(first) == 2:
+            reply.metadata.__dict__["_reply_to_message_id"] = first[0]
+        return reply
+
+    class Held(InlineGrid):
+        in_process = False
+
+    grid = Held(claims, {}, {0: 0, 1: 1})
+    courier = Courier(grid, TIMEOUT)
+    courier.send({k: Message(RecordDict(), k, "train", ttl=TIMEOUT) for k in (0, 1)})
+    assert {k: len(r.content["arrays"]["values"].data) for k, r in courier.replies()} == {0: 4, 1: 8}
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+KEYS: Flat = {"strategy": "fedavg", "run.clients": 3, "run.cohort": 3, "run.rounds": 2, "run.round-timeout": 4.0}
+
+
+def uploads_of(client: int, kind: str, upload: Upload) -> Any:
+    """Return how replies are uploaded: those of one client to one kind of message in another way."""
+
+    def of(message: Message) -> Upload:
+        facts: Any = message.content.get("facts", ConfigRecord())
+        mine = message.metadata.dst_node_id == client and message.metadata.message_type == kind
+        return upload if mine and int(facts.get("round", 1)) == 1 else at_once
+
+    return of
+
+
+def test_a_round_ends_in_its_time_whatever_a_node_uploads() -> None:
+    inner = DeploymentGrid(merge(SMALL, KEYS))
+    stuck = next(n for n, c in inner._contexts.items() if inner.number(c) == 1)
+    grid: Any = Uploading(inner, uploads_of(stuck, "train", every(100.0)), patience=60.0)
+    records = play(KEYS, grid=grid).records
+    assert records[1]["lost"] == {"1": "no whole answer within 4 s: its upload did not end"}
+    assert (records[1]["ok"], records[2]["ok"]) == ([0, 2], [0, 1, 2])
+    assert records[1]["seconds"] < 4 + 5
+
+
+def test_a_greeting_ends_in_its_time_and_names_the_node_that_is_stuck() -> None:
+    inner = DeploymentGrid(merge(SMALL, KEYS))
+    stuck = next(n for n, c in inner._contexts.items() if inner.number(c) == 1)
+    grid = Uploading(inner, uploads_of(stuck, "query.hello", never))
+    made = Roster(parse(merge(SMALL, {**KEYS, "run.join-timeout": 3.0})).settings.run)
+    began = time.monotonic()
+    with pytest.raises(RunFailed, match=rf"missing: 1 \(node {stuck} no whole answer: its upload did not end\)"):
+        made.meet(grid)
+    assert time.monotonic() - began < 3 + 5
+
+
+def test_a_node_that_would_rejoin_and_is_stuck_costs_the_time_to_rejoin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "REJOIN_TIMEOUT", 1.0)
+    inner = MovingGrid(merge(SMALL, KEYS), {2: (1, 77, {"partition-id": 1, "num-partitions": 3})})
+    grid: Any = Uploading(inner, uploads_of(77, "query.hello", all_but_the_last), patience=60.0)
+    records = play(KEYS, grid=grid).records
+    assert records[2]["strangers"] == {"77": "no whole answer: its upload did not end"}
+    assert list(records[2]["lost"]) == ["1"]
+    assert records[2]["ok"] == [0, 2]
+
+
+def test_a_round_of_the_plug_in_ends_in_its_time() -> None:
+    inner = test_plugin.ForeignGrid(test_plugin.foreign_app(), nodes=3)
+    stuck = uploads_of(1001, "train", all_but_the_last)
+    grid: Any = Uploading(inner, stuck, patience=60.0)
+    strategy = SSFL(density=0.5, min_ok_fraction=0.5)
+    test_plugin.play(strategy=strategy, grid=grid, rounds=2, timeout=4.0)
+    discovery, first, second = strategy.history
+    assert discovery["ok"] == [1000, 1001, 1002]
+    assert first["lost"] == {"1001": "no whole answer within 4 s: its upload did not end"}
+    assert second["ok"] == [1000, 1001, 1002]
+    assert first["seconds"] < 4 + 5
+
+
+def test_flowers_own_pull_waits() -> None:
+    """What the tests above guard against: as soon as this fails, `pulling` can go."""
+    grid = Uploading(InlineGrid(node, {}, {0: 0}), lambda message: never, patience=0.5)
+    message = Message(RecordDict(), 0, "train", ttl=9.0)
+    with pytest.raises(AssertionError, match="waits for an upload"):
+        grid.pull_messages(grid.push_messages([message]))
+
+
+def test_reasons_are_told_in_a_line() -> None:
+    text = str(PayloadError("a\x1b[2J\nb" * 1000))
+    assert text.isprintable()
+    assert len(text) == 300
