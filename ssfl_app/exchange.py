@@ -201,7 +201,7 @@ class Courier:
                 f"a Ray actor died while it worked for client {client} ({line}). Most often it ran out of memory: "
                 f"{fewer_at_once(self._grid)}"
             )
-        if (what := memory_ran_out(reason)) and is_simulation(self._grid):
+        if is_simulation(self._grid) and (what := memory_ran_out(reason)):
             raise RunFailed(f"client {client}: {what}: {fewer_at_once(self._grid)}")
         if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
             self.outcome.refused[client] = f"raised: {line}"

@@ -24,7 +24,7 @@ _LARGE_BLOCK = 4 << 20
 
 # Without torch's statistics and its advice to all of its users.
 _MEMORY = re.compile(
-    r"[^\n]*(out of memory|OutOfMemory|MemoryError|can't allocate memory|Unable to allocate|ALLOC_FAILED)"
+    r"(out of memory|OutOfMemory|MemoryError|can't allocate memory|Unable to allocate|ALLOC_FAILED)"
     r"((?!Including non-PyTorch|Of the allocated)[^\n'])*"
 )
 
@@ -56,7 +56,12 @@ def memory_ran_out(reason: str) -> str:
         Its name and message: errors of torch, cuBLAS, cuDNN, numpy and Python have no class in common.
     """
     found = _MEMORY.search(reason)
-    return "" if found is None else f"memory ran out ({' '.join(found.group().split())[:200]})"
+    if found is None:
+        return ""
+    # Its line by hand: a pattern that begins with any characters takes hours for a long line of a peer's.
+    line = reason[reason.rfind("\n", 0, found.start()) + 1 :].partition("\n")[0]
+    end = [match.end() for match in _MEMORY.finditer(line)][-1]
+    return f"memory ran out ({' '.join(line[:end].split())[:200]})"
 
 
 @contextmanager

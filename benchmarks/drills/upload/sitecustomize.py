@@ -1,6 +1,7 @@
 """Python imports this at its start in the drills of slow uploads: a SuperNode waits before each object it uploads.
 
-The file that DRILL_UPLOAD names holds the seconds; while there is none, uploads are as ever. DRILL_VICTIM names the node.
+The file that DRILL_UPLOAD names holds the seconds; while there is none, uploads are as ever. DRILL_VICTIM is the
+node.
 """
 
 import os
