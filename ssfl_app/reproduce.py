@@ -14,9 +14,9 @@ from ssfl_app import config as configuration
 from ssfl_app import guard
 from ssfl_app.engine import jobs
 from ssfl_app.engine.command import check_engine
+from ssfl_app.files import write_atomically, write_json
 from ssfl_app.options import ConfigError
 from ssfl_app.reproduce_rows import Row, read_budget, read_rows, tables
-from ssfl_app.results.files import write_atomically, write_json
 from ssfl_app.results.page import percent
 from ssfl_app.results.published import Line, Page, as_json, listing, markdown, measured, overview, table, warnings
 from ssfl_app.results.runs import Run, read_run, train_counts

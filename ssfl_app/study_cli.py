@@ -72,7 +72,7 @@ def clients(
 
 
 def _write(figure: "Figure", record: dict[str, Any], stem: Path) -> None:
-    from ssfl_app.results.files import write_atomically, write_json
+    from ssfl_app.files import write_atomically, write_json
     from ssfl_app.results.plots import png_bytes
     from ssfl_app.results.recorder import environment
 

@@ -15,10 +15,10 @@ from ssfl_app import guard
 from ssfl_app.engine.command import check_engine
 from ssfl_app.engine.jobs import Job, check_all, old_reason, reason, start, state, stop
 from ssfl_app.engine.sweep_plan import Plan, Planned, read_plan
+from ssfl_app.files import write_atomically, write_json
 from ssfl_app.options import ConfigError
 from ssfl_app.results.compare import Entry, as_json, tables
 from ssfl_app.results.compare_page import markdown, picture
-from ssfl_app.results.files import write_atomically, write_json
 from ssfl_app.results.page import percent
 from ssfl_app.results.plots import png_bytes
 from ssfl_app.results.runs import CENTRAL, facts, read_run

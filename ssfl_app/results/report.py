@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
+from ssfl_app.files import write_atomically
 from ssfl_app.options import ConfigError
 from ssfl_app.results import page, plots
-from ssfl_app.results.files import write_atomically
 from ssfl_app.results.page import NONE
 from ssfl_app.results.rows import COMPARE, ROUND, TEXT_COLUMNS, compare_rows, round_rows, summary_rows
-from ssfl_app.results.runs import Run, facts, failures, run_names, train_counts
+from ssfl_app.results.runs import Run, facts, failures, read_run, run_names, train_counts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,6 +68,19 @@ def draw_partition(counts: ArrayLike, class_names: Sequence[str], png: Path) -> 
     """Write the heat map of `counts`, shape (K, C), to `png`; raise ConfigError as `partition_table` does."""
     picture = plots.png_bytes(plots.class_distribution(counts, class_names))
     write_atomically(png, lambda file: file.write_bytes(picture))
+
+
+def unreported(folder: Path) -> str:
+    """Write report.html of a run folder; return why that cannot be done, or "".
+
+    A run that is over is not to fail by its page, whatever stands in its way: a name that no font can draw, a library
+    that is missing, a disk that is full.
+    """
+    try:
+        write_report([read_run(folder)], folder / "report.html")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
