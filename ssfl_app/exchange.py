@@ -44,7 +44,8 @@ def fewer_at_once(grid: Grid) -> str:
 class Outcome:
     """What became of the messages of one exchange.
 
-    `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client.
+    `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client;
+    `notes` are what clients found out of order, of those that answered well.
     Bytes are payload bytes of encoded arrays; bitmaps of masks are counted apart from the rest of `down`.
     `passes` and `looks` are images that went forward and backward, or forward only, for the good replies.
     """
@@ -52,6 +53,7 @@ class Outcome:
     ok: list[int] = field(default_factory=list)
     lost: dict[int, str] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    notes: dict[int, str] = field(default_factory=dict)
     down: int = 0
     mask_down: int = 0
     up: int = 0

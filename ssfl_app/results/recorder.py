@@ -135,6 +135,8 @@ class Recorder:
             self.say(round_line(record, rounds, left))
         elif record["asked"]:
             self.say(discovery_line(record, "") + f", {record['seconds']:.1f} s")
+        for client, note in {c: n for key in failure_keys("notes") for c, n in record.get(key, {}).items()}.items():
+            self.say(f"warning: client {client}: {note}")
 
     def checkpoint(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Replace the checkpoint by one taken after `round_`."""
@@ -227,7 +229,7 @@ def discovery_line(record: Record, prefix: str) -> str:
 
 
 def failure_keys(kind: str) -> tuple[str, ...]:
-    """Return where a record names clients that are `kind`, lost or refused: in training, evaluation, discovery."""
+    """Return where a record names clients by `kind`, lost, refused or notes: in training, evaluation, discovery."""
     return kind, f"evaluate_{kind}", f"setup_{kind}"
 
 

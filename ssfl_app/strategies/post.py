@@ -219,6 +219,8 @@ class Post:
                 self.outcome.refused[client] = in_a_line(str(error))
                 continue
             self.outcome.ok.append(client)
+            if reply.facts.get("note"):
+                self.outcome.notes[client] = in_a_line(str(reply.facts["note"]))
             self.outcome.passes += int(reply.facts.get("passes", 0))
             self.outcome.looks += int(reply.facts.get("looks", 0))
             mask = self._letters[client].mask
