@@ -21,12 +21,13 @@ from ssfl_app.local.holdings import difference as unlike
 from ssfl_app.options import ConfigError
 from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import Recorder, default_folder
-from ssfl_app.results.report import final_text, unreported
+from ssfl_app.results.report import final_text, undone, write_report
+from ssfl_app.results.runs import read_run
 from ssfl_app.sparsity.layout import load_state
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Record
-from ssfl_app.text import command
+from ssfl_app.text import command, tell
 from ssfl_app.wire import Facts
 from ssfl_app.workshop import Workshop, code_digest, open_workshop
 
@@ -53,8 +54,7 @@ def main(grid: Grid, context: Context) -> None:
     run = config.settings.run
     folder = Path(run.out) if run.out else Path.cwd() / default_folder(config.strategy, config.data.name)
     check_folder(folder, config.flat)
-    # Flushed: Flower forwards what a ServerApp prints, and a round should be seen when it is over.
-    recorder = Recorder(folder, config.flat, lambda line: print(line, flush=True))
+    recorder = Recorder(folder, config.flat, tell)
     try:
         strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
         saved = resume(strategy, folder, config.flat) if run.resume else None
@@ -118,7 +118,7 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder, strategy: Sparse
         "engine": engine_name(grid),
     }
     summary = recorder.finish(facts, workshop.layout, strategy.model(), strategy.mask)
-    if why := unreported(recorder.folder):
+    if why := undone(lambda: write_report([read_run(recorder.folder)], recorder.folder / "report.html")):
         recorder.say(
             f"warning: there is no report.html ({why}); to make it: {command('ssfl', 'report', recorder.folder)}"
         )

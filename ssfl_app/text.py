@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -9,7 +10,14 @@ def printable(text: str, keep: str = "") -> str:
 
     Names of files that are no UTF-8 and JSON can hold lone surrogates, which no file or terminal takes.
     """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def tell(text: str, *, error: bool = False) -> None:
+    """Print lines for people, on stdout or stderr, at once: Flower forwards what a ServerApp prints."""
+    print(printable(text, keep="\n\t"), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def command(*words: object) -> str:

@@ -13,7 +13,7 @@ from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import check_free, claim, default_folder
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.text import command, printable
+from ssfl_app.text import command, tell
 from ssfl_app.workshop import check
 
 ENGINES = ("ray", "inline")
@@ -52,7 +52,7 @@ def run_command(words: Command) -> None:
             from ssfl_app.engine.launch import launch
 
             make_ready(config, layout)
-            launch(config, 4 * layout.size, lambda line: print(line, flush=True))
+            launch(config, 4 * layout.size, tell)
     except (RunFailed, OSError) as error:
         # OSError: a full disk, a folder that went away. The checkpoint before it is intact.
         end(f"the run failed: {error}", folder, "run")
@@ -65,7 +65,7 @@ def end(why: str, folder: Path, *words: object) -> NoReturn:
     cure = command("ssfl", *words, "--resume", folder)
     if not (folder / "config.toml").is_file():
         cure = "the same command again; nothing was played yet"
-    print(printable(f"ssfl: {why}\nto go on: {cure}", keep="\n"), file=sys.stderr)
+    tell(f"ssfl: {why}\nto go on: {cure}", error=True)
     sys.exit(1)
 
 

@@ -23,6 +23,7 @@ from ssfl_app.engine.processes import environment, running
 from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.results.recorder import read_status
+from ssfl_app.text import tell
 
 _LEFT_ALONE = 30.0
 """Seconds that a ServerApp gets to end after Flower's command did."""
@@ -42,7 +43,7 @@ def run_on(federation: Federation, command: Command) -> None:
     folder = make_ready(config, layout)
     again = ("federation", "run", "--dir", federation.folder)
     try:
-        _launch(federation, config, lambda line: print(line, flush=True))
+        _launch(federation, config, tell)
     except (RunFailed, OSError) as error:
         end(f"the run failed: {error}", folder, *again)
     except KeyboardInterrupt:
