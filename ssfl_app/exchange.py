@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ssfl_app.guard import RunFailed, memory_ran_out
+from ssfl_app.local.shelf import ShelfError
 
 SIMULATION_POLL = 0.01
 DEPLOYMENT_POLL = 0.25
@@ -138,8 +139,8 @@ class Courier:
         Raises
         ------
         RunFailed
-            A Ray actor died, and Flower would go on feeding most later messages to the dead one. Or memory ran out in
-            simulation: a mean over those clients that happened to fit is nobody's.
+            A Ray actor died, and Flower would go on feeding most later messages to the dead one. Or this machine ran
+            out of memory or disk in simulation: a mean over those clients that happened to fit is nobody's.
         """
         while (self._waiting or self._queue) and time.monotonic() < self._end:
             looked, got = time.monotonic(), False
@@ -190,6 +191,8 @@ class Courier:
             )
         if (what := memory_ran_out(reason)) and is_simulation(self._grid):
             raise RunFailed(f"client {client}: {what}: {fewer_at_once(self._grid)}")
+        if ShelfError.__name__ in reason and is_simulation(self._grid):
+            raise RunFailed(f"client {client}: {line}")
         if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
             self.outcome.refused[client] = f"raised: {line}"
         else:

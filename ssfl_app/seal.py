@@ -67,20 +67,23 @@ def unsealed(content: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]
 
 
 def _metadata(facts: Mapping[str, Any], arrays: Arrays) -> dict[str, str]:
-    text = json.dumps(facts)
-    return {"ssfl": text, "sha256": _digest(text, arrays)}
+    # One entry: safetensors writes several in any order, and equal contents are to be equal files.
+    return {"ssfl": json.dumps({"facts": facts, "sha256": _digest(facts, arrays)})}
 
 
 def _opened(metadata: Mapping[str, str] | None, arrays: Arrays) -> dict[str, Any]:
-    if metadata is None or not {"ssfl", "sha256"} <= set(metadata):
-        raise Damaged("has no digest, as those of older versions: what is in it cannot be trusted")
-    if _digest(metadata["ssfl"], arrays) != metadata["sha256"]:
+    try:
+        told = json.loads((metadata or {})["ssfl"])
+        facts, digest = dict(told["facts"]), told["sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise Damaged("has no digest, as those of older versions: what is in it cannot be trusted") from None
+    if _digest(facts, arrays) != digest:
         raise Damaged("is damaged: its digest is that of another content")
-    return dict(json.loads(metadata["ssfl"]))
+    return facts
 
 
-def _digest(text: str, arrays: Arrays) -> str:
-    digest = hashlib.sha256(text.encode(errors="surrogatepass"))
+def _digest(facts: Mapping[str, Any], arrays: Arrays) -> str:
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from ssfl_app.files import write_bytes
-from ssfl_app.local.shelf import Files, MaskFile, Versions, content_of
+from ssfl_app.local.shelf import Files, MaskFile, Versions, content_of, on_shelf
 from ssfl_app.seal import Damaged, sealed, unsealed
 from ssfl_app.sparsity.codec import nbytes
 from ssfl_app.sparsity.values import Arrays, PayloadError
@@ -170,6 +170,11 @@ class Memory:
     ----------
     notes : list of str
         What was found damaged or missing, for people to read.
+
+    Raises
+    ------
+    ShelfError
+        Each of its methods, where the file system fails.
     """
 
     def __init__(self, context: Context, client: int, folder: Path | None = None, survives: bool = False) -> None:
@@ -195,6 +200,7 @@ class Memory:
             return None if content is None else np.frombuffer(content, dtype=np.uint8)
         return np.frombuffer(bytes(held["mask"]), dtype=np.uint8)  # type: ignore[arg-type]
 
+    @on_shelf()
     def keep(self, digest: str, bitmap: npt.NDArray[np.uint8]) -> None:
         """Keep a mask; it replaces the one before."""
         if self._mask is not None:
@@ -207,6 +213,7 @@ class Memory:
             return
         self._state[_MEMORY] = ConfigRecord({"digest": digest, "mask": bitmap.tobytes()})
 
+    @on_shelf()
     def recall(self, since: int) -> Arrays | None:
         """Return the personal state of the last round that the server accepted, or None if there is none.
 
@@ -240,6 +247,7 @@ class Memory:
         if text not in self.notes:  # a client may recall more than once for one message
             self.notes.append(text)
 
+    @on_shelf()
     def save(self, round_: int, arrays: Arrays, back_to: int) -> None:
         """Keep the personal state made in a round, and what is needed to go back to round `back_to`."""
         self._personal.write(round_, sealed({"round": round_}, arrays))

@@ -1,12 +1,27 @@
 """Files that a client keeps between messages: versions of its personal state, and the mask it holds."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from ssfl_app.files import write_bytes
 
 _DIGEST = 16  # characters of a mask's digest
+
+
+class ShelfError(OSError):
+    """What a client keeps cannot be read or written: its disk is full or broken."""
+
+
+@contextmanager
+def on_shelf() -> Iterator[None]:
+    """Raise ShelfError for an error of the file system inside: a reply carries the name of its class."""
+    try:
+        yield
+    except OSError as error:
+        raise ShelfError(str(error)) from error
 
 
 class Versions(Protocol):
