@@ -1,5 +1,6 @@
 """The command line: run, compare, reproduce, study, federation, report, partition."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 from ssfl_app.federation_cli import app as federation_app
 from ssfl_app.options import ConfigError
 from ssfl_app.study_cli import app as study_app
+from ssfl_app.text import tell
 
 app = typer.Typer(
     help="Sparse federated learning on Flower.",
@@ -61,7 +63,7 @@ def compare(
     """
     from ssfl_app.engine.sweep import Sweep, run_sweep
 
-    run_sweep(Sweep(files, override or [], out, engine, jobs, report_only), typer.echo)
+    run_sweep(Sweep(files, override or [], out, engine, jobs, report_only), tell)
 
 
 @app.command()
@@ -90,7 +92,7 @@ def reproduce(
     if listed:
         show(words)
     else:
-        play(words, typer.echo)
+        play(words, tell)
 
 
 @app.command()
@@ -108,10 +110,10 @@ def report(
 
     runs = [read_run(folder) for folder in folders]
     page = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
-    write_report(runs, page)
     console = Console()
     Console(width=max(console.width, 140)).print(compare_table(runs))
-    typer.echo(f"page: {page.resolve()}")
+    write_report(runs, page)
+    tell(f"page: {page.resolve()}")
 
 
 @app.command()
@@ -134,7 +136,7 @@ def partition(
     counts = shares.class_counts(data.train.labels.numpy(), data.classes)
     draw_partition(counts, data.class_names, out)
     Console().print(partition_table(counts, data.class_names))
-    typer.echo(f"picture: {out.resolve()}")
+    tell(f"picture: {out.resolve()}")
 
 
 def main() -> None:
@@ -143,9 +145,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
-    except ConfigError as error:
-        print(f"ssfl: {error}", file=sys.stderr)
+    except BrokenPipeError:  # `ssfl report DIR | head`; what Python still holds for the pipe has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ConfigError, OSError) as error:  # OSError: a file that cannot be read or written
+        tell(f"ssfl: {error}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("ssfl: interrupted", file=sys.stderr)
+        tell("ssfl: interrupted", error=True)
         sys.exit(1)

@@ -21,8 +21,8 @@ from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.post import CLIENT, FOLDER, RUN
 from ssfl_app.strategies.rule import ClientRule, Need
+from ssfl_app.text import quoted
 from ssfl_app.wire import Facts, Memory, Packer, Parcel, read_facts, read_record
-from ssfl_app.words import quoted
 from ssfl_app.workshop import code_digest, gpu_is_hidden, open_workshop
 
 MOST_BITMAPS = 4
@@ -71,7 +71,7 @@ class SparseClient(NumPyClient):
         except Need as need:
             return [], 0, {"need": str(need)}
         work = {"passes": trainer.passes - passes, "looks": trainer.looks - looks}
-        facts = {**reply.facts, **work, "arrays": ",".join(reply.arrays)}
+        facts = {**reply.facts, **work, **self._notes(), "arrays": ",".join(reply.arrays)}
         return list(reply.arrays.values()), int(reply.facts["samples"]), facts
 
     def evaluate(self, parameters: NDArrays, config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
@@ -82,7 +82,12 @@ class SparseClient(NumPyClient):
         except Need as need:
             return 0.0, 0, {"need": str(need)}
         facts["passes"] = self.rule.site.trainer.passes - passes  # of methods that fine-tune before they test
+        facts |= self._notes()
         return float(facts.get("loss", 0.0)), int(facts["samples"]), facts
+
+    def _notes(self) -> Facts:
+        notes = self.rule.site.memory.notes
+        return {"note": "; ".join(notes)} if notes else {}
 
 
 def _parcel(parameters: NDArrays, config: dict[str, Any]) -> Parcel:

@@ -5,6 +5,7 @@ merged with the user's overrides, and the command line reads the same table.
 """
 
 import functools
+import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -214,3 +215,9 @@ def difference(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str 
         if not key.startswith(NOT_THE_RUN) and value != theirs.get(key):
             return f"{key} is {value!r}; that run was started with {theirs.get(key)!r}"
     return None
+
+
+def identity(flat: Mapping[str, Scalar]) -> str:
+    """Return a digest of the keys that make a run the run that it is: all but `NOT_THE_RUN`."""
+    kept = {key: value for key, value in sorted(flat.items()) if not key.startswith(NOT_THE_RUN)}
+    return hashlib.sha256(write_toml(kept).encode(errors="surrogatepass")).hexdigest()

@@ -18,9 +18,10 @@ from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ssfl_app.guard import RunFailed, memory_ran_out
+from ssfl_app.local.shelf import ShelfError
 from ssfl_app.pulling import BrokenOff, Puller
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.words import in_a_line, last_line
+from ssfl_app.text import in_a_line, last_line
 
 SIMULATION_POLL = 0.01
 DEPLOYMENT_POLL = 0.25
@@ -50,7 +51,8 @@ def fewer_at_once(grid: Grid) -> str:
 class Outcome:
     """What became of the messages of one exchange.
 
-    `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client.
+    `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client;
+    `notes` are what clients found out of order, of those that answered well.
     Bytes are payload bytes of encoded arrays; bitmaps of masks are counted apart from the rest of `down`.
     `passes` and `looks` are images that went forward and backward, or forward only, for the good replies.
     """
@@ -58,6 +60,7 @@ class Outcome:
     ok: list[int] = field(default_factory=list)
     lost: dict[int, str] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    notes: dict[int, str] = field(default_factory=dict)
     down: int = 0
     mask_down: int = 0
     up: int = 0
@@ -143,8 +146,8 @@ class Courier:
         Raises
         ------
         RunFailed
-            A Ray actor died, and Flower would go on feeding most later messages to the dead one. Or memory ran out in
-            simulation: a mean over those clients that happened to fit is nobody's.
+            A Ray actor died, and Flower would go on feeding most later messages to the dead one. Or this machine ran
+            out of memory or disk in simulation: a mean over those clients that happened to fit is nobody's.
         """
         while (self._waiting or self._queue) and time.monotonic() < self._end:
             looked, got = time.monotonic(), False
@@ -203,6 +206,8 @@ class Courier:
             )
         if is_simulation(self._grid) and (what := memory_ran_out(reason)):
             raise RunFailed(f"client {client}: {what}: {fewer_at_once(self._grid)}")
+        if ShelfError.__name__ in reason and is_simulation(self._grid):
+            raise RunFailed(f"client {client}: {line}")
         if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
             self.outcome.refused[client] = f"raised: {line}"
         else:

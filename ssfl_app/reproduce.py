@@ -14,13 +14,14 @@ from ssfl_app import config as configuration
 from ssfl_app import guard
 from ssfl_app.engine import jobs
 from ssfl_app.engine.command import check_engine
+from ssfl_app.files import write_bytes, write_json
 from ssfl_app.options import ConfigError
 from ssfl_app.reproduce_rows import Row, read_budget, read_rows, tables
-from ssfl_app.results.files import write_atomically, write_json
 from ssfl_app.results.page import percent
 from ssfl_app.results.published import Line, Page, as_json, listing, markdown, measured, overview, table, warnings
 from ssfl_app.results.runs import Run, read_run, train_counts
 from ssfl_app.strategies import REGISTRY
+from ssfl_app.text import tell
 
 RECENT = 10  # rounds that the speed of a row is taken from
 
@@ -64,9 +65,9 @@ def reproduce(words: Words, say: Say) -> None:
     write(page, folder, say)
     bad = [line.name for line in page.lines if line.state.startswith("failed")]
     if bad:
-        print(f"ssfl: {len(bad)} of {len(rows)} runs failed: {', '.join(bad)}", file=sys.stderr)
+        tell(f"ssfl: {len(bad)} of {len(rows)} runs failed: {', '.join(bad)}", error=True)
     if interrupted:
-        print("ssfl: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        tell("ssfl: interrupted; the same command goes on where this one stopped", error=True)
     if bad or interrupted:
         sys.exit(1)
 
@@ -111,7 +112,7 @@ def write(page: Page, folder: Path, say: Say) -> None:
     from rich.console import Console
 
     write_json(folder / "reproduce.json", as_json(page))
-    write_atomically(folder / "reproduce.md", lambda file: file.write_text(markdown(page), "utf-8"))
+    write_bytes(folder / "reproduce.md", markdown(page).encode())
     console = Console()
     Console(width=max(console.width, 140)).print(table(page))
     for warning in warnings(page):

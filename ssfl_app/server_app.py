@@ -12,20 +12,22 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from ssfl_app import guard
-from ssfl_app.config import Flat, difference, read_file, write_toml
+from ssfl_app.config import Flat, difference, read_file
 from ssfl_app.exchange import fewer_at_once, is_simulation
+from ssfl_app.files import write_bytes, write_json
 from ssfl_app.guard import RunFailed, naming_memory
 from ssfl_app.local.holdings import Holding, other_images, read_holding
 from ssfl_app.local.holdings import difference as unlike
 from ssfl_app.options import ConfigError
-from ssfl_app.results.files import write_atomically, write_json
+from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import Recorder, default_folder
-from ssfl_app.results.report import final_text, write_report
+from ssfl_app.results.report import final_text, undone, write_report
 from ssfl_app.results.runs import read_run
 from ssfl_app.sparsity.layout import load_state
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Record
+from ssfl_app.text import command, tell
 from ssfl_app.wire import Facts
 from ssfl_app.workshop import Workshop, code_digest, open_workshop
 
@@ -52,16 +54,24 @@ def main(grid: Grid, context: Context) -> None:
     run = config.settings.run
     folder = Path(run.out) if run.out else Path.cwd() / default_folder(config.strategy, config.data.name)
     check_folder(folder, config.flat)
-    # Flushed: Flower forwards what a ServerApp prints, and a round should be seen when it is over.
-    recorder = Recorder(folder, write_toml(config.flat), run.rounds, lambda line: print(line, flush=True))
+    recorder = Recorder(folder, config.flat, tell)
     try:
-        with naming_memory(fewer_at_once(grid)):
-            conduct(grid, workshop, recorder)
-        recorder.status("finished")
-    except Exception as error:
-        named = isinstance(error, ConfigError | RunFailed)
-        recorder.status("failed", str(error) if named else f"{type(error).__name__}: {error}")
-        raise
+        strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
+        saved = resume(strategy, folder, config.flat) if run.resume else None
+        if saved is not None and workshop.own:
+            strategy.post.roster.expected = site_names(folder)
+        try:
+            recorder.begin(saved)
+            if saved is not None:
+                recorder.say(f"resuming after round {saved.round}")
+            with naming_memory(fewer_at_once(grid)):
+                conduct(grid, workshop, recorder, strategy)
+            recorder.status("finished")
+        except Exception as error:
+            named = isinstance(error, ConfigError | RunFailed)
+            with contextlib.suppress(OSError):  # where the reason cannot be written, it is still raised
+                recorder.status("failed", str(error) if named else f"{type(error).__name__}: {error}")
+            raise
     finally:
         recorder.close()
 
@@ -83,21 +93,15 @@ def check_folder(folder: Path, flat: Flat) -> None:
         raise ConfigError(f"run.out is {folder}; {clash}")
 
 
-def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
+def conduct(grid: Grid, workshop: Workshop, recorder: Recorder, strategy: SparseStrategy) -> None:
     """Play a run, new or resumed, from the first greeting to the report."""
     config, run = workshop.config, workshop.config.settings.run
-    strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     strategy.watch = Watcher(recorder, workshop)
     strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
     if is_simulation(grid):  # clients share this machine; elsewhere each keeps its own in Flower's state
         strategy.post.folder = recorder.folder / "clients"
     else:
         strategy.post.token = run_token(recorder.folder)
-    checkpoint = recorder.resume() if run.resume else None
-    if checkpoint is not None:
-        strategy.restore(*checkpoint)
-        strategy.post.roster.expected = site_names(recorder.folder)
-        recorder.say(f"resuming after round {checkpoint[0]}")
     # Not kept in a variable: the initial weights would stay in memory for the whole run.
     strategy.start(grid, ArrayRecord(workshop.initial_state()), run.rounds, evaluate_fn=central_evaluation(workshop))
     strategy.watch.accuracies()
@@ -114,7 +118,10 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
         "engine": engine_name(grid),
     }
     summary = recorder.finish(facts, workshop.layout, strategy.model(), strategy.mask)
-    write_report([read_run(recorder.folder)], recorder.folder / "report.html")
+    if why := undone(lambda: write_report([read_run(recorder.folder)], recorder.folder / "report.html")):
+        recorder.say(
+            f"warning: there is no report.html ({why}); to make it: {command('ssfl', 'report', recorder.folder)}"
+        )
     recorder.say(final_text(summary, recorder.folder))
 
 
@@ -125,17 +132,24 @@ def run_token(folder: Path) -> str:
         if re.fullmatch("[0-9a-f]{16}", token := path.read_text().strip()):
             return token
     token = secrets.token_hex(8)
-    write_atomically(path, lambda file: file.write_text(token + "\n"))
+    write_bytes(path, f"{token}\n".encode())
     return token
 
 
 def site_names(folder: Path) -> tuple[str, ...]:
-    """Return the names of the sites of the run in a folder, by client; empty if its clients have none."""
+    """Return the names of the sites of the run in a folder, by client.
+
+    Raises
+    ------
+    ConfigError
+        clients.json does not tell.
+    """
+    path = folder / "clients.json"
     try:
-        rows = json.loads((folder / "clients.json").read_text())["clients"]
+        rows = json.loads(path.read_bytes())["clients"]
         return tuple(str(row["name"]) for row in sorted(rows, key=lambda row: int(row["client"])))
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} does not tell the names of the sites ({error!r}); a run goes on by it") from error
 
 
 def engine_name(grid: Grid) -> str:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssfl_app.text import tell
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
@@ -42,7 +44,7 @@ def masks(
 
     given = configuration.read_file(config) if config else {}
     flat = configuration.merge(given, configuration.read_overrides(override or []))
-    study = study_masks(flat, read_batches(batches), repeats, lambda text: typer.echo(text, err=True))
+    study = study_masks(flat, read_batches(batches), repeats, lambda text: tell(text, error=True))
     sizes = {"cut": study.cut, "drawn": study.drawn}
     title = (
         f"{flat['data.name']}, {flat['partition.name']} partition, {flat['model.name']}: k = {study.kept:,} of "
@@ -68,18 +70,17 @@ def clients(
     record = {"study": "clients", "runs": [group.record() for group in groups]}
     _write(accuracy_by_clients(groups), record, out / "client-accuracy")
     for group in groups:
-        typer.echo(legend(group))
+        tell(legend(group))
 
 
 def _write(figure: "Figure", record: dict[str, Any], stem: Path) -> None:
-    from ssfl_app.results.files import write_atomically, write_json
+    from ssfl_app.files import write_bytes, write_json
     from ssfl_app.results.plots import png_bytes
     from ssfl_app.results.recorder import environment
 
-    picture = png_bytes(figure)
-    write_atomically(stem.with_suffix(".png"), lambda file: file.write_bytes(picture))
+    write_bytes(stem.with_suffix(".png"), png_bytes(figure))
     write_json(stem.with_suffix(".json"), record | {"environment": environment()})
-    typer.echo(f"picture: {stem.with_suffix('.png').resolve()}\nnumbers: {stem.with_suffix('.json').resolve()}")
+    tell(f"picture: {stem.with_suffix('.png').resolve()}\nnumbers: {stem.with_suffix('.json').resolve()}")
 
 
 def _table(study: "MaskStudy") -> "Table":

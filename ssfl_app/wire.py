@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
-from safetensors import numpy as safe_numpy
 
-from ssfl_app.local.shelf import Files, MaskFile, Versions, replace
+from ssfl_app.files import write_bytes
+from ssfl_app.local.shelf import Files, MaskFile, Versions, content_of, on_shelf
+from ssfl_app.seal import Damaged, sealed, unsealed
 from ssfl_app.sparsity.codec import nbytes
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
-from ssfl_app.words import in_a_line, quoted
+from ssfl_app.text import in_a_line, quoted
 
 Fact = bool | int | float | str | bytes
 Facts = dict[str, Fact]
@@ -199,9 +200,20 @@ class Memory:
         A folder that all clients of this machine share.
     survives : bool
         Whether the mask that is held must be found in `folder` alone, after a restart, and not in Flower's state too.
+
+    Attributes
+    ----------
+    notes : list of str
+        What was found damaged or missing, for people to read.
+
+    Raises
+    ------
+    ShelfError
+        Each of its methods, where the file system fails.
     """
 
     def __init__(self, context: Context, client: int, folder: Path | None = None, survives: bool = False) -> None:
+        self.notes: list[str] = []
         self._state = context.state
         self._masks = None if folder is None else folder / MASKS
         self._personal: Versions = _Records(context.state)
@@ -211,7 +223,7 @@ class Memory:
             self._personal, self._mask = Files(own), MaskFile(own / "mask") if survives else None
 
     def bitmap(self, digest: str) -> npt.NDArray[np.uint8] | None:
-        """Return the bitmap of the mask with this digest, or None if it is not held."""
+        """Return the bitmap that is kept of the mask with this digest, or None; a disk may have damaged it."""
         if self._mask is not None:
             content = self._mask.read(digest)
             return None if content is None else np.frombuffer(content, dtype=np.uint8)
@@ -219,38 +231,61 @@ class Memory:
         if not isinstance(held, ConfigRecord) or held["digest"] != digest:
             return None
         if self._masks is not None:
-            return np.fromfile(self._masks / digest, dtype=np.uint8) if (self._masks / digest).exists() else None
+            content = content_of(self._masks / digest)
+            return None if content is None else np.frombuffer(content, dtype=np.uint8)
         return np.frombuffer(bytes(held["mask"]), dtype=np.uint8)  # type: ignore[arg-type]
 
+    @on_shelf()
     def keep(self, digest: str, bitmap: npt.NDArray[np.uint8]) -> None:
         """Keep a mask; it replaces the one before."""
         if self._mask is not None:
             self._mask.write(digest, bitmap.tobytes())
             return
         if self._masks is not None:
-            if not (self._masks / digest).exists():
-                replace(self._masks / digest, bitmap.tobytes())
+            if content_of(self._masks / digest) != bitmap.tobytes():  # the first of its clients, or it was damaged
+                write_bytes(self._masks / digest, bitmap.tobytes())
             self._state[_MEMORY] = ConfigRecord({"digest": digest})
             return
         self._state[_MEMORY] = ConfigRecord({"digest": digest, "mask": bitmap.tobytes()})
 
+    @on_shelf()
     def recall(self, since: int) -> Arrays | None:
         """Return the personal state of the last round that the server accepted, or None if there is none.
+
+        If that is damaged or missing, it is the version before, or None, and a note says so.
 
         Parameters
         ----------
         since : int
-            That round. What was made later came from a reply that the server never took (it was lost or refused, or
-            belongs to an interrupted run that is being played again): it never happened, and is deleted.
+            That round, 0 if there is none. What was made later came from a reply that the server never took (it was
+            lost or refused, or belongs to an interrupted run that is being played again): it never happened, and is
+            deleted.
         """
         for late in [version for version in self._personal.rounds() if version > since]:
             self._personal.delete(late)
-        kept = self._personal.rounds()
-        return safe_numpy.load(self._personal.read(kept[-1])) if kept else None
+        fault = "is missing"
+        for version in reversed(self._personal.rounds()):
+            try:
+                _, arrays = unsealed(self._personal.read(version))
+            except Damaged as error:
+                self._personal.delete(version)
+                fault = str(error) if version == since else fault
+                continue
+            if version < since:
+                self._note(f"its personal state of round {since} {fault}; it went on from that of round {version}")
+            return arrays
+        if since:
+            self._note(f"its personal state of round {since} {fault}; it began anew")
+        return None
 
+    def _note(self, text: str) -> None:
+        if text not in self.notes:  # a client may recall more than once for one message
+            self.notes.append(text)
+
+    @on_shelf()
     def save(self, round_: int, arrays: Arrays, back_to: int) -> None:
         """Keep the personal state made in a round, and what is needed to go back to round `back_to`."""
-        self._personal.write(round_, safe_numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
+        self._personal.write(round_, sealed({"round": round_}, arrays))
         older = [version for version in self._personal.rounds() if version <= back_to]
         for version in older[:-1]:
             self._personal.delete(version)

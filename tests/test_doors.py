@@ -50,7 +50,7 @@ def test_a_gpu_that_flower_hides_is_one_clear_line(tmp_path: Path, monkeypatch: 
             patch.setattr(workshop.Path, "exists", lambda path, there=there: there and str(path) == "/dev/nvidia0")
             assert workshop.gpu_is_hidden() is hidden
     said: list[str] = []
-    recorder = Recorder(tmp_path / "run", "", 3, said.append)
+    recorder = Recorder(tmp_path / "run", merge(SMALL), said.append)
     shop = open_workshop(merge(SMALL))
     site = {"code": workshop.code_digest(), "device": "cpu"}
     Watcher(recorder, shop).met({0: {**site, "gpu-is-hidden": False}})
@@ -87,11 +87,11 @@ def test_a_folder_with_another_run_is_refused_by_plain_flwr_run_too(tmp_path: Pa
 def test_two_processes_cannot_write_one_folder(tmp_path: Path) -> None:
     from ssfl_app.options import ConfigError
 
-    first = Recorder(tmp_path, "", 1, print)
+    first = Recorder(tmp_path, {}, print)
     with pytest.raises(ConfigError, match="no other process is writing to"):
-        Recorder(tmp_path, "", 1, print)
+        Recorder(tmp_path, {}, print)
     first.close()
-    Recorder(tmp_path, "", 1, print).close()
+    Recorder(tmp_path, {}, print).close()
 
 
 def test_the_default_folder_names_time_strategy_and_data() -> None:

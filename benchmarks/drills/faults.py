@@ -18,8 +18,8 @@ from ssfl_app.engine.federation_control import is_up, nodes
 from ssfl_app.engine.federation_services import node_service
 from ssfl_app.engine.federation_status import stop
 from ssfl_app.engine.processes import end
+from ssfl_app.files import write_json
 from ssfl_app.guard import RunFailed
-from ssfl_app.results.files import write_json
 
 VICTIM = "node-1"
 SLACK = 90.0  # seconds that anything may wait beyond the round timeout

@@ -3,13 +3,17 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from ssfl_app import config as configuration
 from ssfl_app.config import Config, Flat
 from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
-from ssfl_app.results.recorder import default_folder
+from ssfl_app.results.checkpoint import resume
+from ssfl_app.results.recorder import check_free, claim, default_folder
 from ssfl_app.sparsity.layout import Layout
+from ssfl_app.strategies import REGISTRY
+from ssfl_app.text import command, tell
 from ssfl_app.workshop import check
 
 ENGINES = ("ray", "inline")
@@ -33,13 +37,13 @@ def check_engine(name: str) -> None:
         raise ConfigError(f"--engine is {name!r}; it is one of {', '.join(ENGINES)}")
 
 
-def run_command(command: Command) -> None:
+def run_command(words: Command) -> None:
     """Run, or raise ConfigError before anything was written; exit with 1 if the run fails."""
-    check_engine(command.engine)
-    config, layout = resolve(command)
+    check_engine(words.engine)
+    config, layout = resolve(words)
     folder = Path(config.settings.run.out)
     try:
-        if command.engine == "inline":
+        if words.engine == "inline":
             from ssfl_app import client_app, server_app
             from ssfl_app.engine.inline import run_inline
 
@@ -47,21 +51,43 @@ def run_command(command: Command) -> None:
         else:
             from ssfl_app.engine.launch import launch
 
-            launch(config, 4 * layout.size, lambda line: print(line, flush=True))
+            make_ready(config, layout)
+            launch(config, 4 * layout.size, tell)
     except (RunFailed, OSError) as error:
         # OSError: a full disk, a folder that went away. The checkpoint before it is intact.
-        print(f"ssfl: the run failed: {error}{_again(folder)}", file=sys.stderr)
-        sys.exit(1)
+        end(f"the run failed: {error}", folder, "run")
     except KeyboardInterrupt:
-        print(f"ssfl: interrupted{_again(folder)}", file=sys.stderr)
-        sys.exit(1)
+        end("interrupted", folder, "run")
 
 
-def _again(folder: Path) -> str:
-    return f"\nto go on: ssfl run --resume {folder}" if (folder / "config.toml").is_file() else ""
+def end(why: str, folder: Path, *words: object) -> NoReturn:
+    """Say why a run is over and how to go on, and exit with 1; `words` are those of the command without --resume."""
+    cure = command("ssfl", *words, "--resume", folder)
+    if not (folder / "config.toml").is_file():
+        cure = "the same command again; nothing was played yet"
+    tell(f"ssfl: {why}\nto go on: {cure}", error=True)
+    sys.exit(1)
 
 
-def resolve(command: Command) -> tuple[Config, Layout]:
+def make_ready(config: Config, layout: Layout) -> Path:
+    """Return the run folder, made, or checked to be one that a run goes on from; for engines in other processes.
+
+    Its status.json goes: that of an earlier session says nothing about this one.
+
+    Raises
+    ------
+    ConfigError
+        Another process is writing to the folder, or what it holds is damaged. Nothing was changed.
+    """
+    folder = Path(config.settings.run.out)
+    with claim(folder):
+        if config.settings.run.resume:
+            resume(REGISTRY[config.strategy](layout, config.settings), folder, config.flat)
+        (folder / "status.json").unlink(missing_ok=True)
+    return folder
+
+
+def resolve(words: Command) -> tuple[Config, Layout]:
     """Return the checked configuration of a command line, with `run.out` absolute, and its model's layout.
 
     Raises
@@ -69,28 +95,28 @@ def resolve(command: Command) -> tuple[Config, Layout]:
     ConfigError
         Anything about it cannot be run: keys, values, data, partition, GPU, folders.
     """
-    nodes, resume = command.nodes, command.resume
-    given = configuration.read_file(command.file) if command.file else {}
-    given |= configuration.read_overrides(command.overrides)
+    nodes = words.nodes
+    given = configuration.read_file(words.file) if words.file else {}
+    given |= configuration.read_overrides(words.overrides)
     if nodes is not None:
         if given.get("run.clients", nodes) != nodes:
             raise ConfigError(f"--nodes is {nodes}; run.clients, {given['run.clients']}, is the same number")
         given["run.clients"] = nodes
-    if command.out is not None:
-        given["run.out"] = str(command.out)
+    if words.out is not None:
+        given["run.out"] = str(words.out)
     if given.get("data.path"):
         # Flower runs the app in another folder, so what is relative here would not be found there.
         given["data.path"] = str(Path(str(given["data.path"])).expanduser().resolve())
-    flat = _resumed(given, resume) if resume else configuration.merge(given)
-    flat["run.resume"] = resume is not None
+    flat = _resumed(given, words.resume) if words.resume else configuration.merge(given)
+    flat["run.resume"] = words.resume is not None
     config = configuration.parse(flat)
-    if config.data.where == "sites" and command.engine in ENGINES:
+    if config.data.where == "sites" and words.engine in ENGINES:
         raise ConfigError("data.where is 'sites'; own data need real SuperNodes: ssfl federation run, or flwr run")
     layout = check(config)
     where = flat["run.out"] or default_folder(config.strategy, config.data.name)
     folder = Path(str(where)).expanduser().resolve()
-    if resume is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"run.out is {folder}; it is a new or empty folder, or --resume goes on with the run in it")
+    if words.resume is None:
+        check_free(folder)
     return configuration.parse(flat | {"run.out": str(folder)}), layout
 
 

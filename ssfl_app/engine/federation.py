@@ -17,8 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from ssfl_app.engine.credentials import make_authority, make_node, make_server
+from ssfl_app.files import write_atomically, write_json
 from ssfl_app.options import ConfigError
-from ssfl_app.results.files import write_atomically, write_json
 
 CONNECTION = "federation"
 """Name of the SuperLink in Flower's config.toml."""

@@ -10,8 +10,8 @@ from typing import Any
 from ssfl_app import guard
 from ssfl_app.engine.federation import CONNECTION, Federation
 from ssfl_app.engine.processes import environment
+from ssfl_app.files import write_json
 from ssfl_app.guard import RunFailed
-from ssfl_app.results.files import write_json
 
 _COMMAND_TIMEOUT = 120.0
 ASK_AGAIN = 1.0  # seconds between two questions who is online: each is a process of its own

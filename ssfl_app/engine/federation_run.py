@@ -5,7 +5,6 @@ the run finished is what it recorded there: ``flwr run --stream`` exits with 0 i
 """
 
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 from ssfl_app import config as configuration
 from ssfl_app import guard
 from ssfl_app.config import Config, write_toml
-from ssfl_app.engine.command import Command, resolve
+from ssfl_app.engine.command import Command, end, make_ready, resolve
 from ssfl_app.engine.federation import CONNECTION, Federation
 from ssfl_app.engine.federation_control import control, is_up
 from ssfl_app.engine.federation_status import services
@@ -24,6 +23,7 @@ from ssfl_app.engine.processes import environment, running
 from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.results.recorder import read_status
+from ssfl_app.text import tell
 
 _LEFT_ALONE = 30.0
 """Seconds that a ServerApp gets to end after Flower's command did."""
@@ -39,20 +39,15 @@ def run_on(federation: Federation, command: Command) -> None:
         raise ConfigError(f"--dir is {federation.folder}; its federation is not up: ssfl federation up")
     if command.resume is None:
         command = replace(command, overrides=[*_sizes(federation, command), *command.overrides])
-    config, _ = resolve(command)
-    folder = Path(config.settings.run.out)
+    config, layout = resolve(command)
+    folder = make_ready(config, layout)
+    again = ("federation", "run", "--dir", federation.folder)
     try:
-        _launch(federation, config, lambda line: print(line, flush=True))
+        _launch(federation, config, tell)
     except (RunFailed, OSError) as error:
-        print(f"ssfl: the run failed: {error}\nto go on: {_again(federation, folder)}", file=sys.stderr)
-        sys.exit(1)
+        end(f"the run failed: {error}", folder, *again)
     except KeyboardInterrupt:
-        print(f"ssfl: interrupted\nto go on: {_again(federation, folder)}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _again(federation: Federation, folder: Path) -> str:
-    return f"ssfl federation run --dir {federation.folder} --resume {folder}"
+        end("interrupted", folder, *again)
 
 
 def _sizes(federation: Federation, command: Command) -> list[str]:
@@ -67,12 +62,6 @@ def _sizes(federation: Federation, command: Command) -> list[str]:
 
 def _launch(federation: Federation, config: Config, say: Callable[[str], None]) -> None:
     folder = Path(config.settings.run.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = guard.take(folder / ".lock")
-    if lock is None:
-        raise RunFailed(f"{folder} is being written to by another run; it is to end first")
-    lock.close()
-    (folder / "status.json").unlink(missing_ok=True)  # that of an earlier session says nothing about this one
     log, superlink = folder / "flower.log", services(federation).get("superlink")
     begin = log.stat().st_size if log.exists() else 0
     with tempfile.TemporaryDirectory(prefix="ssfl-") as work:

@@ -4,7 +4,6 @@ One that is finished is not played again, one that broke off is resumed, and one
 configuration is an error: nothing is mixed and nothing is overwritten.
 """
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,6 @@ from ssfl_app.strategies import REGISTRY
 from ssfl_app.workshop import check, check_at_once
 
 STOP_TIMEOUT = 60.0  # `ssfl run` ends a Ray engine in order, which takes a while
-# What a run leaves that was killed in its first moments, before it wrote its configuration.
-_BEFORE_CONFIG = {".lock", "checkpoint", "status.json"}
 
 
 class Job(NamedTuple):
@@ -90,12 +87,7 @@ def start(run: Planned, home: Path, engine: str, work: Path, lock: Path) -> Job:
     """
     file = work / f"{run.slug}.toml"
     file.write_text(configuration.write_toml(run.flat))
-    if state(run, home) == "unfinished":
-        words = ["--resume", str(home)]
-    else:
-        if home.is_dir() and {path.name for path in home.iterdir()} <= _BEFORE_CONFIG:
-            shutil.rmtree(home)
-        words = [str(file), "--out", str(home)]
+    words = ["--resume", str(home)] if state(run, home) == "unfinished" else [str(file), "--out", str(home)]
     errors = home.with_name(f"{run.slug}.stderr")
     return Job(run, home, workers.start(engine, words, errors, {guard.LAUNCHER: str(lock)}), errors)
 

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from ssfl_app.engine.processes import end, spawn
-from ssfl_app.results.files import write_atomically
+from ssfl_app.files import write_atomically
 
 DELAYS = (1.0, 2.0, 5.0, 10.0)
 """Seconds before a service is started again: after its first end, its second, ..."""

@@ -41,7 +41,7 @@ def plan(config: Config) -> tuple[int, float]:
 
 
 def launch(config: Config, model_bytes: int, say: Callable[[str], None]) -> None:
-    """Run the configuration on Ray and wait for its end; `run.out` names the run folder.
+    """Run the configuration on Ray and wait for its end; `run.out` names the run folder, which is there.
 
     `model_bytes` is the size of a dense model; it sets the size of Ray's object store.
 
@@ -56,8 +56,6 @@ def launch(config: Config, model_bytes: int, say: Callable[[str], None]) -> None
     for note in gpu_notes(config, "ray"):
         say(note)
     folder = Path(config.settings.run.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "status.json").unlink(missing_ok=True)  # that of an earlier session says nothing about this one
     with tempfile.TemporaryDirectory(prefix="ssfl-", ignore_cleanup_errors=True) as work:
         home, address = Path(work), f"127.0.0.1:{free_port()}"
         app, overrides = copy_app(home / "ssfl-app"), home / "run.toml"

@@ -15,13 +15,15 @@ from ssfl_app import guard
 from ssfl_app.engine.command import check_engine
 from ssfl_app.engine.jobs import Job, check_all, old_reason, reason, start, state, stop
 from ssfl_app.engine.sweep_plan import Plan, Planned, read_plan
+from ssfl_app.files import write_bytes, write_json
 from ssfl_app.options import ConfigError
 from ssfl_app.results.compare import Entry, as_json, tables
 from ssfl_app.results.compare_page import markdown, picture
-from ssfl_app.results.files import write_atomically, write_json
 from ssfl_app.results.page import percent
 from ssfl_app.results.plots import png_bytes
+from ssfl_app.results.report import undone
 from ssfl_app.results.runs import CENTRAL, facts, read_run
+from ssfl_app.text import tell
 from ssfl_app.workshop import find_device
 
 
@@ -62,14 +64,14 @@ def run_sweep(sweep: Sweep, say: Callable[[str], None]) -> None:
         try:
             failed = play(plan.runs, folder, sweep.engine, sweep.jobs, say)
         except KeyboardInterrupt:
-            print("ssfl: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+            tell("ssfl: interrupted; the same command goes on where this one stopped", error=True)
             sys.exit(1)
     entries = [read_entry(run, folder, failed.get(run.slug, "")) for run in plan.runs]
-    say(write_comparison(entries, plan, folder, title))
+    say(write_comparison(entries, plan, folder, title, say))
     say(f"comparison: {folder / 'comparison.md'}")
     names = [run.name for run, entry in zip(plan.runs, entries, strict=True) if entry.reason.startswith("failed")]
     if names:
-        print(f"ssfl: {len(names)} of {len(entries)} runs failed: {'; '.join(names)}", file=sys.stderr)
+        tell(f"ssfl: {len(names)} of {len(entries)} runs failed: {'; '.join(names)}", error=True)
         sys.exit(1)
 
 
@@ -135,13 +137,16 @@ def read_entry(run: Planned, folder: Path, why: str = "") -> Entry:
     return Entry(run.flat, run.dense, None, why or "not played")
 
 
-def write_comparison(entries: Sequence[Entry], plan: Plan, folder: Path, title: str) -> str:
+def write_comparison(
+    entries: Sequence[Entry], plan: Plan, folder: Path, title: str, say: Callable[[str], None]
+) -> str:
     """Write comparison.md, comparison.png and comparison.json; return the Markdown text."""
     made = tables(entries, plan.axes, plan.baseline)
     environments = [entry.run.environment for entry in entries if entry.run is not None]
     text = markdown(made, plan.baseline, environments, title)
-    drawn = png_bytes(picture(made, list(dict.fromkeys(str(run.flat["strategy"]) for run in plan.runs))))
-    write_atomically(folder / "comparison.png", lambda file: file.write_bytes(drawn))
+    png, order = folder / "comparison.png", list(dict.fromkeys(str(run.flat["strategy"]) for run in plan.runs))
+    if why := undone(lambda: write_bytes(png, png_bytes(picture(made, order)))):
+        say(f"warning: {png} could not be drawn ({why})")
     write_json(folder / "comparison.json", as_json(made, plan.baseline, environments))
-    write_atomically(folder / "comparison.md", lambda file: file.write_text(text, "utf-8"))
+    write_bytes(folder / "comparison.md", text.encode())
     return text

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.words import quoted
+from ssfl_app.text import quoted
 
 MOST_NAME = 200
 """Characters of the name of a class."""

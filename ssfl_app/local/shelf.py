@@ -1,10 +1,27 @@
 """Files that a client keeps between messages: versions of its personal state, and the mask it holds."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
-from uuid import uuid4
+
+from ssfl_app.files import write_bytes
 
 _DIGEST = 16  # characters of a mask's digest
+
+
+class ShelfError(OSError):
+    """What a client keeps cannot be read or written: its disk is full or broken."""
+
+
+@contextmanager
+def on_shelf() -> Iterator[None]:
+    """Raise ShelfError for an error of the file system inside: a reply carries the name of its class."""
+    try:
+        yield
+    except OSError as error:
+        raise ShelfError(str(error)) from error
 
 
 class Versions(Protocol):
@@ -30,8 +47,10 @@ class Files:
         self._folder = folder
 
     def rounds(self) -> list[int]:
-        """Return the rounds there are, in order."""
-        return sorted(int(file.stem) for file in self._folder.glob("*.safetensors"))
+        """Return the rounds there are, in order; files of other names are nobody's."""
+        named = [re.fullmatch(r"(\d{6,})\.safetensors", file.name, re.ASCII) for file in self._folder.glob("*")]
+        rounds = sorted(int(name[1]) for name in named if name is not None)
+        return [round_ for round_ in rounds if self._path(round_).is_file()]
 
     def read(self, round_: int) -> bytes:
         """Return the version of a round."""
@@ -39,7 +58,7 @@ class Files:
 
     def write(self, round_: int, content: bytes) -> None:
         """Keep a version."""
-        replace(self._path(round_), content)
+        write_bytes(self._path(round_), content)
 
     def delete(self, round_: int) -> None:
         """Drop a version."""
@@ -57,20 +76,17 @@ class MaskFile:
 
     def read(self, digest: str) -> bytes | None:
         """Return the bitmap of the mask with this digest, or None if another one or none is held."""
-        try:
-            content = self._path.read_bytes()
-        except FileNotFoundError:
-            return None
+        content = content_of(self._path) or b""
         return content[_DIGEST:] if content[:_DIGEST] == digest.encode() else None
 
     def write(self, digest: str, bitmap: bytes) -> None:
         """Hold this mask instead of the one before."""
-        replace(self._path, digest.encode() + bitmap)
+        write_bytes(self._path, digest.encode() + bitmap)
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Write a file in one step, with the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def content_of(path: Path) -> bytes | None:
+    """Return what is in a file that can be made anew, or None if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None

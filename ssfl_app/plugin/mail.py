@@ -31,8 +31,8 @@ from ssfl_app.sparsity.values import (
     read_values,
     write_values,
 )
+from ssfl_app.text import quoted
 from ssfl_app.wire import Facts, Packer, Parcel, freeze, read_record
-from ssfl_app.words import quoted
 
 MOST_NAME = 100
 """Characters of the name of a metric or record."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssfl_app.results.runs import MB
+from ssfl_app.text import printable
 
 NONE = "-"  # what a cell shows that has no value
 
@@ -92,7 +93,8 @@ TEMPLATE = """<!doctype html>
 <section>
 <h2>{{ section.title }}</h2>
 {% for image in section.images %}
-<figure><div><img src="{{ image.uri }}" alt="{{ image.caption }}"></div>
+<figure>{% if image.uri %}<div><img src="{{ image.uri }}" alt="{{ image.caption }}"></div>{% endif %}
+
 <figcaption>{{ image.caption }}</figcaption></figure>
 {% endfor %}
 {% if section.note %}
@@ -139,7 +141,13 @@ def render(context: Mapping[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value, keep="\n") if type(value) is str else value,
+    )
     return environment.from_string(TEMPLATE).render(**context, style=Markup(STYLE))
 
 

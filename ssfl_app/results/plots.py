@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from ssfl_app.options import ConfigError
 from ssfl_app.results import runs as read
 from ssfl_app.results.runs import Run
+from ssfl_app.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -247,7 +248,7 @@ def _finish(axes: "Axes", title: str, xlabel: str, ylabel: str) -> None:
 
 def _plain(text: str) -> str:
     # matplotlib reads text between dollar signs as a formula, and fails on one that is none.
-    return text.replace("$", r"\$")
+    return printable(str(text)).replace("$", r"\$")
 
 
 def _short(text: str, limit: int) -> str:

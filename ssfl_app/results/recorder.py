@@ -1,8 +1,8 @@
 """The run folder: what a run writes while it goes on, and what it can be resumed from.
 
 ``rounds.jsonl`` has one line a round, ``checkpoint/`` one file that is replaced by an atomic rename, so a run that is
-killed at any moment leaves a folder that `resume` can read. Everything is written where `folder` says, whatever the
-working directory of the process is.
+killed at any moment can be resumed. Everything is written where `folder` says, whatever the working directory of the
+process is.
 """
 
 import contextlib
@@ -16,27 +16,47 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import numpy as safe_numpy
-from safetensors import safe_open
 from safetensors import torch as safe_torch
 
 from ssfl_app import guard
+from ssfl_app.config import Flat, write_toml
+from ssfl_app.files import remove_unfinished, write_atomically, write_bytes, write_json
 from ssfl_app.options import ConfigError
-from ssfl_app.results.files import write_atomically, write_json
+from ssfl_app.results import checkpoint
 from ssfl_app.sparsity.layout import Layout, State, state_digest
 from ssfl_app.sparsity.mask import Mask
+from ssfl_app.text import printable
 
 Record = dict[str, Any]
+
+# What a run leaves that ended before it wrote its configuration.
+_BEFORE_CONFIG = {".lock", "checkpoint", "clients", "status.json", "flower.log"}
 
 
 def default_folder(strategy: str, data: str) -> Path:
     """Return runs/<time>-<strategy>-<dataset>."""
     return Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{strategy}-{data}"
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder for a new run unless it is missing, empty, or holds what a start left that came to nothing.
+
+    Raises
+    ------
+    ConfigError
+        It holds something else, is no folder, or cannot be looked at.
+    """
+    try:
+        free = not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= _BEFORE_CONFIG)
+        free = free and not any((folder / "checkpoint").glob("[!.]*"))
+    except (OSError, ValueError) as error:  # too long, with a NUL, below a folder that may not be entered
+        raise ConfigError(f"run.out is {folder}; it is a folder that can be written to ({error})") from error
+    if not free:
+        raise ConfigError(f"run.out is {folder}; it is a new or empty folder, or --resume goes on with the run in it")
 
 
 def read_status(folder: Path) -> Record:
@@ -47,35 +67,45 @@ def read_status(folder: Path) -> Record:
 
 
 class Recorder:
-    """Writes one run folder.
+    """Writes one run folder. Nothing in it changes before `begin`.
 
     Parameters
     ----------
     folder : Path
         Absolute. Made if it does not exist.
-    config : str
-        The resolved configuration as TOML.
-    rounds : int
-        Of the whole run, for the ETA.
+    flat : dict
+        The resolved configuration.
     say : callable
         Where lines for people go, besides ``console.log``.
+
+    Raises
+    ------
+    ConfigError
+        The folder cannot be written to, or another process is writing to it.
     """
 
-    def __init__(self, folder: Path, config: str, rounds: int, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, flat: Flat, say: Callable[[str], None]) -> None:
         self.folder = folder
         self.records: list[Record] = []
-        self._rounds, self._say, self._began = rounds, say, time.monotonic()
+        self._flat, self._say, self._began = flat, say, time.monotonic()
         self._seconds_before = 0.0
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = guard.take(folder / ".lock")
-        if lock is None:
-            raise ConfigError(f"run.out is {folder}; it is a folder that no other process is writing to")
-        self._lock = lock
-        (folder / "checkpoint").mkdir(exist_ok=True)
+        self._lock = claim(folder)
+
+    def begin(self, saved: checkpoint.Saved | None = None) -> None:
+        """Write what a run folder has from its start.
+
+        Rounds after a checkpoint that the run goes on from are dropped from rounds.jsonl: they will be played again.
+        """
+        write_bytes(self.folder / "config.toml", write_toml(self._flat).encode())
         self.status("running")
-        write_atomically(folder / "config.toml", lambda file: file.write_text(config))
-        if not (folder / "environment.json").exists():  # that of the start stays, when a run is resumed
-            write_json(folder / "environment.json", environment())
+        remove_unfinished(self.folder)
+        if not (self.folder / "environment.json").exists():  # that of the start stays, when a run is resumed
+            write_json(self.folder / "environment.json", environment())
+        if saved is None:
+            (self.folder / "rounds.jsonl").unlink(missing_ok=True)
+        else:
+            self.records, self._seconds_before = saved.records, saved.seconds
+            write_bytes(self.folder / "rounds.jsonl", "".join(map(_line, self.records)).encode())
 
     def status(self, status: str, message: str = "") -> None:
         """Record how the run stands: running, finished or failed. A killed run stays "running"."""
@@ -87,52 +117,30 @@ class Recorder:
 
     def say(self, text: str) -> None:
         """Tell people a line: printed, and kept in console.log."""
-        with (self.folder / "console.log").open("a") as file:
+        text = printable(text, keep="\n")
+        with (self.folder / "console.log").open("a", encoding="utf-8") as file:
             file.write(text + "\n")
         self._say(text)
 
     def round(self, record: Record) -> None:
         """Append a finished round, and tell people about it."""
         self.records.append(record)
-        with (self.folder / "rounds.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_line(record))
         if record["round"]:
             if record.get("setup_asked"):
                 self.say(discovery_line(record, "setup_") + f", mask distance {record['mask_distance']:.3f}")
-            timed = [r["seconds"] for r in self.records if r["round"]]
-            left = (self._rounds - record["round"]) * sum(timed) / len(timed)
-            self.say(round_line(record, self._rounds, left))
+            timed, rounds = [r["seconds"] for r in self.records if r["round"]], int(self._flat["run.rounds"])
+            left = (rounds - record["round"]) * sum(timed) / len(timed)
+            self.say(round_line(record, rounds, left))
         elif record["asked"]:
             self.say(discovery_line(record, "") + f", {record['seconds']:.1f} s")
-
-    # ---- going on after an interruption ------------------------------------------------------
+        for client, note in {c: n for key in failure_keys("notes") for c, n in record.get(key, {}).items()}.items():
+            self.say(f"warning: client {client}: {note}")
 
     def checkpoint(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Replace the checkpoint by one taken after `round_`."""
-        facts = {"round": round_, "seconds": self._seconds(), "records": len(self.records)}
-        write_atomically(
-            self.folder / "checkpoint" / "latest.safetensors",
-            lambda file: safe_numpy.save_file(dict(arrays), file, metadata={"ssfl": json.dumps(facts)}),
-        )
-
-    def resume(self) -> tuple[int, dict[str, npt.NDArray[Any]]] | None:
-        """Return (round, arrays) of the checkpoint, or None if the run never got as far as one.
-
-        Rounds after the checkpoint are dropped from rounds.jsonl: they will be played again.
-        """
-        path = self.folder / "checkpoint" / "latest.safetensors"
-        lines = self.folder / "rounds.jsonl"
-        if not path.exists():
-            lines.unlink(missing_ok=True)
-            return None
-        with safe_open(path, framework="numpy") as file:
-            facts = json.loads(file.metadata()["ssfl"])
-            arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-        self._seconds_before = float(facts["seconds"])
-        kept = lines.read_text().splitlines()[: int(facts["records"])]
-        self.records = [json.loads(line) for line in kept]
-        write_atomically(lines, lambda f: f.write_text("".join(line + "\n" for line in kept)))
-        return int(facts["round"]), arrays
+        checkpoint.save(self.folder, self._flat, round_, self._seconds(), len(self.records), arrays)
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began
@@ -191,6 +199,28 @@ class Recorder:
         return sum(len(r.get(name, {})) for r in self.records for name in failure_keys(kind))
 
 
+def claim(folder: Path) -> IO[str]:
+    """Return the lock of a run folder, which is made if need be: an open file, locked for this process.
+
+    Raises
+    ------
+    ConfigError
+        The folder cannot be written to, or another process is writing to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = guard.take(folder / ".lock")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run.out is {folder}; it is a folder that can be written to ({error})") from error
+    if lock is None:
+        raise ConfigError(f"run.out is {folder}; it is a folder that no other process is writing to")
+    return lock
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
 def discovery_line(record: Record, prefix: str) -> str:
     """Return the line of a discovery: before round 1, or (`prefix` "setup_") before a later round."""
     down, up = record["bytes_discovery_down"] / 1e6, record["bytes_discovery_up"] / 1e6
@@ -199,7 +229,7 @@ def discovery_line(record: Record, prefix: str) -> str:
 
 
 def failure_keys(kind: str) -> tuple[str, ...]:
-    """Return where a record names clients that are `kind`, lost or refused: in training, evaluation, discovery."""
+    """Return where a record names clients by `kind`, lost, refused or notes: in training, evaluation, discovery."""
     return kind, f"evaluate_{kind}", f"setup_{kind}"
 
 

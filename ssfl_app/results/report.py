@@ -2,20 +2,22 @@
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
+from ssfl_app.files import write_bytes
 from ssfl_app.options import ConfigError
 from ssfl_app.results import page, plots
-from ssfl_app.results.files import write_atomically
 from ssfl_app.results.page import NONE
 from ssfl_app.results.rows import COMPARE, ROUND, TEXT_COLUMNS, compare_rows, round_rows, summary_rows
-from ssfl_app.results.runs import Run, facts, failures, run_names, train_counts
+from ssfl_app.results.runs import KINDS, Run, facts, failures, run_names, train_counts
+from ssfl_app.text import printable
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 
@@ -32,7 +34,7 @@ def final_table(summary: Mapping[str, Any], folder: Path) -> "Table":
 
     made = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     for name, value in [*summary_rows(summary), ["results", str(folder)]]:
-        made.add_row(Text(name, style="dim"), Text(value, overflow="fold"))
+        made.add_row(Text(name, style="dim"), Text(printable(value), overflow="fold"))
     return made
 
 
@@ -66,8 +68,20 @@ def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> "Table":
 
 def draw_partition(counts: ArrayLike, class_names: Sequence[str], png: Path) -> None:
     """Write the heat map of `counts`, shape (K, C), to `png`; raise ConfigError as `partition_table` does."""
-    picture = plots.png_bytes(plots.class_distribution(counts, class_names))
-    write_atomically(png, lambda file: file.write_bytes(picture))
+    write_bytes(png, plots.png_bytes(plots.class_distribution(counts, class_names)))
+
+
+def undone(draw: Callable[[], object]) -> str:
+    """Draw a page or a picture; return why that cannot be done, or "".
+
+    What is over is not to fail by its pictures, whatever stands in their way: a name that no font has, a library that
+    is missing, a disk that is full.
+    """
+    try:
+        draw()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
@@ -88,7 +102,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         "warnings": [_unfinished(run) for run in runs if not run.summary],
         "sections": _single(runs[0]) if single else _several(runs),
     }
-    write_atomically(path, lambda file: file.write_text(page.render(context), "utf-8"))
+    write_bytes(path, page.render(context).encode())
 
 
 def _single(run: Run) -> list[dict[str, Any]]:
@@ -107,19 +121,26 @@ def _single(run: Run) -> list[dict[str, Any]]:
 
 
 def _figures(runs: Sequence[Run]) -> list[dict[str, str]]:
-    made = [
-        ("Accuracy by round", plots.accuracy_by_round(runs)),
-        ("Accuracy by MB sent: discovery, mask, training and evaluation", plots.accuracy_by_bytes(runs)),
+    made: list[tuple[str, Callable[[], Figure]]] = [
+        ("Accuracy by round", lambda: plots.accuracy_by_round(runs)),
+        ("Accuracy by MB sent: discovery, mask, training and evaluation", lambda: plots.accuracy_by_bytes(runs)),
     ]
-    run = runs[0]
+    run, clients = runs[0], (runs[0].clients or {"clients": []})["clients"]
     if len(runs) == 1 and run.layers:
-        made.append(("Density by layer", plots.density_by_layer(run)))
+        made.append(("Density by layer", lambda: plots.density_by_layer(run)))
     if len(runs) == 1 and run.clients:
-        spread = plots.class_distribution(train_counts(run), run.clients["class_names"])
-        made.append(("Classes by client", spread))
-        if any(row.get("accuracy") is not None for row in run.clients["clients"]):
-            made.append(("Accuracy by client on its own test images", plots.accuracy_by_client(run)))
-    return [{"caption": caption, "uri": page.data_uri(plots.svg_bytes(figure))} for caption, figure in made]
+        names = run.clients["class_names"]
+        made.append(("Classes by client", lambda: plots.class_distribution(train_counts(run), names)))
+        if any(row.get("accuracy") is not None for row in clients):
+            made.append(("Accuracy by client on its own test images", lambda: plots.accuracy_by_client(run)))
+    return [_figure(caption, draw) for caption, draw in made]
+
+
+def _figure(caption: str, draw: "Callable[[], Figure]") -> dict[str, str]:
+    made: list[bytes] = []
+    if why := undone(lambda: made.append(plots.svg_bytes(draw()))):
+        return {"caption": f"{caption}: could not be drawn ({why})", "uri": ""}
+    return {"caption": caption, "uri": page.data_uri(made[0])}
 
 
 def _several(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -148,7 +169,7 @@ def _failure_section(runs: Sequence[Run]) -> dict[str, Any]:
     if len(runs) == 1:
         headers, rows = headers[:-1], [row[:-1] for row in rows]
     kinds = Counter(x.kind for _, x in found)
-    line = f"{kinds['lost']} lost, {kinds['refused']} refused"
+    line = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind] or kind != "notes")
     return page.section(title, content=page.table(headers, rows), folded=line)
 
 
@@ -172,5 +193,5 @@ def rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int
         else:  # a number that is cut short must show it, so the ellipsis stays
             made.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        made.add_row(*map(Text, row))
+        made.add_row(*(Text(printable(cell)) for cell in row))
     return made

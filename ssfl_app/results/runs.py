@@ -7,7 +7,8 @@ Bytes are shown in MB of 10**6 bytes; accuracies are fractions in [0, 1]. A run 
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,23 @@ SETUP_BYTES = ("bytes_discovery_down", "bytes_discovery_up")
 ALL_BYTES = (*SETUP_BYTES, *ROUND_BYTES)
 WORK = ("image_passes", "validation_passes", "bytes_peer")
 LAST = (CENTRAL, LOCAL, PERSONAL, "density", "density_all")  # of these a summary has the last value
+TOTALS = (
+    *(
+        "alive",
+        "prunable",
+        "parameters",
+        "clients",
+        "cohort",
+        "rounds",
+        "seed",
+        "trained_clients",
+        "bytes_dense_train",
+    ),
+    *("seconds_total", "seconds_rounds", "lost_replies", "refused_replies"),
+)
+UNBOUNDED = ("train_loss", "central_loss")  # of a model that diverged
+MOST = 2**63
+KINDS = ("lost", "refused", "notes")
 NUMBERS = (*ALL_BYTES, *WORK, *LAST, "train_loss", "central_loss", "seconds")
 
 
@@ -37,7 +55,10 @@ class Layer(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A reply that did not count: its round (0: setup), client, "lost" or "refused", and the reason."""
+    """A reply that did not count: its round (0: setup), client, "lost" or "refused", and the reason.
+
+    "notes" are of replies that count: what the client found out of order.
+    """
 
     round: int
     client: str
@@ -77,11 +98,12 @@ def read_run(folder: Path) -> Run:
         The folder is missing, is not a run folder, or one of its files is broken. A last line of
         ``rounds.jsonl`` that was cut off (the run was killed while it wrote) is left out instead.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; it is a folder that `ssfl run` wrote")
-    for name in ("config.toml", "rounds.jsonl"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder} is a folder without {name}; it is a folder that `ssfl run` wrote")
+    with _naming(folder):
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is not a folder; it is a folder that `ssfl run` wrote")
+        for name in ("config.toml", "rounds.jsonl"):
+            if not (folder / name).is_file():
+                raise ConfigError(f"{folder} is a folder without {name}; it is a folder that `ssfl run` wrote")
     # A resumed run repeats the rounds after its checkpoint; the line written last is the one that counts.
     rounds = {entry["round"]: entry for entry in _read_rounds(folder / "rounds.jsonl")}
     setup = rounds.pop(0, None)
@@ -90,55 +112,92 @@ def read_run(folder: Path) -> Run:
         config=_read_config(folder / "config.toml"),
         rounds=[rounds[number] for number in sorted(rounds)],
         setup=setup,
-        summary=_read_object(folder / "summary.json"),
+        summary=_read_summary(folder / "summary.json"),
         layers=_read_layers(folder / "mask.safetensors"),
         clients=_read_clients(folder / "clients.json"),
         environment=_read_object(folder / "environment.json") or {},
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn whatever a file of a stranger brings about into one line that names the file."""
     try:
-        return flatten(tomllib.loads(path.read_text("utf-8")))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not TOML ({error})") from None
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path} cannot be read ({why[:300]}); it is a file that `ssfl run` wrote") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    with _naming(path):
+        try:
+            return flatten(tomllib.loads(path.read_text("utf-8")))
+        except ValueError as error:
+            raise ConfigError(f"{path} is not TOML ({error})") from None
 
 
 def _read_rounds(path: Path) -> list[dict[str, Any]]:
     entries = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            if not line.endswith(b"\n"):
-                break  # the run was killed while it wrote this line
-            raise ConfigError(f"{path} line {number} is not JSON; it is one JSON object a line") from None
-        _check_round(entry, f"{path} line {number}")
-        entries.append(entry)
+    with _naming(path):
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                if not line.endswith(b"\n"):
+                    break  # the run was killed while it wrote this line
+                raise ConfigError(f"{path} line {number} is not JSON; it is one JSON object a line") from None
+            _check_round(entry, f"{path} line {number}")
+            entries.append(entry)
     return entries
 
 
 def _check_round(entry: Any, where: str) -> None:
-    if not isinstance(entry, dict) or type(entry.get("round")) is not int or entry["round"] < 0:
+    well = isinstance(entry, dict) and type(entry.get("round")) is int and 0 <= entry["round"] < MOST
+    if not well:
         raise ConfigError(f'{where} is not a round; it is a JSON object with "round", a whole number from 0')
-    for key in NUMBERS:
+    _check_numbers(entry, NUMBERS, where)
+    for key in ("cohort", "ok"):
+        if not isinstance(entry.get(key) or [], list):
+            raise ConfigError(f"{where}: {key} is {_cut(entry[key])}; it is a list")
+    for kind in KINDS:
+        for key in (kind, f"setup_{kind}", f"evaluate_{kind}"):
+            if not isinstance(entry.get(key, {}), dict):
+                raise ConfigError(f"{where}: {key} is {_cut(entry[key])}; it is an object of client to reason")
+
+
+def _check_numbers(entry: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
+    for key in keys:
         value = entry.get(key)
-        if value is not None and type(value) not in (int, float):
-            raise ConfigError(f"{where}: {key} is {value!r}; it is a number or null")
-    for kind in ("lost", "refused"):
-        if not isinstance(entry.get(kind, {}), dict):
-            raise ConfigError(f"{where}: {kind} is {entry[kind]!r}; it is an object of client to reason")
+        if value is not None and (type(value) not in (int, float) or (value == value and not abs(value) < MOST)):
+            if key in UNBOUNDED and type(value) is float:
+                continue
+            raise ConfigError(f"{where}: {key} is {_cut(value)}; it is a number or null")
+
+
+def _cut(value: object) -> str:
+    return repr(value)[:80]
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is a JSON {type(value).__name__}; it is a JSON object")
+    with _naming(path):
+        if not path.is_file():
+            return None
+        try:
+            value = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} is a JSON {type(value).__name__}; it is a JSON object")
+        return value
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    value = _read_object(path)
+    if value is not None:
+        _check_numbers(value, (*NUMBERS, *TOTALS), str(path))
     return value
 
 
@@ -146,27 +205,44 @@ def _read_layers(path: Path) -> list[Layer]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    if not path.is_file():
-        return []
-    try:
-        tensors = load_file(path).items()
-    except SafetensorError as error:
-        raise ConfigError(f"{path} is not a safetensors file ({error})") from None
-    layers = [Layer(name, mask.shape, mask.size, int(np.count_nonzero(mask))) for name, mask in tensors]
+    with _naming(path):
+        if not path.is_file():
+            return []
+        try:
+            tensors = load_file(path).items()
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is not a safetensors file ({error})") from None
+        layers = [Layer(name, mask.shape, mask.size, int(np.count_nonzero(mask))) for name, mask in tensors]
     # The file keeps no order of its own: "layer2" goes before "layer10".
     return sorted(layers, key=lambda layer: re.sub(r"\d+", lambda part: part[0].zfill(9), layer.name))
 
 
 def _read_clients(path: Path) -> dict[str, Any] | None:
     value = _read_object(path)
+    if value is None:
+        return None
     try:
-        rows, classes = (value["clients"], len(value["class_names"])) if value else ([], 0)
-        good = all(len(row["train"]) == classes and "client" in row for row in rows)
-    except (KeyError, TypeError):
+        rows, names = value["clients"], value["class_names"]
+        good = isinstance(rows, list) and isinstance(names, list) and all(isinstance(name, str) for name in names)
+        good = good and all(_is_client(row, len(names)) for row in rows)
+    except (KeyError, TypeError, AttributeError):
         good = False
     if not good:
         raise ConfigError(f'{path} is incomplete; each client has "client" and "train", one number a class')
     return value
+
+
+def _is_client(row: Mapping[str, Any], classes: int) -> bool:
+    """Return whether a row of clients.json has a number, a count for each class, and accuracies that are numbers."""
+    counts = [row["client"], *row["train"]]
+    shares = [row.get(key) for key in ("accuracy", "personal_accuracy")]
+    return (
+        isinstance(row["train"], list)
+        and len(row["train"]) == classes
+        and all(type(count) is int and 0 <= count < 2**53 for count in counts)
+        and all(share is None or (type(share) in (int, float) and 0 <= share <= 1) for share in shares)
+        and isinstance(row.get("name") or "", str)
+    )
 
 
 def round_numbers(run: Run) -> NDArray[np.int64]:
@@ -196,11 +272,11 @@ def train_counts(run: Run) -> NDArray[np.int64]:
 
 
 def failures(run: Run) -> list[Failure]:
-    """Return every reply that was lost or refused, by round."""
+    """Return every reply that was lost, refused or came with a note, by round."""
     return [
         Failure(entry["round"], str(client), kind, str(reason))
         for entry in [*([run.setup] if run.setup else []), *run.rounds]
-        for kind in ("lost", "refused")
+        for kind in KINDS
         for key in (kind, f"setup_{kind}", f"evaluate_{kind}")
         for client, reason in entry.get(key, {}).items()
     ]

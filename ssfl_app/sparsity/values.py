@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.sparsity.layout import Vector
-from ssfl_app.words import in_a_line
+from ssfl_app.text import in_a_line
 
 Arrays = dict[str, npt.NDArray[Any]]
 Allowed = Mapping[str, tuple[npt.DTypeLike, int]]

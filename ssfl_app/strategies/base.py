@@ -23,7 +23,7 @@ from ssfl_app.sparsity.codec import Codec, SharedMask
 from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays
-from ssfl_app.strategies.checks import check_feedback, check_number, check_samples, check_tested
+from ssfl_app.strategies.checks import check_feedback, check_number, check_samples, check_tested, stored
 from ssfl_app.strategies.course import Ask, Course, Record
 from ssfl_app.strategies.folds import carried_mean
 from ssfl_app.strategies.post import Addressed, Post, Reply
@@ -203,12 +203,20 @@ class SparseStrategy(Strategy):
         return kept if self._residual is None else kept | {"residual": self._residual}
 
     def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Continue after `round_`, from a snapshot taken there."""
-        self.state = self.layout.unflatten(np.asarray(arrays["state"], dtype=np.float32))
+        """Continue after `round_`, from a snapshot taken there.
+
+        Raises
+        ------
+        KeyError, ValueError
+            It is a snapshot of another strategy, model or number of clients.
+        """
+        self.state = self.layout.unflatten(stored(arrays, "state", "float32", self.layout.size))
         self.mask = Mask.unpack(self.layout, np.asarray(arrays["mask"], dtype=np.uint8))
-        self._since = np.asarray(arrays["since"], dtype=np.int64).copy()
+        self._since = stored(arrays, "since", "int64", self.settings.run.clients).copy()
+        if not ((self._since >= 0) & (self._since <= round_)).all():
+            raise ValueError(f"array 'since' has rounds beyond 0 to {round_}")
         if "residual" in arrays:
-            self._residual = np.asarray(arrays["residual"], dtype=np.float32)
+            self._residual = stored(arrays, "residual", "float32", self.layout.size)
         self._next_round, self._folded = round_ + 1, round_
 
     def _letter(self, client: int, parcel: Parcel) -> Addressed:

@@ -1,6 +1,9 @@
 """What an answer must be before an algorithm sees it."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
 
 from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.codec import LinearCodec
@@ -54,3 +57,17 @@ def check_tested(client: int, parcel: Parcel) -> None:
         check_number(parcel, name)
         if not 0 <= float(parcel.facts[name]) <= 1:
             raise PayloadError(f"{name} is {parcel.facts[name]!r}; it must be from 0 to 1")
+
+
+def stored(arrays: Mapping[str, npt.NDArray[Any]], name: str, dtype: str, size: int) -> npt.NDArray[Any]:
+    """Return an array of a snapshot.
+
+    Raises
+    ------
+    KeyError, ValueError
+        It is missing, or is not flat, of this type and size.
+    """
+    array = arrays[name]
+    if array.dtype != dtype or array.shape != (size,):
+        raise ValueError(f"array {name!r} is {array.dtype} of shape {array.shape}; it is {dtype} of shape ({size},)")
+    return array

@@ -179,7 +179,7 @@ class Course:
             self._result.evaluate_metrics_serverapp[round_] = central
             record |= {f"central_{name}": central[name] for name in ("loss", "accuracy")}
         outcome, failed = self._post.outcome, _names(self._post.outcome)
-        record |= {"evaluate_lost": failed["lost"], "evaluate_refused": failed["refused"]}
+        record |= {f"evaluate_{name}": failed[name] for name in ("lost", "refused", "notes") if name in failed}
         record |= {"bytes_evaluate_down": outcome.down, "bytes_mask_down": outcome.mask_down}
         return record | {"image_passes": outcome.passes}
 
@@ -194,8 +194,10 @@ def _sum(*records: Record) -> Record:
 def _names(*outcomes: Outcome) -> Record:
     lost = {c: why for o in outcomes for c, why in o.lost.items()}
     refused = {c: why for o in outcomes for c, why in o.refused.items()}
+    notes = {c: why for o in outcomes for c, why in o.notes.items()}
     return {
         "ok": sorted({client for o in outcomes for client in o.ok}),
         "lost": {str(c): lost[c] for c in sorted(lost)},
         "refused": {str(c): refused[c] for c in sorted(refused)},
+        **({"notes": {str(c): notes[c] for c in sorted(notes)}} if notes else {}),
     }

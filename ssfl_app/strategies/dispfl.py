@@ -177,6 +177,8 @@ class DisPfl(OwnMasks):
             {key.rpartition("/")[2]: array for key, array in arrays.items() if key.startswith(f"model/{k}/")}
             for k in range(self.settings.run.clients)
         ]
+        for model, mask in zip(self.models, self.masks, strict=True):
+            self.up.check(model, self.layout, mask)
         self._sent = dict(enumerate(self.masks))
         self._present, self._consensus = self.present(round_), None
 

@@ -38,6 +38,7 @@ from ssfl_app.sparsity.layout import Bits, Layout, State, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.base import SparseStrategy, density_pair
+from ssfl_app.strategies.checks import stored
 from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
@@ -203,7 +204,8 @@ class FedPm(SparseStrategy):
         """Continue after `round_`."""
         super().restore(round_, arrays)
         self.signs = Mask.unpack(self.layout, np.asarray(arrays["signs"], dtype=np.uint8))
-        self.ones, self.masks = np.asarray(arrays["ones"], dtype=np.int64).copy(), int(arrays["masks"][0])
+        self.ones = stored(arrays, "ones", "int64", self.layout.prunable_size).copy()
+        self.masks = int(stored(arrays, "masks", "int64", 1)[0])
         self._believe(round_, self.layout.flatten_prunable(self.state))
 
     def _believe(self, round_: int, theta: npt.NDArray[np.float32]) -> None:

@@ -25,7 +25,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, cast
 
-import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.options import ConfigError
@@ -35,6 +34,7 @@ from ssfl_app.sparsity.layout import Layout, State
 from ssfl_app.sparsity.mask import Mask, Scope, keep_count
 from ssfl_app.sparsity.values import Allowed, Arrays, allowed_values
 from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.strategies.checks import stored
 from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.criteria import QUESTIONS, SsflOptions, answer, discover, options_of, steps_of
 from ssfl_app.strategies.refresh import Refresher, lifted_weights
@@ -140,7 +140,7 @@ class Ssfl(FixedMask):
         """Continue after `round_`."""
         super().restore(round_, arrays)
         if "initial" in arrays:
-            self._initial = self.layout.unflatten(np.asarray(arrays["initial"], dtype=np.float32))
+            self._initial = self.layout.unflatten(stored(arrays, "initial", "float32", self.layout.size))
         self._refresher.restore(arrays)
 
     def find_mask(self, ask: Ask, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:

@@ -112,3 +112,5 @@ class DenseRelay(SparseStrategy):
                 models.setdefault(whose, {})[name] = np.asarray(arrays[key])
         self._first = models.pop("first")
         self._last = {int(client): model for client, model in models.items()}
+        for model in (self._first, *self._last.values()):
+            self.up.check(model, self.layout, self.mask)

@@ -18,8 +18,8 @@ from ssfl_app.local.holdings import read_holding
 from ssfl_app.local.place import NAME
 from ssfl_app.pulling import BrokenOff, Puller
 from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.text import last_line, quoted
 from ssfl_app.wire import Facts, Packer, Parcel, read_facts
-from ssfl_app.words import last_line, quoted
 
 RETRY = 5.0
 """Seconds between two hellos to a node whose answer was an error of Flower's."""

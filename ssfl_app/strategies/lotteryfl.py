@@ -30,6 +30,7 @@ import numpy.typing as npt
 from ssfl_app.options import at_least, fraction
 from ssfl_app.sparsity.layout import State, load_state, state_digest
 from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.strategies.checks import stored
 from ssfl_app.strategies.course import Ask
 from ssfl_app.strategies.shrinking import ShrinkingClient, ShrinkingMasks
 from ssfl_app.wire import Parcel
@@ -88,4 +89,4 @@ class LotteryFl(ShrinkingMasks):
     def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`."""
         super().restore(round_, arrays)
-        self._weights = np.asarray(arrays["weights"], dtype=np.uint8).tobytes().hex()
+        self._weights = stored(arrays, "weights", "uint8", 32).tobytes().hex()  # a SHA-256

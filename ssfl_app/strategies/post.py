@@ -23,8 +23,8 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
 from ssfl_app.strategies.roster import Roster
 from ssfl_app.strategies.settings import RunOptions
+from ssfl_app.text import in_a_line, quoted
 from ssfl_app.wire import MASKS, Facts, Packer, Parcel, read_record
-from ssfl_app.words import quoted
 
 MOST_WORK = 2**40
 """Images of one message: more is no count, and would spoil the sum."""
@@ -222,6 +222,8 @@ class Post:
                 self.outcome.refused[client] = str(error)
                 continue
             self.outcome.ok.append(client)
+            if reply.facts.get("note"):
+                self.outcome.notes[client] = in_a_line(str(reply.facts["note"]))
             self.outcome.passes += int(reply.facts.get("passes", 0))
             self.outcome.looks += int(reply.facts.get("looks", 0))
             mask = self._letters[client].mask

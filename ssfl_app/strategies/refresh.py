@@ -29,6 +29,7 @@ from ssfl_app.sparsity.codec import SharedMask, read_mask
 from ssfl_app.sparsity.layout import State, state_digest
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays
+from ssfl_app.strategies.checks import stored
 from ssfl_app.strategies.criteria import SsflOptions
 from ssfl_app.strategies.rule import ClientRule, Need
 from ssfl_app.wire import Parcel
@@ -99,8 +100,8 @@ class Refresher:
 
     def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue from a snapshot."""
-        self.done = bool(arrays["refresh/done"][0])
-        self._trained = np.asarray(arrays["refresh/trained"], dtype=np.uint8).copy()
+        self.done = bool(stored(arrays, "refresh/done", "uint8", 1)[0])
+        self._trained = stored(arrays, "refresh/trained", "uint8", self._trained.size).copy()
         self._history = np.frombuffer(np.asarray(arrays["refresh/history"]).tobytes(), dtype="<f8").tolist()
 
 

@@ -60,13 +60,19 @@ class Site:
         return self.data.test.take(self.share[1])
 
     def mask(self, digest: str) -> Mask | None:
-        """Return the mask with this digest if the client holds it."""
+        """Return the mask with this digest if the client holds it; one that a disk damaged is not held."""
         bitmap = self.memory.bitmap(digest)
         if bitmap is None:
             return None
         if digest not in self.masks:
+            try:
+                mask = Mask.unpack(self.layout, bitmap)
+            except ValueError:
+                return None
+            if mask.digest != digest:
+                return None
             self.masks.clear()
-            self.masks[digest] = Mask.unpack(self.layout, bitmap)
+            self.masks[digest] = mask
         return self.masks[digest]
 
 

@@ -1,0 +1,62 @@
+"""Files that are there whole or not at all."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+from safetensors import SafetensorError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: readers see all or nothing.
+
+    When this returns the file is on the disk. It has the mode that the umask gives, whatever made it.
+
+    Raises
+    ------
+    OSError
+        It cannot be written; what was there before is unchanged, and nothing half-written stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes atomically."""
+    write_atomically(path, lambda file: file.write_bytes(content))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON atomically."""
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote a file atomically, in this folder or below."""
+    for pattern in (".*.tmp", ".tmp??????"):  # ours, and safetensors'
+        for path in folder.rglob(pattern):
+            path.unlink(missing_ok=True)
