@@ -451,7 +451,8 @@ def test_what_a_node_says_is_cut_and_printable_in_history_and_log(caplog: pytest
     logger = logging.getLogger("flwr")
     logger.addHandler(caplog.handler)
     try:
-        strategy, _ = play(grid=ForeignGrid(foreign_app(), faults=faults), rounds=1)
+        strategy = SSFL(density=0.5, min_ok_fraction=0.1)
+        play(strategy=strategy, grid=ForeignGrid(foreign_app(), faults=faults), rounds=1)
     finally:
         logger.removeHandler(caplog.handler)
     assert "scored-by is '\\x1b[2J" in strategy.history[0]["refused"]["1001"]
