@@ -146,9 +146,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         The file is missing or no TOML.
     """
     try:
-        return flatten(tomllib.loads(path.read_text()))
+        return flatten(tomllib.loads(path.read_text("utf-8-sig")))  # Notepad writes a byte order mark
     except OSError as error:
         raise ConfigError(f"CONFIG is {path}; it is a TOML file ({error.strerror})") from error
+    except RecursionError:
+        raise ConfigError(f"CONFIG is {path}; it is a TOML file (nested too deeply)") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"CONFIG is {path}; it is a TOML file ({error})") from error
 

@@ -119,9 +119,8 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder, strategy: Sparse
     }
     summary = recorder.finish(facts, workshop.layout, strategy.model(), strategy.mask)
     if why := undone(lambda: write_report([read_run(recorder.folder)], recorder.folder / "report.html")):
-        recorder.say(
-            f"warning: there is no report.html ({why}); to make it: {command('ssfl', 'report', recorder.folder)}"
-        )
+        cure = command("ssfl", "report", recorder.folder)
+        recorder.say(f"warning: report.html could not be made ({why}); to try again: {cure}")
     recorder.say(final_text(summary, recorder.folder))
 
 

@@ -106,7 +106,7 @@ def resolve(words: Command) -> tuple[Config, Layout]:
         given["run.out"] = str(words.out)
     if given.get("data.path"):
         # Flower runs the app in another folder, so what is relative here would not be found there.
-        given["data.path"] = str(Path(str(given["data.path"])).expanduser().resolve())
+        given["data.path"] = str(absolute("data.path", given["data.path"]))
     flat = _resumed(given, words.resume) if words.resume else configuration.merge(given)
     flat["run.resume"] = words.resume is not None
     config = configuration.parse(flat)
@@ -114,10 +114,24 @@ def resolve(words: Command) -> tuple[Config, Layout]:
         raise ConfigError("data.where is 'sites'; own data need real SuperNodes: ssfl federation run, or flwr run")
     layout = check(config)
     where = flat["run.out"] or default_folder(config.strategy, config.data.name)
-    folder = Path(str(where)).expanduser().resolve()
+    folder = absolute("run.out", where)
     if words.resume is None:
         check_free(folder)
     return configuration.parse(flat | {"run.out": str(folder)}), layout
+
+
+def absolute(key: str, path: object) -> Path:
+    """Return a path as it is seen from everywhere.
+
+    Raises
+    ------
+    ConfigError
+        No file can have this name.
+    """
+    try:
+        return Path(str(path)).expanduser().resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home, or links in a circle
+        raise ConfigError(f"{key} is {path!r}; it is a path ({error})") from error
 
 
 def _resumed(given: Flat, folder: Path) -> Flat:

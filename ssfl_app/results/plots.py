@@ -25,6 +25,7 @@ LINES = ("-", "--", "-.", ":")
 INK, FAINT = "#333333", "#DDDDDD"
 # A linear axis squeezes what is small into its edge: one run that spans this, or runs whose ends do.
 LOG_SPAN, LOG_BETWEEN = 100.0, 5.0
+MANY = 1000  # clients: with more, a picture does not grow with their number
 
 
 def png_bytes(figure: "Figure", dpi: int = 150) -> bytes:
@@ -158,7 +159,11 @@ def class_distribution(counts: ArrayLike, class_names: Sequence[str]) -> "Figure
     step = math.ceil(clients * 0.16 / (height - 1.5))
     left.set_yticks(range(0, clients, step))
     _class_ticks(left, class_names, width - 3.0)
-    right.barh(range(clients), table.sum(axis=1), height=0.75, color=PALETTE[0])
+    if clients <= MANY:
+        right.barh(range(clients), table.sum(axis=1), height=0.75, color=PALETTE[0])
+    else:  # one shape, not one a client
+        edges = np.arange(clients + 1) - 0.5
+        right.stairs(table.sum(axis=1), edges, orientation="horizontal", fill=True, color=PALETTE[0])
     right.tick_params(left=False, labelleft=False)
     figure.colorbar(image, ax=right, label="Images in a cell", shrink=min(1.0, 4 / height), aspect=18)
     return figure
@@ -213,7 +218,8 @@ def accuracy_by_client(run: Run) -> "Figure":
         xs = np.array([int(rows[index]["client"]) for index in kept])
         xlabel = f"Client ({images.min()} to {images.max()} training images each)"
         axes.locator_params(axis="x", integer=True)
-    axes.scatter(xs, accuracy, s=34, color=PALETTE[0], alpha=0.75, lw=0, clip_on=False, zorder=3)
+    many = {"rasterized": len(kept) > MANY}
+    axes.scatter(xs, accuracy, s=34, color=PALETTE[0], alpha=0.75, lw=0, clip_on=False, zorder=3, **many)
     mean = f"mean of {len(kept)} clients: {accuracy.mean():.2f} %"
     axes.axhline(accuracy.mean(), color=PALETTE[1], lw=1.2, ls="--", label=mean)
     for index in np.argsort(accuracy, kind="stable")[:3]:
