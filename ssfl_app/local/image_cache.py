@@ -20,13 +20,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.options import ConfigError
+from ssfl_app.local.unreadable import check_regular, unreadable
+from ssfl_app.options import PrivateError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
+
+FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+"""What an image may be, whatever its file is called: Pillow would hand PostScript to an interpreter."""
+
+MOST_PIXELS = 89_478_485
+"""An image has no more, whatever size it is brought to. Pillow's limit, from which on it warns; here it is one."""
 
 # A new number makes every older entry unused: raise it when decoding changes.
 _FORMAT = 1
@@ -81,7 +88,7 @@ class Wanted:
 
 def decode(
     path: str,
-    items: Iterable[tuple[str, bytes | Path]],
+    items: Iterable[tuple[str, str, bytes | Path]],
     count: int,
     size: int,
     like: tuple[int, ...] | None,
@@ -93,8 +100,8 @@ def decode(
     ----------
     path : str
         ``data.path``, for messages.
-    items : iterable of (str, bytes or Path)
-        What to call an image, and its file or the file's content.
+    items : iterable of (str, str, bytes or Path)
+        What to call an image, here and to a server, and its file or the file's content.
     count : int
         How many there are.
     size : int
@@ -111,38 +118,45 @@ def decode(
     Raises
     ------
     ConfigError
-        An image cannot be decoded, images differ in size with `size` 0, or there are none.
+        An image is none of `FORMATS`, has more than `MOST_PIXELS`, is no regular file or cannot be decoded; images
+        differ in size with `size` 0, or there are none.
     """
     out: Pixels | None = None
-    for index, (name, source) in enumerate(items):
-        image = _open(path, name, source, size, like[0] if like else channels)
+    for index, (name, public, source) in enumerate(items):
+        image = _open(path, name, public, source, size, like[0] if like else channels)
         pixels = np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
         if out is None:
             out = np.empty((count, *(like or pixels.shape)), dtype=np.uint8)
         if pixels.shape != out.shape[1:]:
-            raise ConfigError(
-                f"data.image-size is {size}; {name} in {path} is {image.width}x{image.height}, the first "
-                f"image is {out.shape[3]}x{out.shape[2]}: give a size above 0 to resize all images to"
-            )
+            sizes = f"is {image.width}x{image.height}, the first image is {out.shape[3]}x{out.shape[2]}: give a size"
+            sizes, cure = f"{sizes} above 0 to resize all images to", f"data.image-size is {size};"
+            raise PrivateError(f"{cure} {name} in {path} {sizes}", f"{cure} {public} {sizes}")
         out[index] = pixels
     if out is None:
-        raise ConfigError(f"data.path is {path!r}; it holds no images, at least one is needed")
+        raise unreadable(path, "it holds no images, at least one is needed")
     return out
 
 
-def _open(path: str, name: str, source: bytes | Path, size: int, channels: int) -> "Image":
+def _open(path: str, name: str, public: str, source: bytes | Path, size: int, channels: int) -> "Image":
     """Return one image in the wanted mode (0: its own) and size."""
     from PIL import Image
 
+    if isinstance(source, Path):
+        check_regular(path, source, name, public)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:  # nothing is unfolded yet
+                raise ValueError(f"it has {image.width}x{image.height} pixels, at most {MOST_PIXELS} are read")
             mode = "L" if (channels == 1 if channels else image.mode == "L") else "RGB"
             ready = image.convert(mode)
             return ready.resize((size, size), Image.Resampling.BILINEAR) if size else ready
     # The decoders of Pillow raise almost anything on broken input: OSError, SyntaxError, struct.error, ...
     except Exception as error:
-        raise ConfigError(
-            f"data.path is {path!r}; {name} cannot be decoded ({one_line(error)}), it is to be an image"
+        rule = f"it is to be an image: {', '.join(FORMATS)}"
+        raise unreadable(
+            path,
+            f"{name} cannot be decoded ({one_line(error)}), {rule}",
+            f"{public} cannot be decoded ({type(error).__name__}), {rule}",
         ) from error
 
 
