@@ -1,14 +1,17 @@
 """Encoded images to one array, and decoded data sets kept on disk for the next process.
 
 A cached data set is a folder of .npy files under ``$SSFL_CACHE``, else ``$XDG_CACHE_HOME/ssfl``, else
-``~/.cache/ssfl``. Its name is a digest of all that went into it (source, path, image size, and the sizes and
-times of the files), so a changed file makes a new entry. Old ones stay: delete the cache folder at will.
+``~/.cache/ssfl``; with ``SSFL_CACHE=off`` there is none. Its name is a digest of all that went into it (source, path,
+image size, and the sizes and times of the files), so a changed file makes a new entry. With it go the entries of what
+lay at that path before: decoded images outlive their files until the data are read again, or `clear` is called.
+Folders are the account's own, mode 0700, whatever the umask.
 """
 
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -36,8 +39,11 @@ MOST_PIXELS = 89_478_485
 """An image has no more, whatever size it is brought to. Pillow's limit, from which on it warns; here it is one."""
 
 # A new number makes every older entry unused: raise it when decoding changes.
-_FORMAT = 1
+_FORMAT = 2
 _ARRAYS = ("train", "train_labels", "test", "test_labels")
+_FILES = {"facts.json", *(f"{name}.npy" for name in _ARRAYS)}
+_ENTRY = re.compile(r"[0-9a-f]{32}|\.draft-.+")
+_PLACE = 10  # hex digits at the start of a name that say where the data lie, before 10 for the files there
 
 
 @dataclass(frozen=True)
@@ -186,14 +192,17 @@ def cached(key: tuple[str | int, ...], files: Sequence[Path], read: Callable[[],
     Parameters
     ----------
     key : tuple
-        All that decides the result, apart from the files.
+        All that decides the result, apart from the files; first the source and where it lies.
     files : sequence of Path
         All files that `read` reads.
     read : function
         Called without arguments when there is no entry.
     """
     try:
-        entry = _root() / _digest(key, files)
+        root = cache_folder()
+        if root is None:
+            return read()
+        entry = root / _name(key, files)
     except (OSError, RuntimeError):  # no home folder, or a file is gone: reading tells which
         return read()
     try:
@@ -208,22 +217,55 @@ def cached(key: tuple[str | int, ...], files: Sequence[Path], read: Callable[[],
         return raw
 
 
-def _root() -> Path:
+def cache_folder() -> Path | None:
+    """Return the folder of decoded images, which need not be there; None: they are not kept.
+
+    Raises
+    ------
+    RuntimeError
+        No folder is named, and the account has no home.
+    """
     if own := os.environ.get("SSFL_CACHE"):
-        return Path(own)
+        return None if own == "off" else Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "ssfl"
 
 
-def _digest(key: tuple[str | int, ...], files: Sequence[Path]) -> str:
-    digest = hashlib.sha256(repr((_FORMAT, key)).encode())
-    for file in files:
-        facts = file.stat()
-        digest.update(repr((str(file), facts.st_size, facts.st_mtime_ns)).encode())
-    return digest.hexdigest()[:32]
+def entries(folder: Path) -> list[tuple[Path, int]]:
+    """Return what the cache wrote into a folder, and how many bytes each entry has."""
+    found = []
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if _ENTRY.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
+            files = list(entry.iterdir())
+            if {file.name for file in files} <= _FILES:  # else it is somebody's own
+                found.append((entry, sum(file.lstat().st_size for file in files)))
+    return found
+
+
+def clear(folder: Path) -> int:
+    """Delete what the cache wrote into a folder, and nothing else; return how many bytes that were.
+
+    Raises
+    ------
+    OSError
+        An entry cannot be deleted.
+    """
+    freed = 0
+    for entry, size in entries(folder):
+        shutil.rmtree(entry)
+        freed += size
+    return freed
+
+
+def _name(key: tuple[str | int, ...], files: Sequence[Path]) -> str:
+    facts = [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+    parts = [hashlib.sha256(repr(part).encode()).hexdigest() for part in (key[:2], facts, (_FORMAT, key))]
+    return parts[0][:_PLACE] + parts[1][:10] + parts[2][:12]
 
 
 def _open_entry(entry: Path) -> Raw:
+    if entry.stat().st_uid != os.getuid():
+        raise OSError(f"{entry} belongs to another account")
     # "c" is copy on write: torch warns about the read-only arrays of "r".
     arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in _ARRAYS}
     facts = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
@@ -232,8 +274,11 @@ def _open_entry(entry: Path) -> Raw:
 
 
 def _store(entry: Path, raw: Raw) -> None:
-    """Write an entry beside its place, then move it there in one step."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
+    """Write an entry beside its place, move it there in one step, and drop those of what the files were before."""
+    with suppress(FileExistsError):
+        entry.parent.parent.mkdir(parents=True, exist_ok=True)
+        entry.parent.mkdir()
+        entry.parent.chmod(0o700)
     draft = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".draft-"))
     try:
         for name in _ARRAYS:
@@ -244,6 +289,9 @@ def _store(entry: Path, raw: Raw) -> None:
             draft.replace(entry)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    for old in entry.parent.glob(entry.name[:_PLACE] + "*"):
+        if old.name[: _PLACE + 10] != entry.name[: _PLACE + 10]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def one_line(error: BaseException) -> str:

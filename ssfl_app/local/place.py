@@ -34,7 +34,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a site may be called: the name is sorted, printed, and the same on every machine."""
 
 LEAST_BATCH = 32
-"""Of so many different images are scores, gradients and trained models made at least, unless a node says otherwise."""
+"""Of so many different images are scores, gradients and trained models made at least; a node may say otherwise."""
 
 SIMULATED = "ssfl-simulated"
 """Key of the node config of a client in this process: it is no real node."""
