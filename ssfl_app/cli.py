@@ -1,4 +1,4 @@
-"""The command line: run, compare, reproduce, study, federation, report, partition."""
+"""The command line: run, compare, reproduce, study, federation, report, partition, cache."""
 
 import os
 import signal
@@ -137,6 +137,26 @@ def partition(
     draw_partition(counts, data.class_names, out)
     Console().print(partition_table(counts, data.class_names))
     tell(f"picture: {out.resolve()}")
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete them; nothing else in that folder.")] = False,
+) -> None:
+    """Show where decoded images are kept, and how many bytes they have."""
+    from ssfl_app.local import image_cache
+
+    try:
+        folder = image_cache.cache_folder()
+        if folder is None:
+            typer.echo("cache: none, SSFL_CACHE is off")
+            return
+        found = image_cache.entries(folder)
+        typer.echo(f"cache: {folder.absolute()}, {len(found)} data sets, {sum(size for _, size in found)} bytes")
+        if clear:
+            typer.echo(f"deleted: {image_cache.clear(folder)} bytes")
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"the cache cannot be read or deleted: {image_cache.one_line(error)}") from error
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
 nothing else. `serve` is the adapter that lets strategies of the Message API drive such a client.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,8 @@ from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
 from ssfl_app.local.heap import keep_heap
-from ssfl_app.local.place import Place, read_place
-from ssfl_app.options import ConfigError
+from ssfl_app.local.place import Place, read_place, simulated
+from ssfl_app.options import ConfigError, PrivateError
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.post import CLIENT, FOLDER, RUN
@@ -125,26 +126,61 @@ def serve(client: NumPyClient, message: Message, packer: Packer | None = None, u
 
 
 def handle(message: Message, context: Context) -> Message:
-    """Answer a message as the client that this node is.
+    """Answer a message as the client that this node is. This is the one door through which errors leave a node.
 
     Raises
     ------
+    NodeError
+        Anything went wrong at a real node. Flower sends this text to the server, and writes it into the node's own
+        log with the error that is its cause.
     ConfigError
-        The SuperNode was started with keys that do not fit the run, or its data cannot be read.
+        In simulation: the client was started with keys that do not fit the run, or its data cannot be read.
     PayloadError
-        The message is not one for this node.
+        In simulation: the message is not one for this node.
     """
-    flat, facts = dict(context.run_config), read_facts(message.content)
-    place = read_place(context.node_config, "sites" if flat.get("data.where") == "sites" else "shared")
+    try:
+        return _answer(message, context)
+    except Exception as error:
+        if simulated(context.node_config):
+            raise
+        raise NodeError(public(error, context.node_config)) from error
+
+
+class NodeError(RuntimeError):
+    """What a real node tells its server of an error: no file, no folder, nothing that it did not mean to tell."""
+
+
+def public(error: Exception, node_config: Mapping[str, object]) -> str:
+    """Return what may be told of an error: all of it if it is about the message or the keys, else its kind."""
+    text = ""
+    if isinstance(error, PrivateError):
+        text = error.public
+    elif isinstance(error, ConfigError | PayloadError):
+        text = str(error)
+    folders = [
+        os.environ.get("HOME", ""),
+        *(value for value in node_config.values() if isinstance(value, str) and "/" in value),
+    ]
+    if not text or any(folder in text for folder in folders if len(folder) > 1):
+        text = "what it says is in the log of this node"
+    return f"{type(error).__name__}: {text}"
+
+
+def _answer(message: Message, context: Context) -> Message:
+    facts = read_facts(message.content)
+    sites = context.run_config.get("data.where") == "sites"
+    place = read_place(context.node_config, "sites" if sites else "shared")
     hello = message.metadata.message_type == "query.hello"
     number = 0 if hello and place.name else client_number(place, facts)
+    flat = place.obeyed(context.run_config)
     try:
         workshop = open_workshop(flat, place.data_path)
     except ConfigError as error:
         raise place.in_its_words(error) from error
     if workshop.trainer.device.type == "cpu":
         keep_heap()
-    rule = workshop.rule(number, memory_of(context, place, number, facts))
+    memory = Memory(context, number) if hello else memory_of(context, place, number, facts)
+    rule = workshop.rule(number, memory, place.least_batch)
     bitmap, packer = -(-workshop.layout.prunable_size // 8), Packer(workshop.config.settings.wire.bitmaps)
     return serve(SparseClient(rule, place.name), message, packer, MOST_BITMAPS * bitmap)
 
@@ -166,18 +202,24 @@ def client_number(place: Place, facts: Mapping[str, Any]) -> int:
 def memory_of(context: Context, place: Place, number: int, facts: Facts) -> Memory:
     """Return where a client keeps things: below a state-path, in a simulation's folder, or in Flower's state.
 
+    A node has a folder of its own for each run. That of a site bears its name, since its number is the server's word.
+
     Raises
     ------
     PayloadError
-        The run's token, which becomes the name of a folder, is not 16 hex digits.
+        A server names a real node's folder, or the run's token, which becomes the name of one, is not 16 hex digits.
     """
-    if place.state_path is not None and RUN in facts:
-        token = str(facts[RUN])
-        if not re.fullmatch("[0-9a-f]{16}", token):
-            raise PayloadError(f"{RUN} is {quoted(token)}; it is 16 hex digits")
-        return Memory(context, number, place.state_path / token, survives=True)
     folder = facts.get(FOLDER)
-    return Memory(context, number, Path(str(folder)) if folder else None)
+    if place.simulated:
+        return Memory(context, number, Path(str(folder)) if folder else None)
+    if folder is not None:
+        raise PayloadError(f"the message has the fact {FOLDER}, which is for simulations; a real node obeys none")
+    if place.state_path is None:
+        return Memory(context, number)
+    token = facts.get(RUN)
+    if not isinstance(token, str) or not re.fullmatch("[0-9a-f]{16}", token):
+        raise PayloadError(f"{RUN} is {quoted(token)}; it is 16 hex digits")
+    return Memory(context, number, place.state_path / token / place.name, survives=True)
 
 
 app = ClientApp()

@@ -39,7 +39,9 @@ def up(
     from ssfl_app.engine.processes import free_port
 
     home = folder.expanduser().resolve()
-    names = _sites(site) if site else {f"node-{i}": f"partition-id={i} num-partitions={nodes}" for i in range(nodes)}
+    # Whoever starts runs here is who started these nodes: they may read the data set where the run says it lies.
+    shared = f"num-partitions={nodes} server-data-path=true"
+    names = _sites(site) if site else {f"node-{i}": f"partition-id={i} {shared}" for i in range(nodes)}
     if (home / "federation.json").exists():
         federation = read(home)
         known = {node.name: node.config for node in federation.nodes}

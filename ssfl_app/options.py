@@ -28,6 +28,22 @@ class ConfigError(ValueError):
     """The configuration cannot be run; the message names the key, its value and what is allowed."""
 
 
+class PrivateError(ConfigError):
+    """Its text names what is a site's own affair, a file or a folder; `public` says the same without them."""
+
+    def __init__(self, text: str, public: str) -> None:
+        super().__init__(text, public)  # both: an exception that crosses to another process is made anew of these
+
+    def __str__(self) -> str:
+        """Return the whole text."""
+        return str(self.args[0])
+
+    @property
+    def public(self) -> str:
+        """What may be told to a server."""
+        return str(self.args[1])
+
+
 def option(allowed: str, check: Callable[[Any], bool]) -> Any:
     """Return a dataclass field whose value must pass `check`; `allowed` completes "it is ..."."""
     return field(metadata={"allowed": allowed, "check": check})

@@ -105,8 +105,8 @@ class Workshop:
         """Return what a client holds."""
         return self.data.holding(*self.share(client))
 
-    def rule(self, client: int, memory: Memory) -> ClientRule:
-        """Return the client's half of the strategy at one client's site."""
+    def rule(self, client: int, memory: Memory, least_batch: int = 1) -> ClientRule:
+        """Return the client's half of the strategy at one client's site; see `Place.least_batch`."""
         bench = self.bench
         site = Site(
             number=client,
@@ -116,6 +116,7 @@ class Workshop:
             data=self.data,
             share=self.share(client),
             memory=memory,
+            least_batch=least_batch,
             initial=self.initial_state,
             dense=self.dense,
             masks=bench.masks,

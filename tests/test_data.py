@@ -1,7 +1,11 @@
 """Data sets: what a reader returns, what it says about bad data, the cache, and the transform."""
 
+import ast
 import io
+import json
 import os
+import socket
+import stat
 import subprocess
 import sys
 import warnings
@@ -12,10 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
+import ssfl_app
+from ssfl_app import cli
 from ssfl_app.local import image_cache, sources
 from ssfl_app.local.data import DataOptions, Images, Transform, load
 from ssfl_app.local.transform import padding
-from ssfl_app.options import ConfigError, build
+from ssfl_app.options import ConfigError, PrivateError, build
 
 CIFAR10 = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10"
 
@@ -264,18 +270,18 @@ def test_changed_files_and_damaged_entries_are_decoded_again(shards, cache):
         file.write_bytes(content[:-20])
     assert torch.equal(load(options("parquet", root)).test.pixels, changed.test.pixels)
     assert torch.equal(load(options("parquet", root)).train.labels, changed.train.labels)
-    assert len(list(cache.iterdir())) == 2
 
 
 def test_a_new_time_alone_makes_a_new_entry_and_a_second_writer_does_no_harm(shards, cache):
     root, images = shards
     load(options("parquet", root))
+    (before,) = cache.iterdir()
     os.utime(root / "train-1.parquet", ns=(1, 1))
     load(options("parquet", root))
-    entries = sorted(cache.iterdir())
-    assert len(entries) == 2
-    image_cache._store(entries[0], image_cache._open_entry(entries[1]))
-    assert sorted(cache.iterdir()) == entries
+    (entry,) = cache.iterdir()
+    assert entry != before
+    image_cache._store(entry, image_cache._open_entry(entry))
+    assert list(cache.iterdir()) == [entry]
     assert np.array_equal(load(options("parquet", root)).train.pixels.numpy(), chw(images[:6]))
 
 
@@ -304,6 +310,73 @@ def test_the_cache_folder_follows_the_environment(shards, monkeypatch, tmp_path)
     assert len(list((tmp_path / "home" / ".cache" / "ssfl").iterdir())) == 1
 
 
+def test_pixels_of_files_that_are_gone_go_with_the_next_reading(tmp_path, cache):
+    write_folder(tmp_path / "a", {"train/x": some_pixels(3), "test/x": some_pixels(1)})
+    write_folder(tmp_path / "b", {"train/x": some_pixels(2), "test/x": some_pixels(1)})
+    for name, size in (("a", 4), ("a", 5), ("b", 4)):
+        load(options("folder", tmp_path / name, size=size))
+    assert len(list(cache.iterdir())) == 3
+    (tmp_path / "a" / "train" / "x" / "1.png").unlink()  # a patient withdrew
+    load(options("folder", tmp_path / "a", size=4))
+    assert sorted(len(np.load(entry / "train.npy")) for entry in cache.iterdir()) == [2, 2]
+
+
+def test_the_cache_is_private_whatever_the_umask(shards, cache):
+    before = os.umask(0)
+    try:
+        load(options("parquet", shards[0]))
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in (cache, *cache.iterdir())} == {0o700}
+
+
+def test_an_entry_of_another_account_is_not_read(shards, cache, monkeypatch):
+    root, images = shards
+    load(options("parquet", root))
+    (entry,) = cache.iterdir()
+    np.save(entry / "train.npy", np.zeros((6, 3, 6, 6), np.uint8))
+    assert not load(options("parquet", root)).train.pixels.any()
+    there = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: there + 1)
+    assert np.array_equal(load(options("parquet", root)).train.pixels.numpy(), chw(images[:6]))
+
+
+def ssfl(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["ssfl", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+def test_the_cache_command_deletes_what_the_cache_wrote_and_nothing_else(shards, cache, monkeypatch, capsys):
+    assert f"cache: {cache}, 0 data sets, 0 bytes" in ssfl(monkeypatch, capsys, "cache")
+    load(options("parquet", shards[0]))
+    (entry,) = cache.iterdir()
+    (cache / ".draft-x").mkdir()  # of a process that was killed
+    others = [cache / ("0" * 32), cache / "letters"]
+    for other in others:
+        other.mkdir()
+        (other / "mine.txt").write_text("mine")
+    (cache / ("1" * 32)).symlink_to(shards[0])
+    size = sum(file.stat().st_size for file in entry.iterdir())
+    assert f"2 data sets, {size} bytes" in ssfl(monkeypatch, capsys, "cache")
+    assert entry.exists()
+    assert f"deleted: {size} bytes" in ssfl(monkeypatch, capsys, "cache", "--clear")
+    assert sorted(cache.iterdir()) == sorted([*others, cache / ("1" * 32)])
+    assert len(list(shards[0].iterdir())) == 3
+
+
+def test_the_cache_can_be_switched_off(shards, monkeypatch, capsys, tmp_path):
+    root, images = shards
+    monkeypatch.setenv("SSFL_CACHE", "off")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(load(options("parquet", root)).train.pixels.numpy(), chw(images[:6]))
+    assert [path.name for path in tmp_path.iterdir()] == ["parquet"]
+    assert "cache: none" in ssfl(monkeypatch, capsys, "cache")
+
+
 # ---- what is said about bad data --------------------------------------------------------------
 
 
@@ -314,6 +387,10 @@ def refused(opts, *words):
     assert "\n" not in message
     for word in words:
         assert word in message
+    if opts.path and isinstance(caught.value, PrivateError):  # what a server is told
+        assert "\n" not in caught.value.public
+        assert opts.path not in caught.value.public
+        assert ".png" not in caught.value.public
     return message
 
 
@@ -351,7 +428,10 @@ def test_bad_tiny_annotations(tmp_path):
     annotations.write_text("0.png\tn99\n")
     refused(options("tiny-imagenet", tmp_path), "val_annotations.txt", "data.path is")
     annotations.write_text("9.png\tn01\n")
-    refused(options("tiny-imagenet", tmp_path), "9.png cannot be decoded")
+    refused(options("tiny-imagenet", tmp_path), "9.png cannot be read")
+    annotations.unlink()
+    os.mkfifo(annotations)
+    refused(options("tiny-imagenet", tmp_path), "val_annotations.txt of tiny-imagenet-200 is no regular file")
     annotations.unlink()
     refused(options("tiny-imagenet", tmp_path), "val_annotations.txt")
 
@@ -407,6 +487,125 @@ def test_bad_folders(tmp_path):
     file = Path(broken.path) / "train" / "x" / "1.png"
     file.write_bytes(file.read_bytes()[:60])
     refused(broken, "1.png cannot be decoded")
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Return a folder of two classes, and where one more file of the first class goes."""
+    write_folder(tmp_path / "set", {f"{part}/{name}": some_pixels(2) for part in ("train", "test") for name in "xy"})
+    return options("folder", tmp_path / "set"), tmp_path / "set" / "train" / "x" / "a.png"
+
+
+def test_postscript_is_no_image_and_no_interpreter_is_started(broken, tmp_path, monkeypatch):
+    opts, file = broken
+    gs, called = tmp_path / "bin" / "gs", tmp_path / "called"
+    gs.parent.mkdir()
+    gs.write_text(f"#!/bin/sh\ntouch {called}\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{gs.parent}:{os.environ['PATH']}")
+    text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n%%EndComments\nshowpage\n%%EOF\n"
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked for once in a process
+    with pytest.raises(OSError):  # the fake makes no picture
+        Image.open(io.BytesIO(text)).convert("RGB")
+    assert called.exists()  # what Pillow does by itself
+    called.unlink()
+    file.write_bytes(text)
+    refused(opts, "a.png cannot be decoded", "it is to be an image: PNG, JPEG, PPM, BMP, TIFF, WEBP, GIF")
+    write_parquet(tmp_path / "train.parquet", ("img", [text]), {"label": [0]})
+    write_parquet(tmp_path / "test.parquet", ("img", [text]), {"label": [0]})
+    refused(options("parquet", tmp_path), "row 0 of train.parquet cannot be decoded")
+    assert not called.exists()
+
+
+def test_images_are_opened_in_named_formats_everywhere():
+    calls = [
+        {word.arg for word in node.keywords}
+        for file in Path(ssfl_app.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open"
+    ]
+    assert calls == [{"formats"}]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF"])
+def test_each_format_is_read_whatever_the_file_is_called(broken, kind):
+    opts, file = broken
+    Image.fromarray(some_pixels(1)[0]).save(file, format=kind)
+    assert len(load(opts).train) == 5
+
+
+def test_only_regular_files_are_opened(broken, tmp_path, monkeypatch):
+    opts, file = broken
+    os.mkfifo(file)
+    refused(opts, "a.png is no regular file")
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    refused(opts, "a.png is no regular file")
+    file.unlink()
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(file.parent)  # names of sockets are short
+        listener.bind("a.png")
+        refused(opts, "a.png is no regular file")
+    file.unlink()
+    file.symlink_to(tmp_path / "gone.png")
+    refused(opts, "a.png cannot be read")
+    file.unlink()
+    file.symlink_to("0.png")
+    assert len(load(opts).train) == 5  # a link to a file is one
+    os.mkfifo(tmp_path / "train.parquet")
+    os.mkfifo(tmp_path / "test.parquet")
+    refused(options("parquet", tmp_path), "train.parquet is no regular file")
+
+
+def test_each_real_folder_is_read_once_whatever_links_there_are(broken):
+    opts, file = broken
+    train, cats = file.parent.parent, file.parent
+    (cats / "below").mkdir()
+    (cats / "below" / "9.png").write_bytes(png(some_pixels(1)[0]))
+    for name, target in {"one": ".", "two": ".", "up": "..", "other": "../y", "again": "below"}.items():
+        (cats / name).symlink_to(target)
+        (cats / "below" / name).symlink_to(Path("..") / target)
+    found = load(opts)
+    assert found.train.labels.tolist() == [0, 0, 0, 1, 1]
+    (train / "z").symlink_to("y")
+    refused(opts, "train/z is a link to y")
+    (train / "z").unlink()
+    (train / "z").symlink_to(".")
+    refused(opts, "train/z is a link to train")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines", b"\x1b]0;pwned\x07"])
+def test_class_names_are_printable(broken, name):
+    opts, file = broken
+    for part in ("train", "test"):
+        os.rename(file.parents[2] / part / "x", os.fsencode(file.parents[2] / part) + b"/" + name)  # noqa: PTH104
+    assert refused(opts, "train has the class", "a class name is printable UTF-8").isprintable()
+
+
+def test_class_names_in_the_hubs_metadata_are_printable(shards):
+    import pyarrow.parquet as pq
+
+    root, _ = shards
+    info = json.dumps({"info": {"features": {"label": {"names": ["a", "b\nc", "d"]}}}})
+    table = pq.read_table(root / "train-0.parquet")
+    pq.write_table(table.replace_schema_metadata({"huggingface": info}), root / "train-0.parquet")
+    refused(options("parquet", root), "the metadata has the class 'b\\nc'")
+
+
+@pytest.mark.parametrize("label", [100_000, 2_000_000_000, 2**62, 2**63, 2**64 - 1, -1])
+def test_labels_that_are_no_classes_are_refused_before_they_are_cast(shards, label):
+    root, images = shards
+    kind = np.uint64 if label > 2**62 else np.int64
+    write_parquet(root / "test-0.parquet", ("img", images[6:8]), {"label": np.array([0, label], kind)})
+    refused(options("parquet", root), f"column label of test-0.parquet is {label}, it is at least 0 and below 100000")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_unfolded(broken):
+    opts, file = broken
+    Image.new("1", (10_000, 9_000)).save(file, format="PNG")
+    assert file.stat().st_size < 100_000
+    refused(options("folder", opts.path, size=6), "a.png cannot be decoded", "10000x9000 pixels, at most 89478485")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssfl_app.client_app import handle
+from ssfl_app.config import Flat
+from ssfl_app.local.place import SIMULATED
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
@@ -36,7 +38,7 @@ def context_before(case: str, target: Where) -> Context:
 @functools.cache
 def _before(case: str, target: Where) -> Context:
     run = recorded(case)
-    node = {"partition-id": target[2], "num-partitions": 3}
+    node: Flat = {"partition-id": target[2], "num-partitions": 3, SIMULATED: True}
     context = Context(run_id=1, node_id=7, node_config=node, state=RecordDict(), run_config=dict(run.flat))
     for where, message in run.asked.items():
         if where == target:

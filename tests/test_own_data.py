@@ -200,7 +200,7 @@ def small_sites(root: Path, parts: dict[str, dict[str, int]], channels: int = 1)
     for name, classes in parts.items():
         for part in ("train", "test"):
             write_folder(root / name, {f"{part}/{c}": some_pixels(n, 8, channels) for c, n in classes.items()})
-    return [{"name": name, "data-path": str(root / name)} for name in parts]
+    return [{"name": name, "data-path": str(root / name), "least-batch": 1} for name in parts]
 
 
 def test_sites_with_other_label_sets_are_told_and_the_cure_works(tmp_path: Path) -> None:
@@ -235,13 +235,14 @@ def test_a_client_whose_copy_of_a_shared_set_is_another_one_is_named(tmp_path: P
         "data.classes": "",
     }
     keys |= {"data.channels": 0, "run.clients": 2, "run.cohort": 2, "run.rounds": 1, "partition.name": "iid"}
-    nodes: list[Flat] = [{"partition-id": 0}, {"partition-id": 1, "data-path": str(tmp_path / "a")}]
+    obeys, own_copy = {"server-data-path": True, "least-batch": 1}, {"partition-id": 1, "least-batch": 1}
+    nodes: list[Flat] = [{"partition-id": 0, **obeys}, {**own_copy, "data-path": str(tmp_path / "a")}]
     run(tmp_path / "one", nodes, keys)
-    nodes[1] = {"partition-id": 1, "data-path": str(tmp_path / "c")}
+    nodes[1] = {**own_copy, "data-path": str(tmp_path / "c")}
     with pytest.raises(RunFailed, match="client 0 and client 1 have different classes: client 0 has no '2'"):
         run(tmp_path / "two", nodes, keys)
-    nodes[1] = {"partition-id": 1, "data-path": str(tmp_path / "nowhere")}
-    with pytest.raises(RunFailed, match=r"a client cannot start: .* data-path is '.*nowhere'; there is no"):
+    nodes[1] = {**own_copy, "data-path": str(tmp_path / "nowhere")}
+    with pytest.raises(RunFailed, match=r"a client cannot start: .*NodeError.*data-path: there is no such folder"):
         run(tmp_path / "three", nodes, keys)
 
 
@@ -383,7 +384,8 @@ def test_with_a_state_path_the_mask_survives_a_restart(sites: list[Flat], tmp_pa
     assert with_path.bits() == without.bits()
     bitmap = -(-with_path.layout.prunable_size // 8)
     assert [played.records[2]["bytes_mask_down"] for played in (with_path, without)] == [0, 3 * bitmap]
-    assert sorted(p.name for p in (tmp_path / "state" / TOKEN).iterdir()) == [f"client-0000{i}" for i in range(3)]
+    kept = sorted(p.relative_to(tmp_path / "state" / TOKEN) for p in (tmp_path / "state").glob("*/*/*"))
+    assert kept == [Path(name, f"client-0000{number}") for number, name in enumerate(NAMES)]
 
 
 def test_a_mask_file_answers_to_its_own_digest_only(tmp_path: Path) -> None:

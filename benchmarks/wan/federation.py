@@ -30,7 +30,7 @@ def federation(folder: Path, area: WideArea) -> Iterator[Federation]:
     """
     enter(SERVER)
     # Every node has a namespace of its own, so they may all use the same port there.
-    nodes = {site.name: f"partition-id={i} num-partitions={len(area.sites)}" for i, site in enumerate(area.sites)}
+    nodes = {site.name: f"partition-id={i} server-data-path=true" for i, site in enumerate(area.sites)}
     made = house.create(folder, SERVER_ADDRESS, PORT, nodes, [NODE_PORT] * len(nodes), timedelta(days=2))
     services: list[Service] = []
     lock = guard.take(made.lock)  # `federation_run` takes it for the sign that somebody keeps the processes

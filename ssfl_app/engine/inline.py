@@ -22,6 +22,7 @@ from flwr.supercore.run import Run
 from ssfl_app.config import Config, Flat, parse
 from ssfl_app.engine.crew import SERVER, answered, crew, identify
 from ssfl_app.guard import naming_memory
+from ssfl_app.local.place import SIMULATED
 from ssfl_app.workshop import check_at_once, gpu_notes, most_at_once, open_workshop
 
 Answer = Callable[[Message, Context], Message]
@@ -72,7 +73,9 @@ class InlineGrid(Grid):
             node: Context(
                 run_id=1,
                 node_id=node,
-                node_config=dict(own.get(node, {"partition-id": partition, "num-partitions": len(nodes)})),
+                node_config=dict(
+                    own.get(node, {"partition-id": partition, "num-partitions": len(nodes), SIMULATED: True})
+                ),
                 state=RecordDict(),
                 run_config=dict(config),
             )

@@ -67,8 +67,10 @@ class DataOptions:
             return
         if self.name not in OWN:
             raise ConfigError(f"data.name is {self.name!r}; with data.where 'sites' it is one of {', '.join(OWN)}")
-        if "" in self.named or len(set(self.named)) < len(self.named):
-            raise ConfigError(f"data.classes is {self.classes!r}; the names differ and none is empty")
+        if "" in self.named or len(set(self.named)) < len(self.named) or not self.classes.isprintable():
+            raise ConfigError(
+                f"data.classes is {self.classes!r}; the names differ and none is empty, and all are printable"
+            )
 
 
 @dataclass(frozen=True)

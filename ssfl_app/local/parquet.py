@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 
 from ssfl_app.local.image_cache import Labels, Pixels, Raw, Wanted, cached, decode, measure, one_line
-from ssfl_app.options import ConfigError
+from ssfl_app.local.unreadable import check_names, check_regular, unreadable
 
 _WHAT = "a folder with *train*.parquet and *test*.parquet (or *val*.parquet)"
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "fine_label", "coarse_label")
 _ROWS = 1024  # decoded at a time
+
+MOST_CLASSES = 100_000
+"""Labels are below it. Without names each number up to the largest label is a class, and one odd value would fill
+the memory with them."""
 
 
 def read_parquet(path: str, root: Path, image_size: int, wanted: Wanted | None = None) -> Raw:
@@ -37,8 +41,9 @@ def read_parquet(path: str, root: Path, image_size: int, wanted: Wanted | None =
     Raises
     ------
     ConfigError
-        A part is missing, a file is no parquet file or lacks a column, a label is negative or missing, an
-        image cannot be decoded, sizes differ with `image_size` 0, or `wanted.classes` lacks a class.
+        A part is missing, a file is no parquet file or lacks a column, a label is negative, missing or not below
+        `MOST_CLASSES`, an image cannot be decoded, sizes differ with `image_size` 0, or `wanted.classes` lacks a
+        class.
     """
     wanted = wanted or Wanted()
     train = sorted(root.glob("*train*.parquet"))
@@ -47,33 +52,38 @@ def read_parquet(path: str, root: Path, image_size: int, wanted: Wanted | None =
         train = train or test
     for part, files in (("train", train), ("test", test)):
         if not files:
-            raise ConfigError(f"data.path is {path!r}; *{part}*.parquet is missing, it is {_WHAT}")
+            raise unreadable(path, f"*{part}*.parquet is missing, it is {_WHAT}")
+        for index, file in enumerate(files):
+            check_regular(path, file, file.name, f"{part} file {index}")
 
     def read() -> Raw:
-        train_pixels, train_labels = _part(path, train, image_size, None, wanted.channels)
-        test_pixels, test_labels = _part(path, test, image_size, train_pixels.shape[1:], 0)
+        train_pixels, train_labels = _part(path, "train", train, image_size, None, wanted.channels)
+        test_pixels, test_labels = _part(path, "test", test, image_size, train_pixels.shape[1:], 0)
         if wanted.classes:
             train_labels = _renamed(path, train, train_labels, wanted.classes)
             test_labels = _renamed(path, test, test_labels, wanted.classes)
         highest = int(max(train_labels.max(), test_labels.max()))
         names = wanted.classes or _class_names(train[0], highest)
+        check_names(path, "the metadata", names)
         return Raw(train_pixels, train_labels, test_pixels, test_labels, names, *measure(train_pixels))
 
     return cached(("parquet", str(root.resolve()), image_size, *wanted.key), [*train, *test], read)
 
 
 def _part(
-    path: str, files: list[Path], size: int, like: tuple[int, ...] | None, channels: int
+    path: str, part: str, files: list[Path], size: int, like: tuple[int, ...] | None, channels: int
 ) -> tuple[Pixels, Labels]:
     """Return the images and labels of all shards."""
     import pyarrow as pa
 
     try:
         labels = np.concatenate([_labels(path, file) for file in files])
-        return decode(path, _items(path, files), len(labels), size, like, channels), labels
+        return decode(path, _items(path, part, files), len(labels), size, like, channels), labels
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(
-            f"data.path is {path!r}; its files cannot be read ({one_line(error)}), it is {_WHAT}"
+        raise unreadable(
+            path,
+            f"its files cannot be read ({one_line(error)}), it is {_WHAT}",
+            f"its files cannot be read ({type(error).__name__}), it is {_WHAT}",
         ) from error
 
 
@@ -89,11 +99,12 @@ def _columns(path: str, file: Path) -> tuple[str, str]:
     label = next((name for name in _LABEL_COLUMNS if name in numbers), None)
     if label is None and len(numbers) == 1:
         label = numbers[0]
-    has = f"data.path is {path!r}; {file.name} has the columns {', '.join(schema.names)}, it needs"
-    if image is None:
-        raise ConfigError(f"{has} an image column: a struct with a field bytes")
-    if label is None:
-        raise ConfigError(f"{has} an integer label column: {', '.join(_LABEL_COLUMNS)}, or only one of any name")
+    needs = "an image column: a struct with a field bytes"
+    if image is not None:
+        needs = f"an integer label column: {', '.join(_LABEL_COLUMNS)}, or only one of any name"
+    if image is None or label is None:
+        has = f"{file.name} has the columns {', '.join(schema.names)}, it needs {needs}"
+        raise unreadable(path, has, f"a file needs {needs}")
     return str(image), str(label)
 
 
@@ -102,25 +113,30 @@ def _labels(path: str, file: Path) -> Labels:
 
     name = _columns(path, file)[1]
     column = pq.read_table(file, columns=[name]).column(name)
-    low = 0 if not len(column) or column.null_count else int(column.to_numpy().min())
-    if column.null_count or low < 0:
-        found = "missing" if column.null_count else str(low)
-        raise ConfigError(
-            f"data.path is {path!r}; a value of column {name} of {file.name} is {found}, it is at least 0"
-        )
-    return np.asarray(column.to_numpy(), dtype=np.int64)
+    values = np.zeros(0, np.int64) if not len(column) or column.null_count else column.to_numpy()
+    # As Python has them: cast to int64, what is above 2**63 would be negative, or look small.
+    odd = (
+        [value for value in map(int, (values.min(), values.max())) if not 0 <= value < MOST_CLASSES]
+        if len(values)
+        else []
+    )
+    if column.null_count or odd:
+        found = "missing" if column.null_count else str(odd[0])
+        rule = f"is {found}, it is at least 0 and below {MOST_CLASSES}"
+        raise unreadable(path, f"a value of column {name} of {file.name} {rule}", f"a label {rule}")
+    return np.asarray(values, dtype=np.int64)
 
 
-def _items(path: str, files: list[Path]) -> Iterator[tuple[str, bytes]]:
-    """Yield what to call each image, and its encoded bytes."""
+def _items(path: str, part: str, files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
+    """Yield what to call each image, here and to a server, and its encoded bytes."""
     import pyarrow.parquet as pq
 
-    for file in files:
+    for index, file in enumerate(files):
         name = _columns(path, file)[0]
         row = 0
         for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS, columns=[f"{name}.bytes"]):
             for content in batch.column(0).field("bytes").to_pylist():
-                yield f"row {row} of {file.name}", content or b""
+                yield f"row {row} of {file.name}", f"row {row} of {part} file {index}", content or b""
                 row += 1
 
 
@@ -130,17 +146,17 @@ def _renamed(path: str, files: list[Path], labels: Labels, classes: tuple[str, .
     names = _hub_names(files[0])
     if len(names) <= highest:  # no names: the labels are positions already
         if highest >= len(classes):
-            raise ConfigError(
-                f"data.path is {path!r}; {files[0].name} has the label {highest} without a name, data.classes "
-                f"names {len(classes)} classes: {', '.join(classes)}"
-            )
+            rule = f"without a name, data.classes names {len(classes)} classes: {', '.join(classes)}"
+            has = f"the label {highest} {rule}"
+            raise unreadable(path, f"{files[0].name} has {has}", f"a file has {has}")
         return labels
     positions = np.zeros(len(names), dtype=np.int64)
     for label in np.unique(labels):
         if names[label] not in classes:
-            raise ConfigError(
-                f"data.path is {path!r}; {files[0].name} has images of class {names[label]!r}, data.classes "
-                f"names {', '.join(classes)}"
+            raise unreadable(
+                path,
+                f"{files[0].name} has images of class {names[label]!r}, data.classes names {', '.join(classes)}",
+                f"a file has images of <class {label}>, which data.classes does not name",
             )
         positions[label] = classes.index(names[label])
     return positions[labels]

@@ -3,7 +3,8 @@
 A reader is a function ``(path, download, image_size) -> Raw``, named in `READERS`. All raise ConfigError.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from ssfl_app.local.folders import Files, image_folder
 from ssfl_app.local.image_cache import Pixels, Raw, Wanted, cached, decode, measure, one_line
 from ssfl_app.local.parquet import read_parquet
+from ssfl_app.local.unreadable import check_regular, unreadable
 from ssfl_app.options import ConfigError
 
 # Mean and std of each channel as the published training scripts have them (DisPFL, SSFL).
@@ -33,17 +35,13 @@ OWN = tuple(_SHAPES)
 """Sources that a site may hold its own data in."""
 
 
-def _bad(path: str | Path, what: str) -> ConfigError:
-    return ConfigError(f"data.path is {str(path)!r}; {what}")
-
-
 def _folder(path: str, create: bool, what: str) -> Path:
     """Return `path` as a folder that exists; `what` completes "it is ..."."""
     if not path:
-        raise _bad(path, f"it is {what}")
+        raise unreadable(path, f"it is {what}")
     folder = Path(path).expanduser()
     if not create and not folder.is_dir():
-        raise _bad(path, f"there is no such folder, it is {what}")
+        raise unreadable(path, f"there is no such folder, it is {what}")
     return folder
 
 
@@ -84,7 +82,9 @@ def _cifar(kind: str, path: str, download: bool, image_size: int) -> Raw:
         parts = [getattr(datasets, kind)(root, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         hint = "the download failed" if download else "set data.download to true to get it"
-        raise _bad(path, f"{kind} is not there ({one_line(error)}): {hint}") from error
+        raise unreadable(
+            path, f"{kind} is not there ({one_line(error)}): {hint}", f"{kind} is not there: {hint}"
+        ) from error
     train, test = (np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)) for part in parts)
     labels = (np.array(part.targets, dtype=np.int64) for part in parts)
     return Raw(train, next(labels), test, next(labels), tuple(parts[0].classes), *_CIFAR_MOMENTS[kind])
@@ -107,16 +107,23 @@ def _read_files(
 
     def read() -> Raw:
         pixels: list[Pixels] = []
-        for part in parts:
-            items = ((str(file), file) for file, _ in part)
+        for name, part in zip(("train", "test"), parts, strict=True):
             like = pixels[0].shape[1:] if pixels else None
-            pixels.append(decode(path, items, len(part), size, like, channels))
+            pixels.append(decode(path, _called(name, part), len(part), size, like, channels))
         train, test = (np.array([label for _, label in part], dtype=np.int64) for part in parts)
         return Raw(pixels[0], train, pixels[1], test, names, *measure(pixels[0]))
 
     files = [file for part in parts for file, _ in part]
     own = (channels,) if channels else ()
     return cached((key, str(Path(path).resolve()), size, *own, *names), files, read)
+
+
+def _called(name: str, part: Files) -> Iterator[tuple[str, str, Path]]:
+    """Yield what to call each file, here and to a server, and the file."""
+    counts = Counter[int]()
+    for file, label in part:
+        counts[label] += 1
+        yield str(file), f"image {counts[label]} of {name}/<class {label}>", file
 
 
 def parquet(path: str, download: bool, image_size: int) -> Raw:
@@ -134,11 +141,12 @@ def _own_folder(path: str, root: Path, image_size: int, wanted: Wanted, what: st
     tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
     trains = [root / "train"] if (root / "train").is_dir() else tests[:1] if wanted.test_only else []
     if not tests or not trains:
-        raise _bad(path, f"{'test' if trains else 'train'} is missing, it is {what}")
+        raise unreadable(path, f"{'test' if trains else 'train'} is missing, it is {what}")
     train, names = image_folder(path, trains[0], wanted.classes)
     test, test_names = image_folder(path, tests[0], wanted.classes)
     if odd := sorted(set(names) ^ set(test_names)):
-        raise _bad(path, f"class {odd[0]} is only in one of train and {tests[0].name}, it is to be in both")
+        rule = f"is only in one of train and {tests[0].name}, it is to be in both"
+        raise unreadable(path, f"class {odd[0]} {rule}", f"a class {rule}")
     return _read_files("folder", path, image_size, (train, test), names, wanted.channels)
 
 
@@ -186,7 +194,7 @@ def tiny_imagenet(path: str, download: bool, image_size: int) -> Raw:
     root = where / _TINY
     if not root.is_dir():
         if not download:
-            raise _bad(path, f"{_TINY} is not in it: set data.download to true to get it")
+            raise unreadable(path, f"{_TINY} is not in it: set data.download to true to get it")
         _download_tiny(path, where)
     train, wnids = image_folder(path, root / "train")
     test = _tiny_test(path, root / "val", wnids)
@@ -201,17 +209,20 @@ def _download_tiny(path: str, where: Path) -> None:
     try:
         download_and_extract_archive(_TINY_URL, str(where), md5=_TINY_MD5, remove_finished=True)
     except (OSError, RuntimeError) as error:
-        raise _bad(path, f"the download of {_TINY_URL} failed ({one_line(error)})") from error
+        failed = f"the download of {_TINY_URL} failed"
+        raise unreadable(path, f"{failed} ({one_line(error)})", failed) from error
 
 
 def _tiny_test(path: str, root: Path, wnids: tuple[str, ...]) -> list[tuple[Path, int]]:
     """Return the validation files with their classes: one line of annotations is file, wnid, box."""
+    what = f"val/val_annotations.txt of {_TINY}"
+    check_regular(path, root / "val_annotations.txt", what, what)
     try:
         lines = (root / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
         rows = [line.split("\t")[:2] for line in lines if line]
         return [(root / "images" / file, wnids.index(wnid)) for file, wnid in rows]
     except (OSError, ValueError) as error:
-        raise _bad(path, f"val/val_annotations.txt of {_TINY} cannot be used ({one_line(error)})") from error
+        raise unreadable(path, f"{what} cannot be used ({one_line(error)})", f"{what} cannot be used") from error
 
 
 READERS: dict[str, Callable[[str, bool, int], Raw]] = {

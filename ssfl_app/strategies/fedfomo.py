@@ -64,6 +64,7 @@ class FedFomoClient(ClientRule):
         """Train the client's model, mix it with what came down, and return it with the peers' weights."""
         site, options = self.site, cast(FedFomoOptions, self.settings.own["fedfomo"])
         training, validation = held_out(self, options.validation)
+        site.enough(len(validation), "a judgement of other models (fedfomo.validation)")
         start = site.layout.flatten(self.personal_model(parcel))
         before = self._loss(start, validation)  # and `start` is on the workbench
         loss = self.fit(int(parcel.facts["round"]), data=training)

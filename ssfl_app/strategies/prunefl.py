@@ -136,6 +136,7 @@ class PruneFlClient(ClientRule):
     def squares(self, round_: int, purpose: str) -> Vector:
         """Return the mean of g^2 over one pass of minibatches, at the model on the workbench."""
         site, size = self.site, self.settings.local.batch_size
+        site.enough(len(site.train), "squared gradients")
         order = generator(self.settings.run.seed, purpose, round_, site.number).permutation(len(site.train))
         mean = WeightedMean(site.layout.prunable_size)
         for start in range(0, len(order), size):

@@ -36,6 +36,7 @@ class Site:
     `share` holds the indices of its training and test images in `data`.
     `initial` makes the initial weights from the seed; `dense` is the mask under which everything is alive.
     `masks` keeps unpacked masks by digest; whether the client *holds* a mask is `memory`'s affair alone.
+    `least_batch`: nothing that is made of fewer images is told to the server.
     """
 
     number: int
@@ -48,6 +49,12 @@ class Site:
     initial: Callable[[], State]
     dense: Mask
     masks: dict[str, Mask] = field(default_factory=dict)
+    least_batch: int = 1
+
+    def enough(self, images: int, what: str) -> None:
+        """Raise PayloadError if `what`, which the server would be told, is made of too few different images."""
+        if images < self.least_batch:
+            raise PayloadError(f"{what} would be made of {images} images; least-batch is {self.least_batch} here")
 
     @cached_property
     def train(self) -> Images:
@@ -172,14 +179,19 @@ class ClientRule:
             Another learning rate than the schedule's.
         changes
             Further arguments of `LocalTrainer.fit`.
+
+        Raises
+        ------
+        PayloadError
+            There are fewer images than this site trains on for others.
         """
         site = self.site
+        images = site.train if data is None else data
+        site.enough(len(images), "a trained model")
         rng = generator(self.settings.run.seed, purpose, round_, site.number)
         sparse = mask if mask is not None and mask.count < site.layout.prunable_size else None
         rate = self.settings.local.rate(round_) if lr is None else lr
-        return site.trainer.fit(
-            site.model, site.train if data is None else data, rng, lr=rate, mask=sparse, **changes
-        )
+        return site.trainer.fit(site.model, images, rng, lr=rate, mask=sparse, **changes)
 
     def reply(
         self, parcel: Parcel, mask: Mask, loss: float, state: State | None = None, up: type[Codec] | None = None

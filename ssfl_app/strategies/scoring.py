@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from ssfl_app.aggregate import WeightedMean
 from ssfl_app.local.data import Images
 from ssfl_app.seeding import generator
@@ -16,15 +18,22 @@ def mean_over_batches(
     """Return the mean of `score` over class-balanced minibatches, float32, shape (prunable,).
 
     The workbench holds `state`. Minibatch number `first` is the first one; equal numbers are equal images.
+
+    Raises
+    ------
+    PayloadError
+        All of them together have fewer different images than this site lets be scored.
     """
     site = rule.site
     load_state(site.model, state)
     mean = WeightedMean(site.layout.prunable_size)
-    labels = site.train.labels.cpu().numpy()
+    labels, seen = site.train.labels.cpu().numpy(), np.zeros(len(site.train), dtype=bool)
     for batch in range(first, first + batches):
         rng = generator(rule.settings.run.seed, "saliency", site.number, batch)
-        chosen = site.train.take(balanced_batch(labels, batch_size, rng))
-        mean.add(site.layout.flatten_prunable(score(chosen)))
+        chosen = balanced_batch(labels, batch_size, rng)
+        seen[chosen] = True
+        mean.add(site.layout.flatten_prunable(score(site.train.take(chosen))))
+    site.enough(int(np.count_nonzero(seen)), "scores")
     return mean.value()
 
 

@@ -1,0 +1,142 @@
+"""What scores give away of the images they are made of: .venv/bin/python benchmarks/inversion.py
+
+An attack by a server that wants to see a site's images. It knows the weights w (it drew them) and gets |g * w| of a
+batch, so it knows |g|, and looks for images whose gradient has these magnitudes: it moves pixels downhill on 1 - the
+cosine between the two (Geiping et al., "Inverting gradients", NeurIPS 2020), from random starts, and keeps the best
+end. It is told the labels, which the last layer gives away for one image and mostly for ten. No picture of a digit is
+known to it beforehand. Scores are the product's own, of the default model on digits.
+
+`correlation` is that of found and true pixels, each image less the mean one of its class, of a true image with the
+found one of its class that is most like it; `by_chance` is what as many other images of these classes reach.
+Results: benchmarks/results/inversion.json.
+"""
+
+import argparse
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from ssfl_app.results.files import write_json  # noqa: E402
+
+from ssfl_app.config import merge, parse  # noqa: E402
+from ssfl_app.results.recorder import environment  # noqa: E402
+from ssfl_app.sparsity.layout import state_of  # noqa: E402
+from ssfl_app.sparsity.saliency import snip  # noqa: E402
+from ssfl_app.workshop import Workshop, open_workshop  # noqa: E402
+
+# Images of an answer, in how many minibatches, how many answers are attacked, and steps from each start.
+CASES = ((1, 1, 3, 300), (4, 1, 2, 300), (32, 1, 1, 800), (32, 32, 1, 150))
+STARTS, RATE = 2, 0.05
+
+
+def magnitudes(shop: Workshop, pixels: torch.Tensor, labels: torch.Tensor, batches: int) -> torch.Tensor:
+    """Return the mean of |g| over equal minibatches, differentiable in `pixels`, flat."""
+    state = {name: weight.detach() for name, weight in shop.model.named_parameters()}
+    rest = {name: weight for name, weight in state.items() if name not in shop.layout.prunable}
+
+    def loss(weights: dict[str, torch.Tensor], some: torch.Tensor, their: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(functional_call(shop.model, {**rest, **weights}, (some,)), their)
+
+    weights = {name: state[name] for name in shop.layout.prunable}
+    parts = pixels.unflatten(0, (batches, -1)), labels.unflatten(0, (batches, -1))
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(weights, *parts)
+    return torch.cat([(gradients[n].square() + 1e-16).sqrt().mean(0).flatten() for n in shop.layout.prunable])
+
+
+def invert(
+    shop: Workshop, told: torch.Tensor, labels: torch.Tensor, batches: int, steps: int, seed: int
+) -> tuple[float, torch.Tensor]:
+    """Return 1 - cosine and the images, pixel values 0 to 1, of the best of several starts."""
+    transform, best = shop.data.transform, (2.0, torch.empty(0))
+    mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (transform.mean, transform.std))
+    random = torch.Generator().manual_seed(seed)
+    for _ in range(STARTS):
+        guess = torch.rand(len(labels), *shop.data.shape, generator=random, requires_grad=True)
+        optimizer = torch.optim.Adam([guess], lr=RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            far = 1 - F.cosine_similarity(magnitudes(shop, (guess - mean) / std, labels, batches), told, dim=0)
+            (guess.grad,) = torch.autograd.grad(far, [guess])
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                guess.clamp_(0, 1)
+        best = min(best, (float(far.detach()), guess.detach().clone()), key=lambda pair: pair[0])
+    return best
+
+
+def correlations(found: torch.Tensor, true: torch.Tensor, labels: torch.Tensor) -> list[float]:
+    """Return for each true image how much the found one of its class is like it that is most like it."""
+    rows = []
+    for label, image in zip(labels, true, strict=True):
+        same = found[labels == label].flatten(1).numpy()
+        rows.append(max(float(np.corrcoef(one, image.flatten().numpy())[0, 1]) for one in same))
+    return rows
+
+
+def attack(shop: Workshop, size: int, batches: int, steps: int, seed: int) -> dict[str, object]:
+    """Attack one answer: the mean of the scores of minibatches with `size` images together."""
+    train, rng = shop.data.train, np.random.default_rng(seed)
+    order = rng.permutation(len(train))
+    batch = train.take(order[:size])
+    scores = np.zeros(shop.layout.prunable_size)
+    for part in np.split(np.arange(size), batches):
+        gradient = shop.trainer.gradient(shop.model, batch.take(part))
+        scores += shop.layout.flatten_prunable(snip(gradient, state_of(shop.model))) / batches
+    weights = shop.layout.flatten_prunable(state_of(shop.model))
+    told = torch.from_numpy((scores / np.maximum(np.abs(weights), 1e-12)).astype(np.float32))
+    began = time.perf_counter()
+    far, found = invert(shop, told, batch.labels, batches, steps, seed)
+    true, rest = batch.pixels.float() / 255, order[size:]
+    means = torch.stack([train.pixels[train.labels == c].float().mean(0) / 255 for c in range(shop.data.classes)])
+    own, others = means[batch.labels], [rest[train.labels[rest] == c] for c in range(shop.data.classes)]
+    # The seed's next images of the same classes: other people's.
+    taken = [int(others[c][turn]) for turn, c in enumerate(batch.labels.tolist())]
+    known = correlations(train.pixels[taken].float() / 255 - own, true - own, batch.labels)
+    reached = correlations(found - own, true - own, batch.labels)
+    return {
+        "one_minus_cosine": far,
+        "correlation": reached,
+        "by_chance": known,
+        "pixel_error_of_255": float((found - true).abs().mean()) * 255 if size == 1 else None,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "inversion.json")
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    flat = merge({"strategy": "ssfl", "run.device": "cpu"})
+    shop, cases = open_workshop(flat), {}
+    assert parse(flat).settings.mask.density < 1
+    for size, batches, count, steps in CASES:
+        rows = [attack(shop, size, batches, steps, seed) for seed in range(count)]
+        name = f"{size}" if batches == 1 else f"{size} in {batches} minibatches"
+        reached, known = (np.concatenate([row[key] for row in rows]) for key in ("correlation", "by_chance"))
+        cases[name] = {
+            "median_correlation": round(float(np.median(reached)), 3),
+            "highest_correlation": round(float(reached.max()), 3),
+            "median_by_chance": round(float(np.median(known)), 3),
+            "highest_by_chance": round(float(known.max()), 3),
+            "answers": rows,
+        }
+        print(name, {key: value for key, value in cases[name].items() if key != "answers"}, flush=True)
+    how = {"starts": STARTS, "rate": RATE, "steps": [steps for *_, steps in CASES]}
+    record = {"date": date.today().isoformat(), "environment": environment(), "attack": how, "images": cases}
+    write_json(words.out, record)
+
+
+if __name__ == "__main__":
+    main()
