@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from ssfl_app.engine.federation_services import node_service
 from ssfl_app.engine.federation_status import stop
 from ssfl_app.engine.processes import end
 from ssfl_app.guard import RunFailed
-from ssfl_app.results.files import write_json
 
 VICTIM = "node-1"
 SLACK = 90.0  # seconds that anything may wait beyond the round timeout
@@ -208,8 +207,8 @@ def _with_clock(place: Field, offset: int) -> Iterator[None]:
     stop(place.federation)
     known = place.federation
     victim = next(node for node in known.nodes if node.name == VICTIM)
-    rest = [vars(node) for node in known.nodes if node != victim]
-    write_json(place.folder / "federation.json", {"host": known.host, "port": known.port, "nodes": rest})
+    rest = tuple(node for node in known.nodes if node != victim)
+    house.write(replace(known, nodes=rest))
     place.federation = house.read(place.folder)
     keeper = subprocess.Popen(ssfl("federation", "keep", "--dir", str(place.folder)), stdout=subprocess.DEVNULL)
     until("the federation is up", lambda: is_up(place.federation))

@@ -5,6 +5,7 @@ the run finished is what it recorded there: ``flwr run --stream`` exits with 0 i
 """
 
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -52,7 +53,7 @@ def run_on(federation: Federation, command: Command) -> None:
 
 
 def _again(federation: Federation, folder: Path) -> str:
-    return f"ssfl federation run --dir {federation.folder} --resume {folder}"
+    return f"ssfl federation run --dir {shlex.quote(str(federation.folder))} --resume {shlex.quote(str(folder))}"
 
 
 def _sizes(federation: Federation, command: Command) -> list[str]:
