@@ -12,6 +12,7 @@ import logging
 import re
 import resource
 import ssl
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,8 @@ class Door(H11Protocol):
             self._late = None
 
 
-def serve(home: Path, bind: str, port: int, inner: int) -> None:
-    """Serve until SIGTERM or SIGINT.
+def server(home: Path, bind: str, port: int, inner: int) -> uvicorn.Server:
+    """Return the server; its `run` serves until SIGTERM or SIGINT.
 
     Parameters
     ----------
@@ -185,9 +186,7 @@ def serve(home: Path, bind: str, port: int, inner: int) -> None:
     inner : int
         Flower's port on the loopback interface.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    uvicorn.run(
+    config = uvicorn.Config(
         Front(f"https://127.0.0.1:{inner}", home / "ca.crt"),
         host=bind,
         port=port,
@@ -206,3 +205,14 @@ def serve(home: Path, bind: str, port: int, inner: int) -> None:
         timeout_keep_alive=15,
         timeout_graceful_shutdown=5,
     )
+    return uvicorn.Server(config)
+
+
+def serve(home: Path, bind: str, port: int, inner: int) -> None:
+    """Serve as `server` does, with as many open files as this account may have; exit with 1 if it cannot begin."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    made = server(home, bind, port, inner)
+    made.run()
+    if not made.started:
+        sys.exit(1)
