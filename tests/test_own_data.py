@@ -151,12 +151,13 @@ def test_without_a_central_test_set_the_summary_still_has_the_clients_accuracy(
 
 
 def test_a_run_resumes_with_the_same_sites_only(sites: list[Flat], tmp_path: Path) -> None:
-    run(tmp_path / "run", sites, {"run.rounds": 1})
+    keys: Flat = {"run.rounds": 1, "run.join-timeout": 3.0}
+    run(tmp_path / "run", sites, keys)
     token = (tmp_path / "run" / "checkpoint" / "token").read_text()
     other = [*sites[:2], {**sites[2], "name": "zurich"}]
     with pytest.raises(RunFailed, match=r"missing: cairo .*'zurich'; the sites of the run that is resumed are"):
-        run(tmp_path / "run", other, {"run.rounds": 1, "run.resume": True, "run.join-timeout": 3.0})
-    run(tmp_path / "run", sites, {"run.rounds": 1, "run.resume": True})
+        run(tmp_path / "run", other, keys | {"run.resume": True})
+    run(tmp_path / "run", sites, keys | {"run.resume": True})
     assert (tmp_path / "run" / "checkpoint" / "token").read_text() == token
     assert len(token.strip()) == 16
 
@@ -253,7 +254,7 @@ def test_a_client_whose_copy_of_a_shared_set_is_another_one_is_named(tmp_path: P
     nodes: list[Flat] = [{"partition-id": 0}, {"partition-id": 1, "data-path": str(tmp_path / "a")}]
     run(tmp_path / "one", nodes, keys)
     nodes[1] = {"partition-id": 1, "data-path": str(tmp_path / "c")}
-    with pytest.raises(RunFailed, match="client 1 and the server have different classes: client 1 has no '1'"):
+    with pytest.raises(RunFailed, match="client 1 and the server have different classes: the server has no '2'"):
         run(tmp_path / "two", nodes, keys)
     nodes[1] = {"partition-id": 1, "data-path": str(tmp_path / "nowhere")}
     with pytest.raises(RunFailed, match=r"missing: 1 \(node \d+ raised: .* data-path is '.*nowhere'; there is no"):

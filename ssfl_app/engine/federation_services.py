@@ -109,7 +109,7 @@ def check_config(config: str) -> None:
     except (ClickException, ValueError, OSError) as error:
         raise ConfigError(f"--node-config is {config!r}; it is \"name='a' data-path='/data/a'\", say") from error
     if "name" in said:
-        check_name(said["name"], "name in --node-config")
+        check_name(said["name"], "name", " in --node-config")
 
 
 def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -> None:

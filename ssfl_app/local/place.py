@@ -89,7 +89,7 @@ def read_place(node_config: Mapping[str, object], where: str) -> Place:
     state = _folder(node_config, "state-path")
     data = _folder(node_config, "data-path")
     number = None if where == "sites" else _number(node_config["partition-id"])
-    name = check_name(node_config["name"], "name in --node-config") if where == "sites" else ""
+    name = check_name(node_config["name"], "name", " in --node-config") if where == "sites" else ""
     return Place(number, name, data, Path(state) if state else None)
 
 
@@ -99,17 +99,17 @@ def _number(value: object) -> int:
     return value
 
 
-def check_name(value: object, key: str) -> str:
+def check_name(value: object, key: str, where: str = "") -> str:
     """Return the name of a node or site.
 
     Raises
     ------
     ConfigError
-        It is not one that `NAME` allows; the message begins with `key`.
+        It is not one that `NAME` allows; the message begins with `key`, and says `where`.
     """
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ConfigError(
-            f"{key} is {value!r}; it is 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit: site-a"
+            f"{key} is {value!r}{where}; it is 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first: 'a-1'"
         )
     return value
 
