@@ -1,5 +1,7 @@
 """`ssfl federation`: real SuperNodes, all on one machine for trying, or one process a host."""
 
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -14,7 +16,20 @@ from ssfl_app.options import ConfigError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
+
+def _folder(path: Path, key: str = "--dir") -> Path:
+    """Return the folder of a federation or node, absolute; it will stand in Flower's --node-config."""
+    home = path.expanduser().resolve()
+    if "'" in str(home) or not str(home).isprintable():
+        raise ConfigError(
+            f"{key} is {str(home)!r}; it is a folder without a quote or a control character in its path"
+        )
+    return home
+
+
 Folder = Annotated[Path, typer.Option("--dir", help="Folder of the federation: credentials, database, logs.")]
+Port = Annotated[int, typer.Option(help="Of the SuperLink, for nodes.", min=1, max=65535)]
+ControlPort = Annotated[int, typer.Option(help="Of Flower itself, on 127.0.0.1 only.", min=1, max=65535)]
 DEFAULT = Path("federation")
 ONLINE_TIMEOUT = 150.0  # seconds; Flower refuses a node for a minute after it ended without a word
 Days = Annotated[int, typer.Option(help="How long the SuperLink's certificate is valid.", min=1)]
@@ -23,11 +38,18 @@ Sites = Annotated[
 ]
 
 
+@app.callback()
+def private(context: typer.Context) -> None:
+    """Whatever these commands and the processes they start write is their account's alone."""
+    before = os.umask(0o077)
+    context.call_on_close(lambda: os.umask(before))
+
+
 @app.command()
 def up(
     nodes: Annotated[int, typer.Option(help="SuperNodes; node i holds partition i of the data set.", min=1)] = 5,
     site: Sites = None,
-    port: Annotated[int, typer.Option(help="Of the SuperLink on 127.0.0.1. 0: a free one.")] = 0,
+    port: Annotated[int, typer.Option(help="For nodes, on 127.0.0.1. 0: a free one.", min=0, max=65535)] = 0,
     folder: Folder = DEFAULT,
     days: Days = 365,
 ) -> None:
@@ -38,7 +60,7 @@ def up(
     from ssfl_app.engine.federation_services import check_certificate
     from ssfl_app.engine.processes import free_port
 
-    home = folder.expanduser().resolve()
+    home = _folder(folder)
     # Whoever starts runs here is who started these nodes: they may read the data set where the run says it lies.
     shared = f"num-partitions={nodes} server-data-path=true"
     names = _sites(site) if site else {f"node-{i}": f"partition-id={i} {shared}" for i in range(nodes)}
@@ -51,8 +73,8 @@ def up(
                 "ask for those, or name another folder"
             )
     else:
-        ports = [free_port() for _ in names]
-        federation = create(home, "127.0.0.1", port or free_port(), names, ports, timedelta(days=days))
+        ours, ports = (port or free_port(), free_port()), [free_port() for _ in names]
+        federation = create(home, "127.0.0.1", ours, names, ports, timedelta(days=days))
     if is_up(federation):
         raise ConfigError(f"--dir is {home}; its federation is up already")
     check_certificate(home)
@@ -79,11 +101,14 @@ def up(
 def _sites(words: list[str]) -> dict[str, str]:
     from ssfl_app.local.place import NAME
 
+    def quotable(path: Path) -> bool:
+        return "'" not in str(path) and str(path).isprintable()
+
     sites: dict[str, str] = {}
     for word in words:
         name, _, path = word.partition("=")
         data = Path(path).expanduser().resolve()
-        if not NAME.fullmatch(name) or not path or not data.is_dir() or "'" in str(data):
+        if not NAME.fullmatch(name) or not path or not quotable(data) or not data.is_dir():
             raise ConfigError(f"--site is {word!r}; it is NAME=FOLDER, the folder being there, without a quote in it")
         if name in sites:
             raise ConfigError(f"--site is {word!r}; another one has that name already")
@@ -92,7 +117,7 @@ def _sites(words: list[str]) -> dict[str, str]:
 
 
 def _option(folder: Path) -> str:
-    return "" if folder == DEFAULT else f" --dir {folder}"
+    return "" if folder == DEFAULT else f" --dir {shlex.quote(str(folder))}"
 
 
 @app.command()
@@ -110,7 +135,7 @@ def run(
     from ssfl_app.engine.federation import read
     from ssfl_app.engine.federation_run import run_on
 
-    federation = read(folder.expanduser().resolve())
+    federation = read(_folder(folder))
     run_on(federation, Command(config, override or [], None, "deployment", out, resume))
 
 
@@ -122,7 +147,7 @@ def status(folder: Folder = DEFAULT) -> None:
     from ssfl_app.engine.federation import read
     from ssfl_app.engine.federation_status import overview
 
-    table, well = overview(read(folder.expanduser().resolve()))
+    table, well = overview(read(_folder(folder)))
     Console().print(table)
     raise typer.Exit(0 if well else 1)
 
@@ -133,7 +158,7 @@ def down(folder: Folder = DEFAULT) -> None:
     from ssfl_app.engine.federation import read
     from ssfl_app.engine.federation_status import stop
 
-    typer.echo(f"ended {stop(read(folder.expanduser().resolve()))} processes")
+    typer.echo(f"ended {stop(read(_folder(folder)))} processes")
 
 
 @app.command(hidden=True)
@@ -142,22 +167,35 @@ def keep(folder: Folder = DEFAULT) -> None:
     from ssfl_app.engine.federation import read
     from ssfl_app.engine.federation_services import keep_all
 
-    keep_all(read(folder.expanduser().resolve()))
+    keep_all(read(_folder(folder)))
+
+
+@app.command(hidden=True)
+def front(bind: Annotated[str, typer.Option()], folder: Folder = DEFAULT) -> None:
+    """Serve nodes in the foreground; the keeper starts this beside the SuperLink."""
+    from ssfl_app.engine.federation import read
+    from ssfl_app.engine.federation_front import serve
+
+    federation = read(_folder(folder))
+    serve(federation.folder / "superlink", bind, federation.port, federation.control_port)
 
 
 @app.command()
 def init(
     host: Annotated[str, typer.Option(help="Name or address under which nodes reach the SuperLink.")],
     name: Annotated[list[str], typer.Option(help="Of a node; once for each.")],
-    port: Annotated[int, typer.Option(help="Of the SuperLink.")] = 8000,
+    port: Port = 8000,
+    control_port: ControlPort = 8001,
     folder: Folder = DEFAULT,
     days: Days = 365,
 ) -> None:
     """Make the credentials for real hosts: a CA, the SuperLink's certificate, a key for each node."""
     from ssfl_app.engine.federation import create
 
-    home = folder.expanduser().resolve()
-    create(home, host, port, dict.fromkeys(name, ""), [9094] * len(name), timedelta(days=days))
+    home, names = _folder(folder), dict.fromkeys(name, "")
+    if port == control_port:
+        raise ConfigError(f"--control-port is {control_port}; it is another one than --port")
+    create(home, host, (port, control_port), names, [9094] * len(names), timedelta(days=days))
     typer.echo(
         f"SuperLink's host: copy {home} without ca/ca.key and nodes/*/key\n"
         f"nodes: copy {home / 'nodes'}/<name> to each; its file key is for it alone\n"
@@ -171,7 +209,7 @@ def certificate(folder: Folder = DEFAULT, days: Days = 365) -> None:
     from ssfl_app.engine.credentials import expires, hosts_of, make_server
     from ssfl_app.engine.federation import read
 
-    home = read(folder.expanduser().resolve()).folder
+    home = read(_folder(folder)).folder
     if not (home / "ca" / "ca.key").is_file():
         raise ConfigError(f"--dir is {home}; it is a folder with ca/ca.key, which signs the certificate")
     make_server(home, hosts_of(home), timedelta(days=days))
@@ -180,14 +218,14 @@ def certificate(folder: Folder = DEFAULT, days: Days = 365) -> None:
 
 @app.command()
 def superlink(
-    bind: Annotated[str, typer.Option(help="Interface to listen on.")] = "0.0.0.0",
+    bind: Annotated[str, typer.Option(help="Interface on which nodes reach it.")] = "0.0.0.0",
     folder: Folder = DEFAULT,
 ) -> None:
     """Run the SuperLink of this host in the foreground; it is started again when it ends."""
     from ssfl_app.engine.federation import read
     from ssfl_app.engine.federation_services import keep_superlink
 
-    keep_superlink(read(folder.expanduser().resolve()), bind)
+    keep_superlink(read(_folder(folder)), bind)
 
 
 @app.command()
@@ -196,8 +234,8 @@ def register(folder: Folder = DEFAULT) -> None:
     from ssfl_app.engine.federation import read
     from ssfl_app.engine.federation_control import register
 
-    federation = read(folder.expanduser().resolve())
-    register(federation, [node.name for node in federation.nodes])
+    federation = read(_folder(folder))
+    register(federation)
     typer.echo(f"registered: {', '.join(node.name for node in federation.nodes)}")
 
 
@@ -206,12 +244,12 @@ def node(
     home: Annotated[Path, typer.Argument(metavar="DIR", help="The node's folder: ca.crt and key.")],
     superlink: Annotated[str, typer.Option(help="HOST:PORT of the SuperLink.")],
     config: Annotated[str, typer.Option("--node-config", help="\"name='a' data-path='/data/a'\" or partition-id=0.")],
-    port: Annotated[int, typer.Option(help="For the node's own processes, on 127.0.0.1.")] = 9094,
+    port: Annotated[int, typer.Option(help="For the node's own processes, on 127.0.0.1.", min=1, max=65535)] = 9094,
 ) -> None:
     """Run the SuperNode of this host in the foreground; it is started again when it ends."""
     from ssfl_app.engine.federation_services import keep_node, node_service
 
-    folder = home.expanduser().resolve()
+    folder = _folder(home, "DIR")
     if not (folder / "key").is_file() or not (folder / "ca.crt").is_file():
         raise ConfigError(f"DIR is {folder}; it is a folder with ca.crt and key, as `ssfl federation init` makes it")
     keep_node(node_service(folder, superlink, config, port))

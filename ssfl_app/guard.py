@@ -31,6 +31,9 @@ _MEMORY = re.compile(
 LAUNCHER = "SSFL_LAUNCHER"
 """Environment variable: the file that the launcher of this simulation holds locked."""
 
+REGISTERED = "SSFL_REGISTERED"
+"""Environment variable of a SuperLink: the file that says which node holds which place in a run."""
+
 
 def take(path: Path) -> IO[str] | None:
     """Return the open file once it is locked for this process, or None if another one holds it."""

@@ -1,7 +1,9 @@
 """Flower's server door: read the configuration, build the strategy, start it, and write the run folder."""
 
 import contextlib
+import functools
 import json
+import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
@@ -16,17 +18,20 @@ from ssfl_app.config import Flat, difference, read_file
 from ssfl_app.exchange import fewer_at_once, is_simulation
 from ssfl_app.files import write_bytes, write_json
 from ssfl_app.guard import RunFailed, naming_memory
-from ssfl_app.local.holdings import Holding, other_images, read_holding
 from ssfl_app.local.holdings import difference as unlike
+from ssfl_app.local.holdings import other_images, read_holding
 from ssfl_app.options import ConfigError
 from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import Recorder, default_folder
 from ssfl_app.results.report import final_text, undone, write_report
 from ssfl_app.results.runs import read_run
 from ssfl_app.sparsity.layout import load_state
+from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Record
+from ssfl_app.strategies.greeting import Hello
+from ssfl_app.strategies.roster import Place
 from ssfl_app.text import command, tell
 from ssfl_app.wire import Facts
 from ssfl_app.workshop import Workshop, code_digest, open_workshop
@@ -98,10 +103,13 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder, strategy: Sparse
     config, run = workshop.config, workshop.config.settings.run
     strategy.watch = Watcher(recorder, workshop)
     strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
+    roster = strategy.post.roster
+    roster.say, roster.misfit = recorder.say, functools.partial(misfit, workshop)
     if is_simulation(grid):  # clients share this machine; elsewhere each keeps its own in Flower's state
         strategy.post.folder = recorder.folder / "clients"
     else:
         strategy.post.token = run_token(recorder.folder)
+        roster.bound = functools.partial(bound_places, workshop.own)
     # Not kept in a variable: the initial weights would stay in memory for the whole run.
     strategy.start(grid, ArrayRecord(workshop.initial_state()), run.rounds, evaluate_fn=central_evaluation(workshop))
     strategy.watch.accuracies()
@@ -180,22 +188,9 @@ class Watcher:
         self._sites: dict[int, Facts] = {}
 
     def met(self, sites: Mapping[int, Facts]) -> None:
-        """Compare code, label sets and image shapes, name devices, and describe the run in a few lines.
-
-        Raises
-        ------
-        RunFailed
-            A client runs other code than the server, or holds images of other classes or another shape.
-        """
+        """Name devices, and describe the run in a few lines."""
         self._sites = dict(sites)
-        for client, facts in sorted(sites.items()):
-            if facts.get("code") != code_digest():
-                raise RunFailed(
-                    f"client {client} runs other code ({facts.get('code')!r}) than the server ({code_digest()!r}): "
-                    "install the same version on both, or start Flower's SuperLink from another folder"
-                )
         config, data = self.workshop.config, self.workshop.data
-        compare_holdings(sites, self.workshop)
         devices = ", ".join(sorted({str(facts.get("device", "unknown device")) for facts in sites.values()}))
         dealt = "own data" if self.workshop.own else f"{config.partition.name} partition"
         self.recorder.say(
@@ -242,25 +237,49 @@ class Watcher:
         write_json(self.recorder.folder / "clients.json", {"class_names": names, "clients": clients})
 
 
-def compare_holdings(sites: Mapping[int, Facts], workshop: Workshop) -> None:
-    """Compare what clients say that they hold, among each other and with the server.
+def misfit(workshop: Workshop, hello: Hello) -> str | None:
+    """Return why a node cannot be in this run whatever its place, and the cure; None if it can.
+
+    It runs other code than the server, or holds images of other classes or another shape; or its copy of a shared
+    data set is another one.
+    """
+    facts, who = hello.facts, hello.name or f"client {hello.number}"
+    if facts.get("code") != code_digest():
+        return (
+            f"runs other code ({facts.get('code')!r}) than the server ({code_digest()!r}): install the same version "
+            "on both, or start Flower's SuperLink from another folder"
+        )
+    number = hello.number or 0
+    if not workshop.own and number >= workshop.config.settings.run.clients:
+        return None  # no place, whatever it holds
+    try:
+        held = read_holding(facts)
+    except PayloadError as error:
+        return str(error)
+    dealt = workshop.holding(number)
+    return unlike(who, held, "the server", dealt) or (None if workshop.own else other_images(who, held, dealt))
+
+
+def bound_places(own: bool) -> dict[Place, int]:
+    """Return the places that are bound to nodes' keys, and to which node; empty outside `ssfl federation`.
+
+    Parameters
+    ----------
+    own : bool
+        Whether places are names of sites, and not numbers.
 
     Raises
     ------
     RunFailed
-        Label sets or image shapes differ; the message names both sides, what differs, and the cure. Or a client's
-        copy of a shared data set is another one than the server's.
+        The file that says so is damaged.
     """
-    first: tuple[str, Holding] | None = None
-    for client, facts in sorted(sites.items()):
-        if "classes" not in facts:  # another version of this code, which does not say; `met` ends such a run
-            continue
-        who = str(facts.get("name", f"client {client}"))
-        held = read_holding(facts)
-        first = first or (who, held)
-        dealt = workshop.holding(client)
-        why = unlike(*first, who, held) or unlike(who, held, "the server", dealt)
-        if why is not None:
-            raise RunFailed(why)
-        if not workshop.own and (why := other_images(who, held, dealt)) is not None:
-            raise RunFailed(why)
+    path = os.environ.get(guard.REGISTERED, "")
+    if not path or not Path(path).exists():
+        return {}
+    try:
+        content = json.loads(Path(path).read_text())
+        if own:
+            return {str(name): int(node) for name, node in content["names"].items()}
+        return {int(number): int(node) for number, node in content["numbers"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunFailed(f"{path} is damaged; ssfl federation register writes it anew") from error

@@ -62,6 +62,17 @@ def tamper(change: Callable[[Parcel], Parcel]) -> Fault:
     return fault
 
 
+def pose(as_client: int, **new: Any) -> Fault:
+    """Answer a hello as a client would, but for facts that are `new`; None leaves one out."""
+
+    def fault(grid: "ScriptedGrid", message: Message) -> Message | None:
+        good = read_record(client_app.handle(message, grid.context_of(as_client)).content).facts
+        facts = {key: value for key, value in {**good, **new}.items() if value is not None}
+        return Message(Packer().record(Parcel(facts=facts)), reply_to=message)
+
+    return fault
+
+
 class ScriptedGrid(InlineGrid):
     """An InlineGrid whose node ids and order of replies depend on `luck`, and whose clients misbehave on cue."""
 

@@ -1,14 +1,30 @@
 """Faults of clients, one by one: refused or lost by name, counted, and never part of the model."""
 
+import functools
+from typing import Any
+
 import numpy as np
 import pytest
 from flwr.app import Message
 
-from ssfl_app.config import Flat
+from ssfl_app.config import Flat, merge
 from ssfl_app.guard import RunFailed
+from ssfl_app.server_app import misfit
+from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.wire import Parcel
-from ssfl_app.workshop import Workshop
-from tests.in_process_grid import Fault, Played, ScriptedGrid, answer_error, forget, keep_silent, play, tamper
+from ssfl_app.workshop import Workshop, open_workshop
+from tests.in_process_grid import (
+    SMALL,
+    Fault,
+    Played,
+    ScriptedGrid,
+    answer_error,
+    forget,
+    keep_silent,
+    play,
+    pose,
+    tamper,
+)
 
 ONE: Flat = {"run.rounds": 1, "run.clients": 4, "run.cohort": 4}
 
@@ -137,12 +153,33 @@ def test_a_dead_ray_actor_ends_the_run_with_a_plain_message() -> None:
         play(ONE, faults={("train", 1, 2): answer_error(0, "<class ActorDiedError>:<'The actor died'>")})
 
 
-def test_a_client_with_other_code_is_named() -> None:
-    from ssfl_app.server_app import Watcher
+MISFIT = [
+    ({"code": "another"}, "runs other code ('another') than the server"),
+    ({"classes": None}, "classes is None"),
+    ({"classes": "\n".join("012345678x")}, "client 2 and the server have different classes"),
+    ({"shape": "3,8,8"}, "images of different shapes"),
+    ({"counts": ",".join("1" * 10)}, "its data set is another one"),
+]
 
-    watcher = Watcher(None, None)  # type: ignore[arg-type]
-    with pytest.raises(RunFailed, match="client 4 runs other code"):
-        watcher.met({4: {"code": "another"}})
+
+@pytest.mark.parametrize(("changed", "words"), MISFIT, ids=[words for _, words in MISFIT])
+def test_a_client_with_other_code_or_images_is_set_aside_and_the_run_goes_on(
+    changed: dict[str, Any], words: str
+) -> None:
+    said: list[str] = []
+
+    def prepare(strategy: SparseStrategy) -> None:
+        strategy.post.roster.misfit = functools.partial(misfit, open_workshop(merge(SMALL, ONE)))
+        strategy.post.roster.say = said.append
+
+    five: list[Flat] = [{"partition-id": i} for i in range(5)]
+    played = play(ONE, faults={("query.hello", 0, 4): pose(2, **changed)}, node_configs=five, prepare=prepare)
+    assert played.records[1]["ok"] == [0, 1, 2, 3]
+    assert all(words in line for line in said)  # none if it answered last
+    with pytest.raises(RunFailed, match=r"3 of 4 clients joined; missing: 2") as why:
+        play(ONE, faults={("query.hello", 0, 2): pose(2, **changed)}, prepare=prepare)
+    assert words in str(why.value)
+    assert len(said) >= 1
 
 
 def test_too_few_simulated_nodes_are_a_plain_message_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,11 +191,11 @@ def test_too_few_simulated_nodes_are_a_plain_message_at_once(monkeypatch: pytest
         play(ONE)
 
 
-def test_two_nodes_that_claim_one_number_end_the_run() -> None:
-    with pytest.raises(RunFailed, match="two nodes say that they are client 0"):
+def test_a_place_that_nobody_has_since_two_claim_another_is_named() -> None:
+    with pytest.raises(RunFailed, match=r"missing: 1 .*says that it is client 0, which node"):
         play(ONE, faults={("query.hello", 0, 1): facts(client=0)})
 
 
 def test_clients_that_never_join_are_named() -> None:
     with pytest.raises(RunFailed, match=r"3 of 4 clients joined within run.join-timeout 1 s; missing: 2"):
-        play({**ONE, "run.join-timeout": 1.0}, faults={("query.hello", 0, 2): facts(client=99)})
+        play({**ONE, "run.join-timeout": 1.0}, faults={("query.hello", 0, 2): answer_error(5)})

@@ -13,8 +13,9 @@ from ssfl_app.config import Flat, merge, parse
 from ssfl_app.guard import RunFailed
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import greeting, roster
+from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.greeting import Hello, read_hello
-from ssfl_app.strategies.roster import Roster
+from ssfl_app.strategies.roster import Place, Roster
 from ssfl_app.wire import Packer, Parcel
 from ssfl_app.workshop import open_workshop
 from tests.in_process_grid import (
@@ -26,6 +27,7 @@ from tests.in_process_grid import (
     answer_error,
     keep_silent,
     play,
+    pose,
     tamper,
 )
 
@@ -57,13 +59,20 @@ def facts(**new: Any) -> Fault:
     return tamper(lambda p: Parcel(p.arrays, {k: v for k, v in {**p.facts, **new}.items() if v is not None}))
 
 
-def meet(grid: ScriptedGrid, **keys: Any) -> Roster:
+def meet(grid: ScriptedGrid, bound: dict[Place, int] | None = None, **keys: Any) -> Roster:
     """Greet the nodes of a grid, and nothing else."""
     made = Roster(
         parse(merge(SMALL, {**ONE, **{f"run.{k.replace('_', '-')}": v for k, v in keys.items()}})).settings.run
     )
+    made.bound = lambda: bound or {}
+    made.say = said.append
+    said.clear()
     made.meet(grid)
     return made
+
+
+said: list[str] = []
+"""What people were told at the last greeting."""
 
 
 def grid(faults: dict[Any, Fault] | None = None, configs: list[Flat] | None = None) -> ScriptedGrid:
@@ -138,15 +147,15 @@ BAD = [
     (facts(counts="1,x"), "counts is '1,x'"),
     (facts(shape="0,8,8"), "shape is '0,8,8'"),
     (lambda g, m: Message(RecordDict(), reply_to=m), "record 'arrays' is NoneType"),
-    (facts(client=99), "says that it is client 99, run.clients is 4"),
+    (pose(0, client=99), "says that it is client 99, run.clients is 4"),
 ]
 
 
 @pytest.mark.parametrize(("fault", "reason"), BAD, ids=[reason for _, reason in BAD])
 def test_a_malformed_hello_sets_that_node_aside_by_name(fault: Fault, reason: str) -> None:
     odd = grid({("query.hello", 0, 2): fault})
-    with pytest.raises(RunFailed, match=r"3 of 4 clients joined .* missing: 2") as caught:
-        meet(odd, join_timeout=0.3)
+    with pytest.raises(RunFailed, match=r"3 of 4 clients joined; missing: 2") as caught:
+        meet(odd)  # no other node comes in simulation: it is not waited for
     assert reason in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -200,19 +209,87 @@ def test_a_good_hello_is_read() -> None:
     assert read_hello(5, Message(Packer().record(Parcel(facts=site)), reply_to=asked)).place == "clinic"
 
 
-def test_two_nodes_that_claim_one_number_are_both_named() -> None:
+SPARE: list[Flat] = [{"partition-id": i} for i in range(5)]
+
+
+def at(grid: ScriptedGrid, *clients: int) -> list[int]:
+    return [next(n for n, c in grid._contexts.items() if grid.number(c) == client) for client in clients]
+
+
+def test_of_two_nodes_that_claim_one_number_the_first_keeps_it() -> None:
+    twice = grid({("query.hello", 0, 4): pose(0)}, SPARE)
+    honest, liar = at(twice, 0, 4)
+    places = meet(twice).nodes
+    assert sorted(places) == [0, 1, 2, 3]
+    first = places[0]
+    assert first in (honest, liar)
+    other = liar if first == honest else honest
+    (line,) = said
+    assert line.startswith(f"warning: node {other} is set aside: says that it is client 0, which node {first} is; ")
+
+
+def test_a_run_without_enough_others_names_both_that_claim_one_number() -> None:
     twice = grid({("query.hello", 0, 1): facts(client=0)})
-    nodes = sorted(n for n, c in twice._contexts.items() if twice.number(c) in (0, 1))
-    with pytest.raises(RunFailed, match=f"two nodes say that they are client 0: {nodes[0]} and {nodes[1]}; "):
+    with pytest.raises(
+        RunFailed, match=r"3 of 4 clients joined; missing: 1 \(node \d+ says that it is client 0, "
+    ) as why:
         meet(twice)
+    assert all(str(node) in str(why.value) for node in at(twice, 0, 1))
 
 
-def test_a_node_that_raises_ends_the_run_unless_it_is_not_needed() -> None:
+HOSTILE = {
+    "a place of another": (pose(0), "says that it is client 0, whose key is that of node {0}"),
+    "an extra place": (pose(0, client=99), "says that it is client 99, and its key is that of client 4"),
+    "the name of a site": (
+        pose(0, client=None, name="extra"),
+        "says that it is site 'extra', and its key is that of client 4",
+    ),
+    "an exception": (answer_error(2, "Traceback\nOSError: no"), "raised: OSError: no"),
+    "nonsense": (pose(0, code=3), "its hello is malformed: code is 3; it is one line of at most 64 characters"),
+}
+
+
+@pytest.mark.parametrize("luck", range(3))
+@pytest.mark.parametrize(("fault", "reason"), HOSTILE.values(), ids=HOSTILE)
+def test_a_registered_node_cannot_take_a_place_that_is_bound_nor_end_the_run(
+    fault: Fault, reason: str, luck: int
+) -> None:
+    there = ScriptedGrid(merge(SMALL, ONE), luck, {("query.hello", 0, 4): fault}, SPARE)
+    *honest, liar = at(there, 0, 1, 2, 3, 4)
+    bound: dict[Place, int] = dict(enumerate([*honest, liar]))
+    assert meet(there, bound).nodes == dict(enumerate(honest))
+    assert said in ([], [f"warning: node {liar} is set aside: {reason.format(honest[0])}"])  # [] if it was too late
+
+
+def test_a_place_that_is_bound_stays_free_for_its_node_until_the_time_is_over() -> None:
+    thief = grid({("query.hello", 0, 1): facts(client=0)})
+    zero, one = at(thief, 0, 1)
+    del thief._contexts[zero]
+    with pytest.raises(
+        RunFailed, match=rf"missing: 0, 1 \(node {one} says that it is client 0, whose key is that of"
+    ):
+        meet(thief, {0: zero}, join_timeout=0.3)
+
+
+def test_a_node_that_raises_is_named_if_it_is_needed() -> None:
     fault = answer_error(2, "Traceback\nConfigError: data.path is '/x'; there is no such folder")
-    with pytest.raises(RunFailed, match=r"a client cannot start: node \d+ raised: ConfigError: data.path is '/x'"):
+    with pytest.raises(RunFailed, match=r"missing: 2 \(node \d+ raised: ConfigError: data.path is '/x'"):
         meet(grid({("query.hello", 0, 2): fault}))
-    spare = [{"partition-id": i} for i in range(4)] + [{"partition-id": 4}]
-    assert sorted(meet(grid({("query.hello", 0, 4): fault}, spare)).nodes) == [0, 1, 2, 3]
+    assert sorted(meet(grid({("query.hello", 0, 4): fault}, SPARE)).nodes) == [0, 1, 2, 3]
+
+
+def test_a_real_node_that_was_put_right_and_is_back_is_greeted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = answer_error(2, "ConfigError: data.path is '/x'; there is no such folder")
+    mended = DeploymentGrid(merge(SMALL, ONE), 0, {("query.hello", 0, 2): times(1, broken)})
+    node, asked = at(mended, 2)[0], itertools.count()
+
+    def there(self: ScriptedGrid) -> list[int]:
+        away = sum(where[2] == 2 for where in self.log) > 0 and next(asked) in range(20, 25)
+        return [n for n in self._contexts if n != node or not away]
+
+    monkeypatch.setattr(ScriptedGrid, "get_node_ids", there)
+    assert meet(mended, join_timeout=20.0).nodes[2] == node
+    assert len(said) == 1
 
 
 # ---- rejoining ----------------------------------------------------------------------------------
@@ -267,7 +344,7 @@ def test_a_node_under_another_id_takes_its_old_place(moved: Any) -> None:
 
 def test_nodes_that_have_no_place_are_not_let_in(moved: Any) -> None:
     played = moved({2: (1, 77, {"partition-id": 2, "num-partitions": 4})})
-    assert played.records[2]["strangers"] == {"77": "says that it is 2: its node is still there"}
+    assert played.records[2]["strangers"] == {"77": "says that it is client 2: its node is still there"}
     assert list(played.records[2]["lost"]) == ["1"]
     assert played.records[2]["ok"] == [0, 2, 3]
 
@@ -278,5 +355,60 @@ def test_a_node_with_other_code_does_not_take_a_place(moved: Any) -> None:
     played = moved(
         moves, faults={("query.hello", 0, 1): lambda g, m: fault(g, m) if 77 in g._contexts else g.work(m)}
     )
-    assert played.records[2]["strangers"] == {"77": "says that it is 1, with another code than before"}
+    assert played.records[2]["strangers"] == {"77": "says that it is client 1, with another code than before"}
     assert list(played.records[2]["lost"]) == ["1"]
+
+
+class Theft(MovingGrid):
+    """Client 1 is away in round 2, somebody else says meanwhile that it is client 1, and is back in round 3."""
+
+    def __init__(self, config: Flat, **options: Any) -> None:
+        super().__init__(config, {2: (1, 77, {"partition-id": 1, "num-partitions": 4})}, **options)
+        (self.true,) = at(self, 1)
+        self.away = self._contexts[self.true]
+
+    def get_node_ids(self) -> list[int]:
+        if self.trained == 2:
+            self._contexts.setdefault(self.true, self.away)
+        return super().get_node_ids()
+
+
+@pytest.mark.parametrize("is_bound", [False, True])
+def test_a_node_that_is_back_has_its_place_whoever_took_it(is_bound: bool) -> None:
+    keys: Flat = {"run.rounds": 3, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 3}
+    theft = Theft(merge(SMALL, keys))
+    told: list[str] = []
+
+    def prepare(strategy: SparseStrategy) -> None:
+        strategy.post.roster.say = told.append
+        strategy.post.roster.bound = lambda: {1: theft.true} if is_bound else {}
+
+    played = play(keys, grid=theft, prepare=prepare)
+    assert played.strategy.post.roster.nodes[1] == theft.true
+    assert played.records[3]["ok"] == [0, 1, 2, 3]
+    if is_bound:
+        reason = f"says that it is client 1, whose key is that of node {theft.true}"
+        assert played.records[2]["strangers"] == {"77": reason}
+        assert list(played.records[2]["lost"]) == ["1"]
+        assert "rejoined" not in played.records[3]
+        assert told == []
+    else:
+        assert [record.get("rejoined") for record in played.records] == [None, None, [1], [1]]
+        assert told == [
+            f"warning: client 1: node {theft.true} is gone and node 77 takes its place",
+            f"warning: client 1: node {theft.true} is back and node 77 leaves its place",
+        ]
+        assert played.bits() == play(keys).bits()  # here the thief computed honestly
+
+
+def test_a_place_that_is_bound_anew_in_a_run_is_not_given_back() -> None:
+    """The operator registers another key for client 1: the old one, should it come back, has lost its place."""
+    keys: Flat = {"run.rounds": 3, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 3}
+    theft = Theft(merge(SMALL, keys))
+
+    def prepare(strategy: SparseStrategy) -> None:
+        strategy.post.roster.bound = lambda: {1: 77 if theft.trained else theft.true}
+
+    played = play(keys, grid=theft, prepare=prepare)
+    assert played.strategy.post.roster.nodes[1] == 77
+    assert [record.get("rejoined") for record in played.records] == [None, None, [1], None]

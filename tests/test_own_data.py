@@ -151,12 +151,13 @@ def test_without_a_central_test_set_the_summary_still_has_the_clients_accuracy(
 
 
 def test_a_run_resumes_with_the_same_sites_only(sites: list[Flat], tmp_path: Path) -> None:
-    run(tmp_path / "run", sites, {"run.rounds": 1})
+    keys: Flat = {"run.rounds": 1, "run.join-timeout": 3.0}
+    run(tmp_path / "run", sites, keys)
     token = (tmp_path / "run" / "checkpoint" / "token").read_text()
     other = [*sites[:2], {**sites[2], "name": "zurich"}]
-    with pytest.raises(RunFailed, match=r"site 'zurich', which the run .* its sites are athens, berlin, cairo"):
-        run(tmp_path / "run", other, {"run.rounds": 1, "run.resume": True})
-    run(tmp_path / "run", sites, {"run.rounds": 1, "run.resume": True})
+    with pytest.raises(RunFailed, match=r"missing: cairo .*'zurich'; the sites of the run that is resumed are"):
+        run(tmp_path / "run", other, keys | {"run.resume": True})
+    run(tmp_path / "run", sites, keys | {"run.resume": True})
     assert (tmp_path / "run" / "checkpoint" / "token").read_text() == token
     assert len(token.strip()) == 16
 
@@ -206,20 +207,34 @@ def small_sites(root: Path, parts: dict[str, dict[str, int]], channels: int = 1)
 def test_sites_with_other_label_sets_are_told_and_the_cure_works(tmp_path: Path) -> None:
     both = small_sites(tmp_path, {"a": {"cat": 3, "dog": 2}, "b": {"cat": 3, "eel": 2}})
     keys: Flat = {"run.clients": 2, "run.cohort": 2, "run.rounds": 1, "data.path": str(tmp_path / "a")}
-    with pytest.raises(RunFailed, match=r"a and b have different classes: a has no 'eel'; b has no 'dog'. The cure"):
+    keys["run.join-timeout"] = 3.0
+    words = r"b and the server have different classes: b has no 'dog'; the server has no 'eel'. The cure"
+    with pytest.raises(RunFailed, match=words):
         run(tmp_path / "one", both, keys | {"data.classes": ""})
     run(tmp_path / "two", both, keys | {"data.classes": "cat,dog,eel"})
     written = json.loads((tmp_path / "two" / "clients.json").read_text())
     assert [row["train"] for row in written["clients"]] == [[3, 2, 0], [3, 0, 2]]
 
 
-def test_more_sites_than_clients_are_named(tmp_path: Path) -> None:
+def test_more_sites_than_clients_are_named_and_registered_ones_come_first(tmp_path: Path) -> None:
     three = small_sites(tmp_path, {name: {"cat": 2, "dog": 2} for name in "abc"})
-    with pytest.raises(RunFailed, match=r"3 sites are connected and run.clients is 2: a, b, c"):
-        play(OWN | {"data.classes": "cat,dog", "run.clients": 2, "run.cohort": 2}, node_configs=three)
+    keys = OWN | {"data.classes": "cat,dog", "run.clients": 2, "run.cohort": 2, "run.rounds": 1}
+    for registered, names in (("", "ab"), ("bc", "bc"), ("c", "ac")):
+        grid, told = DeploymentGrid(merge(SMALL, keys), node_configs=three), list[str]()
+        node = dict(zip("abc", grid._contexts, strict=True))
+
+        def prepare(strategy: SparseStrategy) -> None:
+            strategy.post.roster.say = told.append  # noqa: B023
+            strategy.post.roster.bound = lambda: {name: node[name] for name in registered}  # noqa: B023
+
+        played = play(keys, grid=grid, prepare=prepare)
+        assert "".join(played.strategy.post.roster.names.values()) == names
+        (out,) = set("abc") - set(names)
+        line = f"warning: node {node[out]} is set aside: is site {out!r}; run.clients is 2: {', '.join(names)}"
+        assert line in told
     twice = [three[0], three[0]]
-    with pytest.raises(RunFailed, match=r"two nodes say that they are site 'a': \d+ and \d+; each needs its"):
-        play(OWN | {"data.classes": "cat,dog", "run.clients": 2, "run.cohort": 2}, node_configs=twice)
+    with pytest.raises(RunFailed, match=r"1 of 2 .*is site 'a', which node \d+ is; each needs its own name"):
+        play(keys | {"run.join-timeout": 3.0}, node_configs=twice)
 
 
 def test_a_client_whose_copy_of_a_shared_set_is_another_one_is_named(tmp_path: Path) -> None:
@@ -235,14 +250,15 @@ def test_a_client_whose_copy_of_a_shared_set_is_another_one_is_named(tmp_path: P
         "data.classes": "",
     }
     keys |= {"data.channels": 0, "run.clients": 2, "run.cohort": 2, "run.rounds": 1, "partition.name": "iid"}
+    keys["run.join-timeout"] = 3.0
     obeys, own_copy = {"server-data-path": True, "least-batch": 1}, {"partition-id": 1, "least-batch": 1}
     nodes: list[Flat] = [{"partition-id": 0, **obeys}, {**own_copy, "data-path": str(tmp_path / "a")}]
     run(tmp_path / "one", nodes, keys)
     nodes[1] = {**own_copy, "data-path": str(tmp_path / "c")}
-    with pytest.raises(RunFailed, match="client 0 and client 1 have different classes: client 0 has no '2'"):
+    with pytest.raises(RunFailed, match="client 1 and the server have different classes: the server has no '2'"):
         run(tmp_path / "two", nodes, keys)
     nodes[1] = {**own_copy, "data-path": str(tmp_path / "nowhere")}
-    with pytest.raises(RunFailed, match=r"a client cannot start: .*NodeError.*data-path: there is no such folder"):
+    with pytest.raises(RunFailed, match=r"missing: 1 \(node \d+ raised: .*NodeError.*data-path: there is no such"):
         run(tmp_path / "three", nodes, keys)
 
 
@@ -335,7 +351,7 @@ def test_keys_of_other_apps_are_left_alone() -> None:
 
 
 def test_a_bad_node_config_reaches_the_user(sites: list[Flat]) -> None:
-    with pytest.raises(RunFailed, match=r"cannot start: node \d+ raised: .*data-path is missing in --node-config"):
+    with pytest.raises(RunFailed, match=r"\(node \d+ raised: .*data-path is missing in --node-config"):
         own([*sites[:2], {"name": "cairo"}])
 
 

@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from ssfl_app.engine.federation_control import is_up, nodes
 from ssfl_app.engine.federation_services import node_service
 from ssfl_app.engine.federation_status import stop
 from ssfl_app.engine.processes import end
-from ssfl_app.files import write_json
 from ssfl_app.guard import RunFailed
 
 VICTIM = "node-1"
@@ -235,8 +234,8 @@ def _with_clock(place: Field, offset: int) -> Iterator[None]:
     stop(place.federation)
     known = place.federation
     victim = next(node for node in known.nodes if node.name == VICTIM)
-    rest = [vars(node) for node in known.nodes if node != victim]
-    write_json(place.folder / "federation.json", {"host": known.host, "port": known.port, "nodes": rest})
+    rest = tuple(node for node in known.nodes if node != victim)
+    house.write(replace(known, nodes=rest))
     place.federation = house.read(place.folder)
     keeper = subprocess.Popen(ssfl("federation", "keep", "--dir", str(place.folder)), stdout=subprocess.DEVNULL)
     until("the federation is up", lambda: is_up(place.federation))

@@ -13,11 +13,11 @@ from ssfl_app import guard
 from ssfl_app.engine import federation as house
 from ssfl_app.engine.federation import Federation
 from ssfl_app.engine.federation_control import nodes, register
-from ssfl_app.engine.federation_services import node_service, superlink_service
+from ssfl_app.engine.federation_services import front_service, node_service, superlink_service
 from ssfl_app.engine.keeper import Service
 from ssfl_app.engine.processes import end, wait_until_healthy
 
-PORT, NODE_PORT = 8443, 9094
+PORT, CONTROL_PORT, NODE_PORT = 8443, 8444, 9094
 ONLINE_TIMEOUT = 120.0
 BIN = Path(sys.executable).parent
 
@@ -31,15 +31,21 @@ def federation(folder: Path, area: WideArea) -> Iterator[Federation]:
     enter(SERVER)
     # Every node has a namespace of its own, so they may all use the same port there.
     nodes = {site.name: f"partition-id={i} server-data-path=true" for i, site in enumerate(area.sites)}
-    made = house.create(folder, SERVER_ADDRESS, PORT, nodes, [NODE_PORT] * len(nodes), timedelta(days=2))
+    ports = [NODE_PORT] * len(nodes)
+    made = house.create(folder, SERVER_ADDRESS, (PORT, CONTROL_PORT), nodes, ports, timedelta(days=2))
     services: list[Service] = []
     lock = guard.take(made.lock)  # `federation_run` takes it for the sign that somebody keeps the processes
     try:
-        services.append(superlink_service(folder, SERVER_ADDRESS, PORT))
-        services[0].start()
-        assert services[0].process is not None
-        wait_until_healthy(services[0].process, made.address, services[0].log, folder / "superlink" / "ca.crt")
-        register(made, list(nodes))
+        authority = folder / "superlink" / "ca.crt"
+        for service, address, answer in (
+            (superlink_service(made), made.control_address, 200),
+            (front_service(made, SERVER_ADDRESS), made.address, 404),
+        ):
+            services.append(service)
+            service.start()
+            assert service.process is not None
+            wait_until_healthy(service.process, address, service.log, authority, answer)
+        register(made)
         for site, node in zip(area.sites, made.nodes, strict=True):
             service = node_service(folder / "nodes" / node.name, made.address, node.config, node.port)
             service.command = inside(site.namespace, [str(BIN / service.command[0]), *service.command[1:]])

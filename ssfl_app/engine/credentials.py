@@ -10,7 +10,9 @@ Nodes check the SuperLink by its certificate (TLS); the SuperLink knows nodes by
 registered with it.
 """
 
+import contextlib
 import ipaddress
+import re
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -21,10 +23,38 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from ssfl_app.local.place import check_name
 from ssfl_app.options import ConfigError
 
 CA_VALID = timedelta(days=3650)
 _PEM = serialization.Encoding.PEM
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+
+
+def private(folder: Path) -> Path:
+    """Make a folder of a federation that its account alone may enter, whatever the umask is; return it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.suppress(PermissionError):  # somebody else's, who says who may enter it
+        folder.chmod(0o700)
+    return folder
+
+
+def check_host(host: object, key: str) -> str:
+    """Return the name or address of a host.
+
+    Raises
+    ------
+    ConfigError
+        It is neither a host name (RFC 1123) nor an IP address; the message begins with `key`.
+    """
+    if isinstance(host, str) and "%" not in host:  # the name of an interface, which may be anything
+        with contextlib.suppress(ValueError):
+            return str(ipaddress.ip_address(host))
+        labels = host.removesuffix(".").split(".")
+        # The last one has a letter: 1.2.3 and 1.2.3.999 are addresses that are wrong.
+        if len(host) <= 253 and all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdigit():
+            return host
+    raise ConfigError(f"{key} is {host!r}; it is a host name, superlink.example.org, or an IP address")
 
 
 def make_authority(folder: Path, valid: timedelta = CA_VALID) -> None:
@@ -39,7 +69,8 @@ def make_authority(folder: Path, valid: timedelta = CA_VALID) -> None:
     usage = {name: name in ("key_cert_sign", "crl_sign", "digital_signature") for name in _USAGES}
     builder = builder.add_extension(x509.KeyUsage(**usage), critical=True)
     certificate = builder.sign(key, hashes.SHA256())
-    home.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private(home)
     _write_private(home / "ca.key", _private(key, serialization.PrivateFormat.PKCS8))
     (home / "ca.crt").write_bytes(certificate.public_bytes(_PEM))
 
@@ -69,8 +100,7 @@ def make_server(folder: Path, hosts: Sequence[str], valid: timedelta) -> None:
     builder = builder.add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), False)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
     certificate = builder.sign(signer, hashes.SHA256())
-    home = folder / "superlink"
-    home.mkdir(parents=True, exist_ok=True)
+    home = private(folder / "superlink")
     _write_private(home / "server.key", _private(key, serialization.PrivateFormat.PKCS8))
     (home / "server.pem").write_bytes(certificate.public_bytes(_PEM))
     shutil.copy(folder / "ca" / "ca.crt", home / "ca.crt")
@@ -78,9 +108,9 @@ def make_server(folder: Path, hosts: Sequence[str], valid: timedelta) -> None:
 
 def make_node(folder: Path, name: str) -> Path:
     """Make the key pair of a node (P-384, OpenSSH) unless it is there; return the node's folder."""
-    home = folder / "nodes" / name
+    private(folder / "nodes")
+    home = private(folder / "nodes" / check_name(name, "the name of a node"))
     if not (home / "key").exists():
-        home.mkdir(parents=True, exist_ok=True)
         key = ec.generate_private_key(ec.SECP384R1())
         public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
         (home / "key.pub").write_bytes(public + b"\n")

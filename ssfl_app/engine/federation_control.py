@@ -4,8 +4,10 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
+
+from flwr.common.config import parse_config_args
 
 from ssfl_app import guard
 from ssfl_app.engine.federation import CONNECTION, Federation
@@ -44,13 +46,37 @@ def control(federation: Federation, *words: str) -> Any:
     return answer
 
 
-def register(federation: Federation, names: Iterable[str]) -> None:
-    """Register nodes' public keys with the SuperLink, unless that was done already."""
-    for name in names:
-        home = federation.folder / "nodes" / name
+def register(federation: Federation) -> None:
+    """Register the nodes' public keys with the SuperLink, unless that was done already, and write who is who.
+
+    A node's place in a run is its name, for a site with data of its own, and its partition of a shared data set, if
+    `ssfl federation up` gave it one.
+
+    Raises
+    ------
+    RunFailed
+        The SuperLink refuses a key, or does not answer.
+    """
+    names: dict[str, int] = {}
+    numbers: dict[str, int] = {}
+    for node in federation.nodes:
+        home = federation.folder / "nodes" / node.name
         mark = home / "registered.json"
         if not mark.exists():
             write_json(mark, control(federation, "supernode", "register", str(home / "key.pub")))
+        names[node.name] = int(node_id(federation, node.name))
+        partition = parse_config_args([node.config]).get("partition-id")
+        if partition is not None:
+            numbers[str(partition)] = names[node.name]
+    write_json(federation.registered, {"names": names, "numbers": numbers})
+
+
+def node_id(federation: Federation, name: str) -> str:
+    """Return the id that the SuperLink gave a node when it was registered, "" before."""
+    try:
+        return str(json.loads((federation.folder / "nodes" / name / "registered.json").read_text())["node-id"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def nodes(federation: Federation) -> list[dict[str, Any]]:

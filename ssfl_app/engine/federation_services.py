@@ -1,19 +1,24 @@
 """The processes of a federation, and who keeps them alive.
 
-`ssfl federation up` has one process keep the SuperLink and all nodes of this machine alive (`keep_all`); on hosts
-`superlink` and `node` do that for one of them each.
+`ssfl federation up` has one process keep the SuperLink, its front and all nodes of this machine alive (`keep_all`);
+on hosts `superlink` does that for the first two, and `node` for a node.
 """
 
+import shlex
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from click import ClickException
+from flwr.common.config import parse_config_args
+
 from ssfl_app import guard
-from ssfl_app.engine.credentials import expires
+from ssfl_app.engine.credentials import check_host, expires, private
 from ssfl_app.engine.federation import Federation
 from ssfl_app.engine.federation_control import register
 from ssfl_app.engine.keeper import Keeper, Service
 from ssfl_app.engine.processes import environment, wait_until_healthy
+from ssfl_app.local.place import check_name
 from ssfl_app.options import ConfigError
 
 GIVES_UP = "Giving up reconnection"
@@ -26,26 +31,38 @@ def check_certificate(folder: Path) -> None:
     if ends <= datetime.now(UTC):
         raise ConfigError(
             f"the SuperLink's certificate ended on {ends:%Y-%m-%d %H:%M} UTC; make another one: "
-            f"ssfl federation certificate --dir {folder}"
+            f"ssfl federation certificate --dir {shlex.quote(str(folder))}"
         )
 
 
-def superlink_service(folder: Path, bind: str, port: int) -> Service:
-    """Return the SuperLink: TLS, registered nodes only, and a database that survives it.
+def superlink_service(federation: Federation) -> Service:
+    """Return the SuperLink: on loopback, registered nodes only, and a database that survives it.
+
+    With TLS also there: Flower checks nodes' keys under TLS only.
 
     Raises
     ------
     ConfigError
         Its certificate has expired.
     """
-    home = folder / "superlink"
-    check_certificate(folder)
-    (home / "flwr").mkdir(parents=True, exist_ok=True)
-    command = ["flower-superlink", "--host", bind, "--port", str(port), "--enable-supernode-auth"]
+    home = private(federation.folder / "superlink")
+    check_certificate(federation.folder)
+    private(home / "flwr")
+    command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(federation.control_port)]
+    command += ["--enable-supernode-auth"]
     command += ["--ssl-ca-certfile", str(home / "ca.crt"), "--ssl-certfile", str(home / "server.pem")]
     command += ["--ssl-keyfile", str(home / "server.key"), "--database", str(home / "state.db")]
     command += ["--disable-runtime-dependency-installation"]
-    return Service("superlink", command, home, environment(home / "flwr"), home / "superlink.log")
+    # The ServerApp, a descendant, reads there which node holds which place.
+    variables = environment(home / "flwr", **{guard.REGISTERED: str(federation.registered)})
+    return Service("superlink", command, home, variables, home / "superlink.log")
+
+
+def front_service(federation: Federation, bind: str) -> Service:
+    """Return the front that nodes reach on the interface `bind`."""
+    home = federation.folder / "superlink"
+    command = ["python", "-P", "-m", "ssfl_app", "federation", "front", "--dir", str(federation.folder)]
+    return Service("front", [*command, "--bind", bind], home, environment(home / "flwr"), home / "front.log")
 
 
 def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
@@ -59,9 +76,22 @@ def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
         Flower's ``--node-config``. ``state-path`` is added unless it is there.
     port : int
         For the node's own processes, on the loopback interface.
+
+    Raises
+    ------
+    ConfigError
+        The address cannot be one, or a name in `config`.
     """
+    host, _, number = superlink.rpartition(":")
+    check_host(
+        host[1:-1] if host.startswith("[") and host.endswith("]") else host, f"--superlink {superlink!r}: host"
+    )
+    if not (number.isascii() and number.isdigit() and 0 < int(number) < 2**16):
+        raise ConfigError(f"--superlink is {superlink!r}; it is HOST:PORT, the port from 1 to 65535")
+    check_config(config)
     # Of its own: nodes that share an FLWR_HOME read each other's half-copied apps.
-    (home / "flwr").mkdir(parents=True, exist_ok=True)
+    private(home)
+    private(home / "flwr")
     if "state-path=" not in config:
         config = f"{config} state-path='{home / 'state'}'".strip()
     command = ["flower-supernode", "--superlink", superlink, "--root-certificates", str(home / "ca.crt")]
@@ -72,34 +102,47 @@ def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
     return Service(home.name, command, home, variables, home / "node.log", GIVES_UP)
 
 
+def check_config(config: str) -> None:
+    """Raise ConfigError if Flower would not read a ``--node-config``, or it names a site as no site may be called."""
+    try:
+        said = parse_config_args([config])
+    except (ClickException, ValueError, OSError) as error:
+        raise ConfigError(f"--node-config is {config!r}; it is \"name='a' data-path='/data/a'\", say") from error
+    if "name" in said:
+        check_name(said["name"], "name", " in --node-config")
+
+
 def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -> None:
-    """Keep the SuperLink and other services of this machine alive until SIGTERM or SIGINT.
+    """Keep the SuperLink, its front and other services of this machine alive until SIGTERM or SIGINT.
 
     Parameters
     ----------
     bind : str
-        Interface on which the SuperLink listens.
+        Interface on which the front listens.
     then : callable
-        Called when it listens; returns what else is to run.
+        Called when both listen; returns what else is to run.
 
     Raises
     ------
     ConfigError
         Somebody does so already, or the SuperLink's certificate has expired.
     RunFailed
-        The SuperLink does not start.
+        The SuperLink or its front does not start.
     """
-    first = superlink_service(federation.folder, bind, federation.port)
+    first, front = superlink_service(federation), front_service(federation, check_host(bind, "--bind"))
     lock = guard.take(federation.lock)
     if lock is None:
         raise ConfigError(f"--dir is {federation.folder}; its federation is up already")
     keeper = Keeper(federation.state)
     try:
-        keeper.add([first])
-        if first.process is not None:
-            authority = federation.folder / "superlink" / "ca.crt"
-            here = "127.0.0.1" if bind == "0.0.0.0" else bind
-            wait_until_healthy(first.process, f"{here}:{federation.port}", first.log, authority)
+        authority = federation.folder / "superlink" / "ca.crt"
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)
+        here = f"[{here}]" if ":" in here else here
+        addresses = federation.control_address, f"{here}:{federation.port}"
+        for service, address, answer in zip((first, front), addresses, (200, 404), strict=True):
+            keeper.add([service])
+            if service.process is not None:
+                wait_until_healthy(service.process, address, service.log, authority, answer)
         keeper.add(then())
         keeper.run()
     finally:
@@ -111,7 +154,7 @@ def keep_all(federation: Federation) -> None:
     """Keep the SuperLink and all nodes on this machine alive, the nodes registered, until SIGTERM or SIGINT."""
 
     def nodes_of() -> list[Service]:
-        register(federation, [node.name for node in federation.nodes])
+        register(federation)
         return [
             node_service(federation.folder / "nodes" / node.name, federation.address, node.config, node.port)
             for node in federation.nodes
@@ -121,7 +164,7 @@ def keep_all(federation: Federation) -> None:
 
 
 def keep_superlink(federation: Federation, bind: str) -> None:
-    """Keep the SuperLink of a host alive until SIGTERM or SIGINT; it listens on the interface `bind`."""
+    """Keep the SuperLink of a host alive until SIGTERM or SIGINT; nodes reach it on the interface `bind`."""
     keep(federation, bind, list)
 
 

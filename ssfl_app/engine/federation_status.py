@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 from rich.table import Table
 
-from ssfl_app.engine.federation import Federation
-from ssfl_app.engine.federation_control import is_up, nodes
+from ssfl_app.engine.federation import SERVICES, Federation
+from ssfl_app.engine.federation_control import is_up, node_id, nodes
 from ssfl_app.engine.processes import STOP_TIMEOUT, end_families
 from ssfl_app.guard import RunFailed
 
@@ -37,12 +37,15 @@ def overview(federation: Federation) -> tuple[Table, bool]:
     for column in ("service", "process", "restarts", "as the SuperLink sees it", "node-config"):
         table.add_column(column)
     stands = []
-    for name, config in [("superlink", ""), *((node.name, node.config) for node in federation.nodes)]:
+    for name, config in [
+        *((name, "") for name in SERVICES),
+        *((node.name, node.config) for node in federation.nodes),
+    ]:
         service = known.get(name, {}) if up else {}
-        seen = "" if name == "superlink" else online.get(node_id(federation, name), "unknown")
+        seen = "" if name in SERVICES else online.get(node_id(federation, name), "unknown")
         if seen not in ("", "online"):
             seen = ": ".join(filter(None, [seen, complaint(federation.folder / "nodes" / name / "node.log")]))
-        stands.append(seen == "online" or (name == "superlink" and bool(service.get("pid"))))
+        stands.append(seen == "online" or (name in SERVICES and bool(service.get("pid"))))
         table.add_row(name, str(service.get("pid") or "-"), str(service.get("restarts", "-")), seen, config)
     return table, up and all(stands)
 
@@ -56,14 +59,6 @@ def complaint(log: Path) -> str:
         line.strip() for line in lines[-200:] if re.search(r"\[code: |CERTIFICATE|Connection attempt failed", line)
     ]
     return found[-1][:160] if found else ""
-
-
-def node_id(federation: Federation, name: str) -> str:
-    """Return the id that the SuperLink gave a node when it was registered, "" before."""
-    try:
-        return str(json.loads((federation.folder / "nodes" / name / "registered.json").read_text())["node-id"])
-    except (OSError, ValueError, KeyError):
-        return ""
 
 
 def stop(federation: Federation) -> int:
@@ -90,7 +85,7 @@ def _members(federation: Federation) -> list[psutil.Process]:
         words = _words(process)
         ours = any(word == home or word.startswith(home + os.sep) for word in words)
         programs = {Path(word).name for word in words[:2]}
-        keeper = "keep" in words and "ssfl_app" in words
+        keeper = "ssfl_app" in words and not {"keep", "front"}.isdisjoint(words)
         if (
             process.pid == os.getpid()
             or not ours

@@ -6,6 +6,7 @@ import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,9 +87,12 @@ def end_families(pids: list[int]) -> None:
 
 
 def wait_until_healthy(
-    process: "subprocess.Popen[bytes]", address: str, log: Path, authority: Path | None = None
+    process: "subprocess.Popen[bytes]", address: str, log: Path, authority: Path | None = None, answer: int = 200
 ) -> None:
     """Wait until the SuperLink at host:port answers, by TLS if a certificate authority's file is given.
+
+    `answer` is the status with which it does: a SuperLink is asked for its health (200), which its front does not
+    tell (404).
 
     Raises
     ------
@@ -103,12 +107,16 @@ def wait_until_healthy(
     end_ = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end_ and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{scheme}://{address}/health", timeout=1, context=context) as answer:
-                if answer.status == 200:
-                    return
+            with urllib.request.urlopen(f"{scheme}://{address}/health", timeout=1, context=context) as said:
+                status = said.status
+        except urllib.error.HTTPError as error:
+            status = error.code
         except OSError:
-            time.sleep(0.05)
-    raise RunFailed(f"Flower's SuperLink did not start at {address} within {START_TIMEOUT:g} s:\n  {tail(log)}")
+            status = 0
+        if status == answer:
+            return
+        time.sleep(0.05)
+    raise RunFailed(f"the SuperLink did not start at {address} within {START_TIMEOUT:g} s:\n  {tail(log)}")
 
 
 def tail(log: Path, begin: int = 0) -> str:

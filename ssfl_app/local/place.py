@@ -142,7 +142,7 @@ def read_place(node_config: Mapping[str, object], where: str) -> Place:
     state = _folder(node_config, "state-path")
     data = _folder(node_config, "data-path")
     number = None if where == "sites" else _number(node_config["partition-id"])
-    name = _name(node_config["name"]) if where == "sites" else ""
+    name = check_name(node_config["name"], "name", " in --node-config") if where == "sites" else ""
     alone = simulated(node_config)
     least = 1 if alone else _least_batch(node_config.get("least-batch", LEAST_BATCH))
     obeys = node_config.get("server-data-path", False)
@@ -163,10 +163,17 @@ def _number(value: object) -> int:
     return value
 
 
-def _name(value: object) -> str:
+def check_name(value: object, key: str, where: str = "") -> str:
+    """Return the name of a node or site.
+
+    Raises
+    ------
+    ConfigError
+        It is not one that `NAME` allows; the message begins with `key`, and says `where`.
+    """
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ConfigError(
-            f"name is {value!r} in --node-config; it is 1 to 64 letters, digits, '.', '_' or '-', in quotes: 'site-a'"
+            f"{key} is {value!r}{where}; it is 1 to 64 letters, digits, '.', '_' or '-', letter or digit first: 'a-1'"
         )
     return value
 

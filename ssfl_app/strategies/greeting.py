@@ -118,6 +118,10 @@ class Hellos:
         now, there = time.monotonic(), set(nodes)
         for node in set(self._asked) - there:  # it may come back, and what it was working on is gone
             del self._asked[node]
+            if node in self.odd or node in self.raised:  # then with what was wrong put right
+                self.answered.discard(node)
+                self.odd.pop(node, None)
+                self.raised.pop(node, None)
         due = []
         for node in sorted(there - self.answered):
             waited = now - self._asked.get(node, -TRY)

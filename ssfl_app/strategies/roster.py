@@ -1,12 +1,14 @@
 """The roster: which client each node is, and who took whose place.
 
-What one node says never ends the run, except where no other answer could help: it cannot start, or two nodes claim
-one place. Sites with data of their own have names; their numbers are the ranks of the names, whatever Flower's node
-ids are and whoever came first.
+What one node says never ends the run: a node that cannot start, claims a place that is another's, runs other code or
+holds other images is set aside by name, and the run goes on if the places fill without it. A place that the keeper of
+the SuperLink gave to a node's key (`bound`) is that node's. Any other is held by whoever came first, who gets it back
+from whoever took it in between. Sites with data of their own have names; their numbers are the ranks of the names,
+whatever Flower's node ids are and whoever came first.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from flwr.serverapp import Grid
 
@@ -16,11 +18,17 @@ from ssfl_app.strategies.greeting import Hello, Hellos
 from ssfl_app.strategies.settings import RunOptions
 from ssfl_app.wire import Facts
 
+Place = int | str
+"""What no two nodes may claim: a client's number, or the name of a site."""
+
 SIMULATED_NODES_APPEAR = 5.0
 """Seconds after which all simulated nodes are there: Flower registers them together, before its actors start."""
 
 REJOIN_TIMEOUT = 15.0
 """Seconds that a round waits for nodes that may take the place of others."""
+
+MOST_WARNINGS = 50
+"""Lines about nodes without a place, or that took one, in a run."""
 
 
 class Roster:
@@ -39,16 +47,28 @@ class Roster:
         Client -> name of the site; empty where partitions of a shared data set are dealt.
     expected : tuple of str
         Names of the sites of a run that is resumed, by client; empty: whoever comes.
+    bound : callable
+        Returns place -> id of the only node that may hold it, of the places that are bound to a node's key. Asked at
+        the greeting and whenever nodes are gone: keys may be registered in between.
+    misfit : callable
+        misfit(hello) returns why a node cannot be in this run whatever its place, None if it can.
+    say : callable
+        Tells people a line.
     """
 
     def __init__(self, run: RunOptions) -> None:
         self.nodes: dict[int, int] = {}
         self.names: dict[int, str] = {}
         self.expected: tuple[str, ...] = ()
+        self.bound: Callable[[], Mapping[Place, int]] = dict
+        self.misfit: Callable[[Hello], str | None] = lambda hello: None
+        self.say: Callable[[str], None] = lambda line: None
         self._run = run
         self._facts: dict[int, Facts] = {}
-        self._met: dict[int | str, Hello] = {}  # by number, or by name
-        self._aside: dict[int, str] = {}
+        self._first: dict[int, tuple[int, Facts]] = {}  # client -> the node that held its place first
+        self._said: set[str] = set()
+
+    # ---- the greeting ------------------------------------------------------------------------
 
     def meet(self, grid: Grid) -> dict[int, Facts]:
         """Wait until every client is connected, and return what each says of itself.
@@ -56,85 +76,118 @@ class Roster:
         Raises
         ------
         RunFailed
-            Some did not come within run.join-timeout, two claim one place, one cannot start, or there are other or
-            more sites than the run has.
+            Some did not come within run.join-timeout, or, where Flower simulates all nodes, cannot come any more; the
+            message says why by node.
         """
         now = time.monotonic()
         end, few = now + self._run.join_timeout, now + SIMULATED_NODES_APPEAR
-        hellos, seen = Hellos(grid, end), set[int]()
+        hellos, seen, heard = Hellos(grid, end), set[int](), dict[int, Hello]()
+        bound = self.bound()
         while True:
             there = set(grid.get_node_ids())
             seen |= there
             hellos.ask(there)
             for hello in hellos.hear():
-                self._enter(hello, there)
-            if self._all_met(hellos.silent(there)):
+                reason = self._stranger(hello, bound) or self.misfit(hello)
+                if reason is None:
+                    heard[hello.node] = hello
+                else:
+                    hellos.odd[hello.node] = reason
+            met, aside = self._seats(heard, there, bound)
+            reasons = {**hellos.reasons(), **aside}
+            self._tell({node: reason for node, reason in reasons.items() if node not in hellos.lost})
+            if self._all_met(met, hellos.silent(there)):
                 return dict(self._facts)
-            if hellos.raised and not hellos.silent(there):
-                node, reason = min(hellos.raised.items())
-                raise RunFailed(f"a client cannot start: node {node} {reason}")
-            if is_simulation(grid) and len(seen) < self._run.clients and time.monotonic() > few:
-                raise RunFailed(
-                    f"Flower simulates {len(seen)} SuperNodes and run.clients is {self._run.clients}: set "
-                    f"num-supernodes to {self._run.clients}, as `ssfl run` does"
-                )
+            timeout = f" within run.join-timeout {self._run.join_timeout:g} s"
+            if is_simulation(grid):  # no node comes later
+                if len(there) >= self._run.clients and there <= hellos.answered:
+                    raise RunFailed(self._too_few(met, reasons, ""))
+                if len(seen) < self._run.clients and time.monotonic() > few:
+                    raise RunFailed(
+                        f"Flower simulates {len(seen)} SuperNodes and run.clients is {self._run.clients}: set "
+                        f"num-supernodes to {self._run.clients}, as `ssfl run` does"
+                    )
             if time.monotonic() > end:
-                raise RunFailed(self._too_few({**self._aside, **hellos.reasons()}))
+                raise RunFailed(self._too_few(met, reasons, timeout))
             time.sleep(SIMULATION_POLL if is_simulation(grid) else DEPLOYMENT_POLL)
 
-    def _enter(self, hello: Hello, there: set[int]) -> None:
-        if hello.number is not None and hello.number >= self._run.clients:
-            self._aside[hello.node] = f"says that it is client {hello.number}, run.clients is {self._run.clients}"
-            return
+    def _stranger(self, hello: Hello, bound: Mapping[Place, int]) -> str | None:
+        """Return why the place that a node claims cannot be its own, whoever else is there."""
+        place, claim = hello.place, _claim(hello)
+        if bound.get(place, hello.node) != hello.node:
+            return f"{claim}, whose key is that of node {bound[place]}"
+        own = [other for other, node in bound.items() if node == hello.node]
+        if own and place not in own:
+            return f"{claim}, and its key is that of {_called(own[0])}"
         if hello.name and self.expected and hello.name not in self.expected:
-            raise RunFailed(
-                f"node {hello.node} is site {hello.name!r}, which the run that is resumed does not have; "
-                f"its sites are {_listed(self.expected)}"
-            )
-        before = self._met.get(hello.place)
-        if before is not None and before.node in there and before.node != hello.node:
-            who, key = (f"site {hello.name!r}", "name") if hello.name else (f"client {hello.number}", "partition-id")
-            nodes = " and ".join(map(str, sorted((before.node, hello.node))))
-            raise RunFailed(f"two nodes say that they are {who}: {nodes}; each needs its own {key}")
-        self._met[hello.place] = hello
+            return f"{claim}; the sites of the run that is resumed are {_listed(self.expected)}"
+        return None
 
-    def _all_met(self, more_may_come: bool) -> bool:
+    def _seats(
+        self, heard: Mapping[int, Hello], there: set[int], bound: Mapping[Place, int]
+    ) -> tuple[dict[Place, Hello], dict[int, str]]:
+        """Return who holds each place, and which nodes hold none and why: the first one of those that are there."""
+        met: dict[Place, Hello] = {}
+        aside: dict[int, str] = {}
+        for hello in sorted(heard.values(), key=lambda hello: hello.node not in there):  # stable: else as they came
+            if hello.number is not None and hello.number >= self._run.clients:
+                aside[hello.node] = f"{_claim(hello)}, run.clients is {self._run.clients}"
+            elif (holder := met.setdefault(hello.place, hello)) is not hello:
+                key = "name" if hello.name else "partition-id"
+                aside[hello.node] = f"{_claim(hello)}, which node {holder.node} is; each needs its own {key}"
+        # Not those who came first: chance would say which ones take part. Nor do strangers crowd registered ones out.
+        names = sorted((place for place in met if isinstance(place, str)), key=lambda name: (name not in bound, name))
+        for name in names[self._run.clients :]:
+            others = _listed(sorted(names[: self._run.clients]))
+            aside[met.pop(name).node] = f"is site {name!r}; run.clients is {self._run.clients}: {others}"
+        return met, aside
+
+    def _all_met(self, met: Mapping[Place, Hello], more_may_come: bool) -> bool:
         """Return whether all clients are there; number them."""
-        numbers = {place: hello for place, hello in self._met.items() if isinstance(place, int)}
-        names = sorted(place for place in self._met if isinstance(place, str))
-        if len(names) > self._run.clients:
-            raise RunFailed(
-                f"{len(names)} sites are connected and run.clients is {self._run.clients}: {_listed(names)}"
-            )
+        numbers = {place: hello for place, hello in met.items() if isinstance(place, int)}
+        names = sorted(place for place in met if isinstance(place, str))
         # A site that is connected already must be counted, else chance would say which ones take part.
         if len(numbers) < self._run.clients and (len(names) < self._run.clients or more_may_come):
             return False
         by_name = len(numbers) < self._run.clients
-        found = [self._met[name] for name in names] if by_name else [numbers[i] for i in range(self._run.clients)]
+        found = [met[name] for name in names] if by_name else [numbers[i] for i in range(self._run.clients)]
         self.names = dict(enumerate(names)) if by_name else {}
         self.nodes = {client: hello.node for client, hello in enumerate(found)}
         self._facts = {client: hello.facts for client, hello in enumerate(found)}
+        self._first = {client: (hello.node, hello.facts) for client, hello in enumerate(found)}
         return True
 
-    def _too_few(self, reasons: Mapping[int, str]) -> str:
-        clients, names = self._run.clients, [place for place in self._met if isinstance(place, str)]
+    def _tell(self, reasons: Mapping[int, str]) -> None:
+        """Say once why each node that could have a place has none; more nodes than clients are nothing to say."""
+        spare = f"run.clients is {self._run.clients}"
+        for node, reason in sorted(reasons.items()):
+            if not reason.endswith(spare):
+                self._warn(f"node {node} is set aside: {reason}")
+
+    def _warn(self, text: str) -> None:
+        if text not in self._said and len(self._said) < MOST_WARNINGS:
+            self._said.add(text)
+            more = "; no more of these are told" if len(self._said) == MOST_WARNINGS else ""
+            self.say(f"warning: {text}{more}")
+
+    def _too_few(self, met: Mapping[Place, Hello], reasons: Mapping[int, str], timeout: str) -> str:
+        clients, names = self._run.clients, [place for place in met if isinstance(place, str)]
         missing: list[str] = sorted(set(self.expected) - set(names))
         if names and not missing:
             missing = [f"{clients - len(names)} beside {_listed(names)}"]
-        missing = missing or [str(number) for number in range(clients) if number not in self._met]
+        missing = missing or [str(number) for number in range(clients) if number not in met]
         why = [f"node {node} {reason}" for node, reason in sorted(reasons.items())]
-        return (
-            f"{len(self._met)} of {clients} clients joined within run.join-timeout {self._run.join_timeout:g} s; "
-            f"missing: {_listed(missing)}" + (f" ({_listed(why, '; ')})" if why else "")
+        return f"{len(met)} of {clients} clients joined{timeout}; missing: {_listed(missing)}" + (
+            f" ({_listed(why, '; ')})" if why else ""
         )
 
     # ---- later -------------------------------------------------------------------------------
 
     def rejoin(self, grid: Grid) -> tuple[list[int], dict[int, str]]:
-        """Give the places of nodes that are gone to new ones that claim them.
+        """Give places back to nodes that are back, and those of nodes that are gone to new ones that claim them.
 
-        In deployment only, and only while nodes are gone and others are there: a SuperNode that was set up anew
-        comes back under another node id. One that comes back under its own needs nothing.
+        In deployment only. A SuperNode that was set up anew comes back under another node id if its key is another;
+        one that comes back under its own needs nothing, unless somebody took its place: then that one leaves it.
 
         Returns
         -------
@@ -145,24 +198,35 @@ class Roster:
         """
         if is_simulation(grid):
             return [], {}
-        there = set(grid.get_node_ids())
+        there, bound = set(grid.get_node_ids()), self.bound()
+        back = []
+        for client, node in list(self.nodes.items()):
+            first, facts = self._first[client]
+            if first in there - {node} and bound.get(self._place(client), first) == first:
+                back.append(client)
+                self.nodes[client], self._facts[client] = first, facts
+                self._warn(f"{_called(self._place(client))}: node {first} is back and node {node} leaves its place")
         gone = {client for client, node in self.nodes.items() if node not in there}
         new = there - set(self.nodes.values())
-        back: list[int] = []
         end = time.monotonic() + REJOIN_TIMEOUT
         hellos = Hellos(grid, end)
         while gone and hellos.silent(new) and time.monotonic() < end:
             hellos.ask(new)
             for hello in hellos.hear():
-                reason = self._takes_over(hello, gone)
+                before = self.nodes.get(self._client(hello))
+                reason = self._stranger(hello, bound) or self._takes_over(hello, gone)
                 if reason:
                     hellos.odd[hello.node] = reason
                 else:
                     back.append(client := self._client(hello))
                     gone.discard(client)
+                    self._warn(f"{_called(hello.place)}: node {before} is gone and node {hello.node} takes its place")
             if gone and hellos.silent(new):
                 time.sleep(DEPLOYMENT_POLL)
-        return sorted(back), hellos.reasons()
+        return sorted(set(back)), hellos.reasons()
+
+    def _place(self, client: int) -> Place:
+        return self.names.get(client, client)
 
     def _client(self, hello: Hello) -> int:
         """Return the number of the place that a node claims; -1 if the run has no such place."""
@@ -172,14 +236,22 @@ class Roster:
 
     def _takes_over(self, hello: Hello, gone: set[int]) -> str | None:
         """Let a node take the place it claims, or return why it cannot."""
-        client, place = self._client(hello), f"says that it is {hello.place!r}"
+        client, claim = self._client(hello), _claim(hello)
         if client not in gone:
-            return f"{place}: " + ("its node is still there" if client in self.nodes else "there is no such client")
+            return f"{claim}: " + ("its node is still there" if client in self.nodes else "there is no such client")
         for key in ("code", "classes", "shape"):
             if hello.facts.get(key) != self._facts[client].get(key):
-                return f"{place}, with another {key} than before"
+                return f"{claim}, with another {key} than before"
         self.nodes[client], self._facts[client] = hello.node, hello.facts
         return None
+
+
+def _called(place: Place) -> str:
+    return f"site {place!r}" if isinstance(place, str) else f"client {place}"
+
+
+def _claim(hello: Hello) -> str:
+    return f"says that it is {_called(hello.place)}"
 
 
 def _listed(words: Iterable[str], between: str = ", ") -> str:

@@ -1,14 +1,23 @@
-"""Real SuperNodes: TLS, node authentication, one of them killed; and the same bits as in simulation."""
+"""Real SuperNodes: TLS, node authentication, one killed, one hostile; and the same bits as in simulation."""
 
+import http.client
 import json
+import shutil
+import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from benchmarks.drills.field import KEYS, Field, federation, inline, ssfl
-from ssfl_app.engine.federation_control import control
+from benchmarks.drills.field import KEYS, Field, federation, inline, ssfl, until
+from ssfl_app.engine import credentials
+from ssfl_app.engine.federation_control import control, nodes
+from ssfl_app.engine.federation_services import node_service
+from ssfl_app.engine.processes import end, environment, free_port
+from tests.test_front import TRICKY
 
 pytestmark = pytest.mark.slow
 
@@ -83,3 +92,64 @@ def test_a_federation_that_is_up_is_not_started_twice_and_says_who_is_online(pla
     )
     assert status.returncode == 0, status.stdout
     assert status.stdout.count("online") == len(place.federation.nodes) == KEYS["run.clients"]
+
+
+def test_a_node_with_all_its_credentials_controls_nothing(place: Field, tmp_path: Path) -> None:
+    home, runs = place.folder / "nodes" / "node-1", len(control(place.federation, "ls")["runs"])
+    connection = f'[superlink]\ndefault = "f"\n[superlink.f]\naddress = "{place.federation.address}"\n'
+    (tmp_path / "config.toml").write_text(f'{connection}root-certificates = "{home / "ca.crt"}"\n')
+    flwr = str(Path(sys.executable).parent / "flwr")
+    app = tmp_path / "evil"
+    shutil.copytree("examples/message-api/before", app)
+    calls = ["ls"], ["supernode", "list"], ["supernode", "register", str(home / "key.pub")], ["run", str(app)]
+    for words in calls:
+        done = subprocess.run(
+            [flwr, *words, "f"],
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert "404" in done.stdout + done.stderr
+    host, _, port = place.federation.address.rpartition(":")
+    trusted = ssl.create_default_context(cafile=str(home / "ca.crt"))
+    for target in TRICKY:
+        front = http.client.HTTPSConnection(host, int(port), timeout=20, context=trusted)
+        front._validate_path = lambda url: None  # type: ignore[attr-defined]
+        front.request("POST", target, body=b"", headers={"content-type": "application/x-protobuf"})
+        assert front.getresponse().status in (400, 404), target
+        front.close()
+    assert len(control(place.federation, "ls")["runs"]) == runs
+    for name in ("superlink", "node-0", "node-1", "node-2"):
+        for process in [place.service(name), *place.service(name).children(recursive=True)]:
+            listening = [c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
+            assert set(listening) <= {"127.0.0.1"}, process.cmdline()
+
+
+def test_a_registered_node_that_claims_anothers_place_is_set_aside_and_the_run_goes_on(
+    place: Field, tmp_path: Path
+) -> None:
+    """Through the front, as every run here; its key is registered beside those of the federation."""
+    home = credentials.make_node(tmp_path, "thief")
+    shutil.copy(place.folder / "superlink" / "ca.crt", home)
+    thief = control(place.federation, "supernode", "register", str(home / "key.pub"))["node-id"]
+    service = node_service(home, place.federation.address, "partition-id=0 num-partitions=3", free_port())
+    service.start()
+    assert service.process is not None
+    try:
+        seen = lambda: {node["node-id"]: node["status"] for node in nodes(place.federation)}  # noqa: E731
+        until("all are online", lambda: list(seen().values()).count("online") == len(place.federation.nodes) + 1)
+        run = place.start(tmp_path / "run", run__rounds=1, run__evaluate_every=1)
+        code, errors = run.end()
+        assert code == 0, errors
+        assert run.summary["lost_replies"] == run.summary["refused_replies"] == 0
+        said = (run.folder / "console.log").read_text()
+        registered = json.loads(place.federation.registered.read_text())["numbers"]["0"]
+        words = f"node {thief} is set aside: says that it is client 0, whose key is that of node {registered}"
+        assert words in said or thief not in said  # the run does not wait for one that answers last
+        assert (run.folder / "rounds.jsonl").stat().st_mode & 0o077 == 0
+    finally:
+        end(service.process)
+        control(place.federation, "supernode", "unregister", str(thief))
