@@ -218,8 +218,8 @@ def accuracy_by_client(run: Run) -> "Figure":
         xs = np.array([int(rows[index]["client"]) for index in kept])
         xlabel = f"Client ({images.min()} to {images.max()} training images each)"
         axes.locator_params(axis="x", integer=True)
-    many = {"rasterized": len(kept) > MANY}
-    axes.scatter(xs, accuracy, s=34, color=PALETTE[0], alpha=0.75, lw=0, clip_on=False, zorder=3, **many)
+    points = axes.scatter(xs, accuracy, s=34, color=PALETTE[0], alpha=0.75, lw=0, clip_on=False, zorder=3)
+    points.set_rasterized(len(kept) > MANY)
     mean = f"mean of {len(kept)} clients: {accuracy.mean():.2f} %"
     axes.axhline(accuracy.mean(), color=PALETTE[1], lw=1.2, ls="--", label=mean)
     for index in np.argsort(accuracy, kind="stable")[:3]:
