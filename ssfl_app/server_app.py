@@ -1,6 +1,7 @@
 """Flower's server door: read the configuration, build the strategy, start it, and write the run folder."""
 
 import contextlib
+import functools
 import json
 import re
 import secrets
@@ -88,6 +89,8 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder) -> None:
     config, run = workshop.config, workshop.config.settings.run
     strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     strategy.watch = Watcher(recorder, workshop)
+    if not workshop.own:
+        strategy.post.dealt = functools.cache(workshop.holding)
     strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
     if is_simulation(grid):  # clients share this machine; elsewhere each keeps its own in Flower's state
         strategy.post.folder = recorder.folder / "clients"

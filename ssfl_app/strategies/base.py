@@ -5,6 +5,7 @@ strategy, streamed folds, and going on after an interruption. The order of event
 crosses the wire that of `post`, and what a client does that of `rule`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
@@ -94,6 +95,7 @@ class SparseStrategy(Strategy):
         self.workbench: nn.Module | None = None
         self.image_shape: tuple[int, ...] | None = None
         self.post = Post(settings.run, issubclass(self.client.down, SharedMask), settings.wire.bitmaps)
+        self.post.work = functools.partial(self.client.work, settings)
         self.peer_bytes = 0
         self.accuracy: dict[int, float] = {}
         self.personal_accuracy: dict[int, float] = {}

@@ -109,6 +109,11 @@ class FlashClient(ClientRule):
     up: ClassVar[type[Codec]] = SharedMask
     questions = ("layer_densities",)
 
+    @classmethod
+    def uses(cls, settings: Settings) -> int:
+        """Return the epochs of stage 1 too."""
+        return super().uses(settings) + cast(FlashOptions, settings.own["flash"]).stage_epochs
+
     def setup(self, question: str, parcel: Parcel) -> Parcel:
         """Return the layer densities, float32, shape (prunable tensors,), that sparse learning ends with."""
         if question not in self.questions:

@@ -19,14 +19,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from ssfl_app.exchange import Courier, Outcome, in_a_line
+from ssfl_app.local.holdings import Holding
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.strategies.checks import MOST_WORK, check_counts
 from ssfl_app.strategies.roster import Roster
 from ssfl_app.strategies.settings import RunOptions
 from ssfl_app.wire import MASKS, Facts, Packer, Parcel, read_record
-
-MOST_WORK = 2**40
-"""Images of one message: more is no count, and would spoil the sum."""
 
 FOLDER = "folder"
 """Fact of a message in simulation: where simulated clients keep their files."""
@@ -86,6 +85,11 @@ class Post:
         What real clients call this run in the names of their files.
     roster : Roster
         Who is who.
+    dealt : callable or None
+        What the server knows that it deals to a client; None: a client holds what it said at the greeting.
+    work : callable
+        Most images that go through the model of a client which holds so many, each as often as it is used, for one
+        message.
     """
 
     def __init__(self, run: RunOptions, mask_travels: bool, bitmaps: str = "plain") -> None:
@@ -93,6 +97,8 @@ class Post:
         self.folder: Path | None = None
         self.token: str | None = None
         self.roster = Roster(run)
+        self.dealt: Callable[[int], Holding] | None = None
+        self.work: Callable[[int], int] = lambda images: MOST_WORK
         self._run, self._mask_travels, self._bitmaps = run, mask_travels, bitmaps
         self._packer = Packer(bitmaps)
         self._letters: dict[int, Letter] = {}  # of the exchange that is going on
@@ -238,15 +244,14 @@ class Post:
         for name in ("round", "digest"):
             if name in letter.facts and facts.get(name) != letter.facts[name]:
                 raise PayloadError(f"{name} is {facts.get(name)!r}; it must be {letter.facts[name]!r}")
-        samples = facts.get("samples")
-        if type(samples) is not int or samples < 0:
-            raise PayloadError(f"samples is {samples!r}; it must be a whole number of at least 0")
-        for name in ("passes", "looks"):
-            work = facts.get(name, 0)
-            if type(work) is not int or not 0 <= work < MOST_WORK:
-                raise PayloadError(f"{name} is {work!r}; it must be a whole number from 0 to {MOST_WORK}")
+        held = self.dealt(client) if self.dealt is not None else self.roster.holding(client)
+        if held is None:
+            check_counts(facts, None, MOST_WORK)
+        else:
+            tested = self._letters[client].kind == "evaluate"
+            check_counts(facts, held.test_images if tested else sum(held.counts), self.work(sum(held.counts)))
         check(client, parcel)
-        return Reply(client, parcel.arrays, facts, samples)
+        return Reply(client, parcel.arrays, facts, int(facts["samples"]))
 
 
 def _sizes(message: Message) -> dict[str, int]:

@@ -104,6 +104,11 @@ class PruneFlClient(ClientRule):
     up = SharedMask
     questions = ("initial_pruning",)
 
+    @classmethod
+    def uses(cls, settings: Settings) -> int:
+        """Return the local rounds of stage 1 too, each with its gradients."""
+        return super().uses(settings) + options_of(settings).checks * (settings.local.epochs + 1)
+
     def setup(self, question: str, parcel: Parcel) -> Parcel:
         """Return the model and the mask of stage 1."""
         if question not in self.questions:

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from ssfl_app.exchange import DEPLOYMENT_POLL, SIMULATION_POLL, is_simulation
 from ssfl_app.guard import RunFailed
+from ssfl_app.local.holdings import Holding, read_holding
 from ssfl_app.strategies.greeting import Hello, Hellos
 from ssfl_app.strategies.settings import RunOptions
 from ssfl_app.wire import Facts
@@ -81,6 +82,11 @@ class Roster:
             if time.monotonic() > end:
                 raise RunFailed(self._too_few({**self._aside, **hellos.lost, **hellos.odd, **hellos.raised}))
             time.sleep(SIMULATION_POLL if is_simulation(grid) else DEPLOYMENT_POLL)
+
+    def holding(self, client: int) -> Holding | None:
+        """Return what a client said at the greeting that it holds; None if it did not say."""
+        facts = self._facts.get(client, {})
+        return read_holding(facts) if "classes" in facts else None
 
     def _enter(self, hello: Hello, there: set[int]) -> None:
         if hello.number is not None and hello.number >= self._run.clients:
