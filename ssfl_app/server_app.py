@@ -199,6 +199,10 @@ class Watcher:
             )
         self._write_clients({})
 
+    def warn(self, line: str) -> None:
+        """Tell people."""
+        self.recorder.say(f"warning: {line}")
+
     def round(self, record: Record, strategy: SparseStrategy) -> None:
         """Record a round; take a checkpoint when one is due."""
         self.recorder.round(record)

@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from ssfl_app.aggregate import MAX_WEIGHT
+from ssfl_app.options import ConfigError
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, SharedMask
 from ssfl_app.sparsity.layout import Layout, State, Vector
@@ -38,6 +39,9 @@ class Watch(Protocol):
 
     def met(self, sites: Mapping[int, Facts]) -> None:
         """All clients are connected; `sites` holds what each said of itself."""
+
+    def warn(self, line: str) -> None:
+        """Something is wrong that the run can go on with."""
 
     def round(self, record: Record, strategy: "SparseStrategy") -> None:
         """Round `record["round"]` is over; 0 is setup."""
@@ -65,6 +69,8 @@ class SparseStrategy(Strategy):
         Whether every client trains in every round, as peers without a server do.
     density_matters : bool
         Whether mask.density changes anything.
+    has_floor : bool
+        Whether mask.min-per-layer may be more than 0.
     state, mask : State, Mask
         The global model and what is alive in it.
     peer_bytes : int
@@ -85,8 +91,13 @@ class SparseStrategy(Strategy):
     rooms: ClassVar[Mapping[str, type]] = {}
     everyone: ClassVar[bool] = False
     density_matters: ClassVar[bool] = True
+    has_floor: ClassVar[bool] = True
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
+        if settings.mask.min_per_layer and not self.has_floor:
+            raise ConfigError(
+                f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with strategy {self.name}"
+            )
         self.layout = layout
         self.settings = settings
         self.state: State = {}

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from ssfl_app.aggregate import OverlapMean
-from ssfl_app.options import ConfigError, at_least, fraction
+from ssfl_app.options import at_least, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Bitmask, Codec, SharedMask, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled
@@ -122,11 +122,10 @@ class FedDst(SparseStrategy):
     name = "feddst"
     client = FedDstClient
     rooms = {"feddst": FedDstOptions}  # noqa: RUF012  (ClassVar of the base)
+    has_floor = False
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings)
-        if settings.mask.min_per_layer:
-            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with {self.name}")
         self.counts = layer_counts(layout, settings.mask.density)
         self._moves = False
 

@@ -30,7 +30,7 @@ from typing import ClassVar, cast
 import numpy as np
 
 from ssfl_app.aggregate import WeightedMean
-from ssfl_app.options import ConfigError, at_least, fraction
+from ssfl_app.options import at_least, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Bitmask, Codec, SharedMask, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled
@@ -167,11 +167,7 @@ class Flash(SparseStrategy):
     name = "flash"
     client = FlashClient
     rooms = {"flash": FlashOptions}  # noqa: RUF012  (ClassVar of the base)
-
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        if settings.mask.min_per_layer:
-            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with {self.name}")
+    has_floor = False
 
     @property
     def options(self) -> FlashOptions:
@@ -208,6 +204,12 @@ class Flash(SparseStrategy):
             raise PayloadError(
                 f"layer densities are from {shares.min():g} to {shares.max():g}; each is in 0..1, not all are 0"
             )
+        # Sparse learning moves weights and keeps their number, so a client can promote one layer only at the cost of
+        # others.
+        sizes = [span.stop - span.start for span in self.layout.prunable_spans.values()]
+        alive, wanted = float(np.dot(shares.astype(np.float64), sizes)), first_mask(self.layout, self.settings).count
+        if abs(alive - wanted) > 1 + 1e-6 * self.layout.prunable_size:
+            raise PayloadError(f"layer densities add up to {alive:.0f} alive weights; sparse learning keeps {wanted}")
 
 
 class FlashJoint(Flash):

@@ -34,7 +34,7 @@ class MaskOptions:
 
     density: float = fraction()
     scope: str = choice("global", "layer")
-    min_per_layer: int = at_least(0)
+    min_per_layer: int = at_least(-1)
 
 
 @dataclass(frozen=True)
