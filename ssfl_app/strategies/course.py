@@ -153,12 +153,13 @@ class Course:
         replies = self._post.carry(self._grid, messages, self._reply_bytes)
         _, metrics = strategy.aggregate_train(round_, replies)
         self._result.train_metrics_clientapp[round_] = metrics
-        outcome = self._post.outcome
+        outcome, norms = self._post.outcome, strategy.update_norms
         return {
             "round": round_,
             "cohort": strategy.cohort(round_),
             **_names(outcome),
             "train_loss": metrics["loss"],
+            **({"update_norms": {str(c): norms[c] for c in sorted(norms)}} if norms else {}),
             "messages_train_down": outcome.sent,
             "messages_train_up": len(outcome.ok) + len(outcome.refused),
             "bytes_train_down": outcome.down,

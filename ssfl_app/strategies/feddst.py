@@ -41,7 +41,7 @@ from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
-from ssfl_app.strategies.folds import carried_mean
+from ssfl_app.strategies.folds import carried_fold
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
@@ -156,7 +156,7 @@ class FedDst(SparseStrategy):
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Take the mean; where masks moved, over the owners, and keep the largest weights that somebody owns."""
         if not self._moves:
-            self.state = carried_mean(self, replies)
+            self.state = carried_fold(self, replies)
             return
         mean = OverlapMean(self.layout.size)
         for reply in replies:

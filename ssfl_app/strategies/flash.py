@@ -40,7 +40,7 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import PayloadError, check_values, read_values
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
-from ssfl_app.strategies.folds import carried_mean
+from ssfl_app.strategies.folds import carried_fold
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
@@ -234,7 +234,7 @@ class FlashJoint(Flash):
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Average weights, and layer densities if the mask changes; keep the largest weights of each layer."""
         if not self._changes:
-            self.state = carried_mean(self, replies)
+            self.state = carried_fold(self, replies)
             return
         weights, shares = WeightedMean(self.layout.size), WeightedMean(len(self.layout.prunable))
         for reply in replies:

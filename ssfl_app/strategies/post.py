@@ -236,6 +236,13 @@ class Post:
         if share is not None:
             self.outcome.need(share, what)
 
+    def refuse(self, reply: Reply, reason: str) -> None:
+        """Take back that a reply is a good one: beside the others of its round it is none."""
+        self.outcome.ok.remove(reply.client)
+        self.outcome.refused[reply.client] = reason
+        self.outcome.passes -= int(reply.facts.get("passes", 0))
+        self.outcome.looks -= int(reply.facts.get("looks", 0))
+
     def _read(self, client: int, message: Message, check: Check) -> Reply:
         parcel = read_record(message.content)
         letter, facts = self._letters[client].parcel, parcel.facts

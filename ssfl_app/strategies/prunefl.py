@@ -42,7 +42,7 @@ from ssfl_app.sparsity.selection import largest
 from ssfl_app.sparsity.values import MAX_VALUE, PayloadError, check_values, take
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
-from ssfl_app.strategies.folds import carried_mean
+from ssfl_app.strategies.folds import carried_fold
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
@@ -202,7 +202,7 @@ class PruneFl(SparseStrategy):
         """Take the mean; readjust the mask when that is due."""
         options, density = options_of(self.settings), self.settings.mask.density
         if round_ % options.every:
-            self.state = carried_mean(self, replies)
+            self.state = carried_fold(self, replies)
             return
         squares = ScoreFold(self.settings.own["ssfl"].score_fold, self.layout.prunable_size)
 
@@ -212,7 +212,7 @@ class PruneFl(SparseStrategy):
                 yield reply
                 del reply
 
-        state = carried_mean(self, noted())
+        state = carried_fold(self, noted())
         weights, most = np.abs(self.layout.flatten_prunable(state)), keep_count(density, self.layout.prunable_size)
         share = options.prune * 0.5 ** (round_ / HALF_LIFE)
         self.mask = readjusted(self.mask, weights, squares.value(), share, most, options.density == "target")
