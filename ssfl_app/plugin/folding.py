@@ -81,7 +81,7 @@ def common_metrics(answers: Iterable[Answer]) -> tuple[list[RecordDict], dict[in
 
     Flower's means take for granted that all replies tell the same metrics, and fail or mix them up otherwise. Usual
     is what more than half of the replies tell, a finite number or a list of as many finite ones. Who does not tell it
-    is left out by name, so that nobody takes a metric from all others; what only some tell is left out of everybody's.
+    is left out by name, so that nobody takes a metric from all others; what few tell is left out of everybody's.
     Where that would leave out half of the replies, nobody is odd, and what all of them tell counts.
     """
     ordered = sorted(answers, key=lambda answer: answer.node)
