@@ -9,7 +9,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,20 @@ def parse(flat: Mapping[str, Any]) -> Config:
     made["data"].check()
     if made["data"].where == "sites" and made["shift"].round:
         raise ConfigError(f"shift.round is {made['shift'].round}; it is 0 with data.where 'sites'")
+    _fit_to_place(made, REGISTRY[strategy].has_floor)
     shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures", "shift")}
     own = {name: made[name] for s in REGISTRY.values() for name in s.rooms}
     parts = {name: made[name] for name in ("data", "partition", "model", "engine")}
     return Config(strategy, Settings(**shared, own=own), **parts, flat=dict(flat))
+
+
+def _fit_to_place(made: dict[str, Any], has_floor: bool) -> None:
+    """Give options that depend on whose data are trained on their values: others' word is not one's own partition."""
+    sites = made["data"].where == "sites"
+    if made["ssfl"].score_fold == "auto":
+        made["ssfl"] = replace(made["ssfl"], score_fold="normalised" if sites else "mean")
+    if made["mask"].min_per_layer == -1:
+        made["mask"] = replace(made["mask"], min_per_layer=int(sites and has_floor))
 
 
 def defaults() -> Flat:

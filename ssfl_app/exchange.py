@@ -27,6 +27,8 @@ SIMULATION_POLL = 0.01
 DEPLOYMENT_POLL = 0.25
 """Seconds between polls: a pull costs 0.1 ms in simulation and 25 ms of SuperLink CPU over HTTP."""
 
+FEWER_ACTORS = "try fewer actors (engine.actors) or a smaller model"
+
 IN_FLIGHT = 100_000_000
 """Bytes of replies that may be on their way at once in simulation, if that is more than one a core."""
 
@@ -44,7 +46,7 @@ def fewer_at_once(grid: Grid) -> str:
     count = getattr(grid, "concurrent", 0)
     if count > 1:
         return f"{count} clients work at once, try a lower engine.concurrent or a smaller model"
-    return "try a smaller model or batch" if count else "try fewer actors (engine.actors) or a smaller model"
+    return "try a smaller model or batch" if count else FEWER_ACTORS
 
 
 @dataclass
@@ -202,7 +204,7 @@ class Courier:
         if code == ErrorCode.UNKNOWN and is_simulation(self._grid):
             raise RunFailed(
                 f"a Ray actor died while it worked for client {client} ({line}). Most often it ran out of memory: "
-                f"{fewer_at_once(self._grid)}"
+                f"{FEWER_ACTORS}"
             )
         if is_simulation(self._grid) and (what := memory_ran_out(reason)):
             raise RunFailed(f"client {client}: {what}: {fewer_at_once(self._grid)}")

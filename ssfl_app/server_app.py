@@ -102,6 +102,8 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder, strategy: Sparse
     """Play a run, new or resumed, from the first greeting to the report."""
     config, run = workshop.config, workshop.config.settings.run
     strategy.watch = Watcher(recorder, workshop)
+    if not workshop.own:
+        strategy.post.dealt = functools.cache(workshop.holding)
     strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
     roster = strategy.post.roster
     roster.say, roster.misfit = recorder.say, functools.partial(misfit, workshop)
@@ -203,6 +205,10 @@ class Watcher:
                 "on the CPU. `ssfl run` gives it to them; with `flwr run` set client-resources-num-gpus"
             )
         self._write_clients({})
+
+    def warn(self, line: str) -> None:
+        """Tell people."""
+        self.recorder.say(f"warning: {line}")
 
     def round(self, record: Record, strategy: SparseStrategy) -> None:
         """Record a round; take a checkpoint when one is due."""

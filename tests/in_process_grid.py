@@ -150,9 +150,14 @@ class Played:
     records: list[dict[str, Any]] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def met(self, sites: Any) -> None:
         """See the clients."""
+
+    def warn(self, line: str) -> None:
+        """Keep a warning."""
+        self.warnings.append(line)
 
     def round(self, record: dict[str, Any], strategy: SparseStrategy) -> None:
         """Keep the record, the model and the mask of a round."""

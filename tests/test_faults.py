@@ -9,7 +9,9 @@ from flwr.app import Message
 
 from ssfl_app.config import Flat, merge
 from ssfl_app.guard import RunFailed
+from ssfl_app.results.recorder import failure_keys
 from ssfl_app.server_app import misfit
+from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.wire import Parcel
 from ssfl_app.workshop import Workshop, open_workshop
@@ -199,3 +201,54 @@ def test_a_place_that_nobody_has_since_two_claim_another_is_named() -> None:
 def test_clients_that_never_join_are_named() -> None:
     with pytest.raises(RunFailed, match=r"3 of 4 clients joined within run.join-timeout 1 s; missing: 2"):
         play({**ONE, "run.join-timeout": 1.0}, faults={("query.hello", 0, 2): answer_error(5)})
+
+
+def held(played: Played, client: int, part: int = 0) -> int:
+    return len(played.workshop.share(client)[part])
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_no_client_counts_more_images_than_it_said_it_holds(name: str) -> None:
+    """Whatever the strategy and the exchange: questions, training, evaluation."""
+    keys: Flat = {**ONE, "strategy": name, "prunefl.checks": 1, "prunefl.every": 1, "flash.stage-clients": 1.0}
+    keys["failures.min-ok-fraction"] = 0.1  # of prunefl's question, which one client is asked
+    kinds = [("train", 1, 2), ("evaluate", 1, 2)]
+    kinds += [(f"query.{question}", 0, 2) for question in REGISTRY[name].client.questions if name != "prunefl"]
+    played = play(keys, faults=dict.fromkeys(kinds, facts(samples=10**6)))
+    lies = [where for where in played.grid.log if where in kinds]
+    assert ("train", 1, 2) in lies
+    assert ("evaluate", 1, 2) in lies
+    refused = [r for each in played.records for key in failure_keys("refused") for r in each.get(key, {}).values()]
+    assert sorted(refused) == sorted(
+        f"samples is 1000000; this client holds {held(played, 2, 1 if kind == 'evaluate' else 0)}"
+        for kind, _, _ in lies
+    )
+
+
+def test_what_the_server_deals_counts_more_than_what_a_client_says_of_itself() -> None:
+    boast = tamper(lambda p: Parcel(p.arrays, {**p.facts, "counts": ",".join(["9999"] * 10), "samples": 99990}))
+    good = play(ONE)
+    keys = {("query.hello", 0, 1): boast, ("train", 1, 1): facts(samples=99990)}
+
+    def deal(strategy: SparseStrategy) -> None:
+        strategy.post.dealt = good.workshop.holding
+
+    assert play(ONE, faults=keys).records[1]["ok"] == [0, 1, 2, 3]  # a site is believed; a share that is dealt is not
+    assert play(ONE, faults=keys, prepare=deal).records[1]["refused"] == {
+        "1": f"samples is 99990; this client holds {held(good, 1)}"
+    }
+
+
+def test_work_and_loss_have_sane_limits() -> None:
+    good = play(ONE)
+    most = good.strategy.client.work(good.strategy.settings, held(good, 1))
+    assert good.records[1]["image_passes"] <= sum(
+        good.strategy.client.work(good.strategy.settings, held(good, client)) for client in range(4)
+    )
+    for lie, reason in (
+        ({"passes": most + 1}, f"passes is {most + 1}; it must be a whole number from 0 to {most}"),
+        ({"looks": 2**40}, "looks is 1099511627776; it must be a whole number"),
+        ({"loss": 3e38}, "loss is 3e+38; it must be a finite number, at most 1.04858e+06"),
+    ):
+        played = play(ONE, faults={("train", 1, 1): facts(**lie)})
+        assert reason in played.records[1]["refused"]["1"]

@@ -243,5 +243,5 @@ def test_options_are_refused_by_name() -> None:
     for key, value in (("every", 0), ("until", 0.0), ("until", 1.5), ("alpha", 0.0), ("proximal", -1.0)):
         with pytest.raises(ConfigError, match=f"feddst.{key} is {value}"):
             parse(merge(SMALL, {f"feddst.{key}": value}))
-    with pytest.raises(ConfigError, match=r"mask.min-per-layer is 3; it is 0 with feddst"):
+    with pytest.raises(ConfigError, match=r"mask.min-per-layer is 3; it is 0 with strategy feddst"):
         feddst(mask__min_per_layer=3)

@@ -175,8 +175,10 @@ def test_a_share_of_the_clients_finds_layer_densities_rounded_down_at_least_one(
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
 def test_the_mask_has_the_clients_layer_densities_scaled_to_the_exact_total(weighting: str) -> None:
     keys = THREE | {"run.weighting": weighting, "partition.name": "dirichlet-class"}
-    client = play(keys, until=0).records[0]["asked"][0]
-    odd = np.array([0.5, 0.1, 0.3, 0.2], dtype=np.float32)
+    honest = play(keys, until=0)
+    client, sizes = honest.records[0]["asked"][0], [size for _, _, size in honest.strategy.mask.layers()]
+    rest = A - 0.5 * sizes[0] - 0.1 * sizes[1] - 0.2 * sizes[3]
+    odd = np.array([0.5, 0.1, rest / sizes[2], 0.2], dtype=np.float32)
     run = play(keys, faults={(*ASKED, client): tamper(lambda p: Parcel({"values": odd}, p.facts))}, until=0)
     replies = got(run, *ASKED).values()
     weights = np.array([p.facts["samples"] if weighting == "samples" else 1 for p in replies])
@@ -231,6 +233,7 @@ def test_stage_2_starts_from_the_initial_weights_inside_the_mask() -> None:
         ([0, 0, 0, 0], "not all are 0"),
         ([np.nan, 0.1, 0.1, 0.1], "1 values are NaN or Inf"),
         ([0.1, 0.1, 0.1], "values has length 3; it must be 4"),
+        ([1, 0, 0.9, 0], "alive weights; sparse learning keeps"),
     ],
 )
 def test_layer_densities_that_are_none_are_refused_and_the_others_count(values: list[float], why: str) -> None:
@@ -323,7 +326,7 @@ def test_a_round_carries_alive_values_and_the_dense_remainder_and_the_mask_goes_
         ("flash.stage-epochs", 0, "flash.stage-epochs is 0; it is a number of at least 1"),
         ("flash.prune-rate", 1.5, "flash.prune-rate is 1.5; it is a fraction"),
         ("flash.joint-every", 0, "flash.joint-every is 0; it is a number of at least 1"),
-        ("mask.min-per-layer", 5, "mask.min-per-layer is 5; it is 0 with flash"),
+        ("mask.min-per-layer", 5, "mask.min-per-layer is 5; it is 0 with strategy flash"),
     ],
 )
 def test_options_are_checked(key: str, value: Any, why: str) -> None:

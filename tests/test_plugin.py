@@ -540,6 +540,123 @@ def test_flowers_strategies_aggregate_the_carried_values(make: Callable[[], FedA
     assert strategy.history[-1]["evaluate_metrics"]["accuracy"] > 0.7
 
 
+ROBUST: list[Callable[[], FedAvg]] = [
+    lambda: FedTrimmedAvg(beta=0.25),
+    FedMedian,
+    lambda: Krum(num_malicious_nodes=1),
+]
+
+
+def lying_scores(content: RecordDict) -> None:
+    """Nothing in the last layer matters, and everything else very much."""
+
+    def lie(flat: np.ndarray) -> np.ndarray:
+        last = next(reversed(Layout.of(net()).prunable_spans.values()))
+        flat[:] = 32768
+        flat[last] = 0
+        return flat
+
+    values(lie)(content)
+
+
+@pytest.mark.parametrize("make", [*ROBUST, Bulyan], ids=lambda make: type(make()).__name__)
+def test_a_robust_strategy_folds_the_scores_too(make: Callable[[], FedAvg]) -> None:
+    def masks(inner: FedAvg | None) -> tuple[SSFL, list[int]]:
+        grid = ForeignGrid(foreign_app(), nodes=8, faults={("saliency", 0, 3): changed(lying_scores)})
+        strategy, _ = play(strategy=SSFL(density=0.2, inner=inner, saliency_weighting="uniform"), grid=grid, rounds=0)
+        return strategy, [alive for _, alive, _ in strategy.mask.layers()]
+
+    honest, layers = masks(None)
+    assert layers[-1] == 0  # the mean is the liar's
+    assert honest.history[0]["score_fold"] == "mean"
+    inner = make()
+    before = dict(vars(inner))
+    strategy, layers = masks(inner)
+    assert layers[-1] > 0
+    assert strategy.history[0]["score_fold"] == type(inner).__name__
+    assert vars(inner) == before
+
+
+class Broken(FedMedian):
+    """Made for models, and sees that scores are none."""
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        if server_round == 0:
+            raise KeyError("loss")
+        return super().aggregate_train(server_round, replies)
+
+
+def test_where_a_robust_strategy_cannot_fold_scores_their_median_is_taken() -> None:
+    grid = ForeignGrid(foreign_app(), nodes=8, faults={("saliency", 0, 3): changed(lying_scores)})
+    strategy, _ = play(strategy=SSFL(density=0.2, inner=Broken()), grid=grid)
+    assert strategy.history[0]["score_fold"] == "median"
+    assert [alive for _, alive, _ in strategy.mask.layers()][-1] > 0
+    assert strategy.history[3]["aggregated"]
+
+
+@pytest.mark.parametrize("make", INNER[:4], ids=lambda make: type(make()).__name__)
+def test_a_server_optimizer_leaves_scores_to_the_mean(make: Callable[[], FedAvg]) -> None:
+    strategy, _ = play(strategy=SSFL(density=0.5, inner=make()), rounds=0)
+    plain, _ = play(rounds=0)
+    assert strategy.history[0]["score_fold"] == "mean"
+    assert strategy.mask == plain.mask
+
+
+# ---- metrics and weights that are odd --------------------------------------------------------------
+
+LEAVE_OUT = changed(lambda c: c["reply.metrics"].pop("accuracy"))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (LEAVE_OUT, "None"),
+        (changed(put("reply.metrics", "accuracy", [0.5, 0.5])), "[0.5, 0.5]"),
+        (changed(put("reply.metrics", "accuracy", float("nan"))), "nan"),
+        (changed(put("reply.metrics", "accuracy", float("-inf"))), "-inf"),
+    ],
+    ids=["missing", "list", "nan", "inf"],
+)
+@pytest.mark.parametrize("inner", [None, FedMedian()])
+def test_nobody_takes_a_metric_from_all_others(fault: Fault, told: str, inner: FedAvg | None) -> None:
+    grid = ForeignGrid(foreign_app(), faults={("evaluate", 1, 2): fault})
+    strategy, _ = play(strategy=SSFL(density=0.5, inner=inner), grid=grid, rounds=1)
+    record = strategy.history[1]
+    reason = f"metric 'accuracy' is {told}; most others tell a finite number"
+    assert record["evaluate_refused"] == {"1002": reason}
+    assert record["evaluate_ok"] == [1000, 1001, 1003, 1004]
+    assert 0 < record["evaluate_metrics"]["accuracy"] <= 1
+
+
+def test_in_training_odd_metrics_cost_the_metrics_and_with_an_inner_strategy_the_reply() -> None:
+    faults: dict[Where, Fault] = {("train", 1, 2): changed(put("reply.metrics", "loss", float("nan")))}
+    reason = {"1002": "metric 'loss' is nan; most others tell a finite number"}
+    strategy, result = play(grid=ForeignGrid(foreign_app(), faults=faults), rounds=1)
+    _, whole = play(rounds=1)
+    assert strategy.history[1]["odd_metrics"] == reason
+    assert np.isfinite(strategy.history[1]["metrics"]["loss"])
+    assert bits(result) == bits(whole)  # its values are in the mean already, and nothing is wrong with them
+    inside, _ = play(strategy=SSFL(density=0.5, inner=FedMedian()), grid=ForeignGrid(foreign_app(), faults=faults))
+    assert inside.history[1]["refused"] == reason
+    assert np.isfinite(inside.history[1]["metrics"]["loss"])
+
+
+def test_no_reply_weighs_more_than_the_most_examples_that_a_client_may_have() -> None:
+    lies: dict[Where, Fault] = {
+        ("train", 1, 2): changed(put("reply.metrics", "num-examples", 2**40)),
+        ("evaluate", 1, 2): changed(put("reply.metrics", "num-examples", 2**40)),
+        ("saliency", 0, 2): changed(put("facts", "samples", 2**40)),
+    }
+    strategy, _ = play(
+        strategy=SSFL(density=0.5, most_examples=1000), grid=ForeignGrid(foreign_app(), faults=lies), rounds=1
+    )
+    reason = {"1002": f"the weight of a reply is {2**40}; it must be a number above 0, at most 1000"}
+    first, second = strategy.history
+    assert first["refused"] == second["refused"] == second["evaluate_refused"] == reason
+    with pytest.raises(ValueError, match=r"most_examples is 0; it is a number above 0"):
+        SSFL(most_examples=0)
+
+
 def test_the_median_is_the_one_of_the_vectors_that_came() -> None:
     grid = ForeignGrid(foreign_app())
     strategy, result = play(strategy=SSFL(density=0.5, inner=FedMedian()), rounds=1, grid=grid)

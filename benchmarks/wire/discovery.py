@@ -61,6 +61,9 @@ class _Watch:
     def met(self, sites: dict[int, Facts]) -> None:
         """Look away."""
 
+    def warn(self, line: str) -> None:
+        """Look away."""
+
     def round(self, record: Record, strategy: SparseStrategy) -> None:
         """Keep the record."""
         self.record = record

@@ -12,7 +12,7 @@ from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.wire import Facts
 
 MOST = 2**40
-"""Largest weight of a reply: more examples are no count, and would silence everybody else."""
+"""Largest weight of a reply unless `SSFL` is told a smaller one: more examples are no count, and silence all."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ def metrics_of(records: RecordDict) -> tuple[str, Mapping[str, Any]]:
     return found[0]
 
 
-def weight_of(value: Any) -> float:
+def weight_of(value: Any, most: float) -> float:
     """Return the weight of a reply after checking it.
 
     Raises
     ------
     PayloadError
-        It is no number above 0 and at most `MOST`.
+        It is no number above 0 and at most `most`.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:  # NaN is not
-        raise PayloadError(f"the weight of a reply is {value!r}; it must be a number above 0, at most {MOST}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:  # NaN is not
+        raise PayloadError(f"the weight of a reply is {value!r}; it must be a number above 0, at most {most}")
     return value

@@ -5,10 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
 
 from ssfl_app.guard import RunFailed
+from ssfl_app.plugin.answer import Answer
 from ssfl_app.plugin.folding import PositionalMean
+from ssfl_app.plugin.inner import is_robust, scores_by
 from ssfl_app.plugin.mail import Mail
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask, Scope
@@ -49,8 +53,11 @@ class Discovery:
         model: Vector,
         config: Mapping[str, Any],
         record: dict[str, Any],
+        inner: FedAvg | None = None,
     ) -> Mask:
         """Ask the nodes for scores, and return the mask of the highest mean score (SSFL, eq. 6 and 7).
+
+        With a robust inner strategy it folds the scores instead, which then wait for each other in memory.
 
         Parameters
         ----------
@@ -66,10 +73,14 @@ class Discovery:
         """
         layout = mail.sheet.layout
         mean, scored_by = PositionalMean(layout.prunable_size, len(nodes)), Counter[str]()
+        answers: list[Answer] | None = [] if inner is not None and is_robust(inner) else None
         asked: Facts = {"batches": self.batches, "weighting": self.weighting}
         messages = mail.write("saliency", 0, nodes, model, config, asked)
         for answer in mail.open(mail.carry(grid, messages, 4 * layout.prunable_size)):
-            mean.add(answer.values, answer.weight)
+            if answers is None:
+                mean.add(answer.values, answer.weight)
+            else:
+                answers.append(answer)
             scored_by[str(answer.facts["scored-by"])] += 1
             del answer
         record |= mail.names()
@@ -78,7 +89,12 @@ class Discovery:
         record["bytes_discovery_up"] = mail.outcome.up
         mail.log_failures("discovery")
         mail.need(self.min_ok_fraction, "the question for saliency")
-        if not mail.outcome.ok or not (scores := mean.value()).any():
+        scores, record["score_fold"] = np.zeros(layout.prunable_size, dtype=np.float32), "mean"
+        if answers and inner is not None:
+            scores, record["score_fold"] = scores_by(inner, answers, layout.prunable_size)
+        elif mail.outcome.ok:
+            scores = mean.value()
+        if not scores.any():
             raise RunFailed("no client told a score above 0; the mask cannot be found")
         mask = Mask.top(layout, scores, self.density, self.scope, min_per_layer=self.min_per_layer)
         record |= {"density": mask.density, "layers": {name: alive / size for name, alive, size in mask.layers()}}

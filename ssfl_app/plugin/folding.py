@@ -1,6 +1,7 @@
 """What the replies of a round become: a streamed mean, or what another Flower strategy makes of their values."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,22 +76,41 @@ class PositionalMean:
         return np.asarray(sum(parts, np.zeros(self._size)), dtype=np.float32)
 
 
-def common_metrics(answers: Iterable[Answer]) -> list[RecordDict]:
-    """Return the users' records of all answers, by node id, with the metrics that all of them tell.
+def common_metrics(answers: Iterable[Answer]) -> tuple[list[RecordDict], dict[int, str]]:
+    """Return the users' records of all answers, by node id, with the usual metrics, and who tells odd ones and why.
 
-    Flower's means take for granted that all replies tell the same metrics, and fail or mix them up otherwise.
+    Flower's means take for granted that all replies tell the same metrics, and fail or mix them up otherwise. Usual
+    is what more than half of the replies tell, a finite number or a list of as many finite ones. Who does not tell it
+    is left out by name, so that nobody takes a metric from all others; what few tell is left out of everybody's.
+    Where that would leave out half of the replies, nobody is odd, and what all of them tell counts.
     """
     ordered = sorted(answers, key=lambda answer: answer.node)
-    told = [{(key, _length(value)) for key, value in answer.metrics.items()} for answer in ordered]
-    common = {key for key, _ in set.intersection(*told)} if told else set()
+    told = [{(key, _length(value)) for key, value in each.metrics.items() if _finite(value)} for each in ordered]
+    counts = Counter(entry for entries in told for entry in entries)
+    usual = {entry for entry, count in counts.items() if 2 * count > len(ordered)}
+    odd = {}
+    for answer, entries in zip(ordered, told, strict=True):
+        if missing := usual - entries:
+            key, length = min(missing)
+            wanted = "a finite number" if length < 0 else f"a list of {length} finite numbers"
+            odd[answer.node] = f"metric {key!r} is {str(answer.metrics.get(key))[:40]}; most others tell {wanted}"
+    if 2 * len(odd) >= len(ordered):
+        usual, odd = set.intersection(*told) if told else set(), {}
+    keys = {key for key, _ in usual}
     contents = []
     for answer in ordered:
+        if answer.node in odd:
+            continue
         # One name for all: Flower's strategies look for the first reply's.
-        metrics = {key: value for key, value in answer.metrics.items() if key in common}
+        metrics = {key: value for key, value in answer.metrics.items() if key in keys}
         others = {name: record for name, record in answer.records.items() if name != answer.metrics_name}
         contents.append(RecordDict({**others, ordered[0].metrics_name: MetricRecord(metrics)}))
-    return contents
+    return contents, odd
 
 
-def _length(value: Any) -> int | None:
-    return len(value) if isinstance(value, list) else None
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list) else -1
+
+
+def _finite(value: Any) -> bool:
+    return all(math.isfinite(number) for number in (value if isinstance(value, list) else [value]))

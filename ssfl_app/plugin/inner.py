@@ -4,18 +4,23 @@ All nodes send the same coordinates, so what FedAdam or Krum do to arrays they d
 moves alive coordinates only, and distances between clients are those of their alive values.
 """
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from logging import INFO
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from ssfl_app.guard import RunFailed
 from ssfl_app.plugin.answer import Answer
 from ssfl_app.plugin.folding import common_metrics
+from ssfl_app.robust import Rows, median, normalised
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.values import PayloadError, check_values
 
@@ -81,6 +86,46 @@ def aggregate_by(
     return values, metrics
 
 
+def is_robust(inner: FedAvg) -> bool:
+    """Return whether a strategy folds replies in another way than FedAvg's mean.
+
+    Flower's server optimizers move from `current_arrays` towards a mean: there is nothing that one liar's say is
+    bounded by, and scores are no model that they could move.
+    """
+    return type(inner).aggregate_train is not FedAvg.aggregate_train and not hasattr(inner, "current_arrays")
+
+
+def scores_by(inner: FedAvg, answers: Sequence[Answer], size: int) -> tuple[Vector, str]:
+    """Return what a robust strategy makes of scores, and how: its name, or "median" where it cannot.
+
+    Each client's scores are divided by their sum first (`normalised`), so that Krum's distances are not about how
+    loud they are. A copy of the strategy does it, so that nothing it keeps for later rounds changes.
+    """
+    name = type(inner).__name__
+    scored = [
+        replace(
+            answer,
+            values=normalised(answer.values),
+            records=RecordDict({"metrics": MetricRecord({inner.weighted_by_key: answer.weight})}),
+            metrics_name="metrics",
+        )
+        for answer in answers
+    ]
+    try:
+        folder = copy.deepcopy(inner)
+        folder.train_metrics_aggr_fn = lambda contents, key: MetricRecord()  # the user's expects metrics of training
+        values, _ = aggregate_by(folder, 0, scored, size)
+        if values is not None and values.any():
+            return values, name
+        log(INFO, "\t> %s makes nothing of the scores; their median is taken", name)
+    except Exception as error:  # of code that is not ours, and was written for models
+        log(INFO, "\t> %s cannot fold scores (%s: %s); their median is taken", name, type(error).__name__, error)
+    rows = Rows(size)
+    for answer in scored:
+        rows.add(answer.node, answer.values)
+    return median(rows), "median"
+
+
 def evaluate_by(inner: FedAvg, server_round: int, answers: Sequence[Answer]) -> MetricRecord | None:
     """Return what `inner` makes of the metrics of an evaluation."""
     return inner.aggregate_evaluate(server_round, _replies(answers, None))
@@ -90,7 +135,9 @@ def _replies(answers: Sequence[Answer], arrays_key: str | None) -> list[Message]
     """Return the answers as Flower's strategies expect replies, by node id."""
     messages = []
     ordered = sorted(answers, key=lambda answer: answer.node)
-    for answer, content in zip(ordered, common_metrics(ordered), strict=True):
+    contents, odd = common_metrics(ordered)
+    assert not odd  # they were refused
+    for answer, content in zip(ordered, contents, strict=True):
         assert answer.message is not None
         if arrays_key is not None:
             content[arrays_key] = ArrayRecord({VECTOR: Array(answer.values)})

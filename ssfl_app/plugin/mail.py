@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from ssfl_app.exchange import Courier, Outcome
 from ssfl_app.guard import RunFailed
-from ssfl_app.plugin.answer import Answer, metrics_of, weight_of
+from ssfl_app.plugin.answer import MOST, Answer, metrics_of, weight_of
 from ssfl_app.plugin.mod import REPLY, SCORED_BY
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.sparsity.layout import Vector
@@ -31,7 +31,7 @@ from ssfl_app.sparsity.values import (
     read_values,
     write_values,
 )
-from ssfl_app.text import quoted
+from ssfl_app.text import in_a_line, quoted
 from ssfl_app.wire import Facts, Packer, Parcel, freeze, read_record
 
 MOST_NAME = 100
@@ -55,6 +55,8 @@ class Mail:
         The metric that weighs a reply, "num-examples" by default in Flower.
     timeout : float
         Seconds an exchange may take; also the messages' time to live.
+    most_examples : float
+        Largest weight of a reply.
 
     Attributes
     ----------
@@ -62,11 +64,16 @@ class Mail:
         Under which training and evaluation messages are encoded; the dense one at first.
     outcome : Outcome
         Of the exchange that is going on, or the last one.
+    odd : dict of int to str
+        Nodes whose values count there and whose metrics do not, and why.
     """
 
-    def __init__(self, sheet: Sheet, values: str, weight_key: str, timeout: float) -> None:
+    def __init__(
+        self, sheet: Sheet, values: str, weight_key: str, timeout: float, most_examples: float = MOST
+    ) -> None:
         self.sheet, self.mask, self.outcome = sheet, Mask.dense(sheet.layout), Outcome()
-        self._values, self._weight_key, self._timeout = values, weight_key, timeout
+        self._values, self._weight_key, self._timeout, self._most = values, weight_key, timeout, most_examples
+        self.odd: dict[int, str] = {}
         self._packer = Packer()
         self._holds: dict[int, str] = {}  # node -> digest it answered under
         self._node_of: dict[str, int] = {}  # message id -> node
@@ -116,7 +123,7 @@ class Mail:
     def carry(self, grid: Grid, messages: Iterable[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `write` made; return the replies, of about this size, as they come."""
         courier = Courier(grid, self._timeout, reply_bytes)
-        self.outcome = courier.outcome
+        self.outcome, self.odd = courier.outcome, {}
         self._push(courier, {message.metadata.dst_node_id: message for message in messages})
         return self._replies(courier)
 
@@ -178,7 +185,7 @@ class Mail:
             if self._weight_key not in metrics:
                 raise PayloadError(f"no metric {self._weight_key!r} among {sorted(metrics)}; it weighs the reply")
             weight = metrics[self._weight_key]
-        return Answer(node, self._vector(parcel), weight_of(weight), records, name, facts, message)
+        return Answer(node, self._vector(parcel), weight_of(weight, self._most), records, name, facts, message)
 
     def _allowed(self) -> Allowed:
         """Return the arrays that an answer may have."""
@@ -197,17 +204,23 @@ class Mail:
         check_values(values)
         return values
 
+    def refuse(self, odd: Mapping[int, str]) -> None:
+        """Take back that these replies are good ones: beside the others they are none."""
+        for node, reason in odd.items():
+            self.outcome.ok.remove(node)
+            self.outcome.refused[node] = in_a_line(reason)
+
     def names(self) -> dict[str, Any]:
         """Return who answered well, who was lost and who was refused, and why, as `SSFL.history` has it."""
         outcome = self.outcome
-        bad = {"lost": outcome.lost, "refused": outcome.refused}
+        bad = {"lost": outcome.lost, "refused": outcome.refused} | ({"odd_metrics": self.odd} if self.odd else {})
         return {"ok": sorted(outcome.ok), **{k: {str(n): v[n] for n in sorted(v)} for k, v in bad.items()}}
 
     def log_failures(self, what: str) -> None:
         """Log how many answers came, and each failure by node and reason."""
         bad = {**self.outcome.lost, **self.outcome.refused}
         log(INFO, "%s: Received %s results and %s failures", what, len(self.outcome.ok), len(bad))
-        for node, reason in sorted(bad.items()):
+        for node, reason in sorted({**bad, **self.odd}.items()):
             log(INFO, "\t> node %s: %s", node, reason)
 
     def enough(self, share: float) -> bool:

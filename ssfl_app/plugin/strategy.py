@@ -16,7 +16,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from ssfl_app.plugin.answer import Answer
+from ssfl_app.plugin.answer import MOST, Answer
 from ssfl_app.plugin.cohort import sample, wait_for
 from ssfl_app.plugin.course import Course, Record
 from ssfl_app.plugin.discovery import Discovery
@@ -57,7 +57,7 @@ class SSFL(Strategy):
         One of Flower's Message-API strategies that derive from FedAvg: FedAvgM, FedAdam, FedYogi, FedAdagrad,
         FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan. It aggregates replies whose one array is the flat vector
         of carried values, and holds the FedAvg arguments. It keeps all replies of a round, O(nodes * carried)
-        memory.
+        memory. A robust one (the last five, and what else does not take FedAvg's mean) folds the scores too.
     seed : int
         Of everything random: which nodes take part.
     prunable : iterable of str, optional
@@ -78,6 +78,9 @@ class SSFL(Strategy):
     min_ok_fraction : float
         A round counts if this share of its nodes answered well, in [0, 1]; if not, the run fails. 0: the run goes on
         with whoever answered.
+    most_examples : float
+        Largest weight of a reply, above 0: what no honest client exceeds. A reply beyond it is refused. By default
+        only what is no count is; one client may then outweigh all others.
     **fedavg
         FedAvg's own arguments, see `FedAvgArguments`.
 
@@ -91,8 +94,8 @@ class SSFL(Strategy):
         started.
     model : array of float32
         All floating coordinates of the model, dead weights 0.
-    base, discovery, min_ok_fraction
-        The inner strategy, or a FedAvg that holds its arguments; how the mask is found; as given.
+    inner, base, discovery, min_ok_fraction
+        As given; the inner strategy, or a FedAvg that holds its arguments; how the mask is found; as given.
 
     Raises
     ------
@@ -114,6 +117,7 @@ class SSFL(Strategy):
         saliency_share: float = 1.0,
         values: str = "fp32",
         min_ok_fraction: float = 0.5,
+        most_examples: float = MOST,
         **fedavg: Unpack[FedAvgArguments],
     ) -> None:
         if inner is not None and fedavg:
@@ -126,13 +130,16 @@ class SSFL(Strategy):
             raise ValueError(f"values is {values!r}; it is one of {', '.join(VALUE_TYPES)}")
         if not 0 <= min_ok_fraction <= 1:
             raise ValueError(f"min_ok_fraction is {min_ok_fraction}; it is a fraction in [0, 1]")
+        if not 0 < most_examples <= MOST:
+            raise ValueError(f"most_examples is {most_examples}; it is a number above 0, at most {MOST}")
         self.history: list[Record] = []
         self.model: Vector = np.zeros(0, dtype=np.float32)
         self._mail: Mail | None = None
         self.discovery = Discovery(
             density, scope, min_per_layer, saliency_batches, saliency_weighting, saliency_share, min_ok_fraction
         )
-        self._inner, self.base = inner, FedAvg(**fedavg) if inner is None else inner
+        self.inner, self.base = inner, FedAvg(**fedavg) if inner is None else inner
+        self._most_examples = most_examples
         self._seed, self._prunable = seed, None if prunable is None else tuple(prunable)
         self._values, self.min_ok_fraction = values, min_ok_fraction
         self._timeout = 3600.0
@@ -167,8 +174,8 @@ class SSFL(Strategy):
     def summary(self) -> None:
         """Log the settings, as Flower's strategies do."""
         log(INFO, "\t├──> SSFL: density %s, values %s, seed %s", self.discovery.density, self._values, self._seed)
-        if self._inner is not None:
-            log(INFO, "\t├──> Carried values are aggregated by %s", type(self._inner).__name__)
+        if self.inner is not None:
+            log(INFO, "\t├──> Carried values are aggregated by %s", type(self.inner).__name__)
         self.base.summary()
 
     def start(
@@ -198,7 +205,8 @@ class SSFL(Strategy):
         sheet = Sheet.of(initial_arrays, self._prunable, (self.base.arrayrecord_key, self.base.configrecord_key))
         self.model = sheet.flatten(initial_arrays)
         check_values(self.model)
-        self._mail, self._timeout = Mail(sheet, self._values, self.base.weighted_by_key, timeout), timeout
+        self._mail = Mail(sheet, self._values, self.base.weighted_by_key, timeout, self._most_examples)
+        self._timeout = timeout
         self.history = []
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         return Course(self, grid, configs, evaluate_fn).play(initial_arrays, num_rounds)
@@ -211,8 +219,8 @@ class SSFL(Strategy):
         if not base.fraction_train:
             return []
         nodes = self.sample(grid, "train", server_round, base.fraction_train, base.min_train_nodes)
-        if self._inner is not None:
-            hook, values = self._inner.configure_train, self.model[self.mask.carried]
+        if self.inner is not None:
+            hook, values = self.inner.configure_train, self.model[self.mask.carried]
             config = told_by(hook, server_round, values, config, grid, base.configrecord_key)
         self._cohort = nodes
         return self.mail.write("train", server_round, nodes, self.model, config, {})
@@ -228,20 +236,26 @@ class SSFL(Strategy):
             The inner strategy returned no model.
         """
         size, answers = int(np.count_nonzero(self.mail.mask.carried)), list[Answer]()
-        mean = PositionalMean(size, max(1, len(self._cohort))) if self._inner is None else None
+        mean = PositionalMean(size, max(1, len(self._cohort))) if self.inner is None else None
         for answer in self.mail.open(replies):
             if mean is not None:
                 mean.add(answer.values, answer.weight)
                 answer = answer.numbers()  # numbers only: server memory does not grow with the nodes
             answers.append(answer)
+        contents, odd = common_metrics(answers)
+        if self.inner is not None:  # it folds values and metrics of a reply together
+            self.mail.refuse(odd)
+            answers = [answer for answer in answers if answer.node not in odd]
+        else:
+            self.mail.odd = odd
         if not answers or not self.mail.enough(self.min_ok_fraction):
             return None, None
-        if self._inner is not None:
-            values, metrics = aggregate_by(self._inner, server_round, answers, size)
+        if self.inner is not None:
+            values, metrics = aggregate_by(self.inner, server_round, answers, size)
         else:
             assert mean is not None
             values = mean.value()
-            metrics = self.base.train_metrics_aggr_fn(common_metrics(answers), self.base.weighted_by_key)
+            metrics = self.base.train_metrics_aggr_fn(contents, self.base.weighted_by_key)
         if values is None:
             return None, metrics
         self.model = self.mail.sheet.spread(values, self.mail.mask)
@@ -255,19 +269,22 @@ class SSFL(Strategy):
         if not base.fraction_evaluate:
             return []
         nodes = self.sample(grid, "evaluate", server_round, base.fraction_evaluate, base.min_evaluate_nodes)
-        if self._inner is not None:
-            hook, values = self._inner.configure_evaluate, self.model[self.mask.carried]
+        if self.inner is not None:
+            hook, values = self.inner.configure_evaluate, self.model[self.mask.carried]
             config = told_by(hook, server_round, values, config, grid, base.configrecord_key)
         return self.mail.write("evaluate", server_round, nodes, self.model, config, {})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the metrics of the good replies, aggregated as FedAvg does or as the inner strategy does."""
         answers = list(self.mail.open(replies))
-        if not answers:
+        contents, odd = common_metrics(answers)
+        self.mail.refuse(odd)
+        if not contents:
             return None
-        if self._inner is not None:
-            return evaluate_by(self._inner, server_round, answers)
-        return self.base.evaluate_metrics_aggr_fn(common_metrics(answers), self.base.weighted_by_key)
+        if self.inner is not None:
+            good = [answer for answer in answers if answer.node not in odd]
+            return evaluate_by(self.inner, server_round, good)
+        return self.base.evaluate_metrics_aggr_fn(contents, self.base.weighted_by_key)
 
     def arrays(self) -> ArrayRecord:
         """Return the model: dense arrays as `initial_arrays` were, dead weights exactly 0."""

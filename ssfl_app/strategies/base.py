@@ -5,6 +5,7 @@ strategy, streamed folds, and going on after an interruption. The order of event
 crosses the wire that of `post`, and what a client does that of `rule`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
@@ -18,14 +19,16 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from ssfl_app.aggregate import MAX_WEIGHT
+from ssfl_app.options import ConfigError
+from ssfl_app.robust import distance
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import Codec, SharedMask
+from ssfl_app.sparsity.codec import Codec, LinearCodec, SharedMask
 from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays
 from ssfl_app.strategies.checks import check_feedback, check_number, check_samples, check_tested, stored
 from ssfl_app.strategies.course import Ask, Course, Record
-from ssfl_app.strategies.folds import carried_mean
+from ssfl_app.strategies.folds import carried_fold, within_norm
 from ssfl_app.strategies.post import Addressed, Post, Reply
 from ssfl_app.strategies.rule import ClientRule, encode_with
 from ssfl_app.strategies.settings import Settings
@@ -37,6 +40,9 @@ class Watch(Protocol):
 
     def met(self, sites: Mapping[int, Facts]) -> None:
         """All clients are connected; `sites` holds what each said of itself."""
+
+    def warn(self, line: str) -> None:
+        """Something is wrong that the run can go on with."""
 
     def round(self, record: Record, strategy: "SparseStrategy") -> None:
         """Round `record["round"]` is over; 0 is setup."""
@@ -64,6 +70,8 @@ class SparseStrategy(Strategy):
         Whether every client trains in every round, as peers without a server do.
     density_matters : bool
         Whether mask.density changes anything.
+    has_floor : bool
+        Whether mask.min-per-layer may be more than 0.
     state, mask : State, Mask
         The global model and what is alive in it.
     peer_bytes : int
@@ -72,6 +80,9 @@ class SparseStrategy(Strategy):
         Of each client in the last evaluation: of the global model, and of the client's own one if it has one.
     losses : dict of int to float
         Training loss of each client that answered well in the last round.
+    update_norms : dict of int to float
+        Length of each update that came in the last round (`update_norm`), of refused ones too: with the default fold,
+        or with failures.norm-factor.
     watch : Watch or None
         Sees the run go by.
     workbench, image_shape : nn.Module or None, tuple of int
@@ -84,8 +95,13 @@ class SparseStrategy(Strategy):
     rooms: ClassVar[Mapping[str, type]] = {}
     everyone: ClassVar[bool] = False
     density_matters: ClassVar[bool] = True
+    has_floor: ClassVar[bool] = True
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
+        if settings.mask.min_per_layer and not self.has_floor:
+            raise ConfigError(
+                f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with strategy {self.name}"
+            )
         self.layout = layout
         self.settings = settings
         self.state: State = {}
@@ -94,10 +110,12 @@ class SparseStrategy(Strategy):
         self.workbench: nn.Module | None = None
         self.image_shape: tuple[int, ...] | None = None
         self.post = Post(settings.run, issubclass(self.client.down, SharedMask), settings.wire.bitmaps)
+        self.post.work = functools.partial(self.client.work, settings)
         self.peer_bytes = 0
         self.accuracy: dict[int, float] = {}
         self.personal_accuracy: dict[int, float] = {}
         self.losses: dict[int, float] = {}
+        self.update_norms: dict[int, float] = {}
         self._next_round = 0  # 0: setup is still to come
         self._encoded: tuple[State, Mask, Arrays] | None = None
         self._since = np.zeros(settings.run.clients, dtype=np.int64)  # client -> last round it answered well in
@@ -106,6 +124,11 @@ class SparseStrategy(Strategy):
         self._lost: Vector | None = None  # and from this one
         if settings.wire.error_feedback:
             check_feedback(type(self), SparseStrategy)
+        if settings.run.fold != "mean" and not self._folds_as_ever():
+            raise ConfigError(
+                f"run.fold is {settings.run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of "
+                "its own"
+            )
 
     # ---- the hooks ---------------------------------------------------------------------------
 
@@ -133,7 +156,7 @@ class SparseStrategy(Strategy):
 
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Change the global model by the replies. Default: their weighted mean, taken as they come."""
-        self.state = carried_mean(self, replies)
+        self.state = carried_fold(self, replies)
 
     def deliver(self, round_: int, client: int) -> Parcel:
         """Return the model this client evaluates. Default: the one it would be sent to train."""
@@ -158,11 +181,27 @@ class SparseStrategy(Strategy):
         """Return alive / prunable and alive / all coordinates of the model in use. Default: those of `mask`."""
         return density_pair(self.mask)
 
+    def update_norm(self, reply: Reply) -> float | None:
+        """Return how far the values of a reply are from the server's, as a Euclidean length; None: it has none.
+
+        Default: over the coordinates that it carries, from `state`.
+        """
+        codec, mask = self.up, self.mask_for(reply.client)
+        if isinstance(codec, LinearCodec):
+            values, places = codec.vector(reply.arrays, self.layout, mask), codec.places(self.layout, mask)
+        else:
+            flat, sent = self.decoded(reply)
+            values, places = flat[sent.carried], sent.carried
+        return distance(values, places, self.layout, self.state)
+
     # ---- what hooks use ----------------------------------------------------------------------
 
     def weight(self, reply: Reply) -> int:
         """Return the weight of a reply in the mean of a round: its samples, or 1."""
         return reply.samples if self.settings.run.weighting == "samples" else 1
+
+    def _folds_as_ever(self) -> bool:
+        return type(self).fold is SparseStrategy.fold
 
     @property
     def down(self) -> Codec:
@@ -242,23 +281,31 @@ class SparseStrategy(Strategy):
             Too few clients answered well. The global model is unchanged.
         """
         seen: dict[int, tuple[int, float]] = {}
+        failures, what = self.settings.failures, f"training in round {server_round}"
+        self.update_norms = {}
 
         def good() -> Iterator[Reply]:
-            share = self.settings.failures.min_ok_fraction
-            for reply in self.post.open(
-                replies, self.answers(), self.check_trained, share, f"training in round {server_round}"
-            ):
+            share = failures.min_ok_fraction
+            for reply in self.post.open(replies, self.answers(), self.check_trained, share, what):
                 seen[reply.client] = (reply.samples, float(reply.facts["loss"]))
-                self._since[reply.client] = server_round
+                if failures.norm_factor or self._folds_as_ever():
+                    norm = self.update_norm(reply)
+                    if norm is not None:
+                        self.update_norms[reply.client] = norm
                 yield reply
                 del reply
 
         stream = good()
+        if failures.norm_factor:
+            stream = within_norm(self, stream, what)
         self._encoded = None  # it holds the model that the fold replaces
         self.fold(server_round, stream)
         self._folded, self._residual, self._lost = server_round, self._lost, None
         for _ in stream:  # a fold that stops early must not leave clients unaccounted for
             pass
+        for client in self.post.outcome.refused:  # beside the other replies, after it was seen
+            seen.pop(client, None)
+        self._since[list(seen)] = server_round
         self.losses = {client: loss for client, (_, loss) in sorted(seen.items())}
         # fsum is exact before it rounds, so the order of arrival does not show here either.
         samples = sum(n for n, _ in seen.values())

@@ -67,6 +67,7 @@ class Course:
         self._strategy, self._post, self._grid = strategy, post, grid
         self._configs, self._evaluate_fn = configs, evaluate_fn
         self._result = Result()
+        self._empty: list[str] = []  # layers without an alive weight
         # An upper bound of what a client sends back: a dense model, or a score for each of its weights.
         self._reply_bytes = 4 * strategy.layout.size
 
@@ -84,13 +85,14 @@ class Course:
         if first == 0:
             began = time.monotonic()
             record = {"round": 0, "strategy": self._strategy.name} | self._discover(0, "", self._strategy.setup)
-            self._tell(record | {"seconds": time.monotonic() - began})
+            self._tell(record | self._empty_layers() | {"seconds": time.monotonic() - began})
         for round_ in range(max(1, first), last + 1):
             began = time.monotonic()
             back = self._post.rejoin(self._grid)
             self._strategy.peer_bytes, before = 0, self._strategy.mask
             found = self._discover(round_, "setup_", functools.partial(self._strategy.prepare, round_))
-            record = _sum(found, self._train(round_), self._evaluate(round_)) | back
+            self._empty_layers()
+            record = _sum(found, self._train(round_), self._empty_layers(), self._evaluate(round_)) | back
             record["bytes_peer"] = self._strategy.peer_bytes
             record["density"], record["density_all"] = self._strategy.densities()
             if found:  # the strategy asked: how far is its mask from the one before?
@@ -102,6 +104,16 @@ class Course:
     def _tell(self, record: Record) -> None:
         if self._strategy.watch is not None:
             self._strategy.watch.round(record, self._strategy)
+
+    def _empty_layers(self) -> Record:
+        """Return what a record says of layers without an alive weight; warn when there are others than before."""
+        strategy, before = self._strategy, self._empty
+        self._empty = [name for name, alive, _ in strategy.mask.layers() if not alive]
+        if self._empty and self._empty != before and strategy.watch is not None:
+            cure = "set mask.min-per-layer to 1 or more" if strategy.has_floor else "choose a higher mask.density"
+            names = ", ".join(self._empty[:5]) + (f" and {len(self._empty) - 5} more" if len(self._empty) > 5 else "")
+            strategy.watch.warn(f"the mask leaves no weight alive in {names}: {cure}")
+        return {"empty_layers": self._empty} if self._empty else {}
 
     def _discover(self, round_: int, prefix: str, hook: Callable[[Ask], None]) -> Record:
         """Let the strategy ask what it must know; return what that cost and who failed."""
@@ -143,12 +155,13 @@ class Course:
         replies = self._post.carry(self._grid, messages, self._reply_bytes)
         _, metrics = strategy.aggregate_train(round_, replies)
         self._result.train_metrics_clientapp[round_] = metrics
-        outcome = self._post.outcome
+        outcome, norms = self._post.outcome, strategy.update_norms
         return {
             "round": round_,
             "cohort": strategy.cohort(round_),
             **_names(outcome),
             "train_loss": metrics["loss"],
+            **({"update_norms": {str(c): norms[c] for c in sorted(norms)}} if norms else {}),
             "messages_train_down": outcome.sent,
             "messages_train_up": len(outcome.ok) + len(outcome.refused),
             "bytes_train_down": outcome.down,

@@ -17,6 +17,9 @@ magnitude       largest ``|w0|``                        nothing
 With ssfl.score-values bf16 or log8 a value costs 2 or 1 bytes instead of 4. log8 has no sign: it is for the criteria
 that ask for magnitudes, snip, iterative-snip and force.
 
+Where clients may lie, ssfl.score-fold takes another fold than the mean in every exchange of this page (`ScoreFold`,
+docs/robustness.md); the bytes are the same.
+
 P prunable weights; step t of T keeps the density d ** (t / T), so A_1 = P; the first step needs no bitmap. Means are
 weighted by samples (ssfl.saliency-weighting). g_k is client k's mean gradient over its class-balanced minibatches,
 at weights w that both ends know.
@@ -37,8 +40,8 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
-from ssfl_app.aggregate import WeightedMean
 from ssfl_app.options import ConfigError, above, at_least, choice, fraction
+from ssfl_app.robust import SCORE_FOLDS, ScoreFold
 from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest
 from ssfl_app.sparsity.mask import Mask, Scope
@@ -78,6 +81,7 @@ class SsflOptions:
     saliency_batches: int = at_least(1)
     saliency_batch_size: int = at_least(1)
     saliency_weighting: str = choice("samples", "uniform")
+    score_fold: str = choice("auto", *SCORE_FOLDS)
     score_values: str = choice(*SCORE_TYPES)
     saliency_share: float = fraction()
     criterion: str = choice(*CRITERIA)
@@ -172,16 +176,19 @@ class _Inquiry:
         object.__setattr__(self, "weights", self.strategy.layout.flatten_prunable(self.state))
 
     def mean(self, question: str, size: int | None = None, arrays: Arrays | None = None, step: int = 0) -> Vector:
-        """Return the weighted mean of the vectors that the clients answer with, as they come."""
-        size = self.strategy.layout.prunable_size if size is None else size
-        mean, by_samples = WeightedMean(size), options_of(self.strategy.settings).saliency_weighting == "samples"
+        """Return the weighted mean of the vectors that the clients answer with, or what ssfl.score-fold says."""
+        size, options = (
+            self.strategy.layout.prunable_size if size is None else size,
+            options_of(self.strategy.settings),
+        )
+        fold, by_samples = ScoreFold(options.score_fold, size), options.saliency_weighting == "samples"
         facts = {**self.carry.facts, "step": step} if step else self.carry.facts
         parcel = Parcel({**self.carry.arrays, **(arrays or {})}, facts)
         for reply in self.ask(question, self.clients, partial(self._check, size), parcel):
-            values = read_values(reply.arrays, options_of(self.strategy.settings).score_values, size)
-            mean.add(values, reply.samples if by_samples else 1)
+            values = read_values(reply.arrays, options.score_values, size)
+            fold.add(reply.client, values, reply.samples if by_samples else 1)
             del reply
-        return mean.value()
+        return fold.value()
 
     def _check(self, size: int, client: int, parcel: Parcel) -> None:
         self.strategy.check_samples(parcel)

@@ -35,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.options import anything, choice
+from ssfl_app.robust import distance
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Bitmask, SharedMask, nbytes, read_mask
 from ssfl_app.sparsity.densities import Counts, erk, uniform
@@ -150,6 +151,11 @@ class DisPfl(OwnMasks):
         for (name, before, _), (_, after, _) in zip(old.layers(), new.layers(), strict=True):
             if after != before:
                 raise PayloadError(f"the new mask has {after} alive weights in {name}; it must keep {before}")
+
+    def update_norm(self, reply: Reply) -> float | None:
+        """Return how far a model is from the mean of all, under the mask that it was trained in."""
+        codec, old = SharedMask(self.up.values), self.masks[reply.client]
+        return distance(codec.vector(reply.arrays, self.layout, old), old.carried, self.layout, self.model())
 
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Keep each client's model under its old mask, and its new mask."""

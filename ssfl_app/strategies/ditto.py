@@ -27,6 +27,7 @@ from ssfl_app.sparsity.layout import State, load_state, state_of
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.personal import held_out
 from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Parcel
 
 CANDIDATES = (0.1, 1.0, 2.0)
@@ -47,6 +48,12 @@ class DittoClient(ClientRule):
     """Trains two models and sends one."""
 
     remembers = True
+
+    @classmethod
+    def uses(cls, settings: Settings) -> int:
+        """Return the epochs of both models, with ditto.dynamic of all candidates."""
+        options = cast(DittoOptions, settings.own["ditto"])
+        return super().uses(settings) + options.global_epochs + len(CANDIDATES) * (options.personal_epochs + 1)
 
     def train(self, parcel: Parcel) -> Parcel:
         """Train the global model, then the personal one; return the global one."""

@@ -28,9 +28,10 @@ from collections.abc import Iterable
 from ssfl_app.sparsity.layout import load_state, state_of
 from ssfl_app.sparsity.values import Arrays
 from ssfl_app.strategies.gossip import DenseRelay, GossipOptions, neighbours
-from ssfl_app.strategies.personal import FinetuneOptions, finetuned
+from ssfl_app.strategies.personal import FinetuneOptions, finetuned, finetuning_of
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Parcel, freeze
 
 
@@ -54,6 +55,11 @@ class DpsgdClient(ClientRule):
 
 class DpsgdFtClient(DpsgdClient):
     """The same, which in the end fine-tunes the consensus."""
+
+    @classmethod
+    def uses(cls, settings: Settings) -> int:
+        """Return the epochs of fine-tuning too."""
+        return super().uses(settings) + finetuning_of(settings).epochs
 
     def evaluate(self, parcel: Parcel) -> Facts:
         """Test the consensus, and the client's own model; after the last round a fine-tuned consensus instead."""

@@ -9,13 +9,19 @@ finetune.lr "scheduled", that of the next round). The fine-tuned models stay on 
 """
 
 from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.personal import FinetuneOptions, finetuned
+from ssfl_app.strategies.personal import FinetuneOptions, finetuned, finetuning_of
 from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Parcel
 
 
 class FinetuneClient(ClientRule):
     """FedAvg's client, which fine-tunes before its last test."""
+
+    @classmethod
+    def uses(cls, settings: Settings) -> int:
+        """Return the epochs of fine-tuning too."""
+        return super().uses(settings) + finetuning_of(settings).epochs
 
     def evaluate(self, parcel: Parcel) -> Facts:
         """Test the global model; after the last round also a fine-tuned copy, as personal accuracy."""

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from ssfl_app.aggregate import OverlapMean
-from ssfl_app.options import ConfigError, at_least, fraction
+from ssfl_app.options import at_least, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Bitmask, Codec, SharedMask, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled
@@ -41,7 +41,7 @@ from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
-from ssfl_app.strategies.folds import carried_mean
+from ssfl_app.strategies.folds import carried_fold
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
@@ -122,11 +122,10 @@ class FedDst(SparseStrategy):
     name = "feddst"
     client = FedDstClient
     rooms = {"feddst": FedDstOptions}  # noqa: RUF012  (ClassVar of the base)
+    has_floor = False
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings)
-        if settings.mask.min_per_layer:
-            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with {self.name}")
         self.counts = layer_counts(layout, settings.mask.density)
         self._moves = False
 
@@ -157,7 +156,7 @@ class FedDst(SparseStrategy):
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Take the mean; where masks moved, over the owners, and keep the largest weights that somebody owns."""
         if not self._moves:
-            self.state = carried_mean(self, replies)
+            self.state = carried_fold(self, replies)
             return
         mean = OverlapMean(self.layout.size)
         for reply in replies:

@@ -60,6 +60,11 @@ class FedFomoClient(ClientRule):
 
     remembers = True
 
+    @classmethod
+    def uses(cls, settings: Settings) -> int:
+        """Return the tests of the peers' models too."""
+        return super().uses(settings) + cast(FedFomoOptions, settings.own["fedfomo"]).peers
+
     def train(self, parcel: Parcel) -> Parcel:
         """Train the client's model, mix it with what came down, and return it with the peers' weights."""
         site, options = self.site, cast(FedFomoOptions, self.settings.own["fedfomo"])

@@ -183,6 +183,10 @@ class FedPm(SparseStrategy):
         self.ones, self.masks = ones, masks
         self._believe(round_, (ones / masks).astype(np.float32))
 
+    def update_norm(self, reply: Reply) -> float | None:
+        """Return None: bits have no length, and one client's move theta by its weight's share at most."""
+        return None
+
     def deliver(self, round_: int, client: int) -> Parcel:
         """Return the mask of the network that is tested."""
         return Parcel(self._bits, {"signs": self.signs.digest})

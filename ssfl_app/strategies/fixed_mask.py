@@ -176,11 +176,7 @@ class Random(FixedMask):
     """A uniformly random mask; nobody is asked."""
 
     name = "random"
-
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        if settings.mask.min_per_layer:
-            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with strategy random")
+    has_floor = False
 
     def find_mask(self, ask: Ask, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
         """Draw the mask."""

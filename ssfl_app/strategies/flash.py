@@ -30,7 +30,7 @@ from typing import ClassVar, cast
 import numpy as np
 
 from ssfl_app.aggregate import WeightedMean
-from ssfl_app.options import ConfigError, at_least, fraction
+from ssfl_app.options import at_least, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Bitmask, Codec, SharedMask, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled
@@ -40,7 +40,7 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, PayloadError, allowed_values, check_values, read_values
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
-from ssfl_app.strategies.folds import carried_mean
+from ssfl_app.strategies.folds import carried_fold
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
@@ -109,6 +109,11 @@ class FlashClient(ClientRule):
     up: ClassVar[type[Codec]] = SharedMask
     questions = ("layer_densities",)
 
+    @classmethod
+    def uses(cls, settings: Settings) -> int:
+        """Return the epochs of stage 1 too."""
+        return super().uses(settings) + cast(FlashOptions, settings.own["flash"]).stage_epochs
+
     def setup(self, question: str, parcel: Parcel) -> Parcel:
         """Return the layer densities, float32, shape (prunable tensors,), that sparse learning ends with."""
         if question not in self.questions:
@@ -162,11 +167,7 @@ class Flash(SparseStrategy):
     name = "flash"
     client = FlashClient
     rooms = {"flash": FlashOptions}  # noqa: RUF012  (ClassVar of the base)
-
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        if settings.mask.min_per_layer:
-            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with {self.name}")
+    has_floor = False
 
     @property
     def options(self) -> FlashOptions:
@@ -208,6 +209,12 @@ class Flash(SparseStrategy):
             raise PayloadError(
                 f"layer densities are from {shares.min():g} to {shares.max():g}; each is in 0..1, not all are 0"
             )
+        # Sparse learning moves weights and keeps their number, so a client can promote one layer only at the cost of
+        # others.
+        sizes = [span.stop - span.start for span in self.layout.prunable_spans.values()]
+        alive, wanted = float(np.dot(shares.astype(np.float64), sizes)), first_mask(self.layout, self.settings).count
+        if abs(alive - wanted) > 1 + 1e-6 * self.layout.prunable_size:
+            raise PayloadError(f"layer densities add up to {alive:.0f} alive weights; sparse learning keeps {wanted}")
 
 
 class FlashJoint(Flash):
@@ -232,7 +239,7 @@ class FlashJoint(Flash):
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Average weights, and layer densities if the mask changes; keep the largest weights of each layer."""
         if not self._changes:
-            self.state = carried_mean(self, replies)
+            self.state = carried_fold(self, replies)
             return
         weights, shares = WeightedMean(self.layout.size), WeightedMean(len(self.layout.prunable))
         for reply in replies:

@@ -1,9 +1,10 @@
-"""Means over replies that an algorithm's `fold` can take. None depends on the order of arrival.
+"""Folds of replies that an algorithm's `fold` can take. None depends on the order of arrival.
 
 ==============  =========================================================  =================================
-mean            of a coordinate                                            used by
+fold            of a coordinate                                            used by
 ==============  =========================================================  =================================
-carried_mean    sum n_k w_k / sum n_k, on the carried vector               one shared mask, or none
+carried_fold    sum n_k w_k / sum n_k, on the carried vector; or what      one shared mask, or none
+                run.fold makes of the vectors, unweighted (`robust`)
 zeros_mean      sum n_k m_k w_k / sum n_k: what is not sent counts as 0    top-k of weights, SparsyFed
 overlap_mean    sum n_k m_k w_k / sum n_k m_k; the old value if nobody     personal masks
                 sent it
@@ -12,12 +13,14 @@ overlap_mean    sum n_k m_k w_k / sum n_k m_k; the old value if nobody     perso
 ``n_k`` is the weight of a reply: its samples, or 1 (run.weighting).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ssfl_app.aggregate import OverlapMean, WeightedMean
+from ssfl_app.robust import Held, Rows, folded
 from ssfl_app.sparsity.codec import LinearCodec
 from ssfl_app.sparsity.layout import State, Vector
 from ssfl_app.sparsity.mask import Mask
@@ -27,10 +30,11 @@ if TYPE_CHECKING:
     from ssfl_app.strategies.base import SparseStrategy
 
 
-def carried_mean(strategy: "SparseStrategy", replies: Iterable[Reply]) -> State:
-    """Return the mean of replies that all carry the same coordinates, 0 at the others.
+def carried_fold(strategy: "SparseStrategy", replies: Iterable[Reply]) -> State:
+    """Return the mean of replies that all carry the same coordinates, or what run.fold says, 0 at the others.
 
-    It is taken on the carried values, so it costs the alive coordinates and not one model a client.
+    It is taken on the carried values, so it costs the alive coordinates and not one model a client. Other folds than
+    the mean have the vectors wait in a file (`Rows` says what memory and disk that is).
 
     Raises
     ------
@@ -40,13 +44,54 @@ def carried_mean(strategy: "SparseStrategy", replies: Iterable[Reply]) -> State:
     codec, layout, mask = strategy.up, strategy.layout, strategy.mask
     if not isinstance(codec, LinearCodec):
         raise TypeError(f"{strategy.name} sends {codec.name} up; the default fold takes linear codecs only")
-    mean = WeightedMean(codec.count(layout, mask))
+    run, size = strategy.settings.run, codec.count(layout, mask)
+    if run.fold != "mean":
+        rows = Rows(size)
+        for reply in replies:
+            rows.add(reply.client, codec.vector(reply.arrays, layout, mask))
+            del reply
+        return codec.expand(folded(rows, run.fold, run.trim), layout, mask)
+    mean = WeightedMean(size)
     for reply in replies:
         mean.add(codec.vector(reply.arrays, layout, mask), strategy.weight(reply))
         del reply
     values = mean.value()
     del mean
     return codec.expand(values, layout, mask)
+
+
+def within_norm(strategy: "SparseStrategy", replies: Iterable[Reply], what: str) -> Iterator[Reply]:
+    """Yield the replies whose updates are not much longer than others of their round; refuse the rest by name.
+
+    failures.norm-factor times the median is allowed, of whatever strategy: the lengths are `update_norms`. A reply
+    without one passes. All replies wait in a file until the last one is there, and are yielded by client.
+
+    Raises
+    ------
+    RunFailed
+        Too few are left.
+    """
+    held, waiting = Held(), list[Reply]()
+    for reply in replies:
+        held.put(reply.client, reply.arrays)
+        waiting.append(replace(reply, arrays={}))
+        del reply
+    known, factor = strategy.update_norms, strategy.settings.failures.norm_factor
+    usual = float(np.median(list(known.values()))) if known else 0.0
+    good = []
+    for reply in sorted(waiting, key=lambda reply: reply.client):
+        norm = known.get(reply.client, 0.0)
+        if norm <= factor * usual:
+            good.append(reply)
+        else:
+            strategy.post.refuse(
+                reply,
+                f"its update is {norm:.4g} long; failures.norm-factor is {factor:g} and the median of this round "
+                f"{usual:.4g}",
+            )
+    strategy.post.outcome.need(strategy.settings.failures.min_ok_fraction, what)
+    for reply in good:
+        yield replace(reply, arrays=held.get(reply.client))
 
 
 def zeros_mean(strategy: "SparseStrategy", replies: Iterable[Reply]) -> tuple[Vector, Mask]:

@@ -8,6 +8,7 @@ from ssfl_app.options import at_least, choice
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies.rule import ClientRule
+from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Parcel
 
 
@@ -19,9 +20,14 @@ class FinetuneOptions:
     lr: str = choice("initial", "scheduled")
 
 
+def finetuning_of(settings: Settings) -> FinetuneOptions:
+    """Return the options of the room ``finetune``."""
+    return cast(FinetuneOptions, settings.own["finetune"])
+
+
 def finetuned(rule: ClientRule, parcel: Parcel, mask: Mask | None = None) -> Facts:
     """Train the model on the workbench for one more local round and return its accuracy as the personal one."""
-    options, local = cast(FinetuneOptions, rule.settings.own["finetune"]), rule.settings.local
+    options, local = finetuning_of(rule.settings), rule.settings.local
     round_ = int(parcel.facts["round"])
     rate = local.lr if options.lr == "initial" else local.rate(round_ + 1)
     rule.fit(round_, mask, purpose="finetune", lr=rate, epochs=options.epochs or local.epochs)

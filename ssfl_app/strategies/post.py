@@ -19,15 +19,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from ssfl_app.exchange import Courier, Outcome
+from ssfl_app.local.holdings import Holding
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
+from ssfl_app.strategies.checks import MOST_WORK, check_counts
 from ssfl_app.strategies.roster import Roster
 from ssfl_app.strategies.settings import RunOptions
 from ssfl_app.text import in_a_line, quoted
 from ssfl_app.wire import MASKS, Facts, Packer, Parcel, read_record
-
-MOST_WORK = 2**40
-"""Images of one message: more is no count, and would spoil the sum."""
 
 FOLDER = "folder"
 """Fact of a message in simulation: where simulated clients keep their files."""
@@ -87,6 +86,11 @@ class Post:
         What real clients call this run in the names of their files.
     roster : Roster
         Who is who.
+    dealt : callable or None
+        What the server knows that it deals to a client; None: a client holds what it said at the greeting.
+    work : callable
+        Most images that go through the model of a client which holds so many, each as often as it is used, for one
+        message.
     """
 
     def __init__(self, run: RunOptions, mask_travels: bool, bitmaps: str = "plain") -> None:
@@ -94,6 +98,8 @@ class Post:
         self.folder: Path | None = None
         self.token: str | None = None
         self.roster = Roster(run)
+        self.dealt: Callable[[int], Holding] | None = None
+        self.work: Callable[[int], int] = lambda images: MOST_WORK
         self._run, self._mask_travels, self._bitmaps = run, mask_travels, bitmaps
         self._packer = Packer(bitmaps)
         self._letters: dict[int, Letter] = {}  # of the exchange that is going on
@@ -235,6 +241,13 @@ class Post:
         if share is not None:
             self.outcome.need(share, what)
 
+    def refuse(self, reply: Reply, reason: str) -> None:
+        """Take back that a reply is a good one: beside the others of its round it is none."""
+        self.outcome.ok.remove(reply.client)
+        self.outcome.refused[reply.client] = reason
+        self.outcome.passes -= int(reply.facts.get("passes", 0))
+        self.outcome.looks -= int(reply.facts.get("looks", 0))
+
     def _read(self, client: int, message: Message, allowed: Allowed, check: Check) -> Reply:
         parcel = read_record(message.content, allowed)
         letter, facts = self._letters[client].parcel, parcel.facts
@@ -243,15 +256,14 @@ class Post:
         for name in ("round", "digest"):
             if name in letter.facts and facts.get(name) != letter.facts[name]:
                 raise PayloadError(f"{name} is {quoted(facts.get(name))}; it must be {letter.facts[name]!r}")
-        samples = facts.get("samples")
-        if type(samples) is not int or samples < 0:
-            raise PayloadError(f"samples is {quoted(samples)}; it must be a whole number of at least 0")
-        for name in ("passes", "looks"):
-            work = facts.get(name, 0)
-            if type(work) is not int or not 0 <= work < MOST_WORK:
-                raise PayloadError(f"{name} is {quoted(work)}; it must be a whole number from 0 to {MOST_WORK}")
+        held = self.dealt(client) if self.dealt is not None else self.roster.holding(client)
+        if held is None:
+            check_counts(facts, None, MOST_WORK)
+        else:
+            tested = self._letters[client].kind == "evaluate"
+            check_counts(facts, held.test_images if tested else sum(held.counts), self.work(sum(held.counts)))
         check(client, parcel)
-        return Reply(client, parcel.arrays, facts, samples)
+        return Reply(client, parcel.arrays, facts, int(facts["samples"]))
 
 
 def _sizes(message: Message) -> dict[str, int]:

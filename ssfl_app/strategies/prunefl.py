@@ -32,16 +32,17 @@ from typing import cast
 import numpy as np
 
 from ssfl_app.aggregate import WeightedMean
-from ssfl_app.options import ConfigError, at_least, choice, fraction
+from ssfl_app.options import at_least, choice, fraction
+from ssfl_app.robust import ScoreFold
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import Bitmask, SharedMask
-from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
+from ssfl_app.sparsity.codec import Bitmask, SharedMask, read_mask
+from ssfl_app.sparsity.layout import Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.selection import largest
-from ssfl_app.sparsity.values import Allowed, PayloadError, check_values, take
+from ssfl_app.sparsity.values import MAX_VALUE, Allowed, PayloadError, check_values, take
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
-from ssfl_app.strategies.folds import carried_mean
+from ssfl_app.strategies.folds import carried_fold
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
@@ -97,12 +98,36 @@ def readjusted(mask: Mask, magnitudes: Vector, squares: Vector, share: float, mo
     return Mask(mask.layout, alive)
 
 
+def pruned_counts(options: PruneFlOptions, density: float, size: int) -> tuple[int, int]:
+    """Return the least and the most alive weights that stage 1 can end with, of `size`: a client's word has limits.
+
+    With the density "target" each readjustment says how many are alive after it, so all that is open is whether it
+    ended early. With "max" fewer may have been added.
+    """
+    most, counts, calm = keep_count(density, size), [size], 0
+    low = size
+    while len(counts) <= options.checks and calm < CALM:
+        before = counts[-1]
+        counts.append(max(before - keep_count(options.prune, before), min(most, before)))
+        calm = calm + 1 if before - counts[-1] < SETTLED * before else 0
+    high = counts[-1]  # nobody can have been calm for longer before
+    for _ in range(options.checks):
+        left = low - keep_count(options.prune, low)
+        low = left if options.density == "max" else max(left, min(most, low))
+    return low, high
+
+
 class PruneFlClient(ClientRule):
     """FedAvg's client, which also tells squared gradients; one of them prunes alone first."""
 
     down = SharedMask
     up = SharedMask
     questions = ("initial_pruning",)
+
+    @classmethod
+    def uses(cls, settings: Settings) -> int:
+        """Return the local rounds of stage 1 too, each with its gradients."""
+        return super().uses(settings) + options_of(settings).checks * (settings.local.epochs + 1)
 
     def setup(self, question: str, parcel: Parcel) -> Parcel:
         """Return the model and the mask of stage 1."""
@@ -142,7 +167,9 @@ class PruneFlClient(ClientRule):
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             gradient = site.trainer.gradient(site.model, site.train.take(chosen))
-            mean.add(np.square(site.layout.flatten_prunable(gradient)), len(chosen))
+            # At a model that somebody spoilt gradients may be so large that their squares are no scores any more.
+            squares = np.minimum(np.square(site.layout.flatten_prunable(gradient)), np.float32(MAX_VALUE))
+            mean.add(squares, len(chosen))
         return mean.value()
 
 
@@ -152,11 +179,7 @@ class PruneFl(SparseStrategy):
     name = "prunefl"
     client = PruneFlClient
     rooms = {"prunefl": PruneFlOptions}  # noqa: RUF012  (ClassVar of the base)
-
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        if settings.mask.min_per_layer:
-            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with {self.name}")
+    has_floor = False
 
     def setup(self, ask: Ask) -> None:
         """Have one client prune."""
@@ -186,17 +209,17 @@ class PruneFl(SparseStrategy):
         """Take the mean; readjust the mask when that is due."""
         options, density = options_of(self.settings), self.settings.mask.density
         if round_ % options.every:
-            self.state = carried_mean(self, replies)
+            self.state = carried_fold(self, replies)
             return
-        squares = WeightedMean(self.layout.prunable_size)
+        squares = ScoreFold(self.settings.own["ssfl"].score_fold, self.layout.prunable_size)
 
         def noted() -> Iterator[Reply]:
             for reply in replies:
-                squares.add(reply.arrays["squares"], self.weight(reply))
+                squares.add(reply.client, reply.arrays["squares"], self.weight(reply))
                 yield reply
                 del reply
 
-        state = carried_mean(self, noted())
+        state = carried_fold(self, noted())
         weights, most = np.abs(self.layout.flatten_prunable(state)), keep_count(density, self.layout.prunable_size)
         share = options.prune * 0.5 ** (round_ / HALF_LIFE)
         self.mask = readjusted(self.mask, weights, squares.value(), share, most, options.density == "target")
@@ -205,3 +228,7 @@ class PruneFl(SparseStrategy):
     def _check_pruned(self, client: int, parcel: Parcel) -> None:
         self.check_samples(parcel)
         Bitmask().check(parcel.arrays, self.layout, self.mask)
+        low, high = pruned_counts(options_of(self.settings), self.settings.mask.density, self.layout.prunable_size)
+        count = read_mask(parcel.arrays, self.layout).count
+        if not low <= count <= high:
+            raise PayloadError(f"a mask has {count} alive weights; stage 1 ends with {low} to {high}")

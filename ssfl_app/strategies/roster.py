@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from ssfl_app.exchange import DEPLOYMENT_POLL, SIMULATION_POLL, is_simulation
 from ssfl_app.guard import RunFailed
+from ssfl_app.local.holdings import Holding, read_holding
 from ssfl_app.strategies.greeting import Hello, Hellos
 from ssfl_app.strategies.settings import RunOptions
 from ssfl_app.wire import Facts
@@ -110,6 +111,11 @@ class Roster:
             if time.monotonic() > end:
                 raise RunFailed(self._too_few(met, reasons, timeout))
             time.sleep(SIMULATION_POLL if is_simulation(grid) else DEPLOYMENT_POLL)
+
+    def holding(self, client: int) -> Holding | None:
+        """Return what a client said at the greeting that it holds; None if it did not say."""
+        facts = self._facts.get(client, {})
+        return read_holding(facts) if "classes" in facts else None
 
     def _stranger(self, hello: Hello, bound: Mapping[Place, int]) -> str | None:
         """Return why the place that a node claims cannot be its own, whoever else is there."""

@@ -132,6 +132,25 @@ class ClientRule:
         self.site = site
         self.settings = settings
 
+    @classmethod
+    def uses(cls, settings: Settings) -> int:
+        """Return how often one message has a client use each of its training images, at most; override to raise it.
+
+        What a client says beyond it is refused. Twice the local epochs, and three more for gradients and tests.
+        """
+        return 2 * settings.local.epochs + 3
+
+    @classmethod
+    def work(cls, settings: Settings, images: int) -> int:
+        """Return how many images, each as often as it is used, one message has go through a client's model, at most.
+
+        Beside its training images, `images`, these are the minibatches that are scored, twice each for a curvature;
+        a class of few images is drawn from more than once.
+        """
+        scoring = settings.own["ssfl"]
+        scored: int = scoring.saliency_batches * scoring.saliency_batch_size
+        return images * cls.uses(settings) + 2 * scored
+
     def setup(self, question: str, parcel: Parcel) -> Parcel:
         """Answer a question the server asks before a round.
 

@@ -1,12 +1,14 @@
 """Options that every strategy shares, a frozen dataclass for each room of the configuration."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ssfl_app.local.trainer import LocalOptions
-from ssfl_app.options import above, anything, at_least, choice, fraction
+from ssfl_app.options import above, anything, at_least, choice, fraction, option
 from ssfl_app.partitions.late import ShiftOptions
+from ssfl_app.robust import FOLDS
 from ssfl_app.sparsity.values import VALUE_TYPES
 
 
@@ -19,6 +21,8 @@ class RunOptions:
     rounds: int = at_least(1)
     seed: int = anything("a whole number")
     weighting: str = choice("samples", "uniform")
+    fold: str = choice(*FOLDS)
+    trim: float = option("a number from 0 to below 0.5", lambda value: 0 <= value < 0.5)
     device: str = choice("auto", "cpu", "cuda")
     evaluate_every: int = at_least(1)
     checkpoint_every: int = at_least(1)
@@ -34,7 +38,7 @@ class MaskOptions:
 
     density: float = fraction()
     scope: str = choice("global", "layer")
-    min_per_layer: int = at_least(0)
+    min_per_layer: int = at_least(-1)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class FailureOptions:
     """Keys of the room ``failures``."""
 
     min_ok_fraction: float = fraction()
+    norm_factor: float = option("0 or a number of at least 1", lambda value: value == 0 or 1 <= value < math.inf)
 
 
 @dataclass(frozen=True)

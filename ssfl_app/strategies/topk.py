@@ -26,6 +26,7 @@ from typing import cast
 import numpy as np
 
 from ssfl_app.options import ConfigError, anything, choice
+from ssfl_app.robust import distance
 from ssfl_app.sparsity.codec import Bitmask, Codec, Indexed
 from ssfl_app.sparsity.layout import Layout, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, Scope
@@ -125,6 +126,13 @@ class Topk(SparseStrategy):
         else:
             values, self.mask = zeros_mean(self, replies)
         self.state = self.layout.unflatten(values)
+
+    def update_norm(self, reply: Reply) -> float | None:
+        """Return the length of what came up, which is an update itself with topk.of "update"."""
+        if self.options.of == "weights":
+            return super().update_norm(reply)
+        values, mask = self.decoded(reply)
+        return distance(values[mask.carried], mask.carried, self.layout, {})
 
     def check_trained(self, client: int, parcel: Parcel) -> None:
         """Refuse as ever, and what carries another number of coordinates than was asked for."""

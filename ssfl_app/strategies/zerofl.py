@@ -35,6 +35,7 @@ import numpy as np
 
 from ssfl_app.local.reparam import sparse_activations, top_weights
 from ssfl_app.options import ConfigError, choice, option
+from ssfl_app.robust import distance
 from ssfl_app.sparsity.codec import Bitmask, read_mask
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, Scope
@@ -136,6 +137,13 @@ class ZeroFl(SparseStrategy):
     def model(self) -> State:
         """Return the weights that compute."""
         return self.mask.apply(self.state)
+
+    def update_norm(self, reply: Reply) -> float | None:
+        """Return the length of what came up, which is an update itself unless zerofl.uplink is "top-weights"."""
+        if cast(ZeroFlOptions, self.settings.own["zerofl"]).uplink == "top-weights":
+            return super().update_norm(reply)
+        values, mask = self.decoded(reply)
+        return distance(values[mask.carried], mask.carried, self.layout, {})
 
     def check_trained(self, client: int, parcel: Parcel) -> None:
         """Refuse as ever, and another number of coordinates than was asked for."""
