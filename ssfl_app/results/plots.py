@@ -162,8 +162,8 @@ def class_distribution(counts: ArrayLike, class_names: Sequence[str]) -> "Figure
     if clients <= MANY:
         right.barh(range(clients), table.sum(axis=1), height=0.75, color=PALETTE[0])
     else:  # one shape, not one a client
-        edges = np.arange(clients + 1) - 0.5
-        right.stairs(table.sum(axis=1), edges, orientation="horizontal", fill=True, color=PALETTE[0])
+        shape = {"orientation": "horizontal", "fill": True, "color": PALETTE[0], "rasterized": True}
+        right.stairs(table.sum(axis=1), np.arange(clients + 1) - 0.5, **shape)
     right.tick_params(left=False, labelleft=False)
     figure.colorbar(image, ax=right, label="Images in a cell", shrink=min(1.0, 4 / height), aspect=18)
     return figure
@@ -218,8 +218,8 @@ def accuracy_by_client(run: Run) -> "Figure":
         xs = np.array([int(rows[index]["client"]) for index in kept])
         xlabel = f"Client ({images.min()} to {images.max()} training images each)"
         axes.locator_params(axis="x", integer=True)
-    points = axes.scatter(xs, accuracy, s=34, color=PALETTE[0], alpha=0.75, lw=0, clip_on=False, zorder=3)
-    points.set_rasterized(len(kept) > MANY)
+    dots = axes.scatter(xs, accuracy, s=34, color=PALETTE[0], alpha=0.75, lw=0, clip_on=False, zorder=3)
+    dots.set_rasterized(len(kept) > MANY)
     mean = f"mean of {len(kept)} clients: {accuracy.mean():.2f} %"
     axes.axhline(accuracy.mean(), color=PALETTE[1], lw=1.2, ls="--", label=mean)
     for index in np.argsort(accuracy, kind="stable")[:3]:
