@@ -163,7 +163,8 @@ def public(error: Exception, node_config: Mapping[str, object]) -> str:
     ]
     if not text or any(folder in text for folder in folders if len(folder) > 1):
         text = "what it says is in the log of this node"
-    return f"{type(error).__name__}: {text}"
+    kind = ConfigError if isinstance(error, PrivateError) else type(error)
+    return f"{kind.__name__}: {text}"
 
 
 def _answer(message: Message, context: Context) -> Message:
