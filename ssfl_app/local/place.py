@@ -109,7 +109,7 @@ def check_name(value: object, key: str, where: str = "") -> str:
     """
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ConfigError(
-            f"{key} is {value!r}{where}; it is 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first: 'a-1'"
+            f"{key} is {value!r}{where}; it is 1 to 64 letters, digits, '.', '_' or '-', letter or digit first: 'a-1'"
         )
     return value
 
