@@ -32,7 +32,12 @@ EIGHT: Flat = {
 ROBUST: Flat = {"ssfl.score-fold": "normalised", "failures.norm-factor": 3.0}
 
 # Keys that a strategy needs beside these, so that no single client decides.
-ALSO: dict[str, Flat] = {"prunefl": {"prunefl.checks": 0}}  # by default one client prunes alone, and is believed
+ALSO: dict[str, Flat] = {
+    "prunefl": {"prunefl.checks": 0},  # by default one client prunes alone, and is believed
+    # Honest clients that mix peers' models in move by very different lengths, 1 to 4 times the median; and their own
+    # models must have settled, or one client's absence moves them as much as a lie would.
+    "fedfomo": {"failures.norm-factor": 10.0, "local.epochs": 3},
+}
 
 # Strategies in which nothing refuses a liar, and why one of eight yet cannot do much.
 UNSEEN: dict[str, str] = {
