@@ -34,6 +34,8 @@ ROBUST: Flat = {"ssfl.score-fold": "normalised", "failures.norm-factor": 3.0}
 # Keys that a strategy needs beside these, so that no single client decides.
 ALSO: dict[str, Flat] = {
     "prunefl": {"prunefl.checks": 0},  # by default one client prunes alone, and is believed
+    # A majority of bits is tested, not one draw of them, in which one client's noise costs half of what was learnt.
+    "fedpm": {"fedpm.evaluate": "threshold", "local.epochs": 3},
     # Honest clients that mix peers' models in move by very different lengths, 1 to 4 times the median; and their own
     # models must have settled, or one client's absence moves them as much as a lie would.
     "fedfomo": {"failures.norm-factor": 10.0, "local.epochs": 3},
