@@ -410,22 +410,6 @@ def test_a_failed_run_is_named_and_the_others_are_compared(
     assert [line for line in said if line.startswith("[") and "random density 0.1 seed 1: failed: " in line]
 
 
-def test_what_a_kill_left_is_cleared_and_other_files_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, said = words(tmp_path, ""), list[str]()
-    home = tmp_path / "out" / "runs" / "ssfl-d0.1-s1"
-    monkeypatch.setattr(workers, "start", no_process)
-    for name, kept in (("status.json", False), ("thesis.txt", True)):
-        home.mkdir(parents=True)
-        (home / name).write_text("{}")
-        with pytest.raises(OSError, match="no process"):
-            run_sweep(asked, said.append)
-        assert home.exists() == kept
-
-
-def no_process(*_: object, **__: object) -> None:
-    raise OSError("no process")
-
-
 def test_two_sweeps_do_not_play_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with sweep.guard.hold(tmp_path / "out" / ".lock"), pytest.raises(ConfigError, match="no other `ssfl compare`"):

@@ -167,8 +167,8 @@ def test_a_client_that_was_never_heard_of_counts_with_the_initial_model() -> Non
 def test_malformed_models_are_refused_by_name_and_others_go_on() -> None:
     bad: dict[int, tuple[Callable[[Any], Any], str]] = {
         0: (lambda values: {"values": values[:-1]}, "values has length"),
-        1: (lambda values: {"values": values.astype(np.float16)}, "values is float16"),
-        2: (lambda values: {"model": values}, "no array 'values'"),
+        1: (lambda values: {"values": values.astype(np.float16)}, "array values is float16"),
+        2: (lambda values: {"model": values}, "array model is none of this message's, which are ['values']"),
         3: (lambda values: {"values": values + np.float32(1e9)}, "at most 32768"),
     }
 
@@ -182,12 +182,11 @@ def test_malformed_models_are_refused_by_name_and_others_go_on() -> None:
     assert played.records[2]["ok"] == list(range(6))
 
 
-def test_what_comes_beside_a_model_is_not_kept() -> None:
+def test_what_comes_beside_a_model_is_refused() -> None:
     more = tamper(lambda p: Parcel({**p.arrays, "junk": np.zeros(10_000, np.float32)}, p.facts))
-    played, plain = play(RING, faults={("train", 1, 1): more}), play(RING)
-    assert played.records[2]["bytes_peer"] == plain.records[2]["bytes_peer"]
-    assert played.strategy.snapshot().keys() == plain.strategy.snapshot().keys()
-    assert played.bits() == plain.bits()
+    played, lost = play(RING, faults={("train", 1, 1): more}), play(RING, faults={("train", 1, 1): answer_error(5)})
+    assert played.records[1]["refused"] == {"1": "array junk is none of this message's, which are ['values']"}
+    assert played.bits() == lost.bits()
 
 
 def test_a_snapshot_has_the_models_that_later_rounds_need(tmp_path: Path) -> None:
