@@ -72,10 +72,14 @@ def main(grid: Grid, context: Context) -> None:
             with naming_memory(fewer_at_once(grid)):
                 conduct(grid, workshop, recorder, strategy)
             recorder.status("finished")
-        except Exception as error:
-            named = isinstance(error, ConfigError | RunFailed)
+        except (Exception, KeyboardInterrupt) as error:
+            why = f"{type(error).__name__}: {error}"
+            if isinstance(error, ConfigError | RunFailed):
+                why = str(error)
+            elif isinstance(error, KeyboardInterrupt):
+                why = "interrupted"
             with contextlib.suppress(OSError):  # where the reason cannot be written, it is still raised
-                recorder.status("failed", str(error) if named else f"{type(error).__name__}: {error}")
+                recorder.status("failed", why)
             raise
     finally:
         recorder.close()
@@ -192,6 +196,7 @@ class Watcher:
     def met(self, sites: Mapping[int, Facts]) -> None:
         """Name devices, and describe the run in a few lines."""
         self._sites = dict(sites)
+        self.recorder.names = {client: str(facts["name"]) for client, facts in sites.items() if "name" in facts}
         config, data = self.workshop.config, self.workshop.data
         devices = ", ".join(sorted({str(facts.get("device", "unknown device")) for facts in sites.values()}))
         dealt = "own data" if self.workshop.own else f"{config.partition.name} partition"

@@ -1,6 +1,7 @@
 """Text for people: what peers said is cut, nothing moves the cursor of a terminal, and commands can be pasted."""
 
 import os
+import re
 import shlex
 import sys
 
@@ -50,7 +51,8 @@ def in_a_line(text: str, most: int = LONGEST) -> str:
 
 def last_line(text: str) -> str:
     """Return the last line of a reason, likewise: that of a traceback says what happened."""
-    text = text[-20 * LONGEST :]
+    # Flower wraps what an app raised: <class 'x.E'>:<'E: why'>
+    text = re.sub(r"^<class '[\w.]+'>:<'", "", text[-20 * LONGEST :])
     lines = [line.strip(" '>") for line in text.replace("\\n", "\n").splitlines() if line.strip(" '>")]
     return in_a_line(lines[-1]) if lines else "no reason given"
 

@@ -12,7 +12,7 @@ import tomli_w
 from scipy import stats
 
 from ssfl_app import cli
-from ssfl_app.engine import sweep, workers
+from ssfl_app.engine import sweep
 from ssfl_app.engine.sweep import Sweep, run_sweep
 from ssfl_app.engine.sweep_plan import Plan, read_plan
 from ssfl_app.options import ConfigError

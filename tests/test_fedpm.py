@@ -242,7 +242,7 @@ def test_a_client_that_makes_other_signs_says_so_and_the_others_count() -> None:
     [
         (lambda a: {"mask": a["mask"][:-1]}, "bytes; this layout needs 18884"),
         (lambda a: {"mask": a["mask"].astype(np.float32)}, "mask is float32"),
-        (lambda a: {"values": a["mask"]}, "no array 'mask'"),
+        (lambda a: {"values": a["mask"]}, "array values is none of this message's, which are ['mask']"),
     ],
 )
 def test_a_reply_that_is_no_bitmap_is_refused_and_the_others_count(change: Any, why: str) -> None:

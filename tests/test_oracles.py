@@ -16,9 +16,8 @@ from ssfl_app.wire import Memory, Parcel
 from tests import oracles
 from tests.in_process_grid import Played, play
 
-
-# Of many small steps: on a CPU with AVX2 and no AVX-512 the last bit of a step of foreach SGD is another one than that
-# of the twin's, and by the end of a round 1e-4 came of it. A round moves weights by 1e-2.
+# Of many small steps: on a CPU with AVX2 and no AVX-512 the last bit of a step of foreach SGD is another one than in
+# the twin, and by the end of a round 1e-4 came of it. A round moves weights by 1e-2.
 DRIFT = 3e-4
 
 

@@ -211,7 +211,7 @@ def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         (
             "clients.json",
             '{"class_names": ["a"], "clients": [{"client": 0, "train": [1, 2]}]}',
-            "is incomplete",
+            "is damaged",
         ),
     ],
 )

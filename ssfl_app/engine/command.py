@@ -42,6 +42,7 @@ def run_command(words: Command) -> None:
     check_engine(words.engine)
     config, layout = resolve(words)
     folder = Path(config.settings.run.out)
+    again = ["run", *(["--engine", words.engine] if words.engine != "ray" else [])]
     try:
         if words.engine == "inline":
             from ssfl_app import client_app, server_app
@@ -55,9 +56,9 @@ def run_command(words: Command) -> None:
             launch(config, 4 * layout.size, tell)
     except (RunFailed, OSError) as error:
         # OSError: a full disk, a folder that went away. The checkpoint before it is intact.
-        end(f"the run failed: {error}", folder, "run")
+        end(f"the run failed: {error}", folder, *again)
     except KeyboardInterrupt:
-        end("interrupted", folder, "run")
+        end("interrupted", folder, *again)
 
 
 def end(why: str, folder: Path, *words: object) -> NoReturn:

@@ -89,6 +89,8 @@ class Recorder:
         self.records: list[Record] = []
         self._flat, self._say, self._began = flat, say, time.monotonic()
         self._seconds_before = 0.0
+        self.names: dict[int, str] = {}
+        self._told: set[tuple[str, str]] = set()
         self._lock = claim(folder)
 
     def begin(self, saved: checkpoint.Saved | None = None) -> None:
@@ -137,6 +139,11 @@ class Recorder:
             self.say(discovery_line(record, "") + f", {record['seconds']:.1f} s")
         for client, note in {c: n for key in failure_keys("notes") for c, n in record.get(key, {}).items()}.items():
             self.say(f"warning: client {client}: {note}")
+        for kind in ("lost", "refused"):
+            reasons = {(c, why) for key in failure_keys(kind) for c, why in record.get(key, {}).items()}
+            for client, why in sorted(reasons - self._told):  # once: the line of each round has the number of them
+                self.say(f"warning: client {self.names.get(int(client), client)} was {kind}: {why}")
+            self._told |= reasons
 
     def checkpoint(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Replace the checkpoint by one taken after `round_`."""

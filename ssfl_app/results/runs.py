@@ -228,7 +228,9 @@ def _read_clients(path: Path) -> dict[str, Any] | None:
     except (KeyError, TypeError, AttributeError):
         good = False
     if not good:
-        raise ConfigError(f'{path} is incomplete; each client has "client" and "train", one number a class')
+        raise ConfigError(
+            f'{path} is damaged; each client has "client", "train" (one number a class), and accuracies from 0 to 1'
+        )
     return value
 
 
