@@ -9,25 +9,46 @@ it does for a client that is still at work; when it is there, so may be the rest
 What was pulled of an unfinished one is dropped, so no more than one reply is ever held.
 """
 
+import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from flwr.app import Message
+from flwr.app import Array, Message
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     PullObjectRequest,
 )
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_children_ids_from_object_content,
+    get_object_type_from_object_content,
+    iterate_object_tree,
+)
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from ssfl_app.sparsity.values import PayloadError
 
 MOST_OBJECTS = 1000
 """Objects of a reply. Flower makes one of each record, array and 5 MB of an array."""
+
+
+def inflated_size(contents: Mapping[str, bytes]) -> int:
+    """Return how many bytes the arrays among some objects are made of.
+
+    Flower joins an array of chunks by a list of places that its sender writes, and the same chunk may stand there a
+    thousand times.
+    """
+    total = 0
+    for content in contents.values():
+        if get_object_type_from_object_content(content) == Array.__name__:
+            chunks = get_object_children_ids_from_object_content(content)
+            places = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+            total += sum(len(contents[chunks[place]]) for place in places)
+    return total
 
 
 class BrokenOff(Exception):
@@ -73,9 +94,9 @@ class Puller:
         BrokenOff
             It was announced and is gone.
         PayloadError
-            It has too many objects or bytes.
+            It has too many objects or bytes, or its objects are no message.
         ValueError, TypeError, LookupError, AttributeError, DecodeError
-            Its objects are no message.
+            A grid that is no `HttpGrid` cannot make a message of it.
         """
         if not self._http:
             return self._grid.pull_messages([message_id])
@@ -100,7 +121,7 @@ class Puller:
     def _take(self, message_id: str) -> Message | None:
         announced, contents, size = self._announced[message_id], dict[str, bytes](), 0
         where = {"node": cast(Any, self._grid).node, "run_id": self._grid.run.run_id}
-        for object_id in announced.objects:
+        for place, object_id in enumerate(announced.objects):
             if time.monotonic() >= self._end:
                 return None
             told = self._client.PullObject(PullObjectRequest(**where, object_id=object_id))
@@ -108,15 +129,23 @@ class Puller:
                 del self._announced[message_id]
                 raise BrokenOff("its upload broke off")
             if not told.object_available:
-                announced.objects.remove(object_id)
-                announced.objects.insert(0, object_id)
+                # Those behind it next time too: what was there already is pulled again only when all the rest is.
+                announced.objects = announced.objects[place:] + announced.objects[:place]
                 return None
             contents[object_id] = told.object_content
             size += len(told.object_content)
             if size > self._most:
                 self._refuse(message_id, f"more than {self._most} bytes")
         self._confirm(message_id)
-        reply = cast(Message, inflate_object_from_contents(announced.message_id, contents))
+        try:
+            whole = inflated_size(contents)
+            if whole > self._most:
+                raise PayloadError(f"the reply unfolds to {whole} bytes; it has at most {self._most}")
+            reply = cast(Message, inflate_object_from_contents(announced.message_id, contents))
+        except PayloadError:
+            raise
+        except Exception as error:  # of any kind: these bytes are the node's, JSON of any depth among them
+            raise PayloadError(f"the reply is no message: {type(error).__name__}: {error}") from error
         reply.metadata.__dict__["_message_id"] = announced.message_id
         return reply
 

@@ -112,14 +112,22 @@ class Rows:
             raise OSError(f"the temporary file of replies is shorter than what was written to it (client {client})")
 
 
+FEWEST = 3
+"""Replies of a round below which no fold can tell who lies."""
+
+
 def share_of(trim: float, count: int) -> int:
     """Return floor(trim * count), of the decimal that `trim` is written as."""
     return math.floor(Fraction(repr(trim)) * count)
 
 
 def trimmed_mean(rows: Rows, trim: float) -> Vector:
-    """Return each coordinate's mean without the share `trim` of the rows at either end, in [0, 0.5); float32."""
-    mean, cut = np.empty(rows._size, dtype=np.float32), share_of(trim, len(rows))
+    """Return each coordinate's mean without the share `trim` of the rows at either end, in [0, 0.5); float32.
+
+    Of three rows or more at least one at either end, unless `trim` is 0: it stays robust where replies are lost.
+    """
+    least = 1 if trim and len(rows) >= FEWEST else 0
+    mean, cut = np.empty(rows._size, dtype=np.float32), max(least, share_of(trim, len(rows)))
     for part, block in rows.blocks():
         block.sort(axis=0)
         mean[part] = block[cut : len(rows) - cut].mean(axis=0, dtype=np.float64)

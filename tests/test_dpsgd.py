@@ -167,7 +167,7 @@ def test_a_client_that_was_never_heard_of_counts_with_the_initial_model() -> Non
 def test_malformed_models_are_refused_by_name_and_others_go_on() -> None:
     bad: dict[int, tuple[Callable[[Any], Any], str]] = {
         0: (lambda values: {"values": values[:-1]}, "values has length"),
-        1: (lambda values: {"values": values.astype(np.float16)}, "array values is float16"),
+        1: (lambda values: {"values": values.astype(np.float16)}, "values is float16"),
         2: (lambda values: {"model": values}, "array model is none of this message's, which are ['values']"),
         3: (lambda values: {"values": values + np.float32(1e9)}, "at most 32768"),
     }

@@ -1,5 +1,7 @@
 """No pull waits for an upload: the client that is stuck is lost by name, and the others' replies come meanwhile."""
 
+import json
+import re
 import time
 from typing import Any
 
@@ -15,6 +17,7 @@ from ssfl_app.guard import RunFailed
 from ssfl_app.plugin.strategy import SSFL
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import roster
+from ssfl_app.strategies.greeting import Hellos
 from ssfl_app.strategies.roster import Roster
 from ssfl_app.wire import Packer, Parcel
 from tests import test_plugin
@@ -63,6 +66,83 @@ def test_an_upload_that_ends_in_time_is_taken() -> None:
     assert courier.outcome.lost == {}
     # While an object is missing a look costs one request, and what is there is not pulled again and again.
     assert grid.looks < 200
+
+
+def test_objects_that_come_one_by_one_are_pulled_twice_at_most() -> None:
+    """Not all that is there at each look, which would cost the square of a large model's chunks."""
+    arrays = {f"a{i}": np.full(64, i, np.float32) for i in range(30)}
+    grid = Counting(
+        InlineGrid(lambda m, c: Message(Packer().record(Parcel(arrays, {"samples": 1})), reply_to=m), {}, {0: 0}),
+        lambda m: every(0.01),
+    )
+    courier = Courier(grid, 5.0, 32768)
+    courier.send({0: Message(RecordDict(), 0, "train", ttl=5.0)})
+    assert len(list(courier.replies())) == 1
+    assert grid.served <= 2 * len(grid._objects)
+
+
+class Counting(Uploading):
+    """Counts the objects that it hands out."""
+
+    served = 0
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802
+        told = super().PullObject(request)
+        self.served += told.object_found and told.object_available
+        return told
+
+
+class Forged(Uploading):
+    """The reply of node 0 has another body of its array than Flower would write."""
+
+    body: Any = None
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802
+        told = super().PullMessages(request)
+        asked = [self._asked[message.metadata.reply_to_message_id] for message in told.messages_list]
+        if [message.metadata.dst_node_id for message in asked] == [0]:
+            for name, (content, there) in list(self._objects.items()):
+                if content.startswith(b"Array "):
+                    self._objects[name] = self.forged(content), there
+        return told
+
+    def forged(self, content: bytes) -> bytes:
+        head, body = content.split(b"\0", 1)
+        body = self.body(body)
+        kind, children, _ = head.decode().split(" ")
+        return f"{kind} {children} {len(body)}".encode() + b"\0" + body
+
+
+def repeated(body: bytes) -> bytes:
+    return json.dumps(json.loads(body) | {"arraychunk_ids": [0] * 2000}).encode()
+
+
+@pytest.mark.parametrize(("body", "reason"), [
+    (repeated, r"the reply unfolds to 655\d+ bytes; it has at most \d+"),
+    (lambda body: b"[" * 200_000, "the reply is no message: RecursionError"),
+    (lambda body: b"7", "the reply is no message: TypeError"),
+])  # fmt: skip
+def test_bytes_that_are_no_message_are_refused_and_the_others_count(body: Any, reason: str) -> None:
+    """A chunk that stands in an array a thousand times, JSON of any depth: of a round, and of the greeting."""
+
+    def answer(message: Message, context: Any) -> Message:
+        values = np.full(8192, message.metadata.dst_node_id, np.float32)  # no object of two replies
+        return Message(Packer().record(Parcel({"values": values}, {"samples": 1})), reply_to=message)
+
+    def forging() -> Forged:
+        grid = Forged(InlineGrid(answer, {}, {0: 0, 1: 1}), lambda m: at_once)
+        grid.body = body
+        return grid
+
+    courier = Courier(forging(), TIMEOUT, 32768)
+    courier.send({k: Message(RecordDict(), k, "train", ttl=TIMEOUT) for k in (0, 1)})
+    assert [client for client, _ in courier.replies()] == [1]
+    assert re.match(reason, courier.outcome.refused[0])
+    hellos = Hellos(forging(), time.monotonic() + 5)
+    hellos.ask([0, 1])
+    while hellos.silent([0, 1]):
+        hellos.hear()
+    assert "unfolds to" in hellos.odd[0] or "is no message" in hellos.odd[0]
 
 
 def test_an_upload_that_breaks_off_is_lost_at_once() -> None:

@@ -17,7 +17,7 @@ from ssfl_app.sparsity.layout import Vector
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.wire import Parcel
-from tests.in_process_grid import play, tamper
+from tests.in_process_grid import answer_error, play, tamper
 
 VALUE = st.floats(-1000, 1000, width=32)
 VECTORS = st.integers(1, 12).flatmap(
@@ -239,13 +239,30 @@ def test_an_update_that_is_too_long_is_refused_by_name_as_if_it_had_not_come(nam
     assert "long; failures.norm-factor is 3 and the median of this round " in lie.records[2]["refused"]["5"]
     assert lie.records[2]["ok"] == [0, 1, 2, 3, 4, 6, 7]
     assert set(lie.records[2]["update_norms"]) == set("01234567")
-    from tests.in_process_grid import answer_error
-
     lost = play(keys, faults={("train", 2, 5): answer_error(5)})
     assert lie.bits() == lost.bits()
     for key in ("train_loss", "image_passes", "personal_accuracy_mean"):
         assert lie.records[2][key] == lost.records[2][key]
     assert lie.strategy._since.tolist() == lost.strategy._since.tolist()
+
+
+def test_of_two_replies_the_long_one_is_refused() -> None:
+    """The mean of two lengths would allow the longer one whatever it is."""
+    keys = EIGHT | {"strategy": "fedavg", "run.rounds": 1, "run.cohort": 2, "failures.norm-factor": 3.0}
+    cohort = play(keys).records[1]["cohort"]
+    lie = play(keys, faults={("train", 1, cohort[0]): tamper(times(-10))})
+    assert list(lie.records[1]["refused"]) == [str(cohort[0])]
+    assert lie.records[1]["ok"] == cohort[1:]
+
+
+def test_a_fold_stays_robust_where_replies_are_lost() -> None:
+    """Of four of eight, a fifth of which is none: still one at either end; and of two nobody can tell who lies."""
+    few = rows([np.float32([v]) for v in (1.0, 2.0, 3.0, 1000.0)])
+    assert trimmed_mean(few, 0.2).tolist() == [2.5]
+    keys = EIGHT | {"strategy": "fedavg", "run.rounds": 1, "run.fold": "median", "failures.min-ok-fraction": 0.1}
+    lost = {("train", 1, client): answer_error(5) for client in range(6)}
+    with pytest.raises(RunFailed, match=r"run\.fold is 'median'; 2 replies are there, and it needs 3"):
+        play(keys, faults=lost)
 
 
 def test_too_many_long_updates_end_the_run_and_leave_the_model() -> None:

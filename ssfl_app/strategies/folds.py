@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ssfl_app.aggregate import OverlapMean, WeightedMean
-from ssfl_app.robust import Held, Rows, folded
+from ssfl_app.guard import RunFailed
+from ssfl_app.robust import FEWEST, Held, Rows, folded
 from ssfl_app.sparsity.codec import LinearCodec
 from ssfl_app.sparsity.layout import State, Vector
 from ssfl_app.sparsity.mask import Mask
@@ -40,6 +41,8 @@ def carried_fold(strategy: "SparseStrategy", replies: Iterable[Reply]) -> State:
     ------
     TypeError
         The strategy's codec up is not a linear one.
+    RunFailed
+        There are too few replies for a robust fold.
     """
     codec, layout, mask = strategy.up, strategy.layout, strategy.mask
     if not isinstance(codec, LinearCodec):
@@ -50,6 +53,8 @@ def carried_fold(strategy: "SparseStrategy", replies: Iterable[Reply]) -> State:
         for reply in replies:
             rows.add(reply.client, codec.vector(reply.arrays, layout, mask))
             del reply
+        if len(rows) < FEWEST:
+            raise RunFailed(f"run.fold is {run.fold!r}; {len(rows)} replies are there, and it needs {FEWEST}")
         return codec.expand(folded(rows, run.fold, run.trim), layout, mask)
     mean = WeightedMean(size)
     for reply in replies:
@@ -77,7 +82,8 @@ def within_norm(strategy: "SparseStrategy", replies: Iterable[Reply], what: str)
         waiting.append(replace(reply, arrays={}))
         del reply
     known, factor = strategy.update_norms, strategy.settings.failures.norm_factor
-    usual = float(np.median(list(known.values()))) if known else 0.0
+    # The lower one of two in the middle: of two replies one alone would else say what is usual.
+    usual = sorted(known.values())[(len(known) - 1) // 2] if known else 0.0
     good = []
     for reply in sorted(waiting, key=lambda reply: reply.client):
         norm = known.get(reply.client, 0.0)

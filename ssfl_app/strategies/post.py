@@ -244,6 +244,7 @@ class Post:
     def refuse(self, reply: Reply, reason: str) -> None:
         """Take back that a reply is a good one: beside the others of its round it is none."""
         self.outcome.ok.remove(reply.client)
+        self.outcome.notes.pop(reply.client, None)
         self.outcome.refused[reply.client] = reason
         self.outcome.passes -= int(reply.facts.get("passes", 0))
         self.outcome.looks -= int(reply.facts.get("looks", 0))
