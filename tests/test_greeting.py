@@ -381,7 +381,7 @@ def test_much_noise_leaves_who_takes_a_place_told(monkeypatch: pytest.MonkeyPatc
 
     def prepare(strategy: SparseStrategy) -> None:
         strategy.post.roster.say = told.append
-        strategy.post.roster._tell({node: "raised: no" for node in range(100, 105)})
+        strategy.post.roster._tell(dict.fromkeys(range(100, 105), "raised: no"))
 
     play(keys, grid=theft, prepare=prepare)
     assert told == [
