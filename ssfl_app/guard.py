@@ -46,7 +46,8 @@ def take(path: Path) -> IO[str] | None:
     OSError
         It cannot be opened, or is no regular file: to open a pipe would wait for its other end.
     """
-    file = open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666), "a")  # noqa: PTH123, SIM115
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    file = os.fdopen(handle, "a")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise not_regular(path)

@@ -1,5 +1,6 @@
 """Going on after an interruption: damaged folders are named and left alone, what clients keep heals or says so."""
 
+import faulthandler
 import json
 import os
 import shutil
@@ -144,16 +145,18 @@ def test_a_pipe_in_a_folder_is_one_line_and_nobody_waits_for_its_other_end(
 
 @contextmanager
 def no_longer_than(seconds: int) -> Iterator[None]:
-    """Break off a system call that waits."""
+    """Break off a system call that waits; where no Python can run meanwhile, end the tests and say where."""
 
     def late(*_: object) -> None:
         raise AssertionError("it hangs")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
+    faulthandler.dump_traceback_later(2 * seconds, exit=True)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
 
