@@ -25,9 +25,8 @@ from torch.nn import functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from ssfl_app.results.files import write_json  # noqa: E402
-
 from ssfl_app.config import merge, parse  # noqa: E402
+from ssfl_app.files import write_json  # noqa: E402
 from ssfl_app.results.recorder import environment  # noqa: E402
 from ssfl_app.sparsity.layout import state_of  # noqa: E402
 from ssfl_app.sparsity.saliency import snip  # noqa: E402

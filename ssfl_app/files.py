@@ -1,7 +1,9 @@
 """Files that are there whole or not at all."""
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
@@ -44,6 +46,23 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write JSON atomically."""
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def not_regular(path: Path) -> OSError:
+    """Return the error of a pipe, device or folder where a file is to be; to open one may wait for ever."""
+    return OSError(errno.EINVAL, "no regular file", str(path))
+
+
+def check_regular(path: Path) -> None:
+    """Look at a file before it is opened.
+
+    Raises
+    ------
+    OSError
+        It is missing, or something else than a regular file or a link to one.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise not_regular(path)
 
 
 def sync(path: Path) -> None:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import IO
 
 import psutil
+
+from ssfl_app.files import not_regular
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also stops glibc from raising it
 _LARGE_BLOCK = 4 << 20
@@ -36,8 +39,18 @@ REGISTERED = "SSFL_REGISTERED"
 
 
 def take(path: Path) -> IO[str] | None:
-    """Return the open file once it is locked for this process, or None if another one holds it."""
-    file = path.open("a")
+    """Return the open file once it is locked for this process, or None if another one holds it.
+
+    Raises
+    ------
+    OSError
+        It cannot be opened, or is no regular file: to open a pipe would wait for its other end.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    file = os.fdopen(handle, "a")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise not_regular(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safe_numpy
 
-from ssfl_app.files import write_atomically
+from ssfl_app.files import check_regular, write_atomically
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -43,6 +43,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]
         It cannot be read.
     """
     try:
+        check_regular(path)
         with safe_open(path, framework="numpy") as file:
             arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
             return _opened(file.metadata(), arrays), arrays

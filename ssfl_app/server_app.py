@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from ssfl_app import guard
 from ssfl_app.config import Flat, difference, read_file
 from ssfl_app.exchange import fewer_at_once, is_simulation
-from ssfl_app.files import write_bytes, write_json
+from ssfl_app.files import check_regular, write_bytes, write_json
 from ssfl_app.guard import RunFailed, naming_memory
 from ssfl_app.local.holdings import difference as unlike
 from ssfl_app.local.holdings import other_images, read_holding
@@ -142,6 +142,7 @@ def run_token(folder: Path) -> str:
     """Return what real clients call this run in the names of files: drawn at its start, the same on resuming."""
     path = folder / "checkpoint" / "token"
     with contextlib.suppress(OSError):
+        check_regular(path)
         if re.fullmatch("[0-9a-f]{16}", token := path.read_text().strip()):
             return token
     token = secrets.token_hex(8)
@@ -159,6 +160,7 @@ def site_names(folder: Path) -> tuple[str, ...]:
     """
     path = folder / "clients.json"
     try:
+        check_regular(path)
         rows = json.loads(path.read_bytes())["clients"]
         return tuple(str(row["name"]) for row in sorted(rows, key=lambda row: int(row["client"])))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

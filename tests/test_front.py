@@ -4,7 +4,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[bytes, bytes], bytes]] = []
+        self.done = threading.Event()  # an answer was taken whole
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         body, more = b"", True
@@ -106,6 +107,7 @@ class Notes:
         for part in (body[: len(body) // 2], body[len(body) // 2 :]):
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+        self.done.set()
 
 
 @contextmanager
@@ -212,6 +214,47 @@ def test_who_falls_silent_is_cut_off(
     said = raw(home, field[2], text)  # returns at all
     assert said[:12] in (b"", b"HTTP/1.1 408")
     assert not field[1].asked
+
+
+def test_who_does_not_read_is_cut_off(
+    field: tuple[httpx.Client, Notes, int], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(federation_front, "PATIENCE", 0.5)
+    body = bytes(30_000_000)  # more than all buffers on the way
+    trusted = ssl.create_default_context(cafile=str(home / "ca.crt"))
+    with socket.socket() as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(20)
+        plain.connect(("127.0.0.1", field[2]))
+        with trusted.wrap_socket(plain, server_hostname="127.0.0.1") as secure:
+            secure.sendall(b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (CALL.encode(), len(body)))
+            secure.sendall(body)
+            assert field[1].done.wait(10)  # Flower is rid of it
+            said = 0
+            with suppress(OSError):  # reset, or TLS without an end
+                while part := secure.recv(65536):
+                    said += len(part)
+    assert 0 < said < len(body)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_strangers_do_not_fill_the_log(
+    field: tuple[httpx.Client, Notes, int],
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(federation_front.log, "propagate", True)
+    for _ in range(5):
+        assert field[0].post("/v1/control/start-run").status_code == 404
+        assert b" 400 " in raw(home, field[2], b"what\r\n\r\n")
+    assert [line.split()[0] for line in warnings(caplog)] == ["refused", "Invalid"]
+    monkeypatch.setattr(federation_front, "QUIET", 0.0)
+    assert field[0].get("/").status_code == 404
+    assert warnings(caplog)[-1] == "refused GET b'/' from 127.0.0.1 (and 4 more like it before)"
 
 
 def test_nodes_try_again_while_flower_is_away(home: Path) -> None:

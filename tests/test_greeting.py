@@ -373,6 +373,25 @@ class Theft(MovingGrid):
         return super().get_node_ids()
 
 
+def test_much_noise_leaves_who_takes_a_place_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "MOST_WARNINGS", 2)
+    keys: Flat = {"run.rounds": 3, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 3}
+    theft = Theft(merge(SMALL, keys))
+    told: list[str] = []
+
+    def prepare(strategy: SparseStrategy) -> None:
+        strategy.post.roster.say = told.append
+        strategy.post.roster._tell(dict.fromkeys(range(100, 105), "raised: no"))
+
+    play(keys, grid=theft, prepare=prepare)
+    assert told == [
+        "warning: node 100 is set aside: raised: no",
+        "warning: node 101 is set aside: raised: no; no more of these are told",
+        f"warning: client 1: node {theft.true} is gone and node 77 takes its place",
+        f"warning: client 1: node {theft.true} is back and node 77 leaves its place",
+    ]
+
+
 @pytest.mark.parametrize("is_bound", [False, True])
 def test_a_node_that_is_back_has_its_place_whoever_took_it(is_bound: bool) -> None:
     keys: Flat = {"run.rounds": 3, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 3}

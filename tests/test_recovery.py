@@ -1,10 +1,13 @@
 """Going on after an interruption: damaged folders are named and left alone, what clients keep heals or says so."""
 
+import faulthandler
 import json
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,14 @@ from flwr.app import Context, RecordDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ssfl_app import cli
+from ssfl_app import cli, guard
 from ssfl_app.config import merge
 from ssfl_app.engine import launch
 from ssfl_app.options import ConfigError
 from ssfl_app.results import checkpoint, report
 from ssfl_app.results.recorder import Recorder
 from ssfl_app.seal import read_sealed, write_sealed
+from ssfl_app.server_app import run_token
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.text import command, printable
 from ssfl_app.wire import Memory
@@ -118,6 +122,57 @@ def test_a_damaged_folder_is_one_line_that_names_the_file_and_nothing_changes(
         assert (code, err.count("\n")) == (2, 1), err
         assert named in err
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", [".lock", CHECKPOINT, "rounds.jsonl", "console.log", "status.json"])
+def test_a_pipe_in_a_folder_is_one_line_and_nobody_waits_for_its_other_end(
+    name: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    pipe = folder / name
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    before = contents(folder)
+    for engine in ("inline", "ray"):
+        monkeypatch.setattr(launch, "running", None)
+        with no_longer_than(20):
+            code = ssfl("run", "--engine", engine, "--resume", str(folder), monkeypatch=monkeypatch)
+        err = capsys.readouterr().err
+        assert (code, err.count("\n")) == (2, 1), err
+        assert name in err
+    assert contents(folder) == before
+
+
+@contextmanager
+def no_longer_than(seconds: int) -> Iterator[None]:
+    """Break off a system call that waits; where no Python can run meanwhile, end the tests and say where."""
+
+    def late(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_what_is_held_for_oneself_is_a_regular_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "checkpoint" / "token"
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # with a reader the pipe can be opened
+    with pytest.raises(OSError, match="no regular file"):
+        guard.take(pipe)
+    os.close(reader)
+    with no_longer_than(20):
+        token = run_token(tmp_path)
+    assert pipe.is_file()
+    assert run_token(tmp_path) == token
 
 
 STRATEGIES = ("ssfl", "dispfl", "dpsgd", "fedpm", "fedfomo", "lotteryfl", "subfedavg")

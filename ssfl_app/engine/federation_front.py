@@ -13,6 +13,7 @@ import re
 import resource
 import ssl
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ take for its answer; nodes themselves give up after 30."""
 CONNECTIONS = 1000
 """Connections at once; each has at most one more to Flower. A node has two or three; whoever is one too many is told
 to come again (503)."""
+
+QUIET = 60.0
+"""Seconds between two warnings of one kind: strangers cause them, and may not fill the disk with them."""
 
 MOST_BODY = 2**31
 """Bytes of a request: protobuf, which all bodies are, has no larger message. Flower itself would read any number."""
@@ -142,10 +146,36 @@ async def _refuse(send: Send, status: int) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
+class Seldom(logging.Filter):
+    """Lets one warning through in `QUIET` seconds from each line of code, with the number of those it held back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[tuple[str, int], float] = {}
+        self._held: dict[tuple[str, int], int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is told."""
+        if record.levelno < logging.WARNING:
+            return True
+        kind, now = (record.pathname, record.lineno), time.monotonic()
+        if kind in self._last and now - self._last[kind] < QUIET:
+            self._held[kind] = self._held.get(kind, 0) + 1
+            return False
+        self._last[kind] = now
+        if held := self._held.pop(kind, 0):
+            record.msg, record.args = f"{record.getMessage()} (and {held} more like it before)", ()
+        return True
+
+
 class Door(H11Protocol):
-    """A connection that is closed if it does not bring a whole request head in time; uvicorn would wait for ever."""
+    """A connection that ends if it does not bring a whole request head, or does not take its answer, in time.
+
+    Uvicorn would wait for ever for both.
+    """
 
     _late: asyncio.TimerHandle | None = None
+    _full: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait."""
@@ -163,7 +193,19 @@ class Door(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no more."""
         self._stop()
+        self._taken()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Wait for the caller to read: as much as it may was sent, and lies here."""
+        super().pause_writing()
+        # Not closed: that would first wait for the caller to take what lies here.
+        self._full = self._full or self.loop.call_later(PATIENCE, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Send on."""
+        self._taken()
+        super().resume_writing()
 
     def _wait(self) -> None:
         self._late = self.loop.call_later(PATIENCE, self.transport.close)
@@ -172,6 +214,11 @@ class Door(H11Protocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+    def _taken(self) -> None:
+        if self._full is not None:
+            self._full.cancel()
+            self._full = None
 
 
 def server(home: Path, bind: str, port: int, inner: int) -> uvicorn.Server:
@@ -205,6 +252,7 @@ def server(home: Path, bind: str, port: int, inner: int) -> uvicorn.Server:
         timeout_keep_alive=15,
         timeout_graceful_shutdown=5,
     )
+    log.filters = [Seldom()]
     return uvicorn.Server(config)
 
 

@@ -5,8 +5,10 @@
 | ``partition-id=3`` | client 3 of a shared data set; ``data-path`` says where that set lies on this machine |
 | ``name='site-a' data-path='/data/a'`` | a site with data of its own; the server numbers the sites by their names |
 | ``state-path='/var/lib/ssfl'`` | with either: masks and personal models are files below it and survive a restart |
-| ``least-batch=64`` | with either: nothing that is made of fewer images leaves this node; 32 unless it is said |
+| ``least-batch=64`` | with either: images that an answer of scores, gradients or a model is made of; else 32 |
 | ``server-data-path=true`` | with the first: a shared set may be read where ``data.path`` of the run says |
+
+Loss and accuracy on the test images leave the node whatever ``least-batch`` is; so do the counts of the greeting.
 
 The node's operator says them, and no server can: a run and its messages are the server's word, these are not.
 
@@ -63,7 +65,8 @@ class Place:
     simulated : bool
         Whether it is no real node: client and server are processes of one user then.
     least_batch : int
-        Nothing that is made of fewer images leaves the node.
+        Scores, squared gradients, judgements of peers' models and trained models that leave the node are made of at
+        least so many images. Loss and accuracy on the test images leave it however few those are.
     server_data_path : bool
         Whether ``data.path`` of the run is obeyed.
     """

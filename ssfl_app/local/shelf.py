@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from ssfl_app.files import write_bytes
+from ssfl_app.files import check_regular, write_bytes
 
 _DIGEST = 16  # characters of a mask's digest
 
@@ -87,6 +87,7 @@ class MaskFile:
 def content_of(path: Path) -> bytes | None:
     """Return what is in a file that can be made anew, or None if it cannot be read."""
     try:
+        check_regular(path)
         return path.read_bytes()
     except OSError:
         return None

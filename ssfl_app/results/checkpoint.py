@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 
 from ssfl_app.config import Flat, identity
-from ssfl_app.files import sync
+from ssfl_app.files import check_regular, sync
 from ssfl_app.options import ConfigError
 from ssfl_app.seal import Damaged, read_sealed, write_sealed
 from ssfl_app.strategies.base import SparseStrategy
@@ -98,6 +98,7 @@ def resume(strategy: SparseStrategy, folder: Path, flat: Flat) -> Saved | None:
 
 
 def _lines(path: Path) -> list[bytes]:
+    check_regular(path)
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 

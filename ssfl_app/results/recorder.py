@@ -24,7 +24,7 @@ from safetensors import torch as safe_torch
 
 from ssfl_app import guard
 from ssfl_app.config import Flat, write_toml
-from ssfl_app.files import remove_unfinished, write_atomically, write_bytes, write_json
+from ssfl_app.files import check_regular, not_regular, remove_unfinished, write_atomically, write_bytes, write_json
 from ssfl_app.options import ConfigError
 from ssfl_app.results import checkpoint
 from ssfl_app.sparsity.layout import Layout, State, state_digest
@@ -62,6 +62,7 @@ def check_free(folder: Path) -> None:
 def read_status(folder: Path) -> Record:
     """Return what status.json says: status running, finished or failed, and the message of a failure."""
     with contextlib.suppress(OSError, ValueError):
+        check_regular(folder / "status.json")
         return dict(json.loads((folder / "status.json").read_text()))
     return {}
 
@@ -216,6 +217,9 @@ def claim(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():  # a pipe where console.log is to be would be waited for, for ever
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise not_regular(path)
         lock = guard.take(folder / ".lock")
     except (OSError, ValueError) as error:
         raise ConfigError(f"run.out is {folder}; it is a folder that can be written to ({error})") from error

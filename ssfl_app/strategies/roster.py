@@ -29,7 +29,7 @@ REJOIN_TIMEOUT = 15.0
 """Seconds that a round waits for nodes that may take the place of others."""
 
 MOST_WARNINGS = 50
-"""Lines about nodes without a place, or that took one, in a run."""
+"""Lines about nodes without a place in a run. Who takes a place, or gives it back, is always told."""
 
 
 class Roster:
@@ -167,14 +167,14 @@ class Roster:
         """Say once why each node that could have a place has none; more nodes than clients are nothing to say."""
         spare = f"run.clients is {self._run.clients}"
         for node, reason in sorted(reasons.items()):
-            if not reason.endswith(spare):
-                self._warn(f"node {node} is set aside: {reason}")
+            text = f"node {node} is set aside: {reason}"
+            if not reason.endswith(spare) and text not in self._said and len(self._said) < MOST_WARNINGS:
+                self._said.add(text)
+                more = "; no more of these are told" if len(self._said) == MOST_WARNINGS else ""
+                self._warn(f"{text}{more}")
 
     def _warn(self, text: str) -> None:
-        if text not in self._said and len(self._said) < MOST_WARNINGS:
-            self._said.add(text)
-            more = "; no more of these are told" if len(self._said) == MOST_WARNINGS else ""
-            self.say(f"warning: {text}{more}")
+        self.say(f"warning: {text}")
 
     def _too_few(self, met: Mapping[Place, Hello], reasons: Mapping[int, str], timeout: str) -> str:
         clients, names = self._run.clients, [place for place in met if isinstance(place, str)]

@@ -36,7 +36,7 @@ class Site:
     `share` holds the indices of its training and test images in `data`.
     `initial` makes the initial weights from the seed; `dense` is the mask under which everything is alive.
     `masks` keeps unpacked masks by digest; whether the client *holds* a mask is `memory`'s affair alone.
-    `least_batch`: nothing that is made of fewer images is told to the server.
+    `least_batch`: of fewer images no answer is made, except loss and accuracy on the test images.
     """
 
     number: int
