@@ -72,14 +72,14 @@ def main(grid: Grid, context: Context) -> None:
             with naming_memory(fewer_at_once(grid)):
                 conduct(grid, workshop, recorder, strategy)
             recorder.status("finished")
-        except (Exception, KeyboardInterrupt) as error:
-            why = f"{type(error).__name__}: {error}"
-            if isinstance(error, ConfigError | RunFailed):
-                why = str(error)
-            elif isinstance(error, KeyboardInterrupt):
-                why = "interrupted"
+        except KeyboardInterrupt:
+            with contextlib.suppress(OSError):
+                recorder.status("interrupted")
+            raise
+        except Exception as error:
+            named = isinstance(error, ConfigError | RunFailed)
             with contextlib.suppress(OSError):  # where the reason cannot be written, it is still raised
-                recorder.status("failed", why)
+                recorder.status("failed", str(error) if named else f"{type(error).__name__}: {error}")
             raise
     finally:
         recorder.close()

@@ -11,7 +11,9 @@ import pytest
 from safetensors import safe_open
 
 from ssfl_app import cli
+from ssfl_app.config import merge
 from ssfl_app.engine import inline
+from ssfl_app.results.recorder import Recorder
 from tests.in_process_grid import SMALL
 
 Run = Callable[..., tuple[int, str, str]]
@@ -242,3 +244,18 @@ def test_report_and_partition_commands(ssfl: Run, tmp_path: Path) -> None:
     assert code == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert ssfl("report", "nowhere")[0] == 2
+
+
+def test_who_was_refused_and_why_is_said_once_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    recorder = Recorder(tmp_path / "run", merge({}), said.append)
+    recorder.begin(None)
+    recorder.names = {1: "site-a"}
+    record = {"round": 0, "asked": 0, "seconds": 0.0, "refused": {"1": "10 images"}, "lost": {"2": "gone"}}
+    for _ in range(2):
+        recorder.round(dict(record))
+    assert said == ["warning: client 2 was lost: gone", "warning: client site-a was refused: 10 images"]
+    monkeypatch.setattr("ssfl_app.results.recorder.MOST_WARNINGS", 2)
+    recorder.round({**record, "refused": {"3": "another reason"}})
+    assert len(said) == 2
+    recorder.close()

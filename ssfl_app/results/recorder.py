@@ -33,6 +33,9 @@ from ssfl_app.text import printable
 
 Record = dict[str, Any]
 
+MOST_WARNINGS = 50
+"""Lines of a run that say which client was lost or refused, and why; rounds.jsonl has them all."""
+
 # What a run leaves that ended before it wrote its configuration.
 _BEFORE_CONFIG = {".lock", "checkpoint", "clients", "status.json", "flower.log"}
 
@@ -60,7 +63,7 @@ def check_free(folder: Path) -> None:
 
 
 def read_status(folder: Path) -> Record:
-    """Return what status.json says: status running, finished or failed, and the message of a failure."""
+    """Return what status.json says: status running, finished, interrupted or failed, and the message of a failure."""
     with contextlib.suppress(OSError, ValueError):
         check_regular(folder / "status.json")
         return dict(json.loads((folder / "status.json").read_text()))
@@ -111,7 +114,7 @@ class Recorder:
             write_bytes(self.folder / "rounds.jsonl", "".join(map(_line, self.records)).encode())
 
     def status(self, status: str, message: str = "") -> None:
-        """Record how the run stands: running, finished or failed. A killed run stays "running"."""
+        """Record how the run stands: running, finished, interrupted or failed. A killed run stays "running"."""
         write_json(self.folder / "status.json", {"status": status, "message": message})
 
     def close(self) -> None:
@@ -142,9 +145,10 @@ class Recorder:
             self.say(f"warning: client {client}: {note}")
         for kind in ("lost", "refused"):
             reasons = {(c, why) for key in failure_keys(kind) for c, why in record.get(key, {}).items()}
-            for client, why in sorted(reasons - self._told):  # once: the line of each round has the number of them
+            # Once, and no more than a screen of them: the line of each round has their number.
+            for client, why in sorted(reasons - self._told)[: max(0, MOST_WARNINGS - len(self._told))]:
+                self._told.add((client, why))
                 self.say(f"warning: client {self.names.get(int(client), client)} was {kind}: {why}")
-            self._told |= reasons
 
     def checkpoint(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Replace the checkpoint by one taken after `round_`."""
