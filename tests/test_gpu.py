@@ -180,7 +180,7 @@ def test_the_window_answers_its_questions_and_a_part_that_fails_is_a_line(tmp_pa
     done, ended, found = window(tmp_path, "--data", tmp_path)  # without images in it: the part "rounds" fails
     assert done.returncode == 1, done.stdout + done.stderr
     assert list(ended) == list(PARTS)
-    assert "ConfigError: data.path is" in ended.pop("rounds")
+    assert "PrivateError: data.path is" in ended.pop("rounds")
     assert set(ended.values()) == {"well"}, ended
     assert found["machine"][0]["torch"] == metadata.version("torch")
     assert all(row["same"] for row in found["checks"])
