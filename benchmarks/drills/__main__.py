@@ -25,18 +25,20 @@ PAGE = Path(__file__).parents[2] / "docs" / "drills.md"
 def play(names: list[str], record: dict[str, Any]) -> Iterator[str]:
     """Play the drills of these names, all if there are none; note each in the record and yield what came of it."""
     record |= {"keys": KEYS, "environment": environment()}
+    day = {"day": record["environment"]["time"][:10]}
     with tempfile.TemporaryDirectory(prefix="drills-") as folder:
         work = Path(folder)
         reference = inline(work / "reference")
         record["reference"] = {key: reference[key] for key in ("model_sha256", "central_accuracy")}
         if not names or "undisturbed" in names:
-            record["undisturbed"] = undisturbed(work / "undisturbed", reference)
+            record["undisturbed"] = undisturbed(work / "undisturbed", reference) | day
             yield f"undisturbed: {record['undisturbed']}"
         for drill in faults.RUNS:
             name = drill.__name__
             if not names or name in names:
                 result = drill(work / name, reference)
-                record.setdefault("drills", {})[name] = asdict(result) | {"waited_too_long": result.waited_too_long}
+                played = asdict(result) | {"waited_too_long": result.waited_too_long} | day
+                record.setdefault("drills", {})[name] = played
                 yield f"{name}: {result}"
         if not names or "refusals" in names:
             with federation(work / "refusals") as place:
@@ -49,7 +51,7 @@ def table(record: dict[str, Any]) -> str:
     head = (
         f"{keys['run.clients']} SuperNodes on one machine, TLS and node authentication, sqlite; ssfl on digits, "
         f"density {keys['mask.density']}, {keys['run.rounds']} rounds, round timeout {keys['run.round-timeout']:g} s "
-        f"unless named. {env['cpu']}, {env['cores']} cores, {env['time'][:10]}, flwr {env['flwr']}, "
+        f"unless named. {env['cpu']}, {env['cores']} cores, flwr {env['flwr']}, "
         f"torch {env['torch']}. Undisturbed: accuracy {100 * record['reference']['central_accuracy']:.1f} %. "
         "`benchmarks/drills`."
     )
@@ -57,8 +59,8 @@ def table(record: dict[str, Any]) -> str:
     if "undisturbed" in record:
         lines += [describe(record["undisturbed"]), ""]
     lines += [
-        "| drill | end | lost or refused | longest round s | accuracy % | bits of the undisturbed run |",
-        "|---|---|---|---|---|---|",
+        "| drill | end | lost or refused | longest round s | accuracy % | bits of the undisturbed run | day |",
+        "|---|---|---|---|---|---|---|",
     ]
     played = record.get("drills", {})
     for row in [played[drill.__name__] for drill in faults.RUNS if drill.__name__ in played]:
@@ -66,7 +68,7 @@ def table(record: dict[str, Any]) -> str:
         longest = f"{row['longest']:.0f}" + (", too long" if row["waited_too_long"] else "")
         accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}"
         bits = "yes" if row["same_bits"] else "no"
-        lines.append(f"| {row['what']} | {row['end']} | {failed} | {longest} | {accuracy} | {bits} |")
+        lines.append(f"| {row['what']} | {row['end']} | {failed} | {longest} | {accuracy} | {bits} | {row['day']} |")
     lines += ["", "| a node with | its exit code | it says | the SuperLink says |", "|---|---|---|---|"]
     for row in record.get("refusals", []):
         code = "still trying" if row["exit_code"] is None else row["exit_code"]
@@ -78,7 +80,7 @@ def describe(calm: dict[str, Any]) -> str:
     """Return the sizes of the undisturbed run as a sentence."""
     memory = ", ".join(f"{role} {megabytes:.0f}" for role, megabytes in calm["peak_rss_mb"].items())
     return (
-        f"Undisturbed: {calm['seconds_per_round']:.1f} s a round, {calm['payload']:,} payload bytes; "
+        f"Undisturbed, {calm['day']}: {calm['seconds_per_round']:.1f} s a round, {calm['payload']:,} payload bytes; "
         f"Flower's own counter (network-traffic) sees {100 * calm['traffic_over_payload']:.2f} % more; the model has "
         f"{'the same bits as' if calm['same_bits'] else 'OTHER bits than'} the in-process engine's. Peak resident "
         f"memory of one process, MB: {memory}."
