@@ -45,6 +45,7 @@ _CLEAR = ("LA", "PA", "RGBA", "RGBa")
 _GREY = ("1", "L", "LA")
 _COLOUR = ("P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr")
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation: Pillow's Transpose
+_WITH_EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 _BITS, _MEANING_OF_0, _SUBFILE = 258, 262, 254  # tags of TIFF
 
 
@@ -194,7 +195,8 @@ def _turned(image: "Image", ready: "Image") -> "Image":
 
     turn = None
     with suppress(Exception):  # what is broken there says nothing of the pixels
-        turn = _TURNS.get(image.getexif().get(0x0112, 1))
+        if image.info.keys() & _WITH_EXIF:
+            turn = _TURNS.get(image.getexif().get(0x0112, 1))
     return ready if turn is None else ready.transpose(Transpose(turn))
 
 
