@@ -133,6 +133,8 @@ def partition(
     flat = configuration.merge(given, configuration.read_overrides(override or []))
     parsed = configuration.parse(flat | {"run.cohort": 1})  # cohorts have nothing to do with who holds what
     data, shares = load_federation(parsed)
+    for note in data.notes:
+        tell(f"note: {note}")
     counts = shares.class_counts(data.train.labels.numpy(), data.classes)
     draw_partition(counts, data.class_names, out)
     Console().print(partition_table(counts, data.class_names))
@@ -145,6 +147,7 @@ def cache(
 ) -> None:
     """Show where decoded images are kept, and how many bytes they have."""
     from ssfl_app.local import image_cache
+    from ssfl_app.local.unreadable import one_line
 
     try:
         folder = image_cache.cache_folder()
@@ -156,7 +159,7 @@ def cache(
         if clear:
             typer.echo(f"deleted: {image_cache.clear(folder)} bytes")
     except (OSError, RuntimeError) as error:
-        raise ConfigError(f"the cache cannot be read or deleted: {image_cache.one_line(error)}") from error
+        raise ConfigError(f"the cache cannot be read or deleted: {one_line(error)}") from error
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.post import CLIENT, FOLDER, RUN
 from ssfl_app.strategies.rule import ClientRule, Need
-from ssfl_app.text import quoted
+from ssfl_app.text import quoted, tell
 from ssfl_app.wire import Facts, Memory, Packer, Parcel, read_facts, read_record
 from ssfl_app.workshop import code_digest, gpu_is_hidden, open_workshop
 
@@ -178,6 +178,9 @@ def _answer(message: Message, context: Context) -> Message:
         workshop = open_workshop(flat, place.data_path)
     except ConfigError as error:
         raise place.in_its_words(error) from error
+    if hello and not place.simulated:  # into this node's log; in simulation the server says it of the same files
+        for note in workshop.data.notes:
+            tell(f"note: {note}")
     if workshop.trainer.device.type == "cpu":
         keep_heap()
     memory = Memory(context, number) if hello else memory_of(context, place, number, facts)

@@ -206,6 +206,8 @@ class Watcher:
             f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {dealt}, "
             f"{config.model.name} with {self.workshop.layout.size:,} parameters"
         )
+        for note in data.notes:
+            self.recorder.say(f"note: {note}")
         if any(facts.get("gpu-is-hidden") for facts in sites.values()):
             self.recorder.say(
                 "note: this machine has a GPU, but Flower hides it from the clients (num-gpus 0): they train "

@@ -20,6 +20,7 @@ import ssfl_app
 from ssfl_app import cli
 from ssfl_app.local import image_cache, sources
 from ssfl_app.local.data import DataOptions, Images, Transform, load
+from ssfl_app.local.images import measure
 from ssfl_app.local.transform import padding
 from ssfl_app.options import ConfigError, PrivateError, build
 
@@ -33,8 +34,8 @@ def cache(tmp_path, monkeypatch):
     return folder
 
 
-def options(name, path="", size=0, download=False, augment="auto"):
-    return DataOptions(name, str(path), download, size, augment, "shared", "", 0)
+def options(name, path="", size=0, download=False, augment="auto", label_column="label"):
+    return DataOptions(name, str(path), download, size, augment, "shared", "", 0, label_column)
 
 
 def png(pixels):
@@ -120,7 +121,7 @@ def test_measured_moments_are_those_of_the_training_pixels():
     values = digits.train.pixels.numpy().astype(np.float64) / 255
     assert digits.transform.mean == pytest.approx((values.mean(),), rel=1e-12)
     assert digits.transform.std == pytest.approx((values.std(),), rel=1e-12)
-    assert image_cache.measure(np.full((2, 1, 3, 3), 51, dtype=np.uint8)) == ((0.2,), (1.0,))
+    assert measure(np.full((2, 1, 3, 3), 51, dtype=np.uint8)) == ((0.2,), (1.0,))
 
 
 def test_parquet_round_trip(shards):
@@ -139,19 +140,19 @@ def test_parquet_round_trip(shards):
 
 
 @pytest.mark.parametrize(
-    ("image", "columns", "want"),
+    ("image", "columns", "label", "want"),
     [
-        ("image", {"coarse_label": [0, 0], "fine_label": [1, 3]}, [1, 3]),
-        ("photo", {"coarse_label": [1, 0], "n": [7, 7]}, [1, 0]),
-        ("img", {"kind": [2, 0], "text": ["a", "b"]}, [2, 0]),
+        ("image", {"label": [0, 2], "fine_label": [1, 3]}, "label", [0, 2]),
+        ("photo", {"coarse_label": [0, 0], "fine_label": [1, 3]}, "fine_label", [1, 3]),
     ],
 )
-def test_parquet_columns_by_preference(tmp_path, image, columns, want):
+def test_the_label_column_is_the_one_that_is_named(tmp_path, image, columns, label, want):
     for part in ("train", "validation"):
         write_parquet(tmp_path / f"{part}.parquet", (image, some_pixels(2)), columns)
-    found = load(options("parquet", tmp_path))
+    found = load(options("parquet", tmp_path, label_column=label))
     assert found.train.labels.tolist() == want
     assert found.classes == max(want) + 1
+    refused(options("parquet", tmp_path, label_column="kind"), "the label column 'kind': data.label-column names")
 
 
 def test_folder_round_trip_resize_and_val(tmp_path):
@@ -168,16 +169,6 @@ def test_folder_round_trip_resize_and_val(tmp_path):
     want = Image.fromarray(dogs[1]).resize((4, 4), Image.Resampling.BILINEAR)
     assert small.shape == (3, 4, 4)
     assert np.array_equal(small.train.pixels[4].permute(1, 2, 0).numpy(), np.asarray(want))
-
-
-def test_grey_images_stay_grey_and_mixed_ones_follow_the_first(tmp_path):
-    grey, colour = some_pixels(2, channels=1), some_pixels(2)
-    write_folder(tmp_path / "a", {"train/x": grey, "test/x": colour})
-    assert load(options("folder", tmp_path / "a")).shape == (1, 6, 6)
-    write_folder(tmp_path / "b", {"train/x": colour, "test/x": grey})
-    found = load(options("folder", tmp_path / "b"))
-    assert found.shape == (3, 6, 6)
-    assert np.array_equal(found.test.pixels[:, 1].numpy(), grey)
 
 
 def write_tiny(root):
@@ -443,20 +434,24 @@ def test_bad_parquet_files(shards):
         write_parquet(root / "test-0.parquet", images, columns)
         return options("parquet", root)
 
-    refused(with_test(("img", images[:1]), {"text": ["a"]}), "data.path is", "columns img, text", "label")
-    refused(with_test(("img", images[:1]), {"a": [1], "b": [2]}), "columns img, a, b", "integer label column")
+    refused(
+        with_test(("img", images[:1]), {"text": ["a"]}), "data.path is", "columns img, text", "label column 'label'"
+    )
+    refused(with_test(("img", images[:1]), {"patient": [7]}), "columns img, patient", "label column 'label'")
+    words = "column label of test-0.parquet is string; it is an integer"
+    refused(with_test(("img", images[:1]), {"label": ["a"], "patient": [7]}), words)
     refused(with_test(("img", images[:1]), {"label": [-1]}), "column label", "is -1, it is at least 0")
     bad = [images[0], b"no image"]
     refused(with_test(("img", bad), {"label": [0, 1]}), "row 1 of test-0.parquet cannot be decoded")
-    refused(with_test(("img", [b""]), {"label": [0]}), "row 0 of test-0.parquet cannot be decoded")
-    refused(with_test(("img", []), {"n": np.array([], dtype=np.int64)}), "holds no images")
+    refused(with_test(("img", [b""]), {"label": [0]}), "row 0 of test-0.parquet has no bytes")
+    refused(with_test(("img", []), {"label": np.array([], dtype=np.int64)}), "holds no images")
     opts = with_test(("img", some_pixels(1, side=5)), {"label": [0]})
     refused(opts, "data.image-size is 0", "row 0 of test-0.parquet", "5x5", "6x6")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"img": ["a"], "label": [0]}), root / "test-0.parquet")
-    refused(opts, "columns img, label", "an image column")
+    refused(opts, "columns img, label", "one image column")
     pq.write_table(
         pa.table({"img": [{"bytes": png(images[0])}], "label": pa.array([None], pa.int64())}),
         root / "test-0.parquet",
@@ -465,7 +460,7 @@ def test_bad_parquet_files(shards):
     (root / "test-0.parquet").write_bytes(b"PAR1 and then nonsense")
     refused(opts, "data.path is", "cannot be read")
     (root / "test-0.parquet").unlink()
-    refused(opts, "data.path is", "*test*.parquet is missing")
+    refused(opts, "data.path is", "a file of the part test is missing")
 
 
 def test_bad_folders(tmp_path):
@@ -589,7 +584,7 @@ def test_class_names_in_the_hubs_metadata_are_printable(shards):
     info = json.dumps({"info": {"features": {"label": {"names": ["a", "b\nc", "d"]}}}})
     table = pq.read_table(root / "train-0.parquet")
     pq.write_table(table.replace_schema_metadata({"huggingface": info}), root / "train-0.parquet")
-    refused(options("parquet", root), "the metadata has the class 'b\\nc'")
+    refused(options("parquet", root), "the metadata of train-0.parquet has the class 'b\\nc'")
 
 
 @pytest.mark.parametrize("label", [100_000, 2_000_000_000, 2**62, 2**63, 2**64 - 1, -1])
@@ -621,7 +616,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_unfolded(broken):
 )
 def test_bad_options_are_refused(key, value):
     good = {"name": "digits", "path": "", "download": False, "image-size": 0, "augment": "auto"}
-    good |= {"where": "shared", "classes": "", "channels": 0}
+    good |= {"where": "shared", "classes": "", "channels": 0, "label-column": "label"}
     assert build(DataOptions, "data", good) == options("digits")
     with pytest.raises(ConfigError, match=f"data.{key} is"):
         build(DataOptions, "data", good | {key: value})

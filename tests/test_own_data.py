@@ -216,6 +216,19 @@ def test_sites_with_other_label_sets_are_told_and_the_cure_works(tmp_path: Path)
     assert [row["train"] for row in written["clients"]] == [[3, 2, 0], [3, 0, 2]]
 
 
+def test_what_was_done_to_files_is_said_where_they_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = small_sites(tmp_path, {name: {"cat": 3, "dog": 2} for name in ("a", "b")}, channels=3)
+    (tmp_path / "a" / "train" / "cat" / "Jane.doe").touch()
+    keys: Flat = {"run.clients": 2, "run.cohort": 2, "run.rounds": 1, "data.classes": "cat,dog", "data.channels": 1}
+    run(tmp_path / "one", both, keys)
+    said, left = capsys.readouterr().out, "files and folders left out: 1 with endings that are no image's (1 .doe)"
+    grey = "note: 10 of 10 images are colour and were made grey, as data.channels says"
+    assert (said.count(f"note: {left}"), said.count(grey)) == (1, 2)  # in the nodes' logs, not at each message
+    assert "note:" not in (tmp_path / "one" / "console.log").read_text()
+    run(tmp_path / "two", both[1:], keys | {"data.path": both[0]["data-path"], "run.clients": 1, "run.cohort": 1})
+    assert f"note: {left}\n{grey}\n" in (tmp_path / "two" / "console.log").read_text()
+
+
 def test_more_sites_than_clients_are_named_and_registered_ones_come_first(tmp_path: Path) -> None:
     three = small_sites(tmp_path, {name: {"cat": 2, "dog": 2} for name in "abc"})
     keys = OWN | {"data.classes": "cat,dog", "run.clients": 2, "run.cohort": 2, "run.rounds": 1}
@@ -359,7 +372,7 @@ def test_a_bad_node_config_reaches_the_user(sites: list[Flat]) -> None:
     ("keys", "words"),
     [
         ({"data.name": "digits"}, "data.name is 'digits'; with data.where 'sites' it is one of parquet, folder"),
-        ({"data.classes": "a,,b"}, "data.classes is 'a,,b'; the names differ and none is empty"),
+        ({"data.classes": "a,,b"}, "data.classes is 'a,,b'; a class name is printable"),
         ({"data.classes": "a,a"}, "data.classes is 'a,a'"),
         ({"data.channels": 2}, "data.channels is 2; it is 0, 1 or 3"),
         ({"data.where": "here"}, "data.where is 'here'; it is one of shared, sites"),

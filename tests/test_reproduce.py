@@ -19,7 +19,7 @@ from ssfl_app import config as configuration
 from ssfl_app.engine.sweep_plan import difference
 from ssfl_app.local import models
 from ssfl_app.local.models import ModelOptions
-from ssfl_app.local.sources import READERS
+from ssfl_app.local.sources import OWN, READERS
 from ssfl_app.options import ConfigError, flatten
 from ssfl_app.reproduce import Stage, Words, duration
 from ssfl_app.reproduce_rows import Row, folder_of_configs, layer, profiles, read_budget, read_rows, tables
@@ -154,7 +154,7 @@ def test_profiles_differ_in_rounds_batch_and_alpha() -> None:
 def test_a_profile_names_what_there_is(profile: str) -> None:
     content = tomllib.loads((CONFIGS / "profiles" / f"{profile}.toml").read_text())
     only = content.pop("only", {})
-    assert only.keys() <= {*READERS, *REGISTRY, *FILES}
+    assert only.keys() <= {*READERS, *OWN, *REGISTRY, *FILES}
     for keys in ({}, *only.values()):
         configuration.merge(flatten(content), keys)
     for table in TABLES:

@@ -2,7 +2,7 @@
 
 Examples
 --------
->>> digits = load(DataOptions("digits", "", False, 0, "auto", "shared", "", 0))
+>>> digits = load(DataOptions("digits", "", False, 0, "auto", "shared", "", 0, "label"))
 >>> len(digits.train), len(digits.test), digits.shape, digits.classes
 (1437, 360, (1, 8, 8), 10)
 """
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ssfl_app.local.holdings import Holding
+from ssfl_app.local.holdings import CLASS_NAME, Holding, odd_name
 from ssfl_app.local.image_cache import Raw, Wanted
 from ssfl_app.local.sources import OWN, READERS, own, unseen
 from ssfl_app.local.transform import Transform as Transform
@@ -27,7 +27,7 @@ class DataOptions:
     Attributes
     ----------
     name : str
-        A key of `ssfl_app.local.sources.READERS`.
+        A key of `ssfl_app.local.sources.READERS`, or one of `OWN` there.
     path : str
         Folder of the data set; digits needs none.
     download : bool
@@ -42,9 +42,11 @@ class DataOptions:
         With sites: names of all classes in order, with commas between them; empty: as each site finds them.
     channels : int
         With sites: 1 (grey) or 3 (colour); 0: as each site finds them.
+    label_column : str
+        Of parquet files.
     """
 
-    name: str = choice(*READERS)
+    name: str = choice(*READERS, *OWN)
     path: str = anything("a folder")
     download: bool = anything("true or false")
     image_size: int = at_least(0)
@@ -52,6 +54,7 @@ class DataOptions:
     where: str = choice("shared", "sites")
     classes: str = anything("class names with commas between them, or empty")
     channels: int = option("0, 1 or 3", lambda value: value in (0, 1, 3))
+    label_column: str = option("the name of a column", bool)
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -67,10 +70,8 @@ class DataOptions:
             return
         if self.name not in OWN:
             raise ConfigError(f"data.name is {self.name!r}; with data.where 'sites' it is one of {', '.join(OWN)}")
-        if "" in self.named or len(set(self.named)) < len(self.named) or not self.classes.isprintable():
-            raise ConfigError(
-                f"data.classes is {self.classes!r}; the names differ and none is empty, and all are printable"
-            )
+        if odd_name(self.named) is not None or not self.classes.isprintable():
+            raise ConfigError(f"data.classes is {self.classes!r}; {CLASS_NAME}")
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,14 @@ class Images:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set, its class names and how its images enter a network."""
+    """A data set, its class names, how its images enter a network, and what a user should know of its files."""
 
     name: str
     train: Images
     test: Images
     class_names: tuple[str, ...]
     transform: Transform
+    notes: tuple[str, ...] = ()
 
     @property
     def classes(self) -> int:
@@ -150,6 +152,8 @@ def load(options: DataOptions) -> DataSet:
     ConfigError
         The data is not there or cannot be read; the message names ``data.path`` and what is allowed.
     """
+    if options.name in OWN:
+        return _data_set(options, own(options.name, options.path, options.image_size, Wanted(options.label_column)))
     return _data_set(options, READERS[options.name](options.path, options.download, options.image_size))
 
 
@@ -163,7 +167,8 @@ def load_own(options: DataOptions, path: str) -> DataSet:
     ConfigError
         The data cannot be read, or hold a class that `options.classes` does not name.
     """
-    return _data_set(options, own(options.name, path, options.image_size, Wanted(options.named, options.channels)))
+    wanted = Wanted(options.label_column, options.named, options.channels)
+    return _data_set(options, own(options.name, path, options.image_size, wanted))
 
 
 def load_central(options: DataOptions) -> DataSet:
@@ -177,7 +182,7 @@ def load_central(options: DataOptions) -> DataSet:
         The images cannot be read, or there is no path and classes, channels or image size are not named either.
     """
     if options.path:
-        wanted = Wanted(options.named, options.channels, test_only=True)
+        wanted = Wanted(options.label_column, options.named, options.channels, test_only=True)
         return _data_set(options, own(options.name, options.path, options.image_size, wanted))
     return _data_set(options, unseen(options.named, options.channels, options.image_size))
 
@@ -188,4 +193,17 @@ def _data_set(options: DataOptions, raw: Raw) -> DataSet:
         augment = "none" if options.name == "digits" else "crop-flip"
     train = Images(torch.from_numpy(raw.train), torch.from_numpy(raw.train_labels))
     test = Images(torch.from_numpy(raw.test), torch.from_numpy(raw.test_labels))
-    return DataSet(options.name, train, test, raw.class_names, Transform(raw.mean, raw.std, augment))
+    notes = raw.notes + _class_notes(options, raw)
+    return DataSet(options.name, train, test, raw.class_names, Transform(raw.mean, raw.std, augment), notes)
+
+
+def _class_notes(options: DataOptions, raw: Raw) -> tuple[str, ...]:
+    """Return what is odd about the classes of a data set that is dealt; a site may lack some."""
+    present, there = len(np.unique(raw.train_labels)), len(raw.class_names)
+    if options.where != "shared" or present == there > 1:
+        return ()
+    return (
+        f"{there - present} of {there} classes have no training image"
+        if there > present
+        else "there is one class only: each answer is right",
+    )

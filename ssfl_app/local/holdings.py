@@ -1,6 +1,7 @@
 """What a client holds, as it says at the greeting, and whether two clients can be in one federation."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ from ssfl_app.text import quoted
 
 MOST_NAME = 200
 """Characters of the name of a class."""
+
+CLASS_NAME = f"a class name is printable UTF-8 of 1 to {MOST_NAME} characters, and no two are the same"
 
 MOST = 2**40
 """More images than this of one class is no count."""
@@ -71,11 +74,9 @@ def read_holding(facts: Mapping[str, object]) -> Holding:
     if not isinstance(names, str) or not names:
         raise PayloadError(f"classes is {quoted(names)}; it is the names of the classes, a line each")
     class_names = tuple(names.split("\n"))
-    if len(set(class_names)) < len(class_names) or "" in class_names:
-        raise PayloadError(f"classes is {quoted(names)}; the names differ and none is empty")
-    odd = next((name for name in class_names if len(name) > MOST_NAME or not name.isprintable()), None)
+    odd = odd_name(class_names)
     if odd is not None:
-        raise PayloadError(f"a class is called {quoted(odd)}; a name is printable, of at most {MOST_NAME} characters")
+        raise PayloadError(f"classes is {quoted(names)} with the name {quoted(odd)}; {CLASS_NAME}")
     counts, shape = _numbers(facts, "counts", len(class_names)), _numbers(facts, "shape", 3)
     if 0 in shape:
         raise PayloadError(f"shape is {quoted(facts['shape'])}; it is channels,height,width, each at least 1")
@@ -83,6 +84,13 @@ def read_holding(facts: Mapping[str, object]) -> Holding:
     if type(tests) is not int or not 0 <= tests < MOST:
         raise PayloadError(f"test-samples is {quoted(tests)}; it is a whole number of at least 0")
     return Holding(class_names, (shape[0], shape[1], shape[2]), counts, tests)
+
+
+def odd_name(names: Sequence[str]) -> str | None:
+    """Return the first name that can be none of a class, or is there twice; None if all are good."""
+    counts = Counter(names)
+    # Surrogates, which stand for bytes that are no UTF-8, are not printable.
+    return next((n for n in names if not 0 < len(n) <= MOST_NAME or not n.isprintable() or counts[n] > 1), None)
 
 
 def _numbers(facts: Mapping[str, object], name: str, count: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Encoded images to one array, and decoded data sets kept on disk for the next process.
+"""Decoded data sets kept on disk for the next process.
 
 A cached data set is a folder of .npy files under ``$SSFL_CACHE``, else ``$XDG_CACHE_HOME/ssfl``, else
 ``~/.cache/ssfl``; with ``SSFL_CACHE=off`` there is none. Its name is a digest of all that went into it (source, path,
@@ -8,39 +8,27 @@ Folders are the account's own, mode 0700, whatever the umask.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.local.unreadable import check_regular, unreadable
-from ssfl_app.options import PrivateError
+from ssfl_app.local.images import Pixels
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
-FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-"""What an image may be, whatever its file is called: Pillow would hand PostScript to an interpreter."""
-
-MOST_PIXELS = 89_478_485
-"""An image has no more, whatever size it is brought to. Pillow's limit, from which on it warns; here it is one."""
-
 # A new number makes every older entry unused: raise it when decoding changes.
-_FORMAT = 2
+_FORMAT = 3
 _ARRAYS = ("train", "train_labels", "test", "test_labels")
+_FACTS = ("class_names", "mean", "std", "notes")
 _FILES = {"facts.json", *(f"{name}.npy" for name in _ARRAYS)}
 _ENTRY = re.compile(r"[0-9a-f]{32}|\.draft-.+")
 _PLACE = 10  # hex digits at the start of a name that say where the data lie, before 10 for the files there
@@ -57,6 +45,8 @@ class Raw:
     class_names : tuple of str
     mean, std : tuple of C floats
         Of each channel, in units of pixel / 255.
+    notes : tuple of str
+        What a user should know of how the files were read, a line each, without the name of a file.
     """
 
     train: Pixels
@@ -66,120 +56,29 @@ class Raw:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What images are to be made of a site's own data, beside their size.
+    """What images are to be made of a folder of files, beside their size.
 
     Attributes
     ----------
+    label_column : str
+        Of parquet files.
     classes : tuple of str
         Names of all classes in order; empty: as found.
     channels : int
-        1: grey, 3: colour, 0: as the first image is.
+        1: grey, 3: colour, 0: as found.
     test_only : bool
         Whether training images may be missing: for the server, whose images only test.
     """
 
+    label_column: str
     classes: tuple[str, ...] = ()
     channels: int = 0
     test_only: bool = False
-
-    @property
-    def key(self) -> tuple[str | int, ...]:
-        """What of it decides the decoded arrays; empty for a shared data set, whose entries are older than this."""
-        return (self.channels, *self.classes) if self.channels or self.classes else ()
-
-
-def decode(
-    path: str,
-    items: Iterable[tuple[str, str, bytes | Path]],
-    count: int,
-    size: int,
-    like: tuple[int, ...] | None,
-    channels: int = 0,
-) -> Pixels:
-    """Decode images into one array.
-
-    Parameters
-    ----------
-    path : str
-        ``data.path``, for messages.
-    items : iterable of (str, str, bytes or Path)
-        What to call an image, here and to a server, and its file or the file's content.
-    count : int
-        How many there are.
-    size : int
-        Pixels a side to resize to (bilinear, without keeping the aspect); 0: as they are.
-    like : tuple of int or None
-        (C, H, W) they must have. None: that of the first image, C = 1 if it is grey (mode L), else 3.
-    channels : int
-        C, if `like` is None; 0: that of the first image.
-
-    Returns
-    -------
-    uint8 ndarray, shape (count, C, H, W)
-
-    Raises
-    ------
-    ConfigError
-        An image is none of `FORMATS`, has more than `MOST_PIXELS`, is no regular file or cannot be decoded; images
-        differ in size with `size` 0, or there are none.
-    """
-    out: Pixels | None = None
-    for index, (name, public, source) in enumerate(items):
-        image = _open(path, name, public, source, size, like[0] if like else channels)
-        pixels = np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
-        if out is None:
-            out = np.empty((count, *(like or pixels.shape)), dtype=np.uint8)
-        if pixels.shape != out.shape[1:]:
-            sizes = f"is {image.width}x{image.height}, the first image is {out.shape[3]}x{out.shape[2]}: give a size"
-            sizes, cure = f"{sizes} above 0 to resize all images to", f"data.image-size is {size};"
-            raise PrivateError(f"{cure} {name} in {path} {sizes}", f"{cure} {public} {sizes}")
-        out[index] = pixels
-    if out is None:
-        raise unreadable(path, "it holds no images, at least one is needed")
-    return out
-
-
-def _open(path: str, name: str, public: str, source: bytes | Path, size: int, channels: int) -> "Image":
-    """Return one image in the wanted mode (0: its own) and size."""
-    from PIL import Image
-
-    if isinstance(source, Path):
-        check_regular(path, source, name, public)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:  # nothing is unfolded yet
-                raise ValueError(f"it has {image.width}x{image.height} pixels, at most {MOST_PIXELS} are read")
-            mode = "L" if (channels == 1 if channels else image.mode == "L") else "RGB"
-            ready = image.convert(mode)
-            return ready.resize((size, size), Image.Resampling.BILINEAR) if size else ready
-    # The decoders of Pillow raise almost anything on broken input: OSError, SyntaxError, struct.error, ...
-    except Exception as error:
-        rule = f"it is to be an image: {', '.join(FORMATS)}"
-        raise unreadable(
-            path,
-            f"{name} cannot be decoded ({one_line(error)}), {rule}",
-            f"{public} cannot be decoded ({type(error).__name__}), {rule}",
-        ) from error
-
-
-def measure(pixels: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel of (N, C, H, W), in units of pixel / 255.
-
-    From exact integer counts, so that no order of summation shows. A channel of one value has std 1.
-    """
-    counts = np.zeros((pixels.shape[1], 256), dtype=np.int64)
-    for start in range(0, len(pixels), 4096):  # bincount needs eight times the memory of its input
-        for channel, row in enumerate(counts):
-            row += np.bincount(pixels[start : start + 4096, channel].ravel(), minlength=256)
-    values = np.arange(256) / 255
-    means = counts @ values / counts.sum(axis=1)
-    spread = (counts * (values - means[:, None]) ** 2).sum(axis=1) / counts.sum(axis=1)
-    stds = np.where(spread > 0, np.sqrt(spread), 1.0)
-    return tuple(means.tolist()), tuple(stds.tolist())
 
 
 def cached(key: tuple[str | int, ...], files: Sequence[Path], read: Callable[[], Raw]) -> Raw:
@@ -269,8 +168,8 @@ def _open_entry(entry: Path) -> Raw:
     # "c" is copy on write: torch warns about the read-only arrays of "r".
     arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in _ARRAYS}
     facts = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
-    names, mean, std = (tuple(facts[name]) for name in ("class_names", "mean", "std"))
-    return Raw(**arrays, class_names=names, mean=mean, std=std)
+    names, mean, std, notes = (tuple(facts[name]) for name in _FACTS)
+    return Raw(**arrays, class_names=names, mean=mean, std=std, notes=notes)
 
 
 def _store(entry: Path, raw: Raw) -> None:
@@ -283,7 +182,7 @@ def _store(entry: Path, raw: Raw) -> None:
     try:
         for name in _ARRAYS:
             np.save(draft / f"{name}.npy", getattr(raw, name))
-        facts = {"class_names": raw.class_names, "mean": raw.mean, "std": raw.std}
+        facts = {name: getattr(raw, name) for name in _FACTS}
         (draft / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         with suppress(OSError):  # another process was first, its entry is as good
             draft.replace(entry)
@@ -292,8 +191,3 @@ def _store(entry: Path, raw: Raw) -> None:
     for old in entry.parent.glob(entry.name[:_PLACE] + "*"):
         if old.name[: _PLACE + 10] != entry.name[: _PLACE + 10]:
             shutil.rmtree(old, ignore_errors=True)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,6 +1,7 @@
 """Where data sets come from: one reader a source, each giving the same arrays.
 
-A reader is a function ``(path, download, image_size) -> Raw``, named in `READERS`. All raise ConfigError.
+A reader is a function ``(path, download, image_size) -> Raw``, named in `READERS`. Folders of a user's own files are
+read by `own`. All raise ConfigError.
 """
 
 from collections import Counter
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ssfl_app.local.folders import Files, image_folder
-from ssfl_app.local.image_cache import Pixels, Raw, Wanted, cached, decode, measure, one_line
+from ssfl_app.local.folders import Files, Left, image_folder, left_out
+from ssfl_app.local.image_cache import Raw, Wanted, cached
+from ssfl_app.local.images import decode, measure
 from ssfl_app.local.parquet import read_parquet
-from ssfl_app.local.unreadable import check_regular, unreadable
+from ssfl_app.local.unreadable import check_regular, is_folder, one_line, unreadable
 from ssfl_app.options import ConfigError
 
 # Mean and std of each channel as the published training scripts have them (DisPFL, SSFL).
@@ -26,13 +28,13 @@ _TINY = "tiny-imagenet-200"
 _TINY_URL = f"http://cs231n.stanford.edu/{_TINY}.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
-# What the folder of a source of own data is, for messages.
+# What the folder of a source of a user's own files is, for messages.
 _SHAPES = {
     "parquet": "a folder of parquet files",
     "folder": "a folder with train/<class>/* and test/<class>/* (or val)",
 }
 OWN = tuple(_SHAPES)
-"""Sources that a site may hold its own data in."""
+"""Sources that are a user's own files: a data set that is dealt, or what a site holds."""
 
 
 def _folder(path: str, create: bool, what: str) -> Path:
@@ -40,7 +42,7 @@ def _folder(path: str, create: bool, what: str) -> Path:
     if not path:
         raise unreadable(path, f"it is {what}")
     folder = Path(path).expanduser()
-    if not create and not folder.is_dir():
+    if not create and not is_folder(path, folder, "it"):
         raise unreadable(path, f"there is no such folder, it is {what}")
     return folder
 
@@ -106,16 +108,13 @@ def _read_files(
     """Return the images of (file, class) lists for training and test, through the cache."""
 
     def read() -> Raw:
-        pixels: list[Pixels] = []
-        for name, part in zip(("train", "test"), parts, strict=True):
-            like = pixels[0].shape[1:] if pixels else None
-            pixels.append(decode(path, _called(name, part), len(part), size, like, channels))
-        train, test = (np.array([label for _, label in part], dtype=np.int64) for part in parts)
-        return Raw(pixels[0], train, pixels[1], test, names, *measure(pixels[0]))
+        called = [(len(part), _called(name, part)) for name, part in zip(("train", "test"), parts, strict=True)]
+        (train, test), notes = decode(path, called, size, channels)
+        labels = [np.array([label for _, label in part], dtype=np.int64) for part in parts]
+        return Raw(train, labels[0], test, labels[1], names, *measure(train), notes)
 
     files = [file for part in parts for file, _ in part]
-    own = (channels,) if channels else ()
-    return cached((key, str(Path(path).resolve()), size, *own, *names), files, read)
+    return cached((key, str(Path(path).resolve()), size, channels, *names), files, read)
 
 
 def _called(name: str, part: Files) -> Iterator[tuple[str, str, Path]]:
@@ -126,45 +125,34 @@ def _called(name: str, part: Files) -> Iterator[tuple[str, str, Path]]:
         yield str(file), f"image {counts[label]} of {name}/<class {label}>", file
 
 
-def parquet(path: str, download: bool, image_size: int) -> Raw:
-    """Read the parquet files in <path>: see `ssfl_app.local.parquet`; mean and std are measured."""
-    return read_parquet(path, _folder(path, False, _SHAPES["parquet"]), image_size)
-
-
-def folder(path: str, download: bool, image_size: int) -> Raw:
-    """Read <path>/train/<class>/* and <path>/test/<class>/* (or val); mean and std are measured."""
+def _own_folder(path: str, root: Path, image_size: int, wanted: Wanted) -> Raw:
     what = _SHAPES["folder"]
-    return _own_folder(path, _folder(path, False, what), image_size, Wanted(), what)
-
-
-def _own_folder(path: str, root: Path, image_size: int, wanted: Wanted, what: str) -> Raw:
-    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
-    trains = [root / "train"] if (root / "train").is_dir() else tests[:1] if wanted.test_only else []
+    tests = [root / name for name in ("test", "val") if is_folder(path, root / name, name)]
+    trains = [root / "train"] if is_folder(path, root / "train", "train") else tests[:1] if wanted.test_only else []
     if not tests or not trains:
         raise unreadable(path, f"{'test' if trains else 'train'} is missing, it is {what}")
-    train, names = image_folder(path, trains[0], wanted.classes)
-    test, test_names = image_folder(path, tests[0], wanted.classes)
+    left = Left()
+    train, names = image_folder(path, trains[0], wanted.classes, left)
+    test, test_names = image_folder(path, tests[0], wanted.classes, left)
     if odd := sorted(set(names) ^ set(test_names)):
         rule = f"is only in one of train and {tests[0].name}, it is to be in both"
         raise unreadable(path, f"class {odd[0]} {rule}", f"a class {rule}")
-    return _read_files("folder", path, image_size, (train, test), names, wanted.channels)
+    raw = _read_files("folder", path, image_size, (train, test), names, wanted.channels)
+    return replace(raw, notes=(*left_out(left), *raw.notes))
 
 
 def own(name: str, path: str, image_size: int, wanted: Wanted) -> Raw:
-    """Read the own data of a site, or of the server: a folder of parquet files or of image folders.
+    """Read a user's own files, in one of the formats `OWN`; mean and std are measured.
+
+    parquet: see `ssfl_app.local.parquet`. folder: <path>/train/<class>/* and <path>/test/<class>/* (or val).
 
     Raises
     ------
     ConfigError
-        `name` is neither parquet nor folder, or the data cannot be read.
+        The data cannot be read.
     """
-    if name not in OWN:
-        raise ConfigError(f"data.name is {name!r}; with data.where 'sites' it is one of {', '.join(OWN)}")
-    what = _SHAPES[name]
-    root = _folder(path, False, what)
-    if name == "parquet":
-        return read_parquet(path, root, image_size, wanted)
-    return _own_folder(path, root, image_size, wanted, what)
+    root = _folder(path, False, _SHAPES[name])
+    return (read_parquet if name == "parquet" else _own_folder)(path, root, image_size, wanted)
 
 
 def unseen(classes: tuple[str, ...], channels: int, image_size: int) -> Raw:
@@ -192,7 +180,7 @@ def tiny_imagenet(path: str, download: bool, image_size: int) -> Raw:
     """
     where = _folder(path, download, f"the folder that holds {_TINY}, or gets it")
     root = where / _TINY
-    if not root.is_dir():
+    if not is_folder(path, root, _TINY):
         if not download:
             raise unreadable(path, f"{_TINY} is not in it: set data.download to true to get it")
         _download_tiny(path, where)
@@ -230,6 +218,4 @@ READERS: dict[str, Callable[[str, bool, int], Raw]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "tiny-imagenet": tiny_imagenet,
-    "parquet": parquet,
-    "folder": folder,
 }

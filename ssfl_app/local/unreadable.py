@@ -1,10 +1,12 @@
 """What is wrong with a data set: the whole text for whoever has it on disk, one without names for a server."""
 
 import stat
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
+from ssfl_app.local.holdings import CLASS_NAME, odd_name
 from ssfl_app.options import PrivateError
+from ssfl_app.text import quoted
 
 
 def unreadable(path: str | Path, what: str, public: str | None = None) -> PrivateError:
@@ -38,18 +40,37 @@ def check_regular(path: str, file: Path, name: str, public: str) -> None:
         raise unreadable(path, f"{name} is no regular file", f"{public} is no regular file")
 
 
-def check_names(path: str, where: str, names: Iterable[str]) -> None:
-    """Find out whether class names can be written on one line of UTF-8, as they are sent and printed.
+def check_names(path: str, where: str, names: Sequence[str], public: str) -> None:
+    """Find out whether these can be the names of classes, as they are sent and printed; `public` stands for `where`.
 
     Raises
     ------
     ConfigError
-        One of them cannot.
+        They cannot.
     """
-    for name in names:
-        if not name or not name.isprintable():  # surrogates, which stand for bytes that are no UTF-8, are not either
-            raise unreadable(
-                path,
-                f"{where} has the class {name!a}; a class name is printable UTF-8",
-                f"{where} has a class whose name is not printable UTF-8",
-            )
+    odd = odd_name(names)
+    if odd is not None:
+        raise unreadable(
+            path,
+            f"{where} has the class {quoted(odd)}; {CLASS_NAME}",
+            f"{public} has another class name; {CLASS_NAME}",
+        )
+
+
+def is_folder(path: str, folder: Path, name: str) -> bool:
+    """Return whether there is such a folder; `name` is what to call it.
+
+    Raises
+    ------
+    ConfigError
+        The account may not know, or no file can be called so.
+    """
+    try:
+        return folder.is_dir()
+    except (OSError, ValueError) as error:
+        raise unreadable(path, f"{name} cannot be read ({one_line(error)})", f"{name} cannot be read") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
