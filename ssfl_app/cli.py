@@ -126,7 +126,8 @@ def partition(
     from rich.console import Console
 
     from ssfl_app import config as configuration
-    from ssfl_app.results.report import draw_partition, partition_table
+    from ssfl_app.results.plots import class_distribution
+    from ssfl_app.results.report import partition_table, write_picture
     from ssfl_app.workshop import load_federation
 
     given = configuration.read_file(config) if config else {}
@@ -134,9 +135,9 @@ def partition(
     parsed = configuration.parse(flat | {"run.cohort": 1})  # cohorts have nothing to do with who holds what
     data, shares = load_federation(parsed)
     counts = shares.class_counts(data.train.labels.numpy(), data.classes)
-    draw_partition(counts, data.class_names, out)
+    drawn = write_picture(out, lambda: class_distribution(counts, data.class_names))
     Console().print(partition_table(counts, data.class_names))
-    tell(f"picture: {out.resolve()}")
+    tell(drawn)
 
 
 @app.command()

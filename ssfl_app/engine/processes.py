@@ -28,10 +28,41 @@ _SWITCHES = {
 }
 
 
+# What Flower's HTTP client (httpx), requests, urllib and gRPC read, in lower case.
+_PROXIES = {"http_proxy", "https_proxy", "all_proxy", "grpc_proxy"}
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names of this machine, as its own processes call it."""
+
+
 def environment(flwr_home: Path, **more: str) -> dict[str, str]:
-    """Return this process's environment for a Flower process with its own FLWR_HOME, with `more` variables."""
+    """Return this process's environment for a Flower process with its own FLWR_HOME, with `more` variables.
+
+    Loopback never goes through a proxy, and without `proxies` among `more` nothing does: httpx cannot even be set up
+    under a SOCKS proxy that it has no package for, whatever no_proxy says.
+    """
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
-    return os.environ | _SWITCHES | {"FLWR_HOME": str(flwr_home), "PATH": path} | more
+    own = {"FLWR_HOME": str(flwr_home), "PATH": path, **_direct()}
+    kept = {name: value for name, value in os.environ.items() if name not in proxies()}
+    return kept | _SWITCHES | own | more
+
+
+def proxies() -> dict[str, str]:
+    """Return the variables that name proxies, for a process that talks to a host beyond this machine."""
+    return {name: value for name, value in os.environ.items() if name.lower() in _PROXIES}
+
+
+def _direct() -> dict[str, str]:
+    """Return the variables that name the hosts no proxy is asked for, with this machine among them."""
+    lower, upper, grpc = (os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"))
+    # Each program reads one of them, some the other one where that is missing.
+    given = {"no_proxy": lower or upper, "NO_PROXY": upper or lower, "no_grpc_proxy": grpc or lower or upper}
+    return {name: _with_loopback(hosts) for name, hosts in given.items()}
+
+
+def _with_loopback(hosts: str) -> str:
+    if hosts.strip() == "*":  # all hosts, but only where it stands alone
+        return hosts
+    return ",".join(dict.fromkeys([*filter(None, map(str.strip, hosts.split(","))), *LOOPBACK]))
 
 
 def spawn(command: list[str], cwd: Path, variables: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
@@ -91,8 +122,8 @@ def wait_until_healthy(
 ) -> None:
     """Wait until the SuperLink at host:port answers, by TLS if a certificate authority's file is given.
 
-    `answer` is the status with which it does: a SuperLink is asked for its health (200), which its front does not
-    tell (404).
+    It is on this machine, so no proxy is asked. `answer` is the status with which it does: a SuperLink is asked for
+    its health (200), which its front does not tell (404).
 
     Raises
     ------
@@ -104,10 +135,12 @@ def wait_until_healthy(
     if authority is not None:
         context = ssl.create_default_context(cafile=str(authority))
         context.check_hostname = False  # it may listen at an address that nodes never see
+    handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    opener = urllib.request.build_opener(*handlers)
     end_ = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end_ and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{scheme}://{address}/health", timeout=1, context=context) as said:
+            with opener.open(f"{scheme}://{address}/health", timeout=1) as said:
                 status = said.status
         except urllib.error.HTTPError as error:
             status = error.code

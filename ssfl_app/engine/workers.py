@@ -23,8 +23,7 @@ _PRELOADED = (
     "ssfl_app.engine.inline",
     "sklearn.datasets",
     "rich.table",
-    "matplotlib.figure",
-    "matplotlib.backends.backend_svg",
+    "ssfl_app.results.canvas",
 )
 
 
