@@ -11,7 +11,7 @@ import typer
 from ssfl_app.federation_cli import app as federation_app
 from ssfl_app.options import ConfigError
 from ssfl_app.study_cli import app as study_app
-from ssfl_app.text import tell
+from ssfl_app.text import never_fail_to_print, tell
 
 app = typer.Typer(
     help="Sparse federated learning on Flower.",
@@ -164,6 +164,7 @@ def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
     # `kill` ends a run as Ctrl-C does: through the clean-up of everything that was started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    never_fail_to_print()
     try:
         app()
     except BrokenPipeError:  # `ssfl report DIR | head`; what Python still holds for the pipe has nowhere to go

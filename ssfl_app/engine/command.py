@@ -54,6 +54,8 @@ def run_command(words: Command) -> None:
 
             make_ready(config, layout)
             launch(config, 4 * layout.size, tell)
+    except BrokenPipeError:
+        raise
     except (RunFailed, OSError) as error:
         # OSError: a full disk, a folder that went away. The checkpoint before it is intact.
         end(f"the run failed: {error}", folder, *again)

@@ -59,7 +59,7 @@ def launch(config: Config, model_bytes: int, say: Callable[[str], None]) -> None
     with tempfile.TemporaryDirectory(prefix="ssfl-", ignore_cleanup_errors=True) as work:
         home, address = Path(work), f"127.0.0.1:{free_port()}"
         app, overrides = copy_app(home / "ssfl-app"), home / "run.toml"
-        overrides.write_text(write_toml(config.flat))
+        overrides.write_text(write_toml(config.flat), "utf-8")
         variables = _variables(home, address, threads) | _object_store(2 * actors * model_bytes)
         federation = (
             f"num-supernodes={config.settings.run.clients} client-resources-num-cpus=1 "
@@ -85,7 +85,8 @@ def _variables(home: Path, address: str, threads: int) -> dict[str, str]:
     flwr_home = home / "flwr"
     flwr_home.mkdir()
     (flwr_home / "config.toml").write_text(
-        f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{address}"\ninsecure = true\n'
+        f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{address}"\ninsecure = true\n',
+        "utf-8",
     )
     own = {guard.LAUNCHER: str(home / "launcher.lock"), "SSFL_SOURCE": str(app_folder())}
     return environment(flwr_home, OMP_NUM_THREADS=str(threads), **own, **_closed())

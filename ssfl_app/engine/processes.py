@@ -19,19 +19,20 @@ from ssfl_app.guard import RunFailed
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 20.0
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names of this machine, as its own processes call it."""
+
+# What Flower's HTTP client (httpx), urllib, requests and gRPC read, in lower case.
+_PROXIES = {"http_proxy", "https_proxy", "all_proxy", "grpc_proxy"}
+
 # Without the third Flower installs torch anew for each run; the others contact the internet.
 _SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONIOENCODING": "utf-8:backslashreplace",  # of their logs, and of what this package reads of them
 }
-
-
-# What Flower's HTTP client (httpx), requests, urllib and gRPC read, in lower case.
-_PROXIES = {"http_proxy", "https_proxy", "all_proxy", "grpc_proxy"}
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-"""Names of this machine, as its own processes call it."""
 
 
 def environment(flwr_home: Path, **more: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _HIDDEN = ("MPLBACKEND", "MATPLOTLIBRC")
 
@@ -46,9 +47,9 @@ with _hidden():
     from matplotlib.figure import Figure as Figure
 
 
-def saved(draw: Callable[[], Figure], **how: object) -> bytes:
+def saved(draw: Callable[[], Figure], **how: Any) -> bytes:
     """Return the file that `Figure.savefig` makes of what `draw` returns, with these arguments of it."""
-    style = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    style: Any = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     style |= {"svg.hashsalt": "ssfl"}  # else the ids of an SVG file are random
     buffer = io.BytesIO()
     with matplotlib.rc_context(style):
