@@ -5,6 +5,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +22,10 @@ STOP_TIMEOUT = 20.0
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine, as its own processes call it."""
+
+_SOCKET = "/ssfl-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+LONGEST_FOLDER = (107 if sys.platform == "linux" else 103) - len(_SOCKET)
+"""Bytes that the name of a folder may have for the sockets of a run on Ray, which have the longest names, to fit."""
 
 # What Flower's HTTP client (httpx), urllib, requests and gRPC read, in lower case.
 _PROXIES = {"http_proxy", "https_proxy", "all_proxy", "grpc_proxy"}
@@ -64,6 +69,26 @@ def _with_loopback(hosts: str) -> str:
     if hosts.strip() == "*":  # all hosts, but only where it stands alone
         return hosts
     return ",".join(dict.fromkeys([*filter(None, map(str.strip, hosts.split(","))), *LOOPBACK]))
+
+
+def short_folder() -> Path:
+    """Return a folder for temporary files below which the sockets of Ray and multiprocessing can have their names.
+
+    That is the usual one, which TMPDIR names, but /tmp where it is too long: the name of a socket has 107 bytes.
+
+    Raises
+    ------
+    RunFailed
+        There is none.
+    """
+    usual = tempfile.gettempdir()
+    for folder in (usual, "/tmp", "/var/tmp"):
+        if len(os.fsencode(folder)) <= LONGEST_FOLDER and os.access(folder, os.W_OK | os.X_OK):
+            return Path(folder)
+    raise RunFailed(
+        f"TMPDIR is {usual}; names of sockets begin with it, so it has at most {LONGEST_FOLDER} bytes where "
+        "/tmp cannot be written to"
+    )
 
 
 def spawn(command: list[str], cwd: Path, variables: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
