@@ -129,10 +129,18 @@ def absolute(key: str, path: object) -> Path:
     Raises
     ------
     ConfigError
-        No file can have this name.
+        No file can have this name, or no TOML file: it is not in the encoding of the locale.
     """
     try:
-        return Path(str(path)).expanduser().resolve()
+        found = Path(str(path)).expanduser().resolve()
+        str(found).encode()
+        return found
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        raise ConfigError(
+            f"{key} is {path!r}; it is a path in the locale's encoding, {encoding}: another locale has more letters, "
+            "LC_ALL=C.UTF-8"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home, or links in a circle
         raise ConfigError(f"{key} is {path!r}; it is a path ({error})") from error
 

@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,7 @@ def saved(draw: Callable[[], Figure], **how: Any) -> bytes:
     style: Any = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     style |= {"svg.hashsalt": "ssfl"}  # else the ids of an SVG file are random
     buffer = io.BytesIO()
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name's letter; the tables have it
         draw().savefig(buffer, **how)
     return buffer.getvalue()
