@@ -156,6 +156,8 @@ def cache(
         typer.echo(f"cache: {folder.absolute()}, {len(found)} data sets, {sum(size for _, size in found)} bytes")
         if clear:
             typer.echo(f"deleted: {image_cache.clear(folder)} bytes")
+    except BrokenPipeError:
+        raise
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"the cache cannot be read or deleted: {image_cache.one_line(error)}") from error
 
