@@ -11,7 +11,7 @@ import typer
 from ssfl_app.federation_cli import app as federation_app
 from ssfl_app.options import ConfigError
 from ssfl_app.study_cli import app as study_app
-from ssfl_app.text import tell
+from ssfl_app.text import never_fail_to_print, tell
 
 app = typer.Typer(
     help="Sparse federated learning on Flower.",
@@ -126,7 +126,8 @@ def partition(
     from rich.console import Console
 
     from ssfl_app import config as configuration
-    from ssfl_app.results.report import draw_partition, partition_table
+    from ssfl_app.results.plots import class_distribution
+    from ssfl_app.results.report import partition_table, write_picture
     from ssfl_app.workshop import load_federation
 
     given = configuration.read_file(config) if config else {}
@@ -136,9 +137,9 @@ def partition(
     for note in data.notes:
         tell(f"note: {note}")
     counts = shares.class_counts(data.train.labels.numpy(), data.classes)
-    draw_partition(counts, data.class_names, out)
+    drawn = write_picture(out, lambda: class_distribution(counts, data.class_names))
     Console().print(partition_table(counts, data.class_names))
-    tell(f"picture: {out.resolve()}")
+    tell(drawn)
 
 
 @app.command()
@@ -158,6 +159,8 @@ def cache(
         typer.echo(f"cache: {folder.absolute()}, {len(found)} data sets, {sum(size for _, size in found)} bytes")
         if clear:
             typer.echo(f"deleted: {image_cache.clear(folder)} bytes")
+    except BrokenPipeError:
+        raise
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"the cache cannot be read or deleted: {one_line(error)}") from error
 
@@ -166,6 +169,7 @@ def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
     # `kill` ends a run as Ctrl-C does: through the clean-up of everything that was started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    never_fail_to_print()
     try:
         app()
     except BrokenPipeError:  # `ssfl report DIR | head`; what Python still holds for the pipe has nowhere to go

@@ -124,7 +124,8 @@ def defaults() -> Flat:
 @functools.cache
 def _defaults() -> Flat:
     # Kept: a table of many runs merges it for each of them.
-    return flatten(tomllib.loads((app_folder() / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
+    text = (app_folder() / "pyproject.toml").read_text("utf-8")
+    return flatten(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
 
 
 def app_folder() -> Path:

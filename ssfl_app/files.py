@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 from uuid import uuid4
 
 from safetensors import SafetensorError
@@ -63,6 +64,23 @@ def check_regular(path: Path) -> None:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise not_regular(path)
+
+
+def append(path: Path) -> TextIO:
+    """Open a text file to add lines to it; it is made if need be.
+
+    Raises
+    ------
+    OSError
+        It cannot be opened, or is no regular file: a link may lead to a file of somebody else's choice, and to open a
+        pipe would wait for its other end.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
+    file = os.fdopen(handle, "a", encoding="utf-8")
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        file.close()
+        raise not_regular(path)
+    return file
 
 
 def sync(path: Path) -> None:

@@ -10,7 +10,6 @@ import fcntl
 import os
 import re
 import signal
-import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing import IO
 
 import psutil
 
-from ssfl_app.files import not_regular
+from ssfl_app.files import append
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also stops glibc from raising it
 _LARGE_BLOCK = 4 << 20
@@ -44,13 +43,9 @@ def take(path: Path) -> IO[str] | None:
     Raises
     ------
     OSError
-        It cannot be opened, or is no regular file: to open a pipe would wait for its other end.
+        It cannot be opened, or is no regular file.
     """
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
-    file = os.fdopen(handle, "a")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise not_regular(path)
+    file = append(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

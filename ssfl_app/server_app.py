@@ -72,7 +72,7 @@ def main(grid: Grid, context: Context) -> None:
             with naming_memory(fewer_at_once(grid)):
                 conduct(grid, workshop, recorder, strategy)
             recorder.status("finished")
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, BrokenPipeError):  # nobody reads the lines any more: `ssfl run | head`
             with contextlib.suppress(OSError):
                 recorder.status("interrupted")
             raise
@@ -93,11 +93,14 @@ def check_folder(folder: Path, flat: Flat) -> None:
     ConfigError
         It holds a run that is not to be resumed, or one of another configuration.
     """
-    if not (folder / "config.toml").exists():
+    path = folder / "config.toml"
+    if not path.exists():
         return
+    if not path.is_file():  # a pipe would be waited for, for ever
+        raise ConfigError(f"run.out is {folder}; its config.toml is a regular file")
     if not flat["run.resume"]:
         raise ConfigError(f"run.out is {folder}; it holds a run already: go on with run.resume, or name another one")
-    clash = difference(flat, read_file(folder / "config.toml"))
+    clash = difference(flat, read_file(path))
     if clash is not None:
         raise ConfigError(f"run.out is {folder}; {clash}")
 
@@ -141,9 +144,9 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder, strategy: Sparse
 def run_token(folder: Path) -> str:
     """Return what real clients call this run in the names of files: drawn at its start, the same on resuming."""
     path = folder / "checkpoint" / "token"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         check_regular(path)
-        if re.fullmatch("[0-9a-f]{16}", token := path.read_text().strip()):
+        if re.fullmatch("[0-9a-f]{16}", token := path.read_text("utf-8").strip()):
             return token
     token = secrets.token_hex(8)
     write_bytes(path, f"{token}\n".encode())
@@ -292,7 +295,7 @@ def bound_places(own: bool) -> dict[Place, int]:
     if not path or not Path(path).exists():
         return {}
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_bytes())
         if own:
             return {str(name): int(node) for name, node in content["names"].items()}
         return {int(number): int(node) for number, node in content["numbers"].items()}

@@ -8,6 +8,8 @@ import typer
 from ssfl_app.text import tell
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from matplotlib.figure import Figure
     from rich.table import Table
 
@@ -50,8 +52,8 @@ def masks(
         f"{flat['data.name']}, {flat['partition.name']} partition, {flat['model.name']}: k = {study.kept:,} of "
         f"d = {study.prunable:,} weights; minibatches of {study.batch_size}; mean and range of {repeats} repeats"
     )
-    figure = study_plots.mask_error(study.batches, study.errors, study.clients, sizes, title)
-    _write(figure, study.record(), out / "mask-error")
+    measured = study.batches, study.errors, study.clients, sizes, title
+    _write(lambda: study_plots.mask_error(*measured), study.record(), out / "mask-error")
     console = Console()
     Console(width=max(console.width, 100)).print(_table(study))
 
@@ -68,19 +70,19 @@ def clients(
 
     groups = study_clients([read_run(folder) for folder in folders])
     record = {"study": "clients", "runs": [group.record() for group in groups]}
-    _write(accuracy_by_clients(groups), record, out / "client-accuracy")
+    _write(lambda: accuracy_by_clients(groups), record, out / "client-accuracy")
     for group in groups:
         tell(legend(group))
 
 
-def _write(figure: "Figure", record: dict[str, Any], stem: Path) -> None:
-    from ssfl_app.files import write_bytes, write_json
-    from ssfl_app.results.plots import png_bytes
+def _write(draw: "Callable[[], Figure]", record: dict[str, Any], stem: Path) -> None:
+    from ssfl_app.files import write_json
     from ssfl_app.results.recorder import environment
+    from ssfl_app.results.report import write_picture
 
-    write_bytes(stem.with_suffix(".png"), png_bytes(figure))
     write_json(stem.with_suffix(".json"), record | {"environment": environment()})
-    tell(f"picture: {stem.with_suffix('.png').resolve()}\nnumbers: {stem.with_suffix('.json').resolve()}")
+    tell(write_picture(stem.with_suffix(".png"), draw))
+    tell(f"numbers: {stem.with_suffix('.json').resolve()}")
 
 
 def _table(study: "MaskStudy") -> "Table":

@@ -1,5 +1,6 @@
 """Text for people: what peers said is cut, nothing moves the cursor of a terminal, and commands can be pasted."""
 
+import io
 import os
 import re
 import shlex
@@ -21,7 +22,15 @@ def printable(text: str, keep: str = "") -> str:
 
 def tell(text: str, *, error: bool = False) -> None:
     """Print lines for people, on stdout or stderr, at once: Flower forwards what a ServerApp prints."""
+    never_fail_to_print()
     print(printable(text, keep="\n\t"), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def never_fail_to_print() -> None:
+    """Have what the encoding of stdout and stderr does not have shown as an escape, for a locale of few letters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def command(*words: object) -> str:

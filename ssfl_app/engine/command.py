@@ -54,6 +54,8 @@ def run_command(words: Command) -> None:
 
             make_ready(config, layout)
             launch(config, 4 * layout.size, tell)
+    except BrokenPipeError:
+        raise
     except (RunFailed, OSError) as error:
         # OSError: a full disk, a folder that went away. The checkpoint before it is intact.
         end(f"the run failed: {error}", folder, *again)
@@ -127,10 +129,18 @@ def absolute(key: str, path: object) -> Path:
     Raises
     ------
     ConfigError
-        No file can have this name.
+        No file can have this name, or no TOML file: it is not in the encoding of the locale.
     """
     try:
-        return Path(str(path)).expanduser().resolve()
+        found = Path(str(path)).expanduser().resolve()
+        str(found).encode()
+        return found
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        raise ConfigError(
+            f"{key} is {path!r}; it is a path in the locale's encoding, {encoding}: another locale has more letters, "
+            "LC_ALL=C.UTF-8"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home, or links in a circle
         raise ConfigError(f"{key} is {path!r}; it is a path ({error})") from error
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import tomli_w
 
 from ssfl_app.engine.credentials import check_host, make_authority, make_node, make_server, private
-from ssfl_app.files import write_atomically, write_json
+from ssfl_app.files import write_bytes, write_json
 from ssfl_app.local.place import check_name
 from ssfl_app.options import ConfigError
 
@@ -85,9 +85,9 @@ class Federation:
         home = private(self.folder / "control")
         authority = str(self.folder / "superlink" / "ca.crt")
         superlink = {"address": self.control_address, "root-certificates": authority}
-        content = tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: superlink}})
-        if not (home / "config.toml").exists() or (home / "config.toml").read_text() != content:
-            write_atomically(home / "config.toml", lambda file: file.write_text(content))
+        content = tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: superlink}}).encode()
+        if not (home / "config.toml").exists() or (home / "config.toml").read_bytes() != content:
+            write_bytes(home / "config.toml", content)
         return home
 
 
@@ -158,7 +158,7 @@ def read(folder: Path) -> Federation:
     """
     path = folder / "federation.json"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         nodes = tuple(Node(**node) for node in content["nodes"])
         found = Federation(folder, content["host"], content["port"], content["control_port"], nodes)
     except KeyError as error:

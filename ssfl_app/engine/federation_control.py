@@ -32,7 +32,7 @@ def control(federation: Federation, *words: str) -> Any:
         command,
         env=environment(federation.flwr_home()),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=_COMMAND_TIMEOUT,
         check=False,
         cwd=federation.folder,
@@ -74,7 +74,7 @@ def register(federation: Federation) -> None:
 def node_id(federation: Federation, name: str) -> str:
     """Return the id that the SuperLink gave a node when it was registered, "" before."""
     try:
-        return str(json.loads((federation.folder / "nodes" / name / "registered.json").read_text())["node-id"])
+        return str(json.loads((federation.folder / "nodes" / name / "registered.json").read_bytes())["node-id"])
     except (OSError, ValueError, KeyError):
         return ""
 

@@ -44,6 +44,8 @@ def run_on(federation: Federation, command: Command) -> None:
     again = ("federation", "run", "--dir", federation.folder)
     try:
         _launch(federation, config, tell)
+    except BrokenPipeError:
+        raise
     except (RunFailed, OSError) as error:
         end(f"the run failed: {error}", folder, *again)
     except KeyboardInterrupt:
@@ -66,12 +68,12 @@ def _launch(federation: Federation, config: Config, say: Callable[[str], None]) 
     begin = log.stat().st_size if log.exists() else 0
     with tempfile.TemporaryDirectory(prefix="ssfl-") as work:
         app, overrides = copy_app(Path(work) / "ssfl-app"), Path(work) / "run.toml"
-        overrides.write_text(write_toml(config.flat))
+        overrides.write_text(write_toml(config.flat), "utf-8")
         flwr = ["flwr", "run", str(app), CONNECTION, "--stream", "-c", str(overrides)]
         with running(flwr, Path(work), environment(federation.flwr_home()), log) as process:
             try:
                 follow(process, folder / "console.log", say)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, BrokenPipeError):
                 _ask_to_stop(federation, log, begin)
                 raise
     _wait_for_the_end(folder)

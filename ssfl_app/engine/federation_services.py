@@ -17,7 +17,7 @@ from ssfl_app.engine.credentials import check_host, expires, private
 from ssfl_app.engine.federation import Federation
 from ssfl_app.engine.federation_control import register
 from ssfl_app.engine.keeper import Keeper, Service
-from ssfl_app.engine.processes import environment, wait_until_healthy
+from ssfl_app.engine.processes import LOOPBACK, environment, proxies, wait_until_healthy
 from ssfl_app.local.place import check_name
 from ssfl_app.options import ConfigError
 
@@ -83,9 +83,8 @@ def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
         The address cannot be one, or a name in `config`.
     """
     host, _, number = superlink.rpartition(":")
-    check_host(
-        host[1:-1] if host.startswith("[") and host.endswith("]") else host, f"--superlink {superlink!r}: host"
-    )
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    check_host(host, f"--superlink {superlink!r}: host")
     if not (number.isascii() and number.isdigit() and 0 < int(number) < 2**16):
         raise ConfigError(f"--superlink is {superlink!r}; it is HOST:PORT, the port from 1 to 65535")
     check_config(config)
@@ -98,7 +97,8 @@ def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
     command += ["--auth-supernode-private-key", str(home / "key"), "--node-config", config]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     # A client computes with engine.threads; libraries must not start a thread a core beside them.
-    variables = environment(home / "flwr", OMP_NUM_THREADS="1")
+    beyond = {} if host in LOOPBACK else proxies()
+    variables = environment(home / "flwr", OMP_NUM_THREADS="1", **beyond)
     return Service(home.name, command, home, variables, home / "node.log", GIVES_UP)
 
 

@@ -19,7 +19,7 @@ from ssfl_app.guard import RunFailed
 def services(federation: Federation) -> dict[str, dict[str, Any]]:
     """Return what the keeper says of each service: its process id, None while it is down, and its restarts."""
     try:
-        return dict(json.loads(federation.state.read_text())["services"])
+        return dict(json.loads(federation.state.read_bytes())["services"])
     except (OSError, ValueError, KeyError):
         return {}
 
@@ -54,7 +54,7 @@ def complaint(log: Path) -> str:
     """Return the last line of a node's log that says why it is not let in, "" if there is none."""
     if not log.exists():
         return ""
-    lines = re.sub(r"\x1b\[\d+m", "", log.read_text(errors="replace")).splitlines()
+    lines = re.sub(r"\x1b\[\d+m", "", log.read_text("utf-8", errors="replace")).splitlines()
     found = [
         line.strip() for line in lines[-200:] if re.search(r"\[code: |CERTIFICATE|Connection attempt failed", line)
     ]

@@ -33,7 +33,7 @@ def follow(flwr: "subprocess.Popen[bytes]", console: Path, say: Callable[[str], 
     while alive:
         alive = flwr.poll() is None  # asked before reading, so that the last lines are read too
         if console.exists():
-            with console.open() as file:
+            with console.open(encoding="utf-8") as file:
                 file.seek(read)
                 text = file.read()
             whole = text[: text.rfind("\n") + 1]

@@ -23,6 +23,7 @@ from ssfl_app.config import Config, Flat, parse
 from ssfl_app.engine.crew import SERVER, answered, crew, identify
 from ssfl_app.guard import naming_memory
 from ssfl_app.local.place import SIMULATED
+from ssfl_app.text import tell
 from ssfl_app.workshop import check_at_once, gpu_notes, most_at_once, open_workshop
 
 Answer = Callable[[Message, Context], Message]
@@ -174,9 +175,9 @@ def run_inline(server: ServerApp, client: ClientApp, config: Flat) -> None:
     on_gpu = shop.trainer.device.type == "cuda"
     at_once = clients_at_once(shop.config, shop.room() if on_gpu else None)
     where = "threads on a GPU" if on_gpu else "processes" if at_once > 1 else "this process"
-    print(f"engine inline: {at_once} client(s) at once, in {where}", flush=True)
+    tell(f"engine inline: {at_once} client(s) at once, in {where}")
     for note in gpu_notes(shop.config):
-        print(note, flush=True)
+        tell(note)
     with contextlib.ExitStack() as stack:
         app: Answer = client if on_gpu or at_once == 1 else stack.enter_context(crew(client, at_once))
         grid = InlineGrid(app, config, nodes, concurrent=at_once)

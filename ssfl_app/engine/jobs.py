@@ -86,7 +86,7 @@ def start(run: Planned, home: Path, engine: str, work: Path, lock: Path) -> Job:
         The file that this process holds locked: if it is killed, the run ends too.
     """
     file = work / f"{run.slug}.toml"
-    file.write_text(configuration.write_toml(run.flat))
+    file.write_text(configuration.write_toml(run.flat), "utf-8")
     words = ["--resume", str(home)] if state(run, home) == "unfinished" else [str(file), "--out", str(home)]
     errors = home.with_name(f"{run.slug}.stderr")
     return Job(run, home, workers.start(engine, words, errors, {guard.LAUNCHER: str(lock)}), errors)
@@ -94,12 +94,13 @@ def start(run: Planned, home: Path, engine: str, work: Path, lock: Path) -> Job:
 
 def reason(job: Job) -> str:
     """Return why a run failed, in one line, or "" if it did not."""
-    lines = [line.strip() for line in job.errors.read_text(errors="replace").splitlines() if line.strip()]
+    said = job.errors.read_text("locale", errors="replace")  # as the process shows it on a terminal
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     if job.process.poll() == 0 and state(job.run, job.home) == "finished":
         job.errors.unlink()
         return ""
-    said = [line.removeprefix("ssfl: ") for line in lines if line.startswith("ssfl: ")] or lines[-1:]
-    return f"failed: {said[0] if said else f'exit code {job.process.poll()}, {job.errors}'}"
+    why = [line.removeprefix("ssfl: ") for line in lines if line.startswith("ssfl: ")] or lines[-1:]
+    return f"failed: {why[0] if why else f'exit code {job.process.poll()}, {job.errors}'}"
 
 
 def old_reason(home: Path) -> str:

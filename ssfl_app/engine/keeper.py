@@ -4,7 +4,6 @@ Flower refuses a SuperNode that comes back within a minute of a crash, since it 
 ends; so a service is tried again and again, a little later each time.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from ssfl_app.engine.processes import end, spawn
-from ssfl_app.files import write_atomically
+from ssfl_app.files import write_json
 
 DELAYS = (1.0, 2.0, 5.0, 10.0)
 """Seconds before a service is started again: after its first end, its second, ..."""
@@ -84,7 +83,7 @@ class Service:
         return self.surrender.encode() in whole
 
     def _note(self, text: str) -> None:
-        with self.log.open("a") as file:
+        with self.log.open("a", encoding="utf-8") as file:
             file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} keeper: {text}\n")
 
 
@@ -139,4 +138,4 @@ class Keeper:
                 s.name: {"pid": s.process.pid if s.process else None, "restarts": s.restarts} for s in self._services
             },
         }
-        write_atomically(self._state, lambda file: file.write_text(json.dumps(state, indent=2) + "\n"))
+        write_json(self._state, state)

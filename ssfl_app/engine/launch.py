@@ -23,7 +23,7 @@ import torch
 from ssfl_app import guard
 from ssfl_app.config import Config, app_folder, write_toml
 from ssfl_app.engine.flower_app import copy_app, follow, judge
-from ssfl_app.engine.processes import environment, free_port, running, wait_until_healthy
+from ssfl_app.engine.processes import environment, free_port, running, short_folder, wait_until_healthy
 from ssfl_app.workshop import find_device, gpu_notes
 
 SMALLEST_STORE = 100_000_000  # Ray refuses less than 79 MB
@@ -56,10 +56,10 @@ def launch(config: Config, model_bytes: int, say: Callable[[str], None]) -> None
     for note in gpu_notes(config, "ray"):
         say(note)
     folder = Path(config.settings.run.out)
-    with tempfile.TemporaryDirectory(prefix="ssfl-", ignore_cleanup_errors=True) as work:
+    with tempfile.TemporaryDirectory(prefix="ssfl-", dir=short_folder(), ignore_cleanup_errors=True) as work:
         home, address = Path(work), f"127.0.0.1:{free_port()}"
         app, overrides = copy_app(home / "ssfl-app"), home / "run.toml"
-        overrides.write_text(write_toml(config.flat))
+        overrides.write_text(write_toml(config.flat), "utf-8")
         variables = _variables(home, address, threads) | _object_store(2 * actors * model_bytes)
         federation = (
             f"num-supernodes={config.settings.run.clients} client-resources-num-cpus=1 "
@@ -85,9 +85,10 @@ def _variables(home: Path, address: str, threads: int) -> dict[str, str]:
     flwr_home = home / "flwr"
     flwr_home.mkdir()
     (flwr_home / "config.toml").write_text(
-        f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{address}"\ninsecure = true\n'
+        f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{address}"\ninsecure = true\n',
+        "utf-8",
     )
-    own = {guard.LAUNCHER: str(home / "launcher.lock"), "SSFL_SOURCE": str(app_folder())}
+    own = {guard.LAUNCHER: str(home / "launcher.lock"), "SSFL_SOURCE": str(app_folder()), "RAY_TMPDIR": str(home)}
     return environment(flwr_home, OMP_NUM_THREADS=str(threads), **own, **_closed())
 
 

@@ -5,6 +5,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -19,19 +20,75 @@ from ssfl_app.guard import RunFailed
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 20.0
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names of this machine, as its own processes call it."""
+
+_SOCKET = "/ssfl-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+LONGEST_FOLDER = (107 if sys.platform == "linux" else 103) - len(_SOCKET)
+"""Bytes that the name of a folder may have for the sockets of a run on Ray, which have the longest names, to fit."""
+
+# What Flower's HTTP client (httpx), urllib, requests and gRPC read, in lower case.
+_PROXIES = {"http_proxy", "https_proxy", "all_proxy", "grpc_proxy"}
+
 # Without the third Flower installs torch anew for each run; the others contact the internet.
 _SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONIOENCODING": "utf-8:backslashreplace",  # of their logs, and of what this package reads of them
 }
 
 
 def environment(flwr_home: Path, **more: str) -> dict[str, str]:
-    """Return this process's environment for a Flower process with its own FLWR_HOME, with `more` variables."""
+    """Return this process's environment for a Flower process with its own FLWR_HOME, with `more` variables.
+
+    Loopback never goes through a proxy, and without `proxies` among `more` nothing does: httpx cannot even be set up
+    under a SOCKS proxy that it has no package for, whatever no_proxy says.
+    """
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
-    return os.environ | _SWITCHES | {"FLWR_HOME": str(flwr_home), "PATH": path} | more
+    own = {"FLWR_HOME": str(flwr_home), "PATH": path, **_direct()}
+    kept = {name: value for name, value in os.environ.items() if name not in proxies()}
+    return kept | _SWITCHES | own | more
+
+
+def proxies() -> dict[str, str]:
+    """Return the variables that name proxies, for a process that talks to a host beyond this machine."""
+    return {name: value for name, value in os.environ.items() if name.lower() in _PROXIES}
+
+
+def _direct() -> dict[str, str]:
+    """Return the variables that name the hosts no proxy is asked for, with this machine among them."""
+    lower, upper, grpc = (os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"))
+    # Each program reads one of them, some the other one where that is missing.
+    given = {"no_proxy": lower or upper, "NO_PROXY": upper or lower, "no_grpc_proxy": grpc or lower or upper}
+    return {name: _with_loopback(hosts) for name, hosts in given.items()}
+
+
+def _with_loopback(hosts: str) -> str:
+    if hosts.strip() == "*":  # all hosts, but only where it stands alone
+        return hosts
+    return ",".join(dict.fromkeys([*filter(None, map(str.strip, hosts.split(","))), *LOOPBACK]))
+
+
+def short_folder() -> Path:
+    """Return a folder for temporary files below which the sockets of Ray and multiprocessing can have their names.
+
+    That is the usual one, which TMPDIR names, but /tmp where it is too long: the name of a socket has 107 bytes.
+
+    Raises
+    ------
+    RunFailed
+        There is none.
+    """
+    usual = tempfile.gettempdir()
+    for folder in (usual, "/tmp", "/var/tmp"):
+        if len(os.fsencode(folder)) <= LONGEST_FOLDER and os.access(folder, os.W_OK | os.X_OK):
+            return Path(folder)
+    raise RunFailed(
+        f"TMPDIR is {usual}; names of sockets begin with it, so it has at most {LONGEST_FOLDER} bytes where "
+        "/tmp cannot be written to"
+    )
 
 
 def spawn(command: list[str], cwd: Path, variables: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
@@ -91,8 +148,8 @@ def wait_until_healthy(
 ) -> None:
     """Wait until the SuperLink at host:port answers, by TLS if a certificate authority's file is given.
 
-    `answer` is the status with which it does: a SuperLink is asked for its health (200), which its front does not
-    tell (404).
+    It is on this machine, so no proxy is asked. `answer` is the status with which it does: a SuperLink is asked for
+    its health (200), which its front does not tell (404).
 
     Raises
     ------
@@ -104,10 +161,12 @@ def wait_until_healthy(
     if authority is not None:
         context = ssl.create_default_context(cafile=str(authority))
         context.check_hostname = False  # it may listen at an address that nodes never see
+    handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    opener = urllib.request.build_opener(*handlers)
     end_ = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end_ and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{scheme}://{address}/health", timeout=1, context=context) as said:
+            with opener.open(f"{scheme}://{address}/health", timeout=1) as said:
                 status = said.status
         except urllib.error.HTTPError as error:
             status = error.code

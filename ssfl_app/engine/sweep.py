@@ -145,7 +145,7 @@ def write_comparison(
     environments = [entry.run.environment for entry in entries if entry.run is not None]
     text = markdown(made, plan.baseline, environments, title)
     png, order = folder / "comparison.png", list(dict.fromkeys(str(run.flat["strategy"]) for run in plan.runs))
-    if why := undone(lambda: write_bytes(png, png_bytes(picture(made, order)))):
+    if why := undone(lambda: write_bytes(png, png_bytes(lambda: picture(made, order)))):
         say(f"warning: {png} could not be drawn ({why})")
     write_json(folder / "comparison.json", as_json(made, plan.baseline, environments))
     write_bytes(folder / "comparison.md", text.encode())

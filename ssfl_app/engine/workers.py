@@ -9,8 +9,12 @@ import os
 import pkgutil
 import subprocess
 import sys
+import tempfile
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Protocol
+
+from ssfl_app.engine.processes import short_folder
 
 COMMAND = "ssfl_app.cli:main"
 """What a worker starts, as pyproject.toml names it: the command `ssfl`, which lies above this floor."""
@@ -23,8 +27,7 @@ _PRELOADED = (
     "ssfl_app.engine.inline",
     "sklearn.datasets",
     "rich.table",
-    "matplotlib.figure",
-    "matplotlib.backends.backend_svg",
+    "ssfl_app.results.canvas",
 )
 
 
@@ -82,8 +85,18 @@ class _Spawned:
         return True
 
 
+def _shorten_sockets() -> None:
+    """Have multiprocessing keep its sockets where they can have their names, however long TMPDIR is."""
+    usual, tempfile.tempdir = tempfile.tempdir, str(short_folder())
+    try:
+        get_temp_dir()  # made at the first call, and the same from then on
+    finally:
+        tempfile.tempdir = usual
+
+
 class _Forked:
     def __init__(self, command: list[str], errors: Path, environment: dict[str, str]) -> None:
+        _shorten_sockets()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_PRELOADED))
         self._process = context.Process(target=_run, args=(command, str(errors), environment))

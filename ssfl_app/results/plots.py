@@ -3,10 +3,9 @@
 Colours are those of Okabe and Ito, which stay apart for colour-blind readers; line styles change too.
 """
 
-import io
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +18,7 @@ from ssfl_app.text import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 LINES = ("-", "--", "-.", ":")
@@ -28,25 +28,27 @@ LOG_SPAN, LOG_BETWEEN = 100.0, 5.0
 MANY = 1000  # clients: with more, a picture does not grow with their number
 
 
-def png_bytes(figure: "Figure", dpi: int = 150) -> bytes:
-    """Return `figure` as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
+def png_bytes(draw: Callable[[], "Figure"]) -> bytes:
+    """Return the figure that `draw` returns as a PNG file."""
+    from ssfl_app.results import canvas
+
+    return canvas.saved(draw, format="png", dpi=150)
 
 
-def svg_bytes(figure: "Figure") -> bytes:
-    """Return `figure` as an SVG file, the same each time; text is drawn as paths, so no font is needed to show it."""
-    from matplotlib import rc_context
+def svg_bytes(draw: Callable[[], "Figure"]) -> bytes:
+    """Return that figure as an SVG file, the same each time; text is drawn as paths and needs no font to show it."""
+    from ssfl_app.results import canvas
 
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "ssfl"}):  # else its ids are random
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return canvas.saved(draw, format="svg", metadata={"Date": None})
+
+
+def has_accuracy(run: Run) -> bool:
+    """Return whether any round of a run was evaluated, so that there is something to draw."""
+    return any(len(read.evaluated(run, key)[0]) for key in (read.CENTRAL, read.LOCAL, read.PERSONAL))
 
 
 def accuracy_by_round(runs: Sequence[Run]) -> "Figure":
-    """Return accuracy over rounds, a panel for each of the accuracies that any run has."""
+    """Return accuracy over rounds, a panel for each of the accuracies that any run has (`has_accuracy`)."""
     return _accuracy(runs, [read.round_numbers(run).astype(float) for run in runs], "Round")
 
 
@@ -64,20 +66,21 @@ def _accuracy(runs: Sequence[Run], xs: Sequence[NDArray[np.float64]], xlabel: st
     columns = max(1, min(len(runs), 130 // (max(map(len, labels), default=0) + 8)))
     lines = math.ceil(len(runs) / columns)
     figure = _figure(max(10.0, 4.6 * len(shown)), 3.9 + 0.22 * lines)
-    panels = figure.subplots(1, max(1, len(shown)), sharey=True, squeeze=False)[0]
-    for axes, key in zip(panels, shown, strict=False):
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    handles: dict[int, Line2D] = {}
+    for axes, key in zip(panels, shown, strict=True):
         for index, ((at, values), x, label) in enumerate(zip(found[key], xs, labels, strict=True)):
-            look = {"ls": LINES[index // len(PALETTE) % len(LINES)], "color": PALETTE[index % len(PALETTE)]}
-            marker = "o" if len(at) <= 40 else ""
-            axes.plot(x[at], 100 * values, **look, marker=marker, ms=3.5, lw=1.6, label=label, clip_on=False)
+            if not len(at):  # an empty line has a place, the corner of the picture, and the panels shrink to nothing
+                continue
+            marker, line = "o" if len(at) <= 40 else "", LINES[index // len(PALETTE) % len(LINES)]
+            look: dict[str, Any] = {"ls": line, "color": PALETTE[index % len(PALETTE)]}
+            look |= {"marker": marker, "ms": 3.5, "lw": 1.6, "label": label, "clip_on": False}
+            handles.setdefault(index, *axes.plot(x[at], 100 * values, **look))
         _finish(axes, titles[key], xlabel, "Accuracy (%)" if axes is panels[0] else "")
         _x_axis(axes, [x[at] for (at, _), x in zip(found[key], xs, strict=True) if len(at)], xlabel)
-    if shown:
-        shape = {"ncols": math.ceil(len(runs) / lines), "fontsize": 9}
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", frameon=False, **shape)
-    else:
-        _finish(panels[0], "Accuracy: no round was evaluated", xlabel, "Accuracy (%)")
+    shape = {"ncols": math.ceil(len(runs) / lines), "fontsize": 9}
+    lines_of_runs = [handles[index] for index in sorted(handles)]
+    figure.legend(handles=lines_of_runs, loc="outside lower center", frameon=False, **shape)
     return figure
 
 
@@ -234,9 +237,9 @@ def accuracy_by_client(run: Run) -> "Figure":
 
 
 def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
+    from ssfl_app.results import canvas
 
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    return canvas.Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def _finish(axes: "Axes", title: str, xlabel: str, ylabel: str) -> None:

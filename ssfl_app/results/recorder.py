@@ -24,7 +24,15 @@ from safetensors import torch as safe_torch
 
 from ssfl_app import guard
 from ssfl_app.config import Flat, write_toml
-from ssfl_app.files import check_regular, not_regular, remove_unfinished, write_atomically, write_bytes, write_json
+from ssfl_app.files import (
+    append,
+    check_regular,
+    not_regular,
+    remove_unfinished,
+    write_atomically,
+    write_bytes,
+    write_json,
+)
 from ssfl_app.options import ConfigError
 from ssfl_app.results import checkpoint
 from ssfl_app.sparsity.layout import Layout, State, state_digest
@@ -38,6 +46,9 @@ MOST_WARNINGS = 50
 
 # What a run leaves that ended before it wrote its configuration.
 _BEFORE_CONFIG = {".lock", "checkpoint", "clients", "status.json", "flower.log"}
+
+# What is written into as it is; anything else is replaced as a whole, a link as well.
+_WRITTEN = {".lock", "console.log", "rounds.jsonl", "flower.log", "checkpoint", "clients"}
 
 
 def default_folder(strategy: str, data: str) -> Path:
@@ -66,7 +77,7 @@ def read_status(folder: Path) -> Record:
     """Return what status.json says: status running, finished, interrupted or failed, and the message of a failure."""
     with contextlib.suppress(OSError, ValueError):
         check_regular(folder / "status.json")
-        return dict(json.loads((folder / "status.json").read_text()))
+        return dict(json.loads((folder / "status.json").read_bytes()))
     return {}
 
 
@@ -124,14 +135,14 @@ class Recorder:
     def say(self, text: str) -> None:
         """Tell people a line: printed, and kept in console.log."""
         text = printable(text, keep="\n")
-        with (self.folder / "console.log").open("a", encoding="utf-8") as file:
+        with append(self.folder / "console.log") as file:
             file.write(text + "\n")
         self._say(text)
 
     def round(self, record: Record) -> None:
         """Append a finished round, and tell people about it."""
         self.records.append(record)
-        with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
+        with append(self.folder / "rounds.jsonl") as file:
             file.write(_line(record))
         if record["round"]:
             if record.get("setup_asked"):
@@ -221,8 +232,10 @@ def claim(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():  # a pipe where console.log is to be would be waited for, for ever
-            if path.exists() and not path.is_file() and not path.is_dir():
+        # A pipe where console.log is to be would be waited for, for ever; a link leads to where others want it.
+        for path in folder.iterdir():
+            link = path.is_symlink() and path.name in _WRITTEN
+            if link or (path.exists() and not path.is_file() and not path.is_dir()):
                 raise not_regular(path)
         lock = guard.take(folder / ".lock")
     except (OSError, ValueError) as error:
@@ -294,7 +307,7 @@ def _version(name: str) -> str | None:
 
 def _cpu() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
@@ -305,8 +318,8 @@ def _git() -> str | None:
     where = os.environ.get("SSFL_SOURCE") or str(Path(__file__).parent)
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         command = ["git", "-C", where, "describe", "--always", "--dirty"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-        return done.stdout.strip() or None
+        done = subprocess.run(command, capture_output=True, timeout=5, check=False)
+        return done.stdout.decode(errors="replace").strip() or None
     return None
 
 

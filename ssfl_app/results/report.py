@@ -66,9 +66,19 @@ def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> "Table":
     return rich_table(["Client", "Largest class", "Images", "Classes"], rows, 2)
 
 
-def draw_partition(counts: ArrayLike, class_names: Sequence[str], png: Path) -> None:
-    """Write the heat map of `counts`, shape (K, C), to `png`; raise ConfigError as `partition_table` does."""
-    write_bytes(png, plots.png_bytes(plots.class_distribution(counts, class_names)))
+def write_picture(png: Path, draw: "Callable[[], Figure]") -> str:
+    """Write the figure that `draw` returns to a PNG file; return the line that tells people where it is, or why not.
+
+    Raises
+    ------
+    OSError
+        It was drawn, and cannot be written there.
+    """
+    made: list[bytes] = []
+    if why := undone(lambda: made.append(plots.png_bytes(draw))):
+        return f"warning: {png} could not be drawn ({why})"
+    write_bytes(png, made[0])
+    return f"picture: {png.resolve()}"
 
 
 def undone(draw: Callable[[], object]) -> str:
@@ -110,9 +120,10 @@ def _single(run: Run) -> list[dict[str, Any]]:
     config = page.table([], [[key, str(value)] for key, value in sorted(run.config.items())])
     environment = page.table([], [[key, str(value)] for key, value in run.environment.items()])
     dense = "" if run.layers else "There is no mask in this run folder, so there is no density by layer."
+    notes = " ".join(filter(None, [_untested([run]), dense]))
     return [
         page.section("Summary", content=page.table([], summary_rows(facts(run)))),
-        page.section("Figures", images=_figures([run]), note=dense),
+        page.section("Figures", images=_figures([run]), note=notes),
         page.section("Rounds", content=rounds, folded=f"{len(run.rounds)} rounds"),
         _failure_section([run]),
         page.section("Configuration", content=config, folded=f"{len(run.config)} keys"),
@@ -121,10 +132,11 @@ def _single(run: Run) -> list[dict[str, Any]]:
 
 
 def _figures(runs: Sequence[Run]) -> list[dict[str, str]]:
-    made: list[tuple[str, Callable[[], Figure]]] = [
-        ("Accuracy by round", lambda: plots.accuracy_by_round(runs)),
-        ("Accuracy by MB sent: discovery, mask, training and evaluation", lambda: plots.accuracy_by_bytes(runs)),
-    ]
+    made: list[tuple[str, Callable[[], Figure]]] = []
+    if not _untested(runs):
+        sent = "Accuracy by MB sent: discovery, mask, training and evaluation"
+        made += [("Accuracy by round", lambda: plots.accuracy_by_round(runs))]
+        made += [(sent, lambda: plots.accuracy_by_bytes(runs))]
     run, clients = runs[0], (runs[0].clients or {"clients": []})["clients"]
     if len(runs) == 1 and run.layers:
         made.append(("Density by layer", lambda: plots.density_by_layer(run)))
@@ -136,9 +148,14 @@ def _figures(runs: Sequence[Run]) -> list[dict[str, str]]:
     return [_figure(caption, draw) for caption, draw in made]
 
 
+def _untested(runs: Sequence[Run]) -> str:
+    """Return why there is no picture of accuracies, or ""."""
+    return "" if any(map(plots.has_accuracy, runs)) else "No round was evaluated, so there are no accuracies to draw."
+
+
 def _figure(caption: str, draw: "Callable[[], Figure]") -> dict[str, str]:
     made: list[bytes] = []
-    if why := undone(lambda: made.append(plots.svg_bytes(draw()))):
+    if why := undone(lambda: made.append(plots.svg_bytes(draw))):
         return {"caption": f"{caption}: could not be drawn ({why})", "uri": ""}
     return {"caption": caption, "uri": page.data_uri(made[0])}
 
@@ -152,7 +169,7 @@ def _several(runs: Sequence[Run]) -> list[dict[str, Any]]:
     note = "" if differ else "All runs have the same configuration."
     return [
         page.section("Comparison", content=page.table(list(COMPARE), compare_rows(runs), numeric)),
-        page.section("Figures", images=_figures(runs)),
+        page.section("Figures", images=_figures(runs), note=_untested(runs)),
         _failure_section(runs),
         page.section("Options that differ", content=options, note=note),
     ]

@@ -134,7 +134,7 @@ def _naming(path: Path) -> Iterator[None]:
 def _read_config(path: Path) -> dict[str, Any]:
     with _naming(path):
         try:
-            return flatten(tomllib.loads(path.read_text("utf-8")))
+            return flatten(tomllib.loads(path.read_text("utf-8-sig")))
         except ValueError as error:
             raise ConfigError(f"{path} is not TOML ({error})") from None
 
