@@ -20,15 +20,24 @@ from ssfl_app.sparsity.values import check_values
 MAX_WEIGHT = 2**23
 """Largest sum of weights (samples) in one mean."""
 
+BLOCK = 1 << 15
+"""Coordinates worked on at a time: temporaries stay in the cache."""
+
 _HIGH = 2.0**24  # one unit of the upper limb is 2**-24
 _LOW = 2.0**56
 _CARRY = 32  # bits of the lower limb
-_BLOCK = 1 << 15  # coordinates worked on at a time: temporaries stay in the cache
 
 
 class _FixedPoint:
     """The weighted sum of vectors: what both means share.
 
+    Parameters
+    ----------
+    size : int
+        Coordinates of every vector.
+
+    Notes
+    -----
     Memory: 12 bytes a coordinate, however many vectors are added.
     """
 
@@ -42,7 +51,7 @@ class _FixedPoint:
         check_values(values)
         if weight < 1 or self.weight + weight > MAX_WEIGHT:
             raise ValueError(f"a weight is {weight} after {self.weight}; at least 1, together at most {MAX_WEIGHT}")
-        whole, rest, units = np.empty(_BLOCK), np.empty(_BLOCK), np.empty(_BLOCK, dtype=np.int64)
+        whole, rest, units = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK, dtype=np.int64)
         for block in self._blocks():
             high, low = self._high[block], self._low[block]
             floor, part, integers = whole[: high.size], rest[: high.size], units[: high.size]
@@ -66,7 +75,7 @@ class _FixedPoint:
         return total
 
     def _blocks(self) -> Iterator[slice]:
-        return (slice(start, start + _BLOCK) for start in range(0, self._high.size, _BLOCK))
+        return (slice(start, start + BLOCK) for start in range(0, self._high.size, BLOCK))
 
     def _check_shape(self, what: str, shape: tuple[int, ...]) -> None:
         if shape != self._high.shape:
@@ -74,17 +83,7 @@ class _FixedPoint:
 
 
 class WeightedMean(_FixedPoint):
-    """The mean of vectors with integer weights.
-
-    Parameters
-    ----------
-    size : int
-        Coordinates of every vector.
-
-    Notes
-    -----
-    Memory: 12 bytes a coordinate, however many vectors are added.
-    """
+    """The mean of vectors with integer weights."""
 
     def add(self, values: Vector, weight: int = 1) -> None:
         """Add one vector of float32, shape (size,), |x| <= MAX_VALUE, with a weight of at least 1.

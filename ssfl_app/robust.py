@@ -21,14 +21,15 @@ Departures: where so few answer that n - f - 2 is below 1, krum looks at the one
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
+from io import BufferedRandom
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ssfl_app.aggregate import WeightedMean
+from ssfl_app.aggregate import BLOCK, WeightedMean
 from ssfl_app.sparsity.layout import Bits, Layout, Vector
 from ssfl_app.sparsity.values import MAX_VALUE, Arrays, check_values
 
@@ -107,9 +108,20 @@ class Rows:
             yield part, block
 
     def _read(self, client: int, start: int, into: Vector) -> None:
-        self._file.seek(4 * (self._rows[client] * self._size + start))
-        if self._file.readinto(into.view(np.uint8).data) != into.nbytes:
-            raise OSError(f"the temporary file of replies is shorter than what was written to it (client {client})")
+        _fill(into, self._file, 4 * (self._rows[client] * self._size + start), client)
+
+
+def _fill(into: npt.NDArray[np.generic], file: BufferedRandom, start: int, client: int) -> None:
+    """Read a flat array of a client from where it was written in a temporary file.
+
+    Raises
+    ------
+    OSError
+        The file ends before it does.
+    """
+    file.seek(start)
+    if file.readinto(into.view(np.uint8).data) != into.nbytes:
+        raise OSError(f"the temporary file of replies is shorter than what was written to it (client {client})")
 
 
 FEWEST = 3
@@ -232,31 +244,52 @@ class Held:
         self._places[client] = start, {name: (array.dtype, array.size) for name, array in arrays.items()}
 
     def get(self, client: int) -> Arrays:
-        """Return them."""
+        """Return them.
+
+        Raises
+        ------
+        OSError
+            The file ends before they do.
+        """
         start, kinds = self._places[client]
-        self._file.seek(start)
         arrays = {name: np.empty(size, dtype=kind) for name, (kind, size) in kinds.items()}
         for array in arrays.values():
-            self._file.readinto(array.view(np.uint8).data)
+            _fill(array, self._file, start, client)
+            start += array.nbytes
         return arrays
 
 
-def distance(values: Vector, places: Bits, layout: Layout, old: Mapping[str, torch.Tensor]) -> float:
-    """Return the Euclidean length of carried values minus what a state has there.
+def there(layout: Layout, state: Mapping[str, torch.Tensor], places: Bits) -> list[Vector]:
+    """Return what a state has at `places`, bool, shape (layout.size,): a vector a tensor, in order.
+
+    A tensor that is carried whole is not copied: nothing may write to it as long as the vectors are used.
+    """
+    vectors = []
+    for name, span in layout.spans.items():
+        at, values = places[span], state[name].detach().reshape(-1).cpu().numpy()
+        vectors.append(values if at.all() else values[at])
+    return vectors
+
+
+def distance(values: Vector, old: Iterable[Vector]) -> float:
+    """Return the Euclidean length of values minus `old`, in float64.
 
     Parameters
     ----------
     values : array of float32, shape (carried,)
-    places : array of bool, shape (layout.size,)
-        Where they belong.
-    old : State
-        Empty: all zeros.
+    old : vectors of float32, together as long
+        What they are subtracted from, in pieces (`there`).
+
+    Notes
+    -----
+    Squares are summed in blocks of 2^15 that stay in the cache, and the blocks' sums without rounding: the relative
+    error is below 1e-14, and no second vector is in memory.
     """
-    parts, start = [], 0
-    for name, span in layout.spans.items():  # a tensor at a time: no second model in memory
-        at = places[span]
-        change = values[start : (start := start + int(np.count_nonzero(at)))].astype(np.float64)
-        if old:
-            change -= old[name].detach().reshape(-1).cpu().numpy()[at]
-        parts.append(float(np.square(change).sum()))
+    parts, start, room = [], 0, np.empty(BLOCK)
+    for piece in old:
+        for first in range(0, piece.size, BLOCK):
+            before = piece[first : first + BLOCK]
+            change = room[: before.size]
+            np.subtract(values[start : (start := start + before.size)], before, out=change, dtype=np.float64)
+            parts.append(float(np.square(change, out=change).sum()))
     return math.sqrt(math.fsum(parts))

@@ -30,6 +30,9 @@ SMALL: Flat = {
     "partition.alpha": 1.0,
 }
 
+# Added to these in modules that are marked `few` (conftest); a run that must see all digits says data.name="digits".
+FEW: Flat = {"data.name": "few-digits", "data.augment": "none"}
+
 ANY = 2**28
 
 Where = tuple[str, int, int]  # message type, round, client
@@ -195,6 +198,7 @@ def play(
     it starts. A plain run (none of these, no faults) is played once and shared by the tests that ask for it again:
     they only read it.
     """
+    keys = MEMO.images | keys
     if not MEMO.enabled or faults or folder or until is not None or node_configs or grid or prepare:
         return _play(keys, luck, faults, folder, until, node_configs, grid, prepare)
     asked = repr((sorted(keys.items()), luck))
@@ -207,10 +211,14 @@ def play(
 
 @dataclass
 class Memo:
-    """Runs that were played already; switched off for tests that change the code under them."""
+    """Runs that were played already; switched off for tests that change the code under them.
+
+    `images` are keys of the data that runs of the present module are played on.
+    """
 
     enabled: bool = True
     most: int = 24
+    images: Flat = field(default_factory=dict)
     runs: dict[str, Played] = field(default_factory=dict)
 
 

@@ -14,6 +14,8 @@ from ssfl_app.strategies import REGISTRY
 from ssfl_app.wire import Parcel
 from tests.in_process_grid import Played, answer_error, play, tamper
 
+pytestmark = pytest.mark.few
+
 # Keys under which a strategy learns the small task; the others do so in 4 rounds of 3 epochs.
 LEARNS: dict[str, dict[str, Any]] = {
     name: {"run.rounds": 6, "run.evaluate-every": 6} for name in ("fedpm", "lotteryfl", "sparsyfed", "random-local")
@@ -78,8 +80,13 @@ def test_repeats_bit_for_bit_with_other_node_ids_and_another_order_of_replies(pl
     assert again.metrics() == played.metrics()
 
 
-def test_another_seed_is_another_run(played: Played) -> None:
+def test_another_seed_is_another_run_and_global_random_generators_are_left_alone(played: Played) -> None:
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    torch.manual_seed(5)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     assert play(base(name_of(played)) | {"run.seed": 2, "run.rounds": 1}).bits() != played.bits()
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
 
 
 def test_goes_on_from_a_snapshot_to_the_same_bits(played: Played, tmp_path: Path) -> None:
@@ -165,15 +172,6 @@ def test_counts_image_passes(played: Played) -> None:
         assert played.records[1]["image_passes"] == sum(
             len(played.workshop.partition.train[client]) for client in played.records[1]["ok"]
         )
-
-
-def test_leaves_global_random_generators_alone(played: Played) -> None:
-    random.seed(5)
-    np.random.seed(5)  # noqa: NPY002
-    torch.manual_seed(5)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
-    play(base(name_of(played)) | {"run.rounds": 1})
-    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
 
 
 def test_goes_on_without_a_lost_client_and_a_refused_one_changes_no_more(played: Played) -> None:

@@ -28,7 +28,9 @@ from ssfl_app.strategies.post import Check, Reply
 from ssfl_app.wire import Parcel
 from ssfl_app.workshop import Workshop, open_workshop
 from tests import oracles
-from tests.in_process_grid import SMALL, Played, ScriptedGrid, answer_error, play, tamper
+from tests.in_process_grid import FEW, SMALL, Played, ScriptedGrid, answer_error, play, tamper
+
+pytestmark = pytest.mark.few
 
 OPTIONS = LocalOptions(epochs=1, batch_size=4, lr=0.1, lr_decay=1.0, momentum=0.0, weight_decay=0.0, clip=0.0)
 PRUNABLE, REST, ALIVE, BITMAP = 151072, 330, 30214, 18884
@@ -185,7 +187,7 @@ def test_temperature_divides_the_logits_and_multiplies_the_loss() -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_finds_its_own_mask_of_the_wanted_size_and_trains(criterion: str) -> None:
-    keys: Flat = {"ssfl.criterion": criterion, "run.rounds": 3, "run.evaluate-every": 3, "local.batch-size": 16}
+    keys: Flat = {"ssfl.criterion": criterion, "run.rounds": 3, "run.evaluate-every": 3, "local.batch-size": 8}
     played = play({"strategy": "ssfl"} | keys)
     assert played.strategy.mask.count == ALIVE
     assert played.records[-1]["central_accuracy"] > 0.7
@@ -352,7 +354,7 @@ def test_shuffled_shuffles_the_mask_of_the_criterion() -> None:
 
 def test_weights_of_another_moment_travel_with_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a refresh needs it: `state` in `discover`; the oracle scores the same weights."""
-    workshop = open_workshop(merge(SMALL, {"strategy": "ssfl"}))
+    workshop = open_workshop(merge(SMALL, FEW, {"strategy": "ssfl"}))
     rng = torch.Generator().manual_seed(1)
     other = {n: t + 0.05 * torch.randn(t.shape, generator=rng) for n, t in workshop.initial_state().items()}
     monkeypatch.setattr(Ssfl, "find_mask", lambda self, ask: discover(self, ask, range(6), state=other))

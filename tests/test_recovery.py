@@ -1,6 +1,7 @@
 """Going on after an interruption: damaged folders are named and left alone, what clients keep heals or says so."""
 
 import faulthandler
+import hashlib
 import json
 import os
 import shutil
@@ -187,7 +188,7 @@ def test_arrays_that_are_missing_or_of_another_shape_do_not_fit(name: str, tmp_p
 
     def resume(kept: dict[str, np.ndarray]) -> None:
         fresh = REGISTRY[name](played.layout, played.strategy.settings)
-        checkpoint.save(tmp_path, flat, 1, 1.0, 1, kept)
+        checkpoint.save(tmp_path, flat, 1, 1.0, 1, hashlib.sha256(b"{}\n").hexdigest(), kept)
         assert checkpoint.resume(fresh, tmp_path, flat) is not None
 
     resume(arrays)

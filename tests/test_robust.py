@@ -1,6 +1,9 @@
 """Folds in which one liar of many has a bounded say, and what is refused beside the other replies of a round."""
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +15,21 @@ from ssfl_app.aggregate import WeightedMean
 from ssfl_app.config import defaults, parse
 from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
-from ssfl_app.robust import FOLDS, Held, Rows, ScoreFold, folded, krum, median, normalised, trimmed_mean
-from ssfl_app.sparsity.layout import Vector
+from ssfl_app.robust import (
+    FOLDS,
+    Held,
+    Rows,
+    ScoreFold,
+    distance,
+    folded,
+    krum,
+    median,
+    normalised,
+    there,
+    trimmed_mean,
+)
+from ssfl_app.sparsity.layout import Layout, Vector
+from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.wire import Parcel
@@ -104,6 +120,56 @@ def test_held_replies_come_back_as_they_were() -> None:
         back = held.get(client)
         assert list(back) == list(arrays)
         assert all(back[n].dtype == a.dtype and (back[n] == a).all() for n, a in arrays.items())
+
+
+def test_a_file_of_replies_that_is_cut_is_no_reply() -> None:
+    """Arrays that are not filled hold whatever was in memory."""
+    held, block = Held(), rows([[1.0, 2.0], [3.0, 4.0]])
+    held.put(4, {"values": np.ones(3, dtype=np.float32), "mask": np.ones(5, dtype=np.uint8)})
+    held.put(7, {"values": np.ones(2, dtype=np.float32)})
+    held._file.truncate(24)  # within what 7 sent
+    block._file.truncate(15)
+    assert sum(int(array.sum()) for array in held.get(4).values()) == 8
+    for read in (lambda: held.get(7), lambda: block.row(1)):
+        with pytest.raises(OSError, match=r"shorter than what was written to it \(client [17]\)"):
+            read()
+
+
+LAYOUT = Layout((("a", (2, 3)), ("b", (3,)), ("c", (4, 1))), ("a", "c"))
+
+
+@given(
+    old=st.lists(VALUE, min_size=13, max_size=13),
+    new=st.lists(VALUE, min_size=13, max_size=13),
+    alive=st.lists(st.booleans(), min_size=10, max_size=10),
+    width=st.integers(1, 14),
+)
+def test_a_distance_is_that_of_the_carried_coordinates(
+    old: list[float], new: list[float], alive: list[bool], width: int
+) -> None:
+    before, after = np.array(old, dtype=np.float32), np.array(new, dtype=np.float32)
+    places = Mask(LAYOUT, np.array(alive)).carried
+    exact = math.fsum(
+        (Fraction(float(x)) - Fraction(float(y))) ** 2 for x, y in zip(after[places], before[places], strict=True)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(robust, "BLOCK", width)
+        found = distance(after[places], there(LAYOUT, LAYOUT.unflatten(before), places))
+    assert found == pytest.approx(math.sqrt(exact), rel=1e-14)
+
+
+def test_the_server_looks_up_what_it_has_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask of all; every client's own mask is looked up for itself."""
+    looks: list[int] = []
+
+    def counted(*of: Any) -> list[Vector]:
+        looks.append(1)
+        return there(*of)
+
+    monkeypatch.setattr("ssfl_app.strategies.base.there", counted)
+    run = play(EIGHT)
+    assert len(looks) == len(run.records) - 1 == 1
+    assert run.strategy._there is None  # it would keep a model in memory
 
 
 # ---- scores --------------------------------------------------------------------------------------

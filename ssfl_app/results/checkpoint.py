@@ -35,12 +35,16 @@ def path_of(folder: Path) -> Path:
     return folder / "checkpoint" / "latest.safetensors"
 
 
-def save(folder: Path, flat: Flat, round_: int, seconds: float, records: int, arrays: Mapping[str, Any]) -> None:
-    """Replace the checkpoint by one taken after `round_`, when rounds.jsonl had so many records."""
-    lines = folder / "rounds.jsonl"
-    sync(lines)
-    facts = {"round": round_, "seconds": seconds, "records": records, "config": identity(flat)}
-    write_sealed(path_of(folder), facts | {"lines": _digest(_lines(lines)[:records])}, arrays)
+def save(
+    folder: Path, flat: Flat, round_: int, seconds: float, records: int, lines: str, arrays: Mapping[str, Any]
+) -> None:
+    """Replace the checkpoint by one taken after `round_`, when rounds.jsonl had so many records.
+
+    `lines` is the SHA-256 (hex) of what was written there.
+    """
+    sync(folder / "rounds.jsonl")
+    facts = {"round": round_, "seconds": seconds, "records": records, "config": identity(flat), "lines": lines}
+    write_sealed(path_of(folder), facts, arrays)
 
 
 def load(folder: Path, flat: Flat) -> Saved | None:
@@ -63,7 +67,7 @@ def load(folder: Path, flat: Flat) -> Saved | None:
         if facts["config"] != identity(flat):
             raise ConfigError(f"{folder / 'config.toml'} is not the configuration that {path} was written under")
         kept = _lines(lines)[:count]
-        if len(kept) != count or facts["lines"] != _digest(kept):
+        if len(kept) != count or facts["lines"] != hashlib.sha256(b"".join(kept)).hexdigest():
             raise ConfigError(f"{lines} is damaged: it does not begin with the {count} records that {path} goes with")
         return Saved(round_, seconds, [json.loads(line) for line in kept], arrays)
     except (Damaged, KeyError, TypeError, RecursionError) as error:
@@ -100,7 +104,3 @@ def resume(strategy: SparseStrategy, folder: Path, flat: Flat) -> Saved | None:
 def _lines(path: Path) -> list[bytes]:
     check_regular(path)
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def _digest(lines: list[bytes]) -> str:
-    return hashlib.sha256(b"".join(lines)).hexdigest()

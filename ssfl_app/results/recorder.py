@@ -104,6 +104,7 @@ class Recorder:
         self.records: list[Record] = []
         self._flat, self._say, self._began = flat, say, time.monotonic()
         self._seconds_before = 0.0
+        self._lines = hashlib.sha256()  # over rounds.jsonl
         self.names: dict[int, str] = {}
         self._told: set[tuple[str, str]] = set()
         self._lock = claim(folder)
@@ -122,7 +123,9 @@ class Recorder:
             (self.folder / "rounds.jsonl").unlink(missing_ok=True)
         else:
             self.records, self._seconds_before = saved.records, saved.seconds
-            write_bytes(self.folder / "rounds.jsonl", "".join(map(_line, self.records)).encode())
+            kept = "".join(map(_line, self.records)).encode()
+            write_bytes(self.folder / "rounds.jsonl", kept)
+            self._lines.update(kept)
 
     def status(self, status: str, message: str = "") -> None:
         """Record how the run stands: running, finished, interrupted or failed. A killed run stays "running"."""
@@ -142,8 +145,10 @@ class Recorder:
     def round(self, record: Record) -> None:
         """Append a finished round, and tell people about it."""
         self.records.append(record)
+        line = _line(record)
         with append(self.folder / "rounds.jsonl") as file:
-            file.write(_line(record))
+            file.write(line)
+        self._lines.update(line.encode())
         if record["round"]:
             if record.get("setup_asked"):
                 self.say(discovery_line(record, "setup_") + f", mask distance {record['mask_distance']:.3f}")
@@ -163,7 +168,8 @@ class Recorder:
 
     def checkpoint(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Replace the checkpoint by one taken after `round_`."""
-        checkpoint.save(self.folder, self._flat, round_, self._seconds(), len(self.records), arrays)
+        count, lines = len(self.records), self._lines.hexdigest()
+        checkpoint.save(self.folder, self._flat, round_, self._seconds(), count, lines, arrays)
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began

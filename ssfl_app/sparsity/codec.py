@@ -141,6 +141,10 @@ class Dense(LinearCodec):
         """Return all coordinates."""
         return np.ones(layout.size, dtype=np.bool_)
 
+    def count(self, layout: Layout, mask: Mask) -> int:
+        """Return how many they are."""
+        return layout.size
+
     def masked(self, state: State, mask: Mask) -> State:
         """Return the state with dead coordinates at 0."""
         return state if mask.count == mask.alive.size else mask.apply(state)

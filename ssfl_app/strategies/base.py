@@ -20,7 +20,7 @@ from torch import nn
 
 from ssfl_app.aggregate import MAX_WEIGHT
 from ssfl_app.options import ConfigError
-from ssfl_app.robust import distance
+from ssfl_app.robust import distance, there
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, LinearCodec, SharedMask
 from ssfl_app.sparsity.layout import Layout, State, Vector
@@ -118,6 +118,7 @@ class SparseStrategy(Strategy):
         self.update_norms: dict[int, float] = {}
         self._next_round = 0  # 0: setup is still to come
         self._encoded: tuple[State, Mask, Arrays] | None = None
+        self._there: tuple[State, Mask, list[Vector]] | None = None  # what `state` has where replies carry values
         self._since = np.zeros(settings.run.clients, dtype=np.int64)  # client -> last round it answered well in
         self._folded = 0  # the round that made `state`
         self._residual: Vector | None = None  # what rounding took from the models sent before this one
@@ -187,12 +188,13 @@ class SparseStrategy(Strategy):
         Default: over the coordinates that it carries, from `state`.
         """
         codec, mask = self.up, self.mask_for(reply.client)
-        if isinstance(codec, LinearCodec):
-            values, places = codec.vector(reply.arrays, self.layout, mask), codec.places(self.layout, mask)
-        else:
+        if not isinstance(codec, LinearCodec):
             flat, sent = self.decoded(reply)
-            values, places = flat[sent.carried], sent.carried
-        return distance(values, places, self.layout, self.state)
+            return distance(flat[sent.carried], there(self.layout, self.state, sent.carried))
+        memo = self._there
+        if memo is None or memo[0] is not self.state or memo[1] is not mask:
+            self._there = memo = (self.state, mask, there(self.layout, self.state, codec.places(self.layout, mask)))
+        return distance(codec.vector(reply.arrays, self.layout, mask), memo[2])
 
     # ---- what hooks use ----------------------------------------------------------------------
 
@@ -294,6 +296,7 @@ class SparseStrategy(Strategy):
                         self.update_norms[reply.client] = norm
                 yield reply
                 del reply
+            self._there = None  # before the fold makes a vector of its own
 
         stream = good()
         if failures.norm_factor:

@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.options import anything, choice
-from ssfl_app.robust import distance
+from ssfl_app.robust import distance, there
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Bitmask, SharedMask, nbytes, read_mask
 from ssfl_app.sparsity.densities import Counts, erk, uniform
@@ -155,7 +155,8 @@ class DisPfl(OwnMasks):
     def update_norm(self, reply: Reply) -> float | None:
         """Return how far a model is from the mean of all, under the mask that it was trained in."""
         codec, old = SharedMask(self.up.values), self.masks[reply.client]
-        return distance(codec.vector(reply.arrays, self.layout, old), old.carried, self.layout, self.model())
+        mean = there(self.layout, self.model(), old.carried)
+        return distance(codec.vector(reply.arrays, self.layout, old), mean)
 
     def fold(self, round_: int, replies: Iterable[Reply]) -> None:
         """Keep each client's model under its old mask, and its new mask."""
