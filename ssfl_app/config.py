@@ -20,7 +20,7 @@ from ssfl_app.local.data import DataOptions
 from ssfl_app.local.models import ModelOptions
 from ssfl_app.local.steps import PRECISIONS
 from ssfl_app.local.trainer import LocalOptions
-from ssfl_app.options import ConfigError, Scalar, anything, at_least, build, choice, flatten
+from ssfl_app.options import ConfigError, Scalar, anything, at_least, build, choice, flatten, not_a_key
 from ssfl_app.partitions import PartitionOptions
 from ssfl_app.partitions.late import ShiftOptions
 from ssfl_app.strategies import REGISTRY
@@ -87,7 +87,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
         if key == "strategy":
             continue
         if name not in rooms or not rest:
-            raise ConfigError(f"{key} is not a key; keys are strategy and those of {', '.join(rooms)}")
+            raise not_a_key(key, defaults(), f"keys are strategy and those of {', '.join(rooms)}")
         rooms[name][rest] = value
     strategy = flat.get("strategy")
     if not isinstance(strategy, str) or strategy not in REGISTRY:
@@ -201,10 +201,7 @@ def merge(*layers: Mapping[str, Scalar]) -> Flat:
     for layer in layers:
         for key, value in layer.items():
             if key not in merged:
-                near = [known for known in merged if known.endswith("." + key.split(".")[-1])]
-                raise ConfigError(
-                    f"{key} is not a key" + (f"; did you mean {near[0]}?" if near else "; README lists them")
-                )
+                raise not_a_key(key, merged, "README lists them")
             merged[key] = value
     return merged
 

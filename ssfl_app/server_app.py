@@ -204,7 +204,8 @@ class Watcher:
         dealt = "own data" if self.workshop.own else f"{config.partition.name} partition"
         self.recorder.say(
             f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {dealt}, "
-            f"{config.model.name} with {self.workshop.layout.size:,} parameters"
+            f"{config.model.name} with {self.workshop.layout.size:,} parameters, "
+            f"augmentation {data.transform.augment}"
         )
         if any(facts.get("gpu-is-hidden") for facts in sites.values()):
             self.recorder.say(

@@ -83,6 +83,14 @@ def test_it_trains_to_the_same_bits_as_the_plain_step(name, norm, hyper, masked)
     assert twins.trainers[0].passes == 38
 
 
+def test_batches_that_were_merged_are_the_same_for_both():
+    twins = Twins("cnn", "batch", batch_size=4)
+    for run in twins.trainers:
+        run.fewest = 2
+    for count in (9, 8, 5, 9):  # 4 and 5 images; twice 4; 5
+        twins.fit(images(count, side=1), masked=half(twins.models[0]))
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     clients=st.lists(
