@@ -5,7 +5,6 @@ merged with the user's overrides, and the command line reads the same table.
 """
 
 import functools
-import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -95,7 +94,9 @@ def parse(flat: Mapping[str, Any]) -> Config:
     made: dict[str, Any] = {name: build(room, name, rooms[name]) for name, room in ROOMS.items()}
     run = made["run"]
     if run.cohort > run.clients:
-        raise ConfigError(f"run.cohort is {run.cohort}; it is at most run.clients, {run.clients}")
+        raise ConfigError(
+            f"run.cohort is {run.cohort}; it is at most run.clients, {run.clients}: ask for run.cohort={run.clients}"
+        )
     made["shift"].check(run.clients, run.cohort)
     made["data"].check()
     if made["data"].where == "sites" and made["shift"].round:
@@ -226,7 +227,6 @@ def difference(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str 
     return None
 
 
-def identity(flat: Mapping[str, Scalar]) -> str:
-    """Return a digest of the keys that make a run the run that it is: all but `NOT_THE_RUN`."""
-    kept = {key: value for key, value in sorted(flat.items()) if not key.startswith(NOT_THE_RUN)}
-    return hashlib.sha256(write_toml(kept).encode(errors="surrogatepass")).hexdigest()
+def identity(flat: Mapping[str, Scalar]) -> Flat:
+    """Return the keys that make a run the run that it is: all but `NOT_THE_RUN`."""
+    return {key: value for key, value in sorted(flat.items()) if not key.startswith(NOT_THE_RUN)}
