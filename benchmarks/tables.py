@@ -43,8 +43,8 @@ TABLES = {
         ),
     ),
     "cifar10": (
-        f"data.name='parquet' data.path='{CIFAR10}' model.name='resnet20' run.rounds=16 run.evaluate-every=4 "
-        + LOCAL,
+        f"data.name='parquet' data.path='{CIFAR10}' data.augment='crop-flip' model.name='resnet20' "
+        "run.rounds=16 run.evaluate-every=4 " + LOCAL,
         "ray",
         (1,),
         (("fedavg", 1.0), ("ssfl", 0.5), ("ssfl", 0.1), ("random", 0.1)),

@@ -5,7 +5,6 @@ merged with the user's overrides, and the command line reads the same table.
 """
 
 import functools
-import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from ssfl_app.local.data import DataOptions
 from ssfl_app.local.models import ModelOptions
 from ssfl_app.local.steps import PRECISIONS
 from ssfl_app.local.trainer import LocalOptions
-from ssfl_app.options import ConfigError, Scalar, anything, at_least, build, choice, flatten
+from ssfl_app.options import ConfigError, Scalar, anything, at_least, build, choice, flatten, not_a_key
 from ssfl_app.partitions import PartitionOptions
 from ssfl_app.partitions.late import ShiftOptions
 from ssfl_app.strategies import REGISTRY
@@ -87,7 +86,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
         if key == "strategy":
             continue
         if name not in rooms or not rest:
-            raise ConfigError(f"{key} is not a key; keys are strategy and those of {', '.join(rooms)}")
+            raise not_a_key(key, defaults(), f"keys are strategy and those of {', '.join(rooms)}")
         rooms[name][rest] = value
     strategy = flat.get("strategy")
     if not isinstance(strategy, str) or strategy not in REGISTRY:
@@ -95,7 +94,9 @@ def parse(flat: Mapping[str, Any]) -> Config:
     made: dict[str, Any] = {name: build(room, name, rooms[name]) for name, room in ROOMS.items()}
     run = made["run"]
     if run.cohort > run.clients:
-        raise ConfigError(f"run.cohort is {run.cohort}; it is at most run.clients, {run.clients}")
+        raise ConfigError(
+            f"run.cohort is {run.cohort}; it is at most run.clients, {run.clients}: ask for run.cohort={run.clients}"
+        )
     made["shift"].check(run.clients, run.cohort)
     made["data"].check()
     if made["data"].where == "sites" and made["shift"].round:
@@ -202,10 +203,7 @@ def merge(*layers: Mapping[str, Scalar]) -> Flat:
     for layer in layers:
         for key, value in layer.items():
             if key not in merged:
-                near = [known for known in merged if known.endswith("." + key.split(".")[-1])]
-                raise ConfigError(
-                    f"{key} is not a key" + (f"; did you mean {near[0]}?" if near else "; README lists them")
-                )
+                raise not_a_key(key, merged, "README lists them")
             merged[key] = value
     return merged
 
@@ -230,7 +228,6 @@ def difference(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str 
     return None
 
 
-def identity(flat: Mapping[str, Scalar]) -> str:
-    """Return a digest of the keys that make a run the run that it is: all but `NOT_THE_RUN`."""
-    kept = {key: value for key, value in sorted(flat.items()) if not key.startswith(NOT_THE_RUN)}
-    return hashlib.sha256(write_toml(kept).encode(errors="surrogatepass")).hexdigest()
+def identity(flat: Mapping[str, Scalar]) -> Flat:
+    """Return the keys that make a run the run that it is: all but `NOT_THE_RUN`."""
+    return {key: value for key, value in sorted(flat.items()) if not key.startswith(NOT_THE_RUN)}

@@ -32,7 +32,9 @@ Port = Annotated[int, typer.Option(help="Of the SuperLink, for nodes.", min=1, m
 ControlPort = Annotated[int, typer.Option(help="Of Flower itself, on 127.0.0.1 only.", min=1, max=65535)]
 DEFAULT = Path("federation")
 ONLINE_TIMEOUT = 150.0  # seconds; Flower refuses a node for a minute after it ended without a word
-Days = Annotated[int, typer.Option(help="How long the SuperLink's certificate is valid.", min=1)]
+Days = Annotated[
+    int | None, typer.Option(help="How long the SuperLink's certificate is valid. [default: 365]", min=1, max=36500)
+]
 Sites = Annotated[
     list[str] | None, typer.Option(help="A node with its own data, NAME=FOLDER; once a node, instead of --nodes.")
 ]
@@ -47,37 +49,43 @@ def private(context: typer.Context) -> None:
 
 @app.command()
 def up(
-    nodes: Annotated[int, typer.Option(help="SuperNodes; node i holds partition i of the data set.", min=1)] = 5,
+    nodes: Annotated[
+        int | None, typer.Option(help="SuperNodes; node i holds partition i of the data set. [default: 5]", min=1)
+    ] = None,
     site: Sites = None,
     port: Annotated[int, typer.Option(help="For nodes, on 127.0.0.1. 0: a free one.", min=0, max=65535)] = 0,
     folder: Folder = DEFAULT,
-    days: Days = 365,
+    days: Days = None,
 ) -> None:
     """Start a SuperLink and authenticated SuperNodes on this machine, and keep them alive in the background."""
     from ssfl_app.engine.credentials import expires
     from ssfl_app.engine.federation import create, read
     from ssfl_app.engine.federation_control import is_up, wait_until_online
     from ssfl_app.engine.federation_services import check_certificate
-    from ssfl_app.engine.processes import free_port
+    from ssfl_app.engine.processes import check_port, free_port
 
     home = _folder(folder)
-    # Whoever starts runs here is who started these nodes: they may read the data set where the run says it lies.
-    shared = f"num-partitions={nodes} server-data-path=true"
-    names = _sites(site) if site else {f"node-{i}": f"partition-id={i} {shared}" for i in range(nodes)}
-    if (home / "federation.json").exists():
-        federation = read(home)
-        known = {node.name: node.config for node in federation.nodes}
+    if site and nodes is not None:
+        raise ConfigError(f"--nodes is {nodes}; beside --site there is none: each --site is a node")
+    names = _sites(site) if site else _parts(nodes or 5)
+    there = read(home) if (home / "federation.json").exists() else None
+    if there is not None:
+        known = {node.name: node.config for node in there.nodes}
         if known != names:
             raise ConfigError(
                 f"--dir is {home}; its federation has the nodes {', '.join(known)}: "
                 "ask for those, or name another folder"
             )
-    else:
-        ours, ports = (port or free_port(), free_port()), [free_port() for _ in names]
-        federation = create(home, "127.0.0.1", ours, names, ports, timedelta(days=days))
-    if is_up(federation):
-        raise ConfigError(f"--dir is {home}; its federation is up already")
-    check_certificate(home)
+        if is_up(there):
+            raise ConfigError(f"--dir is {home}; its federation is up already")
+        if days is None:
+            check_certificate(home)
+        port = port or there.port
+    if port:
+        check_port("127.0.0.1", port, "--port")
+    # All but that one are chosen anew each time: those of last time may be another's by now.
+    ports = [free_port() for _ in names]
+    federation = create(home, "127.0.0.1", (port or free_port(), free_port()), names, ports, _valid(days))
     with (home / "keeper.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "ssfl_app", "federation", "keep", "--dir", str(home)],
@@ -98,8 +106,17 @@ def up(
     typer.echo(f"next: ssfl federation run{_option(folder)}")
 
 
+def _valid(days: int | None) -> timedelta | None:
+    return None if days is None else timedelta(days=days)
+
+
+def _parts(nodes: int) -> dict[str, str]:
+    # Whoever starts runs here is who started these nodes: they may read the data set where the run says it lies.
+    return {f"node-{i}": f"partition-id={i} num-partitions={nodes} server-data-path=true" for i in range(nodes)}
+
+
 def _sites(words: list[str]) -> dict[str, str]:
-    from ssfl_app.local.place import NAME
+    from ssfl_app.local.place import check_name
 
     def quotable(path: Path) -> bool:
         return "'" not in str(path) and str(path).isprintable()
@@ -107,9 +124,13 @@ def _sites(words: list[str]) -> dict[str, str]:
     sites: dict[str, str] = {}
     for word in words:
         name, _, path = word.partition("=")
+        if not path:
+            raise ConfigError(f"--site is {word!r}; it is NAME=FOLDER")
+        check_name(name, f"--site is {word!r}; its name")
         data = Path(path).expanduser().resolve()
-        if not NAME.fullmatch(name) or not path or not quotable(data) or not data.is_dir():
-            raise ConfigError(f"--site is {word!r}; it is NAME=FOLDER, the folder being there, without a quote in it")
+        if not quotable(data) or not data.is_dir():
+            rule = "it is a folder that is there, without a quote or a control character in its path"
+            raise ConfigError(f"--site is {word!r}; its folder is {str(data)!r}; {rule}")
         if name in sites:
             raise ConfigError(f"--site is {word!r}; another one has that name already")
         sites[name] = f"name='{name}' data-path='{data}'"
@@ -141,7 +162,7 @@ def run(
 
 @app.command()
 def status(folder: Folder = DEFAULT) -> None:
-    """Show processes, nodes and runs. Exit code: 0 up with all nodes online, 1 not."""
+    """Show processes and nodes. Exit code: 0 all nodes online, 1 not all, 3 nothing is running."""
     from rich.console import Console
 
     from ssfl_app.engine.federation import read
@@ -149,7 +170,7 @@ def status(folder: Folder = DEFAULT) -> None:
 
     table, well = overview(read(_folder(folder)))
     Console().print(table)
-    raise typer.Exit(0 if well else 1)
+    raise typer.Exit(3 if well is None else int(not well))  # as systemctl has it
 
 
 @app.command()
@@ -187,15 +208,18 @@ def init(
     port: Port = 8000,
     control_port: ControlPort = 8001,
     folder: Folder = DEFAULT,
-    days: Days = 365,
+    days: Days = None,
 ) -> None:
     """Make the credentials for real hosts: a CA, the SuperLink's certificate, a key for each node."""
     from ssfl_app.engine.federation import create
 
     home, names = _folder(folder), dict.fromkeys(name, "")
+    if len(names) < len(name):
+        twice = next(one for one in name if name.count(one) > 1)
+        raise ConfigError(f"--name is {twice!r} more than once; each node has its own")
     if port == control_port:
         raise ConfigError(f"--control-port is {control_port}; it is another one than --port")
-    create(home, host, (port, control_port), names, [9094] * len(names), timedelta(days=days))
+    create(home, host, (port, control_port), names, [9094] * len(names), _valid(days))
     typer.echo(
         f"SuperLink's host: copy {home} without ca/ca.key and nodes/*/key\n"
         f"nodes: copy {home / 'nodes'}/<name> to each; its file key is for it alone\n"
@@ -204,15 +228,15 @@ def init(
 
 
 @app.command()
-def certificate(folder: Folder = DEFAULT, days: Days = 365) -> None:
+def certificate(folder: Folder = DEFAULT, days: Days = None) -> None:
     """Make a new certificate for the SuperLink, for the same hosts; nodes need nothing new. Restart it afterwards."""
     from ssfl_app.engine.credentials import expires, hosts_of, make_server
-    from ssfl_app.engine.federation import read
+    from ssfl_app.engine.federation import VALID, read
 
     home = read(_folder(folder)).folder
     if not (home / "ca" / "ca.key").is_file():
         raise ConfigError(f"--dir is {home}; it is a folder with ca/ca.key, which signs the certificate")
-    make_server(home, hosts_of(home), timedelta(days=days))
+    make_server(home, hosts_of(home), _valid(days) or VALID)
     typer.echo(f"{home / 'superlink' / 'server.pem'} ends on {expires(home):%Y-%m-%d}: restart the SuperLink")
 
 

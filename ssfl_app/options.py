@@ -16,8 +16,9 @@ ssfl_app.options.ConfigError: mask.density is 1.7; it is a fraction in (0, 1]
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import field, fields
+from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
 T = TypeVar("T")
@@ -82,6 +83,23 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def not_a_key(key: str, known: Collection[str], rule: str) -> ConfigError:
+    """Return the error about a key that there is not, with the one that was meant, or else with `rule`.
+
+    Examples
+    --------
+    >>> print(not_a_key("run.client", ["run.clients", "mask.density"], "README lists them"))
+    run.client is not a key; did you mean run.clients?
+    >>> print(not_a_key("density", ["run.clients", "mask.density"], "README lists them"))
+    density is not a key; did you mean mask.density?
+    """
+    last = {name.rpartition(".")[2]: name for name in reversed(list(known))}  # of equal last words the first one
+    word = key.rpartition(".")[2]
+    near = [last[word]] if word in last else get_close_matches(key, known, 1, 0.75)
+    near = near or [last[found] for found in get_close_matches(word, last, 1, 0.75)]
+    return ConfigError(f"{key} is not a key; {f'did you mean {near[0]}?' if near else rule}")
+
+
 def build(room: type[T], name: str, values: Mapping[str, Scalar]) -> T:
     """Return the options of one room from its keys, or say what is wrong with the first bad one.
 
@@ -103,7 +121,8 @@ def build(room: type[T], name: str, values: Mapping[str, Scalar]) -> T:
     known = {f.name.replace("_", "-"): f for f in fields(room)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise ConfigError(f"{prefix}{key} is not a key; {name or 'the top level'} has {', '.join(known)}")
+            names = [prefix + option for option in known]
+            raise not_a_key(prefix + key, names, f"{name or 'the top level'} has {', '.join(known)}")
     types = get_type_hints(room)
     made: dict[str, Any] = {}
     for key, spec in known.items():

@@ -145,7 +145,7 @@ class Puller:
         except PayloadError:
             raise
         except Exception as error:  # of any kind: these bytes are the node's, JSON of any depth among them
-            raise PayloadError(f"the reply is no message: {type(error).__name__}: {error}") from error
+            raise PayloadError(f"the reply is no message: Flower cannot read it ({type(error).__name__})") from error
         reply.metadata.__dict__["_message_id"] = announced.message_id
         return reply
 

@@ -207,7 +207,8 @@ class Watcher:
         dealt = "own data" if self.workshop.own else f"{config.partition.name} partition"
         self.recorder.say(
             f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {dealt}, "
-            f"{config.model.name} with {self.workshop.layout.size:,} parameters"
+            f"{config.model.name} with {self.workshop.layout.size:,} parameters, "
+            f"augmentation {data.transform.augment}"
         )
         for note in data.notes:
             self.recorder.say(f"note: {note}")

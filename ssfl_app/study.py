@@ -232,13 +232,14 @@ def _means(scorer: Scorer, places: Sequence[Place], counts: Sequence[int]) -> It
 
 
 def _ranking(layout: Layout, wanted: MaskOptions) -> Callable[[Vector], Mask]:
-    """Return what makes a mask of scores; raise ConfigError if that mask would be empty."""
+    """Return what makes a mask of scores; raise ConfigError if there is no such mask."""
 
     def rank(scores: Vector) -> Mask:
         scope, floor = cast(Scope, wanted.scope), wanted.min_per_layer
         return Mask.top(layout, scores, wanted.density, scope, min_per_layer=floor)
 
-    if not rank(np.zeros(layout.prunable_size, dtype=np.float32)).count:
-        weights = layout.prunable_size
-        raise ConfigError(f"mask.density is {wanted.density}; it is large enough to keep one of {weights} weights")
+    try:
+        rank(np.zeros(layout.prunable_size, dtype=np.float32))
+    except ValueError as error:
+        raise ConfigError(f"mask.{error}") from error
     return rank

@@ -148,6 +148,8 @@ def _check_allowed(name: str, array: Array, allowed: Allowed) -> None:
 
 def _lookup(record: RecordDict, name: str, kind: type) -> Any:
     found = record.get(name)
+    if found is None:
+        raise PayloadError(f"record {name!r} is not there; another app may have written the message")
     if not isinstance(found, kind):
         raise PayloadError(f"record {name!r} is {type(found).__name__}; it must be {kind.__name__}")
     return found

@@ -150,7 +150,8 @@ def _trainer(config: Config, images: DataSet, device: torch.device) -> LocalTrai
     engine = config.engine
     # On a GPU without graphs too: the same kernels give the same bits.
     steps: Steps = "plain" if device.type == "cpu" else "graphs" if engine.graphs else "static"
-    return LocalTrainer(config.settings.local, images.transform, device, engine.precision, steps)
+    fewest = models.fewest(config.model, images.shape)
+    return LocalTrainer(config.settings.local, images.transform, device, engine.precision, steps, fewest)
 
 
 def _resident(images: DataSet, device: torch.device) -> DataSet:
@@ -184,10 +185,47 @@ def open_workshop(flat: configuration.Flat, data_path: str = "") -> Workshop:
 
 def _load(config: Config, site: str) -> tuple[DataSet, Partition]:
     """Return a data set and who holds what of it; `site` is where a site's own data lie, "" on the server."""
-    if config.data.where == "shared":
-        return load_federation(config)
-    images = data.load_own(config.data, site) if site else data.load_central(config.data)
-    return images, Partition((np.arange(len(images.train)),), (np.arange(len(images.test)),))
+    shared = config.data.where == "shared"
+    if shared:
+        images, partition = load_federation(config)
+    else:
+        images = data.load_own(config.data, site) if site else data.load_central(config.data)
+        partition = Partition((np.arange(len(images.train)),), (np.arange(len(images.test)),))
+    check_batches(config, images, partition if shared or site else None)
+    return images, partition
+
+
+def check_batches(config: Config, images: DataSet, partition: Partition | None) -> None:
+    """Find out whether every batch that a client trains on is one that the model's norm takes.
+
+    Raises
+    ------
+    ConfigError
+        Batches are too small by configuration, or a client of `partition` (None: unknown) has too few images: what
+        no later round would cure is refused before the first.
+    """
+    fewest = models.fewest(config.model, images.shape)
+    if fewest == 1:
+        return
+    client, settings, (_, height, width) = REGISTRY[config.strategy].client, config.settings, images.shape
+    cause = (
+        f"with model.norm 'batch' {config.model.name} brings {height}x{width} images down to one pixel, and "
+        "BatchNorm trains on two values a channel or more"
+    )
+    sizes = {"local.batch-size": settings.local.batch_size}
+    if client.questions:
+        sizes["ssfl.saliency-batch-size"] = settings.own["ssfl"].saliency_batch_size
+    for key, size in sizes.items():
+        if size < fewest:
+            raise ConfigError(f"{key} is {size}; it is at least {fewest}: {cause}")
+    for number, own in enumerate(partition.train if partition else ()):
+        trained = client.trained(settings, len(own))
+        if trained < fewest:
+            who = f"client {number}" if config.data.where == "shared" else "this site"
+            raise ConfigError(
+                f"{who} has {len(own)} training image(s) and trains on {trained}; it needs {fewest}: {cause}. "
+                "model.norm 'group' needs one"
+            )
 
 
 def load_federation(config: Config) -> tuple[DataSet, Partition]:

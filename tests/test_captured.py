@@ -72,7 +72,9 @@ class Twins:
         return losses[0]
 
 
-CNNS = [("cnn", norm, hyper, masked) for norm in ("group", "batch") for hyper in ({}, HARD) for masked in (False, True)]
+CNNS = [
+    ("cnn", norm, hyper, masked) for norm in ("group", "batch") for hyper in ({}, HARD) for masked in (False, True)
+]
 
 
 # A step does not look at its model: of the large one the two ends are enough.
@@ -86,6 +88,14 @@ def test_it_trains_to_the_same_bits_as_the_plain_step(name, norm, hyper, masked)
     twins.fit(images(19), masked=half(twins.models[0]) if masked else None)  # 8, 8 and 3 images a pass
     assert bits(twins.models[0]) != before
     assert twins.trainers[0].passes == 38
+
+
+def test_batches_that_were_merged_are_the_same_for_both():
+    twins = Twins("cnn", "batch", batch_size=4)
+    for run in twins.trainers:
+        run.fewest = 2
+    for count in (9, 8, 5, 9):  # 4 and 5 images; twice 4; 5
+        twins.fit(images(count, side=1), masked=half(twins.models[0]))
 
 
 @settings(max_examples=8, deadline=None)

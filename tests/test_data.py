@@ -105,6 +105,15 @@ def test_digits():
     assert again.transform.augment == "crop-flip"
 
 
+def test_auto_mirrors_the_three_sets_whose_published_scripts_do_and_nobody_elses_images(monkeypatch):
+    raw = sources.digits("", False, 0)
+    for name in sources.READERS:
+        monkeypatch.setitem(sources.READERS, name, lambda *_: raw)
+    mirrored = [name for name in sources.READERS if load(options(name)).transform.augment == "crop-flip"]
+    assert mirrored == ["cifar10", "cifar100", "tiny-imagenet"]
+    assert all(load(options(name, augment="crop-flip")).transform.augment == "crop-flip" for name in sources.READERS)
+
+
 def test_digits_from_the_cache_lie_in_memory_as_those_that_were_read(cache):
     # Torch chooses its kernels by the strides, and another kernel gives other bits.
     first, second, read = (*(sources.digits("", False, 0) for _ in range(2)), sources._digits())
@@ -134,7 +143,7 @@ def test_parquet_round_trip(shards):
     assert np.array_equal(found.test.pixels.numpy(), chw(images[6:]))
     assert found.test.labels.tolist() == [2, 1, 0]
     assert (found.shape, found.class_names) == ((3, 6, 6), ("0", "1", "2"))
-    assert found.transform.augment == "crop-flip"
+    assert found.transform.augment == "none"
     assert found.transform.mean == pytest.approx(images[:6].mean(axis=(0, 1, 2)) / 255, rel=1e-12)
     assert found.transform.std == pytest.approx(images[:6].std(axis=(0, 1, 2)) / 255, rel=1e-12)
 

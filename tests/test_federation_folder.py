@@ -2,7 +2,9 @@
 
 import json
 import os
+import socket
 import stat
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -15,9 +17,10 @@ from flwr.common.config import parse_config_args
 from ssfl_app import cli, guard
 from ssfl_app.engine import federation as house
 from ssfl_app.engine import federation_control
-from ssfl_app.engine.credentials import check_host, hosts_of
+from ssfl_app.engine.credentials import check_host, expires, hosts_of
 from ssfl_app.engine.federation_control import register
 from ssfl_app.engine.federation_services import front_service, node_service, superlink_service
+from ssfl_app.engine.processes import free_port
 from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.server_app import bound_places
@@ -154,6 +157,22 @@ def test_a_host_that_is_none_is_refused_at_every_door(host: str, made: house.Fed
         assert ssfl(*words, f"--superlink=hub.example{port}")[0] == 2
 
 
+def test_a_name_is_given_once_and_what_is_wrong_with_a_site_is_said(tmp_path: Path, ssfl: Ssfl) -> None:
+    there = ("--dir", str(tmp_path / "made"))
+    said = ssfl("init", "--host", "a", "--name", "x", "--name", "y", "--name", "x", *there)
+    assert said == (2, "ssfl: --name is 'x' more than once; each node has its own\n")
+    for word, why in (
+        (f"../x={tmp_path}", "its name is '../x'; it is 1 to 64 letters"),
+        (f"x={tmp_path / 'nowhere'}", "its folder is "),
+        ("x", "it is NAME=FOLDER"),
+    ):
+        code, said = ssfl("up", f"--site={word}", *there)
+        assert (code, f"--site is {word!r}; {why}" in said) == (2, True)
+    code, said = ssfl("up", f"--site=x={tmp_path}", "--nodes", "2", *there)
+    assert (code, "--nodes is 2; beside --site there is none" in said) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "host", ["localhost", "superlink.example.org", "a.b.", "10.0.0.1", "::1", "2001:db8::1", "x1"]
 )
@@ -192,6 +211,85 @@ def test_a_folder_that_cannot_be_quoted_is_refused(letter: str, tmp_path: Path, 
     code, said = ssfl("node", str(folder), "--superlink", "a:1", "--node-config", "partition-id=0")
     assert (code, "DIR is" in said, said.count("\n")) == (2, True, 1)
     assert not folder.exists()
+
+
+# ---- made again, with other values --------------------------------------------------------------
+
+LONG = ".".join(["a" * 63, "b" * 63, "c" * 63, "d" * 61])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_corrected_values_take_effect_and_the_same_ones_change_nothing(made: house.Federation, ssfl: Ssfl) -> None:
+    folder = made.folder
+    before, names = contents(folder), ("--name", "a", "--name", "b", "--dir", str(folder))
+    assert ssfl("init", "--host", "hub.example", *names)[0] == 0
+    assert contents(folder) == before
+    assert ssfl("init", "--host", LONG, "--port", "81", *names)[0] == 0
+    assert hosts_of(folder) == [LONG, "localhost", "127.0.0.1", "::1"]
+    assert house.read(folder).address == f"{LONG}:81"
+    after = contents(folder)
+    changed = {"federation.json", "superlink/server.key", "superlink/server.pem"}
+    assert {name for name in after if after[name] != before[name]} == changed  # nodes need nothing new
+    for days, another in ((None, False), (365, False), (30, True), (30, False), (None, False)):
+        words, old = [] if days is None else ["--days", str(days)], expires(folder)
+        assert ssfl("init", "--host", LONG, *names, *words)[0] == 0
+        assert (expires(folder) != old) is another
+    (folder / "ca" / "ca.key").unlink()  # it is kept elsewhere, as it ought to be
+    before = contents(folder)
+    assert ssfl("init", "--host", LONG, *names)[0] == 0
+    code, said = ssfl("init", "--host", "hub.example", *names)
+    assert (code, "ca.key is not there; it is the key of ca.crt beside it" in said) == (2, True)
+    assert contents(folder) == before
+
+
+def test_a_federation_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, ssfl: Ssfl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*words: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(house, "make_node", full)
+    code, said = ssfl("init", "--host", "hub.example", "--name", "a", "--dir", str(tmp_path / "made"))
+    assert (code, "No space left" in said) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_up_names_a_port_in_use_and_takes_another_one(
+    tmp_path: Path, ssfl: Ssfl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, started = tmp_path / "made", []
+
+    class Ended:
+        def __init__(self, *words: object, **options: object) -> None:
+            started.append(house.read(folder).port)
+
+        def poll(self) -> int:
+            return 1
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    words = ("up", "--nodes", "1", "--dir", str(folder))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, said = ssfl(*words, "--port", str(port))
+        assert (code, said.startswith(f"ssfl: --port is {port}; nothing can listen there on 127.0.0.1")) == (2, True)
+        assert not folder.exists()
+    free = [free_port() for _ in range(2)]
+    for choice in (["--port", str(free[0])], [], ["--port", str(free[1])], []):
+        code, said = ssfl(*words, *choice)
+        assert (code, "the federation ended" in said) == (1, True)  # its keeper is the one above
+    assert started == [free[0], free[0], free[1], free[1]]
+    with socket.create_server(("127.0.0.1", free[1])):
+        assert ssfl(*words)[0] == 2
+    assert len(started) == 4
+
+
+def test_a_federation_that_is_down_is_not_running_whatever_old_logs_say(made: house.Federation, ssfl: Ssfl) -> None:
+    (made.folder / "nodes" / "a" / "node.log").write_text("ERROR: [code: 203] Connection attempt failed\n")
+    code, said = ssfl("status", "--dir", str(made.folder))
+    assert (code, said.count("│ not running "), "code: 203" in said) == (3, 2, False)
 
 
 # ---- where it listens, who is who ---------------------------------------------------------------
@@ -243,3 +341,10 @@ def test_places_are_bound_to_the_keys_that_were_registered(tmp_path: Path, monke
 def test_a_node_config_that_flower_cannot_read_is_one_line(made: house.Federation) -> None:
     with pytest.raises(ConfigError, match="--node-config is"):
         node_service(made.folder / "nodes" / "a", made.address, "name=site-a data-path=/x", 9094)
+
+
+def test_a_folder_that_is_called_like_a_key_is_none(made: house.Federation) -> None:
+    config = "name='a' data-path='/x/state-path=/y'"
+    command = node_service(made.folder / "nodes" / "a", made.address, config, 9094).command
+    told = parse_config_args([command[command.index("--node-config") + 1]])
+    assert told["state-path"] == str(made.folder / "nodes" / "a" / "state")

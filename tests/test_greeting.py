@@ -146,7 +146,7 @@ BAD = [
     (facts(name="a"), "a site has a name and no number"),
     (facts(counts="1,x"), "counts is '1,x'"),
     (facts(shape="0,8,8"), "shape is '0,8,8'"),
-    (lambda g, m: Message(RecordDict(), reply_to=m), "record 'arrays' is NoneType"),
+    (lambda g, m: Message(RecordDict(), reply_to=m), "record 'arrays' is not there"),
     (pose(0, client=99), "says that it is client 99, run.clients is 4"),
 ]
 

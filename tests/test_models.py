@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssfl_app.local.models import NORMS, REGISTRY, ModelOptions, create, norm_layer
+from ssfl_app.local.models import NORMS, REGISTRY, SHRINKS, ModelOptions, create, fewest, norm_layer, outline
 from ssfl_app.sparsity.layout import Layout, state_of
 
 CIFAR = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
@@ -191,3 +191,19 @@ def test_the_shortcut_of_cifar_resnets_is_every_second_pixel_with_zero_channels_
     assert (got[:, :8] == 0).all()
     assert (got[:, 24:] == 0).all()
     assert not any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_the_smallest_map_of_a_norm_is_known(name):
+    """By a forward pass that computes nothing: one pixel up to that side, more beyond."""
+    options, pixels = ModelOptions(name, "batch"), []
+    model = outline(options, 1, 10)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, inputs: pixels.append(inputs[0][0, 0].numel()))
+    for side in (SHRINKS[name], SHRINKS[name] + 1):
+        pixels.clear()
+        model(torch.empty(2, 1, side, 1, device="meta"))
+        assert (1 in pixels) == (side == SHRINKS[name])
+        assert fewest(options, (1, side, 1)) == fewest(options, (1, 1, side)) == (2 if 1 in pixels else 1)
+        assert fewest(ModelOptions(name, "group"), (1, side, 1)) == 1

@@ -136,6 +136,8 @@ def test_the_data_path_of_a_server_is_ignored_unless_the_node_allows_it(tmp_path
     mine = read_place({"partition-id": 0, "data-path": "/mine"}, "shared")
     assert mine.obeyed(keys)["data.download"] is True  # into a folder of its own
     assert hello({"partition-id": 0}, {"data.path": "/private"}).content["facts"]["samples"] > 0  # digits need none
+    with pytest.raises(NodeError, match=r"ConfigError: data.name is digits; it reads no data-path$"):
+        hello({"partition-id": 0, "data-path": str(private)}, {})  # or a forgotten data.name trains on digits
 
 
 # ---- what errors tell -------------------------------------------------------------------------------

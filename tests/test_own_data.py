@@ -229,6 +229,17 @@ def test_what_was_done_to_files_is_said_where_they_lie(tmp_path: Path, capsys: p
     assert f"note: {left}\n{grey}\n" in (tmp_path / "two" / "console.log").read_text()
 
 
+def test_a_site_with_too_few_images_for_the_norm_is_refused_by_name_before_the_first_round(tmp_path: Path) -> None:
+    nodes = small_sites(tmp_path, {"a": {"cat": 3}, "b": {"cat": 1}})
+    keys: Flat = {"run.clients": 2, "run.cohort": 2, "run.rounds": 1, "data.classes": "cat", "run.join-timeout": 3.0}
+    keys |= {"model.name": "resnet18", "model.norm": "batch"}
+    words = (
+        r"1 of 2 .*\(node \d+ raised: .*ConfigError: this site has 1 training image\(s\) and trains on 1; it needs 2"
+    )
+    with pytest.raises(RunFailed, match=words):
+        play(OWN | keys, node_configs=nodes)
+
+
 def test_more_sites_than_clients_are_named_and_registered_ones_come_first(tmp_path: Path) -> None:
     three = small_sites(tmp_path, {name: {"cat": 2, "dog": 2} for name in "abc"})
     keys = OWN | {"data.classes": "cat,dog", "run.clients": 2, "run.cohort": 2, "run.rounds": 1}

@@ -101,8 +101,15 @@ DAMAGES = {
     "records missing": (lambda f: (f / "rounds.jsonl").unlink(), "rounds.jsonl"),
     "a record changed": (edit("rounds.jsonl", lambda c: c.replace(b'"seconds": ', b'"seconds": 1')), "rounds.jsonl"),
     "garbage before the records": (edit("rounds.jsonl", lambda c: b"{{{\n" + c), "rounds.jsonl"),
-    "another learning rate": (edit("config.toml", lambda c: c.replace(b"lr = 0.1", b"lr = 0.2")), "config.toml"),
-    "more rounds": (edit("config.toml", lambda c: c.replace(b"rounds = 2", b"rounds = 3")), "config.toml"),
+    "another learning rate": (
+        edit("config.toml", lambda c: c.replace(b"lr = 0.1", b"lr = 0.2")),
+        "lr is 0.2; that run was started with 0.1. Put that back",
+    ),
+    "configuration that is none": (reseal(config="0123"), "is damaged"),
+    "more rounds": (
+        edit("config.toml", lambda c: c.replace(b"rounds = 2", b"rounds = 3")),
+        "run.rounds is 3; that run",
+    ),
     "deep TOML": (edit("config.toml", lambda c: c + b"\n[x]\na = " + b"[" * 9000), "config.toml"),
     "config that is no UTF-8": (edit("config.toml", lambda c: c + b"\n# \xff"), "config.toml"),
 }

@@ -142,8 +142,11 @@ def test_too_few_good_replies_end_with_exit_code_1_and_an_intact_checkpoint(
     assert summary(tmp_path / "run")["model_sha256"] == summary(tmp_path / "whole")["model_sha256"]
 
 
+NORM = "model.name='resnet18' model.norm='batch'"
 BAD_KEYS = [
-    ("mask.densty=0.1", "mask.densty is not a key"),
+    ("mask.densty=0.1", "mask.densty is not a key; did you mean mask.density?"),
+    ("run.client=3", "run.client is not a key; did you mean run.clients?"),
+    ("colour=3", "colour is not a key; README lists them"),
     ("density=0.1", "density is not a key; did you mean mask.density?"),
     ("mask.density=1.7", "mask.density is 1.7; it is a fraction in (0, 1]"),
     ("mask.density=0", "mask.density is 0.0; it is a fraction in (0, 1]"),
@@ -159,6 +162,18 @@ BAD_KEYS = [
     ("partition.name='pathological' partition.classes=11", "partition.classes is 11; "),
     ("data.name='parquet'", "data.path is ''; "),
     ("data.name='parquet' data.path='nowhere'", "data.path is "),
+    ("data.path='images'", "data.name is digits; it reads no data.path, which is "),
+    *(
+        (f"{keys} mask.density=1e-6", "mask.density is 1e-06; it leaves none of 151,072 prunable weights alive")
+        for keys in ("", "mask.scope='layer'", "strategy='dispfl'", "strategy='zerofl'", "strategy='topk'")
+    ),
+    (f"{NORM} local.batch-size=1", "local.batch-size is 1; it is at least 2: with model.norm 'batch' resnet18"),
+    (f"{NORM} ssfl.saliency-batch-size=1", "ssfl.saliency-batch-size is 1; it is at least 2: with model.norm"),
+    (f"{NORM} partition.name='iid' run.clients=1437", "client 0 has 1 training image(s) and trains on 1; it needs 2"),
+    (
+        f"{NORM} partition.name='iid' run.clients=718 strategy='fedfomo'",
+        "client 1 has 2 training image(s) and trains on 1; it needs 2",
+    ),
     ("data.name='mnist'", "data.name is 'mnist'; it is one of digits, "),
     ("model.name='vgg'", "model.name is 'vgg'; it is one of cnn, "),
     ("strategy='fedprox'", "strategy is 'fedprox'; it is one of ssfl, "),

@@ -20,6 +20,9 @@ PLAIN = {
 HARD = {"momentum": 0.9, "weight_decay": 0.01, "clip": 0.5}
 
 
+CPU = torch.device("cpu")
+
+
 def trainer(augment="none", **changes):
     return LocalTrainer(LocalOptions(**PLAIN | changes), Transform((0.5,), (0.25,), augment), torch.device("cpu"))
 
@@ -47,6 +50,29 @@ def bits(model):
 
 def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_last_batch_that_a_norm_cannot_take_joins_the_one_before():
+    sizes, size = [], 4
+
+    def fit(count, fewest):
+        run = LocalTrainer(
+            LocalOptions(**PLAIN | {"batch_size": size}), Transform((0.5,), (0.25,), "none"), CPU, fewest=fewest
+        )
+        model = network("batch")
+        model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        run.fit(model, images(count, side=1), np.random.default_rng(1), lr=0.1, epochs=1)
+        seen = sizes.copy()
+        sizes.clear()
+        return seen, run.passes
+
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        fit(9, fewest=1)
+    sizes.clear()
+    assert fit(9, fewest=2) == ([4, 5], 9)
+    assert fit(10, fewest=2) == ([4, 4, 2], 10)
+    assert fit(8, fewest=2) == ([4, 4], 8)
+    assert fit(3, fewest=2) == ([3], 3)
 
 
 def test_dead_weights_are_zero_after_every_step_and_alive_ones_move():

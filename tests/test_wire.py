@@ -152,9 +152,9 @@ def test_a_whole_message_is_at_most_2_kb_larger_than_its_payload(sizes):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (RecordDict(), "record 'arrays' is NoneType; it must be ArrayRecord"),
-        (RecordDict({"arrays": ArrayRecord()}), "record 'facts' is NoneType; it must be ConfigRecord"),
-        (RecordDict({"facts": ConfigRecord()}), "record 'arrays' is NoneType"),
+        (RecordDict(), "record 'arrays' is not there"),
+        (RecordDict({"arrays": ArrayRecord()}), "record 'facts' is not there"),
+        (RecordDict({"facts": ConfigRecord()}), "record 'arrays' is not there"),
         (RecordDict({"arrays": ConfigRecord(), "facts": ConfigRecord()}), "record 'arrays' is ConfigRecord"),
         (RecordDict({"arrays": ArrayRecord(), "facts": MetricRecord({"a": 1})}), "record 'facts' is MetricRecord"),
         (record_of(facts={"samples": [1, 2]}), "fact samples is list; it must be a scalar"),

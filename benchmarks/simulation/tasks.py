@@ -52,7 +52,8 @@ def keys_of(name: str, work: Path, images: int, tiny: bool) -> str:
         if not data.exists():
             write_cifar(Path(CIFAR10), data, images, max(100, images // 10))
         # One epoch in batches of 32, as in README's table; the last round is the only one that is evaluated.
-        keys += f"data.name='parquet' data.path='{data}' model.name='resnet20' local.epochs=1 local.batch-size=32 "
+        keys += f"data.name='parquet' data.path='{data}' data.augment='crop-flip' "
+        keys += "model.name='resnet20' local.epochs=1 local.batch-size=32 "
         keys += "run.rounds=5 run.evaluate-every=5 "
     else:
         keys += "run.evaluate-every=20 "

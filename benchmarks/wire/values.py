@@ -31,7 +31,8 @@ VARIANTS = {
 # Of CIFAR-10: a run takes about three minutes on two cores.
 TRAIN, TESTS = 10_000, 5_000
 CIFAR10 = (
-    "data.name='parquet' data.path='{data}' partition.alpha=1.0 local.epochs=1 local.batch-size=32 run.rounds=12 "
+    "data.name='parquet' data.path='{data}' data.augment='crop-flip' partition.alpha=1.0 "
+    "local.epochs=1 local.batch-size=32 run.rounds=12 "
     "ssfl.saliency-batch-size=128 mask.density=0.5"
 )
 TASKS: dict[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {

@@ -27,6 +27,7 @@ from ssfl_app.local.place import check_name
 from ssfl_app.options import ConfigError
 
 CA_VALID = timedelta(days=3650)
+_EARLY = timedelta(hours=1)
 _PEM = serialization.Encoding.PEM
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
@@ -58,10 +59,20 @@ def check_host(host: object, key: str) -> str:
 
 
 def make_authority(folder: Path, valid: timedelta = CA_VALID) -> None:
-    """Make ``ca/ca.key`` and ``ca/ca.crt`` in the folder of a federation, unless they are there."""
+    """Make ``ca/ca.key`` and ``ca/ca.crt`` in the folder of a federation, unless they are there.
+
+    Raises
+    ------
+    ConfigError
+        There is a certificate whose key is elsewhere: another one would not be that which nodes trust.
+    """
     home = folder / "ca"
     if (home / "ca.key").exists():
         return
+    if (home / "ca.crt").exists():
+        raise ConfigError(
+            f"{home / 'ca.key'} is not there; it is the key of ca.crt beside it, which nodes trust: go where that is"
+        )
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name("ssfl federation CA")
     builder = _certificate(name, name, key.public_key(), valid)
@@ -96,7 +107,8 @@ def make_server(folder: Path, hosts: Sequence[str], valid: timedelta) -> None:
         raise ConfigError("hosts is empty; it is one name or address of the SuperLink or more")
     authority, signer = _authority(folder)
     key = ec.generate_private_key(ec.SECP384R1())
-    builder = _certificate(_name(hosts[0]), authority.subject, key.public_key(), valid)
+    # Whom it is for stands in the alternative names alone: a common name holds 64 letters, a host's up to 253.
+    builder = _certificate(_name("ssfl SuperLink"), authority.subject, key.public_key(), valid)
     builder = builder.add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), False)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
     certificate = builder.sign(signer, hashes.SHA256())
@@ -118,6 +130,20 @@ def make_node(folder: Path, name: str) -> Path:
     if (folder / "ca" / "ca.crt").exists():
         shutil.copy(folder / "ca" / "ca.crt", home / "ca.crt")
     return home
+
+
+def is_for(folder: Path, hosts: Sequence[str], valid: timedelta | None) -> bool:
+    """Return whether the SuperLink's certificate is there and made for these hosts.
+
+    With `valid` also whether it was made for so long and has not ended.
+    """
+    if not all((folder / "superlink" / name).exists() for name in ("server.key", "server.pem")):
+        return False
+    if hosts_of(folder) != list(hosts):
+        return False
+    made = _server(folder)
+    begin, end = made.not_valid_before_utc, made.not_valid_after_utc
+    return valid is None or (end - begin == valid + _EARLY and end > datetime.now(UTC))
 
 
 def expires(folder: Path) -> datetime:
@@ -161,15 +187,15 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
 def _certificate(
     subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, valid: timedelta
 ) -> x509.CertificateBuilder:
-    # Back-dated by an hour: machines whose clocks differ a little agree that it has begun.
-    now, hour = datetime.now(UTC), timedelta(hours=1)
+    # Back-dated: machines whose clocks differ a little agree that it has begun.
+    now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(min(now, now + valid) - hour)
+        .not_valid_before(min(now, now + valid) - _EARLY)
         .not_valid_after(now + valid)
     )
 

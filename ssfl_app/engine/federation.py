@@ -14,6 +14,7 @@ each process::
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,13 +22,16 @@ from pathlib import Path
 
 import tomli_w
 
-from ssfl_app.engine.credentials import check_host, make_authority, make_node, make_server, private
+from ssfl_app.engine.credentials import check_host, is_for, make_authority, make_node, make_server, private
 from ssfl_app.files import write_bytes, write_json
 from ssfl_app.local.place import check_name
 from ssfl_app.options import ConfigError
 
 CONNECTION = "federation"
 """Name of the SuperLink in Flower's config.toml."""
+
+VALID = timedelta(days=365)
+"""How long a SuperLink's certificate is valid unless somebody says otherwise."""
 
 SERVICES = ("superlink", "front")
 """What the keeper runs beside the nodes; no node is called that."""
@@ -97,14 +101,15 @@ def create(
     ports: tuple[int, int],
     nodes: Mapping[str, str],
     node_ports: Iterable[int],
-    valid: timedelta,
+    valid: timedelta | None,
 ) -> Federation:
-    """Make the folder of a federation with all credentials.
+    """Make the folder of a federation with all credentials, or give one that is there these values.
 
     Parameters
     ----------
     folder : Path
-        Absolute. Credentials that are there already stay.
+        Absolute. The authority and keys of nodes that are there stay; so does the certificate if it is for this host
+        and `valid`.
     host : str
         Under which nodes reach the SuperLink.
     ports : tuple of int
@@ -113,13 +118,13 @@ def create(
         Name of each node -> its ``--node-config``.
     node_ports : iterable of int
         A port of this machine for each node.
-    valid : timedelta
-        How long the SuperLink's certificate is valid.
+    valid : timedelta or None
+        How long the SuperLink's certificate is valid; None: `VALID`, and one that is there for this host stays.
 
     Raises
     ------
     ConfigError
-        A name or the host cannot be one; nothing was written.
+        A name or the host cannot be one, or the authority's key is elsewhere; nothing was written.
     """
     check_host(host, "--host")
     made = tuple(
@@ -127,12 +132,18 @@ def create(
         for (name, config), own in zip(nodes.items(), node_ports, strict=True)
     )
     federation = Federation(folder, host, *ports, made)
-    make_authority(folder)
-    if not (folder / "superlink" / "server.key").exists():
-        make_server(folder, list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"])), valid)
-    for node in made:
-        make_node(folder, node.name)
-    write(federation)
+    hosts, new = list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"])), not folder.exists()
+    try:
+        if not is_for(folder, hosts, valid):
+            make_authority(folder)
+            make_server(folder, hosts, valid or VALID)
+        for node in made:
+            make_node(folder, node.name)
+        write(federation)
+    except BaseException:
+        if new:  # nothing half-made stays
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return federation
 
 

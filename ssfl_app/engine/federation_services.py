@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from click import ClickException
 from flwr.common.config import parse_config_args
@@ -17,7 +18,7 @@ from ssfl_app.engine.credentials import check_host, expires, private
 from ssfl_app.engine.federation import Federation
 from ssfl_app.engine.federation_control import register
 from ssfl_app.engine.keeper import Keeper, Service
-from ssfl_app.engine.processes import LOOPBACK, environment, proxies, wait_until_healthy
+from ssfl_app.engine.processes import LOOPBACK, check_port, environment, proxies, wait_until_healthy
 from ssfl_app.local.place import check_name
 from ssfl_app.options import ConfigError
 
@@ -87,11 +88,11 @@ def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
     check_host(host, f"--superlink {superlink!r}: host")
     if not (number.isascii() and number.isdigit() and 0 < int(number) < 2**16):
         raise ConfigError(f"--superlink is {superlink!r}; it is HOST:PORT, the port from 1 to 65535")
-    check_config(config)
+    said = check_config(config)
     # Of its own: nodes that share an FLWR_HOME read each other's half-copied apps.
     private(home)
     private(home / "flwr")
-    if "state-path=" not in config:
+    if "state-path" not in said:
         config = f"{config} state-path='{home / 'state'}'".strip()
     command = ["flower-supernode", "--superlink", superlink, "--root-certificates", str(home / "ca.crt")]
     command += ["--auth-supernode-private-key", str(home / "key"), "--node-config", config]
@@ -102,14 +103,21 @@ def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
     return Service(home.name, command, home, variables, home / "node.log", GIVES_UP)
 
 
-def check_config(config: str) -> None:
-    """Raise ConfigError if Flower would not read a ``--node-config``, or it names a site as no site may be called."""
+def check_config(config: str) -> dict[str, Any]:
+    """Return what a ``--node-config`` says.
+
+    Raises
+    ------
+    ConfigError
+        Flower would not read it, or it names a site as no site may be called.
+    """
     try:
         said = parse_config_args([config])
     except (ClickException, ValueError, OSError) as error:
         raise ConfigError(f"--node-config is {config!r}; it is \"name='a' data-path='/data/a'\", say") from error
     if "name" in said:
         check_name(said["name"], "name", " in --node-config")
+    return said
 
 
 def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -> None:
@@ -125,7 +133,7 @@ def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -
     Raises
     ------
     ConfigError
-        Somebody does so already, or the SuperLink's certificate has expired.
+        Somebody does so already, the SuperLink's certificate has expired, or a port is in use.
     RunFailed
         The SuperLink or its front does not start.
     """
@@ -135,6 +143,8 @@ def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -
         raise ConfigError(f"--dir is {federation.folder}; its federation is up already")
     keeper = Keeper(federation.state)
     try:
+        check_port("127.0.0.1", federation.control_port, "the control port")
+        check_port(bind, federation.port, "the port for nodes")
         authority = federation.folder / "superlink" / "ca.crt"
         here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)
         here = f"[{here}]" if ":" in here else here

@@ -24,8 +24,8 @@ def services(federation: Federation) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def overview(federation: Federation) -> tuple[Table, bool]:
-    """Return a table of processes and nodes, and whether all are well."""
+def overview(federation: Federation) -> tuple[Table, bool | None]:
+    """Return a table of processes and nodes, and whether all are well; None: nothing is running."""
     up, known = is_up(federation), services(federation)
     online: dict[str, str] = {}
     if up:
@@ -33,7 +33,7 @@ def overview(federation: Federation) -> tuple[Table, bool]:
             online = {node["node-id"]: node["status"] for node in nodes(federation)}
         except RunFailed as error:
             online = {"": str(error)}
-    table = Table(title=f"{federation.folder}: {'up' if up else 'down'}, SuperLink at {federation.address}")
+    table = Table(title=f"{federation.folder}: {'up' if up else 'not running'}, SuperLink at {federation.address}")
     for column in ("service", "process", "restarts", "as the SuperLink sees it", "node-config"):
         table.add_column(column)
     stands = []
@@ -43,11 +43,13 @@ def overview(federation: Federation) -> tuple[Table, bool]:
     ]:
         service = known.get(name, {}) if up else {}
         seen = "" if name in SERVICES else online.get(node_id(federation, name), "unknown")
-        if seen not in ("", "online"):
+        if seen and not up:
+            seen = "not running"
+        elif seen not in ("", "online"):
             seen = ": ".join(filter(None, [seen, complaint(federation.folder / "nodes" / name / "node.log")]))
         stands.append(seen == "online" or (name in SERVICES and bool(service.get("pid"))))
         table.add_row(name, str(service.get("pid") or "-"), str(service.get("restarts", "-")), seen, config)
-    return table, up and all(stands)
+    return table, all(stands) if up else None
 
 
 def complaint(log: Path) -> str:

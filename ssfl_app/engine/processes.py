@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from ssfl_app.guard import RunFailed
+from ssfl_app.options import ConfigError
 
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 20.0
@@ -184,6 +185,25 @@ def tail(log: Path, begin: int = 0) -> str:
         file.seek(begin)
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     return "\n  ".join(lines[-12:])
+
+
+def check_port(host: str, port: int, key: str) -> None:
+    """Find out whether a process could listen at host:port now.
+
+    Raises
+    ------
+    ConfigError
+        It could not; the message begins with `key`, which is what said so.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier one may linger
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"{key} is {port}; nothing can listen there on {host} ({error.strerror or error}): name another one"
+        ) from error
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ssfl_app import config as configuration
 from ssfl_app.config import Flat
-from ssfl_app.options import ConfigError
+from ssfl_app.options import ConfigError, not_a_key
 from ssfl_app.strategies import REGISTRY
 
 # Keys with a list of their own in [compare], and keys that are the affair of `ssfl compare`.
@@ -109,8 +109,9 @@ def _runs(given: Flat, asked: dict[str, Any], axes: dict[str, Any], override: Fl
     lists = [_values(f"compare.{_LISTS[key]}", asked.pop(_LISTS[key], [base[key]])) for key in _LISTS]
     strategies = [_strategy("compare.strategies", name) for name in lists[0]]
     if asked:
-        known = ", ".join([*_LISTS.values(), "baseline", "axes", "only"])
-        raise ConfigError(f"compare.{next(iter(asked))} is not a key; [compare] has {known}")
+        known = [*_LISTS.values(), "baseline", "axes", "only"]
+        names = [f"compare.{name}" for name in known]
+        raise not_a_key(f"compare.{next(iter(asked))}", names, f"[compare] has {', '.join(known)}")
     places = [dict(zip(axes, point, strict=True)) for point in itertools.product(*_checked(axes))]
     for seed, place, density, strategy in itertools.product(lists[1], places, lists[2], strategies):
         name = str(override.get("strategy", strategy))

@@ -19,6 +19,9 @@ from ssfl_app.local.sources import OWN, READERS, own, unseen
 from ssfl_app.local.transform import Transform as Transform
 from ssfl_app.options import ConfigError, anything, at_least, choice, option
 
+MIRRORED = ("cifar10", "cifar100", "tiny-imagenet")
+"""Data sets whose published training scripts crop and mirror."""
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -29,13 +32,14 @@ class DataOptions:
     name : str
         A key of `ssfl_app.local.sources.READERS`, or one of `OWN` there.
     path : str
-        Folder of the data set; digits needs none.
+        Folder of the data set; empty for digits.
     download : bool
         Whether torchvision may download cifar10, cifar100 and tiny-imagenet into `path`.
     image_size : int
         Pixels a side to resize to (parquet, folder, tiny-imagenet); 0: as they are.
     augment : str
-        ``"crop-flip"``, ``"none"``, or ``"auto"``: none for digits, crop-flip for all else.
+        ``"crop-flip"``, ``"none"``, or ``"auto"``: crop-flip for those of `MIRRORED`, none for all else. Nobody
+        knows of other images whether their mirror images are the same things: digits, text and lungs are not.
     where : str
         ``"shared"``: one data set that is dealt to the clients; ``"sites"``: each client brings its own.
     classes : str
@@ -190,7 +194,7 @@ def load_central(options: DataOptions) -> DataSet:
 def _data_set(options: DataOptions, raw: Raw) -> DataSet:
     augment = options.augment
     if augment == "auto":
-        augment = "none" if options.name == "digits" else "crop-flip"
+        augment = "crop-flip" if options.name in MIRRORED else "none"
     train = Images(torch.from_numpy(raw.train), torch.from_numpy(raw.train_labels))
     test = Images(torch.from_numpy(raw.test), torch.from_numpy(raw.test_labels))
     notes = raw.notes + _class_notes(options, raw)

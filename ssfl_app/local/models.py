@@ -7,6 +7,8 @@ code: 3x3 stem of stride 1, no max-pool, every norm a GroupNorm. With 10 classes
 CIFAR ResNet-20/32/44/56/110 (He et al., CVPR 2016, section 4.2) have 3 stages of 16/32/64 channels and
 parameter-free shortcuts (option A).
 
+Under BatchNorm a batch in training needs two values a channel: `fewest` says of how many images that is.
+
 A model is built without touching torch's global generator, and its initial weights depend on the seed only.
 """
 
@@ -102,6 +104,10 @@ REGISTRY: dict[str, Callable[[int, int, Callable[[int], nn.Module]], nn.Module]]
 }
 
 
+SHRINKS = dict.fromkeys(REGISTRY, 4) | {"cnn": 1, "resnet18": 8, "resnet50": 8}
+"""By how much each side of an image is divided, rounded up, in the smallest map that a norm sees."""
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Keys of the room ``model``."""
@@ -114,6 +120,19 @@ def outline(options: ModelOptions, channels: int, classes: int) -> nn.Module:
     """Return the model on the meta device: names and shapes, no memory, no random numbers."""
     with torch.device("meta"):
         return REGISTRY[options.name](channels, classes, norm_layer(options.norm))
+
+
+def fewest(options: ModelOptions, shape: tuple[int, int, int]) -> int:
+    """Return how many images a training batch has at least: 2 where a BatchNorm sees one pixel a channel, else 1.
+
+    A norm over a batch needs two values of each channel, and a map of one pixel gives it one an image.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of an image: channels, height, width.
+    """
+    return 2 if options.norm == "batch" and max(shape[1:]) <= SHRINKS[options.name] else 1
 
 
 def create(options: ModelOptions, channels: int, classes: int, seed: int) -> nn.Module:

@@ -81,8 +81,12 @@ class Place:
 
     def in_its_words(self, error: ConfigError) -> ConfigError:
         """Return an error about the data with the key that this node was started with."""
-        text = str(error).replace("data.path is", "data-path is") if self.data_path else str(error)
-        return PrivateError(text, error.public) if isinstance(error, PrivateError) else ConfigError(text)
+
+        def own(text: str) -> str:
+            return re.sub(r"\bdata\.path( is|$|, which is)", r"data-path\1", text) if self.data_path else text
+
+        text = own(str(error))
+        return PrivateError(text, own(error.public)) if isinstance(error, PrivateError) else ConfigError(text)
 
     def obeyed(self, run_config: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """Return the run config without the folder that a server names, unless this node reads such folders.

@@ -17,7 +17,7 @@ from ssfl_app.local.image_cache import Raw, Wanted, cached
 from ssfl_app.local.images import decode, measure
 from ssfl_app.local.parquet import read_parquet
 from ssfl_app.local.unreadable import check_regular, is_folder, one_line, unreadable
-from ssfl_app.options import ConfigError
+from ssfl_app.options import ConfigError, PrivateError
 
 # Mean and std of each channel as the published training scripts have them (DisPFL, SSFL).
 _CIFAR_MOMENTS = {
@@ -55,6 +55,9 @@ def _own_size(name: str, image_size: int) -> None:
 def digits(path: str, download: bool, image_size: int) -> Raw:
     """Read scikit-learn's digits, (1, 8, 8), split 80/20 with equal class shares; nothing is downloaded."""
     _own_size("digits", image_size)
+    if path:  # or a forgotten data.name would train on these without a word
+        rule = "data.name is digits; it reads no data.path"
+        raise PrivateError(f"{rule}, which is {path!r}", rule)
     # Through the cache: to import scikit-learn takes a second, and a real SuperNode starts a process a message.
     versions = [metadata.version(name) for name in ("scikit-learn", "numpy")]
     raw = cached(("digits", *versions), [], _digits)

@@ -39,6 +39,8 @@ class LocalTrainer:
     steps : str
         ``"plain"``; or, where plain SGD trains a model with its usual forward pass, ``"graphs"``: steps that a GPU
         replays; ``"static"``: the same steps uncaptured, for comparison. See `ssfl_app.local.captured`.
+    fewest : int
+        Images that a training batch has at least: `ssfl_app.local.models.fewest`.
 
     Attributes
     ----------
@@ -55,12 +57,14 @@ class LocalTrainer:
         device: torch.device,
         precision: str = "fp32",
         steps: Steps = "plain",
+        fewest: int = 1,
     ) -> None:
         self.options = options
         self.transform = transform
         self.device = device
         self.precision = precision
         self.steps = steps
+        self.fewest = fewest
         self.passes = 0
         self.looks = 0
         self._static: StaticStep | None = None
@@ -88,7 +92,7 @@ class LocalTrainer:
         model : nn.Module
             On `self.device`.
         data : Images
-            n >= 1 images; anywhere, moved once.
+            n >= `self.fewest` images; anywhere, moved once.
         rng : np.random.Generator
             Order of the images and augmentation.
         lr : float
@@ -153,15 +157,17 @@ class LocalTrainer:
         What an epoch draws is drawn at its start and goes to the device at once, so nothing there waits for it.
         """
         size, count = self.options.batch_size, len(data)
+        sizes = batch_sizes(count, size, self.fewest)
         order = rng.permutation(count)[None]
-        draws = [self.transform.draw(data.pixels[start : start + size], rng) for start in range(0, count, size)]
+        draws = [self.transform.draw(part, rng) for part in torch.split(data.pixels, sizes)]
         plan = torch.from_numpy(np.concatenate([order, np.concatenate(draws, axis=1)]))
         if self.device.type == "cuda":
             plan = plan.pin_memory().to(self.device, non_blocking=True)
         batches = max(1, ahead // (size * data.pixels[0].numel() * torch.float32.itemsize))
-        for part in torch.split(plan, batches * size, dim=1):
+        groups = [sizes[first : first + batches] for first in range(0, len(sizes), batches)]
+        for group, part in zip(groups, torch.split(plan, [sum(group) for group in groups], dim=1), strict=True):
             inputs, labels = self.transform.apply(data.pixels[part[0]], part[1:]), data.labels[part[0]]
-            yield from zip(torch.split(inputs, size), torch.split(labels, size), strict=True)
+            yield from zip(torch.split(inputs, group), torch.split(labels, group), strict=True)
 
     def _here(self, data: Images) -> Images:
         """Return the images on the device, which from now on computes as `precision` says."""
@@ -229,6 +235,22 @@ class LocalTrainer:
         if temperature == 1:
             return F.cross_entropy(logits, labels)
         return temperature * F.cross_entropy(logits / temperature, labels)
+
+
+def batch_sizes(count: int, size: int, fewest: int = 1) -> list[int]:
+    """Return how many images each batch of a pass over `count` has: `size`, and what is left over in the last.
+
+    A last batch of less than `fewest` joins the one before it.
+
+    Examples
+    --------
+    >>> batch_sizes(71, 14), batch_sizes(71, 14, fewest=2)
+    ([14, 14, 14, 14, 14, 1], [14, 14, 14, 14, 15])
+    """
+    sizes = [size] * (count // size) + [count % size] * (count % size > 0)
+    if len(sizes) > 1 and sizes[-1] < fewest:
+        sizes[-2:] = [sum(sizes[-2:])]
+    return sizes
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The checkpoint of a run: what it can be taken up again from, bound to its configuration and its records.
 
-``checkpoint/latest.safetensors`` holds a strategy's `snapshot`, the round, and digests of all that belongs to it: the
-arrays, the configuration, and the lines that ``rounds.jsonl`` had. These lines are on the disk before it is.
+``checkpoint/latest.safetensors`` holds a strategy's `snapshot`, the round, the configuration, and digests of the
+arrays and of the lines that ``rounds.jsonl`` had. These lines are on the disk before it is.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from ssfl_app.config import Flat, identity
+from ssfl_app.config import Flat, difference, identity
 from ssfl_app.files import check_regular, sync
 from ssfl_app.options import ConfigError
 from ssfl_app.seal import Damaged, read_sealed, write_sealed
@@ -65,12 +65,16 @@ def load(folder: Path, flat: Flat) -> Saved | None:
         if not well or not 0 <= round_ <= int(flat["run.rounds"]) or count < 1:
             raise Damaged(f"is of round {round_!r} with {count!r} records; rounds are 0 to {flat['run.rounds']}")
         if facts["config"] != identity(flat):
-            raise ConfigError(f"{folder / 'config.toml'} is not the configuration that {path} was written under")
+            clash = difference(identity(flat), facts["config"]) or "it lacks a key"
+            raise ConfigError(
+                f"{folder / 'config.toml'} is another one than {path} was written under: {clash}. Put that back, or "
+                "begin the run anew in another folder"
+            )
         kept = _lines(lines)[:count]
         if len(kept) != count or facts["lines"] != hashlib.sha256(b"".join(kept)).hexdigest():
             raise ConfigError(f"{lines} is damaged: it does not begin with the {count} records that {path} goes with")
         return Saved(round_, seconds, [json.loads(line) for line in kept], arrays)
-    except (Damaged, KeyError, TypeError, RecursionError) as error:
+    except (Damaged, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = error if isinstance(error, Damaged) else f"is damaged ({error!r})"
         raise ConfigError(f"{path} {why}; put back a copy, or begin the run anew in another folder") from error
     except OSError as error:

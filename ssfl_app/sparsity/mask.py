@@ -31,6 +31,27 @@ def keep_count(density: float, size: int) -> int:
     return math.floor(Fraction(repr(float(density))) * size)
 
 
+def alive_count(layout: Layout, density: float, scope: Scope = "global", min_per_layer: int = 0) -> int:
+    """Return how many coordinates `Mask.top` and `Mask.random` keep; they refuse to keep none.
+
+    Raises
+    ------
+    ValueError
+        The density is out of range.
+    """
+    counts = [keep_count(density, span.stop - span.start) for span in _groups(layout, scope)]
+    if scope == "layer":
+        spans = layout.prunable_spans.values()
+        counts = [max(c, min(min_per_layer, s.stop - s.start)) for c, s in zip(counts, spans, strict=True)]
+    return sum(counts)
+
+
+def none_alive(layout: Layout, density: float) -> str:
+    """Return what is wrong with a density under which nothing would train."""
+    size = layout.prunable_size
+    return f"density is {density}; it leaves none of {size:,} prunable weights alive: one is {1 / size:.1e} of them"
+
+
 class Mask:
     """The alive coordinates of a layout's prunable tensors.
 
@@ -114,7 +135,8 @@ class Mask:
         Raises
         ------
         ValueError
-            Non-finite scores, wrong shape, density out of range, or a floor that needs more than the total.
+            Non-finite scores, wrong shape, density out of range or too low to leave one alive, or a floor that needs
+            more than the total.
         """
         if scores.shape != (layout.prunable_size,):
             raise ValueError(f"scores have shape {scores.shape}; this layout needs ({layout.prunable_size},)")
@@ -122,8 +144,11 @@ class Mask:
             raise ValueError(f"{np.count_nonzero(~np.isfinite(scores))} scores are NaN or Inf; all must be finite")
         if ties not in ("index", "keep"):
             raise ValueError(f"ties is {ties!r}; it is index or keep")
+        total = alive_count(layout, density, scope, min_per_layer)
+        if layout.prunable_size and not total:
+            raise ValueError(none_alive(layout, density))
         if min_per_layer and scope == "global":
-            scores = _with_floor(layout, scores, min_per_layer, keep_count(density, layout.prunable_size))
+            scores = _with_floor(layout, scores, min_per_layer, total)
         alive = np.zeros(layout.prunable_size, dtype=np.bool_)
         for span in _groups(layout, scope):
             size = span.stop - span.start
@@ -135,7 +160,15 @@ class Mask:
 
     @classmethod
     def random(cls, layout: Layout, density: float, rng: np.random.Generator, scope: Scope = "global") -> "Mask":
-        """Keep floor(density * size) uniformly random coordinates, over all layers or in each."""
+        """Keep floor(density * size) uniformly random coordinates, over all layers or in each.
+
+        Raises
+        ------
+        ValueError
+            Density out of range, or too low to leave one alive.
+        """
+        if layout.prunable_size and not alive_count(layout, density, scope):
+            raise ValueError(none_alive(layout, density))
         alive = np.zeros(layout.prunable_size, dtype=np.bool_)
         for span in _groups(layout, scope):
             size = span.stop - span.start

@@ -8,7 +8,7 @@ crosses the wire that of `post`, and what a client does that of `rule`.
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from ssfl_app.robust import distance, there
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, LinearCodec, SharedMask
 from ssfl_app.sparsity.layout import Layout, State, Vector
-from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.mask import Mask, Scope, alive_count, none_alive
 from ssfl_app.sparsity.values import Allowed, Arrays
 from ssfl_app.strategies.checks import check_feedback, check_number, check_samples, check_tested, stored
 from ssfl_app.strategies.course import Ask, Course, Record
@@ -104,6 +104,8 @@ class SparseStrategy(Strategy):
             )
         self.layout = layout
         self.settings = settings
+        if self.density_matters and layout.prunable_size and not self.alive():
+            raise ConfigError(f"mask.{none_alive(layout, settings.mask.density)}")
         self.state: State = {}
         self.mask = Mask.dense(layout)
         self.watch: Watch | None = None
@@ -132,6 +134,11 @@ class SparseStrategy(Strategy):
             )
 
     # ---- the hooks ---------------------------------------------------------------------------
+
+    def alive(self) -> int:
+        """Return how many weights mask.density leaves alive; a strategy that leaves none is not made."""
+        wanted = self.settings.mask
+        return alive_count(self.layout, wanted.density, cast(Scope, wanted.scope), wanted.min_per_layer)
 
     def setup(self, ask: Ask) -> None:
         """Find out what must be known before round 1. Default: nothing."""

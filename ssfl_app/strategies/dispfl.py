@@ -118,6 +118,11 @@ class DisPfl(OwnMasks):
         self._present = self.present(0)
         self._consensus: State | None = None
 
+    def alive(self) -> int:
+        """Return the sum over the layers."""
+        options = cast(DisPflOptions, self.settings.own["dispfl"])
+        return sum(layer_counts(self.layout, self.settings.mask.density, options.densities).values())
+
     def setup(self, ask: Ask) -> None:
         """Draw every client's mask, and give it its part of the initial weights."""
         layout, run, same = self.layout, self.settings.run, self._options.same_initial

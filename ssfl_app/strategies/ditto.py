@@ -25,7 +25,7 @@ from ssfl_app.local.data import Images
 from ssfl_app.options import anything, at_least
 from ssfl_app.sparsity.layout import State, load_state, state_of
 from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.personal import held_out
+from ssfl_app.strategies.personal import held_out, held_out_of
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Parcel
@@ -54,6 +54,12 @@ class DittoClient(ClientRule):
         """Return the epochs of both models, with ditto.dynamic of all candidates."""
         options = cast(DittoOptions, settings.own["ditto"])
         return super().uses(settings) + options.global_epochs + len(CANDIDATES) * (options.personal_epochs + 1)
+
+    @classmethod
+    def trained(cls, settings: Settings, images: int) -> int:
+        """Return all images; with ditto.dynamic those that are not held out."""
+        dynamic = cast(DittoOptions, settings.own["ditto"]).dynamic
+        return images - held_out_of(images, HELD_OUT) if dynamic else images
 
     def train(self, parcel: Parcel) -> Parcel:
         """Train the global model, then the personal one; return the global one."""

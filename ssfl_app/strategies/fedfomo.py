@@ -38,7 +38,7 @@ from ssfl_app.sparsity.codec import LinearCodec
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, take
 from ssfl_app.strategies.gossip import DenseRelay
-from ssfl_app.strategies.personal import held_out
+from ssfl_app.strategies.personal import held_out, held_out_of
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
@@ -64,6 +64,11 @@ class FedFomoClient(ClientRule):
     def uses(cls, settings: Settings) -> int:
         """Return the tests of the peers' models too."""
         return super().uses(settings) + cast(FedFomoOptions, settings.own["fedfomo"]).peers
+
+    @classmethod
+    def trained(cls, settings: Settings, images: int) -> int:
+        """Return the images that are not held out."""
+        return images - held_out_of(images, cast(FedFomoOptions, settings.own["fedfomo"]).validation)
 
     def train(self, parcel: Parcel) -> Parcel:
         """Train the client's model, mix it with what came down, and return it with the peers' weights."""

@@ -134,7 +134,7 @@ class FlashClient(ClientRule):
         """Train the workbench's model with sparse learning; return the mask it ends with and the mean loss."""
         site, rng = self.site, generator(self.settings.run.seed, purpose, round_, self.site.number)
         parts = [site.train] * epochs
-        if epochs == 1 and len(site.train) > 1:
+        if epochs == 1 and len(site.train) >= 2 * site.trainer.fewest:
             parts = [site.train.take(half) for half in np.array_split(rng.permutation(len(site.train)), 2)]
         total = 0.0
         for done, images in enumerate(parts):

@@ -173,7 +173,9 @@ class Hellos:
         except (ValueError, TypeError, LookupError, AttributeError, DecodeError) as error:
             # Flower builds a message from the objects that a node uploaded, and these are the node's word.
             del self._waiting[message_id]
-            self._settle(node, f"its hello is no message: {last_line(f'{type(error).__name__}: {error}')}")
+            ours = isinstance(error, PayloadError)
+            why = last_line(str(error)) if ours else f"Flower cannot read it ({type(error).__name__})"
+            self._settle(node, f"its hello is no message: {why}")
         return None
 
     def _settle(self, node: int, odd: str = "") -> None:

@@ -35,6 +35,14 @@ def finetuned(rule: ClientRule, parcel: Parcel, mask: Mask | None = None) -> Fac
     return {name: facts[name] for name in ("personal_accuracy",) if name in facts}
 
 
+def held_out_of(images: int, share: float) -> int:
+    """Return how many of a client's training images are held out: `share` of them, at least one on either side.
+
+    None of a single image: the client trains and validates on it.
+    """
+    return max(0, min(max(1, round(share * images)), images - 1))
+
+
 def held_out(rule: ClientRule, share: float) -> tuple[Images, Images]:
     """Return (training, validation) images of the client: `share` of them, at least one each, by the run's seed.
 
@@ -42,7 +50,7 @@ def held_out(rule: ClientRule, share: float) -> tuple[Images, Images]:
     """
     site = rule.site
     order = generator(rule.settings.run.seed, "validation", site.number).permutation(len(site.train))
-    count = min(max(1, round(share * len(order))), len(order) - 1)
-    if count < 1:
+    count = held_out_of(len(order), share)
+    if not count:
         return site.train, site.train
     return site.train.take(order[count:]), site.train.take(order[:count])

@@ -141,6 +141,11 @@ class ClientRule:
         return 2 * settings.local.epochs + 3
 
     @classmethod
+    def trained(cls, settings: Settings, images: int) -> int:
+        """Return on how many of a client's training images, `images`, it trains at a time, at least."""
+        return images
+
+    @classmethod
     def work(cls, settings: Settings, images: int) -> int:
         """Return how many images, each as often as it is used, one message has go through a client's model, at most.
 

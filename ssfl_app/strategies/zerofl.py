@@ -38,7 +38,7 @@ from ssfl_app.options import ConfigError, choice, option
 from ssfl_app.robust import distance
 from ssfl_app.sparsity.codec import Bitmask, read_mask
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
-from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.mask import Mask, Scope, alive_count
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Ask
@@ -117,6 +117,10 @@ class ZeroFl(SparseStrategy):
             self._count = sent_mask(layout, np.zeros(layout.size, dtype=np.float32), settings).count
         except ValueError as error:
             raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; {error}") from error
+
+    def alive(self) -> int:
+        """Return how many weights compute, beside the first layer's."""
+        return alive_count(self.layout, self.settings.mask.density, "layer")
 
     def setup(self, ask: Ask) -> None:
         """Find the weights that compute."""
