@@ -5,13 +5,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
 from ssfl_app.sparsity.layout import Layout
-from ssfl_app.sparsity.mask import Mask, keep_count
+from ssfl_app.sparsity.mask import Mask, alive_count, keep_count
 
 law = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -58,6 +58,7 @@ def parts(layout, alive):
 @law
 def test_exactly_the_floor_lives_and_it_is_the_best_with_ties_to_the_lower_index(world, hundredths):
     layout, scores = world
+    assume(alive_count(layout, hundredths / 100))
     mask = Mask.top(layout, scores, hundredths / 100)
     assert mask.count == hundredths * scores.size // 100
     assert set(np.flatnonzero(mask.alive)) == best(scores.tolist(), mask.count)
@@ -67,6 +68,7 @@ def test_exactly_the_floor_lives_and_it_is_the_best_with_ties_to_the_lower_index
 @law
 def test_layer_scope_holds_the_same_in_every_layer(world, hundredths):
     layout, scores = world
+    assume(alive_count(layout, hundredths / 100, "layer"))
     mask = Mask.top(layout, scores, hundredths / 100, "layer")
     for alive, own in zip(parts(layout, mask.alive), parts(layout, scores), strict=True):
         assert set(np.flatnonzero(alive)) == best(own.tolist(), hundredths * own.size // 100)
@@ -76,6 +78,7 @@ def test_layer_scope_holds_the_same_in_every_layer(world, hundredths):
 @law
 def test_keeping_ties_keeps_all_that_reach_the_threshold(world, hundredths, scope):
     layout, scores = world
+    assume(alive_count(layout, hundredths / 100, scope))
     mask = Mask.top(layout, scores, hundredths / 100, scope, ties="keep")
     alives, owns = ([mask.alive], [scores]) if scope == "global" else (parts(layout, a) for a in (mask.alive, scores))
     for alive, own in zip(alives, owns, strict=True):
@@ -89,6 +92,7 @@ def test_keeping_ties_keeps_all_that_reach_the_threshold(world, hundredths, scop
 def test_a_floor_keeps_the_best_of_each_layer_and_the_exact_total(world, hundredths, floor):
     layout, scores = world
     total = hundredths * scores.size // 100
+    assume(total)
     reserved = sum(min(floor, size) for size in sizes(layout))
     if floor and reserved > total:
         with pytest.raises(ValueError, match=f"min-per-layer {floor} reserves {reserved} weights.*leaves {total}"):
@@ -134,6 +138,19 @@ def test_wrong_arguments_of_top_are_refused(change, message):
         Mask.top(**{"layout": LAYOUT, "scores": np.ones(18, np.float32), "density": 0.5} | change)
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_density_that_leaves_nothing_alive_makes_no_mask(scope):
+    none = r"density is 0.05; it leaves none of 18 prunable weights alive"
+    assert alive_count(LAYOUT, 0.05, scope) == 0
+    with pytest.raises(ValueError, match=none):
+        Mask.top(LAYOUT, np.ones(18, np.float32), 0.05, scope)
+    with pytest.raises(ValueError, match=none):
+        Mask.random(LAYOUT, 0.05, np.random.default_rng(1), scope)
+    assert Mask.top(LAYOUT, np.ones(18, np.float32), 0.05, "layer", min_per_layer=1).count == 2
+    one = 0.1 if scope == "layer" else 0.06  # of 12 and 6, or of 18
+    assert Mask.random(LAYOUT, one, np.random.default_rng(1), scope).count == alive_count(LAYOUT, one, scope) == 1
+
+
 def test_density_is_read_as_the_decimal_it_is_written_as():
     assert 0.29 * 100 < 29  # what binary floating point makes of it
     assert keep_count(0.29, 100) == 29
@@ -146,6 +163,7 @@ def test_density_is_read_as_the_decimal_it_is_written_as():
 @law
 def test_random_masks_have_the_exact_count_and_repeat_with_their_generator(layout, hundredths, seed):
     for scope in ("global", "layer"):
+        assume(alive_count(layout, hundredths / 100, scope))
         one, other = (Mask.random(layout, hundredths / 100, np.random.default_rng(seed), scope) for _ in range(2))
         assert one == other
         groups = [sum(sizes(layout))] if scope == "global" else sizes(layout)
@@ -166,6 +184,7 @@ def test_random_masks_are_uniform(scope):
 @law
 def test_shuffling_keeps_the_count_of_each_layer(layout, hundredths, seed):
     rng = np.random.default_rng(seed)
+    assume(alive_count(layout, hundredths / 100))
     mask = Mask.random(layout, hundredths / 100, rng)
     assert list(mask.shuffle(rng).layers()) == list(mask.layers())
 
@@ -195,7 +214,7 @@ class TestAgainstTorchPrune:
         prune.global_unstructured(targets, prune.L1Unstructured, importance_scores=named, amount=amount)
         self.compare(mask, model)
 
-    @pytest.mark.parametrize("hundredths", [1, 10, 29, 50, 99, 100])
+    @pytest.mark.parametrize("hundredths", [2, 10, 29, 50, 99, 100])
     def test_layerwise_ranking_agrees(self, model, hundredths):
         _, mask, scores = self.ours(model, hundredths, "layer")
         for i, own in zip((0, 2, 3), scores, strict=True):

@@ -156,7 +156,7 @@ def test_numbers_of_minibatches_are_sorted_and_counted_once() -> None:
         ({}, (1,), 0, "--repeats is 0; it is a whole number of at least 1"),
         ({}, (), 1, "--batches is []"),
         ({}, (2, 1), 1, "--batches is [2, 1]; it is rising whole numbers"),
-        ({"mask.density": 1e-6}, (1,), 1, "mask.density is 1e-06; it is large enough to keep one of 151072"),
+        ({"mask.density": 1e-6}, (1,), 1, "mask.density is 1e-06; it leaves none of 151,072 prunable weights alive"),
         ({"mask.density": 1.5}, (1,), 1, "mask.density is 1.5"),
         ({"mask.min-per-layer": 10**6}, (1,), 1, "mask.min-per-layer is 1000000"),
         ({"run.clients": 5000}, (1,), 1, "run.clients is 5000"),
