@@ -23,9 +23,13 @@ START_TIMEOUT = 60.0
 STOP_TIMEOUT = 20.0
 
 # The last line of a traceback, which Flower may have logged behind a prefix of its own.
-_EXCEPTION = re.compile(r"^[ \t]*Traceback \(most recent call last\):\n(?:[ \t]+.*\n|\n)*([\w.]+(?::.*)?)$", re.MULTILINE)
+_EXCEPTION = re.compile(
+    r"^[ \t]*Traceback \(most recent call last\):\n(?:[ \t]+.*\n|\n)*([\w.]+(?::.*)?)$", re.MULTILINE
+)
 _FROM = "The above exception was the direct cause of the following exception:"
-_ERROR = re.compile(r"^(ERROR|Error)\s*:\s*")
+# Flower's logger, uvicorn's, and the frame that `flwr` draws around an error.
+_ERROR = re.compile(r"^(?:\S+Z )?(?:ERROR|Error)\s*(?::|\[[\w.]+\])\s*")
+_FRAME = re.compile(r"^\u256d\u2500 Error .*\n((?:\u2502.*\n?)+)", re.MULTILINE)
 
 # Without the third Flower installs torch anew for each run; the others contact the internet.
 _SWITCHES = {
@@ -174,13 +178,15 @@ def cause(text: str) -> str:
     """Return why a process failed, in one line, by what it said: the exception that began the last traceback.
 
     An exception that was raised from another one is that other one's wrapper. Without a traceback it is the last line
-    that Flower logged as an error, else the last line; "" if nothing was said.
+    that was logged as an error, else the last line; "" if nothing was said.
     """
     said = list(_EXCEPTION.finditer(text))
     while len(said) > 1 and _FROM in text[said[-2].end() : said[-1].start()]:
         said.pop()
     if said:
         return in_a_line(said[-1].group(1).strip())
+    if framed := _FRAME.findall(text):
+        return in_a_line(" ".join(framed[-1].replace("\u2502", " ").split()))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line) and "Exit Code" not in line]
     return in_a_line(_ERROR.sub("", (errors or lines or [""])[-1]))

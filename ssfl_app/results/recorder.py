@@ -24,7 +24,7 @@ from safetensors import torch as safe_torch
 
 from ssfl_app import guard
 from ssfl_app.config import Flat, write_toml
-from ssfl_app.files import check_regular, not_regular, remove_unfinished, write_atomically, write_bytes, write_json
+from ssfl_app.files import not_regular, remove_unfinished, write_atomically, write_bytes, write_json
 from ssfl_app.options import ConfigError
 from ssfl_app.results import checkpoint
 from ssfl_app.results.status import write_status

@@ -22,10 +22,12 @@ KEYS = " ".join(f"{key}={value}" for key, value in SMALL.items()) + " run.checkp
 SECONDS = 240
 
 
-def ssfl(folder: Path, keys: str = KEYS, *words: str) -> dict[str, object]:
+def ssfl(folder: Path, keys: str = KEYS, engine: str = "ray", **variables: str) -> dict[str, object]:
     """Run to the end; return the metrics of all rounds and the hashes."""
-    command = [str(BIN / "ssfl"), "run", "-c", keys, "--out", str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    command = [str(BIN / "ssfl"), "run", "--engine", engine, "-c", keys, "--out", str(folder)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, check=False, env=os.environ | variables
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return result(folder)
 
@@ -46,9 +48,14 @@ def result(folder: Path) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Return the result of the in-process engine."""
-    found = ssfl(tmp_path_factory.mktemp("inline") / "run", KEYS, "--engine", "inline")
+    found = ssfl(tmp_path_factory.mktemp("inline") / "run", KEYS, "inline")
     assert found.pop("engine") == "inline"
     return found
+
+
+def left_behind(before: set[Path]) -> set[Path]:
+    """Return what came to the places where Ray keeps files by default, and where a launcher has its own."""
+    return {*Path("/tmp").glob("ray/session_2*"), *Path("/dev/shm").iterdir(), *Path("/tmp").glob("ssfl-*")} - before
 
 
 @pytest.mark.parametrize("actors", [1, 2])
@@ -64,7 +71,7 @@ def test_ray_gives_the_digits_of_the_in_process_engine(
 def test_personal_models_on_ray_are_those_of_the_in_process_engine(tmp_path: Path) -> None:
     """Each client's model is a file of the run folder, whoever wrote it: actors, or this process."""
     keys = f"{KEYS} strategy='ditto'"
-    inline, ray = ssfl(tmp_path / "inline", keys, "--engine", "inline"), ssfl(tmp_path / "ray", keys)
+    inline, ray = ssfl(tmp_path / "inline", keys, "inline"), ssfl(tmp_path / "ray", keys)
     assert (inline.pop("engine"), ray.pop("engine")) == ("inline", "ray")
     assert ray == inline
     files = [sorted((tmp_path / name / "clients").glob("client-*/*.safetensors")) for name in ("inline", "ray")]
@@ -78,7 +85,7 @@ def test_personal_models_on_ray_are_those_of_the_in_process_engine(tmp_path: Pat
 def start(folder: Path, keys: str = KEYS) -> tuple["subprocess.Popen[str]", set[int]]:
     """Start a run and wait for its first checkpoint; return it and the processes that were there before."""
     before = {process.pid for process in psutil.process_iter()}
-    command = [str(BIN / "ssfl"), "run", "-c", keys, "--out", str(folder)]
+    command = [str(BIN / "ssfl"), "run", "--engine", "ray", "-c", keys, "--out", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + SECONDS
     while not (folder / "checkpoint" / "latest.safetensors").exists():
@@ -108,7 +115,7 @@ def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, obje
         assert time.monotonic() < end, "the simulation outlives its launcher"
         time.sleep(0.1)
     assert not (folder / "summary.json").exists()
-    command = [str(BIN / "ssfl"), "run", "--resume", str(folder)]
+    command = [str(BIN / "ssfl"), "run", "--engine", "ray", "--resume", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after round" in done.stdout
@@ -159,7 +166,7 @@ def test_a_run_is_reached_by_nobody_and_a_dead_actor_ends_it_with_a_plain_messag
 def test_a_run_that_fails_on_ray_has_exit_code_1_and_says_why(tmp_path: Path) -> None:
     # Ray's actors need seconds to start and greet.
     keys = f"{KEYS} run.join-timeout=0.01 run.round-timeout=0.01"
-    command = [str(BIN / "ssfl"), "run", "-c", keys, "--out", str(tmp_path / "run")]
+    command = [str(BIN / "ssfl"), "run", "--engine", "ray", "-c", keys, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 1
     assert "clients joined within run.join-timeout" in done.stderr
