@@ -161,7 +161,7 @@ def cache(
 
 def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
-    # `kill` and a terminal that is closed end a run as Ctrl-C does: through the clean-up of everything that was started.
+    # `kill` and a closed terminal end a run as Ctrl-C does: through the clean-up of everything that was started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)

@@ -31,7 +31,7 @@ def copy_app(target: Path) -> Path:
 
 
 def follow(flwr: "subprocess.Popen[bytes]", folder: Path, say: Callable[[str], None]) -> None:
-    """Say the lines that the ServerApp adds to console.log, until it has recorded its end, or Flower's command ends."""
+    """Say what the ServerApp adds to console.log, until it has recorded how it ended, or Flower's command ends."""
     console = folder / "console.log"
     read = console.stat().st_size if console.exists() else 0
     alive = True

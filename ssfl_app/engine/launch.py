@@ -11,8 +11,8 @@ What plain ``flwr run`` leaves to its user, and is done here:
 - Ray joins a cluster that was ever started on this machine, and fails if that is gone. Here every run has its own.
 - the folder of a Flower app may hold letters, digits and hyphens only, a clone's need not: the app is copied.
 - ``flwr run --stream`` exits with 0 even if the run failed. Here success is what the ServerApp recorded.
-- Flower and Ray take seconds to end in order. Here nothing waits for that: when the ServerApp has recorded how the run
-  ended, every process of it is killed, and what it left goes with its folder.
+- Flower and Ray take seconds to end in order. Here nothing waits for that: when the ServerApp has recorded how the
+  run ended, every process of it is killed, and what it left goes with its folder.
 """
 
 import contextlib
@@ -126,8 +126,8 @@ def _closed() -> dict[str, str]:
 
     By its defaults every process of Ray listens on all interfaces and runs what it is sent, whoever sends it. Flower
     passes no address on to `ray.init`; the first variable, made for two other systems, is Ray's own way to take the
-    loopback interface. There the token keeps out other users of this machine. Without the last one Ray connects to the
-    cluster whose address some ``ray start`` has left on this machine, living or dead.
+    loopback interface. There the token keeps out other users of this machine. Without the last one Ray
+    connects to the cluster whose address some ``ray start`` has left on this machine, living or dead.
     """
     token = secrets.token_hex(32)
     closed = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
@@ -135,8 +135,8 @@ def _closed() -> dict[str, str]:
 
 
 def _actors() -> dict[str, str]:
-    # Processes that Ray starts before it is asked are never used, since Flower's actors have another environment; those
-    # that are used import torch when they start, not when the first message comes.
+    # Processes that Ray starts before it is asked are never used, since Flower's actors have another environment;
+    # those that are used import torch when they start, not when the first message comes.
     return {"RAY_prestart_worker_first_driver": "0", "RAY_preload_python_modules": "ssfl_app.client_app"}
 
 

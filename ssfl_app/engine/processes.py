@@ -126,7 +126,7 @@ def _wait(family: list[psutil.Process], timeout: float) -> list[psutil.Process]:
 
 
 def _alive(process: psutil.Process) -> bool:
-    # What has ended stays in the table until its parent asks for it; the first process of a container may never do so.
+    # What has ended stays in the table until its parent asks for it; a container's first process may never do so.
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
