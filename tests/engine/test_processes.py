@@ -78,7 +78,7 @@ SAID = {
         "Connection to the SuperLink is unavailable. Please check your network connection.",
     ),
     "one line": ("Killed\n\n", "Killed"),
-    "a forged line": ("\x1b[2Jgone\x07\n", "gone\\x07"),
+    "a forged line": ("\x1b[2Jgone\x07\n", "\\x1b[2Jgone\\x07"),
 }
 
 
@@ -99,7 +99,7 @@ def test_a_log_that_says_nothing_is_named(tmp_path: Path) -> None:
     for made in (False, True):
         if made:
             (tmp_path / "flower.log").touch()
-        with pytest.raises(RunFailed, match="Flower ended the run without a reason .*flower.log"):
+        with pytest.raises(RunFailed, match=r"Flower ended the run without a reason .*flower\.log"):
             judge(tmp_path, tmp_path / "flower.log", 0)
     assert cause("") == ""
 

@@ -3,9 +3,12 @@
 import contextlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -53,11 +56,6 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return found
 
 
-def left_behind(before: set[Path]) -> set[Path]:
-    """Return what came to the places where Ray keeps files by default, and where a launcher has its own."""
-    return {*Path("/tmp").glob("ray/session_2*"), *Path("/dev/shm").iterdir(), *Path("/tmp").glob("ssfl-*")} - before
-
-
 @pytest.mark.parametrize("actors", [1, 2])
 def test_ray_gives_the_digits_of_the_in_process_engine(
     actors: int, inline: dict[str, object], tmp_path: Path
@@ -82,11 +80,15 @@ def test_personal_models_on_ray_are_those_of_the_in_process_engine(tmp_path: Pat
     assert all(one.read_bytes() == two.read_bytes() for one, two in zip(*files, strict=True))
 
 
-def start(folder: Path, keys: str = KEYS) -> tuple["subprocess.Popen[str]", set[int]]:
+def start(
+    folder: Path, keys: str = KEYS, engine: str = "ray", **variables: str
+) -> tuple["subprocess.Popen[str]", set[int]]:
     """Start a run and wait for its first checkpoint; return it and the processes that were there before."""
     before = {process.pid for process in psutil.process_iter()}
-    command = [str(BIN / "ssfl"), "run", "--engine", "ray", "-c", keys, "--out", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [str(BIN / "ssfl"), "run", "--engine", engine, "-c", keys, "--out", str(folder)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | variables
+    )
     end = time.monotonic() + SECONDS
     while not (folder / "checkpoint" / "latest.safetensors").exists():
         assert process.poll() is None
@@ -120,6 +122,57 @@ def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, obje
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after round" in done.stdout
     assert result(folder)["model"] == inline["model"]
+
+
+@pytest.mark.parametrize("engine", ["ray", "inline"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupted_run_says_so_and_leaves_nothing(engine: str, number: int, tmp_path: Path) -> None:
+    folder, own = tmp_path / "run", tmp_path / "tmp"
+    own.mkdir()
+    shared = {*Path("/tmp").glob("ray/session_2*"), *Path("/dev/shm").iterdir()}
+    process, _ = start(folder, f"{KEYS} run.rounds=500", engine, TMPDIR=str(own))
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert engine == "inline" or len(family) > 6
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    cure = "run --engine ray --resume" if engine == "ray" else "run --resume"
+    assert errors == f"ssfl: interrupted\nto go on: ssfl {cure} {folder}\n"
+    assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
+    gone = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    assert not [p for p in family if p.is_running() and p.status() not in gone]
+    assert list(own.glob("ssfl-*")) == []
+    left = {*Path("/tmp").glob("ray/session_2*"), *Path("/dev/shm").iterdir()} - shared
+    ours = {str(p.pid) for p in family}  # other runs on this machine leave theirs
+    assert not [path for path in left if ours & set(re.split(r"\D+", path.name))]
+
+
+def test_what_others_left_of_ray_is_no_concern_of_a_run(inline: dict[str, object], tmp_path: Path) -> None:
+    """A cluster that crashed, by its address file or by the variable of somebody's shell."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # short, as Ray wants it
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
+        for variables in ({"RAY_TMPDIR": folder}, {"RAY_ADDRESS": "127.0.0.1:6379"}):
+            found = ssfl(tmp_path / next(iter(variables)), KEYS, **variables)
+            assert found["model"] == inline["model"]
+        assert [path.name for path in Path(folder).rglob("*")] == ["ray", "ray_current_cluster"]
+
+
+def test_ray_that_does_not_start_is_said_by_its_cause(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [str(BIN / "ssfl"), "run", "--engine", "ray", "-c", f"{KEYS} run.clients=7", "--out", str(folder)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        env=os.environ | {"RAY_OVERRIDE_RESOURCES": "no JSON"},  # as good a reason as any
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("ssfl: the run failed: json.decoder.JSONDecodeError: Expecting value")
+    assert done.stderr.count("\n") == 2
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
 
 
 def listening(process: psutil.Process) -> dict[tuple[str, int], str]:
