@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -124,13 +125,19 @@ def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, obje
     assert result(folder)["model"] == inline["model"]
 
 
-@pytest.mark.parametrize("engine", ["ray", "inline"])
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """Yield a folder whose name leaves room for a socket's."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_an_interrupted_run_says_so_and_leaves_nothing(engine: str, number: int, tmp_path: Path) -> None:
-    folder, own = tmp_path / "run", tmp_path / "tmp"
-    own.mkdir()
-    shared = {*Path("/tmp").glob("ray/session_2*"), *Path("/dev/shm").iterdir()}
-    process, _ = start(folder, f"{KEYS} run.rounds=500", engine, TMPDIR=str(own))
+@pytest.mark.parametrize("engine", ["ray", "inline"])
+def test_an_interrupted_run_says_so_and_leaves_nothing(engine: str, number: int, short: Path, tmp_path: Path) -> None:
+    shared = {*Path("/tmp/ray").glob("session_2*"), *Path("/dev/shm").iterdir()}
+    folder = tmp_path / "run"
+    process, _ = start(folder, f"{KEYS} run.rounds=500", engine, TMPDIR=str(short))
     family = psutil.Process(process.pid).children(recursive=True)
     assert engine == "inline" or len(family) > 6
     process.send_signal(number)
@@ -141,21 +148,22 @@ def test_an_interrupted_run_says_so_and_leaves_nothing(engine: str, number: int,
     assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
     gone = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     assert not [p for p in family if p.is_running() and p.status() not in gone]
-    assert list(own.glob("ssfl-*")) == []
-    left = {*Path("/tmp").glob("ray/session_2*"), *Path("/dev/shm").iterdir()} - shared
+    assert list(short.iterdir()) == []
+    left = {*Path("/tmp/ray").glob("session_2*"), *Path("/dev/shm").iterdir()} - shared
     ours = {str(p.pid) for p in family}  # other runs on this machine leave theirs
     assert not [path for path in left if ours & set(re.split(r"\D+", path.name))]
 
 
-def test_what_others_left_of_ray_is_no_concern_of_a_run(inline: dict[str, object], tmp_path: Path) -> None:
-    """A cluster that crashed, by its address file or by the variable of somebody's shell."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # short, as Ray wants it
-        (Path(folder) / "ray").mkdir()
-        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
-        for variables in ({"RAY_TMPDIR": folder}, {"RAY_ADDRESS": "127.0.0.1:6379"}):
-            found = ssfl(tmp_path / next(iter(variables)), KEYS, **variables)
-            assert found["model"] == inline["model"]
-        assert [path.name for path in Path(folder).rglob("*")] == ["ray", "ray_current_cluster"]
+def test_what_others_left_of_ray_is_no_concern_of_a_run(
+    inline: dict[str, object], short: Path, tmp_path: Path
+) -> None:
+    """A cluster that crashed, by its address file and by the variable of somebody's shell."""
+    (short / "ray").mkdir()
+    (short / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
+    others = {"RAY_TMPDIR": str(short), "RAY_ADDRESS": "127.0.0.1:6379"}
+    for name, value in others.items():
+        assert ssfl(tmp_path / name, **{name: value})["model"] == inline["model"]
+    assert sorted(path.name for path in short.rglob("*")) == ["ray", "ray_current_cluster"]
 
 
 def test_ray_that_does_not_start_is_said_by_its_cause(tmp_path: Path) -> None:
