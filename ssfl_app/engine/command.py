@@ -71,6 +71,8 @@ def telling(folder: Path, *words: object) -> Iterator[None]:
     """
     try:
         yield
+    except ConfigError:  # nothing was written, and perhaps it is another's run
+        raise
     except (RunFailed, OSError) as error:
         # OSError: a full disk, a folder that went away. The checkpoint before it is intact.
         settle(folder, "failed", str(error))

@@ -33,6 +33,9 @@ from ssfl_app.files import app_folder
 
 SMALLEST_STORE = 100_000_000  # Ray refuses less than 79 MB
 
+LONGEST = 107 - len("/ssfl-12345678/ray/session_2026-11-28_04-11-54_140033_1234567/sockets/plasma_store")
+"""Bytes that the name of the temporary folder may have: below it Ray makes sockets, whose names end at 107 bytes."""
+
 
 class Launch:
     """A SuperLink for one run on Ray, all its processes, and its files besides the run folder.
@@ -41,7 +44,8 @@ class Launch:
     """
 
     def __init__(self) -> None:
-        self._work = tempfile.TemporaryDirectory(prefix="ssfl-", ignore_cleanup_errors=True)
+        where = None if len(os.fsencode(tempfile.gettempdir())) <= LONGEST else "/tmp"
+        self._work = tempfile.TemporaryDirectory(prefix="ssfl-", dir=where, ignore_cleanup_errors=True)
         self._home = Path(self._work.name)
         self._address = f"127.0.0.1:{free_port()}"
         self._later = self._home / "later.json"

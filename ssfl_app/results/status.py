@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ssfl_app import guard
 from ssfl_app.files import check_regular, write_json
 
 
@@ -24,8 +25,12 @@ def write_status(folder: Path, status: str, message: str = "") -> None:
 def settle(folder: Path, status: str, message: str = "") -> None:
     """Record how a run ended, unless it did so itself: that of a process that was killed is still "running".
 
-    Where that cannot be written, the reason is still told.
+    A folder that another process writes to is left alone. Where nothing can be written, the reason is still told.
     """
     with contextlib.suppress(OSError):
-        if folder.is_dir() and read_status(folder).get("status", "running") == "running":
-            write_status(folder, status, message)
+        if not folder.is_dir() or read_status(folder).get("status", "running") != "running":
+            return
+        lock = guard.take(folder / ".lock")
+        if lock is not None:
+            with lock:
+                write_status(folder, status, message)

@@ -8,10 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ssfl_app import guard
 from ssfl_app.engine.command import telling
 from ssfl_app.engine.flower_app import judge
 from ssfl_app.engine.processes import cause, kill_families, wait_until_healthy
 from ssfl_app.guard import RunFailed
+from ssfl_app.options import ConfigError
 from ssfl_app.results.status import read_status, write_status
 
 # What Flower 1.41 and Ray 2.55 said, shortened.
@@ -142,6 +144,18 @@ def test_the_status_is_never_running_after_the_command(
             raise raised
         assert read_status(tmp_path) == {"status": said, "message": "its own words"}
     assert capsys.readouterr().err.count("to go on: ") == (4 if leaves is SystemExit else 0)
+
+
+def test_what_is_anothers_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_status(tmp_path, "running")
+    with pytest.raises(ConfigError), telling(tmp_path, "run"):
+        raise ConfigError("mask.density is 7")
+    lock = guard.take(tmp_path / ".lock")
+    assert lock is not None
+    with lock, pytest.raises(SystemExit), telling(tmp_path, "run"):
+        raise RunFailed("no client")
+    assert read_status(tmp_path) == {"status": "running", "message": ""}
+    capsys.readouterr()
 
 
 FAMILY = """
