@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint types tests fast bench clean
 
-demo: $(VENV)/.installed  ## install, and run SSFL on 20 clients (about a minute after installation)
+demo: $(VENV)/.installed  ## install, and run SSFL on 20 clients, in process (well under a minute after installation)
 	$(BIN)/ssfl run
 
 test: $(VENV)/.installed-dev lint types tests  ## everything CI checks

@@ -1,4 +1,4 @@
-"""Time what `make demo` runs, seeds 1 to 3, on the Ray engine: python benchmarks/demo.py
+"""Time what `make demo` runs, seeds 1 to 3, in process: python benchmarks/demo.py
 
 Goals: each run under 60 s of wall time on 2 cores, mean central accuracy at least 95 %.
 """

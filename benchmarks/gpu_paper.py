@@ -27,9 +27,10 @@ from gpu_rates import images_at  # noqa: E402
 from ssfl_app.config import merge, read_file, write_toml  # noqa: E402
 from ssfl_app.files import write_json  # noqa: E402
 from ssfl_app.reproduce_rows import folder_of_configs, layer  # noqa: E402
-from ssfl_app.results.recorder import environment, read_status  # noqa: E402
+from ssfl_app.results.recorder import environment  # noqa: E402
 from ssfl_app.results.report import write_report  # noqa: E402
 from ssfl_app.results.runs import CENTRAL, LOCAL, PERSONAL, Run, read_run  # noqa: E402
+from ssfl_app.results.status import read_status  # noqa: E402
 
 SYSTEMS = {"ssfl": "table1-ssfl", "fedavg": "table1-fedavg", "random": "table1-ssfl", "dispfl": "table1-dispfl"}
 """Systems in their order, and the file of each one's configuration."""

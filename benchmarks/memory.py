@@ -70,6 +70,8 @@ def measure(clients: int) -> dict:
         command = [
             str(Path(sys.executable).parent / "ssfl"),
             "run",
+            "--engine",
+            "ray",
             "-c",
             KEYS.format(n=clients),
             "--out",

@@ -38,7 +38,7 @@ def run(
     config: ConfigFile = None,
     override: Override = None,
     nodes: Annotated[int | None, typer.Option(help="Simulated SuperNodes; sets run.clients.")] = None,
-    engine: Annotated[str, typer.Option(help="ray: Flower's simulation; inline: without Ray.")] = "ray",
+    engine: Annotated[str, typer.Option(help="inline: without Ray; ray: Flower's simulation.")] = "inline",
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
@@ -167,9 +167,11 @@ def cache(
 
 def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
-    # `kill` ends a run as Ctrl-C does: through the clean-up of everything that was started.
+    # `kill` and a closed terminal end a run as Ctrl-C does: through the clean-up of everything that was started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     never_fail_to_print()
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         app()
     except BrokenPipeError:  # `ssfl report DIR | head`; what Python still holds for the pipe has nowhere to go

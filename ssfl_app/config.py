@@ -9,12 +9,12 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from ssfl_app.files import app_folder
 from ssfl_app.local.data import DataOptions
 from ssfl_app.local.models import ModelOptions
 from ssfl_app.local.steps import PRECISIONS
@@ -127,13 +127,6 @@ def _defaults() -> Flat:
     # Kept: a table of many runs merges it for each of them.
     text = (app_folder() / "pyproject.toml").read_text("utf-8")
     return flatten(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
-
-
-def app_folder() -> Path:
-    """Return the folder that holds pyproject.toml, LICENSE and README.md of this very code."""
-    package = Path(str(resources.files("ssfl_app")))
-    checkout = package.parent
-    return checkout if (checkout / "pyproject.toml").exists() else package / "_app"
 
 
 def read_file(path: Path) -> Flat:

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import TextIO
 from uuid import uuid4
@@ -97,3 +98,10 @@ def remove_unfinished(folder: Path) -> None:
     for pattern in (".*.tmp", ".tmp??????"):  # ours, and safetensors'
         for path in folder.rglob(pattern):
             path.unlink(missing_ok=True)
+
+
+def app_folder() -> Path:
+    """Return the folder that holds pyproject.toml, LICENSE and README.md of this very code."""
+    package = Path(str(resources.files("ssfl_app")))
+    checkout = package.parent
+    return checkout if (checkout / "pyproject.toml").exists() else package / "_app"

@@ -33,6 +33,9 @@ _MEMORY = re.compile(
 LAUNCHER = "SSFL_LAUNCHER"
 """Environment variable: the file that the launcher of this simulation holds locked."""
 
+LATER = "SSFL_LATER"
+"""Environment variable: a JSON file of further ones, which the launcher did not know yet when it started Flower."""
+
 REGISTERED = "SSFL_REGISTERED"
 """Environment variable of a SuperLink: the file that says which node holds which place in a run."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from ssfl_app import config as configuration
 from ssfl_app.config import Flat
 from ssfl_app.engine.sweep_plan import OURS, Planned, planned
+from ssfl_app.files import app_folder
 from ssfl_app.options import ConfigError
 from ssfl_app.results.published import PUBLISHED, Published, read_published
 from ssfl_app.strategies import REGISTRY
@@ -38,7 +39,7 @@ class Row:
 
 def folder_of_configs() -> Path:
     """Return the folder with a file for each published number, of the checkout or the installed wheel."""
-    return configuration.app_folder() / "configs"
+    return app_folder() / "configs"
 
 
 def tables() -> dict[str, dict[Path, Published]]:

@@ -19,8 +19,8 @@ from ssfl_app.options import ConfigError
 from ssfl_app.results import compare
 from ssfl_app.results.compare import Entry, Estimate, Row, estimate
 from ssfl_app.results.compare_page import cells, headers, markdown, picture
-from ssfl_app.results.recorder import read_status
 from ssfl_app.results.runs import facts, read_run
+from ssfl_app.results.status import read_status
 
 NONE = "\N{EN DASH}"
 TINY = """

@@ -16,10 +16,11 @@ from flwr.clientapp import ClientApp
 
 from ssfl_app import client_app, server_app
 from ssfl_app.config import merge, parse, write_toml
-from ssfl_app.engine.command import Command, resolve, run_command
+from ssfl_app.engine.command import Command, run_command
 from ssfl_app.engine.crew import crew
 from ssfl_app.engine.inline import InlineGrid, clients_at_once, run_inline
 from ssfl_app.engine.jobs import check_all
+from ssfl_app.engine.resolve import resolve
 from ssfl_app.engine.sweep_plan import read_plan
 from ssfl_app.exchange import Courier
 from ssfl_app.guard import RunFailed, naming_memory

@@ -10,7 +10,7 @@ from flwr.client import NumPyClient
 from ssfl_app import workshop
 from ssfl_app.client_app import SparseClient
 from ssfl_app.config import merge, parse
-from ssfl_app.engine.launch import plan
+from ssfl_app.engine.order import plan
 from ssfl_app.results.recorder import Recorder
 from ssfl_app.server_app import Watcher, check_folder, default_folder
 from ssfl_app.sparsity.codec import SharedMask

@@ -9,7 +9,6 @@ import pytest
 
 from ssfl_app.config import (
     ROOMS,
-    app_folder,
     defaults,
     difference,
     merge,
@@ -18,6 +17,7 @@ from ssfl_app.config import (
     read_overrides,
     write_toml,
 )
+from ssfl_app.files import app_folder
 from ssfl_app.options import ConfigError, above, anything, at_least, build, choice, fraction, option
 from ssfl_app.strategies import REGISTRY
 

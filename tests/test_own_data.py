@@ -398,7 +398,8 @@ def test_keys_that_do_not_fit_together(keys: Flat, words: str) -> None:
 
 
 def test_simulations_have_no_own_data(tmp_path: Path) -> None:
-    from ssfl_app.engine.command import Command, resolve
+    from ssfl_app.engine.command import Command
+    from ssfl_app.engine.resolve import resolve
 
     for engine in ("ray", "inline"):
         command = Command(None, ["data.where='sites' data.name='folder'"], None, engine, tmp_path / "run", None)

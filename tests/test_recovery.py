@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,6 +116,11 @@ DAMAGES = {
 }
 
 
+def no_flower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the launcher of a run on Ray start something else."""
+    monkeypatch.setattr(launch, "spawn", lambda *_: subprocess.Popen(["sleep", "60"]))
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_folder_is_one_line_that_names_the_file_and_nothing_changes(
     name: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -123,8 +129,8 @@ def test_a_damaged_folder_is_one_line_that_names_the_file_and_nothing_changes(
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     damage(folder)
     before = contents(folder)
-    for engine in ("inline", "ray"):  # the second one finds out before it starts anything
-        monkeypatch.setattr(launch, "running", None)
+    for engine in ("inline", "ray"):  # the second one finds out while Flower starts
+        no_flower(monkeypatch)
         code = ssfl("run", "--engine", engine, "--resume", str(folder), monkeypatch=monkeypatch)
         err = capsys.readouterr().err
         assert (code, err.count("\n")) == (2, 1), err
@@ -142,7 +148,7 @@ def test_a_pipe_in_a_folder_is_one_line_and_nobody_waits_for_its_other_end(
     os.mkfifo(pipe)
     before = contents(folder)
     for engine in ("inline", "ray"):
-        monkeypatch.setattr(launch, "running", None)
+        no_flower(monkeypatch)
         with no_longer_than(20):
             code = ssfl("run", "--engine", engine, "--resume", str(folder), monkeypatch=monkeypatch)
         err = capsys.readouterr().err
@@ -315,7 +321,7 @@ def test_a_run_that_is_going_on_is_left_alone(
     running = Recorder(folder, merge(TINY), print)
     before = contents(folder)
     for engine in ("inline", "ray"):
-        monkeypatch.setattr(launch, "running", None)
+        no_flower(monkeypatch)
         assert ssfl("run", "--engine", engine, "--resume", str(folder), monkeypatch=monkeypatch) == 2
         assert "no other process is writing to" in capsys.readouterr().err
     assert contents(folder) == before

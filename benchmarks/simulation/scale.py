@@ -40,7 +40,7 @@ def measure_case(model: str, strategy: str, clients: int, work: Path) -> dict[st
     """Run one case."""
     keys, folder = KEYS.format(rounds=4, model=model, strategy=strategy, n=clients), work / f"{model}-{clients}"
     folder = folder.with_name(f"{folder.name}-{strategy}")
-    command = [app.SSFL, "run", "-c", keys, "--out", str(folder)]
+    command = [app.SSFL, "run", "--engine", "ray", "-c", keys, "--out", str(folder)]
     with folder.with_suffix(".log").open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     sampler = Sampler(folder, process.pid)

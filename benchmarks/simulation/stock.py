@@ -12,7 +12,7 @@ import psutil
 
 from benchmarks.simulation.app import typical
 from benchmarks.simulation.tasks import Task
-from ssfl_app.engine.processes import end_families, environment, free_port, running, tail
+from ssfl_app.engine.processes import end_families, environment, free_port, running
 
 APP = Path(__file__).parent / "stock-flower"
 PATIENCE = 1800.0
@@ -69,4 +69,4 @@ def check(log: Path, marks: Path, task: Task) -> None:
     whole = re.findall(rf"aggregate_train: Received {task.cohort} results and 0 failures", said)
     noted = len(marks.read_text().splitlines()) if marks.exists() else 0
     if len(whole) != task.rounds or noted != task.rounds + 1:
-        raise RuntimeError(f"{len(whole)} of {task.rounds} rounds were whole; the end of the log:\n  {tail(log)}")
+        raise RuntimeError(f"{len(whole)} of {task.rounds} rounds were whole; the log ends with:\n{said[-1500:]}")

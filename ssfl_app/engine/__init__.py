@@ -1,1 +1,1 @@
-"""How a run is executed: Flower's simulation on Ray, or everything in this process."""
+"""How a run is executed: everything in this process, or Flower's simulation on Ray."""

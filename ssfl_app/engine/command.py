@@ -1,20 +1,19 @@
-"""What `ssfl run` does: resolve, check everything that can be checked, then start an engine."""
+"""What `ssfl run` does: have the command line resolved and checked, then play the run on an engine.
+
+Torch is imported by what computes, not here: the launcher of a run on Ray only waits for it.
+"""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ssfl_app import config as configuration
-from ssfl_app.config import Config, Flat
 from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
-from ssfl_app.results.checkpoint import resume
-from ssfl_app.results.recorder import check_free, claim, default_folder
-from ssfl_app.sparsity.layout import Layout
-from ssfl_app.strategies import REGISTRY
+from ssfl_app.results.status import settle
 from ssfl_app.text import command, tell
-from ssfl_app.workshop import check
 
 ENGINES = ("ray", "inline")
 
@@ -40,120 +39,58 @@ def check_engine(name: str) -> None:
 def run_command(words: Command) -> None:
     """Run, or raise ConfigError before anything was written; exit with 1 if the run fails."""
     check_engine(words.engine)
-    config, layout = resolve(words)
-    folder = Path(config.settings.run.out)
-    again = ["run", *(["--engine", words.engine] if words.engine != "ray" else [])]
-    try:
-        if words.engine == "inline":
-            from ssfl_app import client_app, server_app
-            from ssfl_app.engine.inline import run_inline
+    if words.engine == "inline":
+        from ssfl_app import client_app, server_app
+        from ssfl_app.engine.inline import run_inline
+        from ssfl_app.engine.resolve import resolve
 
+        config, _ = resolve(words)
+        with telling(Path(config.settings.run.out), "run"):
             run_inline(server_app.app, client_app.app, config.flat)
-        else:
-            from ssfl_app.engine.launch import launch
+    else:
+        from ssfl_app.engine.launch import Launch
 
-            make_ready(config, layout)
-            launch(config, 4 * layout.size, tell)
-    except BrokenPipeError:
+        with Launch() as launch:
+            order = launch.prepare(words)
+            with telling(order.folder, "run", "--engine", words.engine):
+                launch.play(order, tell)
+
+
+@contextmanager
+def telling(folder: Path, *words: object) -> Iterator[None]:
+    """Play a run inside; if it fails or is interrupted, say why and how to go on, and exit with 1.
+
+    When the processes that wrote to its folder are gone, status.json says how it ended, whether they could or not.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run.
+    *words : object
+        Those of the command that goes on with it, without ``--resume``.
+    """
+    try:
+        yield
+    except ConfigError:  # nothing was written, and perhaps it is another's run
+        raise
+    except BrokenPipeError:  # nobody reads any more, so nothing is said
+        settle(folder, "interrupted")
         raise
     except (RunFailed, OSError) as error:
         # OSError: a full disk, a folder that went away. The checkpoint before it is intact.
-        end(f"the run failed: {error}", folder, *again)
+        settle(folder, "failed", str(error))
+        _end(f"the run failed: {error}", folder, *words)
     except KeyboardInterrupt:
-        end("interrupted", folder, *again)
+        settle(folder, "interrupted")
+        _end("interrupted", folder, *words)
+    except Exception as error:
+        settle(folder, "failed", f"{type(error).__name__}: {error}")
+        raise
 
 
-def end(why: str, folder: Path, *words: object) -> NoReturn:
-    """Say why a run is over and how to go on, and exit with 1; `words` are those of the command without --resume."""
+def _end(why: str, folder: Path, *words: object) -> NoReturn:
     cure = command("ssfl", *words, "--resume", folder)
     if not (folder / "config.toml").is_file():
         cure = "the same command again; nothing was played yet"
     tell(f"ssfl: {why}\nto go on: {cure}", error=True)
     sys.exit(1)
-
-
-def make_ready(config: Config, layout: Layout) -> Path:
-    """Return the run folder, made, or checked to be one that a run goes on from; for engines in other processes.
-
-    Its status.json goes: that of an earlier session says nothing about this one.
-
-    Raises
-    ------
-    ConfigError
-        Another process is writing to the folder, or what it holds is damaged. Nothing was changed.
-    """
-    folder = Path(config.settings.run.out)
-    with claim(folder):
-        if config.settings.run.resume:
-            resume(REGISTRY[config.strategy](layout, config.settings), folder, config.flat)
-        (folder / "status.json").unlink(missing_ok=True)
-    return folder
-
-
-def resolve(words: Command) -> tuple[Config, Layout]:
-    """Return the checked configuration of a command line, with `run.out` absolute, and its model's layout.
-
-    Raises
-    ------
-    ConfigError
-        Anything about it cannot be run: keys, values, data, partition, GPU, folders.
-    """
-    nodes = words.nodes
-    given = configuration.read_file(words.file) if words.file else {}
-    given |= configuration.read_overrides(words.overrides)
-    if nodes is not None:
-        if given.get("run.clients", nodes) != nodes:
-            raise ConfigError(f"--nodes is {nodes}; run.clients, {given['run.clients']}, is the same number")
-        given["run.clients"] = nodes
-    if words.out is not None:
-        given["run.out"] = str(words.out)
-    if given.get("data.path"):
-        # Flower runs the app in another folder, so what is relative here would not be found there.
-        given["data.path"] = str(absolute("data.path", given["data.path"]))
-    flat = _resumed(given, words.resume) if words.resume else configuration.merge(given)
-    flat["run.resume"] = words.resume is not None
-    config = configuration.parse(flat)
-    if config.data.where == "sites" and words.engine in ENGINES:
-        raise ConfigError("data.where is 'sites'; own data need real SuperNodes: ssfl federation run, or flwr run")
-    layout = check(config)
-    where = flat["run.out"] or default_folder(config.strategy, config.data.name)
-    folder = absolute("run.out", where)
-    if words.resume is None:
-        check_free(folder)
-    return configuration.parse(flat | {"run.out": str(folder)}), layout
-
-
-def absolute(key: str, path: object) -> Path:
-    """Return a path as it is seen from everywhere.
-
-    Raises
-    ------
-    ConfigError
-        No file can have this name, or no TOML file: it is not in the encoding of the locale.
-    """
-    try:
-        found = Path(str(path)).expanduser().resolve()
-        str(found).encode()
-        return found
-    except UnicodeEncodeError as error:
-        encoding = sys.getfilesystemencoding()
-        raise ConfigError(
-            f"{key} is {path!r}; it is a path in the locale's encoding, {encoding}: another locale has more letters, "
-            "LC_ALL=C.UTF-8"
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home, or links in a circle
-        raise ConfigError(f"{key} is {path!r}; it is a path ({error})") from error
-
-
-def _resumed(given: Flat, folder: Path) -> Flat:
-    if not (folder / "config.toml").is_file():
-        raise ConfigError(f"--resume is {folder}; it is a folder that `ssfl run` wrote, with a config.toml")
-    theirs = configuration.read_file(folder / "config.toml")
-    known = configuration.merge(given)  # names unknown keys
-    clash = configuration.difference({key: known[key] for key in given}, theirs)
-    if clash is not None:
-        raise ConfigError(f"--resume is {folder}; {clash}")
-    if "run.out" in given:
-        raise ConfigError(f"--out is {given['run.out']}; --resume goes on in {folder}, give one of them")
-    free = {key: value for key, value in given.items() if key in configuration.NOT_THE_RUN}
-    return theirs | free | {"run.out": str(folder)}

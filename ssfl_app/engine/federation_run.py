@@ -14,15 +14,16 @@ from pathlib import Path
 from ssfl_app import config as configuration
 from ssfl_app import guard
 from ssfl_app.config import Config, write_toml
-from ssfl_app.engine.command import Command, end, make_ready, resolve
+from ssfl_app.engine.command import Command, telling
 from ssfl_app.engine.federation import CONNECTION, Federation
 from ssfl_app.engine.federation_control import control, is_up
 from ssfl_app.engine.federation_status import services
 from ssfl_app.engine.flower_app import copy_app, follow, judge
 from ssfl_app.engine.processes import environment, running
+from ssfl_app.engine.resolve import make_ready, resolve
 from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
-from ssfl_app.results.recorder import read_status
+from ssfl_app.results.status import read_status
 from ssfl_app.text import tell
 
 _LEFT_ALONE = 30.0
@@ -41,15 +42,8 @@ def run_on(federation: Federation, command: Command) -> None:
         command = replace(command, overrides=[*_sizes(federation, command), *command.overrides])
     config, layout = resolve(command)
     folder = make_ready(config, layout)
-    again = ("federation", "run", "--dir", federation.folder)
-    try:
+    with telling(folder, "federation", "run", "--dir", federation.folder):
         _launch(federation, config, tell)
-    except BrokenPipeError:
-        raise
-    except (RunFailed, OSError) as error:
-        end(f"the run failed: {error}", folder, *again)
-    except KeyboardInterrupt:
-        end("interrupted", folder, *again)
 
 
 def _sizes(federation: Federation, command: Command) -> list[str]:
@@ -72,9 +66,10 @@ def _launch(federation: Federation, config: Config, say: Callable[[str], None]) 
         flwr = ["flwr", "run", str(app), CONNECTION, "--stream", "-c", str(overrides)]
         with running(flwr, Path(work), environment(federation.flwr_home()), log) as process:
             try:
-                follow(process, folder / "console.log", say)
+                follow(process, folder, say)
             except (KeyboardInterrupt, BrokenPipeError):
                 _ask_to_stop(federation, log, begin)
+                _wait_for_the_end(folder)
                 raise
     _wait_for_the_end(folder)
     if read_status(folder).get("status") == "running" and services(federation).get("superlink") != superlink:

@@ -1,5 +1,6 @@
 """The Flower app that a launcher hands to `flwr run`, what it says meanwhile, and how it ended."""
 
+import contextlib
 import shutil
 import subprocess
 import time
@@ -7,13 +8,16 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from ssfl_app.config import app_folder
-from ssfl_app.engine.processes import tail
+from ssfl_app.engine.processes import cause, words_of
+from ssfl_app.files import app_folder
 from ssfl_app.guard import RunFailed
-from ssfl_app.results.recorder import read_status
+from ssfl_app.results.status import read_status
 
 FULL = 1_000_000
 """Bytes of room in a run folder below which its disk counts as full: not even the reason of a failure fits."""
+
+LAST_WORDS = 3.0
+"""Seconds that Flower's command gets to bring the traceback of a failed run to its log."""
 
 
 def copy_app(target: Path) -> Path:
@@ -26,12 +30,14 @@ def copy_app(target: Path) -> Path:
     return target
 
 
-def follow(flwr: "subprocess.Popen[bytes]", console: Path, say: Callable[[str], None]) -> None:
-    """Say the lines that the ServerApp adds to console.log, until Flower's command ends."""
+def follow(flwr: "subprocess.Popen[bytes]", folder: Path, say: Callable[[str], None]) -> None:
+    """Say what the ServerApp adds to console.log, until it has recorded how it ended, or Flower's command ends."""
+    console = folder / "console.log"
     read = console.stat().st_size if console.exists() else 0
     alive = True
     while alive:
-        alive = flwr.poll() is None  # asked before reading, so that the last lines are read too
+        # Both are asked before reading, so that the last lines are read too.
+        alive = flwr.poll() is None and read_status(folder).get("status", "running") == "running"
         if console.exists():
             with console.open(encoding="utf-8") as file:
                 file.seek(read)
@@ -42,6 +48,9 @@ def follow(flwr: "subprocess.Popen[bytes]", console: Path, say: Callable[[str], 
                 say(line)
         if alive:
             time.sleep(0.1)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if read_status(folder).get("status") != "finished":
+            flwr.wait(LAST_WORDS)
 
 
 def judge(folder: Path, log: Path, begin: int) -> None:
@@ -56,4 +65,5 @@ def judge(folder: Path, log: Path, begin: int) -> None:
         raise RunFailed(str(status["message"]))
     if shutil.disk_usage(folder).free < FULL:
         raise RunFailed(f"no space is left for {folder}")
-    raise RunFailed(f"Flower ended the run before it was finished; the end of {log}:\n  {tail(log, begin)}")
+    why = cause(words_of(log, begin)) if log.exists() else ""
+    raise RunFailed(f"{why or 'Flower ended the run without a reason'} (the log is {log})")

@@ -14,12 +14,12 @@ from ssfl_app import guard
 from ssfl_app.engine import workers
 from ssfl_app.engine.sweep_plan import TASK, Planned, difference
 from ssfl_app.options import ConfigError
-from ssfl_app.results.recorder import read_status
+from ssfl_app.results.status import read_status
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.workshop import check, check_at_once
 
-STOP_TIMEOUT = 60.0  # `ssfl run` ends a Ray engine in order, which takes a while
+STOP_TIMEOUT = 60.0  # an inline run ends when its clients are through with what they are at
 
 
 class Job(NamedTuple):

@@ -8,102 +8,141 @@ What plain ``flwr run`` leaves to its user, and is done here:
 - without a switch each run installs torch anew; telemetry and update checks go to the internet.
 - Ray listens on all interfaces without a password: whoever reaches the machine runs code on it. Here its processes
   listen on the loopback interface only, and want a token that is drawn for the run.
+- Ray joins a cluster that was ever started on this machine, and fails if that is gone. Here every run has its own.
 - the folder of a Flower app may hold letters, digits and hyphens only, a clone's need not: the app is copied.
 - ``flwr run --stream`` exits with 0 even if the run failed. Here success is what the ServerApp recorded.
+- Flower and Ray take seconds to end in order. Here nothing waits for that: when the ServerApp has recorded how the
+  run ended, every process of it is killed, and what it left goes with its folder.
 """
 
+import contextlib
+import json
 import os
 import secrets
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from ssfl_app import guard
-from ssfl_app.config import Config, app_folder, write_toml
+from ssfl_app.engine.command import Command
 from ssfl_app.engine.flower_app import copy_app, follow, judge
-from ssfl_app.engine.processes import environment, free_port, running, short_folder, wait_until_healthy
-from ssfl_app.workshop import find_device, gpu_notes
+from ssfl_app.engine.order import Order, order
+from ssfl_app.engine.processes import environment, free_port, kill_families, short_folder, spawn, wait_until_healthy
+from ssfl_app.files import app_folder
 
 SMALLEST_STORE = 100_000_000  # Ray refuses less than 79 MB
 
 
-def plan(config: Config) -> tuple[int, float]:
-    """Return (actors, share of a GPU for each).
+class Launch:
+    """A SuperLink for one run on Ray, all its processes, and its files besides the run folder.
 
-    One actor a core by default, never more than the cohort can use; actors share the visible GPUs evenly.
+    It starts while the run is checked. Whoever has used it closes it; `play` does so itself.
     """
-    run = config.settings.run
-    actors = config.engine.actors or min(os.cpu_count() or 1, max(run.cohort, 1))
-    gpus = torch.cuda.device_count() if find_device(run.device).type == "cuda" else 0
-    return actors, gpus / actors
 
+    def __init__(self) -> None:
+        self._work = tempfile.TemporaryDirectory(prefix="ssfl-", dir=short_folder(), ignore_cleanup_errors=True)
+        self._home = Path(self._work.name)
+        self._address = f"127.0.0.1:{free_port()}"
+        self._later = self._home / "later.json"
+        self._log = self._home / "superlink.log"
+        self._variables = _variables(self._home, self._address, self._later)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._held = contextlib.ExitStack()
 
-def launch(config: Config, model_bytes: int, say: Callable[[str], None]) -> None:
-    """Run the configuration on Ray and wait for its end; `run.out` names the run folder, which is there.
-
-    `model_bytes` is the size of a dense model; it sets the size of Ray's object store.
-
-    Raises
-    ------
-    RunFailed
-        With the reason the ServerApp gave, or the end of Flower's log.
-    """
-    actors, gpu = plan(config)
-    threads, cores = config.engine.threads, os.cpu_count()
-    say(f"engine ray: {actors} actors, {threads} torch thread(s) and {gpu:g} GPU each, on {cores} cores")
-    for note in gpu_notes(config, "ray"):
-        say(note)
-    folder = Path(config.settings.run.out)
-    with tempfile.TemporaryDirectory(prefix="ssfl-", dir=short_folder(), ignore_cleanup_errors=True) as work:
-        home, address = Path(work), f"127.0.0.1:{free_port()}"
-        app, overrides = copy_app(home / "ssfl-app"), home / "run.toml"
-        overrides.write_text(write_toml(config.flat), "utf-8")
-        variables = _variables(home, address, threads) | _object_store(2 * actors * model_bytes)
-        federation = (
-            f"num-supernodes={config.settings.run.clients} client-resources-num-cpus=1 "
-            f"client-resources-num-gpus={gpu} init-args-num-cpus={actors} init-args-log-to-driver=false"
-        )
-        command = ["flwr", "run", str(app), "local", "--stream", "-c", str(overrides)]
-        command += ["--federation-config", federation]
+    def __enter__(self) -> "Launch":
+        self._held.enter_context(guard.hold(Path(self._variables[guard.LAUNCHER])))
         superlink = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-        superlink += ["--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
-        log = folder / "flower.log"
+        superlink += ["--host", "127.0.0.1", "--port", self._address.rpartition(":")[2]]
+        self._superlink = spawn(superlink, self._home, self._variables, self._log)
+        self._processes.append(self._superlink)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill all processes of the run, and remove its files."""
+        kill_families([process.pid for process in self._processes])
+        while self._processes:
+            self._processes.pop().wait()
+        self._held.close()
+        self._work.cleanup()
+
+    def prepare(self, words: Command) -> Order:
+        """Have the command line resolved and checked, and the run folder made ready; see `order`."""
+        return order(words)
+
+    def play(self, run: Order, say: Callable[[str], None]) -> None:
+        """Run it and wait for its end.
+
+        Raises
+        ------
+        RunFailed
+            With the reason that the ServerApp, Flower or Ray gave.
+        """
+        log = run.folder / "flower.log"
         begin = log.stat().st_size if log.exists() else 0
-        with (
-            guard.hold(Path(variables[guard.LAUNCHER])),
-            running(superlink, home, variables, home / "superlink.log") as process,
-        ):
-            wait_until_healthy(process, address, home / "superlink.log")
-            with running(command, home, variables, log) as flwr:
-                follow(flwr, folder / "console.log", say)
-    judge(folder, log, begin)
+        try:
+            each = f"{run.threads} torch thread(s) and {run.gpu:g} GPU each"
+            say(f"engine ray: {run.actors} actors, {each}, on {os.cpu_count()} cores")
+            for note in run.notes:
+                say(note)
+            app, overrides = copy_app(self._home / "ssfl-app"), self._home / "run.toml"
+            overrides.write_text(run.toml, encoding="utf-8")
+            self._later.write_text(json.dumps({"OMP_NUM_THREADS": str(run.threads)} | _object_store(run)))
+            wait_until_healthy(self._superlink, self._address, self._log)
+            flwr = spawn(_flwr_run(run, app, overrides), self._home, self._variables, log)
+            self._processes.append(flwr)
+            follow(flwr, run.folder, say)
+        finally:
+            self.close()
+        judge(run.folder, log, begin)
 
 
-def _variables(home: Path, address: str, threads: int) -> dict[str, str]:
+def _flwr_run(run: Order, app: Path, overrides: Path) -> list[str]:
+    federation = (
+        f"num-supernodes={run.nodes} client-resources-num-cpus=1 client-resources-num-gpus={run.gpu} "
+        f"init-args-num-cpus={run.actors} init-args-log-to-driver=false"
+    )
+    command = ["flwr", "run", str(app), "local", "--stream", "-c", str(overrides)]
+    return [*command, "--federation-config", federation]
+
+
+def _variables(home: Path, address: str, later: Path) -> dict[str, str]:
     flwr_home = home / "flwr"
     flwr_home.mkdir()
     (flwr_home / "config.toml").write_text(
         f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{address}"\ninsecure = true\n',
         "utf-8",
     )
-    own = {guard.LAUNCHER: str(home / "launcher.lock"), "SSFL_SOURCE": str(app_folder()), "RAY_TMPDIR": str(home)}
-    return environment(flwr_home, OMP_NUM_THREADS=str(threads), **own, **_closed())
+    own = {guard.LAUNCHER: str(home / "launcher.lock"), guard.LATER: str(later), "SSFL_SOURCE": str(app_folder())}
+    # Flower looks for a run each second by default; and a Ray of its own keeps its files where they are removed.
+    quick = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "RAY_TMPDIR": str(home)}
+    return environment(flwr_home, **own, **quick, **_closed(), **_actors())
 
 
 def _closed() -> dict[str, str]:
-    """Return the variables that keep others out of this run's Ray.
+    """Return the variables that keep others out of this run's Ray, and this run out of others'.
 
     By its defaults every process of Ray listens on all interfaces and runs what it is sent, whoever sends it. Flower
     passes no address on to `ray.init`; the first variable, made for two other systems, is Ray's own way to take the
-    loopback interface. There the token keeps out other users of this machine.
+    loopback interface. There the token keeps out other users of this machine. Without the last one Ray
+    connects to the cluster whose address some ``ray start`` has left on this machine, living or dead.
     """
     token = secrets.token_hex(32)
-    return {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    closed = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    return closed | {"RAY_ADDRESS": "local"}
 
 
-def _object_store(size: int) -> dict[str, str]:
+def _actors() -> dict[str, str]:
+    # Processes that Ray starts before it is asked are never used, since Flower's actors have another environment;
+    # those that are used import torch when they start, not when the first message comes.
+    return {"RAY_prestart_worker_first_driver": "0", "RAY_preload_python_modules": "ssfl_app.client_app"}
+
+
+def _object_store(run: Order) -> dict[str, str]:
     # A message and a reply for every actor. By default Ray takes 30 % of the machine and, while there is room, puts
     # each object at another address; all of it then counts as memory of the server's process.
-    return {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(max(SMALLEST_STORE, size))}
+    size = max(SMALLEST_STORE, 2 * run.actors * run.model_bytes)
+    return {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(size)}

@@ -1,6 +1,8 @@
 """Processes of Flower: started in this very environment, waited for, and ended with all their children."""
 
+import contextlib
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -17,6 +19,7 @@ import psutil
 
 from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
+from ssfl_app.text import in_a_line
 
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 20.0
@@ -30,6 +33,14 @@ LONGEST_FOLDER = (107 if sys.platform == "linux" else 103) - len(_SOCKET)
 
 # What Flower's HTTP client (httpx), urllib, requests and gRPC read, in lower case.
 _PROXIES = {"http_proxy", "https_proxy", "all_proxy", "grpc_proxy"}
+# The last line of a traceback, which Flower may have logged behind a prefix of its own.
+_EXCEPTION = re.compile(
+    r"^[ \t]*Traceback \(most recent call last\):\n(?:[ \t]+.*\n|\n)*([\w.]+(?::.*)?)$", re.MULTILINE
+)
+_FROM = "The above exception was the direct cause of the following exception:"
+# Flower's logger, uvicorn's, and the frame that `flwr` draws around an error.
+_ERROR = re.compile(r"^(?:\S+Z )?(?:ERROR|Error)\s*(?::|\[[\w.]+\])\s*")
+_FRAME = re.compile(r"^\u256d\u2500 Error .*\n((?:\u2502.*\n?)+)", re.MULTILINE)
 
 # Without the third Flower installs torch anew for each run; the others contact the internet.
 _SWITCHES = {
@@ -127,21 +138,56 @@ def end(*processes: "subprocess.Popen[bytes]") -> None:
 
 def end_families(pids: list[int]) -> None:
     """End the processes with these ids and all their descendants: first asked, then killed."""
-    parents, family = [], []
-    for pid in pids:
-        try:
-            parents.append(psutil.Process(pid))
-            family += [parents[-1], *parents[-1].children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-    for parent in parents:
-        if parent.is_running():
-            parent.terminate()
-    _, alive = psutil.wait_procs(family, STOP_TIMEOUT if parents else 1)
+    family = _families(pids)
+    for member in family:
+        if member.pid in pids and member.is_running():
+            member.terminate()
+    alive = _wait(family, STOP_TIMEOUT if any(member.pid in pids for member in family) else 1)
     for member in alive:
         # Flower's and Ray's children have sessions of their own and survive their parent for a while.
         member.kill()
-    psutil.wait_procs(alive, STOP_TIMEOUT)
+    _wait(alive, STOP_TIMEOUT)
+
+
+def kill_families(pids: list[int]) -> None:
+    """Kill the processes with these ids and all their descendants, at once, and wait until they are gone."""
+    family: set[psutil.Process] = set()
+    while found := set(_families(pids)) - family:
+        family |= found
+        for member in found:  # one that is stopped starts no other, so no child is missed
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.suspend()
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    _wait(list(family), STOP_TIMEOUT)
+
+
+def _families(pids: list[int]) -> list[psutil.Process]:
+    family = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(pid)
+            family += [parent, *parent.children(recursive=True)]
+    return family
+
+
+def _wait(family: list[psutil.Process], timeout: float) -> list[psutil.Process]:
+    """Wait until processes are gone, and return those that are not."""
+    end_ = time.monotonic() + timeout
+    alive = [member for member in family if _alive(member)]
+    while alive and time.monotonic() < end_:
+        time.sleep(0.02)
+        alive = [member for member in alive if _alive(member)]
+    return alive
+
+
+def _alive(process: psutil.Process) -> bool:
+    # What has ended stays in the table until its parent asks for it; a container's first process may never do so.
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_until_healthy(
@@ -155,7 +201,7 @@ def wait_until_healthy(
     Raises
     ------
     RunFailed
-        It ended, or did not answer within `START_TIMEOUT` seconds; with the end of its log.
+        It ended, or did not answer within `START_TIMEOUT` seconds; with the cause by its log.
     """
     scheme = "http" if authority is None else "https"
     context = None
@@ -176,15 +222,33 @@ def wait_until_healthy(
         if status == answer:
             return
         time.sleep(0.05)
-    raise RunFailed(f"the SuperLink did not start at {address} within {START_TIMEOUT:g} s:\n  {tail(log)}")
+    how = f"within {START_TIMEOUT:g} s" if process.poll() is None else f"(exit code {process.poll()})"
+    raise RunFailed(f"the SuperLink did not start at {address} {how}: {cause(words_of(log)) or 'it said nothing'}")
 
 
-def tail(log: Path, begin: int = 0) -> str:
-    """Return the last lines of a log after its first `begin` bytes, indented."""
+def words_of(log: Path, begin: int = 0) -> str:
+    """Return what a log says after its first `begin` bytes, without colours."""
     with log.open("rb") as file:
         file.seek(begin)
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return "\n  ".join(lines[-12:])
+        return re.sub(r"\x1b\[[\d;]*m", "", file.read().decode(errors="replace"))
+
+
+def cause(text: str) -> str:
+    """Return why a process failed, in one line, by what it said: the exception that began the last traceback.
+
+    An exception that was raised from another one is that other one's wrapper. Without a traceback it is the last line
+    that was logged as an error, else the last line; "" if nothing was said.
+    """
+    said = list(_EXCEPTION.finditer(text))
+    while len(said) > 1 and _FROM in text[said[-2].end() : said[-1].start()]:
+        said.pop()
+    if said:
+        return in_a_line(said[-1].group(1).strip())
+    if framed := _FRAME.findall(text):
+        return in_a_line(" ".join(framed[-1].replace("\u2502", " ").split()))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line) and "Exit Code" not in line]
+    return in_a_line(_ERROR.sub("", (errors or lines or [""])[-1]))
 
 
 def check_port(host: str, port: int, key: str) -> None:

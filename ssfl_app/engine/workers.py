@@ -24,6 +24,7 @@ _PRELOADED = (
     "ssfl_app.server_app",
     "ssfl_app.client_app",
     "ssfl_app.engine.command",
+    "ssfl_app.engine.resolve",
     "ssfl_app.engine.inline",
     "sklearn.datasets",
     "rich.table",

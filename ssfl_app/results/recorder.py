@@ -24,17 +24,10 @@ from safetensors import torch as safe_torch
 
 from ssfl_app import guard
 from ssfl_app.config import Flat, write_toml
-from ssfl_app.files import (
-    append,
-    check_regular,
-    not_regular,
-    remove_unfinished,
-    write_atomically,
-    write_bytes,
-    write_json,
-)
+from ssfl_app.files import append, not_regular, remove_unfinished, write_atomically, write_bytes, write_json
 from ssfl_app.options import ConfigError
 from ssfl_app.results import checkpoint
+from ssfl_app.results.status import write_status
 from ssfl_app.sparsity.layout import Layout, State, state_digest
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.text import printable
@@ -71,14 +64,6 @@ def check_free(folder: Path) -> None:
         raise ConfigError(f"run.out is {folder}; it is a folder that can be written to ({error})") from error
     if not free:
         raise ConfigError(f"run.out is {folder}; it is a new or empty folder, or --resume goes on with the run in it")
-
-
-def read_status(folder: Path) -> Record:
-    """Return what status.json says: status running, finished, interrupted or failed, and the message of a failure."""
-    with contextlib.suppress(OSError, ValueError):
-        check_regular(folder / "status.json")
-        return dict(json.loads((folder / "status.json").read_bytes()))
-    return {}
 
 
 class Recorder:
@@ -128,8 +113,8 @@ class Recorder:
             self._lines.update(kept)
 
     def status(self, status: str, message: str = "") -> None:
-        """Record how the run stands: running, finished, interrupted or failed. A killed run stays "running"."""
-        write_json(self.folder / "status.json", {"status": status, "message": message})
+        """Record how the run stands: running, finished, interrupted or failed."""
+        write_status(self.folder, status, message)
 
     def close(self) -> None:
         """Let go of the folder."""

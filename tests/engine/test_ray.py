@@ -3,10 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,10 +26,12 @@ KEYS = " ".join(f"{key}={value}" for key, value in SMALL.items()) + " run.checkp
 SECONDS = 240
 
 
-def ssfl(folder: Path, keys: str = KEYS, *words: str) -> dict[str, object]:
+def ssfl(folder: Path, keys: str = KEYS, engine: str = "ray", **variables: str) -> dict[str, object]:
     """Run to the end; return the metrics of all rounds and the hashes."""
-    command = [str(BIN / "ssfl"), "run", "-c", keys, "--out", str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    command = [str(BIN / "ssfl"), "run", "--engine", engine, "-c", keys, "--out", str(folder)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, check=False, env=os.environ | variables
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return result(folder)
 
@@ -46,7 +52,7 @@ def result(folder: Path) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Return the result of the in-process engine."""
-    found = ssfl(tmp_path_factory.mktemp("inline") / "run", KEYS, "--engine", "inline")
+    found = ssfl(tmp_path_factory.mktemp("inline") / "run", KEYS, "inline")
     assert found.pop("engine") == "inline"
     return found
 
@@ -64,7 +70,7 @@ def test_ray_gives_the_digits_of_the_in_process_engine(
 def test_personal_models_on_ray_are_those_of_the_in_process_engine(tmp_path: Path) -> None:
     """Each client's model is a file of the run folder, whoever wrote it: actors, or this process."""
     keys = f"{KEYS} strategy='ditto'"
-    inline, ray = ssfl(tmp_path / "inline", keys, "--engine", "inline"), ssfl(tmp_path / "ray", keys)
+    inline, ray = ssfl(tmp_path / "inline", keys, "inline"), ssfl(tmp_path / "ray", keys)
     assert (inline.pop("engine"), ray.pop("engine")) == ("inline", "ray")
     assert ray == inline
     files = [sorted((tmp_path / name / "clients").glob("client-*/*.safetensors")) for name in ("inline", "ray")]
@@ -75,11 +81,15 @@ def test_personal_models_on_ray_are_those_of_the_in_process_engine(tmp_path: Pat
     assert all(one.read_bytes() == two.read_bytes() for one, two in zip(*files, strict=True))
 
 
-def start(folder: Path, keys: str = KEYS) -> tuple["subprocess.Popen[str]", set[int]]:
+def start(
+    folder: Path, keys: str = KEYS, engine: str = "ray", **variables: str
+) -> tuple["subprocess.Popen[str]", set[int]]:
     """Start a run and wait for its first checkpoint; return it and the processes that were there before."""
     before = {process.pid for process in psutil.process_iter()}
-    command = [str(BIN / "ssfl"), "run", "-c", keys, "--out", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [str(BIN / "ssfl"), "run", "--engine", engine, "-c", keys, "--out", str(folder)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | variables
+    )
     end = time.monotonic() + SECONDS
     while not (folder / "checkpoint" / "latest.safetensors").exists():
         assert process.poll() is None
@@ -98,6 +108,11 @@ def alive(before: set[int], name: str) -> list[psutil.Process]:
     return found
 
 
+def living(family: list[psutil.Process]) -> list[psutil.Process]:
+    gone = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return [member for member in family if member.is_running() and member.status() not in gone]
+
+
 def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, object], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process, before = start(folder)
@@ -108,11 +123,68 @@ def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, obje
         assert time.monotonic() < end, "the simulation outlives its launcher"
         time.sleep(0.1)
     assert not (folder / "summary.json").exists()
-    command = [str(BIN / "ssfl"), "run", "--resume", str(folder)]
+    command = [str(BIN / "ssfl"), "run", "--engine", "ray", "--resume", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after round" in done.stdout
     assert result(folder)["model"] == inline["model"]
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """Yield a folder whose name leaves room for a socket's."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("engine", ["ray", "inline"])
+def test_an_interrupted_run_says_so_and_leaves_nothing(engine: str, number: int, short: Path, tmp_path: Path) -> None:
+    shared = {*Path("/tmp/ray").glob("session_2*"), *Path("/dev/shm").iterdir()}
+    folder = tmp_path / "run"
+    process, _ = start(folder, f"{KEYS} run.rounds=500", engine, TMPDIR=str(short))
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert engine == "inline" or len(family) > 6
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    cure = "run --engine ray --resume" if engine == "ray" else "run --resume"
+    assert errors == f"ssfl: interrupted\nto go on: ssfl {cure} {folder}\n"
+    assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
+    assert not living(family)
+    assert not [path for path in short.iterdir() if not path.name.startswith("torch")]
+    left = {*Path("/tmp/ray").glob("session_2*"), *Path("/dev/shm").iterdir()} - shared
+    ours = {str(p.pid) for p in family}  # other runs on this machine leave theirs
+    assert not [path for path in left if ours & set(re.split(r"\D+", path.name))]
+
+
+def test_what_others_left_of_ray_is_no_concern_of_a_run(
+    inline: dict[str, object], short: Path, tmp_path: Path
+) -> None:
+    """A cluster that crashed, by its address file and by the variable of somebody's shell."""
+    (short / "ray").mkdir()
+    (short / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
+    others = {"RAY_TMPDIR": str(short), "RAY_ADDRESS": "127.0.0.1:6379"}
+    for name, value in others.items():
+        assert ssfl(tmp_path / name, **{name: value})["model"] == inline["model"]
+    assert sorted(path.name for path in short.rglob("*")) == ["ray", "ray_current_cluster"]
+
+
+def test_ray_that_does_not_start_is_said_by_its_cause(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [str(BIN / "ssfl"), "run", "--engine", "ray", "-c", f"{KEYS} run.clients=7", "--out", str(folder)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        env=os.environ | {"RAY_OVERRIDE_RESOURCES": "no JSON"},  # as good a reason as any
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("ssfl: the run failed: json.decoder.JSONDecodeError: Expecting value")
+    assert done.stderr.count("\n") == 2
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
 
 
 def listening(process: psutil.Process) -> dict[tuple[str, int], str]:
@@ -134,7 +206,7 @@ print("code runs:", ray.get(ray.remote(lambda: 41 + 1).remote()))
 
 def test_a_run_is_reached_by_nobody_and_a_dead_actor_ends_it_with_a_plain_message(tmp_path: Path) -> None:
     """No descendant listens beyond this machine, and on it nobody without the run's token gets in."""
-    process, before = start(tmp_path / "run", f"{KEYS} run.rounds=200")
+    process, _ = start(tmp_path / "run", f"{KEYS} run.rounds=200")
     sockets = listening(psutil.Process(process.pid))
     assert {address for address, _ in sockets} <= {"127.0.0.1", "::1"}, sockets
     (port,) = [port for (_, port), name in sockets.items() if name == "gcs_server"]
@@ -147,19 +219,20 @@ def test_a_run_is_reached_by_nobody_and_a_dead_actor_ends_it_with_a_plain_messag
         assert "code runs" not in done.stdout
         assert "token" in done.stderr.lower()
     assert process.poll() is None
-    actors = alive(before, "ray::ClientAppActor")
+    family = psutil.Process(process.pid).children(recursive=True)
+    actors = [member for member in family if "ray::ClientAppActor" in " ".join(member.cmdline())]
     assert actors
     actors[0].kill()
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
     assert "a Ray actor died while it worked for client" in errors
-    assert not alive(before, "flower-super") + alive(before, "flwr-simulation") + alive(before, "ray::")
+    assert not living(family)
 
 
 def test_a_run_that_fails_on_ray_has_exit_code_1_and_says_why(tmp_path: Path) -> None:
     # Ray's actors need seconds to start and greet.
     keys = f"{KEYS} run.join-timeout=0.01 run.round-timeout=0.01"
-    command = [str(BIN / "ssfl"), "run", "-c", keys, "--out", str(tmp_path / "run")]
+    command = [str(BIN / "ssfl"), "run", "--engine", "ray", "-c", keys, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 1
     assert "clients joined within run.join-timeout" in done.stderr
