@@ -176,8 +176,6 @@ def private_gradients(net: nn.Module, x: torch.Tensor, y: torch.Tensor, chance: 
 
 def test_opacus() -> None:
     opacus = pytest.importorskip("opacus")
-    from ssfl_app import mask_weights
-
     def fit(state: State, partition: int) -> tuple[State, dict[str, float]]:
         net = mlp()
         net.load_state_dict(state)
@@ -195,8 +193,8 @@ def test_opacus() -> None:
             for x, y in loader:
                 optimizer.zero_grad()
                 F.cross_entropy(private(x), y).backward()
+                mask_gradients(private)
                 optimizer.step()
-                mask_weights(private)
         return net.state_dict(), {"num-examples": len(points(partition))}
 
     def test(state: State, partition: int) -> dict[str, float]:
