@@ -176,6 +176,7 @@ def private_gradients(net: nn.Module, x: torch.Tensor, y: torch.Tensor, chance: 
 
 def test_opacus() -> None:
     opacus = pytest.importorskip("opacus")
+
     def fit(state: State, partition: int) -> tuple[State, dict[str, float]]:
         net = mlp()
         net.load_state_dict(state)
