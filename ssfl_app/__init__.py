@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssfl_app.plugin.gradients import active_mask as active_mask
     from ssfl_app.plugin.gradients import mask_gradients as mask_gradients
     from ssfl_app.plugin.mod import SparseMod as SparseMod
     from ssfl_app.plugin.mod import sparse_mod as sparse_mod
@@ -21,10 +22,11 @@ _HOMES = {
     "SparseMod": "ssfl_app.plugin.mod",
     "sparse_mod": "ssfl_app.plugin.mod",
     "sparse_numpy_mod": "ssfl_app.plugin.mod",
+    "active_mask": "ssfl_app.plugin.gradients",
     "mask_gradients": "ssfl_app.plugin.gradients",
 }
 
-__all__ = ["SSFL", "SparseMod", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
+__all__ = ["SSFL", "SparseMod", "active_mask", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
 
 
 def __getattr__(name: str) -> Any:

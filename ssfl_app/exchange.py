@@ -21,7 +21,7 @@ from ssfl_app.guard import RunFailed, memory_ran_out
 from ssfl_app.local.shelf import ShelfError
 from ssfl_app.pulling import BrokenOff, Puller
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.text import in_a_line, last_line
+from ssfl_app.text import cause, in_a_line
 
 SIMULATION_POLL = 0.01
 DEPLOYMENT_POLL = 0.25
@@ -198,7 +198,7 @@ class Courier:
         return []
 
     def _sort(self, client: int, code: int, reason: str) -> None:
-        line = last_line(reason)
+        line = cause(reason)
         # In simulation an exception of Ray, or this machine's memory. Elsewhere a SuperNode whose app or machine
         # failed: a matter of that client.
         if code == ErrorCode.UNKNOWN and is_simulation(self._grid):

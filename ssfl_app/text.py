@@ -8,6 +8,8 @@ import sys
 LONGEST = 300
 """Characters that a line keeps of what a peer said."""
 
+_ENDS = 100 * LONGEST  # characters at either end of a reason in which its cause is looked for
+
 
 def printable(text: str, keep: str = "") -> str:
     r"""Return `text` with every character that is not printable, and not in `keep`, as an escape such as ``\x1b``.
@@ -49,12 +51,29 @@ def in_a_line(text: str, most: int = LONGEST) -> str:
     return printable(text[:most])[:most]
 
 
-def last_line(text: str) -> str:
-    """Return the last line of a reason, likewise: that of a traceback says what happened."""
-    # Flower wraps what an app raised: <class 'x.E'>:<'E: why'>
-    text = re.sub(r"^<class '[\w.]+'>:<'", "", text[-20 * LONGEST :])
-    lines = [line.strip(" '>") for line in text.replace("\\n", "\n").splitlines() if line.strip(" '>")]
-    return in_a_line(lines[-1]) if lines else "no reason given"
+def cause(text: str) -> str:
+    """Return the line of a reason that says what happened, likewise: ``Type: first line`` of an exception.
+
+    Of a traceback that is the first line behind its last frame: a message may have lines of its own, and the last
+    one of torch's is its least useful one.
+    """
+    if len(text) > 2 * _ENDS:
+        text = text[:_ENDS] + text[-_ENDS:]
+    # Flower wraps what an app raised: <class 'x.E'>:<'why'>
+    wrapped = re.match(r"<class '(?:\w+\.)*(\w+)[^']*'>:<'", text[:200])
+    if wrapped:
+        text = text[wrapped.end() :].removesuffix("'>")
+    # On Ray Flower's own exception stands last, without the type of the app's, which caused it.
+    before, _, last = text.rpartition("\n\nThe above exception was the direct cause")
+    text = before if before and "ClientAppException" in last else text
+    lines = [line for line in text.replace("\\n", "\n").splitlines() if line.strip()]
+    frames = [i for i, line in enumerate(lines) if line.startswith(("Traceback", "  File "))]
+    if frames:  # a frame's own lines are indented
+        lines = [line for line in lines[frames[-1] + 1 :] if not line.startswith(" ")] or lines[-1:]
+    if not lines:
+        return wrapped[1] if wrapped else "no reason given"
+    line = re.sub(r"^Exception \w+ occurred\. Message: ", "", lines[0].strip())
+    return in_a_line(f"{wrapped[1]}: {line}" if wrapped and not frames else line)
 
 
 def quoted(value: object, most: int = 60) -> str:

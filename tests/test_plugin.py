@@ -397,19 +397,19 @@ BAD: dict[str, tuple[Fault, str]] = {
     "facts that are none": (changed(lambda c: c.update({"facts": MetricRecord({"round": 2})})), "ConfigRecord"),
     "an array of its own": (changed(lambda c: c["arrays"].update({"x\n\x1b[2J": EXTRA})), "is none of"),  # type: ignore[union-attr]
     "deflated": (changed(lambda c: c["arrays"].update({"values": DEFLATED})), "it must be float32"),  # type: ignore[union-attr]
-    "a metric's name": (changed(put("reply.metrics", "x\n2026 INFO: \x1b[2J", 1.0)), "is called"),
-    "a record's name": (changed(lambda c: c.update({"reply." + "x" * 101: ConfigRecord()})), "is called"),
+    "a metric's name": (changed(put("metrics", "x\n2026 INFO: \x1b[2J", 1.0)), "is called"),
+    "a record's name": (changed(lambda c: c.update({"x" * 101: ConfigRecord()})), "is called"),
     "no facts": (changed(lambda c: c.pop("facts")), "facts"),
     "digest": (changed(put("facts", "digest", "0" * 16)), "digest is"),
     "round": (changed(put("facts", "round", 7)), "round is 7"),
-    "0 samples": (changed(put("reply.metrics", "num-examples", 0)), "above 0"),
-    "negative": (changed(put("reply.metrics", "num-examples", -3)), "above 0"),
-    "NaN samples": (changed(put("reply.metrics", "num-examples", float("nan"))), "above 0"),
-    "1e300": (changed(put("reply.metrics", "num-examples", 1e300)), "at most"),
-    "listed": (changed(put("reply.metrics", "num-examples", [1, 2])), "number above 0"),
-    "unweighed": (changed(lambda c: c["reply.metrics"].pop("num-examples")), "num-examples"),  # type: ignore[union-attr]
-    "no metrics": (changed(lambda c: c.pop("reply.metrics")), "MetricRecords"),
-    "two": (changed(lambda c: c.update({"reply.b": MetricRecord({"num-examples": 3})})), "2 MetricRecords"),
+    "0 samples": (changed(put("metrics", "num-examples", 0)), "above 0"),
+    "negative": (changed(put("metrics", "num-examples", -3)), "above 0"),
+    "NaN samples": (changed(put("metrics", "num-examples", float("nan"))), "above 0"),
+    "1e300": (changed(put("metrics", "num-examples", 1e300)), "at most"),
+    "listed": (changed(put("metrics", "num-examples", [1, 2])), "number above 0"),
+    "unweighed": (changed(lambda c: c["metrics"].pop("num-examples")), "num-examples"),  # type: ignore[union-attr]
+    "no metrics": (changed(lambda c: c.pop("metrics")), "MetricRecords"),
+    "two": (changed(lambda c: c.update({"b": MetricRecord({"num-examples": 3})})), "2 MetricRecords"),
     "raised": (
         lambda grid, message: Message(Error(2, "ValueError: boo"), reply_to=message),
         "raised: ValueError: boo",
@@ -492,7 +492,7 @@ def test_nodes_that_do_not_come_end_the_run() -> None:
 
 
 def test_clients_that_tell_different_metrics_are_averaged_over_what_all_tell() -> None:
-    fault = changed(put("reply.metrics", "extra", 3.0))
+    fault = changed(put("metrics", "extra", 3.0))
     strategy, result = play(grid=ForeignGrid(foreign_app(), faults={("train", 1, 4): fault}))
     assert list(result.train_metrics_clientapp[1]) == ["loss"]
     assert len(strategy.history[1]["ok"]) == 5
@@ -501,9 +501,9 @@ def test_clients_that_tell_different_metrics_are_averaged_over_what_all_tell() -
 @pytest.mark.parametrize("inner", [None, FedMedian()])
 def test_odd_records_beside_the_metrics_do_not_disturb_anybody(inner: FedAvg | None) -> None:
     def odd(content: RecordDict) -> None:
-        content["reply.mine"] = content.pop("reply.metrics")
-        content["reply.more"] = ArrayRecord([np.zeros(3)])
-        content["reply.note"] = ConfigRecord({"who": "me"})
+        content["mine"] = content.pop("metrics")
+        content["more"] = ArrayRecord([np.zeros(3)])
+        content["note"] = ConfigRecord({"who": "me"})
 
     strategy, _ = play(
         strategy=SSFL(density=0.5, inner=inner),
@@ -604,16 +604,16 @@ def test_a_server_optimizer_leaves_scores_to_the_mean(make: Callable[[], FedAvg]
 
 # ---- metrics and weights that are odd --------------------------------------------------------------
 
-LEAVE_OUT = changed(lambda c: c["reply.metrics"].pop("accuracy"))  # type: ignore[union-attr]
+LEAVE_OUT = changed(lambda c: c["metrics"].pop("accuracy"))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
         (LEAVE_OUT, "None"),
-        (changed(put("reply.metrics", "accuracy", [0.5, 0.5])), "[0.5, 0.5]"),
-        (changed(put("reply.metrics", "accuracy", float("nan"))), "nan"),
-        (changed(put("reply.metrics", "accuracy", float("-inf"))), "-inf"),
+        (changed(put("metrics", "accuracy", [0.5, 0.5])), "[0.5, 0.5]"),
+        (changed(put("metrics", "accuracy", float("nan"))), "nan"),
+        (changed(put("metrics", "accuracy", float("-inf"))), "-inf"),
     ],
     ids=["missing", "list", "nan", "inf"],
 )
@@ -629,7 +629,7 @@ def test_nobody_takes_a_metric_from_all_others(fault: Fault, told: str, inner: F
 
 
 def test_in_training_odd_metrics_cost_the_metrics_and_with_an_inner_strategy_the_reply() -> None:
-    faults: dict[Where, Fault] = {("train", 1, 2): changed(put("reply.metrics", "loss", float("nan")))}
+    faults: dict[Where, Fault] = {("train", 1, 2): changed(put("metrics", "loss", float("nan")))}
     reason = {"1002": "metric 'loss' is nan; most others tell a finite number"}
     strategy, result = play(grid=ForeignGrid(foreign_app(), faults=faults), rounds=1)
     _, whole = play(rounds=1)
@@ -643,8 +643,8 @@ def test_in_training_odd_metrics_cost_the_metrics_and_with_an_inner_strategy_the
 
 def test_no_reply_weighs_more_than_the_most_examples_that_a_client_may_have() -> None:
     lies: dict[Where, Fault] = {
-        ("train", 1, 2): changed(put("reply.metrics", "num-examples", 2**40)),
-        ("evaluate", 1, 2): changed(put("reply.metrics", "num-examples", 2**40)),
+        ("train", 1, 2): changed(put("metrics", "num-examples", 2**40)),
+        ("evaluate", 1, 2): changed(put("metrics", "num-examples", 2**40)),
         ("saliency", 0, 2): changed(put("facts", "samples", 2**40)),
     }
     strategy, _ = play(
@@ -674,7 +674,7 @@ def test_a_lost_client_does_not_stop_a_robust_strategy() -> None:
 
 
 def test_an_inner_strategy_that_diverges_ends_the_run_by_name() -> None:
-    with pytest.raises(RunFailed, match="FedAdam in round 1 returned a vector that is no model"):
+    with pytest.raises(RunFailed, match="FedAdam in round 1 returned arrays that are no model"):
         play(strategy=SSFL(density=0.5, inner=FedAdam(eta=1e9)))
 
 
@@ -803,5 +803,5 @@ def test_importing_the_package_imports_neither_torch_nor_flower() -> None:
         "print(before, sorted(ssfl_app.__all__), SSFL.__name__, {'torch', 'flwr'} <= set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    names = ["SSFL", "SparseMod", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
+    names = ["SSFL", "SparseMod", "active_mask", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
     assert done.stdout.strip() == f"set() {names} SSFL True"

@@ -1,12 +1,12 @@
 """The course of a run: discovery, then rounds of training and evaluation, each told as one record."""
 
 import time
-from collections.abc import Callable
-from logging import INFO
+from collections.abc import Callable, Iterable, Iterator
+from logging import INFO, WARNING
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
@@ -74,12 +74,18 @@ class Course:
         strategy.history.append(record)
         log(INFO, "")
         log(INFO, "[DISCOVERY]")
-        # The function is asked what it would do in round 1: its schedules may have no round 0.
-        config = ConfigRecord({**self._configs[0], "server-round": 1})
+        config = strategy.question_config(self._configs[0], self._grid)
         nodes = strategy.sample(self._grid, "saliency", 0, strategy.discovery.share, strategy.base.min_train_nodes)
         mask = strategy.discovery.find(
             strategy.mail, self._grid, nodes, strategy.model, config, record, strategy.inner
         )
+        if len(record["scored_by"]) > 1:
+            log(
+                WARNING,
+                "\t> scores were found in different ways (%s), have different units and were averaged all the same; "
+                "where a client trains without a torch optimizer, or without data, say SparseMod(saliency=...)",
+                ", ".join(f"{count} by {how}" for how, count in record["scored_by"].items()),
+            )
         strategy.mail.mask = mask
         strategy.model[~mask.carried] = 0
         record["seconds"] = time.monotonic() - start
@@ -87,11 +93,12 @@ class Course:
 
     def _train(self, round_: int) -> Record:
         strategy, mail = self._strategy, self._strategy.mail
-        messages = list(strategy.configure_train(round_, ArrayRecord(), self._configs[0], self._grid))
+        model = self._model("configure_train")
+        messages = list(strategy.configure_train(round_, model, self._configs[0], self._grid))
         if messages:
             log(INFO, "configure_train: Sampled %s nodes", len(messages))
         replies = mail.carry(self._grid, messages, 4 * int(np.count_nonzero(mail.mask.carried)))
-        arrays, metrics = strategy.aggregate_train(round_, replies)
+        arrays, metrics = strategy.aggregate_train(round_, self._heard("aggregate_train", replies))
         if messages:
             mail.log_failures("aggregate_train")
         self._note(metrics, self._result.train_metrics_clientapp, round_)
@@ -111,11 +118,13 @@ class Course:
 
     def _evaluate(self, round_: int) -> Record:
         strategy, mail = self._strategy, self._strategy.mail
-        messages = list(strategy.configure_evaluate(round_, ArrayRecord(), self._configs[1], self._grid))
+        model = self._model("configure_evaluate")
+        messages = list(strategy.configure_evaluate(round_, model, self._configs[1], self._grid))
         if not messages:
             return {"bytes_evaluate_down": 0}
         log(INFO, "configure_evaluate: Sampled %s nodes", len(messages))
-        metrics = strategy.aggregate_evaluate(round_, mail.carry(self._grid, messages, 0))
+        replies = self._heard("aggregate_evaluate", mail.carry(self._grid, messages, 0))
+        metrics = strategy.aggregate_evaluate(round_, replies)
         mail.log_failures("aggregate_evaluate")
         self._note(metrics, self._result.evaluate_metrics_clientapp, round_)
         return {
@@ -124,6 +133,14 @@ class Course:
             "bytes_evaluate_down": mail.outcome.down,
             "bytes_evaluate_mask_down": mail.outcome.mask_down,
         }
+
+    def _model(self, method: str) -> ArrayRecord:
+        """Return what a method of the strategy is given as the model: `SSFL`'s own read none."""
+        return self._strategy.arrays() if self._strategy.changes(method) else ArrayRecord()
+
+    def _heard(self, method: str, replies: Iterator[Message]) -> Iterable[Message]:
+        """Return the replies one at a time, or, to a method that is the user's own, as Flower gives them."""
+        return self._strategy.mail.decoded(replies) if self._strategy.changes(method) else replies
 
     def _note(self, metrics: MetricRecord | None, book: dict[int, MetricRecord], round_: int) -> None:
         if metrics is not None:

@@ -1,24 +1,32 @@
 """`mask_gradients`: the one line that keeps dead weights dead inside a foreign training loop."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
 
 _CURRENT: ContextVar[Mask | None] = ContextVar("ssfl_mask", default=None)
 
-_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+_WRAPPERS = ("module", "_module", "_orig_mod", "default")
+"""Components that a name has on one side only: DataParallel's, Opacus's, torch.compile's, that of PEFT's adapters."""
+
+_STEPPING = WeakTensorKeyDictionary()  # parameter -> where it is dead, until the step that follows
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 @contextmanager
 def working_under(mask: Mask | None) -> Iterator[None]:
-    """Make `mask` the one that `mask_gradients` finds by itself; None: there is none."""
+    """Make `mask` the one that `active_mask` returns; None: there is none."""
     token = _CURRENT.set(mask)
     try:
         yield
@@ -26,44 +34,87 @@ def working_under(mask: Mask | None) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def mask_gradients(model: nn.Module, mask: Mask | Mapping[str, torch.Tensor] | None = None) -> None:
-    """Set the gradients of dead weights to exactly 0; call it between ``backward()`` and ``step()``.
+def active_mask() -> Mask | None:
+    """Return the mask of the message that `sparse_mod` works on; its ``tensors()`` are bool, True = alive, by name.
 
-    A weight that is 0 and whose gradient is 0 stays exactly 0 under SGD and Adam, with momentum and weight decay.
-    Without this line a train function may move dead weights as it pleases; the mod then drops what became of them,
-    so they are 0 again in the next round, but the alive weights were trained beside them.
+    None outside of an SSFL round, and while weights are scored. It is looked up in a context variable, which threads
+    do not inherit: a loop that runs in a thread of its own must be given it.
+    """
+    return _CURRENT.get()
+
+
+def mask_gradients(
+    model: nn.Module, mask: Mask | Mapping[str, torch.Tensor] | None = None, *, prefix: str | None = None
+) -> None:
+    """Keep dead weights at exactly 0 through the step that follows; call it between ``backward()`` and ``step()``.
+
+    It sets their gradients to exactly 0, and the weights themselves once the optimizer has stepped: one that makes
+    gradients of its own, as Opacus's does with their noise, moves them otherwise. Without this line a train function
+    may move dead weights as it pleases; the mod then drops what became of them, so they are 0 again in the next
+    round, but the alive weights were trained beside them.
 
     Parameters
     ----------
     model : nn.Module
-        On any device; DataParallel and torch.compile wrappers are looked through.
+        On any device, or a part of the model. Wrappers (DataParallel, torch.compile, Opacus, PEFT's adapter) are
+        looked through.
     mask : Mask or mapping of str to bool tensor, optional
-        True where a weight is alive. Default: the mask of the message that `sparse_mod` works on. Outside of an SSFL
-        round, and while weights are scored, there is none, and nothing happens.
+        True where a weight is alive. Default: `active_mask()`. Where that is None, nothing happens.
+    prefix : str, optional
+        Where a part stands in the model, "discriminator." for example. Default: the only place where all of its
+        parameters fit by name and shape.
 
     Raises
     ------
     ValueError
-        The model lacks a tensor that the mask names, or has it in another shape.
+        The model lacks a tensor that the mask names, or has it in another shape; a part fits in two places.
 
     Notes
     -----
-    The default is looked up in a context variable, which threads do not inherit: a loop that runs in a thread of its
-    own must pass `mask`. Ohib et al., "SSFL", TMLR 2026, arXiv 2405.09037, algorithm 1: clients train with m * g.
+    Ohib et al., "SSFL", TMLR 2026, arXiv 2405.09037, algorithm 1: clients train with m * g.
     """
-    mask = _CURRENT.get() if mask is None else mask
+    mask = active_mask() if mask is None else mask
     if mask is None:
         return
-    shapes = dict(mask.layout.shapes) if isinstance(mask, Mask) else {n: tuple(t.shape) for n, t in mask.items()}
+    _listen()
+    shapes: Shapes = {n: tuple(t.shape) for n, t in mask.items()} if isinstance(mask, Mapping) else {}
+    shapes = dict(mask.layout.shapes) if isinstance(mask, Mask) else shapes
     names = mask.layout.prunable if isinstance(mask, Mask) else tuple(mask)
-    parameters = _by_name(model, mask, names)
-    for name in names:
-        parameter = parameters[name]
+    for name, parameter in _matched(model, shapes, names, prefix).items():
         if tuple(parameter.shape) != shapes[name]:
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}; the mask has {shapes[name]}")
-        if parameter.grad is not None:
+        dead = _dead(mask, parameter.device)[name]
+        _STEPPING[parameter] = dead
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = _masked(parameter.grad, dead)
+        else:
             # Filled, not multiplied: NaN * 0 is NaN and -1 * 0 is -0.0.
-            parameter.grad.masked_fill_(_dead(mask, parameter.grad.device)[name], 0.0)
+            parameter.grad.masked_fill_(dead, 0.0)
+
+
+@cache
+def _listen() -> None:
+    """Have torch call us after every step of every optimizer, from the first call on."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _STEPPING:
+        return
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if (dead := _STEPPING.pop(parameter, None)) is not None:
+                    parameter.masked_fill_(dead, 0.0)
+
+
+def _masked(gradient: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.coalesce()
+    places = gradient.indices()
+    values = gradient.values().masked_fill(dead[tuple(places)], 0.0)
+    return torch.sparse_coo_tensor(places, values, gradient.shape, is_coalesced=True)
 
 
 def _dead(mask: Mask | Mapping[str, torch.Tensor], device: torch.device) -> State:
@@ -77,20 +128,76 @@ def _dead_of(mask: Mask, device: torch.device) -> State:
     return {name: ~alive for name, alive in mask.tensors(device).items()}
 
 
-def _by_name(model: nn.Module, mask: object, names: tuple[str, ...]) -> Mapping[str, nn.Parameter]:
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        parameters[name] = parameter
-    missing = [name for name in names if name not in parameters]
-    if not missing:
-        return parameters
-    if isinstance(mask, Mask) and not set(names) & set(parameters):
+# ---- which parameter is meant by a name ------------------------------------------------------------
+
+
+def _matched(
+    model: nn.Module, shapes: Shapes, names: tuple[str, ...], prefix: str | None
+) -> Mapping[str, nn.Parameter]:
+    """Return the parameters that the mask covers, by the mask's names."""
+    # Tied tensors under all of their names: the mask has one of them.
+    own = dict(_unwrapped(model).named_parameters(remove_duplicate=False))
+    short = _short(own)
+    if prefix is not None:
+        inside = {name: _plain(name.removeprefix(prefix)) for name in names if name.startswith(prefix)}
+        if part := {name: short[rest] for name, rest in inside.items() if rest in short}:
+            return part
+        raise ValueError(f"under prefix {prefix!r} the mask has {list(inside)}; the model has {sorted(short)}")
+    # As it is called comes first: an attribute of the user's may be called as a wrapper is.
+    for parameters in (own, dict(model.named_parameters(remove_duplicate=False))):
+        if all(name in parameters for name in names):
+            return {name: parameters[name] for name in names}
+    plain = {_plain(name): name for name in shapes}
+    if len(plain) == len(shapes):
+        if all(_plain(name) in short for name in names):
+            return {name: short[_plain(name)] for name in names}
+        part = _part(short, {k: shapes[n] for k, n in plain.items()}, [k for k, n in plain.items() if n in names])
+        if part:
+            return {plain[name]: parameter for name, parameter in part.items()}
+    if not set(names) & set(own):
         # Arrays without names ("0", "1", ...) stand for the state dict in its order, as NumPyClients have it.
         floating = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
-        if len(floating) == len(mask.layout.shapes):
-            own = dict(model.named_parameters())
-            pairs = zip(mask.layout.shapes, floating, strict=True)
-            return {name: own[mine] for (name, _), mine in pairs if mine in own and name in names}
-    raise ValueError(f"the mask names {missing}; the model's parameters are {sorted(parameters)}")
+        if len(floating) == len(shapes):
+            everything = dict(model.named_parameters())
+            pairs = zip(shapes, floating, strict=True)
+            return {name: everything[mine] for name, mine in pairs if mine in everything and name in names}
+    missing = [name for name in names if name not in short]
+    raise ValueError(f"the mask names {missing}; the model's parameters are {sorted(short)}")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, kinds) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model.module if isinstance(model, kinds) else model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _short(parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+    """Return the parameters by names without wrappers, or as they are called where two would be called the same."""
+    short = {_plain(name): parameter for name, parameter in parameters.items()}
+    return short if len(short) == len(parameters) else parameters
+
+
+def _part(own: Mapping[str, nn.Parameter], shapes: Shapes, names: Iterable[str]) -> Mapping[str, nn.Parameter]:
+    """Return those of `names` that a part has, by their names in the whole model, or a whole by those in its part."""
+    mine, covered = {name: tuple(p.shape) for name, p in own.items()}, {name: shapes[name] for name in names}
+    places = _places(mine, shapes)
+    if len(places) > 1:
+        raise ValueError(f"this part of the model fits at {places}; say which one by prefix={places[0]!r}")
+    if places:
+        return {full: parameter for name, parameter in own.items() if (full := places[0] + name) in covered}
+    places = _places(covered, mine)
+    return {name: own[places[0] + name] for name in covered} if len(places) == 1 else {}
+
+
+def _places(part: Shapes, whole: Shapes) -> list[str]:
+    """Return the prefixes under which all of `part` is in `whole`, with its shapes."""
+    if not part:
+        return []
+    first = next(iter(part))
+    starts: Iterable[str] = (name.removesuffix(first) for name in whole if name.endswith("." + first))
+    return [start for start in starts if all(whole.get(start + name) == shape for name, shape in part.items())]

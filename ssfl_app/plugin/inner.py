@@ -1,15 +1,16 @@
 """Another Flower strategy inside: it sees replies whose one array is the flat vector of carried values.
 
 All nodes send the same coordinates, so what FedAdam or Krum do to arrays they do to that vector: a server optimiser
-moves alive coordinates only, and distances between clients are those of their alive values.
+moves alive coordinates only, and distances between clients are those of their alive values. One that reads the arrays
+by name, to save or to evaluate them, asks for the model's own, which hold the dead zeros as well.
 """
 
 import copy
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from logging import INFO
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -20,18 +21,68 @@ from flwr.serverapp.strategy import FedAvg
 from ssfl_app.guard import RunFailed
 from ssfl_app.plugin.answer import Answer
 from ssfl_app.plugin.folding import common_metrics
+from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.robust import Rows, median, normalised
 from ssfl_app.sparsity.layout import Vector
-from ssfl_app.sparsity.values import PayloadError, check_values
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import check_values
 
 VECTOR = "values"
 """Name of the one array that an inner strategy sees."""
 
 
+class Form(Protocol):
+    """How an inner strategy sees carried values."""
+
+    def arrays(self, values: Vector) -> ArrayRecord:
+        """Return what it is given."""
+
+    def values(self, arrays: ArrayRecord) -> Vector:
+        """Return the values of what it made of that.
+
+        Raises
+        ------
+        ValueError
+            Names or shapes are others.
+        """
+
+
+@dataclass(frozen=True)
+class AsVector:
+    """One array of all values, shape (size,)."""
+
+    size: int
+
+    def arrays(self, values: Vector) -> ArrayRecord:
+        return ArrayRecord({VECTOR: Array(values)})
+
+    def values(self, arrays: ArrayRecord) -> Vector:
+        if list(arrays) != [VECTOR]:
+            raise ValueError(f"it has the arrays {list(arrays)}; it was given [{VECTOR!r}]")
+        values = arrays[VECTOR].numpy().astype(np.float32)
+        if values.shape != (self.size,):
+            raise ValueError(f"it has shape {values.shape}; it must be ({self.size},)")
+        return values
+
+
+@dataclass(frozen=True)
+class AsModel:
+    """The model's arrays under their names, dead weights 0."""
+
+    sheet: Sheet
+    mask: Mask
+
+    def arrays(self, values: Vector) -> ArrayRecord:
+        return self.sheet.dense(self.sheet.spread(values, self.mask))
+
+    def values(self, arrays: ArrayRecord) -> Vector:
+        return self.sheet.flatten(arrays)[self.mask.carried]
+
+
 def told_by(
     configure: Callable[..., Iterable[Message]],
     server_round: int,
-    values: Vector,
+    arrays: ArrayRecord,
     config: ConfigRecord,
     grid: Grid,
     config_key: str,
@@ -44,16 +95,16 @@ def told_by(
     ----------
     configure : callable
         Its `configure_train` or `configure_evaluate`.
-    values : array of float32
-        The carried values of the model.
+    arrays : ArrayRecord
+        The model, in the strategy's form.
     config : ConfigRecord
-        The user's; returned as it is if the strategy writes to nobody.
+        The user's, which the strategy may change; returned as it is if the strategy writes to nobody.
     config_key : str
         Where it puts the config.
     """
     before = random.getstate()
     try:
-        messages = list(configure(server_round, ArrayRecord({VECTOR: Array(values)}), config, grid))
+        messages = list(configure(server_round, arrays, config, grid))
     finally:
         random.setstate(before)
     told: Any = messages[0].content[config_key] if messages else config
@@ -61,7 +112,7 @@ def told_by(
 
 
 def aggregate_by(
-    inner: FedAvg, server_round: int, answers: Sequence[Answer], size: int
+    inner: FedAvg, server_round: int, answers: Sequence[Answer], form: Form
 ) -> tuple[Vector | None, MetricRecord | None]:
     """Return what `inner` makes of the answers: the new vector of carried values, and metrics.
 
@@ -70,19 +121,16 @@ def aggregate_by(
     RunFailed
         It made something else of them: another name, shape, or values that are not finite.
     """
-    arrays, metrics = inner.aggregate_train(server_round, _replies(answers, inner.arrayrecord_key))
+    arrays, metrics = inner.aggregate_train(server_round, _replies(answers, inner.arrayrecord_key, form))
     if arrays is None:
         return None, metrics
-    what = f"{type(inner).__name__} in round {server_round}"
-    if list(arrays) != [VECTOR]:
-        raise RunFailed(f"{what} returned the arrays {list(arrays)}; it was given [{VECTOR!r}]")
-    values = arrays[VECTOR].numpy().astype(np.float32)
     try:
-        if values.shape != (size,):
-            raise PayloadError(f"it has shape {values.shape}; it must be ({size},)")
+        values = form.values(arrays)
         check_values(values)
-    except PayloadError as error:
-        raise RunFailed(f"{what} returned a vector that is no model: {error}") from error
+    except ValueError as error:
+        raise RunFailed(
+            f"{type(inner).__name__} in round {server_round} returned arrays that are no model: {error}"
+        ) from error
     return values, metrics
 
 
@@ -114,7 +162,7 @@ def scores_by(inner: FedAvg, answers: Sequence[Answer], size: int) -> tuple[Vect
     try:
         folder = copy.deepcopy(inner)
         folder.train_metrics_aggr_fn = lambda contents, key: MetricRecord()  # the user's expects metrics of training
-        values, _ = aggregate_by(folder, 0, scored, size)
+        values, _ = aggregate_by(folder, 0, scored, AsVector(size))
         if values is not None and values.any():
             return values, name
         log(INFO, "\t> %s makes nothing of the scores; their median is taken", name)
@@ -128,10 +176,10 @@ def scores_by(inner: FedAvg, answers: Sequence[Answer], size: int) -> tuple[Vect
 
 def evaluate_by(inner: FedAvg, server_round: int, answers: Sequence[Answer]) -> MetricRecord | None:
     """Return what `inner` makes of the metrics of an evaluation."""
-    return inner.aggregate_evaluate(server_round, _replies(answers, None))
+    return inner.aggregate_evaluate(server_round, _replies(answers, None, None))
 
 
-def _replies(answers: Sequence[Answer], arrays_key: str | None) -> list[Message]:
+def _replies(answers: Sequence[Answer], arrays_key: str | None, form: Form | None) -> list[Message]:
     """Return the answers as Flower's strategies expect replies, by node id."""
     messages = []
     ordered = sorted(answers, key=lambda answer: answer.node)
@@ -139,8 +187,8 @@ def _replies(answers: Sequence[Answer], arrays_key: str | None) -> list[Message]
     assert not odd  # they were refused
     for answer, content in zip(ordered, contents, strict=True):
         assert answer.message is not None
-        if arrays_key is not None:
-            content[arrays_key] = ArrayRecord({VECTOR: Array(answer.values)})
+        if arrays_key is not None and form is not None:
+            content[arrays_key] = form.arrays(answer.values)
         answer.message.content = content
         messages.append(answer.message)
     return messages

@@ -6,7 +6,7 @@ the message again with them, in the same round. An answer for another round or d
 are not what they must be, is refused by node and reason; it never reaches the mean.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from logging import INFO
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from flwr.serverapp import Grid
 from ssfl_app.exchange import Courier, Outcome
 from ssfl_app.guard import RunFailed
 from ssfl_app.plugin.answer import MOST, Answer, metrics_of, weight_of
-from ssfl_app.plugin.mod import REPLY, SCORED_BY
+from ssfl_app.plugin.legacy import only
+from ssfl_app.plugin.mod import REPLY, SCORED_BY, TAKEN
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
@@ -32,7 +33,7 @@ from ssfl_app.sparsity.values import (
     write_values,
 )
 from ssfl_app.text import in_a_line, quoted
-from ssfl_app.wire import Facts, Packer, Parcel, freeze, read_record
+from ssfl_app.wire import SERIAL_TYPE, Facts, Packer, Parcel, freeze, read_record
 
 MOST_NAME = 100
 """Characters of the name of a metric or record."""
@@ -81,6 +82,8 @@ class Mail:
         self._letter = Parcel()  # the same for all nodes of an exchange
         self._once: Arrays = {}
         self._config: Mapping[str, Any] = {}
+        self._asked = 0
+        self._decoded: dict[str, Answer] = {}  # message id -> what was read of a reply that `decoded` rewrote
 
     # ---- out ---------------------------------------------------------------------------------
 
@@ -104,7 +107,7 @@ class Mail:
         values = "fp32" if kind == "saliency" else self._values
         digest = self.sheet.digest_under(mask)
         told: Facts = {"ssfl": kind, "round": round_, "digest": digest, "values": values}
-        self._kind, self._packer, self._config = kind, Packer(), config
+        self._kind, self._packer, self._config = kind, Packer(), dict(config)  # the user's own may change later
         self._letter = Parcel(
             freeze(write_values(model[mask.carried], values)), {**told, "weight-key": self._weight_key, **facts}
         )
@@ -116,14 +119,14 @@ class Mail:
     def _message(self, node: int, bring: bool) -> Message:
         arrays = {**self._letter.arrays, **(self._once if bring else {})}
         record = self._packer.record(Parcel(arrays, self._letter.facts))
-        record["config"] = ConfigRecord(dict(self._config))  # its own: in one process a client may change it
+        record["config"] = ConfigRecord(self._config)  # its own: in one process a client may change it
         kind = "evaluate" if self._kind == "evaluate" else "train"
         return Message(record, node, kind, ttl=self._timeout, group_id=str(self._letter.facts["round"]))
 
-    def carry(self, grid: Grid, messages: Iterable[Message], reply_bytes: int) -> Iterator[Message]:
+    def carry(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `write` made; return the replies, of about this size, as they come."""
         courier = Courier(grid, self._timeout, reply_bytes)
-        self.outcome, self.odd = courier.outcome, {}
+        self.outcome, self.odd, self._decoded, self._asked = courier.outcome, {}, {}, len(messages)
         self._push(courier, {message.metadata.dst_node_id: message for message in messages})
         return self._replies(courier)
 
@@ -138,6 +141,8 @@ class Mail:
             self._node_of[reply.metadata.reply_to_message_id] = node
             yield reply
             del reply
+        for node, reason in self.outcome.refused.items():
+            self.outcome.refused[node] = _in_our_words(reason)
 
     def _push(self, courier: Courier, messages: dict[int, Message]) -> None:
         for message in messages.values():
@@ -151,6 +156,9 @@ class Mail:
     def open(self, replies: Iterable[Message]) -> Iterator[Answer]:
         """Yield the good replies; refuse the others by node and reason, errors that Flower reports among them."""
         for message in replies:
+            if (known := self._decoded.get(message.metadata.reply_to_message_id)) is not None:
+                yield from self._read_again(known, message)
+                continue
             node = self._node_of.pop(message.metadata.reply_to_message_id)
             try:
                 answer = self._read(node, message)
@@ -163,7 +171,39 @@ class Mail:
             yield answer
             del message, answer
 
+    def decoded(self, replies: Iterable[Message]) -> list[Message]:
+        """Return the good replies as Flower's strategies know them, by node id, for an `aggregate_...` of the user's.
+
+        Each holds the records that its function returned, and in training the whole model with dead weights 0. `open`
+        reads what has become of them.
+        """
+        answers = sorted(self.open(replies), key=lambda answer: answer.node)
+        for answer in answers:
+            content = RecordDict(dict(answer.records))
+            if self._kind == "train":
+                content[self.sheet.keys[0]] = self.sheet.dense(self.sheet.spread(answer.values, self.mask))
+            assert answer.message is not None
+            answer.message.content = content
+            self._decoded[answer.message.metadata.reply_to_message_id] = answer.numbers()
+        return [answer.message for answer in answers if answer.message is not None]
+
+    def _read_again(self, known: Answer, message: Message) -> Iterator[Answer]:
+        content, values = message.content, known.values
+        records = RecordDict({name: own for name, own in content.items() if not isinstance(own, ArrayRecord)})
+        try:
+            name, metrics = metrics_of(records)
+            weight = weight_of(metrics.get(self._weight_key), self._most)
+            if self._kind == "train":
+                values = self.sheet.flatten(only(content, ArrayRecord))[self.mask.carried]
+                check_values(values)
+        except ValueError as error:
+            self.refuse({known.node: str(error)})
+            return
+        yield Answer(known.node, values, weight, records, name, known.facts, message)
+
     def _read(self, node: int, message: Message) -> Answer:
+        if "facts" not in message.content:
+            raise PayloadError("the reply has no 'facts': this app has no sparse_mod")
         parcel = read_record(message.content, self._allowed())
         facts, sent = parcel.facts, self._letter.facts
         if facts.get("need"):
@@ -173,7 +213,7 @@ class Mail:
                 raise PayloadError(f"{name} is {quoted(facts.get(name))}; it must be {sent[name]!r}")
         records, name = RecordDict(), "metrics"
         for key, record in message.content.items():
-            if key.startswith(REPLY) and not isinstance(record, ArrayRecord):
+            if key not in TAKEN and not isinstance(record, ArrayRecord):
                 records[key.removeprefix(REPLY)] = record
         _check_names(records)
         if self._kind == "saliency":
@@ -225,20 +265,27 @@ class Mail:
 
     def enough(self, share: float) -> bool:
         """Return whether at least `share` of the nodes that were asked answered well."""
-        outcome = self.outcome
-        asked = len(outcome.ok) + len(outcome.lost) + len(outcome.refused)
-        return len(outcome.ok) >= share * asked
+        return len(self.outcome.ok) >= share * self._asked
 
     def need(self, share: float, what: str) -> None:
         """Raise RunFailed unless at least `share` of the nodes that were asked answered well."""
         if self.enough(share):
             return
         bad = {**self.outcome.lost, **self.outcome.refused}
-        asked = len(self.outcome.ok) + len(bad)
         reasons = ", ".join(f"node {node}: {why}" for node, why in sorted(bad.items()))
         raise RunFailed(
-            f"{what}: {len(self.outcome.ok)} of {asked} nodes answered well; min_ok_fraction is {share} ({reasons})"
+            f"{what}: {len(self.outcome.ok)} of {self._asked} nodes answered well; min_ok_fraction is {share} "
+            f"({reasons})"
         )
+
+
+def _in_our_words(reason: str) -> str:
+    """Return a reason, behind its cause if an app without the mod met our messages."""
+    if SERIAL_TYPE in reason and reason.startswith("raised: "):
+        return f"this app has no sparse_mod ({reason})"
+    if "fitins.parameters" in reason or "evaluateins.parameters" in reason:
+        return f"this app is of the old style and has no sparse_numpy_mod ({reason})"
+    return reason
 
 
 def _sizes(message: Message) -> dict[str, int]:

@@ -3,7 +3,8 @@
 On the wire an SSFL message holds "arrays" (one flat vector of values; with the first message of a mask also the
 bitmap and the sheet), "facts" (a few scalars, see `FACTS`) and "config" (the user's own). The mod gives the user's
 function a message with a complete state dict under the names it expects, and packs the alive values of the reply.
-Records of the reply that hold no arrays pass through, as "reply.<name>".
+Records of the reply that hold no arrays pass through under their names, so that mods in front of this one find the
+metrics; "reply.<name>" is what those are called whose names are taken.
 
 Everything arrives as ``train`` or ``evaluate``, the question for saliency too: Flower calls mods only for message
 types that the app has a function for, app-wide ones included, and the question needs the train function anyway.
@@ -38,8 +39,11 @@ STATE = "ssfl-plugin"
 SCORED_BY = ("own", "gradient", "difference")
 """How a node may say that it found its scores."""
 
-REPLY = "reply."
-"""Prefix of the user's own records on their way up."""
+TAKEN, REPLY = ("arrays", "facts"), "reply."
+"""Records of ours on their way up, and the prefix of a user's own that would be called like them."""
+
+QUESTION = "ssfl-question"
+"""Key of the config that the train function gets: True while weights are scored, and missing in every round."""
 
 Told = Mapping[str, Any] | tuple[Mapping[str, Any], float]
 Saliency = Callable[[Message, Context], Told]
@@ -117,7 +121,10 @@ class SparseMod:
             if reply is not None and reply.has_error():
                 return reply
             if reply is not None and counted:
-                samples = only(reply.content, MetricRecord)[facts["weight-key"]]
+                metrics, key = only(reply.content, MetricRecord), facts["weight-key"]
+                if key not in metrics:
+                    raise ValueError(f"no metric {key!r} among {sorted(metrics)}; it weighs this client's scores")
+                samples = metrics[key]
             if watch.stepped or reply is None:
                 scores, by = watch.scores(), "gradient"
             else:
@@ -147,7 +154,7 @@ def _work(
     record = Packer().record(Parcel(arrays, {"round": facts["round"], "digest": facts["digest"]}))
     for name, own in reply.content.items():
         if not isinstance(own, ArrayRecord):
-            record[REPLY + name] = own
+            record[REPLY + name if name in TAKEN or name.startswith(REPLY) else name] = own
     reply.content = record
     return reply
 

@@ -1,25 +1,27 @@
-"""How saliency is read out of somebody else's train function: its optimizer is watched, and never gets to step.
+"""How saliency is read out of somebody else's train function: its optimizer is watched, and gets nowhere.
 
 The function is called on the initial weights. A hook that torch calls before every step of every optimizer takes the
-gradients, scores ``|g * w|`` (Lee et al., SNIP, ICLR 2019; Ohib et al., SSFL, arXiv 2405.09037, eq. 5), and
-takes the gradients away, so that the step changes nothing: the next minibatch is scored at the initial weights, too.
+gradients and scores ``|g * w|`` (Lee et al., SNIP, ICLR 2019; Ohib et al., SSFL, arXiv 2405.09037, eq. 5); one that
+torch calls after the step puts the weights back: the next minibatch is scored at the initial weights, too. The step
+itself is a real one, with its gradients before and after it: optimizers and train functions rely on both. Where it
+makes the gradients itself, by a closure, they are taken when the closure has returned for the first time.
 
 Where nothing steps (another framework, plain NumPy) one whole local training w0 -> w1 stands in for the gradient:
 ``|w0 * (w0 - w1)|``. For one step of SGD that is the same up to the learning rate.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ssfl_app.sparsity.layout import Layout, Vector
 
-_ONE_AT_A_TIME = threading.Lock()  # the hook is the process's
+_ONE_AT_A_TIME = threading.Lock()  # the hooks are the process's
 
 
 class Enough(Exception):
@@ -38,8 +40,8 @@ class Watch:
     batches : int
         Optimizer steps whose gradients count.
     leave : bool
-        Leave the function by `Enough` after them. A function that catches it goes on, without steps that change
-        anything. False: it goes on anyway, to its end.
+        Leave the function by `Enough` after them. A function that catches it goes on, and its steps change nothing.
+        False: it goes on anyway, to its end.
 
     Notes
     -----
@@ -55,17 +57,22 @@ class Watch:
         self._counts = dict.fromkeys(layout.prunable, 0)
         # Parameters are kept, so that an id is not given to another one.
         self._known: dict[int, tuple[torch.Tensor, str | None]] = {}
+        self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # parameter, its values before its first step
 
     def __enter__(self) -> Self:
         _ONE_AT_A_TIME.acquire()
-        self._handle = register_optimizer_step_pre_hook(self._before_step)
+        self._handles = (
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         """Let the function be left early, whatever it made of `Enough`."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         _ONE_AT_A_TIME.release()
         return isinstance(error, Exception) and self._leave and self.complete
 
@@ -95,19 +102,46 @@ class Watch:
         parts = [(self._sums[name] / count).reshape(-1) for name, count in self._counts.items()]
         return np.concatenate(parts).astype(np.float32)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        named = [(p, name) for p in parameters if (name := self._name(p)) is not None]
-        if not named:
-            return  # somebody else's
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        parameters = _parameters(optimizer)
+        if all(self._name(parameter) is None for parameter in parameters):
+            return None  # somebody else's
+        for parameter in parameters:
+            self._held.setdefault(id(parameter), (parameter, parameter.detach().clone()))
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._watched(optimizer, kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):  # the first one is the optimizer
+            return (args[0], self._watched(optimizer, args[1]), *args[2:]), kwargs
+        self._read(optimizer)
+        return None
+
+    def _watched(self, optimizer: torch.optim.Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
+        calls = 0
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            loss = closure(*args, **kwargs)
+            calls += 1
+            if calls == 1:  # LBFGS calls again, at weights that it moved
+                self._read(optimizer)
+            return loss
+
+        return watched
+
+    def _read(self, optimizer: torch.optim.Optimizer) -> None:
+        named = [(p, name) for p in _parameters(optimizer) if (name := self._name(p)) is not None]
         for parameter, name in named:
             if parameter.grad is not None and self._counts[name] < self._batches:
                 self._sums[name] += np.abs(_gradient(parameter, optimizer) * self._weights[name])
                 self._counts[name] += 1
-        for parameter in parameters:
-            parameter.grad = None  # torch's optimizers leave such a parameter alone, decay and momentum included
         if self._leave and self.complete:
             raise Enough
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            for parameter in _parameters(optimizer):
+                if id(parameter) in self._held:
+                    parameter.copy_(self._held[id(parameter)][1])
 
     def _name(self, parameter: torch.Tensor) -> str | None:
         if id(parameter) not in self._known:
@@ -116,6 +150,10 @@ class Watch:
             same = (n for n, w in self._weights.items() if n not in taken and np.array_equal(w, values))
             self._known[id(parameter)] = (parameter, next(same, None))
         return self._known[id(parameter)][1]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _gradient(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:

@@ -6,9 +6,10 @@ samples, keep the top ``density`` as one mask, then FedAvg inside it, where only
 remainder (biases, norms) travel.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from logging import INFO
-from typing import TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -21,8 +22,9 @@ from ssfl_app.plugin.cohort import sample, wait_for
 from ssfl_app.plugin.course import Course, Record
 from ssfl_app.plugin.discovery import Discovery
 from ssfl_app.plugin.folding import PositionalMean, common_metrics
-from ssfl_app.plugin.inner import aggregate_by, evaluate_by, told_by
+from ssfl_app.plugin.inner import AsModel, AsVector, Form, aggregate_by, evaluate_by, told_by
 from ssfl_app.plugin.mail import Mail
+from ssfl_app.plugin.mod import QUESTION
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask, Scope
@@ -58,6 +60,8 @@ class SSFL(Strategy):
         FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan. It aggregates replies whose one array is the flat vector
         of carried values, and holds the FedAvg arguments. It keeps all replies of a round, O(nodes * carried)
         memory. A robust one (the last five, and what else does not take FedAvg's mean) folds the scores too.
+    inner_arrays : {"vector", "model"}
+        What `inner` sees: that vector, or the model's arrays under their names, O(nodes * model) memory.
     seed : int
         Of everything random: which nodes take part.
     prunable : iterable of str, optional
@@ -100,7 +104,14 @@ class SSFL(Strategy):
     Raises
     ------
     TypeError, ValueError
-        An argument is out of range; `inner` is no FedAvg, or is given beside FedAvg's arguments.
+        An argument is out of range; `inner` is no FedAvg, has a `start` of its own, or is given beside FedAvg's
+        arguments.
+
+    Notes
+    -----
+    A subclass may extend any method and call this class's. Its `aggregate_train` and `aggregate_evaluate` get a list
+    of replies as Flower's strategies do, which may be changed: the records that the functions returned, with the
+    whole model in training, O(nodes * model) memory.
     """
 
     def __init__(
@@ -108,6 +119,7 @@ class SSFL(Strategy):
         density: float = 0.1,
         *,
         inner: FedAvg | None = None,
+        inner_arrays: Literal["vector", "model"] = "vector",
         seed: int = 1,
         prunable: Iterable[str] | None = None,
         scope: Scope = "global",
@@ -126,6 +138,13 @@ class SSFL(Strategy):
             raise TypeError(
                 f"inner is {type(inner).__name__}; it is one of Flower's strategies that derive from FedAvg"
             )
+        if inner is not None and type(inner).start is not Strategy.start:
+            raise TypeError(
+                f"inner is {type(inner).__name__}, whose own start() would never run: SSFL plays the rounds. Put what "
+                "it does into configure_train, aggregate_train or evaluate_fn, or into a subclass of SSFL"
+            )
+        if inner_arrays not in ("vector", "model"):
+            raise ValueError(f"inner_arrays is {inner_arrays!r}; it is vector or model")
         if values not in VALUE_TYPES:
             raise ValueError(f"values is {values!r}; it is one of {', '.join(VALUE_TYPES)}")
         if not 0 <= min_ok_fraction <= 1:
@@ -139,6 +158,7 @@ class SSFL(Strategy):
             density, scope, min_per_layer, saliency_batches, saliency_weighting, saliency_share, min_ok_fraction
         )
         self.inner, self.base = inner, FedAvg(**fedavg) if inner is None else inner
+        self._named = inner_arrays == "model"
         self._most_examples = most_examples
         self._seed, self._prunable = seed, None if prunable is None else tuple(prunable)
         self._values, self.min_ok_fraction = values, min_ok_fraction
@@ -154,6 +174,11 @@ class SSFL(Strategy):
         RuntimeError
             `start` was not called yet.
         """
+        if self._mail is None and self.changes("start"):
+            raise RuntimeError(
+                f"{type(self).__name__}.start() plays rounds of its own; SSFL's finds the mask: "
+                "call super().start(...) in it, and put what happens in a round into the other methods"
+            )
         if self._mail is None:
             raise RuntimeError("SSFL was not started; call start() first")
         return self._mail
@@ -162,6 +187,33 @@ class SSFL(Strategy):
     def mask(self) -> Mask:
         """The mask in use: the dense one, until discovery is over."""
         return self.mail.mask
+
+    def changes(self, method: str) -> bool:
+        """Return whether a method of `SSFL` was replaced by the user's."""
+        return getattr(getattr(self, method), "__func__", None) is not getattr(SSFL, method)
+
+    @property
+    def _form(self) -> Form:
+        mask = self.mask
+        return AsModel(self.mail.sheet, mask) if self._named else AsVector(int(np.count_nonzero(mask.carried)))
+
+    def question_config(self, config: ConfigRecord, grid: Grid) -> ConfigRecord:
+        """Return the config of the question for saliency: the one of round 1, marked by `QUESTION`.
+
+        The function is asked what it would do in round 1: its schedules may have no round 0. A strategy of the user's
+        writes it in a copy, since it will write it once more when round 1 comes.
+        """
+        told: Any = ConfigRecord({**config, "server-round": 1})
+        if self.inner is not None or self.changes("configure_train"):
+            shared = {id(each): each for each in (self._mail, self.model, self.history)}
+            try:
+                trial = copy.deepcopy(self, shared)
+            except Exception:  # it holds a file, a lock, a connection
+                trial = copy.copy(self)
+                trial.inner = copy.copy(self.inner)
+            messages = list(trial.configure_train(1, self.arrays(), copy.deepcopy(config), grid))
+            told = messages[0].content.get("config", told) if messages else told
+        return ConfigRecord({**told, QUESTION: True})
 
     def sample(self, grid: Grid, what: str, round_: int, fraction: float, least: int) -> list[int]:
         """Return the nodes that take part in something, see `ssfl_app.plugin.cohort`."""
@@ -208,20 +260,25 @@ class SSFL(Strategy):
         self._mail = Mail(sheet, self._values, self.base.weighted_by_key, timeout, self._most_examples)
         self._timeout = timeout
         self.history = []
-        configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        # The user's own objects, for the whole run: what a strategy changes in them stays, as under Flower.
+        configs = (
+            ConfigRecord() if train_config is None else train_config,
+            ConfigRecord() if evaluate_config is None else evaluate_config,
+        )
         return Course(self, grid, configs, evaluate_fn).play(initial_arrays, num_rounds)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the training messages of a round. The model is this strategy's own; `arrays` is not read."""
-        base, config = self.base, ConfigRecord({**config, "server-round": server_round})
+        base = self.base
         if not base.fraction_train:
             return []
+        config["server-round"] = server_round
         nodes = self.sample(grid, "train", server_round, base.fraction_train, base.min_train_nodes)
         if self.inner is not None:
-            hook, values = self.inner.configure_train, self.model[self.mask.carried]
-            config = told_by(hook, server_round, values, config, grid, base.configrecord_key)
+            given = self._form.arrays(self.model[self.mask.carried])
+            config = told_by(self.inner.configure_train, server_round, given, config, grid, base.configrecord_key)
         self._cohort = nodes
         return self.mail.write("train", server_round, nodes, self.model, config, {})
 
@@ -251,7 +308,7 @@ class SSFL(Strategy):
         if not answers or not self.mail.enough(self.min_ok_fraction):
             return None, None
         if self.inner is not None:
-            values, metrics = aggregate_by(self.inner, server_round, answers, size)
+            values, metrics = aggregate_by(self.inner, server_round, answers, self._form)
         else:
             assert mean is not None
             values = mean.value()
@@ -265,13 +322,14 @@ class SSFL(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the evaluation messages of a round; `arrays` is not read."""
-        base, config = self.base, ConfigRecord({**config, "server-round": server_round})
+        base = self.base
         if not base.fraction_evaluate:
             return []
+        config["server-round"] = server_round
         nodes = self.sample(grid, "evaluate", server_round, base.fraction_evaluate, base.min_evaluate_nodes)
         if self.inner is not None:
-            hook, values = self.inner.configure_evaluate, self.model[self.mask.carried]
-            config = told_by(hook, server_round, values, config, grid, base.configrecord_key)
+            given = self._form.arrays(self.model[self.mask.carried])
+            config = told_by(self.inner.configure_evaluate, server_round, given, config, grid, base.configrecord_key)
         return self.mail.write("evaluate", server_round, nodes, self.model, config, {})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

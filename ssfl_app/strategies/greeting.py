@@ -18,7 +18,7 @@ from ssfl_app.local.holdings import read_holding
 from ssfl_app.local.place import NAME
 from ssfl_app.pulling import BrokenOff, Puller
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.text import last_line, quoted
+from ssfl_app.text import cause, quoted
 from ssfl_app.wire import Facts, Packer, Parcel, read_facts
 
 RETRY = 5.0
@@ -153,13 +153,13 @@ class Hellos:
             if reply is None or node in self.answered:
                 continue
             if reply.has_error():
-                self._sort(node, reply.error.code, last_line(reply.error.reason or ""))
+                self._sort(node, reply.error.code, cause(reply.error.reason or ""))
                 continue
             try:
                 good.append(read_hello(node, reply))
                 self._settle(node)
             except PayloadError as error:
-                self._settle(node, f"its hello is malformed: {last_line(str(error))}")
+                self._settle(node, f"its hello is malformed: {cause(str(error))}")
         return good
 
     def _pull(self, message_id: str, node: int) -> Message | None:
@@ -173,7 +173,7 @@ class Hellos:
         except (ValueError, TypeError, LookupError, AttributeError, DecodeError) as error:
             # Flower builds a message from the objects that a node uploaded, and these are the node's word.
             del self._waiting[message_id]
-            self._settle(node, f"its hello is no message: {last_line(f'{type(error).__name__}: {error}')}")
+            self._settle(node, f"its hello is no message: {cause(f'{type(error).__name__}: {error}')}")
         return None
 
     def _settle(self, node: int, odd: str = "") -> None:
