@@ -66,13 +66,13 @@ def test_lightning(batches: int, tmp_path: Path) -> None:
             mask_gradients(self)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.parameters(), lr=0.02)
+            return torch.optim.Adam(self.parameters(), lr=0.05)
 
     def fit(state: State, partition: int) -> tuple[State, dict[str, float]]:
         model = Lit()
         model.load_state_dict(state)
         trainer = lightning.Trainer(
-            max_epochs=2,
+            max_epochs=3,
             accelerator="cpu",
             default_root_dir=tmp_path,
             logger=False,
