@@ -23,7 +23,7 @@ ROUNDS, DENSITIES, SEEDS, CLIENTS = (1, 3, 5, 10, 20), (1.0, 0.5, 0.25, 0.1, 0.0
 
 
 def main() -> None:
-    """Play all of it, about a minute a seed."""
+    """Play all of it: some minutes."""
     sys.path.insert(0, str(ROOT / "examples" / "message-api" / "after"))
     from digits.client_app import app
     from digits.task import Net
