@@ -2,15 +2,18 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 NAME = re.compile(r"([A-Za-z0-9_.-]+)")
 
 
@@ -18,11 +21,15 @@ def plain(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def imported():
-    """Return the distributions that files of the package import, by the file that does."""
-    known, found = packages_distributions(), {}
-    for file in sorted((ROOT / "ssfl_app").rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
+def imported(files=None):
+    """Return the distributions that files of the package import, by the file that does.
+
+    Of all files; or of these, while they are imported themselves.
+    """
+    known, found = metadata.packages_distributions(), {}
+    for file in sorted((ROOT / "ssfl_app").rglob("*.py") if files is None else files):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree) if files is None else tree.body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"ssfl_app"}:
@@ -30,19 +37,114 @@ def imported():
     return found
 
 
+CORE = PROJECT["dependencies"]
+APP = PROJECT["optional-dependencies"]["app"]
+BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP}
+
+
 def test_what_is_imported_is_declared():
-    declared = {plain(NAME.match(text)[1]) for text in PROJECT["dependencies"]}
-    assert {name: str(file) for name, file in imported().items() if name not in declared} == {}
+    assert {name: str(file) for name, file in imported().items() if name not in BY_NAME} == {}
 
 
 def test_what_is_declared_is_imported():
-    declared = {plain(NAME.match(text)[1]) for text in PROJECT["dependencies"]}
-    assert declared - set(imported()) == set()
+    assert set(BY_NAME) - set(imported()) == set()
 
 
-@pytest.mark.parametrize("text", PROJECT["dependencies"])
+@pytest.mark.parametrize("text", CORE + APP + PROJECT["optional-dependencies"]["foreign"])
 def test_a_dependency_has_a_lowest_version_and_one_that_it_stays_below(text):
     assert re.search(r">=[\d.]+,<[\d.]+$", text), text
+
+
+def test_flower_installs_for_the_app_what_the_app_needs():
+    """Its `uv sync` knows dependencies and the default groups of an app, but no extras."""
+    assert PYPROJECT["tool"]["uv"]["default-groups"] == ["app"]
+    assert PYPROJECT["dependency-groups"]["app"] == ["ssfl-app[app]"]
+    assert "ssfl-app[app,foreign]" in PROJECT["optional-dependencies"]["dev"]
+
+
+# ---- in somebody else's project: `pip install ssfl-app`, without the extra -----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain_install(tmp_path_factory):
+    """Return a folder that holds what `pip install ssfl-app` brings, and nothing else of this environment: links."""
+    folder, known = tmp_path_factory.mktemp("plain"), set()
+
+    def add(text):
+        requirement = Requirement(text)
+        if requirement.name in known or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            return
+        known.add(requirement.name)
+        distribution = metadata.distribution(requirement.name)
+        for top in {file.parts[0] for file in distribution.files} - {".."}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
+        for needed in distribution.requires or []:
+            add(needed)
+
+    for text in CORE:
+        add(text)
+    (folder / "ssfl_app").symlink_to(ROOT / "ssfl_app")
+    (folder / "ssfl_app-0.1.0.dist-info").mkdir()
+    needs = [*CORE, *(f'{text} ; extra == "app"' for text in APP)]
+    lines = ["Metadata-Version: 2.1", "Name: ssfl-app", "Version: 0.1.0", *(f"Requires-Dist: {n}" for n in needs)]
+    (folder / "ssfl_app-0.1.0.dist-info" / "METADATA").write_text("\n".join(lines))
+    return folder
+
+
+def run(folder, code, *words):
+    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+PLUG_IN = """
+from importlib.util import find_spec
+for name in ("ray", "matplotlib", "torchvision", "sklearn", "scipy", "PIL", "pyarrow"):
+    assert find_spec(name) is None, name
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from ssfl_app import SSFL, SparseMod, mask_gradients, sparse_mod, sparse_numpy_mod
+print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("ssfl_app")))
+from ssfl_app.engine.inline import InlineGrid
+
+app = ClientApp(mods=[sparse_mod])
+
+@app.train()
+def train(message, context):
+    net = torch.nn.Linear(4, 3)
+    net.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    net(torch.ones(5, 4)).square().sum().backward()
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    records = {"arrays": ArrayRecord(net.state_dict()), "metrics": MetricRecord({"num-examples": 5})}
+    return Message(RecordDict(records), reply_to=message)
+
+strategy = SSFL(density=0.5, fraction_evaluate=0.0)
+initial = ArrayRecord(torch.nn.Linear(4, 3).state_dict())
+strategy.start(grid=InlineGrid(app, {}, {1000: 0, 1001: 1}), initial_arrays=initial, num_rounds=1)
+assert strategy.mask.count == 6
+"""
+
+
+def test_the_plug_in_needs_no_more_than_a_plain_installation(plain_install):
+    """A whole round, in a process that can import nothing else; and what the plug-in imports is the core's."""
+    done = run(plain_install, PLUG_IN)
+    assert done.returncode == 0, done.stderr
+    files = [Path(file).resolve() for file in done.stdout.split()]
+    assert ROOT / "ssfl_app" / "plugin" / "strategy.py" in files
+    core = {plain(NAME.match(text)[1]) for text in CORE}
+    assert {name: str(file) for name, file in imported(files).items() if name not in core} == {}
+
+
+def test_without_the_extra_the_command_says_in_one_line_what_to_install(plain_install):
+    door = "from ssfl_app.cli import main; main()"
+    for words in (["run"], ["--help"], ["report", "."]):
+        done = run(plain_install, door, *words)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("ssfl: matplotlib, pillow, pyarrow, ray, scikit-learn, scipy, torchvision not")
+        assert done.stderr.endswith('not installed: pip install "ssfl-app[app]"\n')
+        assert done.stdout == ""
 
 
 def test_nothing_that_runs_code_from_data_is_used():

@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
 
 from ssfl_app.sparsity.layout import Index, Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask
@@ -234,6 +233,8 @@ class Csr(Codec):
 
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return "values" (alive of each tensor, then the dense remainder), "indices" and "indptr"."""
+        from scipy import sparse
+
         shapes, flat = dict(layout.shapes), layout.flatten(state)
         indices, indptr = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         for name, span in layout.prunable_spans.items():
@@ -325,6 +326,8 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 def _csr_pattern(
     name: str, pointers: npt.NDArray[np.int32], columns: npt.NDArray[np.int32], shape: tuple[int, int]
 ) -> npt.NDArray[np.bool_]:
+    from scipy import sparse
+
     # scipy trusts its inputs in places; what comes from a client is checked before it gets there.
     rising = pointers[0] == 0 and pointers[-1] == columns.size and (pointers[1:] >= pointers[:-1]).all()
     if not rising or (columns.size and (columns.min() < 0 or columns.max() >= shape[1])):

@@ -1,4 +1,4 @@
-"""The two example apps, before and after, as a reader would run them: `flwr run` on Ray, bytes counted by Flower.
+"""The example apps, before and after, as a reader would run them: `flwr run` on Ray, bytes counted by Flower.
 
 What is counted: the bytes of every ArrayRecord that a client receives or sends, as Flower's own `arrays_size_mod`
 logs them. That is the serialised arrays (128 bytes of ``.npy`` header each, for the stock apps) and their names.
@@ -32,11 +32,11 @@ ALIVE = PRUNABLE // 10
 
 @dataclass
 class Run:
-    """What one `flwr run` logged: bytes of each message's arrays by direction, and accuracy by round."""
+    """What one `flwr run` logged: bytes of each message's arrays by direction, and accuracy or loss by round."""
 
     received: set[int]
     sent: set[int]
-    accuracy: list[float]
+    told: list[float]
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,9 @@ def flwr_run(superlink: tuple[Path, dict[str, str]], app: str, rounds: int) -> R
     run = Run(
         {int(size) for size in re.findall(r"Total array elements received: (\d+) bytes", told)},
         {int(size) for size in re.findall(r"Total array elements sent: (\d+) bytes", told)},
-        [float(value) for value in re.findall(r"accuracy (0\.\d+|1\.0+)$", told, re.MULTILINE)],
+        [float(value) for value in re.findall(r"(?:accuracy|loss) (\d\.\d+)$", told, re.MULTILINE)],
     )
-    assert len(run.accuracy) == rounds, told[-3000:]
+    assert len(run.told) == rounds, told[-3000:]
     return run
 
 
@@ -125,5 +125,20 @@ def test_three_lines_send_a_tenth_of_the_weights_and_still_learn(
     assert len(after.received) == 3
     assert down / min(after.received) > 9.7
 
-    assert after.accuracy[-1] > 0.75
-    assert after.accuracy[-1] > after.accuracy[0]
+    assert after.told[-1] > 0.75
+    assert after.told[-1] > after.told[0]
+
+
+def test_a_quarter_of_the_adapters_travels_and_they_still_learn(superlink: tuple[Path, dict[str, str]]) -> None:
+    """LoRA, peft and HF Trainer, as Flower's flowertune apps have them."""
+    before = flwr_run(superlink, "lora/before", 1)
+    adapters, tensors, name = 3072, 12, len("values")
+    (down,) = before.received
+    assert 4 * adapters < down < 4 * adapters + tensors * 250
+    assert before.sent - {0} == {down}
+
+    after = flwr_run(superlink, "lora/after", 3)
+    assert after.sent - {0} == {4 * adapters + name, adapters + name}
+    assert min(after.received) == adapters + name
+    assert after.told[-1] < 0.7 * before.told[0]
+    assert after.told[-1] < after.told[0]

@@ -1,0 +1,1 @@
+"""LoRA adapters of a small language model, and nothing that knows of sparsity."""
