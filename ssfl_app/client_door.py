@@ -28,4 +28,4 @@ class Door(ClientApp):
 app = Door()
 if guard.LATER in os.environ:  # before Ray is imported, which reads its variables then
     with contextlib.suppress(FileNotFoundError):
-        os.environ.update(json.loads(Path(os.environ[guard.LATER]).read_text()))
+        os.environ.update(json.loads(Path(os.environ[guard.LATER]).read_bytes()))
