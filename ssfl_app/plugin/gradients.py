@@ -19,7 +19,7 @@ _CURRENT: ContextVar[Mask | None] = ContextVar("ssfl_mask", default=None)
 _WRAPPERS = ("module", "_module", "_orig_mod", "default")
 """Components that a name has on one side only: DataParallel's, Opacus's, torch.compile's, that of PEFT's adapters."""
 
-_STEPPING = WeakTensorKeyDictionary()  # parameter -> where it is dead, until the step that follows
+_STEPPING: Any = WeakTensorKeyDictionary()  # parameter -> where it is dead, until the step that follows
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -112,9 +112,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 def _masked(gradient: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
     gradient = gradient.coalesce()
-    places = gradient.indices()
-    values = gradient.values().masked_fill(dead[tuple(places)], 0.0)
-    return torch.sparse_coo_tensor(places, values, gradient.shape, is_coalesced=True)
+    gradient.values().masked_fill_(dead[tuple(gradient.indices())], 0.0)
+    return gradient
 
 
 def _dead(mask: Mask | Mapping[str, torch.Tensor], device: torch.device) -> State:
@@ -176,13 +175,13 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _short(parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+def _short(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Return the parameters by names without wrappers, or as they are called where two would be called the same."""
     short = {_plain(name): parameter for name, parameter in parameters.items()}
     return short if len(short) == len(parameters) else parameters
 
 
-def _part(own: Mapping[str, nn.Parameter], shapes: Shapes, names: Iterable[str]) -> Mapping[str, nn.Parameter]:
+def _part(own: Mapping[str, nn.Parameter], shapes: Shapes, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """Return those of `names` that a part has, by their names in the whole model, or a whole by those in its part."""
     mine, covered = {name: tuple(p.shape) for name, p in own.items()}, {name: shapes[name] for name in names}
     places = _places(mine, shapes)

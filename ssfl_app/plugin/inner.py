@@ -54,9 +54,11 @@ class AsVector:
     size: int
 
     def arrays(self, values: Vector) -> ArrayRecord:
+        """Return the vector, named."""
         return ArrayRecord({VECTOR: Array(values)})
 
     def values(self, arrays: ArrayRecord) -> Vector:
+        """Return the one array."""
         if list(arrays) != [VECTOR]:
             raise ValueError(f"it has the arrays {list(arrays)}; it was given [{VECTOR!r}]")
         values = arrays[VECTOR].numpy().astype(np.float32)
@@ -73,9 +75,11 @@ class AsModel:
     mask: Mask
 
     def arrays(self, values: Vector) -> ArrayRecord:
+        """Return the whole model."""
         return self.sheet.dense(self.sheet.spread(values, self.mask))
 
     def values(self, arrays: ArrayRecord) -> Vector:
+        """Return the carried values of a whole model; what became of its dead weights is dropped."""
         return self.sheet.flatten(arrays)[self.mask.carried]
 
 

@@ -81,7 +81,7 @@ class Mail:
         self._kind: Kind = "train"
         self._letter = Parcel()  # the same for all nodes of an exchange
         self._once: Arrays = {}
-        self._config: Mapping[str, Any] = {}
+        self._config: dict[str, Any] = {}
         self._asked = 0
         self._decoded: dict[str, Answer] = {}  # message id -> what was read of a reply that `decoded` rewrote
 

@@ -140,8 +140,8 @@ class SSFL(Strategy):
             )
         if inner is not None and type(inner).start is not Strategy.start:
             raise TypeError(
-                f"inner is {type(inner).__name__}, whose own start() would never run: SSFL plays the rounds. Put what "
-                "it does into configure_train, aggregate_train or evaluate_fn, or into a subclass of SSFL"
+                f"inner is {type(inner).__name__}, whose own start() would never run: SSFL plays the rounds. Put "
+                "what it does into configure_train, aggregate_train or evaluate_fn, or into a subclass of SSFL"
             )
         if inner_arrays not in ("vector", "model"):
             raise ValueError(f"inner_arrays is {inner_arrays!r}; it is vector or model")
