@@ -77,10 +77,11 @@ class Course:
         # The function is asked what it would do in round 1: its schedules may have no round 0.
         config = ConfigRecord({**self._configs[0], "server-round": 1})
         nodes = strategy.sample(self._grid, "saliency", 0, strategy.discovery.share, strategy.base.min_train_nodes)
-        mask = strategy.discovery.find(
+        sheet, mask = strategy.discovery.find(
             strategy.mail, self._grid, nodes, strategy.model, config, record, strategy.inner
         )
-        strategy.mail.mask = mask
+        strategy.model = sheet.narrowed(strategy.model, strategy.mail.sheet)
+        strategy.mail.sheet, strategy.mail.mask = sheet, mask
         strategy.model[~mask.carried] = 0
         record["seconds"] = time.monotonic() - start
         log(INFO, "\t└──> %s of %s prunable weights stay alive", mask.count, mask.alive.size)

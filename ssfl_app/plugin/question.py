@@ -4,12 +4,15 @@ The function is called on the initial weights. A hook that torch calls before ev
 gradients, scores ``|g * w|`` (Lee et al., SNIP, ICLR 2019; Ohib et al., SSFL, arXiv 2405.09037, eq. 5), and
 takes the gradients away, so that the step changes nothing: the next minibatch is scored at the initial weights, too.
 
+A tensor that starts at 0 everywhere (LoRA's B, a zero head) has ``|g * w|`` = 0 whatever it would learn. Its scores are
+``|g|``, which the server ranks among themselves only.
+
 Where nothing steps (another framework, plain NumPy) one whole local training w0 -> w1 stands in for the gradient:
 ``|w0 * (w0 - w1)|``. For one step of SGD that is the same up to the learning rate.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +20,8 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ssfl_app.plugin.sheet import Sheet
+from ssfl_app.plugin.sight import Seen, Sight, Ties
 from ssfl_app.sparsity.layout import Layout, Vector
 
 _ONE_AT_A_TIME = threading.Lock()  # the hook is the process's
@@ -31,7 +36,7 @@ class Watch:
 
     Parameters
     ----------
-    layout : Layout
+    sheet : Sheet
         Of the weights.
     weights : array of float32, shape (layout.size,)
         What the function is given.
@@ -43,18 +48,18 @@ class Watch:
 
     Notes
     -----
-    A parameter of an optimizer is recognised by its shape and its values, which must be exactly those that were sent;
-    among equal ones the order decides. Gradients are taken as the optimizer gets them: after clipping and unscaling.
+    A parameter of an optimizer is recognised by its values, which must be exactly those that were sent, and by its name
+    in the module that holds it (`Sight`). Gradients are taken as the optimizer gets them: after clipping and unscaling.
     """
 
-    def __init__(self, layout: Layout, weights: Vector, batches: int, leave: bool) -> None:
+    def __init__(self, sheet: Sheet, weights: Vector, batches: int, leave: bool) -> None:
+        layout = sheet.layout
         self._layout, self._batches, self._leave = layout, batches, leave
-        shapes = dict(layout.shapes)
-        self._weights = {name: weights[layout.spans[name]].reshape(shapes[name]) for name in layout.prunable}
+        shapes, scales = dict(layout.shapes), scales_of(layout, weights)
+        self._sight = Sight(sheet, weights)
+        self._weights = {name: scales[layout.spans[name]].reshape(shapes[name]) for name in layout.prunable}
         self._sums = {name: np.zeros(shapes[name], dtype=np.float64) for name in layout.prunable}
         self._counts = dict.fromkeys(layout.prunable, 0)
-        # Parameters are kept, so that an id is not given to another one.
-        self._known: dict[int, tuple[torch.Tensor, str | None]] = {}
 
     def __enter__(self) -> Self:
         _ONE_AT_A_TIME.acquire()
@@ -79,25 +84,38 @@ class Watch:
         """Whether an optimizer with any of these tensors wanted to step."""
         return any(self._counts.values())
 
+    @property
+    def seen(self) -> Seen:
+        """What was seen of the model."""
+        return self._sight.seen
+
     def scores(self) -> Vector:
         """Return the mean of |g * w| over the minibatches, float32, shape (layout.prunable_size,).
+
+        A tensor that has no gradient of its own (a later name of another one, a buffer) has scores of 0.
 
         Raises
         ------
         ValueError
             A prunable tensor got no gradient.
         """
-        if missing := [name for name, count in self._counts.items() if not count]:
+        missing = [name for name, count in self._counts.items() if not count]
+        if unsure := [name for name in missing if name in self._sight.unsure]:
             raise ValueError(
-                f"no optimizer had a gradient for {missing}: frozen, tied to another tensor, or not loaded as it was "
-                "sent. Name the tensors to prune by SSFL(prunable=[...]), or score them by SparseMod(saliency=...)"
+                f"{unsure} started with equal values, and no torch.nn.Module of this process tells them apart by these "
+                "names; score them by SparseMod(saliency=...)"
             )
-        parts = [(self._sums[name] / count).reshape(-1) for name, count in self._counts.items()]
+        if missing:
+            raise ValueError(
+                f"no optimizer had a gradient for {missing}: frozen, or not loaded as it was sent. Name the tensors "
+                "to prune by SSFL(prunable=[...]), or score them by SparseMod(saliency=...)"
+            )
+        parts = [(sums / self._counts.get(name, 1)).reshape(-1) for name, sums in self._sums.items()]
         return np.concatenate(parts).astype(np.float32)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        named = [(p, name) for p in parameters if (name := self._name(p)) is not None]
+        named = self._named(parameters)
         if not named:
             return  # somebody else's
         for parameter, name in named:
@@ -109,13 +127,12 @@ class Watch:
         if self._leave and self.complete:
             raise Enough
 
-    def _name(self, parameter: torch.Tensor) -> str | None:
-        if id(parameter) not in self._known:
-            taken = {name for _, name in self._known.values()}
-            values = parameter.detach().float().cpu().numpy()
-            same = (n for n, w in self._weights.items() if n not in taken and np.array_equal(w, values))
-            self._known[id(parameter)] = (parameter, next(same, None))
-        return self._known[id(parameter)][1]
+    def _named(self, parameters: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, str]]:
+        """Return the prunable ones of an optimizer's parameters, and wait for no gradient that cannot come."""
+        named = self._sight.named(parameters)
+        for name in self._sight.unscored:
+            self._counts.pop(name, None)
+        return named
 
 
 def _gradient(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:
@@ -127,20 +144,36 @@ def _gradient(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:
     return gradient.double().cpu().numpy() / (1.0 if scale is None else float(scale))
 
 
+def scales_of(layout: Layout, weights: Vector) -> Vector:
+    """Return what gradients are multiplied with, float32, shape (layout.size,): weights, and 1 in tensors of zeros."""
+    scales = weights
+    for name in starts_at_zero(layout, weights):
+        scales = scales.copy() if scales is weights else scales
+        scales[layout.spans[name]] = 1
+    return scales
+
+
+def starts_at_zero(layout: Layout, weights: Vector) -> list[str]:
+    """Return the prunable tensors whose weights are all 0."""
+    return [name for name in layout.prunable if not weights[layout.spans[name]].any()]
+
+
 def difference_scores(layout: Layout, before: Vector, after: Vector) -> Vector:
-    """Return |w0 * (w0 - w1)| of one local training, float32, shape (layout.prunable_size,).
+    """Return |w0 * (w0 - w1)| of one local training, float32, shape (layout.prunable_size,); |w1| where w0 is all 0.
 
     Parameters
     ----------
     before, after : array of float32, shape (layout.size,)
         The weights w0 and w1.
     """
-    scores = np.abs(before * (before - after))
+    scores = np.abs(scales_of(layout, before) * (before - after))
     return np.asarray(scores[layout.is_prunable])
 
 
-def own_scores(layout: Layout, weights: Vector, told: Mapping[str, Any], gradients: bool) -> Vector:
+def own_scores(layout: Layout, weights: Vector, told: Mapping[str, Any], gradients: bool, ties: Ties = ()) -> Vector:
     """Return the scores that a user's own function tells, float32, shape (layout.prunable_size,).
+
+    A tensor of which `ties` is a later name has scores of 0.
 
     Parameters
     ----------
@@ -156,13 +189,17 @@ def own_scores(layout: Layout, weights: Vector, told: Mapping[str, Any], gradien
     ValueError
         A prunable tensor is missing or has another shape.
     """
-    shapes, parts = dict(layout.shapes), []
+    shapes, scales, parts = dict(layout.shapes), scales_of(layout, weights), []
+    later = {name for name, first in ties if first in layout.prunable}
     for name in layout.prunable:
+        if name in later:
+            parts.append(np.zeros(int(np.prod(shapes[name])), dtype=np.float32))
+            continue
         if name not in told:
             raise ValueError(f"the saliency function told nothing about {name}; it told {sorted(told)}")
         value = torch.as_tensor(told[name]).detach().float().cpu().numpy()
         if value.shape != shapes[name]:
             raise ValueError(f"the saliency function told shape {value.shape} for {name}; it is {shapes[name]}")
         flat = value.reshape(-1)
-        parts.append(np.abs(flat * weights[layout.spans[name]]) if gradients else flat)
+        parts.append(np.abs(flat * scales[layout.spans[name]]) if gradients else flat)
     return np.concatenate(parts).astype(np.float32)

@@ -1,0 +1,379 @@
+"""What a client sees of the model that a foreign train function trains: which tensor is which, and which are one.
+
+A tensor is known by where it lies in the memory and by its name in the ``nn.Module`` that holds it, never by its
+values alone: layers that were copied from each other start equal, and all tensors of zeros are. Where values leave a
+doubt the modules are found among the objects of this process, so that nothing has to be patched, whoever made, loaded,
+wrapped or copied them.
+"""
+
+import gc
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ssfl_app.plugin.sheet import Sheet
+from ssfl_app.sparsity.layout import Layout, Vector
+from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, take
+
+Ties = tuple[tuple[str, str], ...]
+"""Pairs of names of one tensor: a later name, and the first one."""
+
+
+class Kind(IntEnum):
+    """What a tensor is, as far as a client sees."""
+
+    WEIGHT = 0
+    UNTRAINED = 1  # a buffer, or an array that a whole local training did not change
+    NORM = 2
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a client tells about the model beside its scores; nothing is told about most models.
+
+    Attributes
+    ----------
+    ties : tuple of (str, str)
+        Each later name of a tensor that has several, and its first name in the order of the state dict.
+    kinds : mapping of str to Kind
+        Of prunable tensors that are no plain weights.
+    """
+
+    ties: Ties
+    kinds: Mapping[str, Kind]
+
+    @staticmethod
+    def allowed(sheet: Sheet) -> Allowed:
+        """Return the arrays that `written` may give."""
+        return {"same": (np.int32, len(sheet.layout.shapes)), "kinds": (np.uint8, len(sheet.layout.prunable))}
+
+    def written(self, sheet: Sheet) -> Arrays:
+        """Return it as flat arrays: for each floating tensor the place of its first name, and a kind a prunable one."""
+        arrays, layout, first = Arrays(), sheet.layout, dict(self.ties)
+        if first:
+            places = {name: place for place, (name, _) in enumerate(layout.shapes)}
+            arrays["same"] = np.array([places[first.get(name, name)] for name in places], dtype=np.int32)
+        if self.kinds:
+            kinds = [self.kinds.get(name, Kind.WEIGHT) for name in layout.prunable]
+            arrays["kinds"] = np.array(kinds, dtype=np.uint8)
+        return arrays
+
+    @classmethod
+    def read(cls, arrays: Mapping[str, npt.NDArray[Any]], sheet: Sheet, model: Vector) -> "Seen":
+        """Return what `written` wrote, whoever says so.
+
+        Parameters
+        ----------
+        model : array of float32, shape (layout.size,)
+            The initial weights.
+
+        Raises
+        ------
+        PayloadError
+            It is malformed, or tensors that are said to be one have other shapes, types or initial values.
+        """
+        layout, ties, kinds = sheet.layout, dict[str, str](), dict[str, Kind]()
+        if "same" in arrays:
+            same = take(arrays, "same", np.int32, len(layout.shapes)).tolist()
+            types = {name: (shape, kind) for name, shape, kind in sheet.tensors}
+            names = [name for name, _ in layout.shapes]
+            for place, first in enumerate(same):
+                if first == place:
+                    continue
+                if not 0 <= first < place or same[first] != first:
+                    raise PayloadError(f"same[{place}] is {first}; it is {place} or the place of an earlier first name")
+                one, other = names[first], names[place]
+                equal = types[one] == types[other] and np.array_equal(
+                    model[layout.spans[one]], model[layout.spans[other]]
+                )
+                if not equal:
+                    raise PayloadError(
+                        f"says that {other} is tied to {one}; in the initial arrays they differ: tie them there, too"
+                    )
+                ties[other] = one
+        if "kinds" in arrays:
+            told = take(arrays, "kinds", np.uint8, len(layout.prunable)).tolist()
+            if (most := max(told, default=0)) > max(Kind):
+                raise PayloadError(f"kinds has the value {most}; it is at most {int(max(Kind))}")
+            kinds = {name: Kind(kind) for name, kind in zip(layout.prunable, told, strict=True) if kind}
+        return cls(tuple(ties.items()), kinds)
+
+
+NOTHING = Seen((), {})
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+class Sight:
+    """Names the parameters of a train function's optimizers.
+
+    Parameters
+    ----------
+    sheet : Sheet
+        Of the model that was sent.
+    weights : array of float32, shape (layout.size,)
+        What was sent. A parameter that does not hold exactly these values is not one of the model's.
+
+    Attributes
+    ----------
+    unsure : set of str
+        Prunable tensors that started equal, and that no module names apart.
+
+    Raises
+    ------
+    ValueError
+        Its methods: two tensors share memory, and are not of one shape.
+    """
+
+    def __init__(self, sheet: Sheet, weights: Vector) -> None:
+        self._layout, self.unsure = sheet.layout, set[str]()
+        self._sheet = sheet
+        self._shapes = dict(sheet.layout.shapes)
+        self._alike: dict[bytes, list[str]] = {}
+        for name, span in sheet.layout.spans.items():
+            self._alike.setdefault(_print(weights[span].reshape(self._shapes[name])), []).append(name)
+        spans = {name: weights[sheet.layout.spans[name]] for name in sheet.layout.prunable}
+        self._flat = {name for name, values in spans.items() if (values == values[:1]).all()}  # one number all over
+        # Parameters are kept, so that an id is not given to another one.
+        self._known: dict[int, tuple[torch.Tensor, str | None]] = {}
+        self._ties: dict[str, str] = {}
+        self._kinds: dict[str, Kind] = {}
+
+    @property
+    def seen(self) -> Seen:
+        """What there is to tell the server."""
+        order = [name for name, _ in self._layout.shapes]
+        return Seen(tuple((name, self._ties[name]) for name in order if name in self._ties), dict(self._kinds))
+
+    @property
+    def unscored(self) -> set[str]:
+        """Prunable tensors that get no gradient of their own: later names of a tensor, and buffers."""
+        buffers = {name for name, kind in self._kinds.items() if kind == Kind.UNTRAINED}
+        scored = {name for _, name in self._known.values() if name is not None}
+        groups = {name: self._ties.get(name, name) for name in self._layout.prunable}
+        done = {groups[name] for name in scored}
+        return buffers | {name for name, first in groups.items() if first in done and name not in scored}
+
+    def named(self, parameters: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, str]]:
+        """Return those of an optimizer's parameters that are prunable tensors of the model, with their names."""
+        if fresh := [parameter for parameter in parameters if id(parameter) not in self._known]:
+            self._look(fresh)
+        pairs = [self._known[id(parameter)] for parameter in parameters]
+        return [(parameter, name) for parameter, name in pairs if name is not None]
+
+    def _look(self, fresh: Sequence[torch.Tensor]) -> None:
+        prints = {id(parameter): _print(_real(parameter)) for parameter in fresh}
+        books = _books(fresh) if self._in_doubt(set(prints.values())) else []
+        model, names = self._model(books)
+        places: dict[tuple[Any, ...], list[str]] = {}
+        for key, name in names.items():
+            places.setdefault(_place(books[model][1][key]), []).append(name)
+        whole = len(names) == len(self._shapes)
+        self._tie(places, {name: books[model][1][key] for key, name in names.items()})
+        counts = Counter(prints.values())
+        for parameter in fresh:
+            taken = {name for _, name in self._known.values()}
+            alike = self._alike.get(prints[id(parameter)], [])
+            found = [name for name in places.get(_place(parameter), []) if name in alike]
+            if not found and not whole:
+                alike = [name for name in alike if name not in taken]
+                found = _fitting(alike, parameter, books)
+                if not found and len(alike) == counts[prints[id(parameter)]] == 1:
+                    found = alike
+                if not found:
+                    self.unsure.update(name for name in alike if name in self._layout.prunable)
+            chosen = next((name for name in found if name in self._layout.prunable), None)
+            self._known[id(parameter)] = (parameter, chosen)
+        for key, name in names.items():
+            if name in self._layout.prunable:
+                self._note(name, books[model][0], key, books[model][1][key])
+
+    def _in_doubt(self, held: set[bytes]) -> bool:
+        """Return whether values do not say all: some are equal, one number all over, or in no parameter."""
+        prunable = set(self._layout.prunable)
+        return any(
+            (len(names) > 1 or names[0] in self._flat or value not in held)
+            for value, names in self._alike.items()
+            if prunable.intersection(names)
+        )
+
+    def _model(self, books: "Books") -> tuple[int, dict[str, str]]:
+        """Return which of the modules is the one whose state dict was sent, and its keys' names there."""
+        best, names = 0, dict[str, str]()
+        sent = [shape for _, shape, _ in self._sheet.tensors]
+        for number, (_, book) in enumerate(books):
+            same = {key: key for key, tensor in book.items() if self._shapes.get(key) == _real_shape(tensor)}
+            if not same and [tuple(tensor.shape) for tensor in book.values()] == sent:  # as get_weights has them
+                pairs = zip(book, (name for name, _, _ in self._sheet.tensors), strict=True)
+                same = {key: name for key, name in pairs if name in self._shapes}
+            if len(same) > len(names):
+                best, names = number, same
+        return best, names
+
+    def _tie(self, places: Mapping[tuple[Any, ...], list[str]], tensors: Mapping[str, torch.Tensor]) -> None:
+        order = {name: place for place, name in enumerate(self._shapes)}
+        for together in places.values():
+            first, *later = sorted(together, key=order.__getitem__)
+            if not later or not set(together) & set(self._layout.prunable):
+                continue
+            for name in later:
+                one, other = tensors[first], tensors[name]
+                if one.shape != other.shape or one.stride() != other.stride():
+                    raise ValueError(
+                        f"{first} and {name} share memory in other shapes, {tuple(one.shape)} and "
+                        f"{tuple(other.shape)}; leave both out of SSFL(prunable=[...])"
+                    )
+                self._ties[name] = first
+
+    def _note(self, name: str, model: nn.Module, key: str, tensor: torch.Tensor) -> None:
+        owner: Any = model
+        for part in key.split(".")[:-1]:
+            owner = getattr(owner, "_modules", {}).get(part)
+        if not isinstance(tensor, nn.Parameter):
+            self._kinds[name] = Kind.UNTRAINED
+        elif isinstance(owner, _NORMS):
+            self._kinds[name] = Kind.NORM
+
+
+Books = list[tuple[nn.Module, Mapping[str, torch.Tensor]]]
+
+
+def _books(parameters: Iterable[torch.Tensor]) -> Books:
+    """Return the modules of this process that hold any of the parameters, the largest first, with their state dicts."""
+    wanted, kinds, books = {id(parameter) for parameter in parameters}, [nn.Module], []
+    for kind in kinds:  # it grows
+        kinds += kind.__subclasses__()
+    # By the ids of types: isinstance asks an object for its class, and a lazy proxy would load what it stands for.
+    known = set(map(id, kinds))
+    for module in [thing for thing in gc.get_objects() if id(type(thing)) in known]:
+        if "_parameters" in vars(module) and any(id(parameter) in wanted for parameter in module.parameters()):
+            state = module.state_dict(keep_vars=True)
+            books.append((module, {key: t for key, t in state.items() if isinstance(t, torch.Tensor)}))
+    return sorted(books, key=lambda book: -len(book[1]))
+
+
+def _fitting(names: Iterable[str], parameter: torch.Tensor, books: Books) -> list[str]:
+    """Return the names that a parameter has in the largest module that holds it, if each fits one of its keys alone.
+
+    A name fits a key if the parts of one are in the other, in their order: a wrapper or an adapter adds parts.
+    """
+    names, found = list(names), []
+    for _, book in books:
+        keys = [key for key, tensor in book.items() if tensor is parameter]
+        for key in keys:
+            fitting = [name for name in names if _within(name, key) or _within(key, name)]
+            if len(fitting) == 1:
+                found.append(fitting[0])
+        if keys:
+            break
+    return found
+
+
+def _within(short: str, long: str) -> bool:
+    rest = iter(long.split("."))
+    return all(part in rest for part in short.split("."))
+
+
+def _real_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
+
+
+def _real(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).float().cpu().numpy()
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return where a tensor lies; an empty one lies nowhere, and is only itself."""
+    return (tensor.device, tensor.data_ptr()) if tensor.numel() else (id(tensor),)
+
+
+def _print(values: npt.NDArray[Any]) -> bytes:
+    flat = np.ascontiguousarray(values, dtype=np.float32)
+    return hashlib.blake2b(repr(flat.shape).encode() + cast(bytes, flat.tobytes()), digest_size=16).digest()
+
+
+def told_together(layout: Layout, weights: Vector, told: Mapping[str, Any]) -> Seen:
+    """Return the ties among what a user's own function told by name.
+
+    Two names are of one tensor if their arrays lie in the same memory, or if nothing is told about one, as
+    ``named_parameters`` does, and exactly one tensor that something is told about starts with the same values.
+    """
+    ties, lies = dict[str, str](), dict[tuple[Any, ...], str]()
+    shapes = dict(layout.shapes)
+
+    def equal(one: str, other: str) -> bool:
+        return shapes[one] == shapes[other] and np.array_equal(weights[layout.spans[one]], weights[layout.spans[other]])
+
+    for name in shapes:
+        if isinstance(told.get(name), torch.Tensor):
+            first = lies.setdefault(_place(told[name]), name)
+            if first != name and equal(first, name):
+                ties[name] = first
+    for name in layout.prunable:
+        values = weights[layout.spans[name]]
+        if name in told or (values == values[:1]).all():  # zeros are equal everywhere
+            continue
+        twins = [other for other in layout.prunable if other in told and other not in ties and equal(name, other)]
+        if len(twins) == 1:
+            ties[name] = twins[0]
+    return Seen(_ordered(layout, ties), {})
+
+
+def changed_together(layout: Layout, before: Vector, after: Vector) -> Seen:
+    """Return what one local training tells: tensors that it left alone, and pairs that it changed to equal values."""
+    still, groups = set[str](), dict[bytes, str]()
+    ties = dict[str, str]()
+    for name, shape in layout.shapes:
+        old, new = (flat[layout.spans[name]].reshape(shape) for flat in (before, after))
+        if np.array_equal(old, new):
+            still.add(name)
+        elif len(shape) >= 2 and (first := groups.setdefault(_print(old) + _print(new), name)) != name:
+            ties[name] = first
+    # Who had nothing to train on knows nothing about it.
+    kinds = {} if len(still) == len(layout.shapes) else {n: Kind.UNTRAINED for n in layout.prunable if n in still}
+    return Seen(_ordered(layout, ties), kinds)
+
+
+def check_untied(layout: Layout, given: Vector, trained: Vector) -> None:
+    """Refuse what a train function returns if tensors that were given with other values came back equal.
+
+    They are one tensor to it, and nobody found out: a mask of one of them would mask nothing.
+
+    Raises
+    ------
+    ValueError
+        By the names of the two.
+    """
+    shapes = dict(layout.shapes)
+    groups: dict[bytes, str] = {}
+    for name, span in layout.spans.items():
+        alone = sum(shape == shapes[name] for shape in shapes.values()) == 1
+        values = trained[span]
+        if alone or len(shapes[name]) < 2 or not values.size or (values == values[0]).all():
+            continue
+        first = groups.setdefault(_print(values.reshape(shapes[name])), name)
+        if not np.array_equal(given[layout.spans[first]], given[span]):
+            raise ValueError(
+                f"{first} and {name} were sent with other values and came back equal: they are one tensor here. "
+                "Tie them in the initial arrays, too, or leave both out of SSFL(prunable=[...])"
+            )
+
+
+def _ordered(layout: Layout, ties: Mapping[str, str]) -> Ties:
+    """Return ties that lead to the first name of each tensor, in the layout's order; those of prunable tensors."""
+    groups: dict[str, list[str]] = {}
+    for name, _ in layout.shapes:
+        groups.setdefault(ties.get(name, name), []).append(name)
+    masked = [group for group in groups.values() if set(group) & set(layout.prunable)]
+    first = {name: group[0] for group in masked for name in group[1:]}
+    return tuple((name, first[name]) for name, _ in layout.shapes if name in first)
