@@ -25,6 +25,7 @@ from ssfl_app.plugin.question import starts_at_zero
 from ssfl_app.plugin.ranking import Wanted, top, unscorable, within
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.plugin.sight import Kind, Seen, Ties
+from ssfl_app.robust import normalised
 from ssfl_app.sparsity.layout import Layout, Vector
 from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.wire import Facts
@@ -122,7 +123,9 @@ class Discovery:
         if not scores.any():
             raise RunFailed(f"no client told a score above 0; the mask cannot be found. {_cause(layout, model)}")
         compare = 2 * scored_by["scores"] > scored_by.total()
-        dense = self._dense(layout, said) | ({} if compare else dict.fromkeys(unscorable(layout, model, scores), _ZERO))
+        dense = self._dense(layout, said) | (
+            {} if compare else dict.fromkeys(unscorable(layout, model, scores), _ZERO)
+        )
         sheet, model, scores = _settled(mail.sheet, model, scores, ties, dense)
         if not sheet.prunable:
             raise RunFailed(f"no tensor is left to prune: {dense}; name some by prunable=[...]")
@@ -150,6 +153,8 @@ class Discovery:
 
 _ZERO = "it starts at 0 and no gradient reaches it"
 _WORDS = {Kind.UNTRAINED: "no client trains it", Kind.NORM: "it belongs to a norm"}
+_MOST = 8
+"""Names in a line of the log."""
 _LARGE = 0.05
 """Share of all coordinates from which on a matrix that stays dense is worth a warning."""
 
@@ -159,7 +164,7 @@ def _usual_ties(said: Mapping[int, Seen], mail: Mail) -> Ties:
     counts = Counter(seen.ties for seen in said.values())
     usual = min(counts, key=lambda ties: (-counts[ties], len(ties), ties), default=())
     others = {
-        node: f"has {_pairs(seen.ties)} tied; {counts[usual]} of {len(said)} clients have {_pairs(usual)}"
+        node: f"ties {_pairs(seen.ties)}; {counts[usual]} of {len(said)} clients tie {_pairs(usual)}"
         for node, seen in said.items()
         if seen.ties != usual
     }
@@ -167,18 +172,25 @@ def _usual_ties(said: Mapping[int, Seen], mail: Mail) -> Ties:
     return usual
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_MOST]) + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")
+
+
 def _pairs(ties: Ties) -> str:
-    return listed([f"{name} to {first}" for name, first in ties]) if ties else "nothing"
+    return _listed([f"{name} to {first}" for name, first in ties]) if ties else "nothing"
 
 
 def _comparable(answer: Answer, layout: Layout, model: Vector) -> Answer:
-    """Return an answer whose tensors of zeros weigh as their size does: |g| is louder than |g * w|."""
-    values = answer.values
-    for name in starts_at_zero(layout, model):
-        values = values.copy() if values is answer.values else values
-        part = values[layout.prunable_spans[name]]
-        part *= part.size / values.size / total if (total := float(part.sum())) > 0 else 0
-    return answer if values is answer.values else replace(answer, values=values)
+    """Return an answer whose tensors of zeros weigh as much as their size: |g| is louder than |g * w|."""
+    zero = starts_at_zero(layout, model)
+    if not zero:
+        return answer
+    values, rest = answer.values.copy(), np.ones(answer.values.size, dtype=np.bool_)
+    for name in zero:
+        rest[layout.prunable_spans[name]] = False
+        values[layout.prunable_spans[name]] = normalised(values[layout.prunable_spans[name]])
+    values[rest] = normalised(values[rest])
+    return replace(answer, values=values)
 
 
 def _settled(
@@ -188,7 +200,7 @@ def _settled(
     if not ties and not dense:
         return sheet, model, scores
     old, new = sheet.layout, sheet.settled(ties, dense)
-    first, parts = dict(ties), {}
+    first, parts = dict(ties), dict[str, Vector]()
     for name in old.prunable:  # of the names of one tensor the first prunable one has the scores
         parts.setdefault(first.get(name, name), scores[old.prunable_spans[name]])
     kept = [parts[name] for name in new.prunable]
@@ -197,14 +209,13 @@ def _settled(
 
 
 def _cause(layout: Layout, model: Vector) -> str:
-    if zero := starts_at_zero(layout, model):
-        return (
-            f"{listed(zero)} start at 0 and no gradient reaches them: draw the initial weights at random, or tell "
-            'scores of your own by SparseMod(saliency=..., returns="scores")'
-        )
+    zero = starts_at_zero(layout, model)
+    blocked = (
+        f"{_listed(zero)} start at 0 and may block each other's gradients: draw them at random. " if zero else ""
+    )
     return (
-        "All gradients (or what a local training changed) are 0: is there a minibatch, and a learning rate in round 1? "
-        'SparseMod(saliency=..., returns="scores") tells scores of your own'
+        f"{blocked}All gradients (or changes by one local training) are 0: is there a minibatch, and a learning rate "
+        'above 0? SparseMod(saliency=..., returns="scores") tells scores of your own'
     )
 
 
@@ -217,13 +228,15 @@ def _tell(sheet: Sheet, mask: Mask, record: Mapping[str, Any]) -> None:
         log(INFO, "\t> tied, and masked as one: %s", _pairs(tuple(ties.items())))
     for by, what in (("gradient", "start at 0 and are ranked by |g|"), ("magnitude", "have no gradient yet: by |w|")):
         if names := [name for name, how in record["within"].items() if how == by]:
-            log(INFO, "\t> within themselves: %s %s", listed(names), what)
+            log(INFO, "\t> within themselves: %s %s", _listed(names), what)
     for name, why in record["dense"].items():
         log(INFO, "\t> %s stays dense: %s", name, why)
-    sizes = {name: layout.spans[name].stop - layout.spans[name].start for name, shape in layout.shapes if len(shape) > 1}
+    sizes = {
+        name: layout.spans[name].stop - layout.spans[name].start for name, shape in layout.shapes if len(shape) > 1
+    }
     large = [n for n, size in sizes.items() if n not in layout.prunable and size > _LARGE * layout.size]
     if large:
-        log(WARNING, "%s stay dense and are large; prunable=[...] names the tensors to prune", listed(large))
+        log(WARNING, "%s stay dense and are large; prunable=[...] names the tensors to prune", _listed(large))
     layers = list(mask.layers())
     if empty := [name for name, alive, size in layers if size and not alive]:
         log(
@@ -232,5 +245,5 @@ def _tell(sheet: Sheet, mask: Mask, record: Mapping[str, Any]) -> None:
             'each, and scope="layer" ranks each on its own',
             len(empty),
             len(layers),
-            listed(empty),
+            _listed(empty),
         )

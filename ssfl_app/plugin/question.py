@@ -4,8 +4,8 @@ The function is called on the initial weights. A hook that torch calls before ev
 gradients, scores ``|g * w|`` (Lee et al., SNIP, ICLR 2019; Ohib et al., SSFL, arXiv 2405.09037, eq. 5), and
 takes the gradients away, so that the step changes nothing: the next minibatch is scored at the initial weights, too.
 
-A tensor that starts at 0 everywhere (LoRA's B, a zero head) has ``|g * w|`` = 0 whatever it would learn. Its scores are
-``|g|``, which the server ranks among themselves only.
+A tensor that starts at 0 everywhere (LoRA's B, a zero head) has ``|g * w|`` = 0 whatever it would learn. Its scores
+are ``|g|``, which the server ranks among themselves only.
 
 Where nothing steps (another framework, plain NumPy) one whole local training w0 -> w1 stands in for the gradient:
 ``|w0 * (w0 - w1)|``. For one step of SGD that is the same up to the learning rate.
@@ -48,8 +48,9 @@ class Watch:
 
     Notes
     -----
-    A parameter of an optimizer is recognised by its values, which must be exactly those that were sent, and by its name
-    in the module that holds it (`Sight`). Gradients are taken as the optimizer gets them: after clipping and unscaling.
+    A parameter of an optimizer is recognised by its values, which must be exactly those that were sent, and by its
+    name in the module that holds it (`Sight`). Gradients are taken as the optimizer gets them: after clipping and
+    unscaling.
     """
 
     def __init__(self, sheet: Sheet, weights: Vector, batches: int, leave: bool) -> None:
@@ -82,7 +83,7 @@ class Watch:
     @property
     def stepped(self) -> bool:
         """Whether an optimizer with any of these tensors wanted to step."""
-        return any(self._counts.values())
+        return any(self._counts.values()) or bool(self._sight.unsure)
 
     @property
     def seen(self) -> Seen:
@@ -102,8 +103,8 @@ class Watch:
         missing = [name for name, count in self._counts.items() if not count]
         if unsure := [name for name in missing if name in self._sight.unsure]:
             raise ValueError(
-                f"{unsure} started with equal values, and no torch.nn.Module of this process tells them apart by these "
-                "names; score them by SparseMod(saliency=...)"
+                f"{unsure} started with equal values, and no torch.nn.Module of this process tells them apart by "
+                "these names; score them by SparseMod(saliency=...)"
             )
         if missing:
             raise ValueError(
@@ -145,7 +146,7 @@ def _gradient(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:
 
 
 def scales_of(layout: Layout, weights: Vector) -> Vector:
-    """Return what gradients are multiplied with, float32, shape (layout.size,): weights, and 1 in tensors of zeros."""
+    """Return what gradients are multiplied with, float32, shape (layout.size,): weights, or 1 in tensors of zeros."""
     scales = weights
     for name in starts_at_zero(layout, weights):
         scales = scales.copy() if scales is weights else scales

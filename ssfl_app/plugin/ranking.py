@@ -1,9 +1,9 @@
-"""From mean scores to the mask: which tensors compete with each other, and which can only be ranked within themselves.
+"""From mean scores to the mask: which tensors compete with each other, and which are ranked within themselves only.
 
-A tensor that starts at 0 everywhere is scored by |g|, which says nothing beside the |g * w| of others. One that has no
-score above 0 at any client, LoRA's A beside a B of zeros, would die whole without being worse than others. Both keep
-their own share `density`, the first by |g| and the second by |w|; what is left of the whole is ranked together. Where
-a user's own function tells scores, they are taken as they are.
+A tensor that starts at 0 everywhere is scored by |g|, which says nothing beside the |g * w| of others. One that has
+no score above 0 at any client, LoRA's A beside a B of zeros, would die whole without being worse than others. Both
+keep their own share `density`, the first by |g| and the second by |w|; what is left of the whole is ranked together.
+Where a user's own function tells scores, they are taken as they are.
 """
 
 from collections.abc import Mapping, Sequence

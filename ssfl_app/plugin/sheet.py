@@ -110,7 +110,9 @@ class Sheet:
         """Names and shapes of the floating tensors: what is averaged. A complex number is two of its coordinates."""
         later = dict(self.ties)
         rows = ((name, shape, kind) for name, shape, kind in self.tensors if _averaged(kind) and name not in later)
-        return Layout(tuple((name, (*shape, 2) if _complex(kind) else shape) for name, shape, kind in rows), self.prunable)
+        return Layout(
+            tuple((name, (*shape, 2) if _complex(kind) else shape) for name, shape, kind in rows), self.prunable
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -157,7 +159,7 @@ class Sheet:
         Raises
         ------
         ValueError
-            Names or shapes are not those of this sheet, names of one tensor have different arrays, or an array that is
+            Names or shapes are not those of this sheet, names of one tensor have different arrays, or a table that is
             not averaged was changed.
         """
         names = [name for name, _, _ in self.tensors]
@@ -260,4 +262,11 @@ def _check_fixed(name: str, array: npt.NDArray[Any], sent: npt.NDArray[Any]) -> 
             "was learned in it would be lost"
         )
     if not name.endswith("num_batches_tracked"):
-        log(WARNING, "%s (%s) counted to %s; under SSFL it starts from %s in every round", name, sent.dtype, array, sent)
+        log(
+            WARNING,
+            "%s (%s) counted to %s; under SSFL it starts from %s in every round",
+            name,
+            sent.dtype,
+            array,
+            sent,
+        )

@@ -2,8 +2,8 @@
 
 A tensor is known by where it lies in the memory and by its name in the ``nn.Module`` that holds it, never by its
 values alone: layers that were copied from each other start equal, and all tensors of zeros are. Where values leave a
-doubt the modules are found among the objects of this process, so that nothing has to be patched, whoever made, loaded,
-wrapped or copied them.
+doubt the modules are found among the objects of this process, so that nothing has to be patched, whoever made,
+loaded, wrapped or copied them.
 """
 
 import gc
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +57,7 @@ class Seen:
         return {"same": (np.int32, len(sheet.layout.shapes)), "kinds": (np.uint8, len(sheet.layout.prunable))}
 
     def written(self, sheet: Sheet) -> Arrays:
-        """Return it as flat arrays: for each floating tensor the place of its first name, and a kind a prunable one."""
+        """Return it as flat arrays: the place of each floating tensor's first name, and a kind per prunable one."""
         arrays, layout, first = Arrays(), sheet.layout, dict(self.ties)
         if first:
             places = {name: place for place, (name, _) in enumerate(layout.shapes)}
@@ -90,7 +90,9 @@ class Seen:
                 if first == place:
                     continue
                 if not 0 <= first < place or same[first] != first:
-                    raise PayloadError(f"same[{place}] is {first}; it is {place} or the place of an earlier first name")
+                    raise PayloadError(
+                        f"same[{place}] is {first}; it is {place} or the place of an earlier first name"
+                    )
                 one, other = names[first], names[place]
                 equal = types[one] == types[other] and np.array_equal(
                     model[layout.spans[one]], model[layout.spans[other]]
@@ -248,7 +250,7 @@ Books = list[tuple[nn.Module, Mapping[str, torch.Tensor]]]
 
 
 def _books(parameters: Iterable[torch.Tensor]) -> Books:
-    """Return the modules of this process that hold any of the parameters, the largest first, with their state dicts."""
+    """Return the modules that hold any of the parameters, the largest first, with their state dicts."""
     wanted, kinds, books = {id(parameter) for parameter in parameters}, [nn.Module], []
     for kind in kinds:  # it grows
         kinds += kind.__subclasses__()
@@ -299,7 +301,7 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def _print(values: npt.NDArray[Any]) -> bytes:
     flat = np.ascontiguousarray(values, dtype=np.float32)
-    return hashlib.blake2b(repr(flat.shape).encode() + cast(bytes, flat.tobytes()), digest_size=16).digest()
+    return hashlib.blake2b(repr(flat.shape).encode() + flat.tobytes(), digest_size=16).digest()
 
 
 def told_together(layout: Layout, weights: Vector, told: Mapping[str, Any]) -> Seen:
@@ -312,7 +314,9 @@ def told_together(layout: Layout, weights: Vector, told: Mapping[str, Any]) -> S
     shapes = dict(layout.shapes)
 
     def equal(one: str, other: str) -> bool:
-        return shapes[one] == shapes[other] and np.array_equal(weights[layout.spans[one]], weights[layout.spans[other]])
+        return shapes[one] == shapes[other] and np.array_equal(
+            weights[layout.spans[one]], weights[layout.spans[other]]
+        )
 
     for name in shapes:
         if isinstance(told.get(name), torch.Tensor):
