@@ -340,9 +340,10 @@ def told_same(places: list[int]) -> Any:
     )  # type: ignore[union-attr]
 
 
-def test_a_client_that_has_other_ties_is_refused_and_not_the_run() -> None:
+@pytest.mark.parametrize("inner", [None, FedMedian])
+def test_a_client_that_has_other_ties_is_refused_and_not_the_run(inner: Any) -> None:
     untie = changed(lambda c: c["arrays"].pop("same"))  # type: ignore[union-attr]
-    strategy, _, _ = play(Language, odd={1: untie})
+    strategy, _, _ = play(Language, odd={1: untie}, inner=inner and inner(fraction_evaluate=0.0))
     assert strategy.history[0]["refused"] == {"1001": "ties nothing; 2 of 3 clients tie lm_head.weight to wte.weight"}
     assert strategy.history[0]["ok"] == [1000, 1002]
     assert strategy.history[0]["ties"] == {"lm_head.weight": "wte.weight"}
@@ -386,6 +387,32 @@ def test_equal_layers_are_not_tied_and_a_tie_that_nobody_found_is_refused_when_i
         RunFailed, match=r"wte.weight and lm_head.weight were sent with other values and came back equ"
     ):
         play(Language, mod=SparseMod(saliency=own), prunable=named)
+
+
+def test_parameters_that_share_memory_and_are_not_one_are_refused_by_name() -> None:
+    def halves() -> nn.Module:
+        model = Language()
+        model.lm_head.weight = nn.Parameter(model.wte.weight.detach())
+        return model
+
+    with pytest.raises(RunFailed, match=r"parameters wte.weight and wte.weight share memory; make them one to tie"):
+        play(halves)
+
+    def turned() -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))
+        model[1].weight = nn.Parameter(model[0].weight.detach().t())
+        return model
+
+    with pytest.raises(RunFailed, match=r"parameters 0.weight and 1.weight share memory; make them one"):
+        play(turned)
+
+    def viewed() -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))
+        model.register_buffer("view", model[0].weight.detach().t())  # type: ignore[operator]
+        return model
+
+    with pytest.raises(RunFailed, match=r"view and 0.weight share memory in other shapes, \(8, 4\) and \(4, 8\)"):
+        play(viewed)
 
 
 def test_ties_are_found_in_what_a_function_of_ones_own_tells() -> None:

@@ -133,7 +133,7 @@ class Sight:
     Raises
     ------
     ValueError
-        Its methods: two tensors share memory, and are not of one shape.
+        Its methods: two tensors share memory, and are not of one shape, or not one parameter.
     """
 
     def __init__(self, sheet: Sheet, weights: Vector) -> None:
@@ -194,6 +194,12 @@ class Sight:
                 if not found:
                     self.unsure.update(name for name in alike if name in self._layout.prunable)
             chosen = next((name for name in found if name in self._layout.prunable), None)
+            for other, name in self._known.values():
+                if chosen and name and _place(other) == _place(parameter):
+                    raise ValueError(
+                        f"the parameters {name} and {chosen} share memory; make them one to tie them, or leave both "
+                        "out of SSFL(prunable=[...])"
+                    )
             self._known[id(parameter)] = (parameter, chosen)
         for key, name in names.items():
             if name in self._layout.prunable:
