@@ -18,8 +18,8 @@ from ssfl_app import SSFL, SparseMod, mask_gradients, sparse_mod
 from ssfl_app.engine.inline import InlineGrid
 from ssfl_app.guard import RunFailed
 from ssfl_app.plugin.ranking import Wanted, top, within
+from ssfl_app.plugin.seen import NOTHING, Kind, Seen
 from ssfl_app.plugin.sheet import Sheet
-from ssfl_app.plugin.sight import NOTHING, Kind, Seen
 from ssfl_app.sparsity.mask import keep_count
 from ssfl_app.sparsity.values import PayloadError
 from tests.test_plugin import changed

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 
-from ssfl_app.plugin.sight import NOTHING, Seen
+from ssfl_app.plugin.seen import NOTHING, Seen
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.wire import Facts

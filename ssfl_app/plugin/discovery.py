@@ -23,8 +23,8 @@ from ssfl_app.plugin.inner import is_robust, scores_by
 from ssfl_app.plugin.mail import Mail
 from ssfl_app.plugin.question import starts_at_zero
 from ssfl_app.plugin.ranking import Wanted, top, unscorable, within
+from ssfl_app.plugin.seen import Kind, Seen, Ties
 from ssfl_app.plugin.sheet import Sheet
-from ssfl_app.plugin.sight import Kind, Seen, Ties
 from ssfl_app.robust import normalised
 from ssfl_app.sparsity.layout import Layout, Vector
 from ssfl_app.sparsity.mask import Mask, Scope

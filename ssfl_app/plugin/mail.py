@@ -19,8 +19,8 @@ from ssfl_app.exchange import Courier, Outcome
 from ssfl_app.guard import RunFailed
 from ssfl_app.plugin.answer import MOST, Answer, metrics_of, weight_of
 from ssfl_app.plugin.mod import REPLY, SCORED_BY
+from ssfl_app.plugin.seen import NOTHING, Seen
 from ssfl_app.plugin.sheet import Sheet
-from ssfl_app.plugin.sight import NOTHING, Seen
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import (

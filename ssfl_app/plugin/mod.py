@@ -21,8 +21,8 @@ from flwr.clientapp.typing import ClientAppCallable
 from ssfl_app.plugin.gradients import working_under
 from ssfl_app.plugin.legacy import only, spoken_to
 from ssfl_app.plugin.question import Watch, difference_scores, own_scores
+from ssfl_app.plugin.seen import changed_together, check_untied, told_together
 from ssfl_app.plugin.sheet import Sheet
-from ssfl_app.plugin.sight import changed_together, check_untied, told_together
 from ssfl_app.sparsity.codec import SharedMask
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ssfl_app.plugin.seen import Seen, Ties
 from ssfl_app.plugin.sheet import Sheet
-from ssfl_app.plugin.sight import Seen, Sight, Ties
+from ssfl_app.plugin.sight import Sight
 from ssfl_app.sparsity.layout import Layout, Vector
 
 _ONE_AT_A_TIME = threading.Lock()  # the hook is the process's
