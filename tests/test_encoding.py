@@ -33,7 +33,8 @@ def unstated(source: str) -> list[int]:
 def opens_no_text(call: ast.Call) -> bool:
     """Return whether `open` is one of another thing than a text file: a descriptor, an image, a mailbag, which has its own."""
     owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
-    return owner in ("os", "Image", "opener", "self") or owner.split(".")[-1] in ("mail", "post", "_post")
+    last = owner.split(".")[-1]
+    return owner in ("os", "Image", "opener") or last in ("self", "mail", "post", "_post")
 
 
 def test_no_file_is_read_or_written_in_the_encoding_of_the_locale() -> None:

@@ -9,6 +9,9 @@ module             what
 `gradients`        `mask_gradients`, one optional line in a foreign training loop
 `sheet`            what both ends know of a foreign state dict: names, shapes, types, order, what is pruned
 `question`         how the mod reads saliency out of somebody else's train function
+`sight`            which of an optimizer's parameters is which tensor of the model
+`seen`             what a client tells of the model: which tensors are one, and which are no weights
+`ranking`          from mean scores to the mask
 `legacy`           Message API <-> what an old-style NumPyClient takes
 `mail`, `answer`   the server's messages to nodes, resent with the mask to a node that lost it; checked answers
 `folding`, `inner` what the replies of a round become: a streamed mean, or what another Flower strategy makes of them

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 
+from ssfl_app.plugin.seen import NOTHING, Seen
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.wire import Facts
@@ -20,7 +21,7 @@ class Answer:
     """A checked answer of one node.
 
     `values` is float32: carried values of training, scores of a question, empty for an evaluation. `records` are the
-    user's own, without arrays; `metrics` is the one of them that holds numbers.
+    user's own, without arrays; `metrics` is the one of them that holds numbers. `seen` comes with scores.
     """
 
     node: int
@@ -30,6 +31,7 @@ class Answer:
     metrics_name: str
     facts: Facts
     message: Message | None
+    seen: Seen = NOTHING
 
     def numbers(self) -> "Answer":
         """Return the answer without its arrays, which are a model's size."""

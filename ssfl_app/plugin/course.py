@@ -76,7 +76,7 @@ class Course:
         log(INFO, "[DISCOVERY]")
         config = strategy.question_config(self._configs[0], self._grid)
         nodes = strategy.sample(self._grid, "saliency", 0, strategy.discovery.share, strategy.base.min_train_nodes)
-        mask = strategy.discovery.find(
+        sheet, mask = strategy.discovery.find(
             strategy.mail, self._grid, nodes, strategy.model, config, record, strategy.inner
         )
         if len(record["scored_by"]) > 1:
@@ -86,7 +86,8 @@ class Course:
                 "where a client trains without a torch optimizer, or without data, say SparseMod(saliency=...)",
                 ", ".join(f"{count} by {how}" for how, count in record["scored_by"].items()),
             )
-        strategy.mail.mask = mask
+        strategy.model = sheet.narrowed(strategy.model, strategy.mail.sheet)
+        strategy.mail.sheet, strategy.mail.mask = sheet, mask
         strategy.model[~mask.carried] = 0
         record["seconds"] = time.monotonic() - start
         log(INFO, "\t└──> %s of %s prunable weights stay alive", mask.count, mask.alive.size)

@@ -1,11 +1,18 @@
-"""Round 0: every client scores the weights once, and the mean of the scores becomes the mask."""
+"""Round 0: every client scores the weights once, and the mean of the scores becomes the mask.
+
+A client also tells what it sees of the model: names of one tensor, and matrices that are no weights. On tensors that
+are tied all must agree: the scores of those who do not, fewer than the others, are refused. Of kinds the majority
+decides; they change no score.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from logging import INFO, WARNING
 from typing import Any
 
 import numpy as np
+from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
@@ -14,7 +21,12 @@ from ssfl_app.plugin.answer import Answer
 from ssfl_app.plugin.folding import PositionalMean
 from ssfl_app.plugin.inner import is_robust, scores_by
 from ssfl_app.plugin.mail import Mail
-from ssfl_app.sparsity.layout import Vector
+from ssfl_app.plugin.question import starts_at_zero
+from ssfl_app.plugin.ranking import Wanted, top, unscorable, within
+from ssfl_app.plugin.seen import Kind, Seen, Ties
+from ssfl_app.plugin.sheet import Sheet
+from ssfl_app.robust import normalised
+from ssfl_app.sparsity.layout import Layout, Vector
 from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.wire import Facts
 
@@ -30,6 +42,7 @@ class Discovery:
     weighting: str
     share: float
     min_ok_fraction: float
+    named: bool
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
@@ -45,6 +58,11 @@ class Discovery:
         if not 0 < self.share <= 1:
             raise ValueError(f"saliency_share is {self.share}; it is a fraction in (0, 1]")
 
+    @property
+    def wanted(self) -> Wanted:
+        """How many weights are kept."""
+        return Wanted(self.density, self.scope, self.min_per_layer)
+
     def find(
         self,
         mail: Mail,
@@ -54,8 +72,8 @@ class Discovery:
         config: Mapping[str, Any],
         record: dict[str, Any],
         inner: FedAvg | None = None,
-    ) -> Mask:
-        """Ask the nodes for scores, and return the mask of the highest mean score (SSFL, eq. 6 and 7).
+    ) -> tuple[Sheet, Mask]:
+        """Ask the nodes for scores; return the mask of the highest mean score (SSFL, eq. 6 and 7) and its sheet.
 
         With a robust inner strategy it folds the scores instead, which then wait for each other in memory.
 
@@ -70,19 +88,26 @@ class Discovery:
         ------
         RunFailed
             Too few nodes answered well, or no score is above 0.
+        ValueError
+            The density keeps nothing.
         """
         layout = mail.sheet.layout
-        mean, scored_by = PositionalMean(layout.prunable_size, len(nodes)), Counter[str]()
+        means, said, by = dict[Ties, PositionalMean](), dict[int, Seen](), dict[int, str]()
         answers: list[Answer] | None = [] if inner is not None and is_robust(inner) else None
         asked: Facts = {"batches": self.batches, "weighting": self.weighting}
         messages = mail.write("saliency", 0, nodes, model, config, asked)
         for answer in mail.open(mail.carry(grid, messages, 4 * layout.prunable_size)):
             if answers is None:
+                # A mean for each opinion on ties: which one counts is known at the end, whoever came first.
+                mean = means.setdefault(answer.seen.ties, PositionalMean(layout.prunable_size, len(nodes)))
                 mean.add(answer.values, answer.weight)
             else:
                 answers.append(answer)
-            scored_by[str(answer.facts["scored-by"])] += 1
+            said[answer.node], by[answer.node] = answer.seen, str(answer.facts["scored-by"])
             del answer
+        ties = _usual_ties(said, mail)
+        said = {node: seen for node, seen in said.items() if seen.ties == ties}
+        scored_by = Counter(by[node] for node in said)
         record |= mail.names()
         record["scored_by"] = dict(sorted(scored_by.items()))
         record["bytes_discovery_down"] = mail.outcome.down + mail.outcome.mask_down
@@ -91,11 +116,134 @@ class Discovery:
         mail.need(self.min_ok_fraction, "the question for saliency")
         scores, record["score_fold"] = np.zeros(layout.prunable_size, dtype=np.float32), "mean"
         if answers and inner is not None:
-            scores, record["score_fold"] = scores_by(inner, answers, layout.prunable_size)
-        elif mail.outcome.ok:
-            scores = mean.value()
+            good = [_comparable(answer, layout, model) for answer in answers if answer.node in said]
+            scores, record["score_fold"] = scores_by(inner, good, layout.prunable_size)
+        elif said:
+            scores = means[ties].value()
         if not scores.any():
-            raise RunFailed("no client told a score above 0; the mask cannot be found")
-        mask = Mask.top(layout, scores, self.density, self.scope, min_per_layer=self.min_per_layer)
+            raise RunFailed(f"no client told a score above 0; the mask cannot be found. {_cause(layout, model)}")
+        compare = 2 * scored_by["scores"] > scored_by.total()
+        dense = self._dense(layout, said) | (
+            {} if compare else dict.fromkeys(unscorable(layout, model, scores), _ZERO)
+        )
+        sheet, model, scores = _settled(mail.sheet, model, scores, ties, dense)
+        if not sheet.prunable:
+            raise RunFailed(f"no tensor is left to prune: {dense}; name some by prunable=[...]")
+        alone = {} if compare else within(sheet.layout, model, scores)
+        mask = top(sheet, model, scores, self.wanted, alone)
         record |= {"density": mask.density, "layers": {name: alive / size for name, alive, size in mask.layers()}}
-        return mask
+        record |= {"ties": dict(ties), "within": alone, "dense": dense}
+        _tell(sheet, mask, record)
+        return sheet, mask
+
+    def _dense(self, layout: Layout, said: Mapping[int, Seen]) -> dict[str, str]:
+        """Return which tensors most clients call no weights, and what they are.
+
+        Raises
+        ------
+        RunFailed
+            The user named one that nothing trains.
+        """
+        told = Counter((name, kind) for seen in said.values() for name, kind in seen.kinds.items())
+        kinds = {name: kind for (name, kind), count in sorted(told.items()) if 2 * count > len(said)}
+        if self.named and (still := [name for name, kind in kinds.items() if kind == Kind.UNTRAINED]):
+            raise RunFailed(f"prunable names {still}, which no client trains; leave them out")
+        return {} if self.named else {name: _WORDS[kinds[name]] for name in layout.prunable if name in kinds}
+
+
+_ZERO = "it starts at 0 and no gradient reaches it"
+_WORDS = {Kind.UNTRAINED: "no client trains it", Kind.NORM: "it belongs to a norm"}
+_MOST = 8
+"""Names in a line of the log."""
+_LARGE = 0.05
+"""Share of all coordinates from which on a matrix that stays dense is worth a warning."""
+
+
+def _usual_ties(said: Mapping[int, Seen], mail: Mail) -> Ties:
+    """Return what most clients say about tied tensors, and refuse the others; of equally many it is who says less."""
+    counts = Counter(seen.ties for seen in said.values())
+    usual = min(counts, key=lambda ties: (-counts[ties], len(ties), ties), default=())
+    others = {
+        node: f"ties {_pairs(seen.ties)}; {counts[usual]} of {len(said)} clients tie {_pairs(usual)}"
+        for node, seen in said.items()
+        if seen.ties != usual
+    }
+    mail.refuse(others)
+    return usual
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_MOST]) + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")
+
+
+def _pairs(ties: Ties) -> str:
+    return _listed([f"{name} to {first}" for name, first in ties]) if ties else "nothing"
+
+
+def _comparable(answer: Answer, layout: Layout, model: Vector) -> Answer:
+    """Return an answer whose tensors of zeros weigh as much as their size: |g| is louder than |g * w|."""
+    zero = starts_at_zero(layout, model)
+    if not zero:
+        return answer
+    values, rest = answer.values.copy(), np.ones(answer.values.size, dtype=np.bool_)
+    for name in zero:
+        rest[layout.prunable_spans[name]] = False
+        values[layout.prunable_spans[name]] = normalised(values[layout.prunable_spans[name]])
+    values[rest] = normalised(values[rest])
+    return replace(answer, values=values)
+
+
+def _settled(
+    sheet: Sheet, model: Vector, scores: Vector, ties: Ties, dense: Mapping[str, str]
+) -> tuple[Sheet, Vector, Vector]:
+    """Return sheet, model and scores with one name a tensor and without those that stay dense."""
+    if not ties and not dense:
+        return sheet, model, scores
+    old, new = sheet.layout, sheet.settled(ties, dense)
+    first, parts = dict(ties), dict[str, Vector]()
+    for name in old.prunable:  # of the names of one tensor the first prunable one has the scores
+        parts.setdefault(first.get(name, name), scores[old.prunable_spans[name]])
+    kept = [parts[name] for name in new.prunable]
+    scores = np.concatenate(kept) if kept else np.zeros(0, dtype=np.float32)
+    return new, new.narrowed(model, sheet), scores
+
+
+def _cause(layout: Layout, model: Vector) -> str:
+    zero = starts_at_zero(layout, model)
+    blocked = (
+        f"{_listed(zero)} start at 0 and may block each other's gradients: draw them at random. " if zero else ""
+    )
+    return (
+        f"{blocked}All gradients (or changes by one local training) are 0: is there a minibatch, and a learning rate "
+        'above 0? SparseMod(saliency=..., returns="scores") tells scores of your own'
+    )
+
+
+def _tell(sheet: Sheet, mask: Mask, record: Mapping[str, Any]) -> None:
+    """Log what is special about this mask, and warn of what a user may not want."""
+    layout = sheet.layout
+    share = np.count_nonzero(mask.carried) / max(1, mask.carried.size)
+    log(INFO, "\t> %.1f %% of all coordinates travel", 100 * share)
+    if ties := record["ties"]:
+        log(INFO, "\t> tied, and masked as one: %s", _pairs(tuple(ties.items())))
+    for by, what in (("gradient", "start at 0 and are ranked by |g|"), ("magnitude", "have no gradient yet: by |w|")):
+        if names := [name for name, how in record["within"].items() if how == by]:
+            log(INFO, "\t> within themselves: %s %s", _listed(names), what)
+    for name, why in record["dense"].items():
+        log(INFO, "\t> %s stays dense: %s", name, why)
+    sizes = {
+        name: layout.spans[name].stop - layout.spans[name].start for name, shape in layout.shapes if len(shape) > 1
+    }
+    large = [n for n, size in sizes.items() if n not in layout.prunable and size > _LARGE * layout.size]
+    if large:
+        log(WARNING, "%s stay dense and are large; prunable=[...] names the tensors to prune", _listed(large))
+    layers = list(mask.layers())
+    if empty := [name for name, alive, size in layers if size and not alive]:
+        log(
+            WARNING,
+            "%s of %s layers keep no weight, and nothing passes through them: %s. min_per_layer=... leaves some in "
+            'each, and scope="layer" ranks each on its own',
+            len(empty),
+            len(layers),
+            _listed(empty),
+        )

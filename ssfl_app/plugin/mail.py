@@ -20,6 +20,7 @@ from ssfl_app.guard import RunFailed
 from ssfl_app.plugin.answer import MOST, Answer, metrics_of, weight_of
 from ssfl_app.plugin.legacy import only
 from ssfl_app.plugin.mod import REPLY, SCORED_BY, TAKEN
+from ssfl_app.plugin.seen import NOTHING, Seen
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
@@ -84,6 +85,7 @@ class Mail:
         self._config: dict[str, Any] = {}
         self._asked = 0
         self._decoded: dict[str, Answer] = {}  # message id -> what was read of a reply that `decoded` rewrote
+        self._model: Vector | None = None  # that a question is about
 
     # ---- out ---------------------------------------------------------------------------------
 
@@ -108,6 +110,7 @@ class Mail:
         digest = self.sheet.digest_under(mask)
         told: Facts = {"ssfl": kind, "round": round_, "digest": digest, "values": values}
         self._kind, self._packer, self._config = kind, Packer(), dict(config)  # the user's own may change later
+        self._model = model if kind == "saliency" else None
         self._letter = Parcel(
             freeze(write_values(model[mask.carried], values)), {**told, "weight-key": self._weight_key, **facts}
         )
@@ -225,13 +228,15 @@ class Mail:
             if self._weight_key not in metrics:
                 raise PayloadError(f"no metric {self._weight_key!r} among {sorted(metrics)}; it weighs the reply")
             weight = metrics[self._weight_key]
-        return Answer(node, self._vector(parcel), weight_of(weight, self._most), records, name, facts, message)
+        seen = NOTHING if self._model is None else Seen.read(parcel.arrays, self.sheet, self._model)
+        return Answer(node, self._vector(parcel), weight_of(weight, self._most), records, name, facts, message, seen)
 
     def _allowed(self) -> Allowed:
         """Return the arrays that an answer may have."""
         if self._kind == "evaluate":
             return {}
-        return allowed_values(str(self._letter.facts["values"]), self._carried())
+        seen = Seen.allowed(self.sheet) if self._kind == "saliency" else {}
+        return {**allowed_values(str(self._letter.facts["values"]), self._carried()), **seen}
 
     def _carried(self) -> int:
         mask = self.mask

@@ -22,6 +22,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from ssfl_app.plugin.gradients import working_under
 from ssfl_app.plugin.legacy import only, spoken_to
 from ssfl_app.plugin.question import Watch, difference_scores, own_scores
+from ssfl_app.plugin.seen import changed_together, check_untied, told_together
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.sparsity.codec import SharedMask
 from ssfl_app.sparsity.layout import Vector
@@ -36,8 +37,8 @@ which metric counts examples; and, of a question, how many minibatches and how a
 STATE = "ssfl-plugin"
 """Record of Flower's `Context.state` that holds a node's mask (packed), sheet and their digest."""
 
-SCORED_BY = ("own", "gradient", "difference")
-"""How a node may say that it found its scores."""
+SCORED_BY = ("own", "scores", "gradient", "difference")
+"""How a node may say that it found its scores; "own" are gradients that a function of the user tells."""
 
 TAKEN, REPLY = ("arrays", "facts"), "reply."
 """Records of ours on their way up, and the prefix of a user's own that would be called like them."""
@@ -113,10 +114,12 @@ class SparseMod:
         if self._saliency is not None:
             told = self._saliency(dense, context)
             told, samples = told if isinstance(told, tuple) else (told, None)
-            scores, by = own_scores(sheet.layout, weights, told, self._gradients), "own"
+            seen = told_together(sheet.layout, weights, told)
+            scores = own_scores(sheet.layout, weights, told, self._gradients, seen.ties)
+            by = "own" if self._gradients else "scores"
         else:
             reply: Message | None = None
-            with working_under(None), Watch(sheet.layout, weights, int(facts["batches"]), not counted) as watch:
+            with working_under(None), Watch(sheet, weights, int(facts["batches"]), not counted) as watch:
                 reply = inner(dense, context)
             if reply is not None and reply.has_error():
                 return reply
@@ -126,16 +129,17 @@ class SparseMod:
                     raise ValueError(f"no metric {key!r} among {sorted(metrics)}; it weighs this client's scores")
                 samples = metrics[key]
             if watch.stepped or reply is None:
-                scores, by = watch.scores(), "gradient"
+                scores, seen, by = watch.scores(), watch.seen, "gradient"
             else:
                 trained = sheet.flatten(only(reply.content, ArrayRecord))
                 scores, by = difference_scores(sheet.layout, weights, trained), "difference"
+                seen = changed_together(sheet.layout, weights, trained)
         answer: Facts = {"round": facts["round"], "digest": facts["digest"], "scored-by": by}
         if counted:
             if samples is None:
                 raise ValueError("the mean of scores is weighted by samples: return (arrays, number of examples)")
             answer["samples"] = samples
-        return _answer(message, Parcel(write_values(scores, "fp32"), answer))
+        return _answer(message, Parcel({**write_values(scores, "fp32"), **seen.written(sheet)}, answer))
 
 
 def _work(
@@ -143,13 +147,15 @@ def _work(
 ) -> Message:
     """Have the user's function train or evaluate, and pack what it returns."""
     facts = parcel.facts
+    given = _values(parcel, sheet, mask)
     with working_under(mask):
-        reply = inner(_dense(message, sheet, _values(parcel, sheet, mask)), context)
+        reply = inner(_dense(message, sheet, given), context)
     if reply.has_error():
         return reply
     arrays = {}
     if facts["ssfl"] == "train":
         flat = sheet.flatten(only(reply.content, ArrayRecord))
+        check_untied(sheet.layout, given, flat)
         arrays = write_values(flat[mask.carried], str(facts["values"]))
     record = Packer().record(Parcel(arrays, {"round": facts["round"], "digest": facts["digest"]}))
     for name, own in reply.content.items():

@@ -6,12 +6,15 @@ torch calls after the step puts the weights back: the next minibatch is scored a
 itself is a real one, with its gradients before and after it: optimizers and train functions rely on both. Where it
 makes the gradients itself, by a closure, they are taken when the closure has returned for the first time.
 
+A tensor that starts at 0 everywhere (LoRA's B, a zero head) has ``|g * w|`` = 0 whatever it would learn. Its scores
+are ``|g|``, which the server ranks among themselves only.
+
 Where nothing steps (another framework, plain NumPy) one whole local training w0 -> w1 stands in for the gradient:
 ``|w0 * (w0 - w1)|``. For one step of SGD that is the same up to the learning rate.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +22,9 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ssfl_app.plugin.seen import Seen, Ties
+from ssfl_app.plugin.sheet import Sheet
+from ssfl_app.plugin.sight import Sight
 from ssfl_app.sparsity.layout import Layout, Vector
 
 _ONE_AT_A_TIME = threading.Lock()  # the hooks are the process's
@@ -33,7 +39,7 @@ class Watch:
 
     Parameters
     ----------
-    layout : Layout
+    sheet : Sheet
         Of the weights.
     weights : array of float32, shape (layout.size,)
         What the function is given.
@@ -45,18 +51,19 @@ class Watch:
 
     Notes
     -----
-    A parameter of an optimizer is recognised by its shape and its values, which must be exactly those that were sent;
-    among equal ones the order decides. Gradients are taken as the optimizer gets them: after clipping and unscaling.
+    A parameter of an optimizer is recognised by its values, which must be exactly those that were sent, and by its
+    name in the module that holds it (`Sight`). Gradients are taken as the optimizer gets them: after clipping and
+    unscaling.
     """
 
-    def __init__(self, layout: Layout, weights: Vector, batches: int, leave: bool) -> None:
+    def __init__(self, sheet: Sheet, weights: Vector, batches: int, leave: bool) -> None:
+        layout = sheet.layout
         self._layout, self._batches, self._leave = layout, batches, leave
-        shapes = dict(layout.shapes)
-        self._weights = {name: weights[layout.spans[name]].reshape(shapes[name]) for name in layout.prunable}
+        shapes, scales = dict(layout.shapes), scales_of(layout, weights)
+        self._sight = Sight(sheet, weights)
+        self._weights = {name: scales[layout.spans[name]].reshape(shapes[name]) for name in layout.prunable}
         self._sums = {name: np.zeros(shapes[name], dtype=np.float64) for name in layout.prunable}
         self._counts = dict.fromkeys(layout.prunable, 0)
-        # Parameters are kept, so that an id is not given to another one.
-        self._known: dict[int, tuple[torch.Tensor, str | None]] = {}
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # parameter, its values before its first step
 
     def __enter__(self) -> Self:
@@ -84,27 +91,40 @@ class Watch:
     @property
     def stepped(self) -> bool:
         """Whether an optimizer with any of these tensors wanted to step."""
-        return any(self._counts.values())
+        return any(self._counts.values()) or bool(self._sight.unsure)
+
+    @property
+    def seen(self) -> Seen:
+        """What was seen of the model."""
+        return self._sight.seen
 
     def scores(self) -> Vector:
         """Return the mean of |g * w| over the minibatches, float32, shape (layout.prunable_size,).
+
+        A tensor that has no gradient of its own (a later name of another one, a buffer) has scores of 0.
 
         Raises
         ------
         ValueError
             A prunable tensor got no gradient.
         """
-        if missing := [name for name, count in self._counts.items() if not count]:
+        missing = [name for name, count in self._counts.items() if not count]
+        if unsure := [name for name in missing if name in self._sight.unsure]:
             raise ValueError(
-                f"no optimizer had a gradient for {missing}: frozen, tied to another tensor, or not loaded as it was "
-                "sent. Name the tensors to prune by SSFL(prunable=[...]), or score them by SparseMod(saliency=...)"
+                f"{unsure} started with equal values, and no torch.nn.Module of this process tells them apart by "
+                "these names; score them by SparseMod(saliency=...)"
             )
-        parts = [(self._sums[name] / count).reshape(-1) for name, count in self._counts.items()]
+        if missing:
+            raise ValueError(
+                f"no optimizer had a gradient for {missing}: frozen, or not loaded as it was sent. Name the tensors "
+                "to prune by SSFL(prunable=[...]), or score them by SparseMod(saliency=...)"
+            )
+        parts = [(sums / self._counts.get(name, 1)).reshape(-1) for name, sums in self._sums.items()]
         return np.concatenate(parts).astype(np.float32)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         parameters = _parameters(optimizer)
-        if all(self._name(parameter) is None for parameter in parameters):
+        if not self._named(parameters):
             return None  # somebody else's
         for parameter in parameters:
             self._held.setdefault(id(parameter), (parameter, parameter.detach().clone()))
@@ -129,7 +149,7 @@ class Watch:
         return watched
 
     def _read(self, optimizer: torch.optim.Optimizer) -> None:
-        named = [(p, name) for p in _parameters(optimizer) if (name := self._name(p)) is not None]
+        named = self._named(_parameters(optimizer))
         for parameter, name in named:
             if parameter.grad is not None and self._counts[name] < self._batches:
                 self._sums[name] += np.abs(_gradient(parameter, optimizer) * self._weights[name])
@@ -143,13 +163,12 @@ class Watch:
                 if id(parameter) in self._held:
                     parameter.copy_(self._held[id(parameter)][1])
 
-    def _name(self, parameter: torch.Tensor) -> str | None:
-        if id(parameter) not in self._known:
-            taken = {name for _, name in self._known.values()}
-            values = parameter.detach().float().cpu().numpy()
-            same = (n for n, w in self._weights.items() if n not in taken and np.array_equal(w, values))
-            self._known[id(parameter)] = (parameter, next(same, None))
-        return self._known[id(parameter)][1]
+    def _named(self, parameters: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, str]]:
+        """Return the prunable ones of an optimizer's parameters, and wait for no gradient that cannot come."""
+        named = self._sight.named(parameters)
+        for name in self._sight.unscored:
+            self._counts.pop(name, None)
+        return named
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -165,20 +184,36 @@ def _gradient(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:
     return gradient.double().cpu().numpy() / (1.0 if scale is None else float(scale))
 
 
+def scales_of(layout: Layout, weights: Vector) -> Vector:
+    """Return what gradients are multiplied with, float32, shape (layout.size,): weights, or 1 in tensors of zeros."""
+    scales = weights
+    for name in starts_at_zero(layout, weights):
+        scales = scales.copy() if scales is weights else scales
+        scales[layout.spans[name]] = 1
+    return scales
+
+
+def starts_at_zero(layout: Layout, weights: Vector) -> list[str]:
+    """Return the prunable tensors whose weights are all 0."""
+    return [name for name in layout.prunable if not weights[layout.spans[name]].any()]
+
+
 def difference_scores(layout: Layout, before: Vector, after: Vector) -> Vector:
-    """Return |w0 * (w0 - w1)| of one local training, float32, shape (layout.prunable_size,).
+    """Return |w0 * (w0 - w1)| of one local training, float32, shape (layout.prunable_size,); |w1| where w0 is all 0.
 
     Parameters
     ----------
     before, after : array of float32, shape (layout.size,)
         The weights w0 and w1.
     """
-    scores = np.abs(before * (before - after))
+    scores = np.abs(scales_of(layout, before) * (before - after))
     return np.asarray(scores[layout.is_prunable])
 
 
-def own_scores(layout: Layout, weights: Vector, told: Mapping[str, Any], gradients: bool) -> Vector:
+def own_scores(layout: Layout, weights: Vector, told: Mapping[str, Any], gradients: bool, ties: Ties = ()) -> Vector:
     """Return the scores that a user's own function tells, float32, shape (layout.prunable_size,).
+
+    A tensor of which `ties` is a later name has scores of 0.
 
     Parameters
     ----------
@@ -194,13 +229,17 @@ def own_scores(layout: Layout, weights: Vector, told: Mapping[str, Any], gradien
     ValueError
         A prunable tensor is missing or has another shape.
     """
-    shapes, parts = dict(layout.shapes), []
+    shapes, scales, parts = dict(layout.shapes), scales_of(layout, weights), []
+    later = {name for name, first in ties if first in layout.prunable}
     for name in layout.prunable:
+        if name in later:
+            parts.append(np.zeros(int(np.prod(shapes[name])), dtype=np.float32))
+            continue
         if name not in told:
             raise ValueError(f"the saliency function told nothing about {name}; it told {sorted(told)}")
         value = torch.as_tensor(told[name]).detach().float().cpu().numpy()
         if value.shape != shapes[name]:
             raise ValueError(f"the saliency function told shape {value.shape} for {name}; it is {shapes[name]}")
         flat = value.reshape(-1)
-        parts.append(np.abs(flat * weights[layout.spans[name]]) if gradients else flat)
+        parts.append(np.abs(flat * scales[layout.spans[name]]) if gradients else flat)
     return np.concatenate(parts).astype(np.float32)

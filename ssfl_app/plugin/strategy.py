@@ -65,7 +65,8 @@ class SSFL(Strategy):
     seed : int
         Of everything random: which nodes take part.
     prunable : iterable of str, optional
-        Names of the tensors to prune. Default: floating, 2 dimensions or more, name ending in "weight".
+        Names of the tensors to prune. Default: all floating ones of 2 dimensions or more, embeddings among them, but
+        for buffers, norms, magnitudes of a weight norm and vectors in the form of a matrix.
     scope : {"global", "layer"}
         Rank all layers together (the paper), or each on its own.
     min_per_layer : int
@@ -147,6 +148,8 @@ class SSFL(Strategy):
             raise ValueError(f"inner_arrays is {inner_arrays!r}; it is vector or model")
         if values not in VALUE_TYPES:
             raise ValueError(f"values is {values!r}; it is one of {', '.join(VALUE_TYPES)}")
+        if isinstance(prunable, str):
+            raise TypeError(f"prunable is {prunable!r}; it is a list of names")
         if not 0 <= min_ok_fraction <= 1:
             raise ValueError(f"min_ok_fraction is {min_ok_fraction}; it is a fraction in [0, 1]")
         if not 0 < most_examples <= MOST:
@@ -155,7 +158,14 @@ class SSFL(Strategy):
         self.model: Vector = np.zeros(0, dtype=np.float32)
         self._mail: Mail | None = None
         self.discovery = Discovery(
-            density, scope, min_per_layer, saliency_batches, saliency_weighting, saliency_share, min_ok_fraction
+            density,
+            scope,
+            min_per_layer,
+            saliency_batches,
+            saliency_weighting,
+            saliency_share,
+            min_ok_fraction,
+            named=prunable is not None,
         )
         self.inner, self.base = inner, FedAvg(**fedavg) if inner is None else inner
         self._named = inner_arrays == "model"
@@ -250,13 +260,15 @@ class SSFL(Strategy):
         RunFailed
             Too few nodes connected, or answered well in a round, or Ray lost an actor.
         ValueError
-            Nothing in `initial_arrays` is prunable, or its values are not finite.
+            Nothing in `initial_arrays` is prunable, `density` keeps nothing of it, or its values are not finite.
         """
         log(INFO, "Starting %s strategy: %d rounds", type(self).__name__, num_rounds)
         self.summary()
         sheet = Sheet.of(initial_arrays, self._prunable, (self.base.arrayrecord_key, self.base.configrecord_key))
         self.model = sheet.flatten(initial_arrays)
         check_values(self.model)
+        if self.discovery.density < 1:
+            self.discovery.wanted.check(sheet.layout)
         self._mail = Mail(sheet, self._values, self.base.weighted_by_key, timeout, self._most_examples)
         self._timeout = timeout
         self.history = []
