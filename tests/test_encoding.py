@@ -31,7 +31,7 @@ def unstated(source: str) -> list[int]:
 
 
 def opens_no_text(call: ast.Call) -> bool:
-    """Return whether `open` is one of another thing than a text file: a descriptor, an image, a mailbag, which has its own."""
+    """Return whether `open` is one of another thing than a text file: a descriptor, an image, a mailbag."""
     owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
     last = owner.split(".")[-1]
     return owner in ("os", "Image", "opener") or last in ("self", "mail", "post", "_post")
