@@ -72,7 +72,9 @@ class Twins:
         return losses[0]
 
 
-CNNS = [("cnn", norm, hyper, masked) for norm in ("group", "batch") for hyper in ({}, HARD) for masked in (False, True)]
+CNNS = [
+    ("cnn", norm, hyper, masked) for norm in ("group", "batch") for hyper in ({}, HARD) for masked in (False, True)
+]
 
 
 # A step does not look at its model: of the large one the two ends are enough.
