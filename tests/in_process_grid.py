@@ -30,8 +30,9 @@ SMALL: Flat = {
     "partition.alpha": 1.0,
 }
 
-# Added to these in modules that are marked `few` (conftest); a run that must see all digits says data.name="digits".
+# Added to these in modules that are marked `few` (conftest); a run that must see all digits adds WHOLE itself.
 FEW: Flat = {"data.name": "few-digits", "data.augment": "none"}
+WHOLE: Flat = {"data.name": "digits"}
 
 ANY = 2**28
 

@@ -17,6 +17,8 @@ from ssfl_app.strategies.dispfl import DisPfl, layer_counts
 from ssfl_app.wire import Parcel
 from tests.in_process_grid import SMALL, Played, answer_error, play, tamper
 
+pytestmark = pytest.mark.few
+
 BASE: Flat = {"strategy": "dispfl", "gossip.neighbours": 2}
 # The layers of the small model: 288, 18432, 131072 and 1280 weights; 330 other coordinates.
 COUNTS = [288, 2330, 26315, 1280]

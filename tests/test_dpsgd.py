@@ -18,6 +18,8 @@ from ssfl_app.strategies.post import Reply
 from ssfl_app.wire import Parcel
 from tests.in_process_grid import SMALL, Fault, Played, Where, answer_error, play, tamper
 
+pytestmark = pytest.mark.few
+
 BASE: Flat = {"strategy": "dpsgd", "local.batch-size": 64, "run.evaluate-every": 3}
 RING: Flat = BASE | {"gossip.topology": "ring"}
 FULL: Flat = BASE | {"gossip.topology": "full", "strategy": "dpsgd-ft"}

@@ -17,6 +17,7 @@ from ssfl_app.wire import Parcel
 from ssfl_app.workshop import Workshop, open_workshop
 from tests.in_process_grid import (
     SMALL,
+    WHOLE,
     Fault,
     Played,
     ScriptedGrid,
@@ -176,7 +177,7 @@ def test_a_client_with_other_code_or_images_is_set_aside_and_the_run_goes_on(
     changed: dict[str, Any], words: str
 ) -> None:
     said: list[str] = []
-    keys: Flat = {**ONE, "data.name": "digits"}  # nodes that are no simulation read no other set
+    keys: Flat = {**ONE, **WHOLE}  # nodes that are no simulation read no other set
 
     def prepare(strategy: SparseStrategy) -> None:
         strategy.post.roster.misfit = functools.partial(misfit, open_workshop(merge(SMALL, keys)))

@@ -16,7 +16,9 @@ from ssfl_app.strategies import REGISTRY, fedfomo
 from ssfl_app.strategies.fedfomo import FedFomo, mixed, weight
 from ssfl_app.strategies.personal import held_out
 from ssfl_app.wire import Memory, Parcel
-from tests.in_process_grid import SMALL, Fault, Played, answer_error, play, tamper
+from tests.in_process_grid import SMALL, WHOLE, Fault, Played, answer_error, play, tamper
+
+pytestmark = pytest.mark.few
 
 BASE: Flat = {"strategy": "fedfomo", "local.batch-size": 64, "run.evaluate-every": 3, "fedfomo.peers": 2}
 PATHOLOGICAL: Flat = {"partition.name": "pathological", "run.clients": 10, "fedfomo.peers": 9}
@@ -191,7 +193,7 @@ class TestRun:
 
     def test_what_a_client_returns_is_what_the_paper_writes(self) -> None:
         """Written again, for a client that some peer helps: local training, the weights, and the mixing."""
-        played = play(BASE | PATHOLOGICAL)
+        played = play(BASE | PATHOLOGICAL | WHOLE)
         up, shop, settings = sent_up(played), played.workshop, played.strategy.settings
         best = {client: parcel.arrays["preference"].max() for (r, client), parcel in up.items() if r == 3}
         client = max(best, key=lambda c: best[c])

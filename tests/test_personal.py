@@ -10,7 +10,9 @@ from ssfl_app.options import ConfigError
 from ssfl_app.strategies.ditto import pull_towards
 from ssfl_app.strategies.personal import held_out
 from ssfl_app.wire import Memory
-from tests.in_process_grid import Played, answer_error, play
+from tests.in_process_grid import WHOLE, Played, answer_error, play
+
+pytestmark = pytest.mark.few
 
 DITTO: Flat = {"strategy": "ditto", "ditto.global-epochs": 1, "ditto.personal-epochs": 1}
 
@@ -38,9 +40,8 @@ class TestFedAvgFt:
             assert [r.get(key) for r in tuned.records] == [r.get(key) for r in plain.records]
 
     def test_epochs_and_rate_are_options(self) -> None:
-        base = play({"strategy": "fedavg-ft", "local.lr-decay": 0.1})
-        more = play({"strategy": "fedavg-ft", "local.lr-decay": 0.1, "finetune.epochs": 3})
-        late = play({"strategy": "fedavg-ft", "local.lr-decay": 0.1, "finetune.lr": "scheduled"})
+        keys: Flat = {"strategy": "fedavg-ft", "local.lr-decay": 0.1, **WHOLE}  # a test image less is under 0.02
+        base, more, late = play(keys), play(keys | {"finetune.epochs": 3}), play(keys | {"finetune.lr": "scheduled"})
         assert more.records[-1]["image_passes"] - base.records[-1]["image_passes"] == 2 * images(base, list(range(6)))
         # The rate of round 4 is a thousandth of the first: that fine-tuning hardly moves the model.
         assert late.strategy.personal_accuracy == pytest.approx(late.strategy.accuracy, abs=0.02)

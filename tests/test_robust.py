@@ -35,6 +35,8 @@ from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.wire import Parcel
 from tests.in_process_grid import answer_error, play, tamper
 
+pytestmark = pytest.mark.few
+
 VALUE = st.floats(-1000, 1000, width=32)
 VECTORS = st.integers(1, 12).flatmap(
     lambda size: st.lists(st.lists(VALUE, min_size=size, max_size=size), min_size=1, max_size=7)
