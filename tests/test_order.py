@@ -11,8 +11,6 @@ import pytest
 from ssfl_app.config import Flat
 from tests.in_process_grid import play
 
-pytestmark = pytest.mark.few
-
 RECIPE: Flat = {
     "local.batch-size": 16,
     "run.clients": 10,
