@@ -12,7 +12,7 @@ import torch
 from ssfl_app.sparsity.codec import Bitmask, SharedMask, nbytes
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.wire import Parcel
-from tests.in_process_grid import Played, answer_error, play, tamper
+from tests.in_process_grid import WHOLE, Played, answer_error, play, tamper
 
 pytestmark = pytest.mark.few
 
@@ -20,6 +20,8 @@ pytestmark = pytest.mark.few
 LEARNS: dict[str, dict[str, Any]] = {
     name: {"run.rounds": 6, "run.evaluate-every": 6} for name in ("fedpm", "lotteryfl", "sparsyfed", "random-local")
 }
+for _slow in ("lotteryfl", "random-local"):  # every second digit is too little for them
+    LEARNS[_slow] |= WHOLE
 
 # Keys under which a strategy costs less and does the same: PruneFL's one client prunes alone for 20 local rounds by
 # default, and 6 reach the density.

@@ -19,6 +19,8 @@ from ssfl_app.strategies.post import Reply
 from ssfl_app.wire import Parcel
 from tests.in_process_grid import SMALL, Played, ScriptedGrid, play, tamper
 
+pytestmark = pytest.mark.few
+
 P = 151072  # prunable weights of the small network: 288 + 18432 + 131072 + 1280
 BITMAP = P // 8
 QUICK: Flat = {"strategy": "fedpm", "run.rounds": 1, "local.batch-size": 64}

@@ -9,6 +9,8 @@ from ssfl_app.config import Flat
 from ssfl_app.sparsity.mask import Mask
 from tests.in_process_grid import Played, play
 
+pytestmark = pytest.mark.few
+
 ONE: Flat = {"run.rounds": 1, "run.evaluate-every": 1}
 
 

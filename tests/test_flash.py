@@ -19,6 +19,8 @@ from ssfl_app.strategies.flash import FlashClient, dealt, evolved, first_mask, s
 from ssfl_app.wire import Memory, Parcel
 from tests.in_process_grid import Played, answer_error, play, tamper
 
+pytestmark = pytest.mark.few
+
 P, R = 151072, 330
 A = math.floor(0.2 * P)
 BITMAP = P // 8

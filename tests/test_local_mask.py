@@ -8,6 +8,8 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.wire import Parcel
 from tests.in_process_grid import Played, answer_error, forget, play, tamper
 
+pytestmark = pytest.mark.few
+
 NAMES = ["local-saliency", "random-local"]
 BITMAP = -(-151072 // 8)
 

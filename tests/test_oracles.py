@@ -16,6 +16,8 @@ from ssfl_app.wire import Memory, Parcel
 from tests import oracles
 from tests.in_process_grid import Played, play
 
+pytestmark = pytest.mark.few
+
 
 def close(ours: oracles.State, theirs: oracles.State, atol: float = 1e-6) -> None:
     assert ours.keys() == theirs.keys()

@@ -17,6 +17,8 @@ from ssfl_app.strategies.prunefl import readjusted
 from ssfl_app.wire import Parcel
 from tests.in_process_grid import SMALL, Played, answer_error, play, tamper
 
+pytestmark = pytest.mark.few
+
 P, R, A, BITMAP = 151072, 330, 30214, 18884
 TEN = Layout((("w", (2, 5)),), ("w",))
 

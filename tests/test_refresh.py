@@ -13,6 +13,8 @@ from ssfl_app.strategies.criteria import SsflOptions
 from ssfl_app.strategies.refresh import Refresher, lift
 from tests.in_process_grid import Played, play
 
+pytestmark = pytest.mark.few
+
 SHIFT: Flat = {"shift.round": 3, "shift.clients": 2, "shift.classes": 3, "run.rounds": 4, "run.cohort": 3}
 REFRESH: Flat = SHIFT | {"ssfl.refresh": "scheduled", "ssfl.refresh-round": 3}
 BITMAP = -(-151072 // 8)

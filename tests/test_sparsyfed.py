@@ -26,6 +26,8 @@ from ssfl_app.wire import Memory, Parcel
 from ssfl_app.workshop import Workshop, open_workshop
 from tests.in_process_grid import SMALL, Played, play, tamper
 
+pytestmark = pytest.mark.few
+
 P, R = 151_072, 330  # prunable weights of the small model, and its biases and norm weights
 K = math.floor(0.2 * P)
 SMALLEST = Layout((("0.weight", (1, 4)), ("0.bias", (1,))), ("0.weight",))

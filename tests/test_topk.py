@@ -21,6 +21,8 @@ from ssfl_app.workshop import Workshop, open_workshop
 from tests import oracles
 from tests.in_process_grid import SMALL, Played, answer_error, play, tamper
 
+pytestmark = pytest.mark.few
+
 P, R = 151_072, 330  # prunable weights of the small model, and its biases and norm weights
 K = math.floor(0.2 * P)
 SMALLEST = Layout((("0.weight", (1, 4)), ("0.bias", (1,))), ("0.weight",))

@@ -21,6 +21,8 @@ from ssfl_app.strategies.rule import encode_with
 from ssfl_app.wire import DEFLATED, Packer, Parcel, read_record
 from tests.in_process_grid import SMALL, Played, play
 
+pytestmark = pytest.mark.few
+
 LOSSY = ("fp16", "bf16", "int8")
 law = settings(deadline=None, derandomize=True, max_examples=60)
 vectors = st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=40).map(lambda x: np.array(x, np.float32))

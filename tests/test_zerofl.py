@@ -23,6 +23,8 @@ from ssfl_app.wire import Memory, Parcel
 from ssfl_app.workshop import Workshop, open_workshop
 from tests.in_process_grid import SMALL, Played, play, tamper
 
+pytestmark = pytest.mark.few
+
 SIZES = {"0.weight": 288, "3.weight": 18_432, "8.weight": 131_072, "10.weight": 1_280}
 P, R = 151_072, 330  # all of these, and biases and norm weights
 UPLINKS = ("top-weights", "top-weights-diff", "top-diff")
