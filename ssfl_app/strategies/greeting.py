@@ -109,9 +109,12 @@ class Hellos:
 
     def reasons(self) -> dict[int, str]:
         """Return why nodes have not given a good answer, as far as they say or show."""
-        begun = {node for message_id, node in self._waiting.items() if self._puller.begun(message_id)}
-        stuck = dict.fromkeys(begun - self.answered, "no whole answer: its upload did not end")
+        stuck = dict.fromkeys(self.uploading(), "no whole answer: its upload did not end")
         return {**self.lost, **stuck, **self.odd, **self.raised}
+
+    def uploading(self) -> set[int]:
+        """Return the nodes that have announced an answer which is not whole yet."""
+        return {node for message_id, node in self._waiting.items() if self._puller.begun(message_id)} - self.answered
 
     def ask(self, nodes: Iterable[int]) -> None:
         """Say hello to the connected nodes that are due: new, back again, or without an answer for too long."""

@@ -25,6 +25,9 @@ Place = int | str
 SIMULATED_NODES_APPEAR = 5.0
 """Seconds after which all simulated nodes are there: Flower registers them together, before its actors start."""
 
+PATIENCE = 10.0
+"""Seconds after which people are told whom a run waits for."""
+
 REJOIN_TIMEOUT = 15.0
 """Seconds that a round waits for nodes that may take the place of others."""
 
@@ -82,6 +85,7 @@ class Roster:
         """
         now = time.monotonic()
         end, few = now + self._run.join_timeout, now + SIMULATED_NODES_APPEAR
+        patient = now + PATIENCE
         hellos, seen, heard = Hellos(grid, end), set[int](), dict[int, Hello]()
         bound = self.bound()
         while True:
@@ -96,7 +100,8 @@ class Roster:
                     hellos.odd[hello.node] = reason
             met, aside = self._seats(heard, there, bound)
             reasons = {**hellos.reasons(), **aside}
-            self._tell({node: reason for node, reason in reasons.items() if node not in hellos.lost})
+            coming = hellos.uploading() | set(hellos.lost)
+            self._tell({node: reason for node, reason in reasons.items() if node not in coming})
             if self._all_met(met, hellos.silent(there)):
                 return dict(self._facts)
             timeout = f" within run.join-timeout {self._run.join_timeout:g} s"
@@ -110,6 +115,9 @@ class Roster:
                     )
             if time.monotonic() > end:
                 raise RunFailed(self._too_few(met, reasons, timeout))
+            if time.monotonic() > patient:
+                patient = end
+                self.say(f"{len(met)} of {self._run.clients} clients are here; waiting for the others{timeout}")
             time.sleep(SIMULATION_POLL if is_simulation(grid) else DEPLOYMENT_POLL)
 
     def holding(self, client: int) -> Holding | None:
