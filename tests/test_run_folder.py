@@ -97,7 +97,7 @@ def test_a_run_that_broke_off_resumes_to_the_same_bits(
         code, _, err = ssfl("run", "--engine", "inline", "-c", KEYS, "--out", "broken")
     assert code == 1
     assert "No space left on device" in err
-    assert "ssfl run --engine inline --resume" in err
+    assert "ssfl run --resume" in err
     assert json.loads((tmp_path / "broken" / "status.json").read_text())["status"] == "failed"
     assert not (tmp_path / "broken" / "summary.json").exists()
     with (tmp_path / "broken" / "rounds.jsonl").open("a") as file:

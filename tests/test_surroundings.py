@@ -19,8 +19,8 @@ import pytest
 
 from ssfl_app import cli, server_app
 from ssfl_app.engine import processes
-from ssfl_app.engine.command import absolute
 from ssfl_app.engine.federation_services import node_service
+from ssfl_app.engine.resolve import absolute
 from ssfl_app.files import append
 from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
