@@ -17,6 +17,8 @@ from torch.nn.utils import parametrizations
 from ssfl_app import SSFL, SparseMod, mask_gradients, sparse_mod
 from ssfl_app.engine.inline import InlineGrid
 from ssfl_app.guard import RunFailed
+from ssfl_app.plugin import discovery
+from ssfl_app.plugin.folding import PositionalMean
 from ssfl_app.plugin.ranking import Wanted, top, within
 from ssfl_app.plugin.seen import NOTHING, Kind, Seen
 from ssfl_app.plugin.sheet import Sheet
@@ -442,6 +444,136 @@ def test_ties_show_after_a_training_without_torchs_optimizers() -> None:
     assert strategy.history[0]["scored_by"] == {"difference": 3}
     assert strategy.history[0]["ties"] == {"lm_head.weight": "wte.weight"}
     assert torch.equal(result["wte.weight"], result["lm_head.weight"])
+
+
+def language_states(order: Callable[[list[str]], list[str]] = list) -> ArrayRecord:
+    state = seeded(Language).state_dict()
+    return ArrayRecord({name: Array(state[name].numpy().copy()) for name in order(list(state))})
+
+
+@pytest.mark.parametrize("inner", [None, FedMedian])
+@pytest.mark.parametrize("empty", [{0}, {0, 1}])
+def test_a_client_that_had_nothing_to_train_on_has_no_vote_on_ties_and_is_not_refused(empty: Any, inner: Any) -> None:
+    def train(model: nn.Module, partition: int) -> None:
+        if partition not in empty:
+            steps(model, partition)
+
+    strategy, _, _ = play(Language, train=train, inner=inner and inner(fraction_evaluate=0.0))
+    assert strategy.history[0]["ties"] == {"lm_head.weight": "wte.weight"}
+    assert strategy.history[0]["ok"] == [1000, 1001, 1002]
+    assert strategy.history[0]["refused"] == {}
+    assert strategy.history[0]["scored_by"] == {"gradient": 3 - len(empty)}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_tied_tensor_keeps_its_scores_whatever_the_order_of_the_initial_arrays(own: bool) -> None:
+    def told(message: Message, context: Context) -> Any:  # only one name of each, in the module's order
+        model = seeded(Language, 1)
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict(), strict=True)
+        loss_of(model, int(context.node_config["partition-id"])).backward()
+        return {name: p.grad for name, p in model.named_parameters()}, 12
+
+    strategy = SSFL(density=0.25, fraction_evaluate=0.0)
+    app = app_of(Language, mod=SparseMod(saliency=told) if own else sparse_mod)
+    strategy.start(OddGrid(app), language_states(sorted), num_rounds=1)
+    assert strategy.history[0]["ties"] == {"wte.weight": "lm_head.weight"}
+    assert strategy.history[0]["within"] == {}
+    np.testing.assert_array_equal(strategy.mask.alive, language_mask())
+
+
+class Numbered(nn.Module):
+    """Its head is the embedding, and neither stands last in the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.lm_head = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.mid, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.lm_head.weight = self.wte.weight
+
+    def sample(self, noise: torch.Generator) -> torch.Tensor:
+        return torch.randint(0, 20, (12,), generator=noise)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.norm(self.mid(self.wte(tokens))).tanh())  # type: ignore[no-any-return]
+
+
+class TwiceTied(Numbered):
+    """The bias is one tensor, too, which travels under both of its names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_bias = self.lm_head.bias
+
+
+@pytest.mark.parametrize("make", [Language, Numbered, TwiceTied])
+def test_tied_tensors_without_names_are_masked_in_the_clients(make: Make) -> None:
+    app, trained = ClientApp(mods=[sparse_mod]), list[list[np.ndarray]]()
+
+    @app.train()
+    def on_train(message: Message, context: Context) -> Message:
+        model = seeded(make, 1)
+        told = message.content["arrays"].to_numpy_ndarrays()
+        model.load_state_dict(dict(zip(model.state_dict(), map(torch.tensor, told), strict=True)))
+        steps(model, int(context.node_config["partition-id"]))
+        arrays = [tensor.detach().numpy() for tensor in model.state_dict().values()]
+        trained.append(arrays)
+        records = {"arrays": ArrayRecord(arrays), "metrics": MetricRecord({"num-examples": 12})}
+        return Message(RecordDict(records), reply_to=message)  # type: ignore[arg-type]
+
+    strategy = SSFL(density=0.25, fraction_evaluate=0.0)
+    strategy.start(OddGrid(app), ArrayRecord([t.numpy() for t in seeded(make).state_dict().values()]), num_rounds=1)
+    assert len(strategy.history[0]["ties"]) == 1
+    assert strategy.history[1]["ok"] == [1000, 1001, 1002]
+    for arrays in trained[-3:]:
+        for name, alive in strategy.mask.tensors().items():
+            assert (arrays[int(name)][~alive.numpy()] == 0).all()
+
+
+def test_a_tie_of_tensors_that_no_mask_covers_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    sheet = Sheet.of(ArrayRecord(model.state_dict()), None, ("arrays", "config"))
+    names = [name for name, _ in sheet.layout.shapes]
+    same = np.arange(len(names), dtype=np.int32)
+    same[names.index("2.weight")] = names.index("1.weight")
+    with pytest.raises(PayloadError, match=r"2.weight is tied to 1.weight; no name of that tensor is prunable"):
+        Seen.read({"same": same}, sheet, sheet.flatten(ArrayRecord(model.state_dict())))
+
+
+def test_many_opinions_on_ties_hold_few_means_and_their_order_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive, most = 0, 0
+
+    class Counted(PositionalMean):
+        def __init__(self, size: int, vectors: int) -> None:
+            nonlocal alive, most
+            super().__init__(size, vectors)
+            alive, most = alive + 1, max(most, alive + 1)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    monkeypatch.setattr(discovery, "PositionalMean", Counted)
+    monkeypatch.setattr(discovery, "OPINIONS", 2)
+    # Names are layers.0.weight, layers.0.bias, ... Each liar ties other layers, or all of them.
+    lies = [[0, 1, 0, 3, 4, 5], [0, 1, 2, 3, 0, 5], [0, 1, 2, 3, 2, 5], [0, 1, 0, 3, 0, 5]]
+    masks = []
+    for turn in range(3):
+        odd = {2 + (place + turn) % 4: told_same(lie) for place, lie in enumerate(lies)}
+        strategy = SSFL(density=0.25, fraction_evaluate=0.0, min_ok_fraction=0.3)
+        same = app_of(Copies, train=lambda model, partition: steps(model, 0))
+        strategy.start(OddGrid(same, odd, nodes=6), ArrayRecord(seeded(Copies).state_dict()), num_rounds=1)
+        assert strategy.history[0]["ok"] == [1000, 1001]
+        assert strategy.history[0]["refused"].keys() == {"1002", "1003", "1004", "1005"}
+        masks.append(strategy.mask)
+    assert masks[0] == masks[1] == masks[2]
+    assert most <= 4  # one more while the last one goes, and one that setdefault does not need
+
+
+def test_an_opinion_of_most_that_is_not_kept_ends_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "OPINIONS", 1)
+    untie = changed(lambda c: c["arrays"].pop("same"))  # type: ignore[union-attr]
+    with pytest.raises(RunFailed, match=r"tell 2 different things .* most of them tie lm_head.weight to wte.weight"):
+        play(Language, odd={1: untie})
 
 
 # ---- equal initial layers --------------------------------------------------------------------------

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg, FedMedian, FedProx
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ssfl_app import SSFL, active_mask, mask_gradients, sparse_mod
+from ssfl_app.engine.inline import InlineGrid
 from ssfl_app.guard import RunFailed
 from ssfl_app.plugin.gradients import working_under
 from ssfl_app.plugin.mod import QUESTION
@@ -397,7 +398,7 @@ def test_a_record_may_be_called_like_one_of_ours(name: str) -> None:
 
 def test_an_app_without_the_mod_is_told_so() -> None:
     for app, named in [(foreign_app(mods=()), "sparse_mod"), (old_app(lambda m, c, n: n(m, c)), "sparse_numpy_mod")]:
-        with pytest.raises(RunFailed, match=rf"this app .*has no {named} \(raised: \w+"):
+        with pytest.raises(RunFailed, match=rf"this app .*has no {named}.* \(raised: \w+"):
             told(SSFL(density=0.5), app)
     deaf = ClientApp()
 
@@ -406,8 +407,80 @@ def test_an_app_without_the_mod_is_told_so() -> None:
         records = {"arrays": ArrayRecord(net().state_dict()), "metrics": MetricRecord({"num-examples": 3})}
         return Message(RecordDict(records), reply_to=message)  # type: ignore[arg-type]
 
-    with pytest.raises(RunFailed, match=r"the reply has no 'facts': this app has no sparse_mod"):
+    with pytest.raises(RunFailed, match=r"has no 'facts': this app has no sparse_mod; ClientApp\(mods=\[sparse_mod"):
         told(SSFL(density=0.5), deaf)
+
+
+def test_a_reason_of_many_nodes_is_said_once_with_their_number() -> None:
+    with pytest.raises(RunFailed, match=r"\([2-9] nodes \(\d+, .*\): this app") as failed:
+        told(SSFL(density=0.5), foreign_app(mods=()))
+    assert str(failed.value).count("has no sparse_mod") == 1
+
+
+def test_an_argument_that_is_none_is_refused_by_the_class_the_user_called() -> None:
+    for wrong, near in [("densty", "density"), ("fraction_trian", "fraction_train")]:
+        with pytest.raises(TypeError, match=rf"^SSFL has no argument '{wrong}'; did you mean {near}\?$"):
+            SSFL(**{wrong: 0.5})
+    with pytest.raises(TypeError, match=r"^SSFL has no argument 'zzz'$"):
+        SSFL(inner=FedAvg(), zzz=0.5)
+
+
+class Tables(nn.Module):
+    """A tied head, and a table of whole numbers as transformers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.wte.weight
+        self.register_buffer("position_ids", torch.arange(77)[None])
+
+
+def tables_app(count: int = 0) -> ClientApp:
+    app = ClientApp(mods=[sparse_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        model = Tables()
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model.head(model.wte(torch.tensor([1, 2]))).square().sum().backward()
+        optimizer.step()
+        model.position_ids += count  # type: ignore[operator]
+        # In floats a mean of whole numbers with these weights is not whole.
+        metrics = MetricRecord({"num-examples": 3 + 4 * int(context.node_config["partition-id"])})
+        return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize("inner", [FedAvg, FedAdam])
+def test_a_table_of_whole_numbers_outlives_what_an_inner_strategy_makes_of_it(inner: Any) -> None:
+    initial = ArrayRecord(Tables().state_dict())
+
+    def start(app: ClientApp) -> ArrayRecord:
+        strategy = SSFL(density=0.5, inner=inner(fraction_evaluate=0.0), inner_arrays="model")
+        return strategy.start(InlineGrid(app, {}, {7: 0, 8: 1, 9: 2}), initial, num_rounds=2).arrays
+
+    table = start(tables_app())["position_ids"].numpy()
+    np.testing.assert_array_equal(table, initial["position_ids"].numpy())
+    with pytest.raises(RunFailed, match=r"position_ids .* came back changed"):
+        start(tables_app(count=1))
+
+
+def test_a_subclass_that_changes_one_name_of_a_tied_tensor_is_named_and_no_node_is() -> None:
+    class Halves(SSFL):
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            for reply in replies:
+                arrays = reply.content["arrays"]
+                arrays["wte.weight"] = Array(arrays["wte.weight"].numpy() / 2)
+            return super().aggregate_train(server_round, replies)
+
+    with pytest.raises(
+        RunFailed, match=r"^Halves.aggregate_train gave wte.weight and head.weight other values; .*change both$"
+    ):
+        Halves(density=0.5, fraction_evaluate=0.0).start(
+            InlineGrid(tables_app(), {}, {7: 0, 8: 1}), ArrayRecord(Tables().state_dict()), num_rounds=1
+        )
 
 
 def test_a_train_function_that_tells_no_number_of_examples_is_told_so() -> None:

@@ -141,7 +141,11 @@ class Course:
 
     def _heard(self, method: str, replies: Iterator[Message]) -> Iterable[Message]:
         """Return the replies one at a time, or, to a method that is the user's own, as Flower gives them."""
-        return self._strategy.mail.decoded(replies) if self._strategy.changes(method) else replies
+        return (
+            self._strategy.mail.decoded(replies, f"{type(self._strategy).__name__}.{method}")
+            if self._strategy.changes(method)
+            else replies
+        )
 
     def _note(self, metrics: MetricRecord | None, book: dict[int, MetricRecord], round_: int) -> None:
         if metrics is not None:

@@ -2,7 +2,8 @@
 
 A client also tells what it sees of the model: names of one tensor, and matrices that are no weights. On tensors that
 are tied all must agree: the scores of those who do not, fewer than the others, are refused. Of kinds the majority
-decides; they change no score.
+decides; they change no score. Who has scores of 0 only (no minibatch, nothing changed) saw nothing: it has no vote,
+and its zeros, which would scale a mean and shift a median, are not folded.
 """
 
 from collections import Counter
@@ -97,15 +98,27 @@ class Discovery:
         asked: Facts = {"batches": self.batches, "weighting": self.weighting}
         messages = mail.write("saliency", 0, nodes, model, config, asked)
         for answer in mail.open(mail.carry(grid, messages, 4 * layout.prunable_size)):
+            if not answer.values.any():
+                continue
             if answers is None:
                 # A mean for each opinion on ties: which one counts is known at the end, whoever came first.
-                mean = means.setdefault(answer.seen.ties, PositionalMean(layout.prunable_size, len(nodes)))
-                mean.add(answer.values, answer.weight)
+                told = answer.seen.ties
+                means.setdefault(told, PositionalMean(layout.prunable_size, len(nodes)))
+                if len(means) > OPINIONS:  # those that stay are the first of all, in whatever order they came
+                    del means[max(means, key=_rank)]
+                if told in means:
+                    means[told].add(answer.values, answer.weight)
             else:
                 answers.append(answer)
             said[answer.node], by[answer.node] = answer.seen, str(answer.facts["scored-by"])
             del answer
         ties = _usual_ties(said, mail)
+        if answers is None and said and ties not in means:
+            raise RunFailed(
+                f"the clients tell {len({seen.ties for seen in said.values()})} different things about which tensors "
+                f"are one, and SSFL keeps the scores of {OPINIONS} apart; most of them tie {_pairs(ties)}, which is "
+                "not among these. Initial arrays that are not equal cannot be said to be tied"
+            )
         said = {node: seen for node, seen in said.items() if seen.ties == ties}
         scored_by = Counter(by[node] for node in said)
         record |= mail.names()
@@ -155,12 +168,20 @@ _ZERO = "it starts at 0 and no gradient reaches it"
 _WORDS = {Kind.UNTRAINED: "no client trains it", Kind.NORM: "it belongs to a norm"}
 _MOST = 8
 """Names in a line of the log."""
+OPINIONS = 8
+"""Different opinions on ties whose scores are kept until the vote; each takes a mean of the model's size."""
 _LARGE = 0.05
 """Share of all coordinates from which on a matrix that stays dense is worth a warning."""
 
 
 def _usual_ties(said: Mapping[int, Seen], mail: Mail) -> Ties:
-    """Return what most clients say about tied tensors, and refuse the others; of equally many it is who says less."""
+    """Return what most clients say about tied tensors, and refuse the others; of equally many it is who says less.
+
+    Parameters
+    ----------
+    said : mapping of int to Seen
+        By node, of those who saw something.
+    """
     counts = Counter(seen.ties for seen in said.values())
     usual = min(counts, key=lambda ties: (-counts[ties], len(ties), ties), default=())
     others = {
@@ -170,6 +191,11 @@ def _usual_ties(said: Mapping[int, Seen], mail: Mail) -> Ties:
     }
     mail.refuse(others)
     return usual
+
+
+def _rank(ties: Ties) -> tuple[bool, int, Ties]:
+    """Return which opinions are kept first: nothing is tied, all that starts equal is tied, what is in between."""
+    return bool(ties), -len(ties), ties
 
 
 def _listed(names: list[str]) -> str:

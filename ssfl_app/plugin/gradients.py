@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ssfl_app.plugin.seen import place_of
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
 
@@ -155,11 +156,20 @@ def _matched(
             return {plain[name]: parameter for name, parameter in part.items()}
     if not set(names) & set(own):
         # Arrays without names ("0", "1", ...) stand for the state dict in its order, as NumPyClients have it.
-        floating = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
-        if len(floating) == len(shapes):
-            everything = dict(model.named_parameters())
-            pairs = zip(shapes, floating, strict=True)
-            return {name: everything[mine] for name, mine in pairs if mine in everything and name in names}
+        # A tied tensor stands there under each of its names, and in the mask under the first one.
+        state = _unwrapped(model).state_dict()
+        averaged = {key: t for key, t in state.items() if t.is_floating_point() or t.is_complex()}
+        firsts: dict[tuple[Any, ...], str] = {}
+        for key, tensor in averaged.items():
+            firsts.setdefault((*place_of(tensor), tensor.shape), key)
+        for keys in (list(averaged), list(firsts.values())):
+            if len(keys) == len(shapes):
+                pairs = zip(shapes, keys, strict=True)
+                return {name: own[mine] for name, mine in pairs if mine in own and name in names}
+        # Tied biases travel under both names, so that neither number is right.
+        if all(name.isdigit() and int(name) < len(state) for name in names):
+            keys = list(state)
+            return {name: own[keys[int(name)]] for name in names if keys[int(name)] in own}
     missing = [name for name in names if name not in short]
     raise ValueError(f"the mask names {missing}; the model's parameters are {sorted(short)}")
 

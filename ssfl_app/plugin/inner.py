@@ -79,8 +79,8 @@ class AsModel:
         return self.sheet.dense(self.sheet.spread(values, self.mask))
 
     def values(self, arrays: ArrayRecord) -> Vector:
-        """Return the carried values of a whole model; what became of its dead weights is dropped."""
-        return self.sheet.flatten(arrays)[self.mask.carried]
+        """Return the carried values of a whole model; what became of dead weights and of fixed arrays is dropped."""
+        return self.sheet.flatten(arrays, fixed_too=False)[self.mask.carried]
 
 
 def told_by(

@@ -21,7 +21,7 @@ from ssfl_app.plugin.answer import MOST, Answer, metrics_of, weight_of
 from ssfl_app.plugin.legacy import only
 from ssfl_app.plugin.mod import REPLY, SCORED_BY, TAKEN
 from ssfl_app.plugin.seen import NOTHING, Seen
-from ssfl_app.plugin.sheet import Sheet
+from ssfl_app.plugin.sheet import Sheet, Untied
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import (
@@ -36,6 +36,9 @@ from ssfl_app.sparsity.values import (
 from ssfl_app.text import in_a_line, quoted
 from ssfl_app.wire import SERIAL_TYPE, Facts, Packer, Parcel, freeze, read_record
 
+_NO_MOD = "this app has no sparse_mod; ClientApp(mods=[sparse_mod]) is the cure"
+_MOST = 8
+"""Nodes that a reason names."""
 MOST_NAME = 100
 """Characters of the name of a metric or record."""
 
@@ -85,6 +88,7 @@ class Mail:
         self._config: dict[str, Any] = {}
         self._asked = 0
         self._decoded: dict[str, Answer] = {}  # message id -> what was read of a reply that `decoded` rewrote
+        self._changed_by = ""  # the user's method that got what was read
         self._model: Vector | None = None  # that a question is about
 
     # ---- out ---------------------------------------------------------------------------------
@@ -174,12 +178,13 @@ class Mail:
             yield answer
             del message, answer
 
-    def decoded(self, replies: Iterable[Message]) -> list[Message]:
+    def decoded(self, replies: Iterable[Message], by: str) -> list[Message]:
         """Return the good replies as Flower's strategies know them, by node id, for an `aggregate_...` of the user's.
 
         Each holds the records that its function returned, and in training the whole model with dead weights 0. `open`
-        reads what has become of them.
+        reads what has become of them, and names `by` as who changed them.
         """
+        self._changed_by = by
         answers = sorted(self.open(replies), key=lambda answer: answer.node)
         for answer in answers:
             content = RecordDict(dict(answer.records))
@@ -191,6 +196,7 @@ class Mail:
         return [answer.message for answer in answers if answer.message is not None]
 
     def _read_again(self, known: Answer, message: Message) -> Iterator[Answer]:
+        # What a node sent was checked: names of one tensor that differ now are the subclass's doing.
         content, values = message.content, known.values
         records = RecordDict({name: own for name, own in content.items() if not isinstance(own, ArrayRecord)})
         try:
@@ -199,6 +205,12 @@ class Mail:
             if self._kind == "train":
                 values = self.sheet.flatten(only(content, ArrayRecord))[self.mask.carried]
                 check_values(values)
+        except Untied as error:
+            one, other = error.names
+            raise RunFailed(
+                f"{self._changed_by} gave {one} and {other} other values; they are two names of one tensor: change "
+                "both"
+            ) from error
         except ValueError as error:
             self.refuse({known.node: str(error)})
             return
@@ -206,7 +218,7 @@ class Mail:
 
     def _read(self, node: int, message: Message) -> Answer:
         if "facts" not in message.content:
-            raise PayloadError("the reply has no 'facts': this app has no sparse_mod")
+            raise PayloadError(f"the reply has no 'facts': {_NO_MOD}")
         parcel = read_record(message.content, self._allowed())
         facts, sent = parcel.facts, self._letter.facts
         if facts.get("need"):
@@ -277,17 +289,30 @@ class Mail:
         if self.enough(share):
             return
         bad = {**self.outcome.lost, **self.outcome.refused}
-        reasons = ", ".join(f"node {node}: {why}" for node, why in sorted(bad.items()))
         raise RunFailed(
             f"{what}: {len(self.outcome.ok)} of {self._asked} nodes answered well; min_ok_fraction is {share} "
-            f"({reasons})"
+            f"({_once(bad)})"
         )
+
+
+def _once(reasons: Mapping[int, str]) -> str:
+    """Return each reason once, with the nodes that it is of."""
+    nodes: dict[str, list[str]] = {}
+    for node, why in sorted(reasons.items()):
+        nodes.setdefault(why, []).append(str(node))
+    return ", ".join(f"{_nodes(of)}: {why}" for why, of in nodes.items())
+
+
+def _nodes(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"node {names[0]}"
+    return f"{len(names)} nodes ({', '.join(names[:_MOST])}{', ...' if len(names) > _MOST else ''})"
 
 
 def _in_our_words(reason: str) -> str:
     """Return a reason, behind its cause if an app without the mod met our messages."""
     if SERIAL_TYPE in reason and reason.startswith("raised: "):
-        return f"this app has no sparse_mod ({reason})"
+        return f"{_NO_MOD} ({reason})"
     if "fitins.parameters" in reason or "evaluateins.parameters" in reason:
         return f"this app is of the old style and has no sparse_numpy_mod ({reason})"
     return reason

@@ -231,13 +231,15 @@ def own_scores(layout: Layout, weights: Vector, told: Mapping[str, Any], gradien
     """
     shapes, scales, parts = dict(layout.shapes), scales_of(layout, weights), []
     later = {name for name, first in ties if first in layout.prunable}
+    names = {first: name for name, first in reversed(ties) if name in told}  # where only a later name was told
     for name in layout.prunable:
         if name in later:
             parts.append(np.zeros(int(np.prod(shapes[name])), dtype=np.float32))
             continue
-        if name not in told:
+        key = name if name in told else names.get(name, name)
+        if key not in told:
             raise ValueError(f"the saliency function told nothing about {name}; it told {sorted(told)}")
-        value = torch.as_tensor(told[name]).detach().float().cpu().numpy()
+        value = torch.as_tensor(told[key]).detach().float().cpu().numpy()
         if value.shape != shapes[name]:
             raise ValueError(f"the saliency function told shape {value.shape} for {name}; it is {shapes[name]}")
         flat = value.reshape(-1)

@@ -70,7 +70,8 @@ class Seen:
         Raises
         ------
         PayloadError
-            It is malformed, or tensors that are said to be one have other shapes, types or initial values.
+            It is malformed, or tensors that are said to be one have other shapes, types or initial values, or none
+            of them is prunable.
         """
         layout, ties, kinds = sheet.layout, dict[str, str](), dict[str, Kind]()
         if "same" in arrays:
@@ -93,6 +94,9 @@ class Seen:
                         f"says that {other} is tied to {one}; in the initial arrays they differ: tie them there, too"
                     )
                 ties[other] = one
+            masked = {ties.get(name, name) for name in layout.prunable}
+            if idle := next((pair for pair in ties.items() if pair[1] not in masked), None):
+                raise PayloadError(f"says that {idle[0]} is tied to {idle[1]}; no name of that tensor is prunable")
         if "kinds" in arrays:
             told = take(arrays, "kinds", np.uint8, len(layout.prunable)).tolist()
             if (most := max(told, default=0)) > max(Kind):
@@ -154,9 +158,9 @@ def changed_together(layout: Layout, before: Vector, after: Vector) -> Seen:
             still.add(name)
         elif len(shape) >= 2 and (first := groups.setdefault(print_of(old) + print_of(new), name)) != name:
             ties[name] = first
-    # Who had nothing to train on knows nothing about it.
-    kinds = {} if len(still) == len(layout.shapes) else {n: Kind.UNTRAINED for n in layout.prunable if n in still}
-    return Seen(_ordered(layout, ties), kinds)
+    if still.issuperset(layout.prunable):
+        return NOTHING  # its scores are 0, by which the server knows that there was nothing to see
+    return Seen(_ordered(layout, ties), {name: Kind.UNTRAINED for name in layout.prunable if name in still})
 
 
 def check_untied(layout: Layout, given: Vector, trained: Vector) -> None:

@@ -24,6 +24,14 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError, take
 
 
+class Untied(ValueError):
+    """Two names of one tensor came back with different arrays."""
+
+    def __init__(self, name: str, first: str) -> None:
+        super().__init__(f"{name} and {first} came back with other values; all others have them tied")
+        self.names = (first, name)
+
+
 @dataclass(frozen=True)
 class Sheet:
     """Names, shapes and types of a state dict, in its order, and the bytes of the tensors that are not averaged.
@@ -153,14 +161,21 @@ class Sheet:
 
     # ---- a model <-> one vector --------------------------------------------------------------
 
-    def flatten(self, arrays: ArrayRecord) -> Vector:
+    def flatten(self, arrays: ArrayRecord, *, fixed_too: bool = True) -> Vector:
         """Return the floating tensors as one float32 vector, shape (layout.size,).
+
+        Parameters
+        ----------
+        fixed_too : bool
+            Whether arrays that are not averaged must be as they were sent. False: a strategy made a mean of them, in
+            which 3 * 5 / 3 need not be 5, and nobody reads it.
 
         Raises
         ------
+        Untied
+            Names of one tensor have different arrays.
         ValueError
-            Names or shapes are not those of this sheet, names of one tensor have different arrays, or a table that is
-            not averaged was changed.
+            Names or shapes are not those of this sheet, or a table that is not averaged was changed.
         """
         names = [name for name, _, _ in self.tensors]
         if set(arrays) != set(names):
@@ -172,7 +187,8 @@ class Sheet:
             if array.shape != shape:
                 raise ValueError(f"array {name} came back with shape {array.shape}; it must be {shape}")
             if name in fixed:
-                _check_fixed(name, array, fixed[name])
+                if fixed_too:
+                    _check_fixed(name, array, fixed[name])
                 continue
             if _complex(kind) != (array.dtype.kind == "c"):
                 raise ValueError(f"array {name} came back as {array.dtype}; it must be {np.dtype(kind)}")
@@ -183,7 +199,7 @@ class Sheet:
             if name not in first:
                 flat[self.layout.spans[name]] = values
             elif not np.array_equal(values, flat[self.layout.spans[first[name]]], equal_nan=True):
-                raise ValueError(f"{name} and {first[name]} came back with other values; all others have them tied")
+                raise Untied(name, first[name])
         return flat
 
     def dense(self, flat: Vector) -> ArrayRecord:

@@ -101,7 +101,8 @@ class Sight:
                     found = alike
                 if not found:
                     self.unsure.update(name for name in alike if name in self._layout.prunable)
-            chosen = next((name for name in found if name in self._layout.prunable), None)
+            # In the order of what was sent, which may be another than the module's: the server reads the first one.
+            chosen = next((name for name in self._layout.prunable if name in found), None)
             for other, same in self._known.values():
                 if chosen and same and place_of(other) == place_of(parameter):
                     raise ValueError(

@@ -7,7 +7,9 @@ remainder (biases, norms) travel.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from logging import INFO
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -133,6 +135,10 @@ class SSFL(Strategy):
         most_examples: float = MOST,
         **fedavg: Unpack[FedAvgArguments],
     ) -> None:
+        if odd := sorted(fedavg.keys() - FedAvgArguments.__annotations__.keys()):
+            known = [*inspect.signature(SSFL.__init__).parameters, *FedAvgArguments.__annotations__]
+            near = get_close_matches(odd[0], known, 1)
+            raise TypeError(f"SSFL has no argument {odd[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
         if inner is not None and fedavg:
             raise ValueError(f"{sorted(fedavg)} beside inner: give them to {type(inner).__name__}, which takes them")
         if inner is not None and not isinstance(inner, FedAvg):
