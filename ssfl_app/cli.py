@@ -12,6 +12,7 @@ import typer
 from packaging.requirements import Requirement
 
 from ssfl_app.federation_cli import app as federation_app
+from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.study_cli import app as study_app
 from ssfl_app.text import never_fail_to_print, tell
@@ -203,7 +204,8 @@ def main() -> None:
     except BrokenPipeError:  # `ssfl report DIR | head`; what Python still holds for the pipe has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ConfigError, OSError) as error:  # OSError: a file that cannot be read or written
+    except (ConfigError, RunFailed, OSError) as error:
+        # OSError: a file that cannot be read or written. RunFailed: Flower did not start, and no run folder is there.
         tell(f"ssfl: {error}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
