@@ -46,7 +46,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
-    """Run a strategy and write a run folder. Exit code: 0 finished, 1 run failed, 2 bad configuration."""
+    """Run a strategy and write a run folder. Exit code: 0 finished, 1 failed or interrupted, 2 bad input."""
     from ssfl_app.engine.command import Command, run_command
 
     run_command(Command(config, override or [], nodes, engine, out, resume))

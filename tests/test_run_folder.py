@@ -219,6 +219,8 @@ def test_bad_folders_and_files_give_one_line(ssfl: Run, tmp_path: Path) -> None:
     assert bad("missing.toml").startswith("ssfl: CONFIG is missing.toml; it is a TOML file")
     (tmp_path / "broken.toml").write_text("run = [")
     assert bad("broken.toml").startswith("ssfl: CONFIG is broken.toml; it is a TOML file")
+    (tmp_path / "sweep.toml").write_text('[compare]\nstrategies = ["ssfl"]\n')
+    assert bad("sweep.toml").endswith("sweep.toml; this is a file for ssfl compare: ssfl compare sweep.toml\n")
     assert bad("--resume", "nothing").startswith("ssfl: --resume is nothing; ")
     assert bad("--engine", "spark").startswith("ssfl: --engine is 'spark'; it is one of ray, inline")
     assert bad("--nodes", "5", "-c", "run.clients=6").startswith("ssfl: --nodes is 5; run.clients, 6, is the same")

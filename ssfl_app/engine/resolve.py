@@ -14,6 +14,7 @@ from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import check_free, claim, default_folder
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
+from ssfl_app.text import command
 from ssfl_app.workshop import check
 
 
@@ -45,6 +46,10 @@ def resolve(words: Command) -> tuple[Config, Layout]:
     """
     nodes = words.nodes
     given = configuration.read_file(words.file) if words.file else {}
+    if any(key.partition(".")[0] == "compare" for key in given):
+        raise ConfigError(
+            f"CONFIG is {words.file}; this is a file for ssfl compare: {command('ssfl', 'compare', words.file)}"
+        )
     given |= configuration.read_overrides(words.overrides)
     if nodes is not None:
         if given.get("run.clients", nodes) != nodes:
@@ -112,8 +117,9 @@ def _resumed(given: Flat, folder: Path) -> Flat:
 def _lines(keys: Iterable[str]) -> str:
     """Return the lines of TOML that give keys their defaults, with the tables in which they stand."""
     usual = configuration.defaults()
-    rooms = {key: key.rpartition(".")[0] for key in keys}
-    return ", ".join(
-        f"the line {tomli_w.dumps({key.rpartition('.')[2]: usual[key]}).strip()} {f'to [{room}]' if room else 'on top'}"
-        for key, room in rooms.items()
-    )
+    said = []
+    for key in keys:
+        room, _, name = key.rpartition(".")
+        line = tomli_w.dumps({name: usual[key]}).strip()
+        said.append(f"the line {line} {f'to [{room}]' if room else 'on top'}")
+    return ", ".join(said)
