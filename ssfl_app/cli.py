@@ -12,6 +12,7 @@ import typer
 from packaging.requirements import Requirement
 
 from ssfl_app.federation_cli import app as federation_app
+from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.study_cli import app as study_app
 from ssfl_app.text import never_fail_to_print, tell
@@ -45,7 +46,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
-    """Run a strategy and write a run folder. Exit code: 0 finished, 1 run failed, 2 bad configuration."""
+    """Run a strategy and write a run folder. Exit code: 0 finished, 1 failed or interrupted, 2 bad input."""
     from ssfl_app.engine.command import Command, run_command
 
     run_command(Command(config, override or [], nodes, engine, out, resume))
@@ -203,7 +204,8 @@ def main() -> None:
     except BrokenPipeError:  # `ssfl report DIR | head`; what Python still holds for the pipe has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ConfigError, OSError) as error:  # OSError: a file that cannot be read or written
+    except (ConfigError, RunFailed, OSError) as error:
+        # OSError: a file that cannot be read or written. RunFailed: Flower did not start, and no run folder is there.
         tell(f"ssfl: {error}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:

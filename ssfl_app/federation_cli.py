@@ -162,7 +162,7 @@ def run(
 
 @app.command()
 def status(folder: Folder = DEFAULT) -> None:
-    """Show processes and nodes. Exit code: 0 all nodes online, 1 not all, 3 nothing is running."""
+    """Show processes and nodes. Exit code: 0 all nodes online, 1 not all, 2 bad input, 3 nothing is running."""
     from rich.console import Console
 
     from ssfl_app.engine.federation import read

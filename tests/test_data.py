@@ -405,6 +405,26 @@ def test_not_there_and_download_is_false(name, tmp_path):
     refused(options(name, tmp_path), "data.path is", "set data.download to true")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cifar10", "which data.name='parquet' reads"),
+        ("cifar100", "which data.name='parquet' data.label-column='fine_label' reads"),
+        ("tiny-imagenet", "which data.name='parquet' reads"),
+    ],
+)
+def test_parquet_files_where_another_format_is_read_are_hinted_at(name, words, tmp_path):
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    refused(options(name, tmp_path), f"there are parquet files, {words}")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "tiny-imagenet", "parquet", "folder"])
+@pytest.mark.parametrize("download", [False, True])
+def test_a_path_that_is_a_file(name, download, tmp_path):
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    refused(options(name, tmp_path / "set.zip", download=download), "set.zip'; this is a file; it is ", " folder ")
+
+
 def test_failed_downloads(tmp_path, monkeypatch):
     from torchvision import datasets
 
@@ -450,6 +470,9 @@ def test_bad_parquet_files(shards):
     words = "column label of test-0.parquet is string; it is an integer"
     refused(with_test(("img", images[:1]), {"label": ["a"], "patient": [7]}), words)
     refused(with_test(("img", images[:1]), {"label": [-1]}), "column label", "is -1, it is at least 0")
+    unlabelled = "below 100000: the file has no labels; take it out, and a labelled validation file"
+    refused(with_test(("img", images[:2]), {"label": [-1, -1]}), unlabelled)
+    assert "no labels" not in refused(with_test(("img", images[:2]), {"label": [-1, 0]}), "is -1")
     bad = [images[0], b"no image"]
     refused(with_test(("img", bad), {"label": [0, 1]}), "row 1 of test-0.parquet cannot be decoded")
     refused(with_test(("img", [b""]), {"label": [0]}), "row 0 of test-0.parquet has no bytes")

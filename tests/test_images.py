@@ -154,10 +154,22 @@ def two_pages(kind, **facts):
         (encoded(Image.fromarray(GREY / np.float32(-240)), "TIFF"), "is of mode F (float)", "lie in [-1, -0]"),
         (encoded(Image.fromarray(GREY * np.float32("nan")), "TIFF"), "is of mode F (float)", "lie in [nan, nan]"),
         (encoded(Image.new("LAB", (2, 2)), "TIFF"), "is TIFF of mode LAB; it is to be grey, RGB, CMYK", ""),
-        (two_pages("TIFF"), "is TIFF of mode L with 2 pages; an image is a file of one page", ""),
-        (two_pages("GIF"), "is GIF of mode P with 2 pages", ""),
-        (two_pages("WEBP", lossless=True), "is WEBP of mode RGB with 2 pages", ""),
-        (two_pages("PNG"), "is PNG of mode L with 2 pages", ""),
+        (
+            two_pages("TIFF"),
+            "is TIFF of mode L with 2 pages; an image is a file of one page: save the page you mean",
+            "",
+        ),
+        (two_pages("GIF"), "is GIF of mode P with 2 frames", ""),
+        (
+            two_pages("WEBP", lossless=True),
+            "is WEBP of mode RGB with 2 frames; an image is a file of one frame: save the first",
+            "",
+        ),
+        (
+            two_pages("PNG"),
+            "is PNG of mode L with 2 frames; an image is a file of one frame: save the first frame as",
+            "",
+        ),
     ],
 )
 def test_what_cannot_be_done_without_loss_names_file_and_mode(content, words, private):
@@ -207,6 +219,21 @@ def test_exif_orientation_is_applied(kind, orientation):
     assert np.array_equal(read(content)[0][0].transpose(1, 2, 0), want)
 
 
+@pytest.mark.parametrize("turned", [0, 1])
+def test_sizes_that_differ_by_exif_alone_say_so(tmp_path, turned):
+    write_folder(tmp_path, {"train/x": [], "test/x": some_pixels(1)})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for index in range(2):
+        facts = {"exif": exif} if index == turned else {}
+        Image.new("RGB", (6, 4)).save(tmp_path / "train" / "x" / f"{index}.jpg", **facts)
+    sizes = ["6x4", "6x4"]
+    sizes[turned] = "4x6 as its EXIF orientation turned it"
+    words = f"is {sizes[1]}, the first image is {sizes[0]}: give a size above 0"
+    said = refused(options("folder", tmp_path), words, f"; train/x/1.jpg in {tmp_path} is")
+    assert said.count(str(tmp_path)) == 1
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_exif_costs_no_image():
     content = encoded(Image.fromarray(GREY), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
@@ -236,6 +263,7 @@ def shard(file, labels, names=(), seed=0):
         {"retrieval-train": 3, "retrieval-val": 2},
         {"train0": 3, "valid-00000-of-00001": 2},
         {"cifar10_TrainSet": 3, "CIFARTest": 2},
+        {"mnist_trainset": 3, "mnist_testset": 2, "mnist_valset": 0},
         {"train-00000-of-00002-val9": 0, "TRAINING": 3, "testing": 2, "retest_untrained": 0},
         {"my-train-00000-of-00001": 3, "my-test-00000-of-00001": 2, "my-validation-00000-of-00001": 0},
     ],
@@ -254,10 +282,14 @@ def test_a_file_is_of_the_part_that_a_word_of_its_name_says(tmp_path, files):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["train", "train_test_split"], "the name of train_test_split.parquet says the parts test and train"),
+        (
+            ["train", "train_test_split"],
+            "the name of train_test_split.parquet says the parts test and train; a file is of one part: rename it",
+        ),
         (["test-train", "test"], "the name of test-train.parquet says the parts"),
         (["trainval"], "a file of the part train is missing"),
         (["mytrainset_test"], "a file of the part train is missing"),
+        (["a_trainset_test"], "the name of a_trainset_test.parquet says the parts test and train"),
         (["train-00000-of-00002", "test"], "1 shards that are said to be 2: number 1 is missing"),
         (["train-1-of-2", "test"], "1 shards that are said to be 2: number 0 is missing"),
         (["train", "test-00001-of-00002", "test-00000-of-00003"], "said to be 2 and 3: some are there twice, or"),
@@ -342,13 +374,23 @@ def test_hidden_files_and_folders_are_no_classes_and_no_images(tmp_path, monkeyp
     odd = {f"train/{name}": some_pixels(1) for name in hidden}
     odd |= {f"train/cat/{name}": some_pixels(1) for name in hidden}
     write_folder(root, parts | odd)
-    for name in ("._1.png", ".DS_Store", "Thumbs.db", "5.gif", "6.GIF", "7.jfif", "notes"):
+    for name in (
+        "._1.png",
+        ".DS_Store",
+        "Thumbs.db",
+        "5.gif",
+        "6.GIF",
+        "7.jfif",
+        "notes",
+        "scan.smith_john",
+        "a.smith",
+    ):
         (root / "train" / "cat" / name).write_bytes(b"none")
     (root / "train" / "8.png").write_bytes(b"none")
     found = load(options("folder", root))
     assert found.class_names == ("cat", "dog")
     assert found.train.labels.tolist() == [0, 0, 1, 1]
-    endings = "4 with endings that are no image's (2 .gif, 1 without one, 1 .jfif)"
+    endings = "6 with endings that are no image's (2 .gif, 2 other, 1 without one, 1 .jfif)"
     left = f"files and folders left out: 11 hidden or of the system, 1 beside the class folders, {endings}"
     assert found.notes == (left,)
     command = (

@@ -13,7 +13,9 @@ from safetensors import safe_open
 from ssfl_app import cli
 from ssfl_app.config import merge
 from ssfl_app.engine import inline
+from ssfl_app.results.checkpoint import path_of as checkpoint_of
 from ssfl_app.results.recorder import Recorder
+from ssfl_app.seal import read_sealed, write_sealed
 from tests.in_process_grid import SMALL
 
 Run = Callable[..., tuple[int, str, str]]
@@ -217,6 +219,8 @@ def test_bad_folders_and_files_give_one_line(ssfl: Run, tmp_path: Path) -> None:
     assert bad("missing.toml").startswith("ssfl: CONFIG is missing.toml; it is a TOML file")
     (tmp_path / "broken.toml").write_text("run = [")
     assert bad("broken.toml").startswith("ssfl: CONFIG is broken.toml; it is a TOML file")
+    (tmp_path / "sweep.toml").write_text('[compare]\nstrategies = ["ssfl"]\n')
+    assert bad("sweep.toml").endswith("sweep.toml; this is a file for ssfl compare: ssfl compare sweep.toml\n")
     assert bad("--resume", "nothing").startswith("ssfl: --resume is nothing; ")
     assert bad("--engine", "spark").startswith("ssfl: --engine is 'spark'; it is one of ray, inline")
     assert bad("--nodes", "5", "-c", "run.clients=6").startswith("ssfl: --nodes is 5; run.clients, 6, is the same")
@@ -235,6 +239,29 @@ def test_a_run_resumes_with_its_own_configuration_only(ssfl: Run, tmp_path: Path
     # The same keys again, and what belongs to the engine only, are no other configuration.
     assert ssfl("run", "--engine", "inline", "--resume", "run", "-c", KEYS + " engine.actors=1")[0] == 0
     assert summary(tmp_path / "run")["model_sha256"] == before
+
+
+def test_a_run_of_a_version_with_fewer_keys_goes_on_when_the_line_that_is_said_is_added(
+    ssfl: Run, tmp_path: Path
+) -> None:
+    assert ssfl("run", "-c", KEYS, "--out", "r1")[0] == 0
+    before = summary(tmp_path / "r1")["model_sha256"]
+    file, checkpoint = tmp_path / "r1" / "config.toml", checkpoint_of(tmp_path / "r1")
+    facts, arrays = read_sealed(checkpoint)
+    del facts["config"]["data.label-column"]
+    write_sealed(checkpoint, facts, arrays)
+    line = 'label-column = "label"\n'
+    whole = file.read_text()
+    file.write_text(whole.replace(line, ""))
+    code, _, err = ssfl("run", "--resume", "r1")
+    assert (code, err.count("\n")) == (2, 1)
+    said = "--resume is r1; its config.toml was written by another version: it lacks data.label-column. "
+    assert err == f"ssfl: {said}To go on as by default, add the line {line.strip()} to [data]\n"
+    file.write_text(whole.replace(line, line.replace('"label"', '"fine"')))
+    assert "data.label-column is 'fine'; that run was started with 'label'" in ssfl("run", "--resume", "r1")[2]
+    file.write_text(whole)
+    assert ssfl("run", "--resume", "r1")[0] == 0
+    assert summary(tmp_path / "r1")["model_sha256"] == before
 
 
 def test_a_config_file_and_nodes_set_keys_and_overrides_win(ssfl: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -238,6 +239,18 @@ def test_sockets_have_room_for_their_names_however_long_tmpdir_is(
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(RunFailed, match=r"TMPDIR is .*xxx; names of sockets begin with it"):
         processes.short_folder()
+
+
+def test_a_run_that_fails_before_it_has_a_folder_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(processes, "LONGEST_FOLDER", 2)
+    monkeypatch.setattr(sys, "argv", ["ssfl", "run", "--engine", "ray", "--out", str(tmp_path / "r")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert re.fullmatch(r"ssfl: TMPDIR is .*\n", capsys.readouterr().err)
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_fork_server_starts_under_a_long_tmpdir(tmp_path: Path) -> None:

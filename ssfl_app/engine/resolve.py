@@ -1,7 +1,10 @@
 """The words of `ssfl run` as a configuration that was checked as far as that can be done before anything starts."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+import tomli_w
 
 from ssfl_app import config as configuration
 from ssfl_app.config import Config, Flat
@@ -11,6 +14,7 @@ from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import check_free, claim, default_folder
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
+from ssfl_app.text import command
 from ssfl_app.workshop import check
 
 
@@ -42,6 +46,10 @@ def resolve(words: Command) -> tuple[Config, Layout]:
     """
     nodes = words.nodes
     given = configuration.read_file(words.file) if words.file else {}
+    if any(key.partition(".")[0] == "compare" for key in given):
+        raise ConfigError(
+            f"CONFIG is {words.file}; this is a file for ssfl compare: {command('ssfl', 'compare', words.file)}"
+        )
     given |= configuration.read_overrides(words.overrides)
     if nodes is not None:
         if given.get("run.clients", nodes) != nodes:
@@ -92,10 +100,26 @@ def _resumed(given: Flat, folder: Path) -> Flat:
         raise ConfigError(f"--resume is {folder}; it is a folder that `ssfl run` wrote, with a config.toml")
     theirs = configuration.read_file(folder / "config.toml")
     known = configuration.merge(given)  # names unknown keys
+    if lacking := sorted(configuration.identity(known).keys() - theirs.keys()):
+        raise ConfigError(
+            f"--resume is {folder}; its config.toml was written by another version: it lacks {', '.join(lacking)}. "
+            f"To go on as by default, add {_lines(lacking)}"
+        )
     clash = configuration.difference({key: known[key] for key in given}, theirs)
     if clash is not None:
         raise ConfigError(f"--resume is {folder}; {clash}")
     if "run.out" in given:
         raise ConfigError(f"--out is {given['run.out']}; --resume goes on in {folder}, give one of them")
-    free = {key: value for key, value in given.items() if key in configuration.NOT_THE_RUN}
+    free = {key: known[key] for key in configuration.NOT_THE_RUN if key in given or key not in theirs}
     return theirs | free | {"run.out": str(folder)}
+
+
+def _lines(keys: Iterable[str]) -> str:
+    """Return the lines of TOML that give keys their defaults, with the tables in which they stand."""
+    usual = configuration.defaults()
+    said = []
+    for key in keys:
+        room, _, name = key.rpartition(".")
+        line = tomli_w.dumps({name: usual[key]}).strip()
+        said.append(f"the line {line} {f'to [{room}]' if room else 'on top'}")
+    return ", ".join(said)

@@ -1,6 +1,7 @@
 """Which images lie under <root>/<class>/, with their classes: `ImageFolder` without importing torchvision."""
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ _SYSTEM = {
     "desktop.ini",
 }
 _HIDDEN, _LOOSE = "hidden or of the system", "beside the class folders"
+_SAID = re.compile(r"(\.[a-z0-9]{1,4})?", re.ASCII)  # others may be a part of a name: scan.smith_john
 
 Files = list[tuple[Path, int]]
 Left = Counter[str]
@@ -145,5 +147,6 @@ def _images(top: Path, entered: set[tuple[int, int]], left: Left) -> list[Path]:
             elif entry.name.lower().endswith(EXTENSIONS):
                 images[folder].append(entry.name)
             else:
-                left[Path(entry.name).suffix.lower()] += 1
+                ending = Path(entry.name).suffix.lower()
+                left[ending if _SAID.fullmatch(ending) else "other"] += 1
     return [folder / name for folder in sorted(images, key=str) for name in images[folder]]

@@ -59,9 +59,15 @@ class _Refused(Exception):
 
 @dataclass
 class _Seen:
-    """What is counted over all images of a data set; `top` is the largest value of deep images and what is white."""
+    """What is counted over all images of a data set.
 
-    first: tuple[int, int] | None = None
+    `first` and `size` are the size of the first image, in words and numbers; `turned` is whether EXIF changed that of
+    the last one, and `top` the largest value of deep images and what is white.
+    """
+
+    first: str = ""
+    size: tuple[int, int] | None = None
+    turned: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     top: tuple[int, int] = (0, 1)
 
@@ -126,12 +132,11 @@ def _part(
     for index, (name, public, source) in enumerate(items):
         image = _open(path, name, public, source, size, channels, seen)
         pixels = np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
-        seen.first = seen.first or pixels.shape[1:]
-        if pixels.shape[1:] != seen.first:
-            sizes = (
-                f"is {image.width}x{image.height}, the first image is {seen.first[1]}x{seen.first[0]}: give a size"
-            )
-            sizes, cure = f"{sizes} above 0 to resize all images to", f"data.image-size is {size};"
+        said = f"{image.width}x{image.height}{' as its EXIF orientation turned it' if seen.turned else ''}"
+        seen.first, seen.size = seen.first or said, seen.size or image.size
+        if image.size != seen.size:
+            sizes = f"is {said}, the first image is {seen.first}: give a size above 0 to resize all images to"
+            cure = f"data.image-size is {size};"
             raise PrivateError(f"{cure} {name} in {path} {sizes}", f"{cure} {public} {sizes}")
         if out is None:
             out = np.empty((count, *pixels.shape), dtype=np.uint8)
@@ -160,6 +165,7 @@ def _open(path: str, name: str, public: str, source: bytes | Path, size: int, ch
             _check_pages(image)
             image.load()
             ready = _turned(image, _in_bytes(image, seen))
+            seen.turned = ready.size != image.size
         seen.counts.update(("images", "grey" if ready.mode == "L" else "colour"))
         ready = ready.convert({1: "L", 3: "RGB"}.get(channels, ready.mode))
         return ready.resize((size, size), Image.Resampling.BILINEAR) if size else ready
@@ -186,7 +192,11 @@ def _check_pages(image: "Image") -> None:
         pages += not getattr(image, "tag_v2", {}).get(_SUBFILE, 0) & 1  # bit 0: a reduced copy of another page
     image.seek(0)
     if pages > 1:
-        raise _Refused(f"is {image.format} of mode {image.mode} with {pages} pages; an image is a file of one page")
+        one, which = ("page", "the page you mean") if image.format == "TIFF" else ("frame", "the first frame")
+        raise _Refused(
+            f"is {image.format} of mode {image.mode} with {pages} {one}s; an image is a file of one {one}: save "
+            f"{which} as a file of its own, or take it out"
+        )
 
 
 def _turned(image: "Image", ready: "Image") -> "Image":

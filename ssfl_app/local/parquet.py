@@ -22,7 +22,11 @@ from ssfl_app.local.unreadable import check_names, check_regular, one_line, unre
 _WHAT = "a folder of parquet files, each with the word train or test (or val) in its name"
 _IMAGE_COLUMNS = ("img", "image")
 _ROWS = 1024  # decoded at a time
-_PARTS = {"train": ("train", "training"), "test": ("test", "testing"), "val": ("val", "valid", "validation")}
+_PARTS = {
+    "train": ("train", "training", "trainset"),
+    "test": ("test", "testing", "testset"),
+    "val": ("val", "valid", "validation", "valset"),
+}
 _PART_OF = {word: part for part, words in _PARTS.items() for word in words}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # "cifar10_TestSet-0" has cifar, Test, Set
 _SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)", re.ASCII)
@@ -119,7 +123,7 @@ def _parts(path: str, root: Path) -> tuple[dict[str, list[Path]], list[str]]:
         words = [word.lower() for word in _WORD.findall(file.name[: -len(".parquet")])]
         said = sorted({_PART_OF[word] for word in words if word in _PART_OF})
         if len(said) > 1:
-            rule = f"the parts {' and '.join(said)}; a file is of one part"
+            rule = f"the parts {' and '.join(said)}; a file is of one part: rename it"
             raise unreadable(path, f"the name of {file.name} says {rule}", f"the name of a file says {rule}")
         nameless += not said
         for part in said:
@@ -169,7 +173,7 @@ def _read_shard(path: str, file: Path, public: str, wanted: Wanted) -> _Shard:
             f"column {label} of {file.name} is {kind}; {rule}",
             f"the label column of {public} is {kind}; {rule}",
         )
-    labels = _labels(path, file, label)
+    labels = _labels(path, file, label, public)
     names = _hub_names(schema.metadata or {}, label)
     check_names(path, f"the metadata of {file.name}", names, f"the metadata of {public}")
     highest = int(labels.max(initial=-1))
@@ -179,7 +183,7 @@ def _read_shard(path: str, file: Path, public: str, wanted: Wanted) -> _Shard:
     return _Shard(file, public, images[0], labels, names)
 
 
-def _labels(path: str, file: Path, name: str) -> Labels:
+def _labels(path: str, file: Path, name: str, public: str) -> Labels:
     import pyarrow.parquet as pq
 
     column = pq.read_table(file, columns=[name]).column(name)
@@ -193,6 +197,10 @@ def _labels(path: str, file: Path, name: str) -> Labels:
     if column.null_count or odd:
         found = "missing" if column.null_count else str(odd[0])
         rule = f"is {found}, it is at least 0 and below {MOST_CLASSES}"
+        if column.null_count == len(column) or (len(values) and (values == -1).all()):
+            rule += ": the file has no labels"
+            if public.startswith("test"):  # the hub holds test parts whose labels nobody is to know
+                rule += "; take it out, and a labelled validation file (val in its name) takes its place"
         raise unreadable(path, f"a value of column {name} of {file.name} {rule}", f"a label {rule}")
     return np.asarray(values, dtype=np.int64)
 

@@ -6,13 +6,14 @@ read by `own`. All raise ConfigError.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-from ssfl_app.local.folders import Files, Left, image_folder, left_out
+from ssfl_app.local.folders import Files, Left, hidden, image_folder, left_out
 from ssfl_app.local.image_cache import Raw, Wanted, cached
 from ssfl_app.local.images import decode, measure
 from ssfl_app.local.parquet import read_parquet
@@ -42,9 +43,20 @@ def _folder(path: str, create: bool, what: str) -> Path:
     if not path:
         raise unreadable(path, f"it is {what}")
     folder = Path(path).expanduser()
+    if not is_folder(path, folder, "it") and folder.exists():
+        raise unreadable(path, f"this is a file; it is {what}")
     if not create and not is_folder(path, folder, "it"):
         raise unreadable(path, f"there is no such folder, it is {what}")
     return folder
+
+
+def _cure(root: Path, column: str = "") -> str:
+    """Return how to come to a data set that is not in a folder; `column`: that of its labels, if not label."""
+    with suppress(OSError):
+        if any(file.name.lower().endswith(".parquet") and not hidden(file.name) for file in root.iterdir()):
+            named = f" data.label-column='{column}'" if column else ""
+            return f"there are parquet files, which data.name='parquet'{named} reads"
+    return "set data.download to true to get it"
 
 
 def _own_size(name: str, image_size: int) -> None:
@@ -86,7 +98,7 @@ def _cifar(kind: str, path: str, download: bool, image_size: int) -> Raw:
     try:
         parts = [getattr(datasets, kind)(root, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        hint = "the download failed" if download else "set data.download to true to get it"
+        hint = "the download failed" if download else _cure(root, "fine_label" if kind == "CIFAR100" else "")
         raise unreadable(
             path, f"{kind} is not there ({one_line(error)}): {hint}", f"{kind} is not there: {hint}"
         ) from error
@@ -111,7 +123,8 @@ def _read_files(
     """Return the images of (file, class) lists for training and test, through the cache."""
 
     def read() -> Raw:
-        called = [(len(part), _called(name, part)) for name, part in zip(("train", "test"), parts, strict=True)]
+        root = Path(path).expanduser()
+        called = [(len(part), _called(root, name, part)) for name, part in zip(("train", "test"), parts, strict=True)]
         (train, test), notes = decode(path, called, size, channels)
         labels = [np.array([label for _, label in part], dtype=np.int64) for part in parts]
         return Raw(train, labels[0], test, labels[1], names, *measure(train), notes)
@@ -120,12 +133,12 @@ def _read_files(
     return cached((key, str(Path(path).resolve()), size, channels, *names), files, read)
 
 
-def _called(name: str, part: Files) -> Iterator[tuple[str, str, Path]]:
-    """Yield what to call each file, here and to a server, and the file."""
+def _called(root: Path, name: str, part: Files) -> Iterator[tuple[str, str, Path]]:
+    """Yield what to call each file below `root`, here and to a server, and the file."""
     counts = Counter[int]()
     for file, label in part:
         counts[label] += 1
-        yield str(file), f"image {counts[label]} of {name}/<class {label}>", file
+        yield str(file.relative_to(root)), f"image {counts[label]} of {name}/<class {label}>", file
 
 
 def _own_folder(path: str, root: Path, image_size: int, wanted: Wanted) -> Raw:
@@ -185,7 +198,7 @@ def tiny_imagenet(path: str, download: bool, image_size: int) -> Raw:
     root = where / _TINY
     if not is_folder(path, root, _TINY):
         if not download:
-            raise unreadable(path, f"{_TINY} is not in it: set data.download to true to get it")
+            raise unreadable(path, f"{_TINY} is not in it: {_cure(where)}")
         _download_tiny(path, where)
     train, wnids = image_folder(path, root / "train")
     test = _tiny_test(path, root / "val", wnids)

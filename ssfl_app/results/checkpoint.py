@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from ssfl_app.config import Flat, difference, identity
+from ssfl_app.config import Flat, defaults, difference, identity
 from ssfl_app.files import check_regular, sync
 from ssfl_app.options import ConfigError
 from ssfl_app.seal import Damaged, read_sealed, write_sealed
@@ -64,8 +64,9 @@ def load(folder: Path, flat: Flat) -> Saved | None:
         well = type(round_) is int and type(count) is int and type(seconds) is float
         if not well or not 0 <= round_ <= int(flat["run.rounds"]) or count < 1:
             raise Damaged(f"is of round {round_!r} with {count!r} records; rounds are 0 to {flat['run.rounds']}")
-        if facts["config"] != identity(flat):
-            clash = difference(identity(flat), facts["config"]) or "it lacks a key"
+        theirs = identity(defaults()) | facts["config"]  # an older version had fewer keys
+        if theirs != identity(flat):
+            clash = difference(identity(flat), theirs) or "it lacks a key"
             raise ConfigError(
                 f"{folder / 'config.toml'} is another one than {path} was written under: {clash}. Put that back, or "
                 "begin the run anew in another folder"
