@@ -2,11 +2,15 @@
 
 import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from ssfl_app import guard
 from ssfl_app.files import check_regular, write_json
+
+LET_GO = 3.0
+"""Seconds that a killed process may take to let go of a run folder: the last of its threads does, when it has ended."""
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -30,7 +34,9 @@ def settle(folder: Path, status: str, message: str = "") -> None:
     with contextlib.suppress(OSError):
         if not folder.is_dir() or read_status(folder).get("status", "running") != "running":
             return
-        lock = guard.take(folder / ".lock")
+        end = time.monotonic() + LET_GO
+        while (lock := guard.take(folder / ".lock")) is None and time.monotonic() < end:
+            time.sleep(0.05)
         if lock is not None:
             with lock:
                 write_status(folder, status, message)
