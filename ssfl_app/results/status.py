@@ -10,7 +10,7 @@ from ssfl_app import guard
 from ssfl_app.files import check_regular, write_json
 
 LET_GO = 3.0
-"""Seconds that a killed process may take to let go of a run folder: the last of its threads does, when it has ended."""
+"""Seconds that a killed process may take to let go of a run folder, which the last of its threads does."""
 
 
 def read_status(folder: Path) -> dict[str, Any]:
