@@ -140,5 +140,5 @@ def test_a_quarter_of_the_adapters_travels_and_they_still_learn(superlink: tuple
     after = flwr_run(superlink, "lora/after", 3)
     assert after.sent - {0} == {4 * adapters + name, adapters + name}
     assert min(after.received) == adapters + name
-    assert after.told[-1] < 0.7 * before.told[0]
-    assert after.told[-1] < after.told[0]
+    assert after.told[-1] < 0.95 * before.told[0], (before.told, after.told)
+    assert after.told == sorted(after.told, reverse=True), after.told  # it falls in every round
