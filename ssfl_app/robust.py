@@ -271,14 +271,14 @@ def there(layout: Layout, state: Mapping[str, torch.Tensor], places: Bits) -> li
     return vectors
 
 
-def distance(values: Vector, old: Iterable[Vector]) -> float:
+def distance(values: Vector, old: Iterable[Vector] | None = None) -> float:
     """Return the Euclidean length of values minus `old`, in float64.
 
     Parameters
     ----------
     values : array of float32, shape (carried,)
     old : vectors of float32, together as long
-        What they are subtracted from, in pieces (`there`).
+        What they are subtracted from, in pieces (`there`). None: zeros.
 
     Notes
     -----
@@ -286,7 +286,7 @@ def distance(values: Vector, old: Iterable[Vector]) -> float:
     error is below 1e-14, and no second vector is in memory.
     """
     parts, start, room = [], 0, np.empty(BLOCK)
-    for piece in old:
+    for piece in [np.broadcast_to(np.float32(0), values.shape)] if old is None else old:
         for first in range(0, piece.size, BLOCK):
             before = piece[first : first + BLOCK]
             change = room[: before.size]

@@ -797,7 +797,7 @@ def test_empty_layers_are_a_warning_with_the_cure(said: Callable[[], str]) -> No
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_a_density_that_keeps_nothing_is_an_error_before_anything_is_sent(scope: Any) -> None:
-    with pytest.raises(ValueError, match=r"density is 0.001; it keeps none of 24 prunable weights"):
+    with pytest.raises(ValueError, match=r"density is 0.001; it leaves none of 24 prunable weights alive"):
         SSFL(density=0.001, scope=scope).start(None, ArrayRecord(zeros().state_dict()))  # type: ignore[arg-type]
     strategy, _, _ = play(zeros, density=0.001, scope="layer", min_per_layer=2)
     assert strategy.mask.count == 2

@@ -49,11 +49,12 @@ def run_command(words: Command) -> None:
             run_inline(server_app.app, client_app.app, config.flat)
     else:
         from ssfl_app.engine.launch import Launch
+        from ssfl_app.engine.order import order
 
         with Launch() as launch:
-            order = launch.prepare(words)
-            with telling(order.folder, "run", "--engine", words.engine):
-                launch.play(order, tell)
+            checked = order(words)
+            with telling(checked.folder, "run", "--engine", words.engine):
+                launch.play(checked, tell)
 
 
 @contextmanager

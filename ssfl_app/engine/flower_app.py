@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from ssfl_app.engine.processes import cause, words_of
+from ssfl_app.engine.processes import cause_in_log, words_of
 from ssfl_app.files import app_folder
 from ssfl_app.guard import RunFailed
 from ssfl_app.results.status import read_status
@@ -65,5 +65,5 @@ def judge(folder: Path, log: Path, begin: int) -> None:
         raise RunFailed(str(status["message"]))
     if shutil.disk_usage(folder).free < FULL:
         raise RunFailed(f"no space is left for {folder}")
-    why = cause(words_of(log, begin)) if log.exists() else ""
+    why = cause_in_log(words_of(log, begin)) if log.exists() else ""
     raise RunFailed(f"{why or 'Flower ended the run without a reason'} (the log is {log})")

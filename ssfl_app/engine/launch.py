@@ -25,9 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssfl_app import guard
-from ssfl_app.engine.command import Command
 from ssfl_app.engine.flower_app import copy_app, follow, judge
-from ssfl_app.engine.order import Order, order
+from ssfl_app.engine.order import Order
 from ssfl_app.engine.processes import environment, free_port, kill_families, short_folder, spawn, wait_until_healthy
 from ssfl_app.files import app_folder
 
@@ -68,10 +67,6 @@ class Launch:
             self._processes.pop().wait()
         self._held.close()
         self._work.cleanup()
-
-    def prepare(self, words: Command) -> Order:
-        """Have the command line resolved and checked, and the run folder made ready; see `order`."""
-        return order(words)
 
     def play(self, run: Order, say: Callable[[str], None]) -> None:
         """Run it and wait for its end.

@@ -60,7 +60,8 @@ def environment(flwr_home: Path, **more: str) -> dict[str, str]:
     """
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
     own = {"FLWR_HOME": str(flwr_home), "PATH": path, **_direct()}
-    kept = {name: value for name, value in os.environ.items() if name not in proxies()}
+    beyond = proxies()
+    kept = {name: value for name, value in os.environ.items() if name not in beyond}
     return kept | _SWITCHES | own | more
 
 
@@ -223,7 +224,9 @@ def wait_until_healthy(
             return
         time.sleep(0.05)
     how = f"within {START_TIMEOUT:g} s" if process.poll() is None else f"(exit code {process.poll()})"
-    raise RunFailed(f"the SuperLink did not start at {address} {how}: {cause(words_of(log)) or 'it said nothing'}")
+    raise RunFailed(
+        f"the SuperLink did not start at {address} {how}: {cause_in_log(words_of(log)) or 'it said nothing'}"
+    )
 
 
 def words_of(log: Path, begin: int = 0) -> str:
@@ -233,7 +236,7 @@ def words_of(log: Path, begin: int = 0) -> str:
         return re.sub(r"\x1b\[[\d;]*m", "", file.read().decode(errors="replace"))
 
 
-def cause(text: str) -> str:
+def cause_in_log(text: str) -> str:
     """Return why a process failed, in one line, by what it said: the exception that began the last traceback.
 
     An exception that was raised from another one is that other one's wrapper. Without a traceback it is the last line

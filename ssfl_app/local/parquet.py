@@ -48,7 +48,7 @@ class _Shard:
 
 
 def read_parquet(path: str, root: Path, image_size: int, wanted: Wanted) -> Raw:
-    """Read all shards of <root>/*train*.parquet and <root>/*test*.parquet; mean and std are measured.
+    """Read all parquet files of a folder by the part that each name says; mean and std are measured.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ import numpy as np
 from ssfl_app.plugin.question import starts_at_zero
 from ssfl_app.plugin.sheet import Sheet, direction_of
 from ssfl_app.sparsity.layout import Bits, Layout, Vector
-from ssfl_app.sparsity.mask import Mask, Scope, keep_count
+from ssfl_app.sparsity.mask import Mask, Scope, alive_count, keep_count, none_alive
 from ssfl_app.sparsity.selection import largest
 
 _FIRST, _LAST = np.finfo(np.float32).max, np.finfo(np.float32).min
@@ -36,14 +36,8 @@ class Wanted:
         ValueError
             By the density and the number of weights.
         """
-        sizes = [span.stop - span.start for span in layout.prunable_spans.values()]
-        groups = [sum(sizes)] if self.scope == "global" else sizes
-        kept = sum(keep_count(self.density, size) for size in groups)
-        if not kept and not (self.min_per_layer and self.scope == "layer"):
-            raise ValueError(
-                f"density is {self.density}; it keeps none of {sum(sizes)} prunable weights"
-                + (f" in {len(sizes)} layers" if self.scope == "layer" else "")
-            )
+        if not alive_count(layout, self.density, self.scope, self.min_per_layer):
+            raise ValueError(none_alive(layout, self.density))
 
 
 def unscorable(layout: Layout, model: Vector, scores: Vector) -> list[str]:

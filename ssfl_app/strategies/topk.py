@@ -132,7 +132,7 @@ class Topk(SparseStrategy):
         if self.options.of == "weights":
             return super().update_norm(reply)
         values, mask = self.decoded(reply)
-        return distance(values[mask.carried], [np.zeros(np.count_nonzero(mask.carried), dtype=np.float32)])
+        return distance(values[mask.carried])
 
     def check_trained(self, client: int, parcel: Parcel) -> None:
         """Refuse as ever, and what carries another number of coordinates than was asked for."""

@@ -147,7 +147,7 @@ class ZeroFl(SparseStrategy):
         if cast(ZeroFlOptions, self.settings.own["zerofl"]).uplink == "top-weights":
             return super().update_norm(reply)
         values, mask = self.decoded(reply)
-        return distance(values[mask.carried], [np.zeros(np.count_nonzero(mask.carried), dtype=np.float32)])
+        return distance(values[mask.carried])
 
     def check_trained(self, client: int, parcel: Parcel) -> None:
         """Refuse as ever, and another number of coordinates than was asked for."""

@@ -11,7 +11,7 @@ import pytest
 from ssfl_app import guard
 from ssfl_app.engine.command import telling
 from ssfl_app.engine.flower_app import judge
-from ssfl_app.engine.processes import cause, kill_families, wait_until_healthy
+from ssfl_app.engine.processes import cause_in_log, kill_families, wait_until_healthy
 from ssfl_app.guard import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.results.status import read_status, write_status
@@ -103,7 +103,7 @@ def test_a_log_that_says_nothing_is_named(tmp_path: Path) -> None:
             (tmp_path / "flower.log").touch()
         with pytest.raises(RunFailed, match=r"Flower ended the run without a reason .*flower\.log"):
             judge(tmp_path, tmp_path / "flower.log", 0)
-    assert cause("") == ""
+    assert cause_in_log("") == ""
 
 
 def test_a_superlink_that_does_not_start_says_why(tmp_path: Path) -> None:
