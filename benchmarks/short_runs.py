@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 
 from ssfl_app import SSFL
 from ssfl_app.engine.inline import InlineGrid
+from ssfl_app.results.recorder import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS, DENSITIES, SEEDS, CLIENTS = (1, 3, 5, 10, 20), (1.0, 0.5, 0.25, 0.1, 0.05), (1, 2, 3), 10
@@ -42,7 +43,13 @@ def main() -> None:
             measured.setdefault(str(density), []).append(told)
         row = [f"{100 * statistics.mean(column):.1f}" for column in zip(*measured[str(density)], strict=True)]
         print(f"| {density:g} | {' | '.join(row)} |", flush=True)
-    record = {"rounds": ROUNDS, "clients": CLIENTS, "seeds": SEEDS, "accuracy": measured}
+    record = {
+        "rounds": ROUNDS,
+        "clients": CLIENTS,
+        "seeds": SEEDS,
+        "accuracy": measured,
+        "environment": environment(),
+    }
     (ROOT / "benchmarks" / "results" / "short-runs.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
