@@ -47,9 +47,9 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
     """Run a strategy and write a run folder. Exit code: 0 finished, 1 failed or interrupted, 2 bad input."""
-    from ssfl_app.engine.command import Command, run_command
+    from ssfl_app.engine.command import RunArgs, run_command
 
-    run_command(Command(config, override or [], nodes, engine, out, resume))
+    run_command(RunArgs(config, override or [], nodes, engine, out, resume))
 
 
 @app.command()
@@ -65,9 +65,9 @@ def compare(
 
     Exit code: 0 all runs finished, 1 one failed, 2 bad configuration.
     """
-    from ssfl_app.engine.sweep import Sweep, run_sweep
+    from ssfl_app.engine.sweep import CompareArgs, run_sweep
 
-    run_sweep(Sweep(files, override or [], out, engine, jobs, report_only), tell)
+    run_sweep(CompareArgs(files, override or [], out, engine, jobs, report_only), tell)
 
 
 @app.command()
@@ -89,10 +89,10 @@ def reproduce(
     The same command goes on where it stopped. Exit code: 0 finished or budget over, 1 a run failed, 2 bad
     configuration.
     """
-    from ssfl_app.reproduce import Words, show
+    from ssfl_app.reproduce import ReproduceArgs, show
     from ssfl_app.reproduce import reproduce as play
 
-    words = Words(table, profile, override or [], budget, out, engine)
+    words = ReproduceArgs(table, profile, override or [], budget, out, engine)
     if listed:
         show(words)
     else:

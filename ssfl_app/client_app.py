@@ -23,7 +23,7 @@ from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.post import CLIENT, FOLDER, RUN
 from ssfl_app.strategies.rule import ClientRule, Need
 from ssfl_app.text import quoted, tell
-from ssfl_app.wire import Facts, Memory, Packer, Parcel, read_facts, read_record
+from ssfl_app.wire import Facts, ClientState, Packer, Parcel, read_facts, read_record
 from ssfl_app.workshop import code_digest, gpu_is_hidden, open_workshop
 
 MOST_BITMAPS = 4
@@ -53,10 +53,10 @@ class SparseClient(NumPyClient):
 
     def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return who this client is, what it holds and what it works with."""
-        site = self.rule.site
+        site = self.rule.context
         return {
-            **({"name": self.name} if self.name else {"client": site.number}),
-            **site.data.holding(*site.share).facts(),
+            **({"name": self.name} if self.name else {"client": site.client_id}),
+            **site.data.holding(*site.indices).facts(),
             "device": str(site.trainer.device),
             "gpu-is-hidden": gpu_is_hidden(),
             "code": code_digest(),
@@ -64,11 +64,11 @@ class SparseClient(NumPyClient):
 
     def fit(self, parameters: NDArrays, config: dict[str, Any]) -> tuple[NDArrays, int, dict[str, Any]]:
         """Train, or answer ``config["question"]``; return arrays, samples and facts."""
-        parcel, trainer = _parcel(parameters, config), self.rule.site.trainer
+        parcel, trainer = _parcel(parameters, config), self.rule.context.trainer
         passes, looks = trainer.passes, trainer.looks
         try:
             question = config.get("question")
-            reply = self.rule.train(parcel) if question is None else self.rule.setup(question, parcel)
+            reply = self.rule.train(parcel) if question is None else self.rule.answer_query(question, parcel)
         except Need as need:
             return [], 0, {"need": str(need)}
         work = {"passes": trainer.passes - passes, "looks": trainer.looks - looks}
@@ -77,17 +77,17 @@ class SparseClient(NumPyClient):
 
     def evaluate(self, parameters: NDArrays, config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
         """Test the model on this client's own test images; return loss, samples and facts."""
-        passes = self.rule.site.trainer.passes
+        passes = self.rule.context.trainer.passes
         try:
             facts = self.rule.evaluate(_parcel(parameters, config))
         except Need as need:
             return 0.0, 0, {"need": str(need)}
-        facts["passes"] = self.rule.site.trainer.passes - passes  # of methods that fine-tune before they test
+        facts["passes"] = self.rule.context.trainer.passes - passes  # of methods that fine-tune before they test
         facts |= self._notes()
         return float(facts.get("loss", 0.0)), int(facts["samples"]), facts
 
     def _notes(self) -> Facts:
-        notes = self.rule.site.memory.notes
+        notes = self.rule.context.memory.notes
         return {"note": "; ".join(notes)} if notes else {}
 
 
@@ -183,7 +183,7 @@ def _answer(message: Message, context: Context) -> Message:
             tell(f"note: {note}")
     if workshop.trainer.device.type == "cpu":
         keep_heap()
-    memory = Memory(context, number) if hello else memory_of(context, place, number, facts)
+    memory = ClientState(context, number) if hello else memory_of(context, place, number, facts)
     rule = workshop.rule(number, memory, place.least_batch)
     bitmap, packer = -(-workshop.layout.prunable_size // 8), Packer(workshop.config.settings.wire.bitmaps)
     return serve(SparseClient(rule, place.name), message, packer, MOST_BITMAPS * bitmap)
@@ -203,7 +203,7 @@ def client_number(place: Place, facts: Mapping[str, Any]) -> int:
     return number
 
 
-def memory_of(context: Context, place: Place, number: int, facts: Facts) -> Memory:
+def memory_of(context: Context, place: Place, number: int, facts: Facts) -> ClientState:
     """Return where a client keeps things: below a state-path, in a simulation's folder, or in Flower's state.
 
     A node has a folder of its own for each run. That of a site bears its name, since its number is the server's word.
@@ -215,19 +215,19 @@ def memory_of(context: Context, place: Place, number: int, facts: Facts) -> Memo
     """
     folder = facts.get(FOLDER)
     if place.simulated:
-        return Memory(context, number, Path(str(folder)) if folder else None)
+        return ClientState(context, number, Path(str(folder)) if folder else None)
     if folder is not None:
         raise PayloadError(f"the message has the fact {FOLDER}, which is for simulations; a real node obeys none")
     if place.state_path is None:
-        return Memory(context, number)
+        return ClientState(context, number)
     token = facts.get(RUN)
     if not isinstance(token, str) or not re.fullmatch("[0-9a-f]{16}", token):
         raise PayloadError(f"{RUN} is {quoted(token)}; it is 16 hex digits")
-    return Memory(context, number, place.state_path / token / place.name, survives=True)
+    return ClientState(context, number, place.state_path / token / place.name, survives=True)
 
 
 app = ClientApp()
 app.train()(handle)
 app.evaluate()(handle)
-for _question in ("hello", *sorted({q for s in REGISTRY.values() for q in s.client.questions})):
+for _question in ("hello", *sorted({q for s in REGISTRY.values() for q in s.client.query_types})):
     app.query(_question)(handle)

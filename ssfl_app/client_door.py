@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from ssfl_app import guard
 
 
-class Door(ClientApp):
+class LazyClientApp(ClientApp):
     """`ssfl_app.client_app`, imported on first use."""
 
     def __call__(self, message: Message, context: Context) -> Message:
@@ -25,7 +25,7 @@ class Door(ClientApp):
         return inner(message, context)
 
 
-app = Door()
+app = LazyClientApp()
 if guard.LATER in os.environ:  # before Ray is imported, which reads its variables then
     with contextlib.suppress(FileNotFoundError):
         os.environ.update(json.loads(Path(os.environ[guard.LATER]).read_bytes()))

@@ -53,7 +53,7 @@ ROOMS: dict[str, type] = {
     "partition": PartitionOptions,
     "model": ModelOptions,
     "engine": EngineOptions,
-} | {name: room for strategy in REGISTRY.values() for name, room in strategy.rooms.items()}
+} | {name: room for strategy in REGISTRY.values() for name, room in strategy.sections.items()}
 
 # What may differ between a run and its continuation.
 NOT_THE_RUN = ("run.out", "run.resume", "engine.actors", "engine.concurrent", "engine.graphs")
@@ -103,7 +103,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
         raise ConfigError(f"shift.round is {made['shift'].round}; it is 0 with data.where 'sites'")
     _fit_to_place(made, REGISTRY[strategy].has_floor)
     shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures", "shift")}
-    own = {name: made[name] for s in REGISTRY.values() for name in s.rooms}
+    own = {name: made[name] for s in REGISTRY.values() for name in s.sections}
     parts = {name: made[name] for name in ("data", "partition", "model", "engine")}
     return Config(strategy, Settings(**shared, own=own), **parts, flat=dict(flat))
 
@@ -213,7 +213,7 @@ def write_toml(flat: Mapping[str, Scalar]) -> str:
     return tomli_w.dumps(nested)
 
 
-def difference(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str | None:
+def first_clash(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str | None:
     """Return, as a sentence, the first of our keys by which this is another run than theirs; None if none is."""
     for key, value in sorted(ours.items()):
         if not key.startswith(NOT_THE_RUN) and value != theirs.get(key):

@@ -67,10 +67,10 @@ class Outcome:
     mask_down: int = 0
     up: int = 0
     sent: int = 0
-    passes: int = 0
-    looks: int = 0
+    train_examples: int = 0
+    eval_examples: int = 0
 
-    def need(self, share: float, what: str) -> None:
+    def require(self, share: float, what: str) -> None:
         """Raise RunFailed unless at least `share` of all clients answered well."""
         asked = len(self.ok) + len(self.lost) + len(self.refused)
         if len(self.ok) < share * asked or not self.ok:

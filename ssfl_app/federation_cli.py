@@ -152,12 +152,12 @@ def run(
     folder: Folder = DEFAULT,
 ) -> None:
     """Run a strategy on the nodes, as `ssfl run` does in simulation. Exit code: 0 finished, 1 failed, 2 bad input."""
-    from ssfl_app.engine.command import Command
+    from ssfl_app.engine.command import RunArgs
     from ssfl_app.engine.federation import read
     from ssfl_app.engine.federation_run import run_on
 
     federation = read(_folder(folder))
-    run_on(federation, Command(config, override or [], None, "deployment", out, resume))
+    run_on(federation, RunArgs(config, override or [], None, "deployment", out, resume))
 
 
 @app.command()

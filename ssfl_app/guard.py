@@ -40,7 +40,7 @@ REGISTERED = "SSFL_REGISTERED"
 """Environment variable of a SuperLink: the file that says which node holds which place in a run."""
 
 
-def take(path: Path) -> IO[str] | None:
+def try_lock(path: Path) -> IO[str] | None:
     """Return the open file once it is locked for this process, or None if another one holds it.
 
     Raises
@@ -99,9 +99,9 @@ def naming_memory(cure: str) -> Iterator[None]:
 
 
 @contextmanager
-def hold(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a file locked that nobody else has locked."""
-    file = take(path)
+    file = try_lock(path)
     if file is None:
         raise RuntimeError(f"{path} is locked by another process")
     try:
@@ -132,7 +132,7 @@ def end_with_launcher() -> None:
 
 
 def _watch(path: Path) -> None:
-    while path.exists() and take(path) is None:
+    while path.exists() and try_lock(path) is None:
         time.sleep(0.5)
     # The SuperLink and its executor were started for this run only and would wait for ever.
     for parent in psutil.Process().parents():

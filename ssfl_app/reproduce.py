@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Words:
+class ReproduceArgs:
     """The words of `ssfl reproduce`."""
 
     table: str
@@ -40,7 +40,7 @@ class Words:
     engine: str
 
 
-def reproduce(words: Words, say: Say) -> None:
+def reproduce(words: ReproduceArgs, say: Say) -> None:
     """Play what fits and write the table; exit with 1 if a run failed, or on Ctrl-C.
 
     Raises
@@ -72,7 +72,7 @@ def reproduce(words: Words, say: Say) -> None:
         sys.exit(1)
 
 
-def show(words: Words) -> None:
+def show(words: ReproduceArgs) -> None:
     """Print the rows of a table with their published numbers; without a table, what tables there are.
 
     Raises
@@ -150,7 +150,7 @@ class Stage:
         """
         waiting = [row for row in self.rows if jobs.state(row.run, self.folder / row.name) != "finished"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = guard.take(self.folder / ".lock")
+        lock = guard.try_lock(self.folder / ".lock")
         if lock is None:
             raise ConfigError(f"--out is {self.folder}; it is a folder that no other `ssfl reproduce` is writing to")
         say(f"{len(self.rows) - len(waiting)} of {len(self.rows)} rows are finished already: {self.folder}")
@@ -197,7 +197,7 @@ class Stage:
         if not passes or not images:
             return None
         seconds = sum(float(entry["seconds"]) for run in seen for entry in run.rounds)
-        if not REGISTRY[str(flat["strategy"])].everyone:
+        if not REGISTRY[str(flat["strategy"])].full_participation:
             images = images * int(flat["run.cohort"]) / int(flat["run.clients"])
         return float(int(flat["run.rounds"]) * images * int(flat["local.epochs"]) * seconds / passes)
 

@@ -103,7 +103,7 @@ def _order(row: Row) -> tuple[object, ...]:
     flat = row.run.flat
     strategy, pathological = str(flat["strategy"]), flat["partition.name"] == "pathological"
     rank = FIRST.index(strategy) if strategy in FIRST else len(FIRST)
-    costly, others = REGISTRY[strategy].everyone, rank == len(FIRST)
+    costly, others = REGISTRY[strategy].full_participation, rank == len(FIRST)
     return costly, others, pathological, rank, strategy, -float(flat["mask.density"]), row.name
 
 

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from ssfl_app import guard
-from ssfl_app.config import Flat, difference, read_file
+from ssfl_app.config import Flat, first_clash, read_file
 from ssfl_app.exchange import fewer_at_once, is_simulation
 from ssfl_app.files import check_regular, write_bytes, write_json
 from ssfl_app.guard import RunFailed, naming_memory
@@ -31,7 +31,7 @@ from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.course import Record
 from ssfl_app.strategies.greeting import Hello
-from ssfl_app.strategies.roster import Place
+from ssfl_app.strategies.roster import Claim
 from ssfl_app.text import command, tell
 from ssfl_app.wire import Facts
 from ssfl_app.workshop import Workshop, code_digest, open_workshop
@@ -64,7 +64,7 @@ def main(grid: Grid, context: Context) -> None:
         strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
         saved = resume(strategy, folder, config.flat) if run.resume else None
         if saved is not None and workshop.own:
-            strategy.post.roster.expected = site_names(folder)
+            strategy.messenger.roster.expected = site_names(folder)
         try:
             recorder.begin(saved)
             if saved is not None:
@@ -100,7 +100,7 @@ def check_folder(folder: Path, flat: Flat) -> None:
         raise ConfigError(f"run.out is {folder}; its config.toml is a regular file")
     if not flat["run.resume"]:
         raise ConfigError(f"run.out is {folder}; it holds a run already: go on with run.resume, or name another one")
-    clash = difference(flat, read_file(path))
+    clash = first_clash(flat, read_file(path))
     if clash is not None:
         raise ConfigError(f"run.out is {folder}; {clash}")
 
@@ -108,20 +108,20 @@ def check_folder(folder: Path, flat: Flat) -> None:
 def conduct(grid: Grid, workshop: Workshop, recorder: Recorder, strategy: SparseStrategy) -> None:
     """Play a run, new or resumed, from the first greeting to the report."""
     config, run = workshop.config, workshop.config.settings.run
-    strategy.watch = Watcher(recorder, workshop)
+    strategy.callback = Watcher(recorder, workshop)
     if not workshop.own:
-        strategy.post.dealt = functools.cache(workshop.holding)
+        strategy.messenger.dealt = functools.cache(workshop.holding)
     strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
-    roster = strategy.post.roster
+    roster = strategy.messenger.roster
     roster.say, roster.misfit = recorder.say, functools.partial(misfit, workshop)
     if is_simulation(grid):  # clients share this machine; elsewhere each keeps its own in Flower's state
-        strategy.post.folder = recorder.folder / "clients"
+        strategy.messenger.folder = recorder.folder / "clients"
     else:
-        strategy.post.token = run_token(recorder.folder)
+        strategy.messenger.token = run_token(recorder.folder)
         roster.bound = functools.partial(bound_places, workshop.own)
     # Not kept in a variable: the initial weights would stay in memory for the whole run.
     strategy.start(grid, ArrayRecord(workshop.initial_state()), run.rounds, evaluate_fn=central_evaluation(workshop))
-    strategy.watch.accuracies()
+    strategy.callback.accuracies()
     facts: Record = {
         "strategy": config.strategy,
         "dataset": config.data.name,
@@ -228,7 +228,7 @@ class Watcher:
         self.recorder.round(record)
         run = self.workshop.config.settings.run
         if record["round"] % run.checkpoint_every == 0 or record["round"] == run.rounds:
-            self.recorder.checkpoint(record["round"], strategy.snapshot())
+            self.recorder.checkpoint(record["round"], strategy.state_dict())
 
     def accuracies(self) -> None:
         """Add the last known accuracy of every client to clients.json."""
@@ -279,7 +279,7 @@ def misfit(workshop: Workshop, hello: Hello) -> str | None:
     return unlike(who, held, "the server", dealt) or (None if workshop.own else other_images(who, held, dealt))
 
 
-def bound_places(own: bool) -> dict[Place, int]:
+def bound_places(own: bool) -> dict[Claim, int]:
     """Return the places that are bound to nodes' keys, and to which node; empty outside `ssfl federation`.
 
     Parameters

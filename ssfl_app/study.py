@@ -28,7 +28,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MAX_CACHE = 1e9
 """Bytes of scores that are kept; more are computed again for every repeat."""
 
-Place = tuple[int, int]  # client, batch
+Draw = tuple[int, int]  # client, batch
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def distances(mask: Mask, oracle: Mask) -> dict[str, float]:
     return dict(zip(MEASURES, values, strict=True))
 
 
-def sequence(seed: int, clients: int, depth: int, repeat: int, count: int) -> list[Place]:
+def sequence(seed: int, clients: int, depth: int, repeat: int, count: int) -> list[Draw]:
     """Return the first `count` of clients x depth minibatches, in the order of one repeat.
 
     Clients come in random order, each with one batch, then in the same order each with its next one. Repeat r starts
@@ -128,7 +128,7 @@ class Scorer:
         self._workshop, self._size = workshop, batch_size
         self._labels = workshop.data.train.labels.cpu().numpy()
         self._seed = workshop.config.settings.run.seed
-        self._kept: dict[Place, Vector] | None = {} if self.weights.nbytes * drawn < MAX_CACHE else None
+        self._kept: dict[Draw, Vector] | None = {} if self.weights.nbytes * drawn < MAX_CACHE else None
 
     def gradient(self, images: Indices) -> Vector:
         """Return dL/dw of the mean loss over some training images, shape (prunable,)."""
@@ -139,7 +139,7 @@ class Scorer:
         """Return |g * w|, shape (prunable,)."""
         return pooled_snip(gradient, self.weights)
 
-    def drawn(self, place: Place) -> Vector:
+    def drawn(self, place: Draw) -> Vector:
         """Return the scores of a client's class-balanced minibatch, the one that SSFL draws."""
         if self._kept and place in self._kept:
             return self._kept[place]
@@ -222,7 +222,7 @@ def study_masks(
     return MaskStudy(tuple(batches), errors, run.clients, size, len(drawn), len(pieces), *sizes, own)
 
 
-def _means(scorer: Scorer, places: Sequence[Place], counts: Sequence[int]) -> Iterator[Vector]:
+def _means(scorer: Scorer, places: Sequence[Draw], counts: Sequence[int]) -> Iterator[Vector]:
     """Yield the mean scores of the first n of SSFL's minibatches for each n in `counts`."""
     mean = WeightedMean(scorer.weights.size)
     for n, place in enumerate(places, start=1):

@@ -184,7 +184,7 @@ def _shape(array: Array) -> str:
     return quoted(tuple(array.shape[:9]))
 
 
-class Memory:
+class ClientState:
     """What a client keeps between messages: a mask, and personal state by the round it was made in.
 
     Flower's `Context.state` is the store in deployment; it dies with the SuperNode there, so it may be found empty at
@@ -251,7 +251,7 @@ class Memory:
         self._state[_MEMORY] = ConfigRecord({"digest": digest, "mask": bitmap.tobytes()})
 
     @on_shelf()
-    def recall(self, since: int) -> Arrays | None:
+    def load(self, since: int) -> Arrays | None:
         """Return the personal state of the last round that the server accepted, or None if there is none.
 
         If that is damaged or missing, it is the version before, or None, and a note says so.

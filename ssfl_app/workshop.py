@@ -30,7 +30,7 @@ from ssfl_app.sparsity.layout import Layout, State, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.rule import ClientRule, Site
-from ssfl_app.wire import Memory
+from ssfl_app.wire import ClientState
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,19 @@ class Workshop:
         """Return what a client holds."""
         return self.data.holding(*self.share(client))
 
-    def rule(self, client: int, memory: Memory, least_batch: int = 1) -> ClientRule:
+    def rule(self, client: int, memory: ClientState, least_batch: int = 1) -> ClientRule:
         """Return the client's half of the strategy at one client's site; see `Place.least_batch`."""
         bench = self.bench
         site = Site(
-            number=client,
+            client_id=client,
             model=bench.model,
             layout=self.layout,
             trainer=bench.trainer,
             data=self.data,
-            share=self.share(client),
+            indices=self.share(client),
             memory=memory,
             least_batch=least_batch,
-            initial=self.initial_state,
+            initial_state=self.initial_state,
             dense=self.dense,
             masks=bench.masks,
         )
@@ -213,7 +213,7 @@ def check_batches(config: Config, images: DataSet, partition: Partition | None) 
         "BatchNorm trains on two values a channel or more"
     )
     sizes = {"local.batch-size": settings.local.batch_size}
-    if client.questions:
+    if client.query_types:
         sizes["ssfl.saliency-batch-size"] = settings.own["ssfl"].saliency_batch_size
     for key, size in sizes.items():
         if size < fewest:
@@ -278,7 +278,7 @@ def check_at_once(config: Config) -> None:
 def most_at_once(config: Config) -> int:
     """Return how many clients may be trained at once on a GPU."""
     run = config.settings.run
-    return min(run.clients if REGISTRY[config.strategy].everyone else run.cohort, MOST_AT_ONCE)
+    return min(run.clients if REGISTRY[config.strategy].full_participation else run.cohort, MOST_AT_ONCE)
 
 
 def find_device(wanted: str) -> torch.device:

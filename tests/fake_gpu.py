@@ -21,7 +21,7 @@ from fakecuda import fake
 
 from ssfl_app import client_app, server_app
 from ssfl_app.config import merge, parse
-from ssfl_app.engine.command import Command, run_command
+from ssfl_app.engine.command import RunArgs, run_command
 from ssfl_app.engine.inline import clients_at_once, run_inline
 from ssfl_app.guard import RunFailed
 from ssfl_app.local import captured
@@ -203,7 +203,7 @@ def said(words, **changes):
     error, out, code = io.StringIO(), io.StringIO(), 0
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(error), contextlib.redirect_stdout(out):
         try:
-            run_command(Command(None, [words], None, "inline", Path(folder) / "run", None))
+            run_command(RunArgs(None, [words], None, "inline", Path(folder) / "run", None))
         except SystemExit as end:
             code = end.code
         except ConfigError as refused:

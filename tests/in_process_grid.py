@@ -246,9 +246,9 @@ def _play(
     grid = grid or ScriptedGrid(flat, luck, faults, node_configs)
     strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
     played = Played(strategy, workshop, grid)
-    strategy.watch = played
+    strategy.callback = played
     strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
-    strategy.post.folder = folder
+    strategy.messenger.folder = folder
     if prepare is not None:
         prepare(strategy)
     rounds = config.settings.run.rounds

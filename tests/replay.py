@@ -84,7 +84,7 @@ class Replaying(InlineGrid):
             good = self._recorded.answered[where]
             if where == self._target:
                 assert self.strategy is not None
-                self.outcome = self.strategy.post.outcome
+                self.outcome = self.strategy.messenger.report
                 replies += self._answers(message, good)
             else:
                 replies.append(Message(good, reply_to=message))
@@ -139,7 +139,7 @@ class Replayed:
         """Return all that a reply may change: what a checkpoint holds, the model, the mask, and the accuracies."""
         strategy = self.strategy
         return {
-            **{f"snapshot {name}": array.tobytes() for name, array in strategy.snapshot().items()},
+            **{f"snapshot {name}": array.tobytes() for name, array in strategy.state_dict().items()},
             "model": strategy.layout.flatten(strategy.model()).tobytes(),
             "mask": strategy.mask.packed().tobytes(),
             "densities": strategy.densities(),

@@ -17,7 +17,7 @@ from ssfl_app.local import captured
 from ssfl_app.local.data import Images, Transform
 from ssfl_app.local.models import ModelOptions, create
 from ssfl_app.local.reparam import power_propagation, sparse_activations
-from ssfl_app.local.steps import LocalOptions, PlainStep, settle, unchanged
+from ssfl_app.local.steps import LocalOptions, PlainStep, set_precision, has_plain_forward
 from ssfl_app.local.trainer import LocalTrainer
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
@@ -295,7 +295,7 @@ def test_a_changed_forward_pass_takes_plain_steps(context):
 
 def test_what_changes_a_model_is_noticed():
     model = network()
-    assert unchanged(model)
+    assert has_plain_forward(model)
     handles = [
         model[0].register_forward_hook(lambda *_: None),
         model[1].register_forward_pre_hook(lambda *_: None),
@@ -303,12 +303,12 @@ def test_what_changes_a_model_is_noticed():
         model[0].weight.register_hook(lambda grad: grad),
     ]
     for handle in handles:
-        assert not unchanged(model)
+        assert not has_plain_forward(model)
         handle.remove()
         others = handles[handles.index(handle) + 1 :]
-        assert unchanged(model) == (not others)
+        assert has_plain_forward(model) == (not others)
     model[0].weight.requires_grad_(False)
-    assert not unchanged(model)
+    assert not has_plain_forward(model)
 
 
 @pytest.fixture
@@ -323,8 +323,8 @@ def torch_settings():
 @pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", True)])
 def test_a_gpu_multiplies_as_precision_says_and_repeats_itself(torch_settings, precision, tf32):
     for before in ("bf16", "fp32"):
-        settle(before)
-        settle(precision)
+        set_precision(before)
+        set_precision(precision)
         assert torch.backends.cuda.matmul.allow_tf32 is tf32
         assert torch.backends.cudnn.allow_tf32 is tf32
         assert (torch.backends.cuda.matmul.fp32_precision == "tf32") is tf32

@@ -13,8 +13,8 @@ from scipy import stats
 
 from ssfl_app import cli
 from ssfl_app.engine import sweep
-from ssfl_app.engine.sweep import Sweep, run_sweep
-from ssfl_app.engine.sweep_plan import Plan, read_plan
+from ssfl_app.engine.sweep import CompareArgs, run_sweep
+from ssfl_app.engine.sweep_plan import SweepSpec, read_plan
 from ssfl_app.options import ConfigError
 from ssfl_app.results import compare
 from ssfl_app.results.compare import Entry, Estimate, Row, estimate
@@ -245,7 +245,7 @@ def test_picture_has_a_marker_for_each_row_even_for_a_method_that_sends_nothing(
 # ---- the plan ----------------------------------------------------------------------------------
 
 
-def plan(tmp_path: Path, *texts: str, overrides: Sequence[str] = ()) -> Plan:
+def plan(tmp_path: Path, *texts: str, overrides: Sequence[str] = ()) -> SweepSpec:
     files = [tmp_path / f"{name}.toml" for name, _ in zip("abcd", texts, strict=False)]
     for path, text in zip(files, texts, strict=True):
         path.write_text(text)
@@ -331,9 +331,9 @@ def test_two_baselines_are_refused(tmp_path: Path) -> None:
 # ---- playing -----------------------------------------------------------------------------------
 
 
-def words(tmp_path: Path, text: str, *overrides: str, jobs: int = 2, report_only: bool = False) -> Sweep:
+def words(tmp_path: Path, text: str, *overrides: str, jobs: int = 2, report_only: bool = False) -> CompareArgs:
     (tmp_path / "sweep.toml").write_text(TINY + text)
-    return Sweep([tmp_path / "sweep.toml"], list(overrides), tmp_path / "out", "inline", jobs, report_only)
+    return CompareArgs([tmp_path / "sweep.toml"], list(overrides), tmp_path / "out", "inline", jobs, report_only)
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,7 +388,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
         run_sweep(words(tmp_path, asked_text(asked), "local.lr=0.05"), said.append)
 
 
-def asked_text(asked: Sweep) -> str:
+def asked_text(asked: CompareArgs) -> str:
     return asked.files[0].read_text().removeprefix(TINY)
 
 
@@ -412,7 +412,7 @@ def test_a_failed_run_is_named_and_the_others_are_compared(
 
 def test_two_sweeps_do_not_play_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with sweep.guard.hold(tmp_path / "out" / ".lock"), pytest.raises(ConfigError, match="no other `ssfl compare`"):
+    with sweep.guard.locked(tmp_path / "out" / ".lock"), pytest.raises(ConfigError, match="no other `ssfl compare`"):
         run_sweep(words(tmp_path, ""), lambda _: None)
 
 

@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from ssfl_app import client_app, server_app
 from ssfl_app.config import merge, parse, write_toml
-from ssfl_app.engine.command import Command, run_command
+from ssfl_app.engine.command import RunArgs, run_command
 from ssfl_app.engine.crew import crew
 from ssfl_app.engine.inline import InlineGrid, clients_at_once, run_inline
 from ssfl_app.engine.jobs import check_all
@@ -227,7 +227,7 @@ def test_more_at_once_than_is_safe_on_a_gpu_is_refused_by_name(monkeypatch, tmp_
     plan = read_plan([tmp_path / "run.toml"], [])
     for door in (
         lambda: check_at_once(parse(flat)),
-        lambda: resolve(Command(tmp_path / "run.toml", [], None, "inline", tmp_path / "out", None)),
+        lambda: resolve(RunArgs(tmp_path / "run.toml", [], None, "inline", tmp_path / "out", None)),
         lambda: check_all(plan.runs),
         lambda: run_inline(None, None, flat),
     ):
@@ -289,7 +289,7 @@ def test_a_server_without_memory_ends_the_run_in_one_line(tmp_path, monkeypatch,
 
     monkeypatch.setattr(server_app, "central_evaluation", lambda shop: evaluate)
     with pytest.raises(SystemExit) as end:
-        run_command(Command(None, words, None, "inline", tmp_path / "run", None))
+        run_command(RunArgs(None, words, None, "inline", tmp_path / "run", None))
     assert end.value.code == 1
     said = "memory ran out (OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.)"
     assert said in capsys.readouterr().err
@@ -311,7 +311,7 @@ def test_a_run_may_be_resumed_with_other_threads_but_not_with_another_precision(
     (tmp_path / "config.toml").write_text(write_toml(merge(SMALL, {"run.out": str(tmp_path)})))
 
     def resumed(keys):
-        return resolve(Command(None, [keys], None, "inline", None, tmp_path))[0]
+        return resolve(RunArgs(None, [keys], None, "inline", None, tmp_path))[0]
 
     engine = resumed("engine.concurrent=2 engine.graphs=false").engine
     assert (engine.concurrent, engine.graphs) == (2, False)

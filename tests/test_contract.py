@@ -96,13 +96,13 @@ def test_goes_on_from_a_snapshot_to_the_same_bits(played: Played, tmp_path: Path
 
     keys = base(name_of(played)) | {"run.checkpoint-every": 1}
     half = play(keys, folder=tmp_path, until=1)
-    arrays = {name: array.copy() for name, array in half.strategy.snapshot().items()}
+    arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
     rest = play(keys, folder=tmp_path, until=2)  # got further than its checkpoint: clients remember round 2
     again = REGISTRY[name_of(played)](played.layout, rest.strategy.settings)
-    again.restore(1, arrays)
-    again.post.folder = tmp_path
+    again.load_state_dict(1, arrays)
+    again.messenger.folder = tmp_path
     finished = Played(again, played.workshop, rest.grid)
-    again.watch = finished
+    again.callback = finished
     again.start(rest.grid, ArrayRecord(played.workshop.initial_state()), 3)
     assert finished.bits() == played.bits()
     assert again.personal_accuracy == played.strategy.personal_accuracy
@@ -151,7 +151,7 @@ def test_counts_the_bytes_of_what_was_sent(played: Played) -> None:
 def test_pays_its_codecs_bytes(played: Played) -> None:
     """For strategies of one global model: by formula."""
     rule, layout, mask = type(played.strategy).client, played.layout, played.strategy.mask
-    if type(played.strategy).everyone or rule.remembers or mask is not played.strategy.mask_for(0):
+    if type(played.strategy).full_participation or rule.remembers or mask is not played.strategy.mask_for(0):
         pytest.skip("its own test has the formula")
     for up in [parcel for (kind, _, _), parcel in played.grid.got if kind == "train"]:
         played.strategy.up.check(up.arrays, layout, mask)
@@ -203,7 +203,7 @@ def test_goes_on_without_a_lost_client_and_a_refused_one_changes_no_more(played:
 
 
 def test_sends_every_sampled_strategy_the_same_cohorts(played: Played) -> None:
-    if type(played.strategy).everyone:
+    if type(played.strategy).full_participation:
         assert all(record["cohort"] == list(range(6)) for record in played.records[1:])
         return
     other = play({"strategy": "fedavg"})

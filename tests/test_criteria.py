@@ -22,7 +22,7 @@ from ssfl_app.sparsity.layout import Layout, load_state
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import balanced_batch, flow_net, grasp, pooled_snip, synflow
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.strategies.criteria import CRITERIA, QUESTIONS, discover
+from ssfl_app.strategies.criteria import CRITERIA, QUESTIONS, find_mask
 from ssfl_app.strategies.fixed_mask import Ssfl
 from ssfl_app.strategies.post import Check, Reply
 from ssfl_app.wire import Parcel
@@ -282,7 +282,7 @@ def test_a_removed_weight_stays_out_although_alive_ones_score_nothing_either() -
         sent.append(parcel)
         yield Reply(0, {"values": next(answers)}, {}, 1)
 
-    mask = discover(strategy, ask, [0])
+    mask = find_mask(strategy, ask, [0])
     assert Mask.unpack(layout, sent[1].arrays["net"]).alive.tolist() == [False] * 2 + [True] * 4 + [False] * 2
     assert np.flatnonzero(mask.alive).tolist() == [2, 3]
 
@@ -357,7 +357,7 @@ def test_weights_of_another_moment_travel_with_the_question(monkeypatch: pytest.
     workshop = open_workshop(merge(SMALL, FEW, {"strategy": "ssfl"}))
     rng = torch.Generator().manual_seed(1)
     other = {n: t + 0.05 * torch.randn(t.shape, generator=rng) for n, t in workshop.initial_state().items()}
-    monkeypatch.setattr(Ssfl, "find_mask", lambda self, ask: discover(self, ask, range(6), state=other))
+    monkeypatch.setattr(Ssfl, "find_mask", lambda self, ask: find_mask(self, ask, range(6), state=other))
     played = found.__wrapped__("snip")
     assert played.records[0]["bytes_discovery_down"] == 6 * 4 * (PRUNABLE + REST)
     oracle = Mask.of(played.layout, oracles.saliency_mask(workshop, copy.deepcopy(other)))
@@ -434,4 +434,4 @@ def test_synflow_without_a_model_on_the_server_says_so() -> None:
     strategy = REGISTRY["ssfl"](open_workshop(flat).layout, parse(flat).settings)
     strategy.state = open_workshop(flat).initial_state()
     with pytest.raises(RuntimeError, match="workbench"):
-        discover(strategy, lambda *_: iter(()), range(6))
+        find_mask(strategy, lambda *_: iter(()), range(6))

@@ -64,7 +64,7 @@ class TestTheMean:
         ]
         assert server._mean([0, 1, 2]).tolist() == [1, 3, 5, 0, 3, 3]
         # Client 0 starts from its own part of it: all others are its neighbours.
-        start, mask = Bitmask().decode(server.send(1, 0).arrays, layout)
+        start, mask = Bitmask().decode(server.train_payload(1, 0).arrays, layout)
         assert mask == server.masks[0]
         assert layout.flatten(start).tolist() == [1, 3, 0, 0, 3, 3]
 
@@ -75,11 +75,11 @@ class TestTheMean:
         total, by_old, by_new = (np.zeros(layout.size) for _ in range(3))
         for client, old in enumerate(masks(full, 1)):
             total += layout.flatten(SharedMask().decode(got[1, client].arrays, layout, old)[0])
-            by_old += old.carried
-            by_new += Mask.unpack(layout, got[1, client].arrays["mask"]).carried
+            by_old += old.transmitted
+            by_new += Mask.unpack(layout, got[1, client].arrays["mask"]).transmitted
         for client in range(6):
             start, mask = Bitmask().decode(sent[2, client].arrays, layout)
-            mean = np.where(mask.carried, total / np.maximum(by_old, 1), 0)
+            mean = np.where(mask.transmitted, total / np.maximum(by_old, 1), 0)
             assert np.allclose(layout.flatten(start), mean, rtol=1e-5, atol=1e-7)
         assert ((by_old != by_new) & (total != 0)).sum() > 1000  # the case that tells them apart occurs
 
@@ -209,7 +209,7 @@ class TestModels:
         for client in range(4):
             old = Bitmask().decode(sent[1, client].arrays, layout)[1]
             total += layout.flatten(SharedMask().decode(got[1, client].arrays, layout, old)[0])
-            owners += old.carried
+            owners += old.transmitted
         assert np.allclose(layout.flatten(late.states[1]), total / np.maximum(owners, 1), rtol=1e-5, atol=1e-7)
 
 

@@ -16,14 +16,14 @@ from ssfl_app.server_app import Watcher, check_folder, default_folder
 from ssfl_app.sparsity.codec import SharedMask
 from ssfl_app.sparsity.layout import state_of
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.wire import Memory
+from ssfl_app.wire import ClientState
 from ssfl_app.workshop import open_workshop
 from tests.in_process_grid import SMALL
 
 
 def test_the_client_is_a_numpy_client_whose_arrays_are_the_alive_values() -> None:
     shop = open_workshop(merge(SMALL))
-    memory = Memory(Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={}), 0)
+    memory = ClientState(Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={}), 0)
     client = SparseClient(shop.rule(3, memory))
     assert isinstance(client, NumPyClient)
     mask = Mask.random(shop.layout, 0.1, np.random.default_rng(0))
@@ -115,7 +115,7 @@ def test_the_code_digest_follows_the_source(tmp_path: Path, monkeypatch: pytest.
 def test_simulated_clients_share_one_file_for_one_mask(tmp_path: Path) -> None:
     bitmap = np.arange(200, dtype=np.uint8)
     contexts = [Context(run_id=1, node_id=i, node_config={}, state=RecordDict(), run_config={}) for i in (1, 2)]
-    one, two = (Memory(context, client, tmp_path) for client, context in enumerate(contexts))
+    one, two = (ClientState(context, client, tmp_path) for client, context in enumerate(contexts))
     one.keep("abc", bitmap)
     assert two.bitmap("abc") is None  # the file is there, but client two was never given that mask
     two.keep("abc", bitmap)

@@ -35,8 +35,8 @@ def peers(values: list[float], topology: str) -> Dpsgd:
     keys: Flat = {"run.clients": len(values), "run.cohort": 1, "gossip.topology": topology}
     strategy = Dpsgd(SCALAR, parse(merge(SMALL, keys)).settings)
     strategy.state = {"w": torch.zeros(1)}
-    strategy.setup(lambda *_: iter(()))
-    strategy.fold(1, [reply(client, value) for client, value in enumerate(values)])
+    strategy.before_training(lambda *_: iter(()))
+    strategy.aggregate(1, [reply(client, value) for client, value in enumerate(values)])
     return strategy
 
 
@@ -46,7 +46,7 @@ def reply(client: int, value: float) -> Reply:
 
 def mixed(strategy: Dpsgd, round_: int = 2) -> list[float]:
     return [
-        float(strategy.send(round_, client).arrays["values"][0]) for client in range(strategy.settings.run.clients)
+        float(strategy.train_payload(round_, client).arrays["values"][0]) for client in range(strategy.settings.run.clients)
     ]
 
 
@@ -91,15 +91,15 @@ class TestMixing:
         strategy, calls = peers([0, 2, 4, 6], "full"), []
         compute = strategy.mean
         strategy.mean = lambda clients: calls.append(clients) or compute(clients)  # type: ignore[method-assign]
-        sent = [strategy.send(2, client).arrays["values"] for client in range(4)]
+        sent = [strategy.train_payload(2, client).arrays["values"] for client in range(4)]
         assert len(calls) == 1
         assert all(array is sent[0] for array in sent)
 
     def test_the_consensus_does_not_depend_on_the_order_of_answers(self) -> None:
         values = [1e-4, 3e4, -3e4, 1 / 3, 0.1, 7e-8]
         forth, back = peers(values, "ring"), peers(values, "ring")
-        back.fold(2, [reply(client, value) for client, value in reversed(list(enumerate(values)))])
-        forth.fold(2, [reply(client, value) for client, value in enumerate(values)])
+        back.aggregate(2, [reply(client, value) for client, value in reversed(list(enumerate(values)))])
+        forth.aggregate(2, [reply(client, value) for client, value in enumerate(values)])
         assert float(forth.state["w"]) == float(back.state["w"])
         assert mixed(forth, 3) == mixed(back, 3)
 
@@ -197,11 +197,11 @@ def test_a_snapshot_has_the_models_that_later_rounds_need(tmp_path: Path) -> Non
     faults: dict[Where, Fault] = {("train", 1, 0): answer_error(5)}
     whole = play(keys, faults=faults)
     half = play(keys, faults=faults, folder=tmp_path, until=1)
-    arrays = {name: array.copy() for name, array in half.strategy.snapshot().items()}
+    arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
     assert all(array.ndim == 1 for array in arrays.values())
     again = REGISTRY["dpsgd"](half.layout, half.strategy.settings)
-    again.restore(1, arrays)
-    again.post.folder = tmp_path
+    again.load_state_dict(1, arrays)
+    again.messenger.folder = tmp_path
     again.start(half.grid, ArrayRecord(half.workshop.initial_state()), 3)
     assert Played(again, half.workshop, half.grid).bits() == whole.bits()
     assert again.personal_accuracy == whole.strategy.personal_accuracy

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssfl_app.sparsity.evolve import cosine_drop, fire, layer_densities, random_mask, regrow, top_mask
+from ssfl_app.sparsity.evolve import cosine_drop, drop, layer_densities, random_mask, grow, top_mask
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 
@@ -71,10 +71,10 @@ def test_random_masks_are_uniform():
 def test_fire_by_hand():
     sizes = np.array([3, 1, 0, 1, 0, 0, 1, 2, 0, 5, 9, 0, 9, 4], np.float32)
     # Layer a has 3 1 1 1 2 at 0 1 3 6 7: of the three ones the higher two die. The dead zeros do not count.
-    fired = fire(MASK, sizes, {"a": 2, "b": 1})
+    fired = drop(MASK, sizes, {"a": 2, "b": 1})
     assert np.flatnonzero(fired.alive).tolist() == [0, 1, 7, 9, 13]
-    assert np.flatnonzero(fire(MASK, sizes, {"a": 5, "b": 0}).alive).tolist() == [9, 11, 13]
-    assert fire(MASK, sizes, {"a": 0, "b": 0}) == MASK
+    assert np.flatnonzero(drop(MASK, sizes, {"a": 5, "b": 0}).alive).tolist() == [9, 11, 13]
+    assert drop(MASK, sizes, {"a": 0, "b": 0}) == MASK
 
 
 @given(BITS, SCORES, st.data())
@@ -82,7 +82,7 @@ def test_fire_by_hand():
 def test_fire_takes_the_smallest_of_each_layer_the_higher_index_first(bits, sizes, data):
     mask = Mask(LAYOUT, bits)
     counts = drawn(data, {name: count for name, count, _ in mask.layers()})
-    fired = fire(mask, sizes, counts)
+    fired = drop(mask, sizes, counts)
     assert not (fired.alive & ~mask.alive).any()
     for name in SPANS:
         dying = sorted(alive(mask, name), key=lambda i: (sizes[i], -i))[: counts[name]]
@@ -96,13 +96,13 @@ def test_fire_takes_the_smallest_of_each_layer_the_higher_index_first(bits, size
 def test_regrow_by_hand():
     scores = np.array([9, 9, 1, 9, 3, 3, 9, 9, -1, 9, -2, 9, -2, 9], np.float32)
     # Dead are 2 4 5 with scores 1 3 3, and 8 10 12 with -1 -2 -2.
-    grown = regrow(MASK, {"a": 1, "b": 2}, scores)
+    grown = grow(MASK, {"a": 1, "b": 2}, scores)
     assert np.flatnonzero(grown.alive & ~LIVE).tolist() == [4, 8, 10]
     among = Mask(LAYOUT, np.isin(np.arange(14), [0, 2, 5, 12]))
-    grown = regrow(MASK, {"a": 1, "b": 1}, scores, among=among)
+    grown = grow(MASK, {"a": 1, "b": 1}, scores, among=among)
     assert np.flatnonzero(grown.alive & ~LIVE).tolist() == [5, 12]
     rng = np.random.default_rng(1)
-    assert np.flatnonzero(regrow(MASK, {"a": 2, "b": 1}, rng=rng, among=among).alive & ~LIVE).tolist() == [2, 5, 12]
+    assert np.flatnonzero(grow(MASK, {"a": 2, "b": 1}, rng=rng, among=among).alive & ~LIVE).tolist() == [2, 5, 12]
 
 
 @given(BITS, BITS, SCORES, SEEDS, st.booleans(), st.data())
@@ -112,8 +112,8 @@ def test_regrow_takes_the_best_dead_ones_of_each_layer_or_any(bits, reach, score
     among = None if everywhere else Mask(LAYOUT, reach)
     free = {name: {i for i in SPANS[name] if not bits[i] and (everywhere or reach[i])} for name in SPANS}
     counts = drawn(data, {name: len(free[name]) for name in free})
-    grown = regrow(mask, counts, scores, among=among)
-    one, other = (regrow(mask, counts, rng=np.random.default_rng(seed), among=among) for _ in range(2))
+    grown = grow(mask, counts, scores, among=among)
+    one, other = (grow(mask, counts, rng=np.random.default_rng(seed), among=among) for _ in range(2))
     assert one == other
     for name in SPANS:
         assert alive(grown, name) == alive(mask, name) | best(free[name], scores, counts[name])
@@ -125,7 +125,7 @@ def test_regrow_takes_the_best_dead_ones_of_each_layer_or_any(bits, reach, score
 
 def test_regrowth_is_uniform_among_the_dead():
     rng = np.random.default_rng(1)
-    times = sum(regrow(MASK, {"a": 1, "b": 2}, rng=rng).alive.astype(int) for _ in range(1800))
+    times = sum(grow(MASK, {"a": 1, "b": 2}, rng=rng).alive.astype(int) for _ in range(1800))
     # 1 of the 3 dead in the first layer (mean 600, deviation 20), 2 of the 3 in the second (mean 1200, deviation 20).
     assert (times[LIVE] == 1800).all()
     assert np.abs(times[[2, 4, 5]] - 600).max() < 100
@@ -138,7 +138,7 @@ def test_fire_and_regrow_of_the_same_counts_keep_each_density(bits, scores, seed
     mask = Mask(LAYOUT, bits)
     counts = drawn(data, {name: count for name, count, _ in mask.layers()})
     how = {"rng": np.random.default_rng(seed)} if by_chance else {"scores": scores}
-    moved = regrow(fire(mask, scores, counts), counts, **how)
+    moved = grow(drop(mask, scores, counts), counts, **how)
     assert layer_densities(moved) == layer_densities(mask)
 
 
@@ -160,16 +160,16 @@ ONE_EACH = {"a": 1, "b": 1}
         (lambda: random_mask(LAYOUT, {"a": 1, "b": 1, "a.bias": 1}, RNG), r"\['a.bias'\] do not match"),
         (lambda: top_mask(LAYOUT, ONES, {"a": 1, "b": -1}), r"count of b is -1; it is in 0\.\.6"),
         (lambda: top_mask(LAYOUT, ONES[:5], ONE_EACH), r"scores have shape \(5,\); this layout needs \(14,\)"),
-        (lambda: fire(MASK, ONES, {"a": 1, "b": 4}), r"count of b is 4; it is in 0\.\.3"),
-        (lambda: fire(MASK, ONES, {"a": -1, "b": 0}), r"count of a is -1; it is in 0\.\.5"),
-        (lambda: fire(MASK, ONES[:5], ONE_EACH), r"magnitudes have shape \(5,\)"),
-        (lambda: fire(MASK, -ONES, ONE_EACH), "14 magnitudes are negative; all must be at least 0"),
-        (lambda: regrow(MASK, {"a": 4, "b": 1}, ONES), r"count of a is 4; it is in 0\.\.3"),
-        (lambda: regrow(MASK, ONE_EACH, rng=RNG, among=MASK), r"count of a is 1; it is in 0\.\.0"),
-        (lambda: regrow(MASK, ONE_EACH, ONES[:5]), r"scores have shape \(5,\)"),
-        (lambda: regrow(MASK, ONE_EACH), "got neither of scores and rng"),
-        (lambda: regrow(MASK, ONE_EACH, ONES, RNG), "got both of scores and rng"),
-        (lambda: regrow(MASK, ONE_EACH, ONES, among=Mask.dense(OTHER)), "masks of different layouts"),
+        (lambda: drop(MASK, ONES, {"a": 1, "b": 4}), r"count of b is 4; it is in 0\.\.3"),
+        (lambda: drop(MASK, ONES, {"a": -1, "b": 0}), r"count of a is -1; it is in 0\.\.5"),
+        (lambda: drop(MASK, ONES[:5], ONE_EACH), r"magnitudes have shape \(5,\)"),
+        (lambda: drop(MASK, -ONES, ONE_EACH), "14 magnitudes are negative; all must be at least 0"),
+        (lambda: grow(MASK, {"a": 4, "b": 1}, ONES), r"count of a is 4; it is in 0\.\.3"),
+        (lambda: grow(MASK, ONE_EACH, rng=RNG, among=MASK), r"count of a is 1; it is in 0\.\.0"),
+        (lambda: grow(MASK, ONE_EACH, ONES[:5]), r"scores have shape \(5,\)"),
+        (lambda: grow(MASK, ONE_EACH), "got neither of scores and rng"),
+        (lambda: grow(MASK, ONE_EACH, ONES, RNG), "got both of scores and rng"),
+        (lambda: grow(MASK, ONE_EACH, ONES, among=Mask.dense(OTHER)), "masks of different layouts"),
         (lambda: cosine_drop(1.5, 0, 10), r"alpha is 1\.5"),
         (lambda: cosine_drop(0.5, 11, 10), "round 11 of 10"),
         (lambda: cosine_drop(0.5, -1, 10), "round -1 of 10"),
@@ -187,8 +187,8 @@ def test_scores_that_are_not_finite_are_refused(bad):
     scores[[2, 3]] = bad  # one is dead, one alive
     for call in (
         lambda: top_mask(LAYOUT, scores, ONE_EACH),
-        lambda: fire(MASK, scores, ONE_EACH),
-        lambda: regrow(MASK, ONE_EACH, scores),
+        lambda: drop(MASK, scores, ONE_EACH),
+        lambda: grow(MASK, ONE_EACH, scores),
     ):
         with pytest.raises(ValueError, match=r"2 (scores|magnitudes) are NaN or Inf"):
             call()

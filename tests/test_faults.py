@@ -180,8 +180,8 @@ def test_a_client_with_other_code_or_images_is_set_aside_and_the_run_goes_on(
     keys: Flat = {**ONE, **WHOLE}  # nodes that are no simulation read no other set
 
     def prepare(strategy: SparseStrategy) -> None:
-        strategy.post.roster.misfit = functools.partial(misfit, open_workshop(merge(SMALL, keys)))
-        strategy.post.roster.say = said.append
+        strategy.messenger.roster.misfit = functools.partial(misfit, open_workshop(merge(SMALL, keys)))
+        strategy.messenger.roster.say = said.append
 
     five: list[Flat] = [{"partition-id": i} for i in range(5)]
     played = play(keys, faults={("query.hello", 0, 4): pose(2, **changed)}, node_configs=five, prepare=prepare)
@@ -222,7 +222,7 @@ def test_no_client_counts_more_images_than_it_said_it_holds(name: str) -> None:
     keys: Flat = {**ONE, "strategy": name, "prunefl.checks": 1, "prunefl.every": 1, "flash.stage-clients": 1.0}
     keys["failures.min-ok-fraction"] = 0.1  # of prunefl's question, which one client is asked
     kinds = [("train", 1, 2), ("evaluate", 1, 2)]
-    kinds += [(f"query.{question}", 0, 2) for question in REGISTRY[name].client.questions if name != "prunefl"]
+    kinds += [(f"query.{question}", 0, 2) for question in REGISTRY[name].client.query_types if name != "prunefl"]
     played = play(keys, faults=dict.fromkeys(kinds, facts(samples=10**6)))
     lies = [where for where in played.grid.log if where in kinds]
     assert ("train", 1, 2) in lies
@@ -240,7 +240,7 @@ def test_what_the_server_deals_counts_more_than_what_a_client_says_of_itself() -
     keys = {("query.hello", 0, 1): boast, ("train", 1, 1): facts(samples=99990)}
 
     def deal(strategy: SparseStrategy) -> None:
-        strategy.post.dealt = good.workshop.holding
+        strategy.messenger.dealt = good.workshop.holding
 
     assert play(ONE, faults=keys).records[1]["ok"] == [0, 1, 2, 3]  # a site is believed; a share that is dealt is not
     assert play(ONE, faults=keys, prepare=deal).records[1]["refused"] == {

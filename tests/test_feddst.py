@@ -46,13 +46,13 @@ def per_layer(mask: Mask) -> list[int]:
 def fold(*clients: tuple[list[float], int]) -> FedDst:
     """Fold answers of two classes: eight weights, None where dead, and a number of images."""
     strategy = FedDst(TINY, parse(merge(SMALL, {"strategy": "feddst", "mask.density": 0.5})).settings)
-    strategy.prepare(1, None)  # type: ignore[arg-type]
+    strategy.before_round(1, None)  # type: ignore[arg-type]
     replies = []
     for client, (values, samples) in enumerate(clients):
         mask = Mask(TINY, np.array([value is not None for value in values]))
         state = {"w": torch.tensor([v or 0.0 for v in values]).view(2, 4), "b": torch.tensor([1.0, float(samples)])}
         replies.append(Reply(client, Bitmask().encode(TINY, state, mask), {}, samples))
-    strategy.fold(1, iter(replies))
+    strategy.aggregate(1, iter(replies))
     return strategy
 
 
@@ -109,7 +109,7 @@ def test_a_client_removes_the_smallest_and_lets_the_dead_of_largest_gradient_com
     workshop, layout = played.workshop, played.layout
     first = FedDst(layout, played.strategy.settings)
     first.state = workshop.initial_state()
-    first.setup(None)  # type: ignore[arg-type]
+    first.before_training(None)  # type: ignore[arg-type]
     load_state(workshop.model, first.state)
     magnitudes = np.abs(layout.flatten_prunable(first.state))
     for client, parcel in up(played, 1).items():
@@ -187,7 +187,7 @@ def test_a_proximal_run_stays_near_what_came_down() -> None:
         played = feddst(feddst__proximal=mu)
         down = SharedMask().decode(sent(played, 2), played.layout, played.masks[1])[0]
         values = [SharedMask().vector(p.arrays, played.layout, played.masks[1]) for p in up(played, 2).values()]
-        start = played.layout.flatten(down)[played.masks[1].carried]
+        start = played.layout.flatten(down)[played.masks[1].transmitted]
         ways.append(max(float(np.linalg.norm(v - start)) for v in values))
     assert ways[1] < 0.8 * ways[0]
 

@@ -15,7 +15,7 @@ from ssfl_app.sparsity.layout import Layout, load_state, state_of
 from ssfl_app.strategies import REGISTRY, fedfomo
 from ssfl_app.strategies.fedfomo import FedFomo, mixed, weight
 from ssfl_app.strategies.personal import held_out
-from ssfl_app.wire import Memory, Parcel
+from ssfl_app.wire import ClientState, Parcel
 from tests.in_process_grid import SMALL, WHOLE, Fault, Played, answer_error, play, tamper
 
 pytestmark = pytest.mark.few
@@ -126,12 +126,12 @@ class TestChoice:
 
     def test_an_array_that_many_get_is_one_object(self) -> None:
         same = server(peers=10)
-        assert same.send(2, 0).arrays["values.4"] is same.send(2, 1).arrays["values.4"]  # both times client 5
+        assert same.train_payload(2, 0).arrays["values.4"] is same.train_payload(2, 1).arrays["values.4"]  # both times client 5
         keys: Flat = {"wire.down-values": "fp16"}
         half = FedFomo(SCALAR, parse(merge(SMALL, keys)).settings)
         half._last = {client: vector(client / 3) for client in range(6)}
-        assert half.send(2, 0).arrays["values.4"] is half.send(2, 1).arrays["values.4"]
-        assert half.send(2, 0).arrays["values.4"] == np.float16(5 / 3)
+        assert half.train_payload(2, 0).arrays["values.4"] is half.train_payload(2, 1).arrays["values.4"]
+        assert half.train_payload(2, 0).arrays["values.4"] == np.float16(5 / 3)
 
 
 class TestRun:
@@ -199,7 +199,7 @@ class TestRun:
         client = max(best, key=lambda c: best[c])
         assert best[client] > 0
         context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-        training, validation = held_out(shop.rule(client, Memory(context, client)), 0.1)
+        training, validation = held_out(shop.rule(client, ClientState(context, client)), 0.1)
 
         def loss(model: Any) -> float:
             load_state(shop.model, shop.layout.unflatten(model))
@@ -301,11 +301,11 @@ def test_a_snapshot_has_models_and_preferences(tmp_path: Path) -> None:
     keys: Flat = BASE | {"run.checkpoint-every": 1, "fedfomo.epsilon": 0.2, "run.rounds": 4, "run.evaluate-every": 4}
     whole = play(keys)
     half = play(keys, folder=tmp_path, until=2)
-    arrays = {name: array.copy() for name, array in half.strategy.snapshot().items()}
+    arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
     assert all(array.ndim == 1 for array in arrays.values())
     again = REGISTRY["fedfomo"](half.layout, half.strategy.settings)
-    again.restore(2, arrays)
-    again.post.folder = tmp_path
+    again.load_state_dict(2, arrays)
+    again.messenger.folder = tmp_path
     again.start(half.grid, ArrayRecord(half.workshop.initial_state()), 4)
     assert Played(again, half.workshop, half.grid).bits() == whole.bits()
     assert again.personal_accuracy == whole.strategy.personal_accuracy

@@ -56,7 +56,7 @@ def four_weights(**keys: Any) -> FedPm:
     flat = merge(SMALL, {"strategy": "fedpm", **{k.replace("__", "."): v for k, v in keys.items()}})
     strategy = FedPm(layout, parse(flat).settings)
     strategy.state = {"w": torch.tensor([[0.3, -0.1, 0.2, -0.4]]), "b": torch.tensor([0.7])}
-    strategy.setup(None)
+    strategy.before_training(None)
     return strategy
 
 
@@ -68,10 +68,10 @@ def replies(*masks: tuple[Sequence[int], int]) -> list[Reply]:
 def test_theta_is_the_mode_of_a_posterior_that_starts_at_1_and_1() -> None:
     """Masks 1100 and 1010 of 1 sample and 1001 of 2: alpha - 1 is (4, 1, 1, 2) of 4."""
     strategy = four_weights()
-    strategy.fold(1, replies(([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1), ([1, 0, 0, 1], 2)))
+    strategy.aggregate(1, replies(([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1), ([1, 0, 0, 1], 2)))
     assert strategy.state["w"].tolist() == [[1.0, 0.25, 0.25, 0.5]]
     strategy = four_weights(run__weighting="uniform")  # as published: (3, 1, 1, 1) of 3
-    strategy.fold(1, replies(([1, 0, 0, 1], 2), ([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1)))
+    strategy.aggregate(1, replies(([1, 0, 0, 1], 2), ([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1)))
     assert strategy.state["w"].numpy() == pytest.approx(np.array([[1, 1 / 3, 1 / 3, 1 / 3]]))
 
 
@@ -87,35 +87,35 @@ def test_the_posterior_starts_anew_every_so_many_rounds_or_never(reset: int, wan
     strategy = four_weights(fedpm__reset=reset)
     for round_, expected in enumerate(wanted, 1):
         bits = [int(place == round_ - 1) for place in range(4)]
-        strategy.fold(round_, replies((bits, 3)))
+        strategy.aggregate(round_, replies((bits, 3)))
         assert strategy.state["w"].numpy()[0] == pytest.approx(np.array(expected))
 
 
 def test_a_round_that_breaks_off_leaves_the_posterior_as_it_was() -> None:
     strategy = four_weights(fedpm__reset=0)
-    strategy.fold(1, replies(([1, 1, 0, 0], 1)))
-    before = {name: array.copy() for name, array in strategy.snapshot().items()}
+    strategy.aggregate(1, replies(([1, 1, 0, 0], 1)))
+    before = {name: array.copy() for name, array in strategy.state_dict().items()}
 
     def broken() -> Any:
         yield from replies(([0, 0, 1, 1], 1))
         raise RuntimeError("too few")
 
     with pytest.raises(RuntimeError):
-        strategy.fold(2, broken())
-    assert all((strategy.snapshot()[name] == array).all() for name, array in before.items())
+        strategy.aggregate(2, broken())
+    assert all((strategy.state_dict()[name] == array).all() for name, array in before.items())
 
 
 def test_a_snapshot_holds_the_posterior_the_signs_and_what_is_tested() -> None:
     strategy = four_weights(fedpm__reset=0)
-    strategy.fold(1, replies(([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1)))
+    strategy.aggregate(1, replies(([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1)))
     again = four_weights(fedpm__reset=0)
     again.signs = Mask.dense(again.layout)
-    again.restore(1, {name: array.copy() for name, array in strategy.snapshot().items()})
+    again.load_state_dict(1, {name: array.copy() for name, array in strategy.state_dict().items()})
     assert again.signs == strategy.signs
     assert again.signs.alive.tolist() == [True, False, True, False]
     assert torch.equal(again.model()["w"], strategy.model()["w"])
     for one in (strategy, again):
-        one.fold(2, replies(([0, 1, 1, 0], 2)))
+        one.aggregate(2, replies(([0, 1, 1, 0], 2)))
     assert again.state["w"].tolist() == strategy.state["w"].tolist() == [[0.5, 0.75, 0.75, 0.0]]
 
 

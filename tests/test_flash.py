@@ -16,7 +16,7 @@ from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import flash
 from ssfl_app.strategies.flash import FlashClient, dealt, evolved, first_mask, shares_of
-from ssfl_app.wire import Memory, Parcel
+from ssfl_app.wire import ClientState, Parcel
 from tests.in_process_grid import Played, answer_error, play, tamper
 
 pytestmark = pytest.mark.few
@@ -129,9 +129,9 @@ def test_the_prune_rate_falls_to_0_and_one_epoch_prunes_in_the_middle(
 
 
 def first_client(run: Played, images: int | None = None) -> FlashClient:
-    rule = run.workshop.rule(0, Memory(Context(1, 1, {}, RecordDict(), {}), 0))
+    rule = run.workshop.rule(0, ClientState(Context(1, 1, {}, RecordDict(), {}), 0))
     assert isinstance(rule, FlashClient)
-    rule.site.share = (rule.site.share[0][:images], rule.site.share[1])
+    rule.context.indices = (rule.context.indices[0][:images], rule.context.indices[1])
     return rule
 
 
@@ -264,7 +264,7 @@ def test_the_server_keeps_the_largest_mean_weights_of_each_layer_by_the_mean_of_
     weights = np.zeros(bits.shape)
     for row, mask, parcel in zip(weights, bits, replies, strict=True):
         whole = np.zeros(P + R)
-        whole[Mask(run.layout, mask).carried] = parcel.arrays["values"]
+        whole[Mask(run.layout, mask).transmitted] = parcel.arrays["values"]
         row[:] = whole[run.layout.is_prunable]
     mean = samples @ weights / sum(samples)  # 0 where a client holds nothing
     shares = [samples @ bits[:, span].mean(axis=1) / sum(samples) for span in run.layout.prunable_spans.values()]

@@ -49,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's: the
 FEW = {"prunefl.checks": 1, "flash.stage-epochs": 2, "flash.stage-clients": 1.0}
 
 EXCHANGES = [(case, kind) for case in CASES for kind in ("train", "evaluate")] + [
-    (case, "query") for case, (name, _) in CASES.items() if REGISTRY[name].client.questions
+    (case, "query") for case, (name, _) in CASES.items() if REGISTRY[name].client.query_types
 ]
 
 MOST_SAMPLES = MAX_WEIGHT // 3  # of three clients
@@ -497,7 +497,7 @@ def test_garbage_is_survived_with_a_finite_model(case: str, kind: str, data: st.
     strategy, names = got.strategy, [*got.outcome.ok, *got.outcome.lost, *got.outcome.refused]
     assert sorted(names) == sorted(undisturbed(case, target).outcome.ok)
     assert np.isfinite(layout.flatten(strategy.model())).all()
-    assert all(np.isfinite(array).all() for array in strategy.snapshot().values() if array.dtype.kind == "f")
+    assert all(np.isfinite(array).all() for array in strategy.state_dict().values() if array.dtype.kind == "f")
     assert all(map(math.isfinite, strategy.losses.values()))
     if target[2] not in got.outcome.ok:
         assert_as_without(case, target, got)

@@ -101,7 +101,7 @@ def damaged(draw: Any, good: RecordDict, turn: int) -> RecordDict:
 @fuzz(4)
 def test_a_damaged_message_is_refused_or_answered_and_forgotten(case: str, data: st.DataObject) -> None:
     run = recorded(case)
-    kinds = ["train", "evaluate", *(["query"] if REGISTRY[CASES[case][0]].client.questions else [])]
+    kinds = ["train", "evaluate", *(["query"] if REGISTRY[CASES[case][0]].client.query_types else [])]
     target = data.draw(st.sampled_from([where for kind in kinds for where in run.targets(kind)]))
     context, message = context_before(case, target), run.asked[target]
     content = data.draw(damaged(message.content, zlib.crc32(case.encode())))

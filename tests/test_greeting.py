@@ -15,7 +15,7 @@ from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import greeting, roster
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.greeting import Hello, read_hello
-from ssfl_app.strategies.roster import Place, Roster
+from ssfl_app.strategies.roster import Claim, Roster
 from ssfl_app.wire import Packer, Parcel
 from ssfl_app.workshop import open_workshop
 from tests.in_process_grid import (
@@ -59,7 +59,7 @@ def facts(**new: Any) -> Fault:
     return tamper(lambda p: Parcel(p.arrays, {k: v for k, v in {**p.facts, **new}.items() if v is not None}))
 
 
-def meet(grid: ScriptedGrid, bound: dict[Place, int] | None = None, **keys: Any) -> Roster:
+def meet(grid: ScriptedGrid, bound: dict[Claim, int] | None = None, **keys: Any) -> Roster:
     """Greet the nodes of a grid, and nothing else."""
     made = Roster(
         parse(merge(SMALL, {**ONE, **{f"run.{k.replace('_', '-')}": v for k, v in keys.items()}})).settings.run
@@ -67,7 +67,7 @@ def meet(grid: ScriptedGrid, bound: dict[Place, int] | None = None, **keys: Any)
     made.bound = lambda: bound or {}
     made.say = said.append
     said.clear()
-    made.meet(grid)
+    made.wait_for_clients(grid)
     return made
 
 
@@ -256,7 +256,7 @@ def test_a_registered_node_cannot_take_a_place_that_is_bound_nor_end_the_run(
 ) -> None:
     there = ScriptedGrid(merge(SMALL, ONE), luck, {("query.hello", 0, 4): fault}, SPARE)
     *honest, liar = at(there, 0, 1, 2, 3, 4)
-    bound: dict[Place, int] = dict(enumerate([*honest, liar]))
+    bound: dict[Claim, int] = dict(enumerate([*honest, liar]))
     assert meet(there, bound).nodes == dict(enumerate(honest))
     assert said in ([], [f"warning: node {liar} is set aside: {reason.format(honest[0])}"])  # [] if it was too late
 
@@ -380,8 +380,8 @@ def test_much_noise_leaves_who_takes_a_place_told(monkeypatch: pytest.MonkeyPatc
     told: list[str] = []
 
     def prepare(strategy: SparseStrategy) -> None:
-        strategy.post.roster.say = told.append
-        strategy.post.roster._tell(dict.fromkeys(range(100, 105), "raised: no"))
+        strategy.messenger.roster.say = told.append
+        strategy.messenger.roster._tell(dict.fromkeys(range(100, 105), "raised: no"))
 
     play(keys, grid=theft, prepare=prepare)
     assert told == [
@@ -399,11 +399,11 @@ def test_a_node_that_is_back_has_its_place_whoever_took_it(is_bound: bool) -> No
     told: list[str] = []
 
     def prepare(strategy: SparseStrategy) -> None:
-        strategy.post.roster.say = told.append
-        strategy.post.roster.bound = lambda: {1: theft.true} if is_bound else {}
+        strategy.messenger.roster.say = told.append
+        strategy.messenger.roster.bound = lambda: {1: theft.true} if is_bound else {}
 
     played = play(keys, grid=theft, prepare=prepare)
-    assert played.strategy.post.roster.nodes[1] == theft.true
+    assert played.strategy.messenger.roster.nodes[1] == theft.true
     assert played.records[3]["ok"] == [0, 1, 2, 3]
     if is_bound:
         reason = f"says that it is client 1, whose key is that of node {theft.true}"
@@ -426,8 +426,8 @@ def test_a_place_that_is_bound_anew_in_a_run_is_not_given_back() -> None:
     theft = Theft(merge(SMALL, keys))
 
     def prepare(strategy: SparseStrategy) -> None:
-        strategy.post.roster.bound = lambda: {1: 77 if theft.trained else theft.true}
+        strategy.messenger.roster.bound = lambda: {1: 77 if theft.trained else theft.true}
 
     played = play(keys, grid=theft, prepare=prepare)
-    assert played.strategy.post.roster.nodes[1] == 77
+    assert played.strategy.messenger.roster.nodes[1] == 77
     assert [record.get("rejoined") for record in played.records] == [None, None, [1], None]

@@ -48,7 +48,7 @@ UNSEEN: dict[str, str] = {
 
 
 def keys_of(name: str) -> Flat:
-    own = REGISTRY[name].fold is not SparseStrategy.fold
+    own = REGISTRY[name].aggregate is not SparseStrategy.aggregate
     floor = {"mask.min-per-layer": 1} if REGISTRY[name].has_floor else {}
     fold = {} if own else {"run.fold": "trimmed-mean"}
     return {**EIGHT, **ROBUST, **floor, **fold, "strategy": name, **ALSO.get(name, {})}
@@ -107,7 +107,7 @@ LIES = ("times -10", "constant", "noise", "samples")
 
 def lied(keys: Flat, name: str) -> Played:
     faults: dict[Any, Fault] = {("train", 2 + i, LIAR): model(kind) for i, kind in enumerate(LIES)}
-    faults |= {(f"query.{question}", 0, LIAR): tamper(answer) for question in REGISTRY[name].client.questions}
+    faults |= {(f"query.{question}", 0, LIAR): tamper(answer) for question in REGISTRY[name].client.query_types}
     return play(keys, faults=faults)
 
 

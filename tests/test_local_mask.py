@@ -37,7 +37,7 @@ def test_with_one_client_local_saliency_is_ssfl() -> None:
     local, ssfl = play({"strategy": "local-saliency", **one}), play({"strategy": "ssfl", **one})
     assert local.strategy.mask_for(0) == ssfl.strategy.mask
     # Outside the mask the local variant's server keeps w0; inside they are the same model.
-    alive = ssfl.strategy.mask.carried
+    alive = ssfl.strategy.mask.transmitted
     ours, theirs = (run.layout.flatten(run.strategy.state) for run in (local, ssfl))
     assert (ours[alive] == theirs[alive]).all()
 
@@ -50,7 +50,7 @@ def test_the_mean_by_hand(mean: str) -> None:
     total, held, everyone = (np.zeros(layout.size) for _ in range(3))
     for (kind, _, client), parcel in played.grid.got:
         if kind == "train":
-            mask, samples = played.strategy.mask_for(client).carried, int(parcel.facts["samples"])
+            mask, samples = played.strategy.mask_for(client).transmitted, int(parcel.facts["samples"])
             total[mask] += samples * parcel.arrays["values"].astype(np.float64)
             held[mask] += samples
             everyone += samples
@@ -66,7 +66,7 @@ def test_zeros_shrink_what_few_hold() -> None:
         play({"strategy": "random-local", "run.rounds": 1, "local-mask.mean": mean, "run.weighting": "uniform"})
         for mean in ("overlap", "zeros")
     )
-    owners = sum(overlap.strategy.mask_for(c).carried.astype(int) for c in overlap.records[1]["cohort"])
+    owners = sum(overlap.strategy.mask_for(c).transmitted.astype(int) for c in overlap.records[1]["cohort"])
     one = (owners == 1) & overlap.layout.is_prunable
     ours, theirs = (run.layout.flatten(run.strategy.state)[one] for run in (overlap, zeros))
     assert np.allclose(theirs, ours / 4, rtol=1e-5, atol=1e-9)

@@ -102,7 +102,7 @@ def test_counts():
     assert list(mask.layers()) == [("a.weight", 2, 6), ("b.weight", 1, 4)]
     assert (Mask.dense(LAYOUT).count, Mask.dense(LAYOUT).density) == (10, 1.0)
     # coordinates of the state: a.weight 0..5, a.bias 6..7, b.weight 8..11
-    assert np.flatnonzero(mask.carried).tolist() == [0, 5, 6, 7, 8]
+    assert np.flatnonzero(mask.transmitted).tolist() == [0, 5, 6, 7, 8]
     assert (Mask.dense(flat_layout(0)).count, Mask.dense(flat_layout(0)).density) == (0, 0.0)
 
 

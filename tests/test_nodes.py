@@ -104,8 +104,8 @@ def test_the_number_that_a_server_gives_a_site_leads_to_no_other_site(tmp_path: 
         context_of({}, {}), read_place({"partition-id": 1, "state-path": str(tmp_path)}, "shared"), 1, {"run": TOKEN}
     )
     for other in (kept["client-00001"], one):
-        assert other.recall(9) is None
-        other.recall(0)  # deletes what is later
+        assert other.load(9) is None
+        other.load(0)  # deletes what is later
     assert kept["athens"].recall(9) is not None
 
 

@@ -10,7 +10,7 @@ import pytest
 from ssfl_app.config import (
     ROOMS,
     defaults,
-    difference,
+    first_clash,
     merge,
     parse,
     read_file,
@@ -91,7 +91,7 @@ def test_the_defaults_are_a_configuration_with_a_room_for_every_strategy():
     assert config.settings.local.weight_decay == 5e-4
     assert config.partition.alpha == 0.3
     assert config.flat == defaults()
-    assert set(config.settings.own) == {room for strategy in REGISTRY.values() for room in strategy.rooms}
+    assert set(config.settings.own) == {room for strategy in REGISTRY.values() for room in strategy.sections}
     assert config.settings.own["ssfl"].saliency_batch_size == 64
 
 
@@ -237,9 +237,9 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path, content):
 
 def test_the_first_difference_that_matters_is_said():
     ours = defaults()
-    assert difference(ours, defaults()) is None
-    assert difference(ours | {"run.out": "x", "run.resume": True, "engine.actors": 3}, ours) is None
-    said = difference(ours | {"run.seed": 2, "mask.density": 0.2, "strategy": "random"}, ours)
+    assert first_clash(ours, defaults()) is None
+    assert first_clash(ours | {"run.out": "x", "run.resume": True, "engine.actors": 3}, ours) is None
+    said = first_clash(ours | {"run.seed": 2, "mask.density": 0.2, "strategy": "random"}, ours)
     assert said == "mask.density is 0.2; that run was started with 0.1"
     lacking = {key: value for key, value in ours.items() if key != "local.lr"}
-    assert difference(ours, lacking) == "local.lr is 0.1; that run was started with None"
+    assert first_clash(ours, lacking) == "local.lr is 0.1; that run was started with None"

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from ssfl_app.config import Flat
 from ssfl_app.sparsity.codec import Bitmask, SharedMask
-from ssfl_app.wire import Memory, Parcel
+from ssfl_app.wire import ClientState, Parcel
 from tests import oracles
 from tests.in_process_grid import Played, play
 
@@ -82,7 +82,7 @@ def test_ditto(tmp_path: Path) -> None:
             close(own[client], theirs[client])
         w = ours
     for client in range(6):
-        kept = Memory(played.grid.context_of(client), client, tmp_path).recall(3)
+        kept = ClientState(played.grid.context_of(client), client, tmp_path).load(3)
         same(own[client], oracles.initial_weights(shop) if kept is None else layout.unflatten(kept["model"]))
 
 

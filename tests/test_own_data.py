@@ -21,7 +21,7 @@ from ssfl_app.local.sources import digits
 from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.wire import Memory
+from ssfl_app.wire import ClientState
 from tests.in_process_grid import SMALL, DeploymentGrid, Played, forget, play
 from tests.test_data import some_pixels, write_folder, write_parquet
 
@@ -72,8 +72,8 @@ def own(sites: list[Flat], keys: Flat | None = None, **options: Any) -> Played:
 
 def test_numbers_follow_names_and_bits_follow_numbers(sites: list[Flat]) -> None:
     one, two = own(sites), own(list(reversed(sites)), luck=5)
-    assert one.strategy.post.roster.names == two.strategy.post.roster.names == dict(enumerate(NAMES))
-    assert list(one.strategy.post.roster.nodes.values()) != list(two.strategy.post.roster.nodes.values())
+    assert one.strategy.messenger.roster.names == two.strategy.messenger.roster.names == dict(enumerate(NAMES))
+    assert list(one.strategy.messenger.roster.nodes.values()) != list(two.strategy.messenger.roster.nodes.values())
     assert one.bits() == two.bits()
     assert one.metrics() == two.metrics()
     for grid in (one.grid, two.grid):
@@ -92,7 +92,7 @@ def test_the_order_in_which_sites_join_does_not_show(sites: list[Flat], monkeypa
 
     late = Late(merge(SMALL, OWN), node_configs=sites)
     played = play(OWN, grid=late)
-    assert played.strategy.post.roster.names == dict(enumerate(NAMES))
+    assert played.strategy.messenger.roster.names == dict(enumerate(NAMES))
     hellos = [where[2] for where in late.log if where[0] == "query.hello"]
     assert hellos == [2, 1, 0]
     assert played.bits() == own(sites).bits()
@@ -248,11 +248,11 @@ def test_more_sites_than_clients_are_named_and_registered_ones_come_first(tmp_pa
         node = dict(zip("abc", grid._contexts, strict=True))
 
         def prepare(strategy: SparseStrategy) -> None:
-            strategy.post.roster.say = told.append  # noqa: B023
-            strategy.post.roster.bound = lambda: {name: node[name] for name in registered}  # noqa: B023
+            strategy.messenger.roster.say = told.append  # noqa: B023
+            strategy.messenger.roster.bound = lambda: {name: node[name] for name in registered}  # noqa: B023
 
         played = play(keys, grid=grid, prepare=prepare)
-        assert "".join(played.strategy.post.roster.names.values()) == names
+        assert "".join(played.strategy.messenger.roster.names.values()) == names
         (out,) = set("abc") - set(names)
         line = f"warning: node {node[out]} is set aside: is site {out!r}; run.clients is 2: {', '.join(names)}"
         assert line in told
@@ -398,11 +398,11 @@ def test_keys_that_do_not_fit_together(keys: Flat, words: str) -> None:
 
 
 def test_simulations_have_no_own_data(tmp_path: Path) -> None:
-    from ssfl_app.engine.command import Command
+    from ssfl_app.engine.command import RunArgs
     from ssfl_app.engine.resolve import resolve
 
     for engine in ("ray", "inline"):
-        command = Command(None, ["data.where='sites' data.name='folder'"], None, engine, tmp_path / "run", None)
+        command = RunArgs(None, ["data.where='sites' data.name='folder'"], None, engine, tmp_path / "run", None)
         with pytest.raises(ConfigError, match=r"data.where is 'sites'; own data need real SuperNodes"):
             resolve(command)
 
@@ -411,7 +411,7 @@ def test_simulations_have_no_own_data(tmp_path: Path) -> None:
 
 
 def token(strategy: SparseStrategy) -> None:
-    strategy.post.token = TOKEN
+    strategy.messenger.token = TOKEN
 
 
 def stateful(sites: list[Flat], tmp_path: Path) -> list[Flat]:
@@ -431,9 +431,9 @@ def test_with_a_state_path_the_mask_survives_a_restart(sites: list[Flat], tmp_pa
 
 def test_a_mask_file_answers_to_its_own_digest_only(tmp_path: Path) -> None:
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-    Memory(context, 1, tmp_path, survives=True).keep(TOKEN, np.array([1, 2, 3], np.uint8))
+    ClientState(context, 1, tmp_path, survives=True).keep(TOKEN, np.array([1, 2, 3], np.uint8))
     assert not context.state
-    again = Memory(context, 1, tmp_path, survives=True)
+    again = ClientState(context, 1, tmp_path, survives=True)
     assert again.bitmap(TOKEN) is not None
     assert again.bitmap(TOKEN).tolist() == [1, 2, 3]  # type: ignore[union-attr]
     assert again.bitmap("f" * 16) is None
@@ -442,7 +442,7 @@ def test_a_mask_file_answers_to_its_own_digest_only(tmp_path: Path) -> None:
     again.keep("f" * 16, np.array([4], np.uint8))
     assert again.bitmap(TOKEN) is None
     assert [path.name for path in (tmp_path / "client-00001").iterdir()] == ["mask"]
-    assert Memory(context, 2, tmp_path, survives=True).bitmap("f" * 16) is None
+    assert ClientState(context, 2, tmp_path, survives=True).bitmap("f" * 16) is None
 
 
 @pytest.mark.parametrize("bad", ["../../x", "0123456789ABCDEF", "", "0" * 17, "0" * 16 + "\n"])
@@ -468,11 +468,11 @@ def test_personal_models_survive_a_restart_and_a_resume(sites: list[Flat], tmp_p
     snapshots: list[Any] = []
 
     def resumed(strategy: SparseStrategy) -> None:
-        strategy.post.token = TOKEN[::-1]
+        strategy.messenger.token = TOKEN[::-1]
         if snapshots:
-            strategy.restore(1, snapshots[0])
+            strategy.load_state_dict(1, snapshots[0])
 
-    snapshots.append(own(nodes, keys, prepare=resumed, until=1).strategy.snapshot())
+    snapshots.append(own(nodes, keys, prepare=resumed, until=1).strategy.state_dict())
     own(nodes, keys, prepare=resumed, until=2)
     again = own(nodes, keys, prepare=resumed)
     assert again.strategy.personal_accuracy == whole.strategy.personal_accuracy

@@ -9,7 +9,7 @@ from ssfl_app.config import Flat
 from ssfl_app.options import ConfigError
 from ssfl_app.strategies.ditto import pull_towards
 from ssfl_app.strategies.personal import held_out
-from ssfl_app.wire import Memory
+from ssfl_app.wire import ClientState
 from tests.in_process_grid import WHOLE, Played, answer_error, play
 
 pytestmark = pytest.mark.few
@@ -77,7 +77,7 @@ class TestDitto:
         ditto = play(DITTO | {"ditto.pull": 10.0, "run.rounds": 1}, folder=tmp_path)
         w0 = ditto.layout.flatten(ditto.workshop.initial_state())
         for client in ditto.records[1]["cohort"]:
-            own = Memory(ditto.grid.context_of(client), client, tmp_path).recall(1)
+            own = ClientState(ditto.grid.context_of(client), client, tmp_path).load(1)
             assert own is not None
             assert abs(own["model"] - w0).max() < 1e-6
 
@@ -124,7 +124,7 @@ def test_held_out_images_are_disjoint_from_the_others_and_the_same_every_time() 
     from flwr.app import Context, RecordDict
 
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-    rule = shop.rule(3, Memory(context, 3))
+    rule = shop.rule(3, ClientState(context, 3))
     training, validation = held_out(rule, 0.1)
     total = len(shop.partition.train[3])
     assert len(validation) == round(0.1 * total)

@@ -663,7 +663,7 @@ def test_the_median_is_the_one_of_the_vectors_that_came() -> None:
     came = [np.frombuffer(c["arrays"]["values"].data, np.float32) for w, c in grid.replies if w[0] == "train"]  # type: ignore[index,call-overload]
     flat = Layout.of(net()).flatten(tensors(result.arrays))
     assert len(came) == 5
-    np.testing.assert_array_equal(flat[strategy.mask.carried], np.median(np.stack(came), axis=0))
+    np.testing.assert_array_equal(flat[strategy.mask.transmitted], np.median(np.stack(came), axis=0))
 
 
 def test_a_lost_client_does_not_stop_a_robust_strategy() -> None:

@@ -19,8 +19,8 @@ from ssfl_app.engine.inline import InlineGrid
 from ssfl_app.guard import RunFailed
 from ssfl_app.plugin import discovery
 from ssfl_app.plugin.folding import PositionalMean
-from ssfl_app.plugin.ranking import Wanted, top, within
-from ssfl_app.plugin.seen import NOTHING, Kind, Seen
+from ssfl_app.plugin.ranking import MaskRule, top, within
+from ssfl_app.plugin.seen import NOTHING, TensorKind, TensorReport
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.sparsity.mask import keep_count
 from ssfl_app.sparsity.values import PayloadError
@@ -279,8 +279,8 @@ def test_the_total_is_exact_whatever_is_ranked_within_itself() -> None:
         scores[:21] = 0
         alone = within(sheet.layout, model, scores)
         assert alone == {"b.weight": "gradient", "a.weight": "magnitude"}
-        assert top(sheet, model, scores, Wanted(density, "global", 0), alone).count == keep_count(density, 68)
-        floor = top(sheet, model, scores, Wanted(density, "layer", 2), alone)
+        assert top(sheet, model, scores, MaskRule(density, "global", 0), alone).count == keep_count(density, 68)
+        floor = top(sheet, model, scores, MaskRule(density, "layer", 2), alone)
         assert [n for _, n, _ in floor.layers()] == [max(2, keep_count(density, n)) for n in (21, 25, 22)]
 
 
@@ -536,7 +536,7 @@ def test_a_tie_of_tensors_that_no_mask_covers_is_refused_by_name() -> None:
     same = np.arange(len(names), dtype=np.int32)
     same[names.index("2.weight")] = names.index("1.weight")
     with pytest.raises(PayloadError, match=r"2.weight is tied to 1.weight; no name of that tensor is prunable"):
-        Seen.read({"same": same}, sheet, sheet.flatten(ArrayRecord(model.state_dict())))
+        TensorReport.read({"same": same}, sheet, sheet.flatten(ArrayRecord(model.state_dict())))
 
 
 def test_many_opinions_on_ties_hold_few_means_and_their_order_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -757,7 +757,7 @@ def test_what_clients_call_no_weight_is_named_and_the_majority_decides(said: Cal
     norm = dict.fromkeys(["norm.weight", "norm.bias"], "it belongs to a norm")
     assert strategy.history[0]["dense"] == {"table": "no client trains it", **norm}
     assert "table stays dense: no client trains it" in said()
-    all_dense = np.full(6, Kind.NORM, np.uint8)
+    all_dense = np.full(6, TensorKind.NORM, np.uint8)
     lie = changed(
         lambda c: c["arrays"].update({"kinds": Array("uint8", (6,), "ssfl.raw.v1", all_dense.tobytes())})  # type: ignore[union-attr]
     )
@@ -883,9 +883,9 @@ def test_what_a_client_tells_is_the_same_behind_the_wire_and_mostly_nothing() ->
     sheet = Sheet.of(ArrayRecord(Language().state_dict()), None, ("arrays", "config"))
     model = sheet.flatten(ArrayRecord(Language().state_dict()))
     assert NOTHING.written(sheet) == {}
-    seen = Seen((("lm_head.weight", "wte.weight"),), {"mid.weight": Kind.NORM})
+    seen = TensorReport((("lm_head.weight", "wte.weight"),), {"mid.weight": TensorKind.NORM})
     written = seen.written(sheet)
     assert written["same"].tolist() == [0, 1, 2, 0]
-    assert Seen.read(written, sheet, model) == seen
+    assert TensorReport.read(written, sheet, model) == seen
     with pytest.raises(PayloadError, match="kinds has the value 9; it is at most 2"):
-        Seen.read({"kinds": np.full(3, 9, np.uint8)}, sheet, model)
+        TensorReport.read({"kinds": np.full(3, 9, np.uint8)}, sheet, model)

@@ -223,8 +223,8 @@ def test_a_quorum_counts_those_that_were_asked() -> None:
         told(Deaf(density=0.5))
     strategy, _ = told(SSFL(density=0.5), rounds=1)
     grid = ForeignGrid(foreign_app(), nodes=2)
-    messages = strategy.mail.write("train", 2, [1000, 1001], strategy.model, {}, {})
-    strategy.mail.carry(grid, messages, 0)  # and nobody listens
+    messages = strategy.mail.build_messages("train", 2, [1000, 1001], strategy.model, {}, {})
+    strategy.mail.exchange(grid, messages, 0)  # and nobody listens
     assert not strategy.mail.enough(0.5)
 
 

@@ -221,7 +221,7 @@ def test_a_greeting_ends_in_its_time_and_names_the_node_that_is_stuck(monkeypatc
     monkeypatch.setattr(roster, "PATIENCE", 1.0)
     began = time.monotonic()
     with pytest.raises(RunFailed, match=rf"missing: 1 \(node {stuck} no whole answer: its upload did not end\)"):
-        made.meet(grid)
+        made.wait_for_clients(grid)
     assert time.monotonic() - began < 3 + 5
     # Before its time is over, an upload that has begun is a slow link, and no reason to set a node aside.
     assert said == ["2 of 3 clients are here; waiting for the others within run.join-timeout 3 s"]

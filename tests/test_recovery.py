@@ -28,7 +28,7 @@ from ssfl_app.seal import read_sealed, write_sealed
 from ssfl_app.server_app import run_token
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.text import command, printable
-from ssfl_app.wire import Memory
+from ssfl_app.wire import ClientState
 from tests.in_process_grid import SMALL, play
 
 TINY = merge(SMALL, {"run.clients": 2, "run.cohort": 2, "run.rounds": 2, "local.batch-size": 128})
@@ -181,7 +181,7 @@ def test_what_is_held_for_oneself_is_a_regular_file(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # with a reader the pipe can be opened
     with pytest.raises(OSError, match="no regular file"):
-        guard.take(pipe)
+        guard.try_lock(pipe)
     os.close(reader)
     with no_longer_than(20):
         token = run_token(tmp_path)
@@ -196,7 +196,7 @@ STRATEGIES = ("ssfl", "dispfl", "dpsgd", "fedpm", "fedfomo", "lotteryfl", "subfe
 def test_arrays_that_are_missing_or_of_another_shape_do_not_fit(name: str, tmp_path: Path) -> None:
     played = play(TINY | {"strategy": name, "run.rounds": 1})
     flat = merge(TINY, {"strategy": name, "run.rounds": 1})
-    arrays = played.strategy.snapshot()
+    arrays = played.strategy.state_dict()
     (tmp_path / "rounds.jsonl").write_text("{}\n")
 
     def resume(kept: dict[str, np.ndarray]) -> None:
@@ -226,8 +226,8 @@ def context() -> Context:
 
 class TestPersonalFiles:
     @pytest.fixture
-    def memory(self, tmp_path: Path) -> Memory:
-        memory = Memory(context(), 3, tmp_path)
+    def memory(self, tmp_path: Path) -> ClientState:
+        memory = ClientState(context(), 3, tmp_path)
         for round_ in (2, 4):
             memory.save(round_, {"model": np.full(300, round_, np.float32)}, back_to=0)
         return memory
@@ -236,32 +236,32 @@ class TestPersonalFiles:
         "damage", [flip, lambda c: c[:-5], lambda c: b"", lambda c: bytes(len(c)), lambda c: c[:9]]
     )
     def test_a_damaged_one_falls_back_to_the_version_before_and_says_so(
-        self, memory: Memory, tmp_path: Path, damage: Callable[[bytes], bytes]
+        self, memory: ClientState, tmp_path: Path, damage: Callable[[bytes], bytes]
     ) -> None:
         edit("client-00003/000004.safetensors", damage)(tmp_path)
-        kept = memory.recall(4)
+        kept = memory.load(4)
         assert kept is not None
         assert kept["model"][0] == 2
         (note,) = memory.notes
         assert note.startswith("its personal state of round 4 ")
         assert note.endswith("; it went on from that of round 2")
 
-    def test_a_missing_one_is_named(self, memory: Memory, tmp_path: Path) -> None:
+    def test_a_missing_one_is_named(self, memory: ClientState, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "client-00003")
-        assert memory.recall(4) is None
+        assert memory.load(4) is None
         assert memory.notes == ["its personal state of round 4 is missing; it began anew"]
 
-    def test_nothing_is_said_where_nothing_is_wrong(self, memory: Memory) -> None:
-        assert memory.recall(4) is not None
-        assert Memory(context(), 5).recall(0) is None
+    def test_nothing_is_said_where_nothing_is_wrong(self, memory: ClientState) -> None:
+        assert memory.load(4) is not None
+        assert ClientState(context(), 5).load(0) is None
         assert memory.notes == []
 
-    def test_files_of_other_names_are_nobodys(self, memory: Memory, tmp_path: Path) -> None:
+    def test_files_of_other_names_are_nobodys(self, memory: ClientState, tmp_path: Path) -> None:
         own = tmp_path / "client-00003"
         for name in ("notes.safetensors", "0000005.safetensors", "\u00b2.safetensors", ".000009.safetensors.x.tmp"):
             (own / name).write_bytes(b"")
         (own / "000003.safetensors").mkdir()
-        assert memory.recall(4) is not None
+        assert memory.load(4) is not None
         assert memory.notes == []
 
 
@@ -271,9 +271,9 @@ class TestPersonalFiles:
 def test_a_damaged_mask_is_asked_for_again(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     played = play(TINY)
     for number, memory in enumerate(
-        (Memory(context(), 0, tmp_path / "a"), Memory(context(), 0, tmp_path / "b", True))
+        (ClientState(context(), 0, tmp_path / "a"), ClientState(context(), 0, tmp_path / "b", True))
     ):
-        site, mask = played.workshop.rule(0, memory).site, played.strategy.mask
+        site, mask = played.workshop.rule(0, memory).context, played.strategy.mask
         memory.keep(mask.digest, mask.packed())
         assert site.mask(mask.digest) == mask
         (file,) = [path for path in (tmp_path / "ab"[number]).rglob("*") if path.is_file()]

@@ -10,7 +10,7 @@ from ssfl_app.sparsity.codec import Dense, SharedMask, nbytes
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import snip
 from ssfl_app.strategies.criteria import SsflOptions
-from ssfl_app.strategies.refresh import Refresher, lift
+from ssfl_app.strategies.refresh import Refresher, reveal_dead_weights
 from tests.in_process_grid import Played, play
 
 pytestmark = pytest.mark.few
@@ -63,14 +63,14 @@ class TestLifting:
         mask, trained = played.strategy.mask, played.strategy.state
         # Not equal to the bit: alive weights behind a dead unit score 0 as well, and give way by their index.
         stuck = mask_at(played, trained).jaccard_distance(mask)
-        lifted = lift(mask, trained, played.workshop.initial_state())
+        lifted = reveal_dead_weights(mask, trained, played.workshop.initial_state())
         assert mask_at(played, lifted).jaccard_distance(mask) > max(0.05, 5 * stuck)
 
     def test_by_hand(self) -> None:
         played = play({"run.rounds": 1})
         mask, w0 = played.strategy.mask, played.workshop.initial_state()
-        lifted = played.layout.flatten(lift(mask, played.strategy.state, w0))
-        w, start, alive = played.layout.flatten(played.strategy.state), played.layout.flatten(w0), mask.carried
+        lifted = played.layout.flatten(reveal_dead_weights(mask, played.strategy.state, w0))
+        w, start, alive = played.layout.flatten(played.strategy.state), played.layout.flatten(w0), mask.transmitted
         assert (lifted[alive] == w[alive]).all()
         assert (lifted[~alive] == start[~alive]).all()
 
@@ -90,7 +90,7 @@ class TestRefresh:
     def test_the_new_mask_sees_the_new_clients(self) -> None:
         played = play(REFRESH | {"run.rounds": 3})
         before = play(SHIFT | {"run.rounds": 3})
-        w = lift(before.strategy.mask, before.states[2], before.workshop.initial_state())
+        w = reveal_dead_weights(before.strategy.mask, before.states[2], before.workshop.initial_state())
         assert mask_at(before, w).jaccard_distance(played.strategy.mask) < 1e-3
 
     @pytest.mark.parametrize("start", ["initial", "zero", "restart"])
@@ -101,8 +101,8 @@ class TestRefresh:
         layout, mask = played.layout, played.strategy.mask
         down = layout.flatten(SharedMask().decode(next(iter(sent.values())).arrays, layout, mask)[0])
         w0, w = layout.flatten(played.workshop.initial_state()), layout.flatten(before.states[2])
-        kept = mask.carried & before.strategy.mask.carried
-        back = mask.carried & ~before.strategy.mask.carried
+        kept = mask.transmitted & before.strategy.mask.transmitted
+        back = mask.transmitted & ~before.strategy.mask.transmitted
         assert back.sum() > 100
         assert (down[back] == {"initial": w0[back], "zero": 0, "restart": w0[back]}[start]).all()
         assert (down[kept] == (w0 if start == "restart" else w)[kept]).all()
@@ -113,7 +113,7 @@ class TestRefresh:
         plain = play(REFRESH)
         from ssfl_app.strategies import refresh
 
-        original = refresh.lift
+        original = refresh.reveal_dead_weights
         count = [0]
 
         def other(mask, trained, initial):  # type: ignore[no-untyped-def]
@@ -136,9 +136,9 @@ class TestRefresh:
 
         keys = REFRESH | {"run.checkpoint-every": 1}
         whole, half = play(keys), play(keys, until=2)
-        arrays = {name: array.copy() for name, array in half.strategy.snapshot().items()}
+        arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
         again = strategies.REGISTRY["ssfl"](whole.layout, whole.strategy.settings)
-        again.restore(2, arrays)
+        again.load_state_dict(2, arrays)
         finished = Played(again, whole.workshop, half.grid)
         again.start(half.grid, ArrayRecord(whole.workshop.initial_state()), 4)
         assert finished.bits() == whole.bits()
@@ -172,7 +172,7 @@ class TestDrift:
         one, two = (Refresher(options(refresh="drift"), clients=6) for _ in range(2))
         for round_ in range(2, 8):
             one.due(round_, {0: 0.1})
-        two.restore({name: array.copy() for name, array in one.snapshot().items()})
+        two.load_state_dict({name: array.copy() for name, array in one.state_dict().items()})
         assert two.due(8, {4: 0.31}) is one.due(8, {4: 0.31}) is True
 
     def test_it_sees_the_shift_in_a_run(self) -> None:

@@ -21,7 +21,7 @@ from ssfl_app.local import models
 from ssfl_app.local.models import ModelOptions
 from ssfl_app.local.sources import OWN, READERS
 from ssfl_app.options import ConfigError, flatten
-from ssfl_app.reproduce import Stage, Words, duration
+from ssfl_app.reproduce import Stage, ReproduceArgs, duration
 from ssfl_app.reproduce_rows import Row, folder_of_configs, layer, profiles, read_budget, read_rows, tables
 from ssfl_app.results.published import METRICS, first_line, read_published
 from ssfl_app.results.runs import facts, read_run
@@ -50,11 +50,11 @@ TINY = (
 PARAMETERS, PRUNABLE = 151_402, 151_072  # of that cnn
 
 
-def words(out: Path, *overrides: str, table: str = "resnet50", budget: str = "none") -> Words:
-    return Words(table, "published", [TINY, *overrides], budget, out, "inline")
+def words(out: Path, *overrides: str, table: str = "resnet50", budget: str = "none") -> ReproduceArgs:
+    return ReproduceArgs(table, "published", [TINY, *overrides], budget, out, "inline")
 
 
-def quietly(asked: Words) -> tuple[str, list[str]]:
+def quietly(asked: ReproduceArgs) -> tuple[str, list[str]]:
     """Return what was printed, and the lines that were said."""
     said, printed = list[str](), io.StringIO()
     with contextlib.redirect_stdout(printed):

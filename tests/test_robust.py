@@ -150,7 +150,7 @@ def test_a_distance_is_that_of_the_carried_coordinates(
     old: list[float], new: list[float], alive: list[bool], width: int
 ) -> None:
     before, after = np.array(old, dtype=np.float32), np.array(new, dtype=np.float32)
-    places = Mask(LAYOUT, np.array(alive)).carried
+    places = Mask(LAYOUT, np.array(alive)).transmitted
     exact = math.fsum(
         (Fraction(float(x)) - Fraction(float(y))) ** 2 for x, y in zip(after[places], before[places], strict=True)
     )
@@ -265,7 +265,7 @@ def times(factor: float) -> Callable[[Parcel], Parcel]:
     return lambda p: Parcel({**p.arrays, "values": np.float32(factor) * p.arrays["values"]}, p.facts)
 
 
-OWN_FOLD = sorted(name for name, strategy in REGISTRY.items() if strategy.fold is not SparseStrategy.fold)
+OWN_FOLD = sorted(name for name, strategy in REGISTRY.items() if strategy.aggregate is not SparseStrategy.aggregate)
 
 
 @pytest.mark.parametrize("name", OWN_FOLD)
@@ -281,7 +281,7 @@ def test_folds_of_a_run_are_those_of_the_vectors_that_came(fold: str) -> None:
     came = {client: p.arrays["values"] for (kind, _, client), p in run.grid.got if kind == "train"}
     wanted = folded(rows([came[client].tolist() for client in range(8)]), fold, 0.25)
     mask = run.strategy.mask
-    np.testing.assert_array_equal(run.layout.flatten(run.strategy.state)[mask.carried], wanted)
+    np.testing.assert_array_equal(run.layout.flatten(run.strategy.state)[mask.transmitted], wanted)
     assert run.bits() == play(keys, luck=1).bits()
 
 

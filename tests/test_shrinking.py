@@ -63,7 +63,7 @@ class TestPruning:
     def test_by_hand(self) -> None:
         """The smallest of each layer, rounded down: floor(0.3 * 10) and floor(0.3 * 4)."""
         rule = self.rule(0.1)
-        once = rule.pruned(Mask.dense(rule.site.layout), 0.3)
+        once = rule.pruned(Mask.dense(rule.context.layout), 0.3)
         assert once.alive.astype(int).tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1]
         # Of the 7 and 3 that are left: floor(2.1) and floor(0.9).
         again = rule.pruned(once, 0.3)
@@ -71,11 +71,11 @@ class TestPruning:
 
     def test_the_share_shrinks_near_the_density_and_nothing_dies_below_it(self) -> None:
         rule = self.rule(0.8)  # 11 of 14 stay: 3 may go, 3 / 14 of each layer, rounded down
-        once = rule.pruned(Mask.dense(rule.site.layout), 0.5)
+        once = rule.pruned(Mask.dense(rule.context.layout), 0.5)
         assert [alive for _, alive, _ in once.layers()] == [8, 4]
         # One more may go, less than one a layer: it stays.
         assert rule.pruned(once, 0.5) == once
-        assert self.rule(1.0).pruned(Mask.dense(rule.site.layout), 0.5).count == 14
+        assert self.rule(1.0).pruned(Mask.dense(rule.context.layout), 0.5).count == 14
 
 
 def test_masks_shrink_and_stay_above_the_density(played: Played) -> None:
@@ -107,8 +107,8 @@ def test_the_mean_is_over_the_masks_that_the_weights_carry(played: Played) -> No
             state, mask = Bitmask().decode(parcel.arrays, layout)
             samples = int(parcel.facts["samples"])
             total += samples * layout.flatten(state)
-            carried += samples * mask.carried
-            by_old += samples * before[client].carried
+            carried += samples * mask.transmitted
+            by_old += samples * before[client].transmitted
     old, new = (layout.flatten(state) for state in played.states[2:])
     assert np.allclose(new, np.where(carried > 0, total / np.maximum(carried, 1), old), rtol=1e-5, atol=1e-7)
     assert ((carried != by_old) & (carried > 0)).sum() > 1000  # the cases that tell them apart occur
@@ -164,10 +164,10 @@ def test_goes_on_from_a_snapshot_with_masks_that_have_shrunk(played: Played, tmp
     half = play(keys, folder=tmp_path, until=2)
     assert half.strategy.densities()[0] < 1
     again = REGISTRY[played.strategy.name](half.layout, half.strategy.settings)
-    again.restore(2, {name: array.copy() for name, array in half.strategy.snapshot().items()})
-    again.post.folder = tmp_path
+    again.load_state_dict(2, {name: array.copy() for name, array in half.strategy.state_dict().items()})
+    again.messenger.folder = tmp_path
     finished = Played(again, half.workshop, half.grid)
-    again.watch = finished
+    again.callback = finished
     again.start(half.grid, ArrayRecord(half.workshop.initial_state()), 3)
     assert finished.bits() == played.bits()
     assert again.mask_for(0) == played.strategy.mask_for(0)

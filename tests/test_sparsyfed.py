@@ -22,7 +22,7 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import sparsyfed
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.sparsyfed import SparsyFed, SparsyFedClient
-from ssfl_app.wire import Memory, Parcel
+from ssfl_app.wire import ClientState, Parcel
 from ssfl_app.workshop import Workshop, open_workshop
 from tests.in_process_grid import SMALL, Played, play, tamper
 
@@ -48,7 +48,7 @@ def masks(played: Played, round_: int, which: str) -> list[Mask]:
 def shop_and_rule(keys: Flat) -> tuple[Workshop, SparsyFedClient]:
     shop = open_workshop(merge(SMALL, {"strategy": "sparsyfed"}, keys))
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-    rule = shop.rule(0, Memory(context, 0))
+    rule = shop.rule(0, ClientState(context, 0))
     assert isinstance(rule, SparsyFedClient)
     return shop, rule
 
@@ -88,7 +88,7 @@ def test_dead_weights_are_0_after_training_and_alive_zeros_too(momentum: float) 
     state["3.weight"][0] = 0  # alive weights of the second convolution
     rule.train(letter(layout, state, mask))
     after = layout.flatten(state_of(shop.model))
-    assert not after[~mask.carried].any()
+    assert not after[~mask.transmitted].any()
     assert not state_of(shop.model)["3.weight"][0].any()
     assert state_of(shop.model)["3.weight"][1].any()
 
@@ -104,7 +104,7 @@ def test_one_step_by_hand() -> None:
     came, _ = Bitmask().decode(rule.train(letter(layout, w, dense)).arrays, layout)
     v = {n: t.sign() * t.abs() ** 1.25 if n in layout.prunable else t for n, t in w.items()}
     load_state(shop.model, v)
-    images = rule.site.train
+    images = rule.context.train
     loss = functional.cross_entropy(shop.model(shop.data.transform.test(images.pixels)), images.labels)
     gradients = torch.autograd.grad(loss, list(shop.model.parameters()))
     for (name, _), gradient in zip(shop.model.named_parameters(), gradients, strict=True):
@@ -204,7 +204,7 @@ def test_the_fold_by_hand() -> None:
         arrays = Bitmask().encode(SMALLEST, state, Mask(SMALLEST, np.array(weights) != 0))
         replies.append(Reply(client, arrays, {}, samples))
     strategy.state = SMALLEST.unflatten(np.full(5, 9, dtype=np.float32))
-    strategy.fold(1, iter(replies))
+    strategy.aggregate(1, iter(replies))
     assert SMALLEST.flatten(strategy.state).tolist() == [7, 0.5, -3, 0, 4]
     assert strategy.mask.alive.tolist() == [True, True, True, False]
     assert SMALLEST.flatten(strategy.model()).tolist() == pytest.approx([7**1.25, 0.5**1.25, -(3**1.25), 0, 4])

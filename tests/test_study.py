@@ -16,7 +16,7 @@ from ssfl_app.results.runs import read_run
 from ssfl_app.results.study_plots import DRAWS, GRADIENT, MEASURES, SCORES, accuracy_by_clients, mask_error
 from ssfl_app.sparsity.layout import Layout, state_digest
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.wire import Memory, Parcel
+from ssfl_app.wire import ClientState, Parcel
 from ssfl_app.workshop import open_workshop
 from tests.test_report import write_run
 
@@ -63,7 +63,7 @@ def test_a_repeat_asks_every_client_once_before_any_a_second_time() -> None:
 def test_the_minibatches_are_those_of_a_client_of_ssfl(scorer: study.Scorer) -> None:
     shop = open_workshop(configuration.merge(FLAT, {"strategy": "ssfl"}))
     about = {"weights": state_digest(shop.layout, shop.initial_state())}
-    answer = shop.rule(3, cast(Memory, None)).setup("saliency", Parcel({}, about))
+    answer = shop.rule(3, cast(ClientState, None)).answer_query("saliency", Parcel({}, about))
     # The answer is a mean of one minibatch, in fixed point.
     np.testing.assert_allclose(scorer.drawn((3, 0)), answer.arrays["values"], rtol=1e-6, atol=2.0**-56)
     assert np.abs(scorer.drawn((3, 1)) - answer.arrays["values"]).max() > 1e-4

@@ -16,7 +16,7 @@ from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.topk import Topk, TopkClient, chosen
-from ssfl_app.wire import Memory, Parcel
+from ssfl_app.wire import ClientState, Parcel
 from ssfl_app.workshop import Workshop, open_workshop
 from tests import oracles
 from tests.in_process_grid import SMALL, Played, answer_error, play, tamper
@@ -65,7 +65,7 @@ def test_the_means_by_hand(keys: Flat, wanted: list[float], alive: list[bool]) -
     """
     strategy = server(keys)
     strategy.state = SMALLEST.unflatten(np.array([9, 9, 9, 9, 1], dtype=np.float32))
-    strategy.fold(1, iter([reply(0, 1, [4, 2, 0, 0], 1), reply(1, 3, [8, 0, -4, 0], 5)]))
+    strategy.aggregate(1, iter([reply(0, 1, [4, 2, 0, 0], 1), reply(1, 3, [8, 0, -4, 0], 5)]))
     assert SMALLEST.flatten(strategy.state).tolist() == wanted
     assert strategy.mask.alive.tolist() == alive
     assert strategy.densities()[0] == sum(alive) / 4
@@ -170,7 +170,7 @@ def test_scope_and_floor_of_the_mask_hold_for_what_is_sent() -> None:
 
 def rule_of(shop: Workshop, client: int = 0) -> TopkClient:
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-    rule = shop.rule(client, Memory(context, client))
+    rule = shop.rule(client, ClientState(context, client))
     assert isinstance(rule, TopkClient)
     return rule
 
@@ -184,7 +184,7 @@ def test_what_was_sent_and_what_is_kept_add_up_to_all_updates(values: str, monke
     downs = [(rng.integers(-32, 33, layout.size) / 8).astype(np.float32) for _ in range(3)]
 
     def fit(self: TopkClient, round_: int, *_: Any, **__: Any) -> float:
-        model = self.site.model
+        model = self.context.model
         load_state(model, layout.unflatten(layout.flatten(state_of(model)) + updates[round_ - 1]))
         return 0.5
 
@@ -196,10 +196,10 @@ def test_what_was_sent_and_what_is_kept_add_up_to_all_updates(values: str, monke
         came, mask = Bitmask(values).decode(rule.train(parcel).arrays, layout)
         assert mask.count == math.floor(0.01 * P)
         total += layout.flatten(came)
-    kept = rule.site.memory.recall(3)
+    kept = rule.context.memory.load(3)
     assert kept is not None
     exact = values == "fp32"
-    assert bool((kept["residual"][mask.carried] == 0).all()) == exact  # rounding on the wire is kept as well
+    assert bool((kept["residual"][mask.transmitted] == 0).all()) == exact  # rounding on the wire is kept as well
     assert np.abs(total + kept["residual"] - sum(updates)).max() <= (0 if exact else 1e-4)
     assert np.count_nonzero(kept["residual"]) > 0.9 * P
 

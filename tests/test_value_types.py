@@ -109,7 +109,7 @@ def test_what_rounding_takes_is_made_up_for(kind: str) -> None:
     off, uncorrected = np.abs(total - 50 * flat).max(), np.abs(plain - 50 * flat).max()
     assert off <= np.abs(residual).max() * 1.01 + 1e-4
     assert off < 0.1 * uncorrected
-    assert not residual[~mask.carried].any()
+    assert not residual[~mask.transmitted].any()
 
 
 @pytest.mark.parametrize("strategy", ["ssfl", "fedavg"])
@@ -122,11 +122,11 @@ def test_a_run_whose_values_are_rounded_goes_on_to_the_same_bits(
     keys = {"strategy": strategy, "run.checkpoint-every": 1} | INT8 | more
     whole = play(keys)
     half = play(keys, folder=tmp_path, until=1)
-    arrays = {name: array.copy() for name, array in half.strategy.snapshot().items()}
+    arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
     rest = play(keys, folder=tmp_path, until=2)
     again = REGISTRY[strategy](whole.layout, rest.strategy.settings)
-    again.restore(1, arrays)
-    again.post.folder = tmp_path
+    again.load_state_dict(1, arrays)
+    again.messenger.folder = tmp_path
     finished = Played(again, whole.workshop, rest.grid)
     again.start(rest.grid, Records(whole.workshop.initial_state()), 3)
     assert finished.bits() == whole.bits() != play({"strategy": strategy} | INT8).bits()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.wire import SERIAL_TYPE, Memory, Packer, Parcel, read_record
+from ssfl_app.wire import SERIAL_TYPE, ClientState, Packer, Parcel, read_record
 
 law = settings(deadline=None, derandomize=True, max_examples=80)
 
@@ -207,18 +207,18 @@ class TestMemory:
         return Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
 
     def test_it_starts_empty(self, context):
-        assert Memory(context, 0).bitmap("d1") is None
-        assert Memory(context, 0).bitmap("") is None
+        assert ClientState(context, 0).bitmap("d1") is None
+        assert ClientState(context, 0).bitmap("") is None
 
     def test_it_keeps_one_mask_under_its_digest(self, context):
-        Memory(context, 0).keep("d1", np.array([1, 0, 255], np.uint8))
-        held = Memory(context, 0).bitmap("d1")
+        ClientState(context, 0).keep("d1", np.array([1, 0, 255], np.uint8))
+        held = ClientState(context, 0).bitmap("d1")
         assert held.dtype == np.uint8
         assert held.tolist() == [1, 0, 255]
-        assert Memory(context, 0).bitmap("d2") is None
+        assert ClientState(context, 0).bitmap("d2") is None
 
     def test_another_mask_replaces_the_one_before(self, context):
-        memory = Memory(context, 0)
+        memory = ClientState(context, 0)
         memory.keep("d1", np.array([1, 2, 3, 4], np.uint8))
         memory.keep("d2", np.array([9], np.uint8))
         assert memory.bitmap("d1") is None
@@ -226,13 +226,13 @@ class TestMemory:
         assert list(context.state) == ["ssfl"]
 
     def test_it_survives_the_way_to_a_worker_and_back(self, context):
-        Memory(context, 0).keep("d1", np.arange(256).astype(np.uint8))
+        ClientState(context, 0).keep("d1", np.arange(256).astype(np.uint8))
         context.state = over_the_wire(context.state)
-        assert Memory(context, 0).bitmap("d1").tolist() == list(range(256))
+        assert ClientState(context, 0).bitmap("d1").tolist() == list(range(256))
 
     def test_a_foreign_record_of_its_name_is_no_mask(self, context):
         context.state["ssfl"] = MetricRecord({"digest": 1})
-        assert Memory(context, 0).bitmap("d1") is None
+        assert ClientState(context, 0).bitmap("d1") is None
 
 
 class TestPersonalState:
@@ -241,7 +241,7 @@ class TestPersonalState:
     @pytest.fixture(params=["files", "records"])
     def memory(self, request, tmp_path):
         context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-        return Memory(context, 3, tmp_path if request.param == "files" else None)
+        return ClientState(context, 3, tmp_path if request.param == "files" else None)
 
     def save(self, memory, round_, back_to=0):
         memory.save(round_, {"model": np.full(3, round_, np.float32)}, back_to)
@@ -275,12 +275,12 @@ class TestPersonalState:
 
     def test_clients_do_not_see_each_other(self, tmp_path):
         context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-        self.save(Memory(context, 3, tmp_path), 1)
-        assert Memory(context, 4, tmp_path).recall(1) is None
+        self.save(ClientState(context, 3, tmp_path), 1)
+        assert ClientState(context, 4, tmp_path).load(1) is None
         assert not context.state  # no model in what Flower sends to a worker and back
 
     def test_it_survives_the_way_to_a_worker_and_back(self):
         context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-        self.save(Memory(context, 0), 7)
+        self.save(ClientState(context, 0), 7)
         context.state = over_the_wire(context.state)
-        assert self.recall(Memory(context, 0), 7) == 7
+        assert self.recall(ClientState(context, 0), 7) == 7

@@ -19,7 +19,7 @@ from ssfl_app.sparsity.layout import Layout, State, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.zerofl import ZeroFl, ZeroFlClient, sent_mask
-from ssfl_app.wire import Memory, Parcel
+from ssfl_app.wire import ClientState, Parcel
 from ssfl_app.workshop import Workshop, open_workshop
 from tests.in_process_grid import SMALL, Played, play, tamper
 
@@ -39,7 +39,7 @@ def run(**keys: Any) -> Played:
 def shop_and_rule(keys: Flat) -> tuple[Workshop, ZeroFlClient]:
     shop = open_workshop(merge(SMALL, {"strategy": "zerofl"}, keys))
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-    rule = shop.rule(0, Memory(context, 0))
+    rule = shop.rule(0, ClientState(context, 0))
     assert isinstance(rule, ZeroFlClient)
     return shop, rule
 
@@ -80,7 +80,7 @@ def test_one_step_by_hand() -> None:
                 output.register_hook(lambda slope: slopes.__setitem__(name, slope))
 
             hooks.append(layer.register_forward_hook(keep))
-    images = rule.site.train
+    images = rule.context.train
     loss = functional.cross_entropy(model(shop.data.transform.test(images.pixels)), images.labels)
     plain = dict(
         zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True)
@@ -124,7 +124,7 @@ def test_what_travels_in_each_way(uplink: str, monkeypatch: pytest.MonkeyPatch) 
     old, change = ((rng.integers(-512, 513, layout.size) / 256).astype(np.float32) for _ in range(2))
 
     def fit(self: ZeroFlClient, round_: int, *_: Any, **__: Any) -> float:
-        own = dict(self.site.model.named_parameters()) | originals(self.site.model)
+        own = dict(self.context.model.named_parameters()) | originals(self.context.model)
         for name, tensor in layout.unflatten(old + change).items():
             own[name].data.copy_(tensor)
         return 0.5
@@ -135,7 +135,7 @@ def test_what_travels_in_each_way(uplink: str, monkeypatch: pytest.MonkeyPatch) 
     assert mask.count == math.floor(0.3 * P)
     assert ranked[mask.alive].min() >= ranked[~mask.alive].max()
     sent = old + change if uplink == "top-weights" else change
-    assert np.array_equal(layout.flatten(state), np.where(mask.carried, sent, 0))
+    assert np.array_equal(layout.flatten(state), np.where(mask.transmitted, sent, 0))
 
 
 @pytest.mark.parametrize(
@@ -179,14 +179,14 @@ def test_the_fold_by_hand(uplink: str, wanted: list[float], used: list[float]) -
         arrays = Bitmask().encode(SMALLEST, state, Mask(SMALLEST, np.array(sent) != 0))
         replies.append(Reply(client, arrays, {}, samples))
     strategy.state = SMALLEST.unflatten(np.array([9, 9, 9, 9, 9, 9, 1], dtype=np.float32))
-    strategy.fold(1, iter(replies))
+    strategy.aggregate(1, iter(replies))
     assert SMALLEST.flatten(strategy.state).tolist() == wanted
     assert SMALLEST.flatten(strategy.model()).tolist() == used
     assert strategy.densities() == (4 / 6, 5 / 7)
     assert (
-        Dense().decode(strategy.send(2, 0).arrays, SMALLEST, strategy.mask_for(0))[0].keys() == strategy.state.keys()
+        Dense().decode(strategy.train_payload(2, 0).arrays, SMALLEST, strategy.mask_for(0))[0].keys() == strategy.state.keys()
     )
-    assert SMALLEST.flatten(strategy.state).tolist() == strategy.send(2, 0).arrays["values"].tolist()
+    assert SMALLEST.flatten(strategy.state).tolist() == strategy.train_payload(2, 0).arrays["values"].tolist()
 
 
 def server(keys: Flat) -> ZeroFl:
@@ -197,11 +197,11 @@ def server(keys: Flat) -> ZeroFl:
 def test_the_model_goes_down_whole_and_once_for_all() -> None:
     strategy = server({})
     strategy.state = SMALLEST.unflatten(np.arange(7, dtype=np.float32))
-    strategy.setup(lambda *_, **__: iter(()))
-    assert strategy.send(1, 0).arrays["values"].tolist() == list(range(7))
-    assert strategy.send(1, 0).arrays["values"] is strategy.deliver(1, 3).arrays["values"]
+    strategy.before_training(lambda *_, **__: iter(()))
+    assert strategy.train_payload(1, 0).arrays["values"].tolist() == list(range(7))
+    assert strategy.train_payload(1, 0).arrays["values"] is strategy.eval_payload(1, 3).arrays["values"]
     strategy.state = SMALLEST.unflatten(np.ones(7, dtype=np.float32))
-    assert strategy.send(2, 0).arrays["values"].tolist() == [1] * 7
+    assert strategy.train_payload(2, 0).arrays["values"].tolist() == [1] * 7
 
 
 @pytest.mark.parametrize("uplink", ["top-weights", "top-diff"])

@@ -29,7 +29,7 @@ from benchmarks.wan import measure
 from benchmarks.wan.federation import federation
 from benchmarks.wan.table import write_table
 from benchmarks.wan.topology import BURST, CONGESTION, QUEUE_MS, RATE_MBIT, ROOT, SERVER, SITES, WideArea, device
-from ssfl_app.engine.command import Command
+from ssfl_app.engine.command import RunArgs
 from ssfl_app.engine.federation import Federation
 from ssfl_app.engine.federation_run import run_on
 
@@ -78,7 +78,7 @@ def play(made: Federation, area: WideArea, case: tuple[str, str, float], measure
     logs = {made.folder / "nodes" / site.name / "node.log": number for number, site in enumerate(SITES)}
     first, counters, load = len(measure.read_packets(area.log)), interfaces(), os.getloadavg()
     with measure.Watch({**logs, out / "rounds.jsonl": None}) as watch:
-        run_on(made, Command(None, [keys], None, "deployment", out, None))
+        run_on(made, RunArgs(None, [keys], None, "deployment", out, None))
     time.sleep(1)  # the relay's log is written every tenth of a second
     packets = measure.read_packets(area.log, first)
     after, seen = interfaces(), measure.totals(packets, [s.name for s in SITES], 0, float("inf"))

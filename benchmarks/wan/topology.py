@@ -105,7 +105,7 @@ class WideArea:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> "WideArea":
-        self._lock = guard.take(Path(tempfile.gettempdir(), "ssfl-wan.lock"))
+        self._lock = guard.try_lock(Path(tempfile.gettempdir(), "ssfl-wan.lock"))
         if self._lock is None:
             raise RuntimeError("another measurement is going on; its namespaces have the same names")
         try:

@@ -18,7 +18,7 @@ from ssfl_app.engine.inline import InlineGrid
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import SCORE_TYPES, read_values
 from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Ask, Record
+from ssfl_app.strategies.course import Query, Record
 from ssfl_app.strategies.criteria import options_of
 from ssfl_app.strategies.fixed_mask import Ssfl
 from ssfl_app.strategies.post import Reply
@@ -36,7 +36,7 @@ DENSITIES = (0.5, 0.1, 0.05)
 class _Observed(Ssfl):
     """SSFL that also keeps the mean scores, at the densities that are compared."""
 
-    def find_mask(self, ask: Ask, *words: Any, **more: Any) -> Mask:
+    def find_mask(self, ask: Query, *words: Any, **more: Any) -> Mask:
         """Find the mask, and take the mean of the replies a second time."""
         kind, size = options_of(self.settings).score_values, self.layout.prunable_size
         mean = WeightedMean(size)
@@ -78,7 +78,7 @@ def measure(data: str, model: str, clients: int) -> dict[str, Any]:
         flat = merge(read_overrides([keys]))
         workshop, began, watch = open_workshop(flat), time.monotonic(), _Watch()
         strategy = _Observed(workshop.layout, parse(flat).settings)
-        strategy.watch = watch
+        strategy.callback = watch
         grid = InlineGrid(client_app.app, flat, {1000 + i: i for i in range(clients)})
         strategy.start(grid, ArrayRecord(workshop.initial_state()), num_rounds=0)
         scores[kind] = strategy.scores

@@ -119,7 +119,7 @@ def _theirs(workshop: Workshop, state: State, mask: Mask, python: Path, folder: 
             for name, span in layout.spans.items():
                 places = bits[name] if way == "alive values" and name in bits else slice(None)
                 flat[span][places] = found[f"{step}/{name}"].reshape(-1)
-            flat[~mask.carried] = 0
+            flat[~mask.transmitted] = 0
             size, encode, decode = (float(x) for x in found[str(step)])
             accuracy = _accuracy(workshop, layout.unflatten(flat))
             row = {"way": f"NNCodec, {way}, qp {step}", "bytes": int(size), "encode": encode, "decode": decode}

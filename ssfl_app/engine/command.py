@@ -19,7 +19,7 @@ ENGINES = ("ray", "inline")
 
 
 @dataclass(frozen=True)
-class Command:
+class RunArgs:
     """The words of `ssfl run`; `engine` is one of `ENGINES`, or "deployment" for `ssfl federation run`."""
 
     file: Path | None
@@ -36,7 +36,7 @@ def check_engine(name: str) -> None:
         raise ConfigError(f"--engine is {name!r}; it is one of {', '.join(ENGINES)}")
 
 
-def run_command(words: Command) -> None:
+def run_command(words: RunArgs) -> None:
     """Run, or raise ConfigError before anything was written; exit with 1 if the run fails."""
     check_engine(words.engine)
     if words.engine == "inline":
@@ -49,10 +49,10 @@ def run_command(words: Command) -> None:
             run_inline(server_app.app, client_app.app, config.flat)
     else:
         from ssfl_app.engine.launch import Launch
-        from ssfl_app.engine.order import order
+        from ssfl_app.engine.order import prepare_run
 
         with Launch() as launch:
-            checked = order(words)
+            checked = prepare_run(words)
             with telling(checked.folder, "run", "--engine", words.engine):
                 launch.play(checked, tell)
 

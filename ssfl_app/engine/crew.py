@@ -24,12 +24,12 @@ SERVER = 1
 """The node id that messages of the inline engine come from."""
 
 
-def identify() -> None:
+def set_task_identity() -> None:
     """Be a task of Flower's: it keeps the identity in a process-wide place, which the message constructor reads."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER
 
 
-def answered(app: Callable[[Message, Context], Message], message: Message, context: Context) -> Message:
+def call_client_app(app: Callable[[Message, Context], Message], message: Message, context: Context) -> Message:
     """Return the answer to a message, or as Flower does, an error reply for whatever the app raises."""
     try:
         return app(message, context)
@@ -100,10 +100,10 @@ def _work(app: ClientApp, connection: Connection, ours: list[Connection]) -> Non
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends this
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    identify()
+    set_task_identity()
     while True:
         try:
             message, context = connection.recv()
         except EOFError:
             return
-        connection.send((answered(app, message, context), context.state))
+        connection.send((call_client_app(app, message, context), context.state))

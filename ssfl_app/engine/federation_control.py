@@ -88,7 +88,7 @@ def is_up(federation: Federation) -> bool:
     """Return whether somebody keeps the federation's processes alive."""
     if not federation.folder.exists():
         return False
-    lock = guard.take(federation.lock)
+    lock = guard.try_lock(federation.lock)
     if lock is not None:
         lock.close()
     return lock is None

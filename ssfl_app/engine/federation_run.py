@@ -14,7 +14,7 @@ from pathlib import Path
 from ssfl_app import config as configuration
 from ssfl_app import guard
 from ssfl_app.config import Config, write_toml
-from ssfl_app.engine.command import Command, telling
+from ssfl_app.engine.command import RunArgs, telling
 from ssfl_app.engine.federation import CONNECTION, Federation
 from ssfl_app.engine.federation_control import control, is_up
 from ssfl_app.engine.federation_status import services
@@ -30,7 +30,7 @@ _LEFT_ALONE = 30.0
 """Seconds that a ServerApp gets to end after Flower's command did."""
 
 
-def run_on(federation: Federation, command: Command) -> None:
+def run_on(federation: Federation, command: RunArgs) -> None:
     """Run, or raise ConfigError before anything was written; exit with 1 if the run fails.
 
     Without run.clients in the configuration the clients are all nodes, and with fewer of them than run.cohort all of
@@ -46,7 +46,7 @@ def run_on(federation: Federation, command: Command) -> None:
         _launch(federation, config, tell)
 
 
-def _sizes(federation: Federation, command: Command) -> list[str]:
+def _sizes(federation: Federation, command: RunArgs) -> list[str]:
     """Return run.clients and run.cohort as overrides, where the command does not set them."""
     given = configuration.read_file(command.file) if command.file else {}
     given |= configuration.read_overrides(command.overrides)
@@ -81,7 +81,7 @@ def _wait_for_the_end(folder: Path) -> None:
     """Wait until nobody writes to the run folder: Flower's command ends early if the SuperLink goes away."""
     end = time.monotonic() + _LEFT_ALONE
     while read_status(folder).get("status") == "running" and time.monotonic() < end:
-        lock = guard.take(folder / ".lock")
+        lock = guard.try_lock(folder / ".lock")
         if lock is not None:
             lock.close()
             return

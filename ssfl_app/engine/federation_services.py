@@ -138,7 +138,7 @@ def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -
         The SuperLink or its front does not start.
     """
     first, front = superlink_service(federation), front_service(federation, check_host(bind, "--bind"))
-    lock = guard.take(federation.lock)
+    lock = guard.try_lock(federation.lock)
     if lock is None:
         raise ConfigError(f"--dir is {federation.folder}; its federation is up already")
     keeper = Keeper(federation.state)

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
 from ssfl_app.config import Config, Flat, parse
-from ssfl_app.engine.crew import SERVER, answered, crew, identify
+from ssfl_app.engine.crew import SERVER, call_client_app, crew, set_task_identity
 from ssfl_app.guard import naming_memory
 from ssfl_app.local.place import SIMULATED
 from ssfl_app.text import tell
@@ -86,7 +86,7 @@ class InlineGrid(Grid):
         self._nodes = {node: Lock() for node in nodes}
         self._waiting: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=1)
-        identify()
+        set_task_identity()
 
     def set_run(self, run: Run) -> None:
         """Use this run."""
@@ -156,7 +156,7 @@ class InlineGrid(Grid):
             return self._answer(message)
 
     def _answer(self, message: Message) -> Message:
-        return answered(self._app, message, self._contexts[message.metadata.dst_node_id])
+        return call_client_app(self._app, message, self._contexts[message.metadata.dst_node_id])
 
 
 def run_inline(server: ServerApp, client: ClientApp, config: Flat) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ssfl_app import guard
 from ssfl_app.engine.flower_app import copy_app, follow, judge
-from ssfl_app.engine.order import Order
+from ssfl_app.engine.order import PreparedRun
 from ssfl_app.engine.processes import environment, free_port, kill_families, short_folder, spawn, wait_until_healthy
 from ssfl_app.files import app_folder
 
@@ -50,7 +50,7 @@ class Launch:
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "Launch":
-        self._held.enter_context(guard.hold(Path(self._variables[guard.LAUNCHER])))
+        self._held.enter_context(guard.locked(Path(self._variables[guard.LAUNCHER])))
         superlink = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
         superlink += ["--host", "127.0.0.1", "--port", self._address.rpartition(":")[2]]
         self._superlink = spawn(superlink, self._home, self._variables, self._log)
@@ -68,7 +68,7 @@ class Launch:
         self._held.close()
         self._work.cleanup()
 
-    def play(self, run: Order, say: Callable[[str], None]) -> None:
+    def play(self, run: PreparedRun, say: Callable[[str], None]) -> None:
         """Run it and wait for its end.
 
         Raises
@@ -95,7 +95,7 @@ class Launch:
         judge(run.folder, log, begin)
 
 
-def _flwr_run(run: Order, app: Path, overrides: Path) -> list[str]:
+def _flwr_run(run: PreparedRun, app: Path, overrides: Path) -> list[str]:
     federation = (
         f"num-supernodes={run.nodes} client-resources-num-cpus=1 client-resources-num-gpus={run.gpu} "
         f"init-args-num-cpus={run.actors} init-args-log-to-driver=false"
@@ -136,7 +136,7 @@ def _actors() -> dict[str, str]:
     return {"RAY_prestart_worker_first_driver": "0", "RAY_preload_python_modules": "ssfl_app.client_app"}
 
 
-def _object_store(run: Order) -> dict[str, str]:
+def _object_store(run: PreparedRun) -> dict[str, str]:
     # A message and a reply for every actor. By default Ray takes 30 % of the machine and, while there is room, puts
     # each object at another address; all of it then counts as memory of the server's process.
     size = max(SMALLEST_STORE, 2 * run.actors * run.model_bytes)

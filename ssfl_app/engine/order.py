@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssfl_app.engine.command import Command
+from ssfl_app.engine.command import RunArgs
 from ssfl_app.options import ConfigError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Order:
+class PreparedRun:
     """A run that was checked, and whose folder is ready.
 
     Attributes
@@ -49,7 +49,7 @@ class Order:
     toml: str
 
 
-def order(words: Command) -> Order:
+def prepare_run(words: RunArgs) -> PreparedRun:
     """Resolve and check a command line in a process of its own, and make the run folder ready.
 
     Raises
@@ -69,21 +69,21 @@ def order(words: Command) -> Order:
     finally:
         process.kill()
         process.join()
-    if isinstance(found, Order):
+    if isinstance(found, PreparedRun):
         return found
     raise found
 
 
-def _answer(words: Command, there: Connection) -> None:
+def _answer(words: RunArgs, there: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher, which ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        there.send(_order(words))
+        there.send(_prepare(words))
     except (ConfigError, OSError) as error:
         there.send(ConfigError(str(error)))  # of this very class: others need not survive the way
 
 
-def _order(words: Command) -> Order:
+def _prepare(words: RunArgs) -> PreparedRun:
     from ssfl_app.config import write_toml
     from ssfl_app.engine.resolve import make_ready, resolve
     from ssfl_app.workshop import gpu_notes
@@ -91,7 +91,7 @@ def _order(words: Command) -> Order:
     config, layout = resolve(words)
     folder = make_ready(config, layout)
     actors, gpu = plan(config)
-    return Order(
+    return PreparedRun(
         folder=folder,
         nodes=config.settings.run.clients,
         threads=config.engine.threads,

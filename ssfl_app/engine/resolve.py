@@ -8,7 +8,7 @@ import tomli_w
 
 from ssfl_app import config as configuration
 from ssfl_app.config import Config, Flat
-from ssfl_app.engine.command import ENGINES, Command
+from ssfl_app.engine.command import ENGINES, RunArgs
 from ssfl_app.options import ConfigError
 from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import check_free, claim, default_folder
@@ -36,7 +36,7 @@ def make_ready(config: Config, layout: Layout) -> Path:
     return folder
 
 
-def resolve(words: Command) -> tuple[Config, Layout]:
+def resolve(words: RunArgs) -> tuple[Config, Layout]:
     """Return the checked configuration of a command line, with `run.out` absolute, and its model's layout.
 
     Raises
@@ -105,7 +105,7 @@ def _resumed(given: Flat, folder: Path) -> Flat:
             f"--resume is {folder}; its config.toml was written by another version: it lacks {', '.join(lacking)}. "
             f"To go on as by default, add {_lines(lacking)}"
         )
-    clash = configuration.difference({key: known[key] for key in given}, theirs)
+    clash = configuration.first_clash({key: known[key] for key in given}, theirs)
     if clash is not None:
         raise ConfigError(f"--resume is {folder}; {clash}")
     if "run.out" in given:

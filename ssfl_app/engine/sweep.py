@@ -14,7 +14,7 @@ from pathlib import Path
 from ssfl_app import guard
 from ssfl_app.engine.command import check_engine
 from ssfl_app.engine.jobs import Job, check_all, old_reason, reason, start, state, stop
-from ssfl_app.engine.sweep_plan import Plan, Planned, read_plan
+from ssfl_app.engine.sweep_plan import SweepSpec, Planned, read_plan
 from ssfl_app.files import write_bytes, write_json
 from ssfl_app.options import ConfigError
 from ssfl_app.results.compare import Entry, as_json, tables
@@ -28,7 +28,7 @@ from ssfl_app.workshop import find_device
 
 
 @dataclass(frozen=True)
-class Sweep:
+class CompareArgs:
     """The words of `ssfl compare`."""
 
     files: list[Path]
@@ -39,7 +39,7 @@ class Sweep:
     report_only: bool
 
 
-def run_sweep(sweep: Sweep, say: Callable[[str], None]) -> None:
+def run_sweep(sweep: CompareArgs, say: Callable[[str], None]) -> None:
     """Play what is missing and write the comparison; exit with 1 if a run failed, or on Ctrl-C.
 
     Raises
@@ -87,7 +87,7 @@ def play(runs: Sequence[Planned], folder: Path, engine: str, jobs: int, say: Cal
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     done, failed, running = len(runs) - len(waiting), dict[str, str](), list[Job]()
     say(f"{done} of {len(runs)} runs are finished already: {folder}")
-    lock = guard.take(folder / ".lock")
+    lock = guard.try_lock(folder / ".lock")
     if lock is None:
         raise ConfigError(f"--out is {folder}; it is a folder that no other `ssfl compare` is writing to")
     with lock, tempfile.TemporaryDirectory(prefix="ssfl-") as work:
@@ -138,7 +138,7 @@ def read_entry(run: Planned, folder: Path, why: str = "") -> Entry:
 
 
 def write_comparison(
-    entries: Sequence[Entry], plan: Plan, folder: Path, title: str, say: Callable[[str], None]
+    entries: Sequence[Entry], plan: SweepSpec, folder: Path, title: str, say: Callable[[str], None]
 ) -> str:
     """Write comparison.md, comparison.png and comparison.json; return the Markdown text."""
     made = tables(entries, plan.axes, plan.baseline)

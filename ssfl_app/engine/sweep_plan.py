@@ -36,7 +36,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepSpec:
     """All runs of a comparison, the keys that tell its tables apart, and the strategy that rows are compared with."""
 
     runs: list[Planned]
@@ -44,7 +44,7 @@ class Plan:
     baseline: str
 
 
-def read_plan(files: Sequence[Path], overrides: Iterable[str]) -> Plan:
+def read_plan(files: Sequence[Path], overrides: Iterable[str]) -> SweepSpec:
     """Return the plan of sweep files, pooled; a run that several of them ask for is one run.
 
     Raises
@@ -72,7 +72,7 @@ def read_plan(files: Sequence[Path], overrides: Iterable[str]) -> Plan:
         said = ", ".join(f"{name!r} in {path}" for name, path in baselines.items())
         raise ConfigError(f"compare.baseline is {said}; it is one strategy for all files")
     pooled = list(runs.values())
-    return Plan(pooled, _axes(pooled, axes), next(iter(baselines), "ssfl"))
+    return SweepSpec(pooled, _axes(pooled, axes), next(iter(baselines), "ssfl"))
 
 
 def difference(run: Planned, theirs: Mapping[str, Any]) -> str | None:
@@ -80,12 +80,12 @@ def difference(run: Planned, theirs: Mapping[str, Any]) -> str | None:
 
     Keys that this strategy does not look at are left out: options of other strategies, and mask.density if dense.
     """
-    return configuration.difference(_matters(run), theirs)
+    return configuration.first_clash(_matters(run), theirs)
 
 
 def _matters(run: Planned) -> Flat:
-    rooms = {room for strategy in REGISTRY.values() for room in strategy.rooms}
-    foreign = rooms - set(REGISTRY[str(run.flat["strategy"])].rooms)
+    rooms = {room for strategy in REGISTRY.values() for room in strategy.sections}
+    foreign = rooms - set(REGISTRY[str(run.flat["strategy"])].sections)
     unseen = ("mask.density",) if run.dense else ()
     return {k: v for k, v in run.flat.items() if k.partition(".")[0] not in foreign and k not in unseen}
 

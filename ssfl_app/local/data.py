@@ -15,7 +15,7 @@ import torch
 
 from ssfl_app.local.holdings import CLASS_NAME, Holding, odd_name
 from ssfl_app.local.image_cache import Raw, Wanted
-from ssfl_app.local.sources import OWN, READERS, own, unseen
+from ssfl_app.local.sources import OWN, READERS, read_site_data, unseen
 from ssfl_app.local.transform import Transform as Transform
 from ssfl_app.options import ConfigError, anything, at_least, choice, option
 
@@ -157,7 +157,7 @@ def load(options: DataOptions) -> DataSet:
         The data is not there or cannot be read; the message names ``data.path`` and what is allowed.
     """
     if options.name in OWN:
-        return _data_set(options, own(options.name, options.path, options.image_size, Wanted(options.label_column)))
+        return _data_set(options, read_site_data(options.name, options.path, options.image_size, Wanted(options.label_column)))
     return _data_set(options, READERS[options.name](options.path, options.download, options.image_size))
 
 
@@ -172,7 +172,7 @@ def load_own(options: DataOptions, path: str) -> DataSet:
         The data cannot be read, or hold a class that `options.classes` does not name.
     """
     wanted = Wanted(options.label_column, options.named, options.channels)
-    return _data_set(options, own(options.name, path, options.image_size, wanted))
+    return _data_set(options, read_site_data(options.name, path, options.image_size, wanted))
 
 
 def load_central(options: DataOptions) -> DataSet:
@@ -187,7 +187,7 @@ def load_central(options: DataOptions) -> DataSet:
     """
     if options.path:
         wanted = Wanted(options.label_column, options.named, options.channels, test_only=True)
-        return _data_set(options, own(options.name, options.path, options.image_size, wanted))
+        return _data_set(options, read_site_data(options.name, options.path, options.image_size, wanted))
     return _data_set(options, unseen(options.named, options.channels, options.image_size))
 
 

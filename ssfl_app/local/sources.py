@@ -157,7 +157,7 @@ def _own_folder(path: str, root: Path, image_size: int, wanted: Wanted) -> Raw:
     return replace(raw, notes=(*left_out(left), *raw.notes))
 
 
-def own(name: str, path: str, image_size: int, wanted: Wanted) -> Raw:
+def read_site_data(name: str, path: str, image_size: int, wanted: Wanted) -> Raw:
     """Read a user's own files, in one of the formats `OWN`; mean and std are measured.
 
     parquet: see `ssfl_app.local.parquet`. folder: <path>/train/<class>/* and <path>/test/<class>/* (or val).

@@ -145,7 +145,7 @@ def bfloat16(wanted: bool) -> AbstractContextManager[object]:
     return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if wanted else nullcontext()
 
 
-def settle(precision: str) -> None:
+def set_precision(precision: str) -> None:
     """Set how this process's GPU multiplies float32: "fp32" as IEEE has it, else TF32; and the same bits each time.
 
     Torch allows TF32 in convolutions unless told otherwise, and algorithms of cuDNN whose sums have no order.
@@ -155,7 +155,7 @@ def settle(precision: str) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
-def unchanged(model: nn.Module) -> bool:
+def has_plain_forward(model: nn.Module) -> bool:
     """Return whether a model computes as its class says, with all parameters training.
 
     Inside the contexts of `ssfl_app.local.reparam`, and under hooks of anyone, it does not.

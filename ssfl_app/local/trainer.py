@@ -15,7 +15,7 @@ from ssfl_app.local.gpu import EVALUATION_BATCH, wait_for
 from ssfl_app.local.reparam import originals
 from ssfl_app.local.steps import LocalOptions as LocalOptions
 from ssfl_app.local.steps import Optimizer as Optimizer
-from ssfl_app.local.steps import PlainStep, Step, settle, unchanged
+from ssfl_app.local.steps import PlainStep, Step, set_precision, has_plain_forward
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
 
@@ -130,7 +130,7 @@ class LocalTrainer:
     ) -> Step:
         special = penalty is not None or after_step is not None or optimizer is not None
         half = self.precision == "bf16" and self.device.type == "cuda"
-        usual = (half or self.steps != "plain") and unchanged(model)
+        usual = (half or self.steps != "plain") and has_plain_forward(model)
         autocast = half and usual
         if special or not usual or self.steps == "plain":
             return PlainStep(
@@ -172,7 +172,7 @@ class LocalTrainer:
     def _here(self, data: Images) -> Images:
         """Return the images on the device, which from now on computes as `precision` says."""
         if self.device.type == "cuda":
-            settle(self.precision)
+            set_precision(self.precision)
         return data.to(self.device)
 
     def gradient(self, model: nn.Module, data: Images, temperature: float = 1.0) -> State:
@@ -184,7 +184,7 @@ class LocalTrainer:
         data = self._here(data)
         self.passes += len(data)
         weights = originals(model)
-        with _left_alone(model):
+        with _preserve_buffers(model):
             loss = self._loss(model, self.transform.test(data.pixels), data.labels, temperature)
             gradients = torch.autograd.grad(loss, list(weights.values()))
             wait_for(self.device)
@@ -205,7 +205,7 @@ class LocalTrainer:
         data = self._here(data)
         self.passes += 2 * len(data)
         weights = originals(model)
-        with _left_alone(model):
+        with _preserve_buffers(model):
             loss = self._loss(model, self.transform.test(data.pixels), data.labels, temperature)
             slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
             along = [(g * direction[n].to(g)).sum() for n, g in zip(weights, slopes, strict=True)]
@@ -254,7 +254,7 @@ def batch_sizes(count: int, size: int, fewest: int = 1) -> list[int]:
 
 
 @contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
+def _preserve_buffers(model: nn.Module) -> Iterator[None]:
     """In training mode inside; mode and buffers as before afterwards."""
     training, buffers = model.training, {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 
-from ssfl_app.plugin.seen import NOTHING, Seen
+from ssfl_app.plugin.seen import NOTHING, TensorReport
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.wire import Facts
@@ -17,7 +17,7 @@ MOST = 2**40
 
 
 @dataclass(frozen=True)
-class Answer:
+class CheckedReply:
     """A checked answer of one node.
 
     `values` is float32: carried values of training, scores of a question, empty for an evaluation. `records` are the
@@ -31,9 +31,9 @@ class Answer:
     metrics_name: str
     facts: Facts
     message: Message | None
-    seen: Seen = NOTHING
+    seen: TensorReport = NOTHING
 
-    def numbers(self) -> "Answer":
+    def numbers(self) -> "CheckedReply":
         """Return the answer without its arrays, which are a model's size."""
         return replace(self, values=np.zeros(0, dtype=np.float32), message=None)
 

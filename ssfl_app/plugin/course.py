@@ -39,7 +39,7 @@ class Course:
         self._strategy, self._grid, self._configs, self._evaluate_fn = strategy, grid, configs, evaluate_fn
         self._result = Result()
 
-    def play(self, initial_arrays: ArrayRecord, num_rounds: int) -> Result:
+    def run(self, initial_arrays: ArrayRecord, num_rounds: int) -> Result:
         """Play round 0, which is discovery, and all others.
 
         Raises
@@ -88,7 +88,7 @@ class Course:
             )
         strategy.model = sheet.narrowed(strategy.model, strategy.mail.sheet)
         strategy.mail.sheet, strategy.mail.mask = sheet, mask
-        strategy.model[~mask.carried] = 0
+        strategy.model[~mask.transmitted] = 0
         record["seconds"] = time.monotonic() - start
         log(INFO, "\t└──> %s of %s prunable weights stay alive", mask.count, mask.alive.size)
 
@@ -98,7 +98,7 @@ class Course:
         messages = list(strategy.configure_train(round_, model, self._configs[0], self._grid))
         if messages:
             log(INFO, "configure_train: Sampled %s nodes", len(messages))
-        replies = mail.carry(self._grid, messages, 4 * int(np.count_nonzero(mail.mask.carried)))
+        replies = mail.exchange(self._grid, messages, 4 * int(np.count_nonzero(mail.mask.transmitted)))
         arrays, metrics = strategy.aggregate_train(round_, self._heard("aggregate_train", replies))
         if messages:
             mail.log_failures("aggregate_train")
@@ -114,7 +114,7 @@ class Course:
             "bytes_train_up": outcome.up,
             "bytes_mask_down": outcome.mask_down,
             "density": mask.density,
-            "density_all": int(np.count_nonzero(mask.carried)) / mask.carried.size,
+            "density_all": int(np.count_nonzero(mask.transmitted)) / mask.transmitted.size,
         }
 
     def _evaluate(self, round_: int) -> Record:
@@ -124,7 +124,7 @@ class Course:
         if not messages:
             return {"bytes_evaluate_down": 0}
         log(INFO, "configure_evaluate: Sampled %s nodes", len(messages))
-        replies = self._heard("aggregate_evaluate", mail.carry(self._grid, messages, 0))
+        replies = self._heard("aggregate_evaluate", mail.exchange(self._grid, messages, 0))
         metrics = strategy.aggregate_evaluate(round_, replies)
         mail.log_failures("aggregate_evaluate")
         self._note(metrics, self._result.evaluate_metrics_clientapp, round_)

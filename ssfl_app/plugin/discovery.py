@@ -18,13 +18,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from ssfl_app.guard import RunFailed
-from ssfl_app.plugin.answer import Answer
+from ssfl_app.plugin.answer import CheckedReply
 from ssfl_app.plugin.folding import PositionalMean
 from ssfl_app.plugin.inner import is_robust, scores_by
-from ssfl_app.plugin.mail import Mail
+from ssfl_app.plugin.mail import Messenger
 from ssfl_app.plugin.question import starts_at_zero
-from ssfl_app.plugin.ranking import Wanted, top, unscorable, within
-from ssfl_app.plugin.seen import Kind, Seen, Ties
+from ssfl_app.plugin.ranking import MaskRule, top, unscorable, within
+from ssfl_app.plugin.seen import TensorKind, TensorReport, Ties
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.robust import normalised
 from ssfl_app.sparsity.layout import Layout, Vector
@@ -60,13 +60,13 @@ class Discovery:
             raise ValueError(f"saliency_share is {self.share}; it is a fraction in (0, 1]")
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> MaskRule:
         """How many weights are kept."""
-        return Wanted(self.density, self.scope, self.min_per_layer)
+        return MaskRule(self.density, self.scope, self.min_per_layer)
 
     def find(
         self,
-        mail: Mail,
+        mail: Messenger,
         grid: Grid,
         nodes: list[int],
         model: Vector,
@@ -93,11 +93,11 @@ class Discovery:
             The density keeps nothing.
         """
         layout = mail.sheet.layout
-        means, said, by = dict[Ties, PositionalMean](), dict[int, Seen](), dict[int, str]()
-        answers: list[Answer] | None = [] if inner is not None and is_robust(inner) else None
+        means, said, by = dict[Ties, PositionalMean](), dict[int, TensorReport](), dict[int, str]()
+        answers: list[CheckedReply] | None = [] if inner is not None and is_robust(inner) else None
         asked: Facts = {"batches": self.batches, "weighting": self.weighting}
-        messages = mail.write("saliency", 0, nodes, model, config, asked)
-        for answer in mail.open(mail.carry(grid, messages, 4 * layout.prunable_size)):
+        messages = mail.build_messages("saliency", 0, nodes, model, config, asked)
+        for answer in mail.accepted_replies(mail.exchange(grid, messages, 4 * layout.prunable_size)):
             if not answer.values.any():
                 continue
             if answers is None:
@@ -149,7 +149,7 @@ class Discovery:
         _tell(sheet, mask, record)
         return sheet, mask
 
-    def _dense(self, layout: Layout, said: Mapping[int, Seen]) -> dict[str, str]:
+    def _dense(self, layout: Layout, said: Mapping[int, TensorReport]) -> dict[str, str]:
         """Return which tensors most clients call no weights, and what they are.
 
         Raises
@@ -159,13 +159,13 @@ class Discovery:
         """
         told = Counter((name, kind) for seen in said.values() for name, kind in seen.kinds.items())
         kinds = {name: kind for (name, kind), count in sorted(told.items()) if 2 * count > len(said)}
-        if self.named and (still := [name for name, kind in kinds.items() if kind == Kind.UNTRAINED]):
+        if self.named and (still := [name for name, kind in kinds.items() if kind == TensorKind.UNTRAINED]):
             raise RunFailed(f"prunable names {still}, which no client trains; leave them out")
         return {} if self.named else {name: _WORDS[kinds[name]] for name in layout.prunable if name in kinds}
 
 
 _ZERO = "it starts at 0 and no gradient reaches it"
-_WORDS = {Kind.UNTRAINED: "no client trains it", Kind.NORM: "it belongs to a norm"}
+_WORDS = {TensorKind.UNTRAINED: "no client trains it", TensorKind.NORM: "it belongs to a norm"}
 _MOST = 8
 """Names in a line of the log."""
 OPINIONS = 8
@@ -174,7 +174,7 @@ _LARGE = 0.05
 """Share of all coordinates from which on a matrix that stays dense is worth a warning."""
 
 
-def _usual_ties(said: Mapping[int, Seen], mail: Mail) -> Ties:
+def _usual_ties(said: Mapping[int, TensorReport], mail: Messenger) -> Ties:
     """Return what most clients say about tied tensors, and refuse the others; of equally many it is who says less.
 
     Parameters
@@ -206,7 +206,7 @@ def _pairs(ties: Ties) -> str:
     return _listed([f"{name} to {first}" for name, first in ties]) if ties else "nothing"
 
 
-def _comparable(answer: Answer, layout: Layout, model: Vector) -> Answer:
+def _comparable(answer: CheckedReply, layout: Layout, model: Vector) -> CheckedReply:
     """Return an answer whose tensors of zeros weigh as much as their size: |g| is louder than |g * w|."""
     zero = starts_at_zero(layout, model)
     if not zero:
@@ -248,7 +248,7 @@ def _cause(layout: Layout, model: Vector) -> str:
 def _tell(sheet: Sheet, mask: Mask, record: Mapping[str, Any]) -> None:
     """Log what is special about this mask, and warn of what a user may not want."""
     layout = sheet.layout
-    share = np.count_nonzero(mask.carried) / max(1, mask.carried.size)
+    share = np.count_nonzero(mask.transmitted) / max(1, mask.transmitted.size)
     log(INFO, "\t> %.1f %% of all coordinates travel", 100 * share)
     if ties := record["ties"]:
         log(INFO, "\t> tied, and masked as one: %s", _pairs(tuple(ties.items())))

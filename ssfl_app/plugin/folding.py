@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import MetricRecord, RecordDict
 
 from ssfl_app.aggregate import MAX_WEIGHT, WeightedMean
-from ssfl_app.plugin.answer import Answer
+from ssfl_app.plugin.answer import CheckedReply
 from ssfl_app.sparsity.layout import Vector
 
 _FRACTION = -1  # the digit behind the point
@@ -76,7 +76,7 @@ class PositionalMean:
         return np.asarray(sum(parts, np.zeros(self._size)), dtype=np.float32)
 
 
-def common_metrics(answers: Iterable[Answer]) -> tuple[list[RecordDict], dict[int, str]]:
+def common_metrics(answers: Iterable[CheckedReply]) -> tuple[list[RecordDict], dict[int, str]]:
     """Return the users' records of all answers, by node id, with the usual metrics, and who tells odd ones and why.
 
     Flower's means take for granted that all replies tell the same metrics, and fail or mix them up otherwise. Usual

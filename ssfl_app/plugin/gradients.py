@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ssfl_app.plugin.seen import place_of
+from ssfl_app.plugin.seen import storage_key
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
 
@@ -161,7 +161,7 @@ def _matched(
         averaged = {key: t for key, t in state.items() if t.is_floating_point() or t.is_complex()}
         firsts: dict[tuple[Any, ...], str] = {}
         for key, tensor in averaged.items():
-            firsts.setdefault((*place_of(tensor), tensor.shape), key)
+            firsts.setdefault((*storage_key(tensor), tensor.shape), key)
         for keys in (list(averaged), list(firsts.values())):
             if len(keys) == len(shapes):
                 pairs = zip(shapes, keys, strict=True)

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from ssfl_app.guard import RunFailed
-from ssfl_app.plugin.answer import Answer
+from ssfl_app.plugin.answer import CheckedReply
 from ssfl_app.plugin.folding import common_metrics
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.robust import Rows, median, normalised
@@ -80,7 +80,7 @@ class AsModel:
 
     def values(self, arrays: ArrayRecord) -> Vector:
         """Return the carried values of a whole model; what became of dead weights and of fixed arrays is dropped."""
-        return self.sheet.flatten(arrays, fixed_too=False)[self.mask.carried]
+        return self.sheet.flatten(arrays, fixed_too=False)[self.mask.transmitted]
 
 
 def told_by(
@@ -116,7 +116,7 @@ def told_by(
 
 
 def aggregate_by(
-    inner: FedAvg, server_round: int, answers: Sequence[Answer], form: Form
+    inner: FedAvg, server_round: int, answers: Sequence[CheckedReply], form: Form
 ) -> tuple[Vector | None, MetricRecord | None]:
     """Return what `inner` makes of the answers: the new vector of carried values, and metrics.
 
@@ -147,7 +147,7 @@ def is_robust(inner: FedAvg) -> bool:
     return type(inner).aggregate_train is not FedAvg.aggregate_train and not hasattr(inner, "current_arrays")
 
 
-def scores_by(inner: FedAvg, answers: Sequence[Answer], size: int) -> tuple[Vector, str]:
+def scores_by(inner: FedAvg, answers: Sequence[CheckedReply], size: int) -> tuple[Vector, str]:
     """Return what a robust strategy makes of scores, and how: its name, or "median" where it cannot.
 
     Each client's scores are divided by their sum first (`normalised`), so that Krum's distances are not about how
@@ -178,12 +178,12 @@ def scores_by(inner: FedAvg, answers: Sequence[Answer], size: int) -> tuple[Vect
     return median(rows), "median"
 
 
-def evaluate_by(inner: FedAvg, server_round: int, answers: Sequence[Answer]) -> MetricRecord | None:
+def evaluate_by(inner: FedAvg, server_round: int, answers: Sequence[CheckedReply]) -> MetricRecord | None:
     """Return what `inner` makes of the metrics of an evaluation."""
     return inner.aggregate_evaluate(server_round, _replies(answers, None, None))
 
 
-def _replies(answers: Sequence[Answer], arrays_key: str | None, form: Form | None) -> list[Message]:
+def _replies(answers: Sequence[CheckedReply], arrays_key: str | None, form: Form | None) -> list[Message]:
     """Return the answers as Flower's strategies expect replies, by node id."""
     messages = []
     ordered = sorted(answers, key=lambda answer: answer.node)

@@ -17,10 +17,10 @@ from flwr.serverapp import Grid
 
 from ssfl_app.exchange import Courier, Outcome
 from ssfl_app.guard import RunFailed
-from ssfl_app.plugin.answer import MOST, Answer, metrics_of, weight_of
+from ssfl_app.plugin.answer import MOST, CheckedReply, metrics_of, weight_of
 from ssfl_app.plugin.legacy import only
 from ssfl_app.plugin.mod import REPLY, SCORED_BY, TAKEN
-from ssfl_app.plugin.seen import NOTHING, Seen
+from ssfl_app.plugin.seen import NOTHING, TensorReport
 from ssfl_app.plugin.sheet import Sheet, Untied
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
@@ -47,7 +47,7 @@ ONCE = ("mask", "sheet", "fixed")
 """Arrays that go down once per node; their bytes are counted apart."""
 
 
-class Mail:
+class Messenger:
     """Writes messages to nodes, carries them, and opens the replies one at a time.
 
     Parameters
@@ -87,13 +87,13 @@ class Mail:
         self._once: Arrays = {}
         self._config: dict[str, Any] = {}
         self._asked = 0
-        self._decoded: dict[str, Answer] = {}  # message id -> what was read of a reply that `decoded` rewrote
+        self._decoded: dict[str, CheckedReply] = {}  # message id -> what was read of a reply that `decoded` rewrote
         self._changed_by = ""  # the user's method that got what was read
         self._model: Vector | None = None  # that a question is about
 
     # ---- out ---------------------------------------------------------------------------------
 
-    def write(
+    def build_messages(
         self, kind: Kind, round_: int, nodes: Iterable[int], model: Vector, config: Mapping[str, Any], facts: Facts
     ) -> list[Message]:
         """Return one message per node.
@@ -116,7 +116,7 @@ class Mail:
         self._kind, self._packer, self._config = kind, Packer(), dict(config)  # the user's own may change later
         self._model = model if kind == "saliency" else None
         self._letter = Parcel(
-            freeze(write_values(model[mask.carried], values)), {**told, "weight-key": self._weight_key, **facts}
+            freeze(write_values(model[mask.transmitted], values)), {**told, "weight-key": self._weight_key, **facts}
         )
         bitmap = {} if mask.count == mask.alive.size else {"mask": mask.packed()}  # everybody knows the dense one
         self._once = freeze({**bitmap, **self.sheet.written()})
@@ -130,7 +130,7 @@ class Mail:
         kind = "evaluate" if self._kind == "evaluate" else "train"
         return Message(record, node, kind, ttl=self._timeout, group_id=str(self._letter.facts["round"]))
 
-    def carry(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
+    def exchange(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `write` made; return the replies, of about this size, as they come."""
         courier = Courier(grid, self._timeout, reply_bytes)
         self.outcome, self.odd, self._decoded, self._asked = courier.outcome, {}, {}, len(messages)
@@ -160,7 +160,7 @@ class Mail:
 
     # ---- in ----------------------------------------------------------------------------------
 
-    def open(self, replies: Iterable[Message]) -> Iterator[Answer]:
+    def accepted_replies(self, replies: Iterable[Message]) -> Iterator[CheckedReply]:
         """Yield the good replies; refuse the others by node and reason, errors that Flower reports among them."""
         for message in replies:
             if (known := self._decoded.get(message.metadata.reply_to_message_id)) is not None:
@@ -185,7 +185,7 @@ class Mail:
         reads what has become of them, and names `by` as who changed them.
         """
         self._changed_by = by
-        answers = sorted(self.open(replies), key=lambda answer: answer.node)
+        answers = sorted(self.accepted_replies(replies), key=lambda answer: answer.node)
         for answer in answers:
             content = RecordDict(dict(answer.records))
             if self._kind == "train":
@@ -195,7 +195,7 @@ class Mail:
             self._decoded[answer.message.metadata.reply_to_message_id] = answer.numbers()
         return [answer.message for answer in answers if answer.message is not None]
 
-    def _read_again(self, known: Answer, message: Message) -> Iterator[Answer]:
+    def _read_again(self, known: CheckedReply, message: Message) -> Iterator[CheckedReply]:
         # What a node sent was checked: names of one tensor that differ now are the subclass's doing.
         content, values = message.content, known.values
         records = RecordDict({name: own for name, own in content.items() if not isinstance(own, ArrayRecord)})
@@ -203,7 +203,7 @@ class Mail:
             name, metrics = metrics_of(records)
             weight = weight_of(metrics.get(self._weight_key), self._most)
             if self._kind == "train":
-                values = self.sheet.flatten(only(content, ArrayRecord))[self.mask.carried]
+                values = self.sheet.flatten(only(content, ArrayRecord))[self.mask.transmitted]
                 check_values(values)
         except Untied as error:
             one, other = error.names
@@ -214,9 +214,9 @@ class Mail:
         except ValueError as error:
             self.refuse({known.node: str(error)})
             return
-        yield Answer(known.node, values, weight, records, name, known.facts, message)
+        yield CheckedReply(known.node, values, weight, records, name, known.facts, message)
 
-    def _read(self, node: int, message: Message) -> Answer:
+    def _read(self, node: int, message: Message) -> CheckedReply:
         if "facts" not in message.content:
             raise PayloadError(f"the reply has no 'facts': {_NO_MOD}")
         parcel = read_record(message.content, self._allowed())
@@ -240,19 +240,19 @@ class Mail:
             if self._weight_key not in metrics:
                 raise PayloadError(f"no metric {self._weight_key!r} among {sorted(metrics)}; it weighs the reply")
             weight = metrics[self._weight_key]
-        seen = NOTHING if self._model is None else Seen.read(parcel.arrays, self.sheet, self._model)
-        return Answer(node, self._vector(parcel), weight_of(weight, self._most), records, name, facts, message, seen)
+        seen = NOTHING if self._model is None else TensorReport.read(parcel.arrays, self.sheet, self._model)
+        return CheckedReply(node, self._vector(parcel), weight_of(weight, self._most), records, name, facts, message, seen)
 
     def _allowed(self) -> Allowed:
         """Return the arrays that an answer may have."""
         if self._kind == "evaluate":
             return {}
-        seen = Seen.allowed(self.sheet) if self._kind == "saliency" else {}
+        seen = TensorReport.allowed(self.sheet) if self._kind == "saliency" else {}
         return {**allowed_values(str(self._letter.facts["values"]), self._carried()), **seen}
 
     def _carried(self) -> int:
         mask = self.mask
-        return mask.alive.size if self._kind == "saliency" else int(np.count_nonzero(mask.carried))
+        return mask.alive.size if self._kind == "saliency" else int(np.count_nonzero(mask.transmitted))
 
     def _vector(self, parcel: Parcel) -> Vector:
         if self._kind == "evaluate":

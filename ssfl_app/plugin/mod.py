@@ -21,7 +21,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from ssfl_app.plugin.gradients import working_under
 from ssfl_app.plugin.legacy import only, spoken_to
-from ssfl_app.plugin.question import Watch, difference_scores, own_scores
+from ssfl_app.plugin.question import GradientProbe, difference_scores, own_scores
 from ssfl_app.plugin.seen import changed_together, check_untied, told_together
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.sparsity.codec import SharedMask
@@ -119,7 +119,7 @@ class SparseMod:
             by = "own" if self._gradients else "scores"
         else:
             reply: Message | None = None
-            with working_under(None), Watch(sheet, weights, int(facts["batches"]), not counted) as watch:
+            with working_under(None), GradientProbe(sheet, weights, int(facts["batches"]), not counted) as watch:
                 reply = inner(dense, context)
             if reply is not None and reply.has_error():
                 return reply
@@ -156,7 +156,7 @@ def _work(
     if facts["ssfl"] == "train":
         flat = sheet.flatten(only(reply.content, ArrayRecord))
         check_untied(sheet.layout, given, flat)
-        arrays = write_values(flat[mask.carried], str(facts["values"]))
+        arrays = write_values(flat[mask.transmitted], str(facts["values"]))
     record = Packer().record(Parcel(arrays, {"round": facts["round"], "digest": facts["digest"]}))
     for name, own in reply.content.items():
         if not isinstance(own, ArrayRecord):
@@ -188,7 +188,7 @@ def _known(parcel: Parcel, context: Context) -> tuple[Sheet, Mask] | None:
 
 def _values(parcel: Parcel, sheet: Sheet, mask: Mask) -> Vector:
     """Return the model of a message, float32, shape (layout.size,), dead weights at 0."""
-    size = int(np.count_nonzero(SharedMask().places(sheet.layout, mask)))
+    size = int(np.count_nonzero(SharedMask().positions(sheet.layout, mask)))
     return sheet.spread(read_values(parcel.arrays, str(parcel.facts["values"]), size), mask)
 
 

@@ -22,19 +22,19 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ssfl_app.plugin.seen import Seen, Ties
+from ssfl_app.plugin.seen import TensorReport, Ties
 from ssfl_app.plugin.sheet import Sheet
-from ssfl_app.plugin.sight import Sight
+from ssfl_app.plugin.sight import ModelInspector
 from ssfl_app.sparsity.layout import Layout, Vector
 
 _ONE_AT_A_TIME = threading.Lock()  # the hooks are the process's
 
 
-class Enough(Exception):
+class StopScoring(Exception):
     """Leaves a train function whose gradients are known; the mod catches it."""
 
 
-class Watch:
+class GradientProbe:
     """Watches the optimizers of a train function that starts from `weights`. A context manager.
 
     Parameters
@@ -60,7 +60,7 @@ class Watch:
         layout = sheet.layout
         self._layout, self._batches, self._leave = layout, batches, leave
         shapes, scales = dict(layout.shapes), scales_of(layout, weights)
-        self._sight = Sight(sheet, weights)
+        self._sight = ModelInspector(sheet, weights)
         self._weights = {name: scales[layout.spans[name]].reshape(shapes[name]) for name in layout.prunable}
         self._sums = {name: np.zeros(shapes[name], dtype=np.float64) for name in layout.prunable}
         self._counts = dict.fromkeys(layout.prunable, 0)
@@ -94,7 +94,7 @@ class Watch:
         return any(self._counts.values()) or bool(self._sight.unsure)
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> TensorReport:
         """What was seen of the model."""
         return self._sight.seen
 
@@ -155,7 +155,7 @@ class Watch:
                 self._sums[name] += np.abs(_gradient(parameter, optimizer) * self._weights[name])
                 self._counts[name] += 1
         if self._leave and self.complete:
-            raise Enough
+            raise StopScoring
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with torch.no_grad():

@@ -21,7 +21,7 @@ _FIRST, _LAST = np.finfo(np.float32).max, np.finfo(np.float32).min
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MaskRule:
     """How many weights are kept, and where; see `SSFL`."""
 
     density: float
@@ -52,7 +52,7 @@ def within(layout: Layout, model: Vector, scores: Vector) -> dict[str, str]:
     return dict.fromkeys(zero, "gradient") | dict.fromkeys(silent, "magnitude")
 
 
-def top(sheet: Sheet, model: Vector, scores: Vector, wanted: Wanted, alone: Mapping[str, str]) -> Mask:
+def top(sheet: Sheet, model: Vector, scores: Vector, wanted: MaskRule, alone: Mapping[str, str]) -> Mask:
     """Return the mask of the highest scores.
 
     Parameters
@@ -96,7 +96,7 @@ def top(sheet: Sheet, model: Vector, scores: Vector, wanted: Wanted, alone: Mapp
     return Mask.top(layout, scores, wanted.density, wanted.scope, min_per_layer=wanted.min_per_layer)
 
 
-def _too_few(wanted: Wanted, what: str, need: int) -> str:
+def _too_few(wanted: MaskRule, what: str, need: int) -> str:
     return f"density is {wanted.density}; it leaves less than the {need} weights that {what} needs, so raise it"
 
 

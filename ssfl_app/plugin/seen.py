@@ -13,13 +13,13 @@ import torch
 
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.sparsity.layout import Layout, Vector
-from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, take
+from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, read_array
 
 Ties = tuple[tuple[str, str], ...]
 """Pairs of names of one tensor: a later name, and the first one."""
 
 
-class Kind(IntEnum):
+class TensorKind(IntEnum):
     """What a tensor is, as far as a client sees."""
 
     WEIGHT = 0
@@ -28,7 +28,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
-class Seen:
+class TensorReport:
     """What a client tells about the model beside its scores; nothing is told about most models.
 
     Attributes
@@ -40,7 +40,7 @@ class Seen:
     """
 
     ties: Ties
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, TensorKind]
 
     @staticmethod
     def allowed(sheet: Sheet) -> Allowed:
@@ -54,12 +54,12 @@ class Seen:
             places = {name: place for place, (name, _) in enumerate(layout.shapes)}
             arrays["same"] = np.array([places[first.get(name, name)] for name in places], dtype=np.int32)
         if self.kinds:
-            kinds = [self.kinds.get(name, Kind.WEIGHT) for name in layout.prunable]
+            kinds = [self.kinds.get(name, TensorKind.WEIGHT) for name in layout.prunable]
             arrays["kinds"] = np.array(kinds, dtype=np.uint8)
         return arrays
 
     @classmethod
-    def read(cls, arrays: Mapping[str, npt.NDArray[Any]], sheet: Sheet, model: Vector) -> "Seen":
+    def read(cls, arrays: Mapping[str, npt.NDArray[Any]], sheet: Sheet, model: Vector) -> "TensorReport":
         """Return what `written` wrote, whoever says so.
 
         Parameters
@@ -73,9 +73,9 @@ class Seen:
             It is malformed, or tensors that are said to be one have other shapes, types or initial values, or none
             of them is prunable.
         """
-        layout, ties, kinds = sheet.layout, dict[str, str](), dict[str, Kind]()
+        layout, ties, kinds = sheet.layout, dict[str, str](), dict[str, TensorKind]()
         if "same" in arrays:
-            same = take(arrays, "same", np.int32, len(layout.shapes)).tolist()
+            same = read_array(arrays, "same", np.int32, len(layout.shapes)).tolist()
             types = {name: (shape, kind) for name, shape, kind in sheet.tensors}
             names = [name for name, _ in layout.shapes]
             for place, first in enumerate(same):
@@ -98,28 +98,28 @@ class Seen:
             if idle := next((pair for pair in ties.items() if pair[1] not in masked), None):
                 raise PayloadError(f"says that {idle[0]} is tied to {idle[1]}; no name of that tensor is prunable")
         if "kinds" in arrays:
-            told = take(arrays, "kinds", np.uint8, len(layout.prunable)).tolist()
-            if (most := max(told, default=0)) > max(Kind):
-                raise PayloadError(f"kinds has the value {most}; it is at most {int(max(Kind))}")
-            kinds = {name: Kind(kind) for name, kind in zip(layout.prunable, told, strict=True) if kind}
+            told = read_array(arrays, "kinds", np.uint8, len(layout.prunable)).tolist()
+            if (most := max(told, default=0)) > max(TensorKind):
+                raise PayloadError(f"kinds has the value {most}; it is at most {int(max(TensorKind))}")
+            kinds = {name: TensorKind(kind) for name, kind in zip(layout.prunable, told, strict=True) if kind}
         return cls(tuple(ties.items()), kinds)
 
 
-NOTHING = Seen((), {})
+NOTHING = TensorReport((), {})
 
 
-def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+def storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return where a tensor lies; an empty one lies nowhere, and is only itself."""
     return (tensor.device, tensor.data_ptr()) if tensor.numel() else (id(tensor),)
 
 
-def print_of(values: npt.NDArray[Any]) -> bytes:
+def fingerprint(values: npt.NDArray[Any]) -> bytes:
     """Return what tells arrays of other shapes or float32 values apart."""
     flat = np.ascontiguousarray(values, dtype=np.float32)
     return hashlib.blake2b(repr(flat.shape).encode() + flat.tobytes(), digest_size=16).digest()
 
 
-def told_together(layout: Layout, weights: Vector, told: Mapping[str, Any]) -> Seen:
+def told_together(layout: Layout, weights: Vector, told: Mapping[str, Any]) -> TensorReport:
     """Return the ties among what a user's own function told by name.
 
     Two names are of one tensor if their arrays lie in the same memory, or if nothing is told about one, as
@@ -135,7 +135,7 @@ def told_together(layout: Layout, weights: Vector, told: Mapping[str, Any]) -> S
 
     for name in shapes:
         if isinstance(told.get(name), torch.Tensor):
-            first = lies.setdefault(place_of(told[name]), name)
+            first = lies.setdefault(storage_key(told[name]), name)
             if first != name and equal(first, name):
                 ties[name] = first
     for name in layout.prunable:
@@ -145,10 +145,10 @@ def told_together(layout: Layout, weights: Vector, told: Mapping[str, Any]) -> S
         twins = [other for other in layout.prunable if other in told and other not in ties and equal(name, other)]
         if len(twins) == 1:
             ties[name] = twins[0]
-    return Seen(_ordered(layout, ties), {})
+    return TensorReport(_ordered(layout, ties), {})
 
 
-def changed_together(layout: Layout, before: Vector, after: Vector) -> Seen:
+def changed_together(layout: Layout, before: Vector, after: Vector) -> TensorReport:
     """Return what one local training tells: tensors that it left alone, and pairs that it changed to equal values."""
     still, groups = set[str](), dict[bytes, str]()
     ties = dict[str, str]()
@@ -156,11 +156,11 @@ def changed_together(layout: Layout, before: Vector, after: Vector) -> Seen:
         old, new = (flat[layout.spans[name]].reshape(shape) for flat in (before, after))
         if np.array_equal(old, new):
             still.add(name)
-        elif len(shape) >= 2 and (first := groups.setdefault(print_of(old) + print_of(new), name)) != name:
+        elif len(shape) >= 2 and (first := groups.setdefault(fingerprint(old) + fingerprint(new), name)) != name:
             ties[name] = first
     if still.issuperset(layout.prunable):
         return NOTHING  # its scores are 0, by which the server knows that there was nothing to see
-    return Seen(_ordered(layout, ties), {name: Kind.UNTRAINED for name in layout.prunable if name in still})
+    return TensorReport(_ordered(layout, ties), {name: TensorKind.UNTRAINED for name in layout.prunable if name in still})
 
 
 def check_untied(layout: Layout, given: Vector, trained: Vector) -> None:

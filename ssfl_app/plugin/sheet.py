@@ -21,7 +21,7 @@ from flwr.common import log
 
 from ssfl_app.sparsity.layout import Layout, Vector
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import Arrays, PayloadError, take
+from ssfl_app.sparsity.values import Arrays, PayloadError, read_array
 
 
 class Untied(ValueError):
@@ -150,9 +150,9 @@ class Sheet:
         PayloadError
             There is none, or it is not one.
         """
-        fixed = take(arrays, "fixed", np.uint8, None).tobytes() if "fixed" in arrays else b""
+        fixed = read_array(arrays, "fixed", np.uint8, None).tobytes() if "fixed" in arrays else b""
         try:
-            tensors, prunable, keys, ties = json.loads(take(arrays, "sheet", np.uint8, None).tobytes())
+            tensors, prunable, keys, ties = json.loads(read_array(arrays, "sheet", np.uint8, None).tobytes())
             rows = tuple((str(name), tuple(map(int, shape)), str(kind)) for name, shape, kind in tensors)
             pairs = tuple((str(name), str(first)) for name, first in ties)
             return cls(rows, tuple(prunable), (keys[0], keys[1]), fixed, pairs)
@@ -233,7 +233,7 @@ class Sheet:
     def spread(self, values: Vector, mask: Mask) -> Vector:
         """Return the vector of all coordinates with `values` where `mask` carries them, and 0 elsewhere."""
         flat = np.zeros(self.layout.size, dtype=np.float32)
-        flat[mask.carried] = values
+        flat[mask.transmitted] = values
         return flat
 
 

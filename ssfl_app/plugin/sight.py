@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ssfl_app.plugin.seen import Kind, Seen, place_of, print_of
+from ssfl_app.plugin.seen import TensorKind, TensorReport, storage_key, fingerprint
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.sparsity.layout import Vector
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-class Sight:
+class ModelInspector:
     """Names the parameters of a train function's optimizers.
 
     Parameters
@@ -50,24 +50,24 @@ class Sight:
         self._shapes = dict(sheet.layout.shapes)
         self._alike: dict[bytes, list[str]] = {}
         for name, span in sheet.layout.spans.items():
-            self._alike.setdefault(print_of(weights[span].reshape(self._shapes[name])), []).append(name)
+            self._alike.setdefault(fingerprint(weights[span].reshape(self._shapes[name])), []).append(name)
         spans = {name: weights[sheet.layout.spans[name]] for name in sheet.layout.prunable}
         self._flat = {name for name, values in spans.items() if (values == values[:1]).all()}  # one number all over
         # Parameters are kept, so that an id is not given to another one.
         self._known: dict[int, tuple[torch.Tensor, str | None]] = {}
         self._ties: dict[str, str] = {}
-        self._kinds: dict[str, Kind] = {}
+        self._kinds: dict[str, TensorKind] = {}
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> TensorReport:
         """What there is to tell the server."""
         order = [name for name, _ in self._layout.shapes]
-        return Seen(tuple((name, self._ties[name]) for name in order if name in self._ties), dict(self._kinds))
+        return TensorReport(tuple((name, self._ties[name]) for name in order if name in self._ties), dict(self._kinds))
 
     @property
     def unscored(self) -> set[str]:
         """Prunable tensors that get no gradient of their own: later names of a tensor, and buffers."""
-        buffers = {name for name, kind in self._kinds.items() if kind == Kind.UNTRAINED}
+        buffers = {name for name, kind in self._kinds.items() if kind == TensorKind.UNTRAINED}
         scored = {name for _, name in self._known.values() if name is not None}
         groups = {name: self._ties.get(name, name) for name in self._layout.prunable}
         done = {groups[name] for name in scored}
@@ -81,19 +81,19 @@ class Sight:
         return [(parameter, name) for parameter, name in pairs if name is not None]
 
     def _look(self, fresh: Sequence[torch.Tensor]) -> None:
-        prints = {id(parameter): print_of(_real(parameter)) for parameter in fresh}
+        prints = {id(parameter): fingerprint(_real(parameter)) for parameter in fresh}
         books = _books(fresh) if self._in_doubt(set(prints.values())) else []
         model, names = self._model(books)
         places: dict[tuple[Any, ...], list[str]] = {}
         for key, name in names.items():
-            places.setdefault(place_of(books[model][1][key]), []).append(name)
+            places.setdefault(storage_key(books[model][1][key]), []).append(name)
         whole = len(names) == len(self._shapes)
         self._tie(places, {name: books[model][1][key] for key, name in names.items()})
         counts = Counter(prints.values())
         for parameter in fresh:
             taken = {name for _, name in self._known.values()}
             alike = self._alike.get(prints[id(parameter)], [])
-            found = [name for name in places.get(place_of(parameter), []) if name in alike]
+            found = [name for name in places.get(storage_key(parameter), []) if name in alike]
             if not found and not whole:
                 alike = [name for name in alike if name not in taken]
                 found = _fitting(alike, parameter, books)
@@ -104,7 +104,7 @@ class Sight:
             # In the order of what was sent, which may be another than the module's: the server reads the first one.
             chosen = next((name for name in self._layout.prunable if name in found), None)
             for other, same in self._known.values():
-                if chosen and same and place_of(other) == place_of(parameter):
+                if chosen and same and storage_key(other) == storage_key(parameter):
                     raise ValueError(
                         f"the parameters {same} and {chosen} share memory; make them one to tie them, or leave both "
                         "out of SSFL(prunable=[...])"
@@ -156,9 +156,9 @@ class Sight:
         for part in key.split(".")[:-1]:
             owner = getattr(owner, "_modules", {}).get(part)
         if not isinstance(tensor, nn.Parameter):
-            self._kinds[name] = Kind.UNTRAINED
+            self._kinds[name] = TensorKind.UNTRAINED
         elif isinstance(owner, _NORMS):
-            self._kinds[name] = Kind.NORM
+            self._kinds[name] = TensorKind.NORM
 
 
 Books = list[tuple[nn.Module, Mapping[str, torch.Tensor]]]

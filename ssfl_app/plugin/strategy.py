@@ -19,13 +19,13 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from ssfl_app.plugin.answer import MOST, Answer
+from ssfl_app.plugin.answer import MOST, CheckedReply
 from ssfl_app.plugin.cohort import sample, wait_for
 from ssfl_app.plugin.course import Course, Record
 from ssfl_app.plugin.discovery import Discovery
 from ssfl_app.plugin.folding import PositionalMean, common_metrics
 from ssfl_app.plugin.inner import AsModel, AsVector, Form, aggregate_by, evaluate_by, told_by
-from ssfl_app.plugin.mail import Mail
+from ssfl_app.plugin.mail import Messenger
 from ssfl_app.plugin.mod import QUESTION
 from ssfl_app.plugin.sheet import Sheet
 from ssfl_app.sparsity.layout import Vector
@@ -162,7 +162,7 @@ class SSFL(Strategy):
             raise ValueError(f"most_examples is {most_examples}; it is a number above 0, at most {MOST}")
         self.history: list[Record] = []
         self.model: Vector = np.zeros(0, dtype=np.float32)
-        self._mail: Mail | None = None
+        self._mail: Messenger | None = None
         self.discovery = Discovery(
             density,
             scope,
@@ -182,7 +182,7 @@ class SSFL(Strategy):
         self._cohort: list[int] = []
 
     @property
-    def mail(self) -> Mail:
+    def mail(self) -> Messenger:
         """The messages of this run.
 
         Raises
@@ -211,7 +211,7 @@ class SSFL(Strategy):
     @property
     def _form(self) -> Form:
         mask = self.mask
-        return AsModel(self.mail.sheet, mask) if self._named else AsVector(int(np.count_nonzero(mask.carried)))
+        return AsModel(self.mail.sheet, mask) if self._named else AsVector(int(np.count_nonzero(mask.transmitted)))
 
     def question_config(self, config: ConfigRecord, grid: Grid) -> ConfigRecord:
         """Return the config of the question for saliency: the one of round 1, marked by `QUESTION`.
@@ -275,7 +275,7 @@ class SSFL(Strategy):
         check_values(self.model)
         if self.discovery.density < 1:
             self.discovery.wanted.check(sheet.layout)
-        self._mail = Mail(sheet, self._values, self.base.weighted_by_key, timeout, self._most_examples)
+        self._mail = Messenger(sheet, self._values, self.base.weighted_by_key, timeout, self._most_examples)
         self._timeout = timeout
         self.history = []
         # The user's own objects, for the whole run: what a strategy changes in them stays, as under Flower.
@@ -283,7 +283,7 @@ class SSFL(Strategy):
             ConfigRecord() if train_config is None else train_config,
             ConfigRecord() if evaluate_config is None else evaluate_config,
         )
-        return Course(self, grid, configs, evaluate_fn).play(initial_arrays, num_rounds)
+        return Course(self, grid, configs, evaluate_fn).run(initial_arrays, num_rounds)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -295,10 +295,10 @@ class SSFL(Strategy):
         config["server-round"] = server_round
         nodes = self.sample(grid, "train", server_round, base.fraction_train, base.min_train_nodes)
         if self.inner is not None:
-            given = self._form.arrays(self.model[self.mask.carried])
+            given = self._form.arrays(self.model[self.mask.transmitted])
             config = told_by(self.inner.configure_train, server_round, given, config, grid, base.configrecord_key)
         self._cohort = nodes
-        return self.mail.write("train", server_round, nodes, self.model, config, {})
+        return self.mail.build_messages("train", server_round, nodes, self.model, config, {})
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -310,9 +310,9 @@ class SSFL(Strategy):
         RunFailed
             The inner strategy returned no model.
         """
-        size, answers = int(np.count_nonzero(self.mail.mask.carried)), list[Answer]()
+        size, answers = int(np.count_nonzero(self.mail.mask.transmitted)), list[CheckedReply]()
         mean = PositionalMean(size, max(1, len(self._cohort))) if self.inner is None else None
-        for answer in self.mail.open(replies):
+        for answer in self.mail.accepted_replies(replies):
             if mean is not None:
                 mean.add(answer.values, answer.weight)
                 answer = answer.numbers()  # numbers only: server memory does not grow with the nodes
@@ -346,13 +346,13 @@ class SSFL(Strategy):
         config["server-round"] = server_round
         nodes = self.sample(grid, "evaluate", server_round, base.fraction_evaluate, base.min_evaluate_nodes)
         if self.inner is not None:
-            given = self._form.arrays(self.model[self.mask.carried])
+            given = self._form.arrays(self.model[self.mask.transmitted])
             config = told_by(self.inner.configure_evaluate, server_round, given, config, grid, base.configrecord_key)
-        return self.mail.write("evaluate", server_round, nodes, self.model, config, {})
+        return self.mail.build_messages("evaluate", server_round, nodes, self.model, config, {})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the metrics of the good replies, aggregated as FedAvg does or as the inner strategy does."""
-        answers = list(self.mail.open(replies))
+        answers = list(self.mail.accepted_replies(replies))
         contents, odd = common_metrics(answers)
         self.mail.refuse(odd)
         if not contents:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from ssfl_app.config import Flat, defaults, difference, identity
+from ssfl_app.config import Flat, defaults, first_clash, identity
 from ssfl_app.files import check_regular, sync
 from ssfl_app.options import ConfigError
 from ssfl_app.seal import Damaged, read_sealed, write_sealed
@@ -66,7 +66,7 @@ def load(folder: Path, flat: Flat) -> Saved | None:
             raise Damaged(f"is of round {round_!r} with {count!r} records; rounds are 0 to {flat['run.rounds']}")
         theirs = identity(defaults()) | facts["config"]  # an older version had fewer keys
         if theirs != identity(flat):
-            clash = difference(identity(flat), theirs) or "it lacks a key"
+            clash = first_clash(identity(flat), theirs) or "it lacks a key"
             raise ConfigError(
                 f"{folder / 'config.toml'} is another one than {path} was written under: {clash}. Put that back, or "
                 "begin the run anew in another folder"
@@ -94,8 +94,8 @@ def resume(strategy: SparseStrategy, folder: Path, flat: Flat) -> Saved | None:
     if saved is None:
         return None
     try:
-        strategy.restore(saved.round, saved.arrays)
-        again = {name: (a.dtype, a.shape) for name, a in strategy.snapshot().items()}
+        strategy.load_state_dict(saved.round, saved.arrays)
+        again = {name: (a.dtype, a.shape) for name, a in strategy.state_dict().items()}
         given = {name: (a.dtype, a.shape) for name, a in saved.arrays.items()}
         odd = sorted(name for name in {*again, *given} if again.get(name) != given.get(name))
         if odd:

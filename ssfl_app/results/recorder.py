@@ -228,7 +228,7 @@ def claim(folder: Path) -> IO[str]:
             link = path.is_symlink() and path.name in _WRITTEN
             if link or (path.exists() and not path.is_file() and not path.is_dir()):
                 raise not_regular(path)
-        lock = guard.take(folder / ".lock")
+        lock = guard.try_lock(folder / ".lock")
     except (OSError, ValueError) as error:
         raise ConfigError(f"run.out is {folder}; it is a folder that can be written to ({error})") from error
     if lock is None:

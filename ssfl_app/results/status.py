@@ -35,7 +35,7 @@ def settle(folder: Path, status: str, message: str = "") -> None:
         if not folder.is_dir() or read_status(folder).get("status", "running") != "running":
             return
         end = time.monotonic() + LET_GO
-        while (lock := guard.take(folder / ".lock")) is None and time.monotonic() < end:
+        while (lock := guard.try_lock(folder / ".lock")) is None and time.monotonic() < end:
             time.sleep(0.05)
         if lock is not None:
             with lock:

@@ -33,7 +33,7 @@ from ssfl_app.sparsity.values import (
     allowed_values,
     check_values,
     read_values,
-    take,
+    read_array,
     write_values,
 )
 
@@ -90,28 +90,28 @@ class LinearCodec(Codec):
     """A codec whose values are coordinates at places both ends know: means can be taken on the vector."""
 
     @abstractmethod
-    def places(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
+    def positions(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
         """Return a bool vector of shape (layout.size,): the coordinates that are carried, in order."""
 
     def index(self, layout: Layout, mask: Mask) -> Index:
         """Return `places` to index a vector with: NumPy picks by numbers faster than by bits."""
-        places = self.places(layout, mask)
+        places = self.positions(layout, mask)
         return slice(None) if places.all() else np.flatnonzero(places)
 
     def count(self, layout: Layout, mask: Mask) -> int:
         """Return how many coordinates are carried."""
-        return int(np.count_nonzero(self.places(layout, mask)))
+        return int(np.count_nonzero(self.positions(layout, mask)))
 
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return the carried coordinates of the state."""
         flat = layout.flatten(state)
         if mask.count < mask.alive.size:
-            flat[np.flatnonzero(~mask.carried)] = 0
+            flat[np.flatnonzero(~mask.transmitted)] = 0
         return write_values(flat[self.index(layout, mask)], self.values, self.rng)
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
         """Return the state with 0 wherever nothing was carried."""
-        state = self.expand(self.vector(arrays, layout, mask), layout, mask)
+        state = self.scatter(self.vector(arrays, layout, mask), layout, mask)
         return self.masked(state, mask), mask
 
     def masked(self, state: State, mask: Mask) -> State:
@@ -126,9 +126,9 @@ class LinearCodec(Codec):
         """Return the carried values as float32."""
         return read_values(arrays, self.values, self.count(layout, mask))
 
-    def expand(self, vector: Vector, layout: Layout, mask: Mask) -> State:
+    def scatter(self, vector: Vector, layout: Layout, mask: Mask) -> State:
         """Return the state whose carried coordinates are `vector`."""
-        return layout.expand(vector, self.index(layout, mask))
+        return layout.scatter(vector, self.index(layout, mask))
 
 
 class Dense(LinearCodec):
@@ -136,7 +136,7 @@ class Dense(LinearCodec):
 
     name = "dense"
 
-    def places(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
+    def positions(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
         """Return all coordinates."""
         return np.ones(layout.size, dtype=np.bool_)
 
@@ -154,9 +154,9 @@ class SharedMask(LinearCodec):
 
     name = "shared-mask"
 
-    def places(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
+    def positions(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
         """Return the alive coordinates and those no mask covers."""
-        return mask.carried
+        return mask.transmitted
 
     def index(self, layout: Layout, mask: Mask) -> Index:
         """Return where they are."""
@@ -174,7 +174,7 @@ class SharedMask(LinearCodec):
 @functools.lru_cache(maxsize=2)
 def _carried(mask: Mask) -> Index:
     # Kept for the masks in use, of which SSFL has one: 8 bytes for each carried coordinate.
-    return slice(None) if mask.count == mask.alive.size else np.flatnonzero(mask.carried)
+    return slice(None) if mask.count == mask.alive.size else np.flatnonzero(mask.transmitted)
 
 
 class Bitmask(Codec):
@@ -212,7 +212,7 @@ class Indexed(Codec):
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
         """Return the state and the mask that the positions tell."""
-        index = take(arrays, "index", np.int32, None)
+        index = read_array(arrays, "index", np.int32, None)
         # Neighbours are compared, not subtracted: int32 differences of hostile values wrap around.
         rising = (index[1:] > index[:-1]).all()
         if index.size and (not rising or index[0] < 0 or index[-1] >= layout.prunable_size):
@@ -243,7 +243,7 @@ class Csr(Codec):
             matrix = sparse.csr_matrix((np.ones(rows.size, np.float32), (rows, columns)), shape=_matrix(shapes[name]))
             indices.append(matrix.indices.astype(np.int32))
             indptr.append(matrix.indptr.astype(np.int32))
-        alive, rest = mask.carried & layout.is_prunable, ~layout.is_prunable
+        alive, rest = mask.transmitted & layout.is_prunable, ~layout.is_prunable
         values = write_values(np.concatenate([flat[alive], flat[rest]]), self.values, self.rng)
         return {**values, "indices": np.concatenate(indices), "indptr": np.concatenate(indptr)}
 
@@ -257,8 +257,8 @@ class Csr(Codec):
         """Return the state and the mask that the sparsity structure tells."""
         shapes = dict(layout.shapes)
         rows = {name: _matrix(shapes[name])[0] + 1 for name in layout.prunable}
-        indptr = take(arrays, "indptr", np.int32, sum(rows.values()))
-        indices = take(arrays, "indices", np.int32, None)
+        indptr = read_array(arrays, "indptr", np.int32, sum(rows.values()))
+        indices = read_array(arrays, "indices", np.int32, None)
         alive, row, entry = np.zeros(layout.prunable_size, dtype=np.bool_), 0, 0
         for name, span in layout.prunable_spans.items():
             pointers = indptr[row : row + rows[name]]
@@ -270,7 +270,7 @@ class Csr(Codec):
         carried = Mask(layout, alive)
         values = read_values(arrays, self.values, carried.count + layout.size - layout.prunable_size)
         flat = np.zeros(layout.size, dtype=np.float32)
-        flat[carried.carried & layout.is_prunable] = values[: carried.count]
+        flat[carried.transmitted & layout.is_prunable] = values[: carried.count]
         flat[~layout.is_prunable] = values[carried.count :]
         return layout.unflatten(flat), carried
 
@@ -308,7 +308,7 @@ def read_mask(arrays: ArrayMap, layout: Layout) -> Mask:
     PayloadError
         It is missing or not a bitmap of this layout.
     """
-    bitmap = take(arrays, "mask", np.uint8, None)
+    bitmap = read_array(arrays, "mask", np.uint8, None)
     try:
         return Mask.unpack(layout, bitmap)
     except ValueError as error:

@@ -46,7 +46,7 @@ def top_mask(layout: Layout, scores: Vector, counts: Counts) -> Mask:
     return Mask(layout, _choose(layout, Mask.dense(layout).alive, counts, scores))
 
 
-def fire(mask: Mask, magnitudes: Vector, counts: Counts) -> Mask:
+def drop(mask: Mask, magnitudes: Vector, counts: Counts) -> Mask:
     """Return the mask without the counts[name] alive coordinates of smallest magnitude in each layer.
 
     Among equals the higher index dies first.
@@ -70,7 +70,7 @@ def fire(mask: Mask, magnitudes: Vector, counts: Counts) -> Mask:
     return Mask(mask.layout, _choose(mask.layout, mask.alive, kept, magnitudes))
 
 
-def regrow(
+def grow(
     mask: Mask,
     counts: Counts,
     scores: Vector | None = None,

@@ -100,9 +100,9 @@ class Layout:
 
     def unflatten(self, flat: Vector) -> State:
         """Return the state of a vector of all coordinates, shape (size,), which is copied."""
-        return self.expand(flat, slice(None))
+        return self.scatter(flat, slice(None))
 
-    def expand(self, values: Vector, places: Bits | Index) -> State:
+    def scatter(self, values: Vector, places: Bits | Index) -> State:
         """Return the state with `values` at `places`, numbers or a bool vector of shape (size,), and 0 elsewhere.
 
         Its tensors are views of one buffer that torch owns: kernels may round differently on buffers with

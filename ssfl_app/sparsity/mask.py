@@ -214,7 +214,7 @@ class Mask:
     # ---- views -------------------------------------------------------------------------------
 
     @cached_property
-    def carried(self) -> Bits:
+    def transmitted(self) -> Bits:
         """Return a bool vector of shape (layout.size,): alive coordinates and the dense remainder."""
         flags = np.ones(self.layout.size, dtype=np.bool_)
         flags[self.layout.is_prunable] = self.alive

@@ -97,20 +97,20 @@ def read_values(arrays: Mapping[str, npt.NDArray[Any]], kind: str, size: int) ->
     PayloadError
         An array is missing, or has another type or length.
     """
-    values = take(arrays, "values", _TYPES[kind], size)
+    values = read_array(arrays, "values", _TYPES[kind], size)
     if kind == "bf16":
         return np.asarray((values.astype(np.uint32) << 16).view(np.float32))
     if kind == "int8":
-        scales = take(arrays, "scales", np.float32, -(-size // BLOCK))
+        scales = read_array(arrays, "scales", np.float32, -(-size // BLOCK))
         # 0 * Inf is NaN and 127 * 3e38 is Inf: whoever reads foreign values refuses both.
         with np.errstate(invalid="ignore", over="ignore"):
             return np.asarray(values.astype(np.float32) * np.repeat(scales, BLOCK)[:size])
     if kind == "log8":
-        return np.asarray(_series(take(arrays, "scales", np.float32, 2))[values])
+        return np.asarray(_series(read_array(arrays, "scales", np.float32, 2))[values])
     return values.astype(np.float32, copy=False)
 
 
-def take(arrays: Mapping[str, npt.NDArray[Any]], name: str, dtype: Any, size: int | None) -> npt.NDArray[Any]:
+def read_array(arrays: Mapping[str, npt.NDArray[Any]], name: str, dtype: Any, size: int | None) -> npt.NDArray[Any]:
     """Return one flat array after checking its type and length (None: any length).
 
     Raises

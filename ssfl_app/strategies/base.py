@@ -27,7 +27,7 @@ from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask, Scope, alive_count, none_alive
 from ssfl_app.sparsity.values import Allowed, Arrays
 from ssfl_app.strategies.checks import check_feedback, check_number, check_samples, check_tested, stored
-from ssfl_app.strategies.course import Ask, Course, Record
+from ssfl_app.strategies.course import Query, Course, Record
 from ssfl_app.strategies.folds import carried_fold, within_norm
 from ssfl_app.strategies.post import Addressed, Post, Reply
 from ssfl_app.strategies.rule import ClientRule, encode_with
@@ -35,7 +35,7 @@ from ssfl_app.strategies.settings import Settings
 from ssfl_app.wire import Facts, Parcel, freeze
 
 
-class Watch(Protocol):
+class RunCallback(Protocol):
     """Whoever sees a run go by: the recorder of the run folder, or a test."""
 
     def met(self, sites: Mapping[int, Facts]) -> None:
@@ -92,8 +92,8 @@ class SparseStrategy(Strategy):
 
     name: ClassVar[str]
     client: ClassVar[type[ClientRule]] = ClientRule
-    rooms: ClassVar[Mapping[str, type]] = {}
-    everyone: ClassVar[bool] = False
+    sections: ClassVar[Mapping[str, type]] = {}
+    full_participation: ClassVar[bool] = False
     density_matters: ClassVar[bool] = True
     has_floor: ClassVar[bool] = True
 
@@ -108,11 +108,11 @@ class SparseStrategy(Strategy):
             raise ConfigError(f"mask.{none_alive(layout, settings.mask.density)}")
         self.state: State = {}
         self.mask = Mask.dense(layout)
-        self.watch: Watch | None = None
+        self.callback: RunCallback | None = None
         self.workbench: nn.Module | None = None
         self.image_shape: tuple[int, ...] | None = None
-        self.post = Post(settings.run, issubclass(self.client.down, SharedMask), settings.wire.bitmaps)
-        self.post.work = functools.partial(self.client.work, settings)
+        self.messenger = Post(settings.run, issubclass(self.client.down, SharedMask), settings.wire.bitmaps)
+        self.messenger.work = functools.partial(self.client.work, settings)
         self.peer_bytes = 0
         self.accuracy: dict[int, float] = {}
         self.personal_accuracy: dict[int, float] = {}
@@ -140,13 +140,13 @@ class SparseStrategy(Strategy):
         wanted = self.settings.mask
         return alive_count(self.layout, wanted.density, cast(Scope, wanted.scope), wanted.min_per_layer)
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Find out what must be known before round 1. Default: nothing."""
 
-    def prepare(self, round_: int, ask: Ask) -> None:
+    def before_round(self, round_: int, ask: Query) -> None:
         """Find out what must be known before this round. Default: nothing."""
 
-    def send(self, round_: int, client: int) -> Parcel:
+    def train_payload(self, round_: int, client: int) -> Parcel:
         """Return what goes down to this client. Default: the global model under `mask_for`, encoded once a mask."""
         memo, mask = self._encoded, self.mask_for(client)
         if memo is None or memo[0] is not self.state or memo[1] is not mask:
@@ -162,13 +162,13 @@ class SparseStrategy(Strategy):
         arrays, self._lost = encode_with(self.down, self.layout, self.state, mask, self._residual)
         return arrays
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Change the global model by the replies. Default: their weighted mean, taken as they come."""
         self.state = carried_fold(self, replies)
 
-    def deliver(self, round_: int, client: int) -> Parcel:
+    def eval_payload(self, round_: int, client: int) -> Parcel:
         """Return the model this client evaluates. Default: the one it would be sent to train."""
-        return self.send(round_, client)
+        return self.train_payload(round_, client)
 
     def mask_for(self, client: int) -> Mask:
         """Return the mask that this client's messages are encoded under. Default: the global one."""
@@ -197,10 +197,10 @@ class SparseStrategy(Strategy):
         codec, mask = self.up, self.mask_for(reply.client)
         if not isinstance(codec, LinearCodec):
             flat, sent = self.decoded(reply)
-            return distance(flat[sent.carried], there(self.layout, self.state, sent.carried))
+            return distance(flat[sent.transmitted], there(self.layout, self.state, sent.transmitted))
         memo = self._there
         if memo is None or memo[0] is not self.state or memo[1] is not mask:
-            self._there = memo = (self.state, mask, there(self.layout, self.state, codec.places(self.layout, mask)))
+            self._there = memo = (self.state, mask, there(self.layout, self.state, codec.positions(self.layout, mask)))
         return distance(codec.vector(reply.arrays, self.layout, mask), memo[2])
 
     # ---- what hooks use ----------------------------------------------------------------------
@@ -210,7 +210,7 @@ class SparseStrategy(Strategy):
         return reply.samples if self.settings.run.weighting == "samples" else 1
 
     def _folds_as_ever(self) -> bool:
-        return type(self).fold is SparseStrategy.fold
+        return type(self).aggregate is SparseStrategy.aggregate
 
     @property
     def down(self) -> Codec:
@@ -236,7 +236,7 @@ class SparseStrategy(Strategy):
     def cohort(self, round_: int) -> list[int]:
         """Return the clients that train in a round; the same for every strategy that samples."""
         run, present = self.settings.run, self.present(round_)
-        if self.everyone:
+        if self.full_participation:
             return list(present)
         chosen = generator(run.seed, "cohort", round_).choice(len(present), run.cohort, replace=False)
         return sorted(int(client) for client in chosen)
@@ -245,12 +245,12 @@ class SparseStrategy(Strategy):
         """Return the clients that take part in a round: all, unless some join late."""
         return range(self.settings.shift.present(self.settings.run.clients, round_))
 
-    def snapshot(self) -> Arrays:
+    def state_dict(self) -> Arrays:
         """Return all that `restore` needs, as flat arrays."""
         kept: Arrays = {"state": self.layout.flatten(self.state), "mask": self.mask.packed(), "since": self._since}
         return kept if self._residual is None else kept | {"residual": self._residual}
 
-    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`, from a snapshot taken there.
 
         Raises
@@ -278,8 +278,8 @@ class SparseStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
-        parcels = (self._letter(client, self.send(server_round, client)) for client in self.cohort(server_round))
-        return self.post.write("train", server_round, parcels, config)
+        parcels = (self._letter(client, self.train_payload(server_round, client)) for client in self.cohort(server_round))
+        return self.messenger.build_messages("train", server_round, parcels, config)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]:
         """Fold the replies into `self.state` and return their mean loss; refuse bad ones by name.
@@ -295,7 +295,7 @@ class SparseStrategy(Strategy):
 
         def good() -> Iterator[Reply]:
             share = failures.min_ok_fraction
-            for reply in self.post.open(replies, self.answers(), self.check_trained, share, what):
+            for reply in self.messenger.accepted_replies(replies, self.answers(), self.check_trained, share, what):
                 seen[reply.client] = (reply.samples, float(reply.facts["loss"]))
                 if failures.norm_factor or self._folds_as_ever():
                     norm = self.update_norm(reply)
@@ -309,11 +309,11 @@ class SparseStrategy(Strategy):
         if failures.norm_factor:
             stream = within_norm(self, stream, what)
         self._encoded = None  # it holds the model that the fold replaces
-        self.fold(server_round, stream)
+        self.aggregate(server_round, stream)
         self._folded, self._residual, self._lost = server_round, self._lost, None
         for _ in stream:  # a fold that stops early must not leave clients unaccounted for
             pass
-        for client in self.post.outcome.refused:  # beside the other replies, after it was seen
+        for client in self.messenger.report.refused:  # beside the other replies, after it was seen
             seen.pop(client, None)
         self._since[list(seen)] = server_round
         self.losses = {client: loss for client, (_, loss) in sorted(seen.items())}
@@ -328,8 +328,8 @@ class SparseStrategy(Strategy):
         run = self.settings.run
         if server_round % run.evaluate_every and server_round != run.rounds:
             return []
-        parcels = (self._letter(client, self.deliver(server_round, client)) for client in range(run.clients))
-        return self.post.write("evaluate", server_round, parcels, config)
+        parcels = (self._letter(client, self.eval_payload(server_round, client)) for client in range(run.clients))
+        return self.messenger.build_messages("evaluate", server_round, parcels, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the unweighted mean accuracies over the clients that answered, each on its own test images.
@@ -338,7 +338,7 @@ class SparseStrategy(Strategy):
         that costs a number in the table, not the run.
         """
         self.accuracy, self.personal_accuracy = {}, {}
-        for reply in self.post.open(replies, {}, check_tested, None, f"evaluation in round {server_round}"):
+        for reply in self.messenger.accepted_replies(replies, {}, check_tested, None, f"evaluation in round {server_round}"):
             for name, known in (("accuracy", self.accuracy), ("personal_accuracy", self.personal_accuracy)):
                 if reply.samples and name in reply.facts:
                     known[reply.client] = float(reply.facts[name])
@@ -375,7 +375,7 @@ class SparseStrategy(Strategy):
             self.state = {n: torch.from_numpy(initial_arrays[n].numpy().copy()) for n, _ in self.layout.shapes}
         del initial_arrays  # a model's size, for the whole run
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-        return Course(self, self.post, grid, configs, evaluate_fn).play(self._next_round, num_rounds)
+        return Course(self, self.messenger, grid, configs, evaluate_fn).run(self._next_round, num_rounds)
 
     # ---- checks ------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ def check_feedback(strategy: "type[SparseStrategy]", base: "type[SparseStrategy]
     """
     client = strategy.client
     linear = issubclass(client.down, LinearCodec) and issubclass(client.up, LinearCodec)
-    own = strategy.send is not base.send or strategy.mask_for is not base.mask_for or strategy.fold is not base.fold
+    own = strategy.train_payload is not base.train_payload or strategy.mask_for is not base.mask_for or strategy.aggregate is not base.aggregate
     if client.remembers or own or not linear:
         raise ConfigError(
             f"wire.error-feedback is true; it is false with strategy {strategy.name}, where clients have masks, "

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ssfl_app.strategies.base import SparseStrategy
 
 
-class Ask(Protocol):
+class Query(Protocol):
     """Asks clients a question; what it costs is counted as discovery."""
 
     def __call__(
@@ -71,7 +71,7 @@ class Course:
         # An upper bound of what a client sends back: a dense model, or a score for each of its weights.
         self._reply_bytes = 4 * strategy.layout.size
 
-    def play(self, first: int, last: int) -> Result:
+    def run(self, first: int, last: int) -> Result:
         """Play rounds `first` to `last`; 0 is setup.
 
         Raises
@@ -79,18 +79,18 @@ class Course:
         RunFailed
             Clients are missing, too few answered, or Ray lost an actor.
         """
-        sites = self._post.meet(self._grid)
-        if self._strategy.watch is not None:
-            self._strategy.watch.met(sites)
+        sites = self._post.wait_for_clients(self._grid)
+        if self._strategy.callback is not None:
+            self._strategy.callback.met(sites)
         if first == 0:
             began = time.monotonic()
-            record = {"round": 0, "strategy": self._strategy.name} | self._discover(0, "", self._strategy.setup)
+            record = {"round": 0, "strategy": self._strategy.name} | self._discover(0, "", self._strategy.before_training)
             self._tell(record | self._empty_layers() | {"seconds": time.monotonic() - began})
         for round_ in range(max(1, first), last + 1):
             began = time.monotonic()
-            back = self._post.rejoin(self._grid)
+            back = self._post.readmit(self._grid)
             self._strategy.peer_bytes, before = 0, self._strategy.mask
-            found = self._discover(round_, "setup_", functools.partial(self._strategy.prepare, round_))
+            found = self._discover(round_, "setup_", functools.partial(self._strategy.before_round, round_))
             self._empty_layers()
             record = _sum(found, self._train(round_), self._empty_layers(), self._evaluate(round_)) | back
             record["bytes_peer"] = self._strategy.peer_bytes
@@ -102,20 +102,20 @@ class Course:
         return self._result
 
     def _tell(self, record: Record) -> None:
-        if self._strategy.watch is not None:
-            self._strategy.watch.round(record, self._strategy)
+        if self._strategy.callback is not None:
+            self._strategy.callback.round(record, self._strategy)
 
     def _empty_layers(self) -> Record:
         """Return what a record says of layers without an alive weight; warn when there are others than before."""
         strategy, before = self._strategy, self._empty
         self._empty = [name for name, alive, _ in strategy.mask.layers() if not alive]
-        if self._empty and self._empty != before and strategy.watch is not None:
+        if self._empty and self._empty != before and strategy.callback is not None:
             cure = "set mask.min-per-layer to 1 or more" if strategy.has_floor else "choose a higher mask.density"
             names = ", ".join(self._empty[:5]) + (f" and {len(self._empty) - 5} more" if len(self._empty) > 5 else "")
-            strategy.watch.warn(f"the mask leaves no weight alive in {names}: {cure}")
+            strategy.callback.warn(f"the mask leaves no weight alive in {names}: {cure}")
         return {"empty_layers": self._empty} if self._empty else {}
 
-    def _discover(self, round_: int, prefix: str, hook: Callable[[Ask], None]) -> Record:
+    def _discover(self, round_: int, prefix: str, hook: Callable[[Query], None]) -> Record:
         """Let the strategy ask what it must know; return what that cost and who failed."""
         strategy, outcomes = self._strategy, list[Outcome]()
 
@@ -123,13 +123,13 @@ class Course:
             if parcel is None:
                 parcel = Parcel(facts={"weights": state_digest(strategy.layout, strategy.state)})
             weights = {"weights": functools.cache(self._weights)} if "weights" in parcel.facts else {}
-            messages = self._post.write(
+            messages = self._post.build_messages(
                 f"query.{question}", round_, ((client, parcel, None) for client in clients), {}, weights
             )
-            replies = self._post.carry(self._grid, messages, self._reply_bytes)
-            outcomes.append(self._post.outcome)
+            replies = self._post.exchange(self._grid, messages, self._reply_bytes)
+            outcomes.append(self._post.report)
             share = strategy.settings.failures.min_ok_fraction
-            yield from self._post.open(
+            yield from self._post.accepted_replies(
                 replies, strategy.answers(question), check, share, f"the question {question!r}"
             )
 
@@ -141,8 +141,8 @@ class Course:
             **{prefix + name: value for name, value in _names(*outcomes).items()},
             "bytes_discovery_down": sum(o.down for o in outcomes),
             "bytes_discovery_up": sum(o.up for o in outcomes),
-            "image_passes": sum(o.passes for o in outcomes),
-            "validation_passes": sum(o.looks for o in outcomes),
+            "image_passes": sum(o.train_examples for o in outcomes),
+            "validation_passes": sum(o.eval_examples for o in outcomes),
         }
 
     def _weights(self) -> Arrays:
@@ -152,10 +152,10 @@ class Course:
     def _train(self, round_: int) -> Record:
         strategy = self._strategy
         messages = strategy.configure_train(round_, ArrayRecord(), self._configs[0], self._grid)
-        replies = self._post.carry(self._grid, messages, self._reply_bytes)
+        replies = self._post.exchange(self._grid, messages, self._reply_bytes)
         _, metrics = strategy.aggregate_train(round_, replies)
         self._result.train_metrics_clientapp[round_] = metrics
-        outcome, norms = self._post.outcome, strategy.update_norms
+        outcome, norms = self._post.report, strategy.update_norms
         return {
             "round": round_,
             "cohort": strategy.cohort(round_),
@@ -167,8 +167,8 @@ class Course:
             "bytes_train_down": outcome.down,
             "bytes_train_up": outcome.up,
             "bytes_mask_down": outcome.mask_down,
-            "image_passes": outcome.passes,
-            "validation_passes": outcome.looks,
+            "image_passes": outcome.train_examples,
+            "validation_passes": outcome.eval_examples,
         }
 
     def _evaluate(self, round_: int) -> Record:
@@ -178,7 +178,7 @@ class Course:
         messages = strategy.configure_evaluate(round_, ArrayRecord(), self._configs[1], self._grid)
         if not messages:
             return record
-        clients = strategy.aggregate_evaluate(round_, self._post.carry(self._grid, messages, 0))
+        clients = strategy.aggregate_evaluate(round_, self._post.exchange(self._grid, messages, 0))
         if clients is not None:
             self._result.evaluate_metrics_clientapp[round_] = clients
             for name, known in (("local", strategy.accuracy), ("personal", strategy.personal_accuracy)):
@@ -191,10 +191,10 @@ class Course:
         if central is not None:
             self._result.evaluate_metrics_serverapp[round_] = central
             record |= {f"central_{name}": central[name] for name in ("loss", "accuracy")}
-        outcome, failed = self._post.outcome, _names(self._post.outcome)
+        outcome, failed = self._post.report, _names(self._post.report)
         record |= {f"evaluate_{name}": failed[name] for name in ("lost", "refused", "notes") if name in failed}
         record |= {"bytes_evaluate_down": outcome.down, "bytes_mask_down": outcome.mask_down}
-        return record | {"image_passes": outcome.passes}
+        return record | {"image_passes": outcome.train_examples}
 
 
 def _sum(*records: Record) -> Record:

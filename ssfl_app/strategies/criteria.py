@@ -52,10 +52,10 @@ from ssfl_app.sparsity.values import (
     PayloadError,
     check_values,
     read_values,
-    take,
+    read_array,
     write_values,
 )
-from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.course import Query
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.scoring import mean_over_batches, snip_scores
 from ssfl_app.strategies.settings import Settings
@@ -121,9 +121,9 @@ def steps_of(settings: Settings) -> int:
 # ---- the server's half ---------------------------------------------------------------------------
 
 
-def discover(
+def find_mask(
     strategy: "SparseStrategy",
-    ask: Ask,
+    ask: Query,
     clients: Iterable[int],
     state: State | None = None,
     carry: Parcel | None = None,
@@ -166,7 +166,7 @@ class _Inquiry:
     """Asks the same clients about the same weights as often as a criterion needs."""
 
     strategy: "SparseStrategy"
-    ask: Ask
+    ask: Query
     clients: tuple[int, ...]
     state: State
     carry: Parcel
@@ -291,7 +291,7 @@ _RULES: Mapping[str, Callable[[_Inquiry], Mask]] = {
 # ---- the client's half ---------------------------------------------------------------------------
 
 
-def answer(rule: ClientRule, question: str, parcel: Parcel, state: State | None = None) -> Parcel:
+def score_weights(rule: ClientRule, question: str, parcel: Parcel, state: State | None = None) -> Parcel:
     """Return a client's answer to one of `QUESTIONS`: "values", one for each weight that is asked about.
 
     They travel as ssfl.score-values says.
@@ -308,7 +308,7 @@ def answer(rule: ClientRule, question: str, parcel: Parcel, state: State | None 
     PayloadError
         The criterion has no such question, or what came along is malformed.
     """
-    options, site = options_of(rule.settings), rule.site
+    options, site = options_of(rule.settings), rule.context
     if question not in QUESTIONS or (question == "curvature" and options.criterion != "grasp"):
         raise PayloadError(f"question is {question!r}; ssfl.criterion is {options.criterion}")
     state = rule.initial_weights(parcel) if state is None else state
@@ -319,7 +319,7 @@ def answer(rule: ClientRule, question: str, parcel: Parcel, state: State | None 
     elif options.criterion == "snip":
         values = snip_scores(rule, state, *batches)
     elif question == "curvature":
-        flat = take(parcel.arrays, "direction", np.float32, site.layout.prunable_size)
+        flat = read_array(parcel.arrays, "direction", np.float32, site.layout.prunable_size)
         shapes = dict(site.layout.shapes)
         direction = {
             name: torch.from_numpy(flat[span].copy()).view(shapes[name])
@@ -335,7 +335,7 @@ def answer(rule: ClientRule, question: str, parcel: Parcel, state: State | None 
 
 def _on_masked_net(rule: ClientRule, state: State, parcel: Parcel) -> Vector:
     """Return |g w| of the masked net: of its alive weights, or with force, with the dense w, of all."""
-    options, site = options_of(rule.settings), rule.site
+    options, site = options_of(rule.settings), rule.context
     net = site.dense
     if "net" in parcel.arrays:
         net = read_mask({"mask": parcel.arrays["net"]}, site.layout)

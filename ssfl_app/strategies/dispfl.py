@@ -39,12 +39,12 @@ from ssfl_app.robust import distance, there
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Bitmask, SharedMask, nbytes, read_mask
 from ssfl_app.sparsity.densities import Counts, erk, uniform
-from ssfl_app.sparsity.evolve import cosine_drop, fire, random_mask, regrow
+from ssfl_app.sparsity.evolve import cosine_drop, drop, random_mask, grow
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.checks import check_number
-from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.course import Query
 from ssfl_app.strategies.gossip import GossipOptions, neighbours
 from ssfl_app.strategies.own_masks import OwnMasks
 from ssfl_app.strategies.post import Reply
@@ -89,16 +89,16 @@ class DisPflClient(ClientRule):
         options, run = cast(DisPflOptions, self.settings.own["dispfl"]), self.settings.run
         if options.static:
             return mask
-        site, drop = self.site, cosine_drop(FIRST_DROP, round_ - 1, run.rounds)
-        counts = {name: math.ceil(drop * alive) for name, alive, _ in mask.layers()}
-        left = fire(mask, np.abs(site.layout.flatten_prunable(state_of(site.model))), counts)
-        rng = generator(run.seed, "regrow", round_, site.number)
+        site, drop_fraction = self.context, cosine_drop(FIRST_DROP, round_ - 1, run.rounds)
+        counts = {name: math.ceil(drop_fraction * alive) for name, alive, _ in mask.layers()}
+        left = drop(mask, np.abs(site.layout.flatten_prunable(state_of(site.model))), counts)
+        rng = generator(run.seed, "regrow", round_, site.client_id)
         if options.regrow == "random":
-            return regrow(left, counts, rng=rng)
+            return grow(left, counts, rng=rng)
         size = min(self.settings.local.batch_size, len(site.train))
         batch = site.train.take(rng.choice(len(site.train), size, replace=False))
         gradient = site.trainer.gradient(site.model, batch)
-        return regrow(left, counts, np.abs(site.layout.flatten_prunable(gradient)))
+        return grow(left, counts, np.abs(site.layout.flatten_prunable(gradient)))
 
 
 class DisPfl(OwnMasks):
@@ -106,8 +106,8 @@ class DisPfl(OwnMasks):
 
     name = "dispfl"
     client = DisPflClient
-    rooms = {"dispfl": DisPflOptions, "gossip": GossipOptions}  # noqa: RUF012  (ClassVar of the base)
-    everyone = True
+    sections = {"dispfl": DisPflOptions, "gossip": GossipOptions}  # noqa: RUF012  (ClassVar of the base)
+    full_participation = True
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings)
@@ -123,7 +123,7 @@ class DisPfl(OwnMasks):
         options = cast(DisPflOptions, self.settings.own["dispfl"])
         return sum(layer_counts(self.layout, self.settings.mask.density, options.densities).values())
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Draw every client's mask, and give it its part of the initial weights."""
         layout, run, same = self.layout, self.settings.run, self._options.same_initial
         drawn = [0 if same else client for client in range(run.clients)]
@@ -131,14 +131,14 @@ class DisPfl(OwnMasks):
         self._sent = dict(enumerate(self.masks))
         self.models = [self.up.encode(self.layout, self.state, mask) for mask in self.masks]
 
-    def send(self, round_: int, client: int) -> Parcel:
+    def train_payload(self, round_: int, client: int) -> Parcel:
         """Return the mean over the owners among the client and its neighbours, under the client's mask."""
         peers = neighbours(self.settings, round_, client)
         self.peer_bytes += sum(nbytes(self.models[peer]) for peer in peers)
         mean = self.layout.unflatten(self._mean(sorted([client, *peers])))
         return self._under(client, mean, self.masks[client])
 
-    def deliver(self, round_: int, client: int) -> Parcel:
+    def eval_payload(self, round_: int, client: int) -> Parcel:
         """Return the client's own model under the mask it was trained in."""
         state, mask = self.up.decode(self.models[client], self.layout, self.mask)
         return self._under(client, state, mask)
@@ -160,10 +160,10 @@ class DisPfl(OwnMasks):
     def update_norm(self, reply: Reply) -> float | None:
         """Return how far a model is from the mean of all, under the mask that it was trained in."""
         codec, old = SharedMask(self.up.values), self.masks[reply.client]
-        mean = there(self.layout, self.model(), old.carried)
+        mean = there(self.layout, self.model(), old.transmitted)
         return distance(codec.vector(reply.arrays, self.layout, old), mean)
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Keep each client's model under its old mask, and its new mask."""
         for reply in replies:
             client, old = reply.client, self.masks[reply.client].packed()
@@ -177,14 +177,14 @@ class DisPfl(OwnMasks):
             self._consensus = self.layout.unflatten(self._mean(self._present))
         return self._consensus
 
-    def snapshot(self) -> Arrays:
+    def state_dict(self) -> Arrays:
         """Return all that `restore` needs: the models too."""
         models = {f"model/{k}/{n}": array for k, arrays in enumerate(self.models) for n, array in arrays.items()}
-        return super().snapshot() | models
+        return super().state_dict() | models
 
-    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`."""
-        super().restore(round_, arrays)
+        super().load_state_dict(round_, arrays)
         self.models = [
             {key.rpartition("/")[2]: array for key, array in arrays.items() if key.startswith(f"model/{k}/")}
             for k in range(self.settings.run.clients)
@@ -208,9 +208,9 @@ class DisPfl(OwnMasks):
         for client in clients:
             mask = read_mask(self.models[client], self.layout)
             model = np.zeros(self.layout.size, dtype=np.float32)
-            model[mask.carried] = values.vector(self.models[client], self.layout, mask)
+            model[mask.transmitted] = values.vector(self.models[client], self.layout, mask)
             total += model
-            owners += mask.carried
+            owners += mask.transmitted
         return np.asarray(total / np.maximum(owners, 1), dtype=np.float32)
 
 

@@ -65,22 +65,22 @@ class DittoClient(ClientRule):
         """Train the global model, then the personal one; return the global one."""
         options, round_ = self._options, int(parcel.facts["round"])
         mask = self.load(parcel)
-        down = {name: tensor.clone() for name, tensor in state_of(self.site.model).items()}
+        down = {name: tensor.clone() for name, tensor in state_of(self.context.model).items()}
         loss = self.fit(round_, epochs=options.global_epochs)
         reply = self.reply(parcel, mask, loss)
         own = self.personal_model(parcel)
         if options.dynamic:
             own = self._chosen(round_, own, down)
         else:
-            self._pulled(round_, own, down, options.pull, self.site.train)
-            own = state_of(self.site.model)
-        self.remember(parcel, {"model": self.site.layout.flatten(own)})
+            self._pulled(round_, own, down, options.pull, self.context.train)
+            own = state_of(self.context.model)
+        self.save_client_state(parcel, {"model": self.context.layout.flatten(own)})
         return reply
 
     def evaluate(self, parcel: Parcel) -> Facts:
         """Test the global model, and the personal one."""
         facts = super().evaluate(parcel)
-        load_state(self.site.model, self.personal_model(parcel))
+        load_state(self.context.model, self.personal_model(parcel))
         return self.tested(parcel, "personal_accuracy") | facts
 
     @property
@@ -89,7 +89,7 @@ class DittoClient(ClientRule):
 
     def _pulled(self, round_: int, own: State, towards: State, pull: float, data: Images) -> None:
         """Train `own` on the workbench, pulled towards the other model after every step."""
-        load_state(self.site.model, own)
+        load_state(self.context.model, own)
         step = partial(pull_towards, towards=towards, by=self.settings.local.rate(round_) * pull)
         epochs = self._options.personal_epochs
         self.fit(round_, purpose="personal", data=data, epochs=epochs, after_step=step)
@@ -100,9 +100,9 @@ class DittoClient(ClientRule):
         best, lowest = own, float("inf")
         for pull in CANDIDATES:
             self._pulled(round_, own, towards, pull, training)
-            loss, _ = self.site.trainer.evaluate(self.site.model, validation)
+            loss, _ = self.context.trainer.evaluate(self.context.model, validation)
             if loss < lowest:
-                best, lowest = {n: t.clone() for n, t in state_of(self.site.model).items()}, loss
+                best, lowest = {n: t.clone() for n, t in state_of(self.context.model).items()}, loss
         return best
 
 
@@ -118,5 +118,5 @@ class Ditto(SparseStrategy):
 
     name = "ditto"
     client = DittoClient
-    rooms = {"ditto": DittoOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"ditto": DittoOptions}  # noqa: RUF012  (ClassVar of the base)
     density_matters = False

@@ -43,13 +43,13 @@ class DpsgdClient(ClientRule):
     def train(self, parcel: Parcel) -> Parcel:
         """Train the mean and return the client's model."""
         reply = super().train(parcel)
-        self.remember(parcel, {"model": self.site.layout.flatten(state_of(self.site.model))})
+        self.save_client_state(parcel, {"model": self.context.layout.flatten(state_of(self.context.model))})
         return reply
 
     def evaluate(self, parcel: Parcel) -> Facts:
         """Test the consensus, and the client's own model."""
         facts = super().evaluate(parcel)
-        load_state(self.site.model, self.personal_model(parcel))
+        load_state(self.context.model, self.personal_model(parcel))
         return self.tested(parcel, "personal_accuracy") | facts
 
 
@@ -73,11 +73,11 @@ class Dpsgd(DenseRelay):
 
     name = "dpsgd"
     client = DpsgdClient
-    rooms = {"gossip": GossipOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"gossip": GossipOptions}  # noqa: RUF012  (ClassVar of the base)
 
     _mixed: tuple[int, list[int], Arrays] = (0, [], {})
 
-    def send(self, round_: int, client: int) -> Parcel:
+    def train_payload(self, round_: int, client: int) -> Parcel:
         """Return the mean of the client's and its neighbours' models; made once for clients with the same ones."""
         others = neighbours(self.settings, round_, client)
         self.peer_bytes += sum(Parcel(self.last(other)).nbytes for other in others)
@@ -87,16 +87,16 @@ class Dpsgd(DenseRelay):
             self._mixed = (round_, group, freeze(self.down.encode(self.layout, state, self.mask)))
         return Parcel(self._mixed[2])
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Keep the models; the state becomes their mean."""
         self._mixed = (0, [], {})
         for reply in replies:
             self.keep(reply)
         self.state = self.layout.unflatten(self.mean(self.present(round_)))
 
-    def deliver(self, round_: int, client: int) -> Parcel:
+    def eval_payload(self, round_: int, client: int) -> Parcel:
         """Return the consensus."""
-        return super().send(round_, client)
+        return super().train_payload(round_, client)
 
 
 class DpsgdFt(Dpsgd):
@@ -104,4 +104,4 @@ class DpsgdFt(Dpsgd):
 
     name = "dpsgd-ft"
     client = DpsgdFtClient
-    rooms = {"gossip": GossipOptions, "finetune": FinetuneOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"gossip": GossipOptions, "finetune": FinetuneOptions}  # noqa: RUF012  (ClassVar of the base)

@@ -36,5 +36,5 @@ class FedAvgFt(SparseStrategy):
 
     name = "fedavg-ft"
     client = FinetuneClient
-    rooms = {"finetune": FinetuneOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"finetune": FinetuneOptions}  # noqa: RUF012  (ClassVar of the base)
     density_matters = False

@@ -35,12 +35,12 @@ from ssfl_app.options import at_least, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Bitmask, Codec, SharedMask, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled
-from ssfl_app.sparsity.evolve import cosine_drop, fire, random_mask, regrow, top_mask
+from ssfl_app.sparsity.evolve import cosine_drop, drop, random_mask, grow, top_mask
 from ssfl_app.sparsity.layout import Layout, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.course import Query
 from ssfl_app.strategies.folds import carried_fold
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
@@ -95,7 +95,7 @@ class FedDstClient(ClientRule):
         mask, round_, epochs = self.load(parcel), int(parcel.facts["round"]), self.settings.local.epochs
         changes: dict[str, Any] = {}
         if options.proximal:
-            changes["penalty"] = proximal(self.site.model, options.proximal)
+            changes["penalty"] = proximal(self.context.model, options.proximal)
         if not options.moves(round_, run.rounds):
             return self.reply(parcel, mask, self.fit(round_, mask, **changes), up=SharedMask)
         total = 0.0
@@ -107,13 +107,13 @@ class FedDstClient(ClientRule):
 
     def moved(self, round_: int, mask: Mask, share: float) -> Mask:
         """Return the mask after each layer exchanged this share of its alive weights, by those on the workbench."""
-        site = self.site
+        site = self.context
         counts = {name: math.floor(share * alive) for name, alive, _ in mask.layers()}
-        left = fire(mask, np.abs(site.layout.flatten_prunable(state_of(site.model))), counts)
-        rng = generator(self.settings.run.seed, "feddst-regrow", round_, site.number)
+        left = drop(mask, np.abs(site.layout.flatten_prunable(state_of(site.model))), counts)
+        rng = generator(self.settings.run.seed, "feddst-regrow", round_, site.client_id)
         chosen = rng.permutation(len(site.train))[: self.settings.local.batch_size]
         gradient = site.trainer.gradient(site.model, site.train.take(chosen))
-        return regrow(left, counts, np.abs(site.layout.flatten_prunable(gradient)))
+        return grow(left, counts, np.abs(site.layout.flatten_prunable(gradient)))
 
 
 class FedDst(SparseStrategy):
@@ -121,7 +121,7 @@ class FedDst(SparseStrategy):
 
     name = "feddst"
     client = FedDstClient
-    rooms = {"feddst": FedDstOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"feddst": FedDstOptions}  # noqa: RUF012  (ClassVar of the base)
     has_floor = False
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
@@ -134,12 +134,12 @@ class FedDst(SparseStrategy):
         """The codec of models sent back: with their masks only in rounds that move them."""
         return (Bitmask if self._moves else SharedMask)(self.settings.wire.up_values)
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Draw the first mask and apply it to the initial weights."""
         self.mask = random_mask(self.layout, self.counts, generator(self.settings.run.seed, "feddst-mask"))
         self.state = self.mask.apply(self.state)
 
-    def prepare(self, round_: int, ask: Ask) -> None:
+    def before_round(self, round_: int, ask: Query) -> None:
         """Note whether masks move in this round."""
         options, run = cast(FedDstOptions, self.settings.own["feddst"]), self.settings.run
         self._moves = options.moves(round_, run.rounds)
@@ -153,7 +153,7 @@ class FedDst(SparseStrategy):
             if alive != self.counts[name]:
                 raise PayloadError(f"a mask has {alive} alive weights in {name}; it must have {self.counts[name]}")
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Take the mean; where masks moved, over the owners, and keep the largest weights that somebody owns."""
         if not self._moves:
             self.state = carried_fold(self, replies)
@@ -161,7 +161,7 @@ class FedDst(SparseStrategy):
         mean = OverlapMean(self.layout.size)
         for reply in replies:
             values, mask = self.decoded(reply)
-            mean.add(values, mask.carried, self.weight(reply))
+            mean.add(values, mask.transmitted, self.weight(reply))
             del reply, values, mask
         flat, prunable = mean.value(np.zeros(self.layout.size, dtype=np.float32)), self.layout.is_prunable
         owned = mean.weights()[prunable] > 0

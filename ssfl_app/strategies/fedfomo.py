@@ -36,7 +36,7 @@ from ssfl_app.options import anything, at_least, fraction, option
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import LinearCodec
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
-from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, take
+from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, read_array
 from ssfl_app.strategies.gossip import DenseRelay
 from ssfl_app.strategies.personal import held_out, held_out_of
 from ssfl_app.strategies.post import Reply
@@ -72,7 +72,7 @@ class FedFomoClient(ClientRule):
 
     def train(self, parcel: Parcel) -> Parcel:
         """Train the client's model, mix it with what came down, and return it with the peers' weights."""
-        site, options = self.site, cast(FedFomoOptions, self.settings.own["fedfomo"])
+        site, options = self.context, cast(FedFomoOptions, self.settings.own["fedfomo"])
         training, validation = held_out(self, options.validation)
         site.enough(len(validation), "a judgement of other models (fedfomo.validation)")
         start = site.layout.flatten(self.personal_model(parcel))
@@ -83,25 +83,25 @@ class FedFomoClient(ClientRule):
         own = mixed(start, candidates, weights)
         if own is None:
             own = candidates[0] if options.keep_local else start
-        self.remember(parcel, {"model": own})
+        self.save_client_state(parcel, {"model": own})
         reply = self.reply(parcel, site.dense, loss, site.layout.unflatten(own))
         return Parcel({**reply.arrays, "preference": np.array(weights[1:], dtype=np.float32)}, reply.facts)
 
     def evaluate(self, parcel: Parcel) -> Facts:
         """Test the client's own model."""
-        load_state(self.site.model, self.personal_model(parcel))
+        load_state(self.context.model, self.personal_model(parcel))
         return self.tested(parcel, "personal_accuracy")
 
     def _loss(self, model: Vector, validation: Images) -> float:
-        load_state(self.site.model, self.site.layout.unflatten(model))
-        return self.site.trainer.evaluate(self.site.model, validation)[0]
+        load_state(self.context.model, self.context.layout.unflatten(model))
+        return self.context.trainer.evaluate(self.context.model, validation)[0]
 
     def _peers(self, parcel: Parcel) -> list[Vector]:
         codec, models = cast(LinearCodec, self.down(self.settings.wire.down_values)), dict[int, Arrays]()
         for key, array in parcel.arrays.items():
             name, _, place = key.rpartition(".")
             models.setdefault(int(place), {})[name] = array
-        return [codec.vector(models[place], self.site.layout, self.site.dense) for place in sorted(models)]
+        return [codec.vector(models[place], self.context.layout, self.context.dense) for place in sorted(models)]
 
 
 def weight(start: Vector, loss: float, other: Vector, other_loss: float) -> float:
@@ -128,7 +128,7 @@ class FedFomo(DenseRelay):
 
     name = "fedfomo"
     client = FedFomoClient
-    rooms = {"fedfomo": FedFomoOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"fedfomo": FedFomoOptions}  # noqa: RUF012  (ClassVar of the base)
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings)
@@ -146,7 +146,7 @@ class FedFomo(DenseRelay):
             others = others[np.argsort(-self.preferences[client, others], kind="stable")]
         return sorted(int(other) for other in others[: options.peers])
 
-    def send(self, round_: int, client: int) -> Parcel:
+    def train_payload(self, round_: int, client: int) -> Parcel:
         """Return the peers' models, one after the other."""
         self._sent[client] = self.peers(round_, client)
         models = [self._encoded_last(other) for other in self._sent[client]]
@@ -154,7 +154,7 @@ class FedFomo(DenseRelay):
         self.peer_bytes += parcel.nbytes
         return parcel
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Keep the models and add up the preferences; the state becomes the mean of the models."""
         self._relayed = {}
         for reply in replies:
@@ -162,7 +162,7 @@ class FedFomo(DenseRelay):
             self.preferences[reply.client, self._sent[reply.client]] += reply.arrays["preference"]
         self.state = self.layout.unflatten(self.mean(self.present(round_)))
 
-    def deliver(self, round_: int, client: int) -> Parcel:
+    def eval_payload(self, round_: int, client: int) -> Parcel:
         """Return nothing: the client tests its own model."""
         return Parcel()
 
@@ -173,17 +173,17 @@ class FedFomo(DenseRelay):
     def check_trained(self, client: int, parcel: Parcel) -> None:
         """Raise PayloadError unless a finite weight came for each peer."""
         super().check_trained(client, parcel)
-        preference = take(parcel.arrays, "preference", np.float32, len(self._sent[client]))
+        preference = read_array(parcel.arrays, "preference", np.float32, len(self._sent[client]))
         if not np.isfinite(preference).all():
             raise PayloadError("preference must be finite")
 
-    def snapshot(self) -> Arrays:
+    def state_dict(self) -> Arrays:
         """Return all that `restore` needs: the preferences too."""
-        return super().snapshot() | {"preferences": self.preferences.ravel()}
+        return super().state_dict() | {"preferences": self.preferences.ravel()}
 
-    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`."""
-        super().restore(round_, arrays)
+        super().load_state_dict(round_, arrays)
         self.preferences = np.array(arrays["preferences"], dtype=np.float64).reshape(self.preferences.shape)
 
     def _encoded_last(self, client: int) -> Arrays:

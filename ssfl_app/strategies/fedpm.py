@@ -39,7 +39,7 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.base import SparseStrategy, density_pair
 from ssfl_app.strategies.checks import stored
-from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.course import Query
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
@@ -63,7 +63,7 @@ class Prunable(LinearCodec):
 
     name = "prunable"
 
-    def places(self, layout: Layout, mask: Mask) -> Bits:
+    def positions(self, layout: Layout, mask: Mask) -> Bits:
         """Return the prunable coordinates."""
         return layout.is_prunable
 
@@ -94,8 +94,8 @@ class FedPmClient(ClientRule):
     def train(self, parcel: Parcel) -> Parcel:
         """Train the scores that came down as probabilities; return one mask drawn from them."""
         self.load(parcel)
-        site, round_ = self.site, int(parcel.facts["round"])
-        options, where = cast(FedPmOptions, self.settings.own["fedpm"]), (round_, site.number)
+        site, round_ = self.context, int(parcel.facts["round"])
+        options, where = cast(FedPmOptions, self.settings.own["fedpm"]), (round_, site.client_id)
         network, theta = self._constants(parcel), state_of(site.model)
         scores = {name: torch.logit(theta[name].clamp(CLAMP, 1 - CLAMP)) for name in site.layout.prunable}
         load_state(site.model, network | scores)
@@ -109,16 +109,16 @@ class FedPmClient(ClientRule):
 
     def evaluate(self, parcel: Parcel) -> Facts:
         """Test the network whose mask came down."""
-        mask = read_mask(parcel.arrays, self.site.layout)
-        load_state(self.site.model, mask.apply(self._constants(parcel)))
+        mask = read_mask(parcel.arrays, self.context.layout)
+        load_state(self.context.model, mask.apply(self._constants(parcel)))
         return self.tested(parcel)
 
     def _constants(self, parcel: Parcel) -> State:
         """Return the constants; their signs are made from the seed once and kept."""
-        site, digest = self.site, str(parcel.facts.get("signs", ""))
+        site, digest = self.context, str(parcel.facts.get("signs", ""))
         positive = site.mask(digest)
         if positive is None:
-            positive = signs(site.layout, site.initial())
+            positive = signs(site.layout, site.initial_state())
             if positive.digest != digest:
                 raise PayloadError(f"signs is {digest!r}; the seed makes {positive.digest!r} at this client")
             site.memory.keep(digest, positive.packed())
@@ -145,7 +145,7 @@ class FedPm(SparseStrategy):
 
     name = "fedpm"
     client = FedPmClient
-    rooms = {"fedpm": FedPmOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"fedpm": FedPmOptions}  # noqa: RUF012  (ClassVar of the base)
     density_matters = False
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
@@ -161,18 +161,18 @@ class FedPm(SparseStrategy):
         """The room ``fedpm``."""
         return cast(FedPmOptions, self.settings.own["fedpm"])
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Take the signs of the initial weights, and draw the first scores from N(0, 1)."""
         self.signs = signs(self.layout, self.state)
         rng = generator(self.settings.run.seed, "fedpm-scores")
         scores = torch.from_numpy(rng.standard_normal(self.layout.prunable_size, dtype=np.float32))
         self._believe(0, torch.sigmoid(scores).numpy())
 
-    def send(self, round_: int, client: int) -> Parcel:
+    def train_payload(self, round_: int, client: int) -> Parcel:
         """Return theta."""
-        return Parcel(super().send(round_, client).arrays, {"signs": self.signs.digest})
+        return Parcel(super().train_payload(round_, client).arrays, {"signs": self.signs.digest})
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Count the bits of the masks and take the mode of the posterior."""
         anew = self.options.reset and (round_ - 1) % self.options.reset == 0
         ones, masks = (np.zeros_like(self.ones), 0) if anew else (self.ones.copy(), self.masks)
@@ -187,7 +187,7 @@ class FedPm(SparseStrategy):
         """Return None: bits have no length, and one client's move theta by its weight's share at most."""
         return None
 
-    def deliver(self, round_: int, client: int) -> Parcel:
+    def eval_payload(self, round_: int, client: int) -> Parcel:
         """Return the mask of the network that is tested."""
         return Parcel(self._bits, {"signs": self.signs.digest})
 
@@ -199,21 +199,21 @@ class FedPm(SparseStrategy):
         """Return those of the network that is tested."""
         return density_pair(self.network)
 
-    def snapshot(self) -> Arrays:
+    def state_dict(self) -> Arrays:
         """Return all that `restore` needs: the signs and the posterior too."""
         posterior = {"ones": self.ones, "masks": np.array([self.masks], dtype=np.int64)}
-        return super().snapshot() | posterior | {"signs": self.signs.packed()}
+        return super().state_dict() | posterior | {"signs": self.signs.packed()}
 
-    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`."""
-        super().restore(round_, arrays)
+        super().load_state_dict(round_, arrays)
         self.signs = Mask.unpack(self.layout, np.asarray(arrays["signs"], dtype=np.uint8))
         self.ones = stored(arrays, "ones", "int64", self.layout.prunable_size).copy()
         self.masks = int(stored(arrays, "masks", "int64", 1)[0])
         self._believe(round_, self.layout.flatten_prunable(self.state))
 
     def _believe(self, round_: int, theta: npt.NDArray[np.float32]) -> None:
-        self.state = self.layout.expand(theta, self.layout.is_prunable)
+        self.state = self.layout.scatter(theta, self.layout.is_prunable)
         if self.options.evaluate == "threshold":
             self.network = Mask(self.layout, theta > 0.5)
         else:

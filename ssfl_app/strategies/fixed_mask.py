@@ -35,8 +35,8 @@ from ssfl_app.sparsity.mask import Mask, Scope, keep_count
 from ssfl_app.sparsity.values import Allowed, Arrays, allowed_values
 from ssfl_app.strategies.base import SparseStrategy
 from ssfl_app.strategies.checks import stored
-from ssfl_app.strategies.course import Ask
-from ssfl_app.strategies.criteria import QUESTIONS, SsflOptions, answer, discover, options_of, steps_of
+from ssfl_app.strategies.course import Query
+from ssfl_app.strategies.criteria import QUESTIONS, SsflOptions, score_weights, find_mask, options_of, steps_of
 from ssfl_app.strategies.refresh import Refresher, lifted_weights
 from ssfl_app.strategies.rule import ClientRule
 from ssfl_app.strategies.settings import Settings
@@ -53,14 +53,14 @@ class MaskedClient(ClientRule):
 class SaliencyClient(MaskedClient):
     """Scores weights as ssfl.criterion says."""
 
-    questions = QUESTIONS
+    query_types = QUESTIONS
 
-    def setup(self, question: str, parcel: Parcel) -> Parcel:
+    def answer_query(self, question: str, parcel: Parcel) -> Parcel:
         """Return the scores at the dense weights the question is about."""
-        if question not in self.questions:
-            return super().setup(question, parcel)
+        if question not in self.query_types:
+            return super().answer_query(question, parcel)
         refresh = "alive" in parcel.arrays and "values" not in parcel.arrays
-        return answer(self, question, parcel, lifted_weights(self, parcel) if refresh else None)
+        return score_weights(self, question, parcel, lifted_weights(self, parcel) if refresh else None)
 
 
 class FixedMask(SparseStrategy):
@@ -68,12 +68,12 @@ class FixedMask(SparseStrategy):
 
     client = MaskedClient
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Find the mask and apply it to the initial weights."""
         self.mask = self.find_mask(ask)
         self.state = self.mask.apply(self.state)
 
-    def find_mask(self, ask: Ask, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
+    def find_mask(self, ask: Query, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
         """Return the global mask.
 
         Parameters
@@ -93,7 +93,7 @@ class Ssfl(FixedMask):
 
     name = "ssfl"
     client = SaliencyClient
-    rooms = {"ssfl": SsflOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"ssfl": SsflOptions}  # noqa: RUF012  (ClassVar of the base)
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings)
@@ -108,21 +108,21 @@ class Ssfl(FixedMask):
         self._initial: State = {}  # kept where a refresh may need it
         self._refresher = Refresher(options_of(settings), settings.run.clients)
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Find the mask at w0, unless dense rounds come first."""
         if options_of(self.settings).refresh != "never":
             self._initial = self.state
         if not options_of(self.settings).warmup_rounds:
-            super().setup(ask)
+            super().before_training(ask)
 
-    def prepare(self, round_: int, ask: Ask) -> None:
+    def before_round(self, round_: int, ask: Query) -> None:
         """After the dense rounds find the mask at the weights of that moment; refresh it when that is due."""
         warmup = options_of(self.settings).warmup_rounds
         if warmup and round_ == warmup + 1:
             self.mask = self.find_mask(ask, round_, self.state)
             self.state = self.mask.apply(self.state)
         elif self._refresher.due(round_, self.losses) and round_ > warmup:
-            question = self._refresher.question(self.mask, self.state, self._initial)
+            question = self._refresher.query(self.mask, self.state, self._initial)
             trained, self.state = self.state, question.lifted  # what a client is sent that cannot make it itself
             try:
                 mask = self.find_mask(ask, round_, question.lifted, question.parcel)
@@ -131,21 +131,21 @@ class Ssfl(FixedMask):
             self.state = mask.apply(self._refresher.start(trained, question.lifted, self._initial))
             self.mask = mask
 
-    def snapshot(self) -> Arrays:
+    def state_dict(self) -> Arrays:
         """Return all that `restore` needs."""
         initial = {"initial": self.layout.flatten(self._initial)} if self._initial else {}
-        return super().snapshot() | initial | self._refresher.snapshot()
+        return super().state_dict() | initial | self._refresher.state_dict()
 
-    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`."""
-        super().restore(round_, arrays)
+        super().load_state_dict(round_, arrays)
         if "initial" in arrays:
             self._initial = self.layout.unflatten(stored(arrays, "initial", "float32", self.layout.size))
-        self._refresher.restore(arrays)
+        self._refresher.load_state_dict(arrays)
 
-    def find_mask(self, ask: Ask, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
+    def find_mask(self, ask: Query, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
         """Ask clients for what ssfl.criterion needs, and keep the top."""
-        return discover(self, ask, self.asked(round_), state, carry)
+        return find_mask(self, ask, self.asked(round_), state, carry)
 
     def answers(self, question: str | None = None) -> Allowed:
         """Return a score for each weight for a question."""
@@ -166,7 +166,7 @@ class Shuffled(Ssfl):
 
     name = "shuffled"
 
-    def find_mask(self, ask: Ask, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
+    def find_mask(self, ask: Query, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
         """Return SSFL's mask, shuffled."""
         found = super().find_mask(ask, round_, state, carry)
         return found.shuffle(generator(self.settings.run.seed, "shuffle"))
@@ -178,7 +178,7 @@ class Random(FixedMask):
     name = "random"
     has_floor = False
 
-    def find_mask(self, ask: Ask, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
+    def find_mask(self, ask: Query, round_: int = 0, state: State | None = None, carry: Parcel | None = None) -> Mask:
         """Draw the mask."""
         wanted, rng = self.settings.mask, generator(self.settings.run.seed, "random-mask")
         return Mask.random(self.layout, wanted.density, rng, cast(Scope, wanted.scope))

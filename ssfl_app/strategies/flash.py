@@ -34,12 +34,12 @@ from ssfl_app.options import at_least, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Bitmask, Codec, SharedMask, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled
-from ssfl_app.sparsity.evolve import fire, layer_densities, random_mask, regrow, top_mask
+from ssfl_app.sparsity.evolve import drop, layer_densities, random_mask, grow, top_mask
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, PayloadError, allowed_values, check_values, read_values
 from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.course import Query
 from ssfl_app.strategies.folds import carried_fold
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
@@ -89,12 +89,12 @@ def evolved(mask: Mask, magnitudes: Vector, rate: Fraction, rng: np.random.Gener
     float32, shape (prunable,).
     """
     fired = {name: math.ceil(rate * alive) for name, alive, _ in mask.layers()}
-    left, means = fire(mask, magnitudes, fired), dict[str, float]()
+    left, means = drop(mask, magnitudes, fired), dict[str, float]()
     for name, span in mask.layout.prunable_spans.items():
         alive = magnitudes[span][mask.alive[span]]
         means[name] = float(alive.mean(dtype=np.float64)) if alive.size else 0.0
     room = {name: size - alive for name, alive, size in left.layers()}
-    return regrow(left, dealt(sum(fired.values()), means, room), rng=rng)
+    return grow(left, dealt(sum(fired.values()), means, room), rng=rng)
 
 
 def shares_of(mask: Mask) -> Vector:
@@ -107,21 +107,21 @@ class FlashClient(ClientRule):
 
     down = SharedMask
     up: ClassVar[type[Codec]] = SharedMask
-    questions = ("layer_densities",)
+    query_types = ("layer_densities",)
 
     @classmethod
     def uses(cls, settings: Settings) -> int:
         """Return the epochs of stage 1 too."""
         return super().uses(settings) + cast(FlashOptions, settings.own["flash"]).stage_epochs
 
-    def setup(self, question: str, parcel: Parcel) -> Parcel:
+    def answer_query(self, question: str, parcel: Parcel) -> Parcel:
         """Return the layer densities, float32, shape (prunable tensors,), that sparse learning ends with."""
-        if question not in self.questions:
-            return super().setup(question, parcel)
-        load_state(self.site.model, self.initial_weights(parcel))
-        start, rate = first_mask(self.site.layout, self.settings), self.settings.local.lr
+        if question not in self.query_types:
+            return super().answer_query(question, parcel)
+        load_state(self.context.model, self.initial_weights(parcel))
+        start, rate = first_mask(self.context.layout, self.settings), self.settings.local.lr
         mask, _ = self.learn(0, start, self.options.stage_epochs, "flash-stage", rate)
-        return Parcel({"values": shares_of(mask)}, {"samples": len(self.site.train)})
+        return Parcel({"values": shares_of(mask)}, {"samples": len(self.context.train)})
 
     @property
     def options(self) -> FlashOptions:
@@ -132,7 +132,7 @@ class FlashClient(ClientRule):
         self, round_: int, mask: Mask, epochs: int, purpose: str, lr: float | None = None
     ) -> tuple[Mask, float]:
         """Train the workbench's model with sparse learning; return the mask it ends with and the mean loss."""
-        site, rng = self.site, generator(self.settings.run.seed, purpose, round_, self.site.number)
+        site, rng = self.context, generator(self.settings.run.seed, purpose, round_, self.context.client_id)
         parts = [site.train] * epochs
         if epochs == 1 and len(site.train) >= 2 * site.trainer.fewest:
             parts = [site.train.take(half) for half in np.array_split(rng.permutation(len(site.train)), 2)]
@@ -166,7 +166,7 @@ class Flash(SparseStrategy):
 
     name = "flash"
     client = FlashClient
-    rooms = {"flash": FlashOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"flash": FlashOptions}  # noqa: RUF012  (ClassVar of the base)
     has_floor = False
 
     @property
@@ -174,7 +174,7 @@ class Flash(SparseStrategy):
         """The room ``flash``."""
         return cast(FlashOptions, self.settings.own["flash"])
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Ask for layer densities, draw the mask and apply it to the initial weights."""
         shares = WeightedMean(len(self.layout.prunable))
         for reply in ask("layer_densities", self.asked(), self._check_shares):
@@ -232,11 +232,11 @@ class FlashJoint(Flash):
         """The codec of models sent back: with their masks only in rounds that change the mask."""
         return (Bitmask if self._changes else SharedMask)(self.settings.wire.up_values)
 
-    def prepare(self, round_: int, ask: Ask) -> None:
+    def before_round(self, round_: int, ask: Query) -> None:
         """Note whether this round changes the mask."""
         self._changes = self.options.changes(round_)
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Average weights, and layer densities if the mask changes; keep the largest weights of each layer."""
         if not self._changes:
             self.state = carried_fold(self, replies)

@@ -55,14 +55,14 @@ def carried_fold(strategy: "SparseStrategy", replies: Iterable[Reply]) -> State:
             del reply
         if len(rows) < FEWEST:
             raise RunFailed(f"run.fold is {run.fold!r}; {len(rows)} replies are there, and it needs {FEWEST}")
-        return codec.expand(folded(rows, run.fold, run.trim), layout, mask)
+        return codec.scatter(folded(rows, run.fold, run.trim), layout, mask)
     mean = WeightedMean(size)
     for reply in replies:
         mean.add(codec.vector(reply.arrays, layout, mask), strategy.weight(reply))
         del reply
     values = mean.value()
     del mean
-    return codec.expand(values, layout, mask)
+    return codec.scatter(values, layout, mask)
 
 
 def within_norm(strategy: "SparseStrategy", replies: Iterable[Reply], what: str) -> Iterator[Reply]:
@@ -90,12 +90,12 @@ def within_norm(strategy: "SparseStrategy", replies: Iterable[Reply], what: str)
         if norm <= factor * usual:
             good.append(reply)
         else:
-            strategy.post.refuse(
+            strategy.messenger.refuse(
                 reply,
                 f"its update is {norm:.4g} long; failures.norm-factor is {factor:g} and the median of this round "
                 f"{usual:.4g}",
             )
-    strategy.post.outcome.need(strategy.settings.failures.min_ok_fraction, what)
+    strategy.messenger.report.require(strategy.settings.failures.min_ok_fraction, what)
     for reply in good:
         yield replace(reply, arrays=held.get(reply.client))
 
@@ -119,6 +119,6 @@ def overlap_mean(strategy: "SparseStrategy", replies: Iterable[Reply], old: Vect
     mean = OverlapMean(strategy.layout.size)
     for reply in replies:
         values, mask = strategy.decoded(reply)
-        mean.add(values, mask.carried, strategy.weight(reply))
+        mean.add(values, mask.transmitted, strategy.weight(reply))
         del reply, values
     return mean.value(old)

@@ -17,7 +17,7 @@ from ssfl_app.sparsity.codec import LinearCodec
 from ssfl_app.sparsity.layout import Layout, Vector
 from ssfl_app.sparsity.values import Arrays
 from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.course import Query
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.settings import Settings
 
@@ -59,7 +59,7 @@ class DenseRelay(SparseStrategy):
     for 100 times ResNet-18, and once more while a snapshot is written; beside it what the messages of a round carry.
     """
 
-    everyone = True
+    full_participation = True
     density_matters = False
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
@@ -67,7 +67,7 @@ class DenseRelay(SparseStrategy):
         self._first: Arrays = {}  # w0
         self._last: dict[int, Arrays] = {}  # of the clients that were heard of
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Nobody is asked: all clients start from w0."""
         self._first = self.up.encode(self.layout, self.state, self.mask)
 
@@ -95,16 +95,16 @@ class DenseRelay(SparseStrategy):
         total /= len(chosen)
         return total.astype(np.float32)
 
-    def snapshot(self) -> Arrays:
+    def state_dict(self) -> Arrays:
         """Return all that `restore` needs: the models too."""
         models = {"first": self._first, **{str(client): self._last[client] for client in self.heard}}
-        return super().snapshot() | {
+        return super().state_dict() | {
             f"model/{k}/{name}": a for k, model in models.items() for name, a in model.items()
         }
 
-    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`."""
-        super().restore(round_, arrays)
+        super().load_state_dict(round_, arrays)
         models: dict[str, Arrays] = {}
         for key in arrays:
             if key.startswith("model/"):

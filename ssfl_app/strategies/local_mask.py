@@ -28,7 +28,7 @@ from ssfl_app.sparsity.codec import BitsOnly, SharedMask, read_mask
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask, Scope, keep_count
 from ssfl_app.sparsity.values import Allowed, PayloadError
-from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.course import Query
 from ssfl_app.strategies.folds import overlap_mean, zeros_mean
 from ssfl_app.strategies.own_masks import OwnMasks
 from ssfl_app.strategies.post import Reply
@@ -59,10 +59,10 @@ class LocalMaskClient(ClientRule):
 
     def known_mask(self, parcel: Parcel, digest: str) -> Mask:
         """Return the mask with this digest; the client's random one needs no telling."""
-        if "mask" not in parcel.arrays and self.site.mask(digest) is None:
-            own = random_mask(self.site.layout, self.settings, self.site.number)
+        if "mask" not in parcel.arrays and self.context.mask(digest) is None:
+            own = random_mask(self.context.layout, self.settings, self.context.client_id)
             if own.digest == digest:  # if another one is meant, the held one stays
-                self.site.memory.keep(own.digest, own.packed())
+                self.context.memory.keep(own.digest, own.packed())
         return super().known_mask(parcel, digest)
 
     def evaluate(self, parcel: Parcel) -> Facts:
@@ -74,13 +74,13 @@ class LocalMaskClient(ClientRule):
 class LocalSaliencyClient(LocalMaskClient):
     """Finds its own mask."""
 
-    questions = ("own_mask",)
+    query_types = ("own_mask",)
 
-    def setup(self, question: str, parcel: Parcel) -> Parcel:
+    def answer_query(self, question: str, parcel: Parcel) -> Parcel:
         """Return the bitmap of the client's own top scores, and keep it."""
-        if question not in self.questions:
-            return super().setup(question, parcel)
-        site, options, wanted = self.site, cast(Any, self.settings.own["ssfl"]), self.settings.mask
+        if question not in self.query_types:
+            return super().answer_query(question, parcel)
+        site, options, wanted = self.context, cast(Any, self.settings.own["ssfl"]), self.settings.mask
         state = self.initial_weights(parcel)
         scores = snip_scores(self, state, options.saliency_batches, options.saliency_batch_size)
         own = Mask.top(
@@ -95,15 +95,15 @@ class RandomLocal(OwnMasks):
 
     name = "random-local"
     client = LocalMaskClient
-    rooms = {"local-mask": LocalMaskOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"local-mask": LocalMaskOptions}  # noqa: RUF012  (ClassVar of the base)
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Both ends draw the masks."""
         self.masks = [random_mask(self.layout, self.settings, client) for client in range(self.settings.run.clients)]
         for client, mask in enumerate(self.masks):
-            self.post.holds(client, mask)
+            self.messenger.mark_mask_held(client, mask)
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Take the mean, over those who hold a coordinate or over all."""
         options = cast(LocalMaskOptions, self.settings.own["local-mask"])
         if options.mean == "zeros":
@@ -119,12 +119,12 @@ class LocalSaliency(RandomLocal):
     name = "local-saliency"
     client = LocalSaliencyClient
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Ask every client for its mask."""
-        super().setup(ask)
+        super().before_training(ask)
         for reply in ask("own_mask", range(self.settings.run.clients), self._check_mask):
             self.masks[reply.client] = read_mask(reply.arrays, self.layout)
-            self.post.holds(reply.client, self.masks[reply.client])
+            self.messenger.mark_mask_held(reply.client, self.masks[reply.client])
 
     def answers(self, question: str | None = None) -> Allowed:
         """Return the bitmap for a question."""

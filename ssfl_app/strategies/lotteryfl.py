@@ -31,7 +31,7 @@ from ssfl_app.options import at_least, fraction
 from ssfl_app.sparsity.layout import State, load_state, state_digest
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.checks import stored
-from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.course import Query
 from ssfl_app.strategies.shrinking import ShrinkingClient, ShrinkingMasks
 from ssfl_app.wire import Parcel
 
@@ -54,12 +54,12 @@ class LotteryFlClient(ShrinkingClient):
         smaller = self.pruned(mask, options.step)
         if smaller.count < mask.count and self.training_accuracy() > options.accuracy:
             mask = smaller
-            load_state(self.site.model, mask.apply(self._initial(parcel)))
+            load_state(self.context.model, mask.apply(self._initial(parcel)))
         return self.answer(parcel, mask, self.fit(int(parcel.facts["round"]), mask))
 
     def _initial(self, parcel: Parcel) -> State:
-        state = self.site.initial()
-        digest = state_digest(self.site.layout, state)
+        state = self.context.initial_state()
+        digest = state_digest(self.context.layout, state)
         if digest != parcel.facts["weights"]:
             wanted = str(parcel.facts["weights"])
             raise PayloadError(f"the seed's weights are {digest[:16]} here; they must be {wanted[:16]}")
@@ -71,22 +71,22 @@ class LotteryFl(ShrinkingMasks):
 
     name = "lotteryfl"
     client = LotteryFlClient
-    rooms = {"lotteryfl": LotteryFlOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"lotteryfl": LotteryFlOptions}  # noqa: RUF012  (ClassVar of the base)
     _weights = ""
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Note what the initial weights are."""
         self._weights = state_digest(self.layout, self.state)
 
-    def send(self, round_: int, client: int) -> Parcel:
+    def train_payload(self, round_: int, client: int) -> Parcel:
         """Return the client's own part of the global model."""
-        return Parcel(super().send(round_, client).arrays, {"weights": self._weights})
+        return Parcel(super().train_payload(round_, client).arrays, {"weights": self._weights})
 
-    def snapshot(self) -> Arrays:
+    def state_dict(self) -> Arrays:
         """Return all that `restore` needs: the digest too."""
-        return super().snapshot() | {"weights": np.frombuffer(bytes.fromhex(self._weights), dtype=np.uint8)}
+        return super().state_dict() | {"weights": np.frombuffer(bytes.fromhex(self._weights), dtype=np.uint8)}
 
-    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`."""
-        super().restore(round_, arrays)
+        super().load_state_dict(round_, arrays)
         self._weights = stored(arrays, "weights", "uint8", 32).tobytes().hex()  # a SHA-256

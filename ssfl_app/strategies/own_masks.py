@@ -28,12 +28,12 @@ class OwnMasks(SparseStrategy):
         """Return the means over the clients' masks."""
         return density_pair(*self.masks)
 
-    def snapshot(self) -> Arrays:
+    def state_dict(self) -> Arrays:
         """Return all that `restore` needs: the masks too."""
-        return super().snapshot() | {f"mask/{k}": mask.packed() for k, mask in enumerate(self.masks)}
+        return super().state_dict() | {f"mask/{k}": mask.packed() for k, mask in enumerate(self.masks)}
 
-    def restore(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue after `round_`."""
-        super().restore(round_, arrays)
+        super().load_state_dict(round_, arrays)
         packed = [np.asarray(arrays[f"mask/{k}"], dtype=np.uint8) for k in range(self.settings.run.clients)]
         self.masks = [Mask.unpack(self.layout, bitmap) for bitmap in packed]

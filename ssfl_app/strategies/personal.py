@@ -48,8 +48,8 @@ def held_out(rule: ClientRule, share: float) -> tuple[Images, Images]:
 
     A client with a single image trains and validates on it.
     """
-    site = rule.site
-    order = generator(rule.settings.run.seed, "validation", site.number).permutation(len(site.train))
+    site = rule.context
+    order = generator(rule.settings.run.seed, "validation", site.client_id).permutation(len(site.train))
     count = held_out_of(len(order), share)
     if not count:
         return site.train, site.train

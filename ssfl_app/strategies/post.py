@@ -94,7 +94,7 @@ class Post:
     """
 
     def __init__(self, run: RunOptions, mask_travels: bool, bitmaps: str = "plain") -> None:
-        self.outcome = Outcome()
+        self.report = Outcome()
         self.folder: Path | None = None
         self.token: str | None = None
         self.roster = Roster(run)
@@ -108,7 +108,7 @@ class Post:
 
     # ---- who is who --------------------------------------------------------------------------
 
-    def meet(self, grid: Grid) -> dict[int, Facts]:
+    def wait_for_clients(self, grid: Grid) -> dict[int, Facts]:
         """Wait until every client is connected, and return what each says of itself.
 
         Raises
@@ -116,11 +116,11 @@ class Post:
         RunFailed
             As `Roster.meet` does.
         """
-        return self.roster.meet(grid)
+        return self.roster.wait_for_clients(grid)
 
-    def rejoin(self, grid: Grid) -> dict[str, Any]:
+    def readmit(self, grid: Grid) -> dict[str, Any]:
         """Let nodes that were set up anew take their old places; return what a round's record says of it."""
-        back, strangers = self.roster.rejoin(grid)
+        back, strangers = self.roster.readmit(grid)
         for client in back:
             self._holds.pop(client, None)
         told = {"rejoined": back, "strangers": {str(node): strangers[node] for node in sorted(strangers)}}
@@ -128,7 +128,7 @@ class Post:
 
     # ---- out ---------------------------------------------------------------------------------
 
-    def write(
+    def build_messages(
         self,
         kind: str,
         round_: int,
@@ -158,7 +158,7 @@ class Post:
             messages.append(self._message(client, brings))
         return messages
 
-    def holds(self, client: int, mask: Mask) -> None:
+    def mark_mask_held(self, client: int, mask: Mask) -> None:
         """Note that a client holds this mask: it answered under it, or made it itself."""
         before = self._holds.get(client)
         if before == mask.digest:
@@ -179,10 +179,10 @@ class Post:
         ttl = self._run.round_timeout
         return Message(record, self.roster.nodes[client], letter.kind, ttl=ttl, group_id=group)
 
-    def carry(self, grid: Grid, messages: Iterable[Message], reply_bytes: int) -> Iterator[Message]:
+    def exchange(self, grid: Grid, messages: Iterable[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `write` made; return the replies, of about this size, as they come."""
         courier = Courier(grid, self._run.round_timeout, reply_bytes)
-        self.outcome = courier.outcome
+        self.report = courier.outcome
         client_at = {node: client for client, node in self.roster.nodes.items()}
         self._push(courier, {client_at[message.metadata.dst_node_id]: message for message in messages})
         return self._replies(courier)
@@ -190,7 +190,7 @@ class Post:
     def _replies(self, courier: Courier) -> Iterator[Message]:
         given: dict[int, set[str]] = {}
         for client, reply in courier.replies():
-            self.outcome.up += sum(_sizes(reply).values())
+            self.report.up += sum(_sizes(reply).values())
             need, had = _need(reply), given.setdefault(client, set())
             if need is not None and need in self._letters[client].attachments and need not in had:
                 had.add(need)
@@ -204,13 +204,13 @@ class Post:
         for client, message in messages.items():
             sizes = _sizes(message)
             if "mask" in self._letters[client].attachments:  # not one that belongs to the codec
-                self.outcome.mask_down += sizes.pop("mask", 0)
-            self.outcome.down += sum(sizes.values())
+                self.report.mask_down += sizes.pop("mask", 0)
+            self.report.down += sum(sizes.values())
         courier.send(messages)
 
     # ---- in ----------------------------------------------------------------------------------
 
-    def open(
+    def accepted_replies(
         self, replies: Iterable[Message], allowed: Allowed, check: Check, share: float | None, what: str
     ) -> Iterator[Reply]:
         """Yield the good replies; refuse the others by name, those with other arrays than `allowed` unopened.
@@ -225,29 +225,29 @@ class Post:
             try:
                 reply = self._read(client, message, allowed, check)
             except PayloadError as error:
-                self.outcome.refused[client] = str(error)
+                self.report.refused[client] = str(error)
                 continue
-            self.outcome.ok.append(client)
+            self.report.ok.append(client)
             if reply.facts.get("note"):
-                self.outcome.notes[client] = in_a_line(str(reply.facts["note"]))
-            self.outcome.passes += int(reply.facts.get("passes", 0))
-            self.outcome.looks += int(reply.facts.get("looks", 0))
+                self.report.notes[client] = in_a_line(str(reply.facts["note"]))
+            self.report.train_examples += int(reply.facts.get("passes", 0))
+            self.report.eval_examples += int(reply.facts.get("looks", 0))
             mask = self._letters[client].mask
             if mask is not None:
-                self.holds(client, mask)
+                self.mark_mask_held(client, mask)
             yield reply
             del message, reply
         self._packer, self._letters = Packer(self._bitmaps), {}  # models that nobody will ask for any more
         if share is not None:
-            self.outcome.need(share, what)
+            self.report.require(share, what)
 
     def refuse(self, reply: Reply, reason: str) -> None:
         """Take back that a reply is a good one: beside the others of its round it is none."""
-        self.outcome.ok.remove(reply.client)
-        self.outcome.notes.pop(reply.client, None)
-        self.outcome.refused[reply.client] = reason
-        self.outcome.passes -= int(reply.facts.get("passes", 0))
-        self.outcome.looks -= int(reply.facts.get("looks", 0))
+        self.report.ok.remove(reply.client)
+        self.report.notes.pop(reply.client, None)
+        self.report.refused[reply.client] = reason
+        self.report.train_examples -= int(reply.facts.get("passes", 0))
+        self.report.eval_examples -= int(reply.facts.get("looks", 0))
 
     def _read(self, client: int, message: Message, allowed: Allowed, check: Check) -> Reply:
         parcel = read_record(message.content, allowed)

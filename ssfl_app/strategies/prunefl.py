@@ -39,9 +39,9 @@ from ssfl_app.sparsity.codec import Bitmask, SharedMask, read_mask
 from ssfl_app.sparsity.layout import Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.selection import largest
-from ssfl_app.sparsity.values import MAX_VALUE, Allowed, PayloadError, check_values, take
+from ssfl_app.sparsity.values import MAX_VALUE, Allowed, PayloadError, check_values, read_array
 from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.course import Query
 from ssfl_app.strategies.folds import carried_fold
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
@@ -122,18 +122,18 @@ class PruneFlClient(ClientRule):
 
     down = SharedMask
     up = SharedMask
-    questions = ("initial_pruning",)
+    query_types = ("initial_pruning",)
 
     @classmethod
     def uses(cls, settings: Settings) -> int:
         """Return the local rounds of stage 1 too, each with its gradients."""
         return super().uses(settings) + options_of(settings).checks * (settings.local.epochs + 1)
 
-    def setup(self, question: str, parcel: Parcel) -> Parcel:
+    def answer_query(self, question: str, parcel: Parcel) -> Parcel:
         """Return the model and the mask of stage 1."""
-        if question not in self.questions:
-            return super().setup(question, parcel)
-        site, options, calm = self.site, options_of(self.settings), 0
+        if question not in self.query_types:
+            return super().answer_query(question, parcel)
+        site, options, calm = self.context, options_of(self.settings), 0
         load_state(site.model, self.initial_weights(parcel))
         mask, most = site.dense, keep_count(self.settings.mask.density, site.layout.prunable_size)
         for check in range(options.checks):
@@ -160,9 +160,9 @@ class PruneFlClient(ClientRule):
 
     def squares(self, round_: int, purpose: str) -> Vector:
         """Return the mean of g^2 over one pass of minibatches, at the model on the workbench."""
-        site, size = self.site, self.settings.local.batch_size
+        site, size = self.context, self.settings.local.batch_size
         site.enough(len(site.train), "squared gradients")
-        order = generator(self.settings.run.seed, purpose, round_, site.number).permutation(len(site.train))
+        order = generator(self.settings.run.seed, purpose, round_, site.client_id).permutation(len(site.train))
         mean = WeightedMean(site.layout.prunable_size)
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
@@ -178,10 +178,10 @@ class PruneFl(SparseStrategy):
 
     name = "prunefl"
     client = PruneFlClient
-    rooms = {"prunefl": PruneFlOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"prunefl": PruneFlOptions}  # noqa: RUF012  (ClassVar of the base)
     has_floor = False
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Have one client prune."""
         if not options_of(self.settings).checks:
             return
@@ -200,12 +200,12 @@ class PruneFl(SparseStrategy):
         """Refuse bad squares too, in rounds that readjust."""
         super().check_trained(client, parcel)
         if int(parcel.facts["round"]) % options_of(self.settings).every == 0:
-            squares = take(parcel.arrays, "squares", np.float32, self.layout.prunable_size)
+            squares = read_array(parcel.arrays, "squares", np.float32, self.layout.prunable_size)
             check_values(squares)
             if squares.min() < 0:
                 raise PayloadError(f"squares reach {squares.min():g}; they must be at least 0")
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Take the mean; readjust the mask when that is due."""
         options, density = options_of(self.settings), self.settings.mask.density
         if round_ % options.every:

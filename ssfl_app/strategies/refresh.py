@@ -39,7 +39,7 @@ HISTORY = 5
 
 
 @dataclass(frozen=True)
-class Question:
+class RefreshQuery:
     """The lifted weights, and what goes down so that a client can make them."""
 
     lifted: State
@@ -78,18 +78,18 @@ class Refresher:
             return False
         return math.fsum(new) / len(new) > self.options.refresh_drift * math.fsum(before) / len(before)
 
-    def question(self, mask: Mask, trained: State, initial: State) -> "Question":
+    def query(self, mask: Mask, trained: State, initial: State) -> "RefreshQuery":
         """Return what clients are asked: scores at the lifted weights, which they can make from the parcel."""
-        lifted = lift(mask, trained, initial)
+        lifted = reveal_dead_weights(mask, trained, initial)
         arrays = {"alive": SharedMask().encode(mask.layout, trained, mask)["values"], "held": mask.packed()}
-        return Question(lifted, Parcel(arrays, {"weights": state_digest(mask.layout, lifted)}))
+        return RefreshQuery(lifted, Parcel(arrays, {"weights": state_digest(mask.layout, lifted)}))
 
     def start(self, trained: State, lifted: State, initial: State) -> State:
         """Return the weights to go on from, before the new mask is applied; the refresh is done."""
         self.done = True
         return {"initial": lifted, "zero": trained, "restart": initial}[self.options.refresh_weights]
 
-    def snapshot(self) -> Arrays:
+    def state_dict(self) -> Arrays:
         """Return what `restore` needs."""
         return {
             "refresh/done": np.array([self.done], dtype=np.uint8),
@@ -98,14 +98,14 @@ class Refresher:
             "refresh/history": np.frombuffer(np.array(self._history, dtype="<f8").tobytes(), dtype=np.uint8),
         }
 
-    def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def load_state_dict(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Continue from a snapshot."""
         self.done = bool(stored(arrays, "refresh/done", "uint8", 1)[0])
         self._trained = stored(arrays, "refresh/trained", "uint8", self._trained.size).copy()
         self._history = np.frombuffer(np.asarray(arrays["refresh/history"]).tobytes(), dtype="<f8").tolist()
 
 
-def lift(mask: Mask, trained: State, initial: State) -> State:
+def reveal_dead_weights(mask: Mask, trained: State, initial: State) -> State:
     """Return ``m * w + (1 - m) * w0``: dead weights at their initial values."""
     bits = mask.tensors()
     return {
@@ -123,10 +123,10 @@ def lifted_weights(rule: ClientRule, parcel: Parcel) -> State:
     PayloadError
         What came down is malformed.
     """
-    layout = rule.site.layout
+    layout = rule.context.layout
     held = read_mask({"mask": parcel.arrays["held"]}, layout)
     trained, _ = SharedMask().decode({"values": parcel.arrays["alive"]}, layout, held)
-    lifted = lift(held, trained, rule.site.initial())
+    lifted = reveal_dead_weights(held, trained, rule.context.initial_state())
     if state_digest(layout, lifted) != parcel.facts.get("weights"):
         raise Need("weights")
     return lifted

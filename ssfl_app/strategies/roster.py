@@ -19,7 +19,7 @@ from ssfl_app.strategies.greeting import Hello, Hellos
 from ssfl_app.strategies.settings import RunOptions
 from ssfl_app.wire import Facts
 
-Place = int | str
+Claim = int | str
 """What no two nodes may claim: a client's number, or the name of a site."""
 
 SIMULATED_NODES_APPEAR = 5.0
@@ -64,7 +64,7 @@ class Roster:
         self.nodes: dict[int, int] = {}
         self.names: dict[int, str] = {}
         self.expected: tuple[str, ...] = ()
-        self.bound: Callable[[], Mapping[Place, int]] = dict
+        self.bound: Callable[[], Mapping[Claim, int]] = dict
         self.misfit: Callable[[Hello], str | None] = lambda hello: None
         self.say: Callable[[str], None] = lambda line: None
         self._run = run
@@ -74,7 +74,7 @@ class Roster:
 
     # ---- the greeting ------------------------------------------------------------------------
 
-    def meet(self, grid: Grid) -> dict[int, Facts]:
+    def wait_for_clients(self, grid: Grid) -> dict[int, Facts]:
         """Wait until every client is connected, and return what each says of itself.
 
         Raises
@@ -125,7 +125,7 @@ class Roster:
         facts = self._facts.get(client, {})
         return read_holding(facts) if "classes" in facts else None
 
-    def _stranger(self, hello: Hello, bound: Mapping[Place, int]) -> str | None:
+    def _stranger(self, hello: Hello, bound: Mapping[Claim, int]) -> str | None:
         """Return why the place that a node claims cannot be its own, whoever else is there."""
         place, claim = hello.place, _claim(hello)
         if bound.get(place, hello.node) != hello.node:
@@ -138,10 +138,10 @@ class Roster:
         return None
 
     def _seats(
-        self, heard: Mapping[int, Hello], there: set[int], bound: Mapping[Place, int]
-    ) -> tuple[dict[Place, Hello], dict[int, str]]:
+        self, heard: Mapping[int, Hello], there: set[int], bound: Mapping[Claim, int]
+    ) -> tuple[dict[Claim, Hello], dict[int, str]]:
         """Return who holds each place, and which nodes hold none and why: the first one of those that are there."""
-        met: dict[Place, Hello] = {}
+        met: dict[Claim, Hello] = {}
         aside: dict[int, str] = {}
         for hello in sorted(heard.values(), key=lambda hello: hello.node not in there):  # stable: else as they came
             if hello.number is not None and hello.number >= self._run.clients:
@@ -156,7 +156,7 @@ class Roster:
             aside[met.pop(name).node] = f"is site {name!r}; run.clients is {self._run.clients}: {others}"
         return met, aside
 
-    def _all_met(self, met: Mapping[Place, Hello], more_may_come: bool) -> bool:
+    def _all_met(self, met: Mapping[Claim, Hello], more_may_come: bool) -> bool:
         """Return whether all clients are there; number them."""
         numbers = {place: hello for place, hello in met.items() if isinstance(place, int)}
         names = sorted(place for place in met if isinstance(place, str))
@@ -184,7 +184,7 @@ class Roster:
     def _warn(self, text: str) -> None:
         self.say(f"warning: {text}")
 
-    def _too_few(self, met: Mapping[Place, Hello], reasons: Mapping[int, str], timeout: str) -> str:
+    def _too_few(self, met: Mapping[Claim, Hello], reasons: Mapping[int, str], timeout: str) -> str:
         clients, names = self._run.clients, [place for place in met if isinstance(place, str)]
         missing: list[str] = sorted(set(self.expected) - set(names))
         if names and not missing:
@@ -197,7 +197,7 @@ class Roster:
 
     # ---- later -------------------------------------------------------------------------------
 
-    def rejoin(self, grid: Grid) -> tuple[list[int], dict[int, str]]:
+    def readmit(self, grid: Grid) -> tuple[list[int], dict[int, str]]:
         """Give places back to nodes that are back, and those of nodes that are gone to new ones that claim them.
 
         In deployment only. A SuperNode that was set up anew comes back under another node id if its key is another;
@@ -239,7 +239,7 @@ class Roster:
                 time.sleep(DEPLOYMENT_POLL)
         return sorted(set(back)), hellos.reasons()
 
-    def _place(self, client: int) -> Place:
+    def _place(self, client: int) -> Claim:
         return self.names.get(client, client)
 
     def _client(self, hello: Hello) -> int:
@@ -260,7 +260,7 @@ class Roster:
         return None
 
 
-def _called(place: Place) -> str:
+def _called(place: Claim) -> str:
     return f"site {place!r}" if isinstance(place, str) else f"client {place}"
 
 

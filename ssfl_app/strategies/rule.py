@@ -17,7 +17,7 @@ from ssfl_app.sparsity.layout import Layout, State, Vector, load_state, state_di
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Facts, Memory, Parcel
+from ssfl_app.wire import Facts, ClientState, Parcel
 
 
 class Need(Exception):
@@ -39,14 +39,14 @@ class Site:
     `least_batch`: of fewer images no answer is made, except loss and accuracy on the test images.
     """
 
-    number: int
+    client_id: int
     model: nn.Module
     layout: Layout
     trainer: LocalTrainer
     data: DataSet
-    share: tuple[Indices, Indices]
-    memory: Memory
-    initial: Callable[[], State]
+    indices: tuple[Indices, Indices]
+    memory: ClientState
+    initial_state: Callable[[], State]
     dense: Mask
     masks: dict[str, Mask] = field(default_factory=dict)
     least_batch: int = 1
@@ -59,12 +59,12 @@ class Site:
     @cached_property
     def train(self) -> Images:
         """Training images of the client; copied out of the data set on first use, once a message."""
-        return self.data.train.take(self.share[0])
+        return self.data.train.take(self.indices[0])
 
     @cached_property
     def test(self) -> Images:
         """Test images of the client, likewise."""
-        return self.data.test.take(self.share[1])
+        return self.data.test.take(self.indices[1])
 
     def mask(self, digest: str) -> Mask | None:
         """Return the mask with this digest if the client holds it; one that a disk damaged is not held."""
@@ -104,7 +104,7 @@ def encode_with(
     wanted = layout.flatten(state)
     if residual is not None:
         wanted += residual
-    wanted[np.flatnonzero(~mask.carried)] = 0
+    wanted[np.flatnonzero(~mask.transmitted)] = 0
     arrays = codec.encode(layout, layout.unflatten(wanted), mask)
     wanted -= layout.flatten(codec.decode(arrays, layout, mask)[0])
     return arrays, wanted
@@ -125,11 +125,11 @@ class ClientRule:
 
     down: ClassVar[type[Codec]] = Dense
     up: ClassVar[type[Codec]] = Dense
-    questions: ClassVar[tuple[str, ...]] = ()
+    query_types: ClassVar[tuple[str, ...]] = ()
     remembers: ClassVar[bool] = False
 
     def __init__(self, site: Site, settings: Settings) -> None:
-        self.site = site
+        self.context = site
         self.settings = settings
 
     @classmethod
@@ -156,7 +156,7 @@ class ClientRule:
         scored: int = scoring.saliency_batches * scoring.saliency_batch_size
         return images * cls.uses(settings) + 2 * scored
 
-    def setup(self, question: str, parcel: Parcel) -> Parcel:
+    def answer_query(self, question: str, parcel: Parcel) -> Parcel:
         """Answer a question the server asks before a round.
 
         Raises
@@ -164,7 +164,7 @@ class ClientRule:
         PayloadError
             This algorithm has no such question.
         """
-        raise PayloadError(f"question is {question!r}; {type(self).__name__} answers {list(self.questions)}")
+        raise PayloadError(f"question is {question!r}; {type(self).__name__} answers {list(self.query_types)}")
 
     def train(self, parcel: Parcel) -> Parcel:
         """Train the model that came down and return it."""
@@ -209,10 +209,10 @@ class ClientRule:
         PayloadError
             There are fewer images than this site trains on for others.
         """
-        site = self.site
+        site = self.context
         images = site.train if data is None else data
         site.enough(len(images), "a trained model")
-        rng = generator(self.settings.run.seed, purpose, round_, site.number)
+        rng = generator(self.settings.run.seed, purpose, round_, site.client_id)
         sparse = mask if mask is not None and mask.count < site.layout.prunable_size else None
         rate = self.settings.local.rate(round_) if lr is None else lr
         return site.trainer.fit(site.model, images, rng, lr=rate, mask=sparse, **changes)
@@ -224,47 +224,47 @@ class ClientRule:
 
         `up` is another codec than the class's, in rounds that have one.
         """
-        layout, codec = self.site.layout, (up or self.up)(self.settings.wire.up_values, self.rounder(parcel))
-        state = state_of(self.site.model) if state is None else state
+        layout, codec = self.context.layout, (up or self.up)(self.settings.wire.up_values, self.rounder(parcel))
+        state = state_of(self.context.model) if state is None else state
         if not self.settings.wire.error_feedback:
             return Parcel(codec.encode(layout, state, mask), self.facts(parcel, loss))
-        kept = self.recall(parcel)
+        kept = self.load_client_state(parcel)
         arrays, lost = encode_with(codec, layout, state, mask, None if kept is None else kept["residual"])
-        self.remember(parcel, {"residual": lost})
+        self.save_client_state(parcel, {"residual": lost})
         return Parcel(arrays, self.facts(parcel, loss))
 
     def rounder(self, parcel: Parcel) -> np.random.Generator | None:
         """Return what the values of the answer to a training message are rounded with, if stochastically."""
         if self.settings.wire.rounding == "nearest":
             return None
-        return generator(self.settings.run.seed, "rounding-up", int(parcel.facts["round"]), self.site.number)
+        return generator(self.settings.run.seed, "rounding-up", int(parcel.facts["round"]), self.context.client_id)
 
     def facts(self, parcel: Parcel, loss: float) -> Facts:
         """Return the facts of an answer to a training message."""
-        return {"samples": len(self.site.train), "loss": loss, "digest": parcel.facts["digest"]}
+        return {"samples": len(self.context.train), "loss": loss, "digest": parcel.facts["digest"]}
 
     def tested(self, parcel: Parcel, name: str = "accuracy") -> Facts:
         """Return the facts of an answer to an evaluation message, the workbench's accuracy as `name`."""
-        facts: Facts = {"samples": len(self.site.test), "digest": parcel.facts["digest"]}
-        if len(self.site.test):
-            facts["loss"], facts[name] = self.site.trainer.evaluate(self.site.model, self.site.test)
+        facts: Facts = {"samples": len(self.context.test), "digest": parcel.facts["digest"]}
+        if len(self.context.test):
+            facts["loss"], facts[name] = self.context.trainer.evaluate(self.context.model, self.context.test)
         return facts
 
-    def recall(self, parcel: Parcel) -> Arrays | None:
+    def load_client_state(self, parcel: Parcel) -> Arrays | None:
         """Return the personal state after the last round that the server took this client's answer in, or None."""
-        return self.site.memory.recall(int(parcel.facts["since"]))
+        return self.context.memory.load(int(parcel.facts["since"]))
 
-    def remember(self, parcel: Parcel, arrays: Arrays) -> None:
+    def save_client_state(self, parcel: Parcel, arrays: Arrays) -> None:
         """Keep personal state, made in answer to this message."""
         round_, every = int(parcel.facts["round"]), self.settings.run.checkpoint_every
         # A run can be taken up again at its last checkpoint, and the server may yet refuse this answer.
         back_to = min(int(parcel.facts["since"]), (round_ - 1) // every * every)
-        self.site.memory.save(round_, arrays, back_to)
+        self.context.memory.save(round_, arrays, back_to)
 
     def personal_model(self, parcel: Parcel) -> State:
         """Return this client's own model as it was remembered under "model"; before that, the initial weights."""
-        kept = self.recall(parcel)
-        return self.site.initial() if kept is None else self.site.layout.unflatten(kept["model"])
+        kept = self.load_client_state(parcel)
+        return self.context.initial_state() if kept is None else self.context.layout.unflatten(kept["model"])
 
     def load(self, parcel: Parcel) -> Mask:
         """Load the model that came down into the workbench; return the mask it came under.
@@ -276,8 +276,8 @@ class ClientRule:
         PayloadError
             The mask is another one than the message states.
         """
-        layout, digest = self.site.layout, str(parcel.facts.get("digest", ""))
-        known = self.known_mask(parcel, digest) if issubclass(self.down, SharedMask) else self.site.dense
+        layout, digest = self.context.layout, str(parcel.facts.get("digest", ""))
+        known = self.known_mask(parcel, digest) if issubclass(self.down, SharedMask) else self.context.dense
         state, mask = self.down(self.settings.wire.down_values).decode(parcel.arrays, layout, known)
         if mask.digest != digest:
             raise PayloadError(f"digest is {digest!r}; what came down has {mask.digest!r} at this client")
@@ -285,7 +285,7 @@ class ClientRule:
         broken = [n for n, t in state.items() if t.numel() and not all(x.isfinite() for x in t.aminmax())]
         if broken:  # it would be trained on, and remembered
             raise PayloadError(f"values of {broken[0]} that came down are NaN or Inf; all must be finite")
-        load_state(self.site.model, state)
+        load_state(self.context.model, state)
         return mask
 
     def initial_weights(self, parcel: Parcel) -> State:
@@ -296,10 +296,10 @@ class ClientRule:
         Need
             They did not come along, and this machine makes others from the seed than the server did.
         """
-        layout = self.site.layout
+        layout = self.context.layout
         if "values" in parcel.arrays:
-            return Dense().decode(parcel.arrays, layout, self.site.dense)[0]
-        state = self.site.initial()
+            return Dense().decode(parcel.arrays, layout, self.context.dense)[0]
+        state = self.context.initial_state()
         if state_digest(layout, state) != parcel.facts.get("weights"):
             raise Need("weights")
         return state
@@ -314,14 +314,14 @@ class ClientRule:
         PayloadError
             The mask that came along has another digest.
         """
-        if digest == self.site.dense.digest:
-            return self.site.dense
+        if digest == self.context.dense.digest:
+            return self.context.dense
         if "mask" in parcel.arrays:
-            brought = read_mask(parcel.arrays, self.site.layout)
+            brought = read_mask(parcel.arrays, self.context.layout)
             if brought.digest != digest:
                 raise PayloadError(f"the mask has digest {brought.digest!r}; the message states {digest!r}")
-            self.site.memory.keep(digest, brought.packed())
-        mask_held = self.site.mask(digest)
+            self.context.memory.keep(digest, brought.packed())
+        mask_held = self.context.mask(digest)
         if mask_held is None:
             raise Need("mask")
         return mask_held

@@ -24,12 +24,12 @@ def mean_over_batches(
     PayloadError
         All of them together have fewer different images than this site lets be scored.
     """
-    site = rule.site
+    site = rule.context
     load_state(site.model, state)
     mean = WeightedMean(site.layout.prunable_size)
     labels, seen = site.train.labels.cpu().numpy(), np.zeros(len(site.train), dtype=bool)
     for batch in range(first, first + batches):
-        rng = generator(rule.settings.run.seed, "saliency", site.number, batch)
+        rng = generator(rule.settings.run.seed, "saliency", site.client_id, batch)
         chosen = balanced_batch(labels, batch_size, rng)
         seen[chosen] = True
         mean.add(site.layout.flatten_prunable(score(site.train.take(chosen))))
@@ -39,7 +39,7 @@ def mean_over_batches(
 
 def snip_scores(rule: ClientRule, state: State, batches: int, batch_size: int) -> Vector:
     """Return |dL/dw * w| at `state`, float32, shape (prunable,): the mean over class-balanced minibatches."""
-    model, trainer = rule.site.model, rule.site.trainer
+    model, trainer = rule.context.model, rule.context.trainer
     return mean_over_batches(
         rule, state, batches, batch_size, lambda images: snip(trainer.gradient(model, images), state_of(model))
     )

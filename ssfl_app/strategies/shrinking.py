@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from ssfl_app.sparsity.codec import Bitmask, SharedMask, read_mask
-from ssfl_app.sparsity.evolve import fire
+from ssfl_app.sparsity.evolve import drop
 from ssfl_app.sparsity.layout import state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import PayloadError
@@ -41,21 +41,21 @@ class ShrinkingClient(ClientRule):
         Rounded down in each layer. Near mask.density the share shrinks, so that the mask never falls below it. What
         rounding then leaves over, less than a weight a layer, stays: nobody prunes, or rewinds, for that little.
         """
-        layout = self.site.layout
+        layout = self.context.layout
         spare = mask.count - keep_count(self.settings.mask.density, layout.prunable_size)
         if spare < len(layout.prunable):
             return mask
         share = min(Fraction(repr(step)), Fraction(spare, mask.count))
         counts = {name: math.floor(share * alive) for name, alive, _ in mask.layers()}
-        return fire(mask, np.abs(layout.flatten_prunable(state_of(self.site.model))), counts)
+        return drop(mask, np.abs(layout.flatten_prunable(state_of(self.context.model))), counts)
 
     def training_accuracy(self) -> float:
         """Return the workbench's accuracy on the client's training images."""
-        return self.site.trainer.evaluate(self.site.model, self.site.train)[1]
+        return self.context.trainer.evaluate(self.context.model, self.context.train)[1]
 
     def answer(self, parcel: Parcel, mask: Mask, loss: float) -> Parcel:
         """Return the workbench's weights under `mask`, the client's own from now on."""
-        self.site.memory.keep(mask.digest, mask.packed())
+        self.context.memory.keep(mask.digest, mask.packed())
         return self.reply(parcel, mask, loss)
 
 
@@ -75,7 +75,7 @@ class ShrinkingMasks(OwnMasks):
         if new.count < least:
             raise PayloadError(f"a mask has {new.count} alive weights; mask.density leaves at least {least}")
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Take the mean over the clients whose weights carry a coordinate, and note their masks."""
         values = overlap_mean(self, self._noted(replies), self.layout.flatten(self.state))
         self.state = self.layout.unflatten(values)
@@ -83,6 +83,6 @@ class ShrinkingMasks(OwnMasks):
     def _noted(self, replies: Iterable[Reply]) -> Iterator[Reply]:
         for reply in replies:
             self.masks[reply.client] = read_mask(reply.arrays, self.layout)
-            self.post.holds(reply.client, self.masks[reply.client])
+            self.messenger.mark_mask_held(reply.client, self.masks[reply.client])
             yield reply
             del reply

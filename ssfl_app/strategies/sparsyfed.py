@@ -36,7 +36,7 @@ from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.course import Query
 from ssfl_app.strategies.folds import zeros_mean
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
@@ -75,7 +75,7 @@ class SparsyFedClient(ClientRule):
 
     def train(self, parcel: Parcel) -> Parcel:
         """Train the model that came down and return it pruned."""
-        options, site = cast(SparsyFedOptions, self.settings.own["sparsyfed"]), self.site
+        options, site = cast(SparsyFedOptions, self.settings.own["sparsyfed"]), self.context
         mask = self.load(parcel)
         keep = layer_densities(mask) if options.prune_activations else dict.fromkeys(site.layout.prunable, 1.0)
         with self.powered(), sparse_activations(site.model, keep):
@@ -91,8 +91,8 @@ class SparsyFedClient(ClientRule):
 
     def powered(self) -> AbstractContextManager[None]:
         """Return the context in which the workbench, which holds the w that came down, computes with v."""
-        model = self.site.model
-        return power_propagation(model, exponents(self.site.layout, self.settings, state_of(model)))
+        model = self.context.model
+        return power_propagation(model, exponents(self.context.layout, self.settings, state_of(model)))
 
 
 class SparsyFed(SparseStrategy):
@@ -100,7 +100,7 @@ class SparsyFed(SparseStrategy):
 
     name = "sparsyfed"
     client = SparsyFedClient
-    rooms = {"sparsyfed": SparsyFedOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"sparsyfed": SparsyFedOptions}  # noqa: RUF012  (ClassVar of the base)
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings)
@@ -109,12 +109,12 @@ class SparsyFed(SparseStrategy):
         except ValueError as error:
             raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; {error}") from error
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Turn the initial weights, which are to be v, into w."""
         betas = exponents(self.layout, self.settings, self.state)
         self.state = {n: inverse_power(t, betas[n]) if n in betas else t for n, t in self.state.items()}
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Take the mean with zeros, and the union of the masks."""
         values, self.mask = zeros_mean(self, replies)
         self.state = self.layout.unflatten(values)

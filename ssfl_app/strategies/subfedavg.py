@@ -53,7 +53,7 @@ class SubFedAvgClient(ShrinkingClient):
     def train(self, parcel: Parcel) -> Parcel:
         """Train, and return the weights under the old mask or a smaller one."""
         mask, step = self.load(parcel), self._options.step
-        left, early = math.ceil(len(self.site.train) / self.settings.local.batch_size), mask
+        left, early = math.ceil(len(self.context.train) / self.settings.local.batch_size), mask
 
         def look(model: nn.Module) -> None:
             nonlocal left, early
@@ -69,7 +69,7 @@ class SubFedAvgClient(ShrinkingClient):
         """Return whether the mask of the last epoch becomes the client's; the workbench is left as it was."""
         if mean_distance(early, late) <= self._options.distance:
             return False
-        model = self.site.model
+        model = self.context.model
         trained = {name: tensor.clone() for name, tensor in state_of(model).items()}
         load_state(model, late.apply(trained))
         accuracy = self.training_accuracy()
@@ -92,4 +92,4 @@ class SubFedAvg(ShrinkingMasks):
 
     name = "subfedavg"
     client = SubFedAvgClient
-    rooms = {"subfedavg": SubFedAvgOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"subfedavg": SubFedAvgOptions}  # noqa: RUF012  (ClassVar of the base)

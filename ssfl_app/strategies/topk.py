@@ -70,21 +70,21 @@ class TopkClient(ClientRule):
 
     def train(self, parcel: Parcel) -> Parcel:
         """Train the model that came down; return its largest coordinates, or those of its change."""
-        options, layout = cast(TopkOptions, self.settings.own["topk"]), self.site.layout
+        options, layout = cast(TopkOptions, self.settings.own["topk"]), self.context.layout
         self.load(parcel)
-        old = layout.flatten(state_of(self.site.model))
+        old = layout.flatten(state_of(self.context.model))
         loss = self.fit(int(parcel.facts["round"]))
-        values = layout.flatten(state_of(self.site.model))
+        values = layout.flatten(state_of(self.context.model))
         if options.of == "update":
             values -= old
         if options.error_feedback:
-            kept = self.recall(parcel)
+            kept = self.load_client_state(parcel)
             values += np.float32(0) if kept is None else kept["residual"]
         mask, up = chosen(layout, values, self.settings.mask), codec(self.settings, self.rounder(parcel))
         arrays = up.encode(layout, layout.unflatten(values), mask)
         if options.error_feedback:
             sent, _ = up.decode(arrays, layout, mask)  # as the server reads it: rounding is fed back too
-            self.remember(parcel, {"residual": values - layout.flatten(sent)})
+            self.save_client_state(parcel, {"residual": values - layout.flatten(sent)})
         return Parcel(arrays, self.facts(parcel, loss))
 
 
@@ -93,7 +93,7 @@ class Topk(SparseStrategy):
 
     name = "topk"
     client = TopkClient
-    rooms = {"topk": TopkOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"topk": TopkOptions}  # noqa: RUF012  (ClassVar of the base)
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings)
@@ -117,7 +117,7 @@ class Topk(SparseStrategy):
         """Return the dense mask: whole models go down."""
         return self._dense
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Replace the model by the mean, or add the mean to it."""
         if self.options.of == "update":
             values = self.layout.flatten(self.state) + zeros_mean(self, replies)[0]
@@ -132,7 +132,7 @@ class Topk(SparseStrategy):
         if self.options.of == "weights":
             return super().update_norm(reply)
         values, mask = self.decoded(reply)
-        return distance(values[mask.carried])
+        return distance(values[mask.transmitted])
 
     def check_trained(self, client: int, parcel: Parcel) -> None:
         """Refuse as ever, and what carries another number of coordinates than was asked for."""

@@ -41,7 +41,7 @@ from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, Scope, alive_count
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Ask
+from ssfl_app.strategies.course import Query
 from ssfl_app.strategies.folds import zeros_mean
 from ssfl_app.strategies.post import Reply
 from ssfl_app.strategies.rule import ClientRule
@@ -81,13 +81,13 @@ class ZeroFlClient(ClientRule):
 
     def train(self, parcel: Parcel) -> Parcel:
         """Train the model that came down; return the largest of its weights, or of their changes."""
-        options, layout = cast(ZeroFlOptions, self.settings.own["zerofl"]), self.site.layout
+        options, layout = cast(ZeroFlOptions, self.settings.own["zerofl"]), self.context.layout
         self.load(parcel)
-        old = layout.flatten(state_of(self.site.model))
+        old = layout.flatten(state_of(self.context.model))
         keep = dict.fromkeys(layout.prunable, self.settings.mask.density) | {layout.prunable[0]: 1.0}
-        with self.sparse(), sparse_activations(self.site.model, keep):
+        with self.sparse(), sparse_activations(self.context.model, keep):
             loss = self.fit(int(parcel.facts["round"]))
-        new = layout.flatten(state_of(self.site.model))
+        new = layout.flatten(state_of(self.context.model))
         mask = sent_mask(layout, new - old if options.uplink == "top-diff" else new, self.settings)
         values = new if options.uplink == "top-weights" else new - old
         return self.reply(parcel, mask, loss, layout.unflatten(values))
@@ -100,7 +100,7 @@ class ZeroFlClient(ClientRule):
 
     def sparse(self) -> AbstractContextManager[None]:
         """Return the context in which the workbench computes with its largest weights."""
-        return top_weights(self.site.model, self.settings.mask.density, dense=self.site.layout.prunable[:1])
+        return top_weights(self.context.model, self.settings.mask.density, dense=self.context.layout.prunable[:1])
 
 
 class ZeroFl(SparseStrategy):
@@ -108,7 +108,7 @@ class ZeroFl(SparseStrategy):
 
     name = "zerofl"
     client = ZeroFlClient
-    rooms = {"zerofl": ZeroFlOptions}  # noqa: RUF012  (ClassVar of the base)
+    sections = {"zerofl": ZeroFlOptions}  # noqa: RUF012  (ClassVar of the base)
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings)
@@ -122,7 +122,7 @@ class ZeroFl(SparseStrategy):
         """Return how many weights compute, beside the first layer's."""
         return alive_count(self.layout, self.settings.mask.density, "layer")
 
-    def setup(self, ask: Ask) -> None:
+    def before_training(self, ask: Query) -> None:
         """Find the weights that compute."""
         self.mask = used_mask(self.layout, self.state, self.settings.mask.density)
 
@@ -130,7 +130,7 @@ class ZeroFl(SparseStrategy):
         """Return the dense mask: whole models go down."""
         return self._dense
 
-    def fold(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Replace the model by the mean, or add the mean to it."""
         values = zeros_mean(self, replies)[0]
         if cast(ZeroFlOptions, self.settings.own["zerofl"]).uplink != "top-weights":
@@ -147,7 +147,7 @@ class ZeroFl(SparseStrategy):
         if cast(ZeroFlOptions, self.settings.own["zerofl"]).uplink == "top-weights":
             return super().update_norm(reply)
         values, mask = self.decoded(reply)
-        return distance(values[mask.carried])
+        return distance(values[mask.transmitted])
 
     def check_trained(self, client: int, parcel: Parcel) -> None:
         """Refuse as ever, and another number of coordinates than was asked for."""
