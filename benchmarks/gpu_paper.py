@@ -25,11 +25,11 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from gpu_rates import images_at  # noqa: E402
 
 from ssfl_app.config import merge, read_file, write_toml  # noqa: E402
+from ssfl_app.experiments.reproduce_rows import folder_of_configs, layer  # noqa: E402
 from ssfl_app.files import write_json  # noqa: E402
-from ssfl_app.reproduce_rows import folder_of_configs, layer  # noqa: E402
 from ssfl_app.results.recorder import environment  # noqa: E402
 from ssfl_app.results.report import write_report  # noqa: E402
-from ssfl_app.results.runs import CENTRAL, LOCAL, PERSONAL, Run, read_run  # noqa: E402
+from ssfl_app.results.run_folder import CENTRAL, LOCAL, PERSONAL, Run, read_run  # noqa: E402
 from ssfl_app.results.status import read_status  # noqa: E402
 
 SYSTEMS = {"ssfl": "table1-ssfl", "fedavg": "table1-fedavg", "random": "table1-ssfl", "dispfl": "table1-dispfl"}
@@ -57,7 +57,7 @@ def play(system: str, options: argparse.Namespace, seconds: float) -> str:
     else:
         configuration.write_text(recipe(system, options))
         words += [str(configuration), "--out", str(home)]
-    command = [sys.executable, "-c", "from ssfl_app.cli import main; main()", *words]
+    command = [sys.executable, "-c", "from ssfl_app.cli.main import main; main()", *words]
     with (options.out / f"{system}.log").open("a") as log:
         run = subprocess.Popen(command, stdout=log, stderr=log, cwd=HERE.parent, env=os.environ)
         try:

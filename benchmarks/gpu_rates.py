@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ssfl_app.local import sources
-from ssfl_app.local.data import Images, Transform
-from ssfl_app.local.image_cache import Raw
-from ssfl_app.local.models import ModelOptions, create
-from ssfl_app.local.trainer import LocalOptions, LocalTrainer
+from ssfl_app.data import readers
+from ssfl_app.data.cache import Raw
+from ssfl_app.data.dataset import Images, Transform
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
+from ssfl_app.training.models import ModelOptions, create
+from ssfl_app.training.trainer import LocalOptions, LocalTrainer
 
 RECIPE = {  # of the paper; the room local has its values by default
     "strategy": "ssfl",
@@ -62,7 +62,7 @@ def noise(count: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (count, 3, side, side), dtype=np.uint8), rng.integers(0, 10, count)
 
 
-class Bench:
+class WorkerState:
     """Makes models, trainers and images on one device."""
 
     def __init__(self, device: torch.device, scale: Scale) -> None:
@@ -119,7 +119,7 @@ class Bench:
 class Clients:
     """Clients that train at once under masks of half the weights; one pass each is over when they are made."""
 
-    def __init__(self, bench: Bench, steps: str, precision: str, count: int, **model: str | bool) -> None:
+    def __init__(self, bench: WorkerState, steps: str, precision: str, count: int, **model: str | bool) -> None:
         self.bench, self.count = bench, count
         self.trainers = [bench.trainer(steps, precision) for _ in range(count)]
         self.models = [bench.model(**model) for _ in range(count)]  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ class Clients:
         self.trainers[index].fit(self.models[index], data, rng, lr=0.01, mask=self.mask, epochs=epochs)
 
 
-def trainer_rate(bench: Bench, precision: str, at_once: int, **model: str | bool) -> dict:
+def trainer_rate(bench: WorkerState, precision: str, at_once: int, **model: str | bool) -> dict:
     """Return images a second of clients that train at once, with everything captured; its memory is free again."""
     rate = Clients(bench, bench.fast, precision, at_once, **model).train(2 * bench.scale.epochs)
     gc.collect()
@@ -156,21 +156,21 @@ def synthetic(scale: Scale) -> None:
         noise(20 * scale.clients, scale.side, 2),
     )
     raw = Raw(train, labels, test, test_labels, tuple(f"class {i}" for i in range(10)), *MOMENTS)
-    sources.READERS["cifar10"] = lambda path, download, size: raw
+    readers.READERS["cifar10"] = lambda path, download, size: raw
 
 
 @contextmanager
 def stopwatch() -> Iterator[tuple[dict[str, float], list[tuple[float, float]]]]:
     """Add up the seconds that threads spend in the parts of a round; also yield when each `fit` began and ended."""
-    from ssfl_app.aggregate import WeightedMean
-    from ssfl_app.strategies.rule import ClientRule
+    from ssfl_app.core.client import ClientAlgorithm
+    from ssfl_app.core.means import WeightedMean
 
     spent: dict[str, float] = defaultdict(float)
     fits: list[tuple[float, float]] = []
     parts = {
         "train": (LocalTrainer, "fit"),
-        "client reads the model": (ClientRule, "load"),
-        "client writes its answer": (ClientRule, "reply"),
+        "client reads the model": (ClientAlgorithm, "load"),
+        "client writes its answer": (ClientAlgorithm, "reply"),
         "server adds an answer": (WeightedMean, "add"),
         "server takes the mean": (WeightedMean, "value"),
     }
@@ -236,7 +236,7 @@ def engine_rate(scale: Scale, data: Path | None, precision: str, at_once: int, d
     """
     from ssfl_app import client_app, server_app
     from ssfl_app.config import merge, read_overrides
-    from ssfl_app.engine.inline import run_inline
+    from ssfl_app.simulation.in_process import run_inline
 
     rounds = scale.rounds
     keys = {"run.rounds": rounds, "engine.concurrent": at_once, "engine.precision": precision, "run.device": device}
@@ -274,7 +274,7 @@ def images_at(data: Path | None) -> dict[str, str]:
 # ---- a profile --------------------------------------------------------------------------------
 
 
-def profile(bench: Bench, precision: str, at_once: int) -> dict:
+def profile(bench: WorkerState, precision: str, at_once: int) -> dict:
     """Return the kernels that take the GPU's time, and for which share of the time it runs any."""
     activity = torch.profiler.ProfilerActivity.CUDA if bench.on_gpu else torch.profiler.ProfilerActivity.CPU
     clients = Clients(bench, bench.fast, precision, at_once)

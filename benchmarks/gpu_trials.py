@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from gpu_rates import Bench
+from gpu_rates import WorkerState
 from torch import nn
 from torch.nn import functional as F
 
-from ssfl_app.local.captured import StaticStep
+from ssfl_app.training.cuda_graph import GraphedStep
 
 STAGES = ((64, 32), (128, 16), (256, 8), (512, 4))
 """Channels and pixels a side of the 3x3 convolutions of ResNet-18 on CIFAR."""
@@ -22,7 +22,7 @@ KINDS = (
 BATCH, REPEATS = 16, 50
 
 
-def microseconds(bench: Bench, work: Callable[[], object]) -> float:
+def microseconds(bench: WorkerState, work: Callable[[], object]) -> float:
     """Return how long `work` takes on the device: replays of a graph of many of it, since Python would be slower."""
     if not bench.on_gpu:
         began = time.perf_counter()
@@ -44,7 +44,7 @@ def microseconds(bench: Bench, work: Callable[[], object]) -> float:
     return begin.elapsed_time(end) * 1e3 / (5 * REPEATS)
 
 
-def convolutions(bench: Bench, clients: int = 1) -> Iterator[dict]:
+def convolutions(bench: WorkerState, clients: int = 1) -> Iterator[dict]:
     """Yield microseconds of the convolutions of each stage, forward and both backward.
 
     With `clients` above 1 a grouped convolution works for so many at once: a group has the channels of a client.
@@ -81,10 +81,10 @@ def passes(x: torch.Tensor, w: torch.Tensor, gradient: torch.Tensor, groups: int
     }
 
 
-def compiled(bench: Bench) -> Iterator[dict]:
+def compiled(bench: WorkerState) -> Iterator[dict]:
     """Yield images a second of steps of the compiled model beside those of the model as it is, in bf16 and NHWC.
 
-    The same `StaticStep` captures both. Compiling needs a C compiler and takes its time, which is told too.
+    The same `GraphedStep` captures both. Compiling needs a C compiler and takes its time, which is told too.
     """
     backend = "inductor" if bench.on_gpu else "eager"  # a CPU's compiler would take a minute of a test
     images = bench.images(0, BATCH)
@@ -95,7 +95,7 @@ def compiled(bench: Bench) -> Iterator[dict]:
             model = bench.model(last=last)
             began = time.monotonic()
             run: nn.Module = torch.compile(model, backend=backend) if compiles else model  # type: ignore[assignment]
-            step = StaticStep(
+            step = GraphedStep(
                 run, bench.trainer("static", "bf16").options, autocast=bench.on_gpu, capture=bench.on_gpu
             )
             step.begin(0.01, None)

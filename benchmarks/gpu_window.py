@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from gpu_rates import Bench
+    from gpu_rates import WorkerState
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -64,7 +64,7 @@ RECORD = "gpu_window.jsonl"
 # ---- parts: each yields rows; only their process imports torch ---------------------------------
 
 
-def weights(bench: "Bench", steps: str, precision: str, name: str, client: int = 0) -> "torch.Tensor":
+def weights(bench: "WorkerState", steps: str, precision: str, name: str, client: int = 0) -> "torch.Tensor":
     """Return the weights after fits of different sizes, rates and masks, as one vector on the CPU."""
     import numpy as np
     import torch
@@ -79,7 +79,7 @@ def weights(bench: "Bench", steps: str, precision: str, name: str, client: int =
     return torch.cat([tensor.detach().flatten().cpu() for tensor in model.state_dict().values()])
 
 
-def checks(bench: "Bench") -> Iterator[dict]:
+def checks(bench: "WorkerState") -> Iterator[dict]:
     import torch
 
     def row(what: str, one: "torch.Tensor", other: "torch.Tensor") -> dict:
@@ -106,7 +106,7 @@ def checks(bench: "Bench") -> Iterator[dict]:
             yield row(f"{bench.scale.model} {precision}: {count} at once as alone", worst, alone[precision])
 
 
-def rates(bench: "Bench", counts: tuple[int, ...] = (), precisions: tuple[str, ...] = ()) -> Iterator[dict]:
+def rates(bench: "WorkerState", counts: tuple[int, ...] = (), precisions: tuple[str, ...] = ()) -> Iterator[dict]:
     from gpu_rates import trainer_rate
 
     for precision in (precisions or ("tf32", "bf16", "fp32")) if bench.on_gpu else ("fp32",):
@@ -114,14 +114,14 @@ def rates(bench: "Bench", counts: tuple[int, ...] = (), precisions: tuple[str, .
             yield trainer_rate(bench, precision, count)
 
 
-def profiled(bench: "Bench") -> Iterator[dict]:
+def profiled(bench: "WorkerState") -> Iterator[dict]:
     from gpu_rates import profile
 
     for count in (1, bench.scale.many) if bench.on_gpu else (1,):  # of a CPU's threads torch sees the main one
         yield profile(bench, "tf32" if bench.on_gpu else "fp32", count)
 
 
-def rounds(bench: "Bench", data: Path | None) -> Iterator[dict]:
+def rounds(bench: "WorkerState", data: Path | None) -> Iterator[dict]:
     from gpu_rates import engine_rate
 
     # One at once on a CPU: others would be trained by forks, which the stopwatch does not see.
@@ -137,7 +137,7 @@ def play(part: str, options: argparse.Namespace) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as `ssfl run` has it
     import gpu_trials
     import torch
-    from gpu_rates import Bench, Scale
+    from gpu_rates import Scale, WorkerState
 
     whole = Scale("resnet18", 32, 100, 500, 5, (1, 2, 4, 8, 16), 10, 6, 2, "")
     tiny = Scale(
@@ -145,7 +145,7 @@ def play(part: str, options: argparse.Namespace) -> None:
         "model.name='cnn' run.clients=4 run.cohort=3 local.epochs=1 partition.name='iid'",
     )  # fmt: skip
     torch.set_num_threads(1)  # as each client has; more would split sums in other places
-    bench = Bench(torch.device(options.device), tiny if options.tiny else whole)
+    bench = WorkerState(torch.device(options.device), tiny if options.tiny else whole)
     parts: dict[str, Callable[[], Iterator[dict]]] = {
         "checks": lambda: checks(bench),
         "rates": lambda: rates(bench),

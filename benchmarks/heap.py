@@ -1,7 +1,7 @@
 """What freed memory costs a training step: .venv/bin/python benchmarks/heap.py
 
 Trains ResNet-20 on random images of CIFAR-10's size in fresh processes, one after the other: by glibc's defaults, and
-with `ssfl_app.local.heap.keep_heap`. How the defaults behave depends on what a process did before: here, nothing.
+with `ssfl_app.training.malloc.keep_heap`. How the defaults behave depends on what a process did before: here, nothing.
 Results: benchmarks/results/heap.json.
 """
 
@@ -27,11 +27,11 @@ def train(keep: bool) -> None:
     import numpy as np
     import torch
 
-    from ssfl_app.local.data import Images, Transform
-    from ssfl_app.local.heap import keep_heap
-    from ssfl_app.local.models import ModelOptions, create
-    from ssfl_app.local.trainer import LocalOptions, LocalTrainer
+    from ssfl_app.data.dataset import Images, Transform
     from ssfl_app.sparsity.layout import Layout, state_digest, state_of
+    from ssfl_app.training.malloc import keep_heap
+    from ssfl_app.training.models import ModelOptions, create
+    from ssfl_app.training.trainer import LocalOptions, LocalTrainer
 
     torch.set_num_threads(1)
     if keep and not keep_heap():

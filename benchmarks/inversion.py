@@ -28,16 +28,16 @@ sys.path.insert(0, str(HERE.parent))
 from ssfl_app.config import merge, parse  # noqa: E402
 from ssfl_app.files import write_json  # noqa: E402
 from ssfl_app.results.recorder import environment  # noqa: E402
+from ssfl_app.runtime import Runtime, get_runtime  # noqa: E402
 from ssfl_app.sparsity.layout import state_of  # noqa: E402
 from ssfl_app.sparsity.saliency import snip  # noqa: E402
-from ssfl_app.workshop import Workshop, open_workshop  # noqa: E402
 
 # Images of an answer, in how many minibatches, how many answers are attacked, and steps from each start.
 CASES = ((1, 1, 3, 300), (4, 1, 2, 300), (32, 1, 1, 800), (32, 32, 1, 150))
 STARTS, RATE = 2, 0.05
 
 
-def magnitudes(shop: Workshop, pixels: torch.Tensor, labels: torch.Tensor, batches: int) -> torch.Tensor:
+def magnitudes(shop: Runtime, pixels: torch.Tensor, labels: torch.Tensor, batches: int) -> torch.Tensor:
     """Return the mean of |g| over equal minibatches, differentiable in `pixels`, flat."""
     state = {name: weight.detach() for name, weight in shop.model.named_parameters()}
     rest = {name: weight for name, weight in state.items() if name not in shop.layout.prunable}
@@ -52,7 +52,7 @@ def magnitudes(shop: Workshop, pixels: torch.Tensor, labels: torch.Tensor, batch
 
 
 def invert(
-    shop: Workshop, told: torch.Tensor, labels: torch.Tensor, batches: int, steps: int, seed: int
+    shop: Runtime, told: torch.Tensor, labels: torch.Tensor, batches: int, steps: int, seed: int
 ) -> tuple[float, torch.Tensor]:
     """Return 1 - cosine and the images, pixel values 0 to 1, of the best of several starts."""
     transform, best = shop.data.transform, (2.0, torch.empty(0))
@@ -83,7 +83,7 @@ def correlations(found: torch.Tensor, true: torch.Tensor, labels: torch.Tensor) 
     return rows
 
 
-def attack(shop: Workshop, size: int, batches: int, steps: int, seed: int) -> dict[str, object]:
+def attack(shop: Runtime, size: int, batches: int, steps: int, seed: int) -> dict[str, object]:
     """Attack one answer: the mean of the scores of minibatches with `size` images together."""
     train, rng = shop.data.train, np.random.default_rng(seed)
     order = rng.permutation(len(train))
@@ -118,7 +118,7 @@ def main() -> None:
     words = parser.parse_args()
     torch.set_num_threads(1)
     flat = merge({"strategy": "ssfl", "run.device": "cpu"})
-    shop, cases = open_workshop(flat), {}
+    shop, cases = get_runtime(flat), {}
     assert parse(flat).settings.mask.density < 1
     for size, batches, count, steps in CASES:
         rows = [attack(shop, size, batches, steps, seed) for seed in range(count)]

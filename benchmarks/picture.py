@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from ssfl_app.results.plots import accuracy_by_bytes, png_bytes
-from ssfl_app.results.runs import read_run
+from ssfl_app.results.run_folder import read_run
 
 ROOT = Path(__file__).parents[1]
 

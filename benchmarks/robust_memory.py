@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ssfl_app.robust import FOLDS, Rows, folded
+from ssfl_app.core.robust import FOLDS, Rows, folded
 
 SIZE = 1_000_000
 CLIENTS = (10, 40)

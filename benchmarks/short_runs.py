@@ -16,8 +16,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord
 
 from ssfl_app import SSFL
-from ssfl_app.engine.inline import InlineGrid
 from ssfl_app.results.recorder import environment
+from ssfl_app.simulation.in_process import InlineGrid
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS, DENSITIES, SEEDS, CLIENTS = (1, 3, 5, 10, 20), (1.0, 0.5, 0.25, 0.1, 0.05), (1, 2, 3), 10

@@ -1,6 +1,6 @@
 """`python -m ssfl_app` is the command `ssfl`."""
 
-from ssfl_app.cli import main
+from ssfl_app.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -15,16 +15,16 @@ from flwr.app import Context, Message
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
-from ssfl_app.local.heap import keep_heap
-from ssfl_app.local.place import Place, read_place, simulated
+from ssfl_app.comm.messenger import CLIENT, FOLDER, RUN
+from ssfl_app.comm.node_config import NodeConfig, read_node_config, simulated
+from ssfl_app.comm.payload import ClientState, Metadata, Payload, PayloadEncoder, decode_metadata, decode_payload
+from ssfl_app.core.client import ClientAlgorithm, Need
 from ssfl_app.options import ConfigError, PrivateError
+from ssfl_app.runtime import code_digest, get_runtime, gpu_is_hidden
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.strategies.post import CLIENT, FOLDER, RUN
-from ssfl_app.strategies.rule import ClientRule, Need
 from ssfl_app.text import quoted, tell
-from ssfl_app.wire import Facts, ClientState, Packer, Parcel, read_facts, read_record
-from ssfl_app.workshop import code_digest, gpu_is_hidden, open_workshop
+from ssfl_app.training.malloc import keep_heap
 
 MOST_BITMAPS = 4
 """Bitmaps of a message; what else it holds is never deflated."""
@@ -37,7 +37,7 @@ class SparseClient(NumPyClient):
 
     Parameters
     ----------
-    rule : ClientRule
+    rule : ClientAlgorithm
         The algorithm, at this client's site.
     name : str
         Of a site with data of its own; "": the client goes by its number.
@@ -47,7 +47,7 @@ class SparseClient(NumPyClient):
     ``config["arrays"]`` names the arrays in order, e.g. "values,mask"; so does the returned metric "arrays".
     """
 
-    def __init__(self, rule: ClientRule, name: str = "") -> None:
+    def __init__(self, rule: ClientAlgorithm, name: str = "") -> None:
         self.rule = rule
         self.name = name
 
@@ -56,7 +56,7 @@ class SparseClient(NumPyClient):
         site = self.rule.context
         return {
             **({"name": self.name} if self.name else {"client": site.client_id}),
-            **site.data.holding(*site.indices).facts(),
+            **site.data.holding(*site.indices).metadata(),
             "device": str(site.trainer.device),
             "gpu-is-hidden": gpu_is_hidden(),
             "code": code_digest(),
@@ -64,40 +64,40 @@ class SparseClient(NumPyClient):
 
     def fit(self, parameters: NDArrays, config: dict[str, Any]) -> tuple[NDArrays, int, dict[str, Any]]:
         """Train, or answer ``config["question"]``; return arrays, samples and facts."""
-        parcel, trainer = _parcel(parameters, config), self.rule.context.trainer
+        payload, trainer = _payload(parameters, config), self.rule.context.trainer
         passes, looks = trainer.passes, trainer.looks
         try:
             question = config.get("question")
-            reply = self.rule.train(parcel) if question is None else self.rule.answer_query(question, parcel)
+            reply = self.rule.train(payload) if question is None else self.rule.answer_query(question, payload)
         except Need as need:
             return [], 0, {"need": str(need)}
         work = {"passes": trainer.passes - passes, "looks": trainer.looks - looks}
-        facts = {**reply.facts, **work, **self._notes(), "arrays": ",".join(reply.arrays)}
-        return list(reply.arrays.values()), int(reply.facts["samples"]), facts
+        metadata = {**reply.metadata, **work, **self._notes(), "arrays": ",".join(reply.arrays)}
+        return list(reply.arrays.values()), int(reply.metadata["samples"]), metadata
 
     def evaluate(self, parameters: NDArrays, config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
         """Test the model on this client's own test images; return loss, samples and facts."""
         passes = self.rule.context.trainer.passes
         try:
-            facts = self.rule.evaluate(_parcel(parameters, config))
+            metadata = self.rule.evaluate(_payload(parameters, config))
         except Need as need:
             return 0.0, 0, {"need": str(need)}
-        facts["passes"] = self.rule.context.trainer.passes - passes  # of methods that fine-tune before they test
-        facts |= self._notes()
-        return float(facts.get("loss", 0.0)), int(facts["samples"]), facts
+        metadata["passes"] = self.rule.context.trainer.passes - passes  # of methods that fine-tune before they test
+        metadata |= self._notes()
+        return float(metadata.get("loss", 0.0)), int(metadata["samples"]), metadata
 
-    def _notes(self) -> Facts:
+    def _notes(self) -> Metadata:
         notes = self.rule.context.memory.notes
         return {"note": "; ".join(notes)} if notes else {}
 
 
-def _parcel(parameters: NDArrays, config: dict[str, Any]) -> Parcel:
+def _payload(parameters: NDArrays, config: dict[str, Any]) -> Payload:
     names = [name for name in str(config.get("arrays", "")).split(",") if name]
-    facts = {key: value for key, value in config.items() if key not in ("arrays", "question")}
-    return Parcel(dict(zip(names, parameters, strict=True)), facts)
+    metadata = {key: value for key, value in config.items() if key not in ("arrays", "question")}
+    return Payload(dict(zip(names, parameters, strict=True)), metadata)
 
 
-def serve(client: NumPyClient, message: Message, packer: Packer | None = None, unfolded: int = 0) -> Message:
+def serve(client: NumPyClient, message: Message, packer: PayloadEncoder | None = None, unfolded: int = 0) -> Message:
     """Answer a message of the Message API by a NumPyClient; `packer` writes the answer.
 
     Deflated arrays of the message may unfold to so many bytes together.
@@ -105,24 +105,24 @@ def serve(client: NumPyClient, message: Message, packer: Packer | None = None, u
     ``query.hello`` asks for properties, ``query.<question>`` and ``train`` call `fit`, ``evaluate`` calls
     `evaluate`. The round and the digest go back as they came, so that the server can tell what was answered.
     """
-    parcel = read_record(message.content, unfolded=unfolded)
+    payload = decode_payload(message.content, unfolded=unfolded)
     category, _, action = message.metadata.message_type.partition(".")
-    config = {**parcel.facts, "arrays": ",".join(parcel.arrays)}
+    config = {**payload.metadata, "arrays": ",".join(payload.arrays)}
     arrays: NDArrays = []
     if action == "hello":
-        facts = dict(client.get_properties(config))
+        metadata = dict(client.get_properties(config))
     elif category == "evaluate":
-        loss, samples, facts = client.evaluate(list(parcel.arrays.values()), config)
-        facts = {"loss": loss, **facts, "samples": samples}
+        loss, samples, metadata = client.evaluate(list(payload.arrays.values()), config)
+        metadata = {"loss": loss, **metadata, "samples": samples}
     else:
         question = {"question": action} if category == "query" else {}
-        arrays, samples, facts = client.fit(list(parcel.arrays.values()), config | question)
-        facts = {**facts, "samples": samples}
-    names = [name for name in str(facts.pop("arrays", "")).split(",") if name]
-    if "round" in parcel.facts:
-        facts["round"] = parcel.facts["round"]
-    reply = Parcel(dict(zip(names, arrays, strict=True)), facts)
-    return Message((packer or Packer()).record(reply), reply_to=message)
+        arrays, samples, metadata = client.fit(list(payload.arrays.values()), config | question)
+        metadata = {**metadata, "samples": samples}
+    names = [name for name in str(metadata.pop("arrays", "")).split(",") if name]
+    if "round" in payload.metadata:
+        metadata["round"] = payload.metadata["round"]
+    reply = Payload(dict(zip(names, arrays, strict=True)), metadata)
+    return Message((packer or PayloadEncoder()).record(reply), reply_to=message)
 
 
 def handle(message: Message, context: Context) -> Message:
@@ -168,28 +168,28 @@ def public(error: Exception, node_config: Mapping[str, object]) -> str:
 
 
 def _answer(message: Message, context: Context) -> Message:
-    facts = read_facts(message.content)
+    metadata = decode_metadata(message.content)
     sites = context.run_config.get("data.where") == "sites"
-    place = read_place(context.node_config, "sites" if sites else "shared")
+    place = read_node_config(context.node_config, "sites" if sites else "shared")
     hello = message.metadata.message_type == "query.hello"
-    number = 0 if hello and place.name else client_number(place, facts)
+    number = 0 if hello and place.name else client_number(place, metadata)
     flat = place.obeyed(context.run_config)
     try:
-        workshop = open_workshop(flat, place.data_path)
+        runtime = get_runtime(flat, place.data_path)
     except ConfigError as error:
         raise place.in_its_words(error) from error
     if hello and not place.simulated:  # into this node's log; in simulation the server says it of the same files
-        for note in workshop.data.notes:
+        for note in runtime.data.notes:
             tell(f"note: {note}")
-    if workshop.trainer.device.type == "cpu":
+    if runtime.trainer.device.type == "cpu":
         keep_heap()
-    memory = ClientState(context, number) if hello else memory_of(context, place, number, facts)
-    rule = workshop.rule(number, memory, place.least_batch)
-    bitmap, packer = -(-workshop.layout.prunable_size // 8), Packer(workshop.config.settings.wire.bitmaps)
+    memory = ClientState(context, number) if hello else memory_of(context, place, number, metadata)
+    rule = runtime.rule(number, memory, place.least_batch)
+    bitmap, packer = -(-runtime.layout.prunable_size // 8), PayloadEncoder(runtime.config.settings.wire.bitmaps)
     return serve(SparseClient(rule, place.name), message, packer, MOST_BITMAPS * bitmap)
 
 
-def client_number(place: Place, facts: Mapping[str, Any]) -> int:
+def client_number(place: NodeConfig, metadata: Mapping[str, Any]) -> int:
     """Return the number of the client that a node is: its own, or the one the server gives to its name.
 
     Raises
@@ -197,13 +197,13 @@ def client_number(place: Place, facts: Mapping[str, Any]) -> int:
     PayloadError
         The node goes by its name and the message states no number.
     """
-    number = facts.get(CLIENT) if place.number is None else place.number
+    number = metadata.get(CLIENT) if place.number is None else place.number
     if type(number) is not int or not 0 <= number < 2**31:
         raise PayloadError(f"{CLIENT} is {quoted(number)}; a message to site {place.name!r} states its number")
     return number
 
 
-def memory_of(context: Context, place: Place, number: int, facts: Facts) -> ClientState:
+def memory_of(context: Context, place: NodeConfig, number: int, metadata: Metadata) -> ClientState:
     """Return where a client keeps things: below a state-path, in a simulation's folder, or in Flower's state.
 
     A node has a folder of its own for each run. That of a site bears its name, since its number is the server's word.
@@ -213,14 +213,14 @@ def memory_of(context: Context, place: Place, number: int, facts: Facts) -> Clie
     PayloadError
         A server names a real node's folder, or the run's token, which becomes the name of one, is not 16 hex digits.
     """
-    folder = facts.get(FOLDER)
+    folder = metadata.get(FOLDER)
     if place.simulated:
         return ClientState(context, number, Path(str(folder)) if folder else None)
     if folder is not None:
         raise PayloadError(f"the message has the fact {FOLDER}, which is for simulations; a real node obeys none")
     if place.state_path is None:
         return ClientState(context, number)
-    token = facts.get(RUN)
+    token = metadata.get(RUN)
     if not isinstance(token, str) or not re.fullmatch("[0-9a-f]{16}", token):
         raise PayloadError(f"{RUN} is {quoted(token)}; it is 16 hex digits")
     return ClientState(context, number, place.state_path / token / place.name, survives=True)

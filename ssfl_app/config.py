@@ -14,16 +14,16 @@ from typing import Any
 
 import tomli_w
 
+from ssfl_app.core.options import FailureOptions, MaskOptions, RunOptions, Settings, WireOptions
+from ssfl_app.data.dataset import DataOptions
 from ssfl_app.files import app_folder
-from ssfl_app.local.data import DataOptions
-from ssfl_app.local.models import ModelOptions
-from ssfl_app.local.steps import PRECISIONS
-from ssfl_app.local.trainer import LocalOptions
 from ssfl_app.options import ConfigError, Scalar, anything, at_least, build, choice, flatten, not_a_key
 from ssfl_app.partitions import PartitionOptions
 from ssfl_app.partitions.late import ShiftOptions
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.strategies.settings import FailureOptions, MaskOptions, RunOptions, Settings, WireOptions
+from ssfl_app.training.models import ModelOptions
+from ssfl_app.training.step import PRECISIONS
+from ssfl_app.training.trainer import LocalOptions
 
 Flat = dict[str, Scalar]
 
@@ -56,7 +56,7 @@ ROOMS: dict[str, type] = {
 } | {name: room for strategy in REGISTRY.values() for name, room in strategy.sections.items()}
 
 # What may differ between a run and its continuation.
-NOT_THE_RUN = ("run.out", "run.resume", "engine.actors", "engine.concurrent", "engine.graphs")
+RESUME_MAY_CHANGE = ("run.out", "run.resume", "engine.actors", "engine.concurrent", "engine.graphs")
 
 
 @dataclass(frozen=True)
@@ -216,11 +216,11 @@ def write_toml(flat: Mapping[str, Scalar]) -> str:
 def first_clash(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str | None:
     """Return, as a sentence, the first of our keys by which this is another run than theirs; None if none is."""
     for key, value in sorted(ours.items()):
-        if not key.startswith(NOT_THE_RUN) and value != theirs.get(key):
+        if not key.startswith(RESUME_MAY_CHANGE) and value != theirs.get(key):
             return f"{key} is {value!r}; that run was started with {theirs.get(key)!r}"
     return None
 
 
 def identity(flat: Mapping[str, Scalar]) -> Flat:
-    """Return the keys that make a run the run that it is: all but `NOT_THE_RUN`."""
-    return {key: value for key, value in sorted(flat.items()) if not key.startswith(NOT_THE_RUN)}
+    """Return the keys that make a run the run that it is: all but `RESUME_MAY_CHANGE`."""
+    return {key: value for key, value in sorted(flat.items()) if not key.startswith(RESUME_MAY_CHANGE)}

@@ -20,16 +20,16 @@ class Damaged(ValueError):
     """A file is not what was written; the message completes "the file ..."."""
 
 
-def write_sealed(path: Path, facts: Mapping[str, Any], arrays: Arrays) -> None:
+def write_sealed(path: Path, metadata: Mapping[str, Any], arrays: Arrays) -> None:
     """Write facts, which JSON can hold, and arrays, atomically."""
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomically(path, lambda file: safe_numpy.save_file(whole, file, metadata=_metadata(facts, whole)))
+    write_atomically(path, lambda file: safe_numpy.save_file(whole, file, metadata=_metadata(metadata, whole)))
 
 
-def sealed(facts: Mapping[str, Any], arrays: Arrays) -> bytes:
+def sealed(metadata: Mapping[str, Any], arrays: Arrays) -> bytes:
     """Return the content of such a file."""
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    return safe_numpy.save(whole, metadata=_metadata(facts, whole))
+    return safe_numpy.save(whole, metadata=_metadata(metadata, whole))
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
@@ -67,24 +67,24 @@ def unsealed(content: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]
     return _opened(header.get("__metadata__"), arrays), arrays
 
 
-def _metadata(facts: Mapping[str, Any], arrays: Arrays) -> dict[str, str]:
+def _metadata(metadata: Mapping[str, Any], arrays: Arrays) -> dict[str, str]:
     # One entry: safetensors writes several in any order, and equal contents are to be equal files.
-    return {"ssfl": json.dumps({"facts": facts, "sha256": _digest(facts, arrays)})}
+    return {"ssfl": json.dumps({"facts": metadata, "sha256": _digest(metadata, arrays)})}
 
 
 def _opened(metadata: Mapping[str, str] | None, arrays: Arrays) -> dict[str, Any]:
     try:
         told = json.loads((metadata or {})["ssfl"])
-        facts, digest = dict(told["facts"]), told["sha256"]
+        metadata, digest = dict(told["facts"]), told["sha256"]
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise Damaged("has no digest, as those of older versions: what is in it cannot be trusted") from None
-    if _digest(facts, arrays) != digest:
+    if _digest(metadata, arrays) != digest:
         raise Damaged("is damaged: its digest is that of another content")
-    return facts
+    return metadata
 
 
-def _digest(facts: Mapping[str, Any], arrays: Arrays) -> str:
-    digest = hashlib.sha256(json.dumps(facts).encode())
+def _digest(metadata: Mapping[str, Any], arrays: Arrays) -> str:
+    digest = hashlib.sha256(json.dumps(metadata).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -13,28 +13,28 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from ssfl_app import guard
+from ssfl_app import locks
+from ssfl_app.comm.exchange import fewer_at_once, is_simulation
+from ssfl_app.comm.handshake import Handshake
+from ssfl_app.comm.membership import Claim
+from ssfl_app.comm.payload import Metadata
 from ssfl_app.config import Flat, first_clash, read_file
-from ssfl_app.exchange import fewer_at_once, is_simulation
+from ssfl_app.core.rounds import Record
+from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.data.summary import difference as unlike
+from ssfl_app.data.summary import other_images, read_data_summary
 from ssfl_app.files import check_regular, write_bytes, write_json
-from ssfl_app.guard import RunFailed, naming_memory
-from ssfl_app.local.holdings import difference as unlike
-from ssfl_app.local.holdings import other_images, read_holding
+from ssfl_app.locks import RunFailed, naming_memory
 from ssfl_app.options import ConfigError
 from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import Recorder, default_folder
 from ssfl_app.results.report import final_text, undone, write_report
-from ssfl_app.results.runs import read_run
+from ssfl_app.results.run_folder import read_run
+from ssfl_app.runtime import Runtime, code_digest, get_runtime
 from ssfl_app.sparsity.layout import load_state
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Record
-from ssfl_app.strategies.greeting import Hello
-from ssfl_app.strategies.roster import Claim
 from ssfl_app.text import command, tell
-from ssfl_app.wire import Facts
-from ssfl_app.workshop import Workshop, code_digest, open_workshop
 
 app = ServerApp()
 
@@ -50,27 +50,27 @@ def main(grid: Grid, context: Context) -> None:
     RunFailed
         The run broke off; the run folder holds its checkpoint and the reason.
     """
-    guard.end_with_launcher()
+    locks.exit_with_parent()
     if engine_name(grid) != "inline":  # where clients train in this process, it would cost them time
-        guard.return_freed_memory()
+        locks.return_freed_memory()
     with naming_memory(fewer_at_once(grid)):
-        workshop = open_workshop(dict(context.run_config))
-    config = workshop.config
+        runtime = get_runtime(dict(context.run_config))
+    config = runtime.config
     run = config.settings.run
     folder = Path(run.out) if run.out else Path.cwd() / default_folder(config.strategy, config.data.name)
     check_folder(folder, config.flat)
     recorder = Recorder(folder, config.flat, tell)
     try:
-        strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
+        strategy = REGISTRY[config.strategy](runtime.layout, config.settings)
         saved = resume(strategy, folder, config.flat) if run.resume else None
-        if saved is not None and workshop.own:
-            strategy.messenger.roster.expected = site_names(folder)
+        if saved is not None and runtime.own:
+            strategy.messenger.registry.expected = site_names(folder)
         try:
             recorder.begin(saved)
             if saved is not None:
                 recorder.say(f"resuming after round {saved.round}")
             with naming_memory(fewer_at_once(grid)):
-                conduct(grid, workshop, recorder, strategy)
+                conduct(grid, runtime, recorder, strategy)
             recorder.status("finished")
         except (KeyboardInterrupt, BrokenPipeError):  # nobody reads the lines any more: `ssfl run | head`
             with contextlib.suppress(OSError):
@@ -105,27 +105,27 @@ def check_folder(folder: Path, flat: Flat) -> None:
         raise ConfigError(f"run.out is {folder}; {clash}")
 
 
-def conduct(grid: Grid, workshop: Workshop, recorder: Recorder, strategy: SparseStrategy) -> None:
+def conduct(grid: Grid, runtime: Runtime, recorder: Recorder, strategy: SparseStrategy) -> None:
     """Play a run, new or resumed, from the first greeting to the report."""
-    config, run = workshop.config, workshop.config.settings.run
-    strategy.callback = Watcher(recorder, workshop)
-    if not workshop.own:
-        strategy.messenger.dealt = functools.cache(workshop.holding)
-    strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
-    roster = strategy.messenger.roster
-    roster.say, roster.misfit = recorder.say, functools.partial(misfit, workshop)
+    config, run = runtime.config, runtime.config.settings.run
+    strategy.callback = RecordingCallback(recorder, runtime)
+    if not runtime.own:
+        strategy.messenger.dealt = functools.cache(runtime.holding)
+    strategy.workbench, strategy.image_shape = runtime.model, runtime.data.shape
+    registry = strategy.messenger.registry
+    registry.say, registry.misfit = recorder.say, functools.partial(misfit, runtime)
     if is_simulation(grid):  # clients share this machine; elsewhere each keeps its own in Flower's state
         strategy.messenger.folder = recorder.folder / "clients"
     else:
         strategy.messenger.token = run_token(recorder.folder)
-        roster.bound = functools.partial(bound_places, workshop.own)
+        registry.bound = functools.partial(bound_places, runtime.own)
     # Not kept in a variable: the initial weights would stay in memory for the whole run.
-    strategy.start(grid, ArrayRecord(workshop.initial_state()), run.rounds, evaluate_fn=central_evaluation(workshop))
+    strategy.start(grid, ArrayRecord(runtime.initial_state()), run.rounds, evaluate_fn=central_evaluation(runtime))
     strategy.callback.accuracies()
-    facts: Record = {
+    metadata: Record = {
         "strategy": config.strategy,
         "dataset": config.data.name,
-        "partition": "sites" if workshop.own else config.partition.name,
+        "partition": "sites" if runtime.own else config.partition.name,
         "model": config.model.name,
         "clients": run.clients,
         "cohort": run.cohort,
@@ -134,7 +134,7 @@ def conduct(grid: Grid, workshop: Workshop, recorder: Recorder, strategy: Sparse
         "seed": run.seed,
         "engine": engine_name(grid),
     }
-    summary = recorder.finish(facts, workshop.layout, strategy.model(), strategy.mask)
+    summary = recorder.finish(metadata, runtime.layout, strategy.model(), strategy.mask)
     if why := undone(lambda: write_report([read_run(recorder.folder)], recorder.folder / "report.html")):
         cure = command("ssfl", "report", recorder.folder)
         recorder.say(f"warning: report.html could not be made ({why}); to try again: {cure}")
@@ -177,42 +177,44 @@ def engine_name(grid: Grid) -> str:
     return "ray" if is_simulation(grid) else "deployment"
 
 
-def central_evaluation(workshop: Workshop) -> Callable[[int, ArrayRecord], MetricRecord] | None:
+def central_evaluation(runtime: Runtime) -> Callable[[int, ArrayRecord], MetricRecord] | None:
     """Return Flower's evaluate_fn, loss and accuracy of the global model on the whole test set; None without one."""
-    if not len(workshop.data.test):
+    if not len(runtime.data.test):
         return None
 
     def evaluate(_: int, arrays: ArrayRecord) -> MetricRecord:
-        load_state(workshop.model, {n: torch.from_numpy(a.numpy()) for n, a in arrays.items()})
-        loss, accuracy = workshop.trainer.evaluate(workshop.model, workshop.data.test)
+        load_state(runtime.model, {n: torch.from_numpy(a.numpy()) for n, a in arrays.items()})
+        loss, accuracy = runtime.trainer.evaluate(runtime.model, runtime.data.test)
         return MetricRecord({"loss": loss, "accuracy": accuracy})
 
     return evaluate
 
 
-class Watcher:
+class RecordingCallback:
     """Sees the run go by and has it recorded."""
 
-    def __init__(self, recorder: Recorder, workshop: Workshop) -> None:
+    def __init__(self, recorder: Recorder, runtime: Runtime) -> None:
         self.recorder = recorder
-        self.workshop = workshop
-        self._sites: dict[int, Facts] = {}
+        self.runtime = runtime
+        self._sites: dict[int, Metadata] = {}
 
-    def met(self, sites: Mapping[int, Facts]) -> None:
+    def met(self, sites: Mapping[int, Metadata]) -> None:
         """Name devices, and describe the run in a few lines."""
         self._sites = dict(sites)
-        self.recorder.names = {client: str(facts["name"]) for client, facts in sites.items() if "name" in facts}
-        config, data = self.workshop.config, self.workshop.data
-        devices = ", ".join(sorted({str(facts.get("device", "unknown device")) for facts in sites.values()}))
-        dealt = "own data" if self.workshop.own else f"{config.partition.name} partition"
+        self.recorder.names = {
+            client: str(metadata["name"]) for client, metadata in sites.items() if "name" in metadata
+        }
+        config, data = self.runtime.config, self.runtime.data
+        devices = ", ".join(sorted({str(metadata.get("device", "unknown device")) for metadata in sites.values()}))
+        dealt = "own data" if self.runtime.own else f"{config.partition.name} partition"
         self.recorder.say(
             f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {dealt}, "
-            f"{config.model.name} with {self.workshop.layout.size:,} parameters, "
+            f"{config.model.name} with {self.runtime.layout.size:,} parameters, "
             f"augmentation {data.transform.augment}"
         )
         for note in data.notes:
             self.recorder.say(f"note: {note}")
-        if any(facts.get("gpu-is-hidden") for facts in sites.values()):
+        if any(metadata.get("gpu-is-hidden") for metadata in sites.values()):
             self.recorder.say(
                 "note: this machine has a GPU, but Flower hides it from the clients (num-gpus 0): they train "
                 "on the CPU. `ssfl run` gives it to them; with `flwr run` set client-resources-num-gpus"
@@ -226,7 +228,7 @@ class Watcher:
     def round(self, record: Record, strategy: SparseStrategy) -> None:
         """Record a round; take a checkpoint when one is due."""
         self.recorder.round(record)
-        run = self.workshop.config.settings.run
+        run = self.runtime.config.settings.run
         if record["round"] % run.checkpoint_every == 0 or record["round"] == run.rounds:
             self.recorder.checkpoint(record["round"], strategy.state_dict())
 
@@ -239,14 +241,14 @@ class Watcher:
         self._write_clients(known)
 
     def _write_clients(self, known: Mapping[str, Mapping[str, float]]) -> None:
-        shop, clients = self.workshop, []
+        shop, clients = self.runtime, []
         for client in range(shop.config.settings.run.clients):
-            facts = self._sites.get(client, {})
-            held = read_holding(facts) if shop.own else shop.holding(client)
+            metadata = self._sites.get(client, {})
+            held = read_data_summary(metadata) if shop.own else shop.holding(client)
             clients.append(
                 {
                     "client": client,
-                    **({"name": str(facts["name"])} if "name" in facts else {}),
+                    **({"name": str(metadata["name"])} if "name" in metadata else {}),
                     "train": list(held.counts),
                     "test_images": held.test_images,
                     **{name: known.get(name, {}).get(str(client)) for name in ("accuracy", "personal_accuracy")},
@@ -256,27 +258,27 @@ class Watcher:
         write_json(self.recorder.folder / "clients.json", {"class_names": names, "clients": clients})
 
 
-def misfit(workshop: Workshop, hello: Hello) -> str | None:
+def misfit(runtime: Runtime, hello: Handshake) -> str | None:
     """Return why a node cannot be in this run whatever its place, and the cure; None if it can.
 
     It runs other code than the server, or holds images of other classes or another shape; or its copy of a shared
     data set is another one.
     """
-    facts, who = hello.facts, hello.name or f"client {hello.number}"
-    if facts.get("code") != code_digest():
+    metadata, who = hello.metadata, hello.name or f"client {hello.number}"
+    if metadata.get("code") != code_digest():
         return (
-            f"runs other code ({facts.get('code')!r}) than the server ({code_digest()!r}): install the same version "
+            f"runs other code ({metadata.get('code')!r}) than the server ({code_digest()!r}): install the same version "
             "on both, or start Flower's SuperLink from another folder"
         )
     number = hello.number or 0
-    if not workshop.own and number >= workshop.config.settings.run.clients:
+    if not runtime.own and number >= runtime.config.settings.run.clients:
         return None  # no place, whatever it holds
     try:
-        held = read_holding(facts)
+        held = read_data_summary(metadata)
     except PayloadError as error:
         return str(error)
-    dealt = workshop.holding(number)
-    return unlike(who, held, "the server", dealt) or (None if workshop.own else other_images(who, held, dealt))
+    dealt = runtime.holding(number)
+    return unlike(who, held, "the server", dealt) or (None if runtime.own else other_images(who, held, dealt))
 
 
 def bound_places(own: bool) -> dict[Claim, int]:
@@ -292,7 +294,7 @@ def bound_places(own: bool) -> dict[Claim, int]:
     RunFailed
         The file that says so is damaged.
     """
-    path = os.environ.get(guard.REGISTERED, "")
+    path = os.environ.get(locks.REGISTERED, "")
     if not path or not Path(path).exists():
         return {}
     try:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssfl_app.local.sources import READERS, Raw, digits
+from ssfl_app.data.readers import READERS, Raw, digits
 
 torch.set_num_threads(1)
 
@@ -30,7 +30,7 @@ def few_digits(path: str, download: bool, image_size: int) -> Raw:
     )
 
 
-READERS["few-digits"] = few_digits  # before `ssfl_app.local.data` is imported, which lists them
+READERS["few-digits"] = few_digits  # before `ssfl_app.data.dataset` is imported, which lists them
 
 
 @pytest.fixture(autouse=True, scope="module")

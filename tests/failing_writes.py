@@ -15,8 +15,10 @@ import jinja2
 import matplotlib.backends.backend_svg
 import rich.console
 
-from ssfl_app import cli, server_app
-from ssfl_app.engine import command, inline
+from ssfl_app import server_app
+from ssfl_app.cli.main import main as cli
+from ssfl_app.simulation import command
+from ssfl_app.simulation import in_process as inline
 
 IMPORTED = (
     jinja2,

@@ -1,4 +1,4 @@
-"""What a process on the fake CUDA runtime finds out; ``tests/test_gpu.py`` starts it and reads its JSON.
+"""What a process on the fake CUDA runtime finds out; ``tests/training/test_gpu.py`` starts it and reads its JSON.
 
 ``python -m tests.fake_gpu PART``. The runtime is preloaded (``fakecuda`` of the tools beside this repository):
 torch's allocator, autograd, streams and captures run as on a GPU, kernels are recorded and compute nothing.
@@ -21,19 +21,19 @@ from fakecuda import fake
 
 from ssfl_app import client_app, server_app
 from ssfl_app.config import merge, parse
-from ssfl_app.engine.command import RunArgs, run_command
-from ssfl_app.engine.inline import clients_at_once, run_inline
-from ssfl_app.guard import RunFailed
-from ssfl_app.local import captured
-from ssfl_app.local.data import Images, Transform
-from ssfl_app.local.gpu import memory_need, own_stream
-from ssfl_app.local.models import NORMS, REGISTRY, ModelOptions, create, outline
-from ssfl_app.local.steps import PRECISIONS
-from ssfl_app.local.trainer import LocalOptions, LocalTrainer
+from ssfl_app.data.dataset import Images, Transform
+from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
+from ssfl_app.runtime import get_runtime, gpu_notes
+from ssfl_app.simulation.command import RunArgs, run_command
+from ssfl_app.simulation.in_process import clients_at_once, run_inline
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.workshop import gpu_notes, open_workshop
+from ssfl_app.training import cuda_graph
+from ssfl_app.training.gpu import memory_need, own_stream
+from ssfl_app.training.models import NORMS, REGISTRY, ModelOptions, create, outline
+from ssfl_app.training.step import PRECISIONS
+from ssfl_app.training.trainer import LocalOptions, LocalTrainer
 from tests.in_process_grid import SMALL
 
 GPU = torch.device("cuda")
@@ -63,18 +63,18 @@ def fit(run, model, data, mask=None):
 @contextlib.contextmanager
 def counted():
     """Yield a list that gets the number of nodes of each graph that is captured inside."""
-    nodes, real = [], captured.StaticStep._captured
+    nodes, real = [], cuda_graph.GraphedStep._captured
 
     def capture(static, batch):
         graph = real(static, batch)
         nodes.append(fake.nodes())  # captures take turns, so the last graph is this one
         return graph
 
-    captured.StaticStep._captured = capture
+    cuda_graph.GraphedStep._captured = capture
     try:
         yield nodes
     finally:
-        captured.StaticStep._captured = real
+        cuda_graph.GraphedStep._captured = real
 
 
 def calls(work):
@@ -227,7 +227,7 @@ def out_of_memory():
             rows[name] = at(80 << 30, f"{WIDE} model.name='cnn' engine.concurrent=2")
     with patched(LocalTrainer, "fit", lambda *args, **more: too_much(False)):
         rows["alone"] = at(80 << 30, f"{WIDE} model.name='cnn' engine.concurrent=1")
-    open_workshop.__globals__["_open"].cache_clear()
+    get_runtime.__globals__["_open"].cache_clear()
     rows["start"] = at(torch.cuda.memory_reserved() + (20 << 20), f"{WIDE} model.name='resnet50'")
     return rows
 
@@ -261,7 +261,7 @@ def run():
     gc.collect()
     rows = {"early": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"), "started": torch.cuda.is_initialized()}
     whole = merge(SMALL, {"run.clients": 40, "run.cohort": 30, "model.name": "resnet18", "run.rounds": 1})
-    shop = open_workshop(whole)
+    shop = get_runtime(whole)
     rows["connections"] = os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
     need = memory_need(outline(ModelOptions("resnet18", "group"), 1, 10), shop.data.shape, 32)
     rows["at_once"] = {}

@@ -9,14 +9,14 @@ import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 
 from ssfl_app import client_app
+from ssfl_app.comm.payload import Payload, PayloadEncoder, decode_payload
 from ssfl_app.config import Flat, merge, parse
-from ssfl_app.engine.inline import InlineGrid
+from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.runtime import Runtime, get_runtime
+from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.layout import Layout, State
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.wire import Packer, Parcel, read_record
-from ssfl_app.workshop import Workshop, open_workshop
 
 # Small enough for a run in under a second, large enough to learn something.
 SMALL: Flat = {
@@ -56,12 +56,12 @@ def forget(grid: "ScriptedGrid", message: Message) -> Message | None:
     return grid.work(message)
 
 
-def tamper(change: Callable[[Parcel], Parcel]) -> Fault:
+def tamper(change: Callable[[Payload], Payload]) -> Fault:
     """Work, then change the reply."""
 
     def fault(grid: "ScriptedGrid", message: Message) -> Message | None:
         good = grid.work(message)
-        return Message(Packer().record(change(read_record(good.content, unfolded=ANY))), reply_to=message)
+        return Message(PayloadEncoder().record(change(decode_payload(good.content, unfolded=ANY))), reply_to=message)
 
     return fault
 
@@ -70,9 +70,9 @@ def pose(as_client: int, **new: Any) -> Fault:
     """Answer a hello as a client would, but for facts that are `new`; None leaves one out."""
 
     def fault(grid: "ScriptedGrid", message: Message) -> Message | None:
-        good = read_record(client_app.handle(message, grid.context_of(as_client)).content).facts
-        facts = {key: value for key, value in {**good, **new}.items() if value is not None}
-        return Message(Packer().record(Parcel(facts=facts)), reply_to=message)
+        good = decode_payload(client_app.handle(message, grid.context_of(as_client)).content).metadata
+        metadata = {key: value for key, value in {**good, **new}.items() if value is not None}
+        return Message(PayloadEncoder().record(Payload(metadata=metadata)), reply_to=message)
 
     return fault
 
@@ -96,8 +96,8 @@ class ScriptedGrid(InlineGrid):
         self._names = sorted(str(each["name"]) for each in node_configs or () if "name" in each)
         self._faults = dict(faults or {})
         self.log: list[Where] = []
-        self.sent: list[tuple[Where, Parcel]] = []
-        self.got: list[tuple[Where, Parcel]] = []
+        self.sent: list[tuple[Where, Payload]] = []
+        self.got: list[tuple[Where, Payload]] = []
 
     def pull_messages(self, message_ids: Any) -> list[Message]:
         """Answer each message with probability one half; the others are not ready yet."""
@@ -126,15 +126,15 @@ class ScriptedGrid(InlineGrid):
         return super()._answer(message)
 
     def _answer(self, message: Message) -> Message | None:  # type: ignore[override]
-        parcel = read_record(message.content, unfolded=ANY)
+        payload = decode_payload(message.content, unfolded=ANY)
         client = self.number(self.context(message))
-        where = (message.metadata.message_type, int(parcel.facts.get("round", 0)), client)
+        where = (message.metadata.message_type, int(payload.metadata.get("round", 0)), client)
         self.log.append(where)
-        self.sent.append((where, parcel))
+        self.sent.append((where, payload))
         fault = self._faults.get(where)
         reply = self.work(message) if fault is None else fault(self, message)
         if reply is not None and not reply.has_error():
-            self.got.append((where, read_record(reply.content, unfolded=ANY)))
+            self.got.append((where, decode_payload(reply.content, unfolded=ANY)))
         return reply
 
 
@@ -149,7 +149,7 @@ class Played:
     """A finished run."""
 
     strategy: SparseStrategy
-    workshop: Workshop
+    runtime: Runtime
     grid: ScriptedGrid
     records: list[dict[str, Any]] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
@@ -171,7 +171,7 @@ class Played:
 
     @property
     def layout(self) -> Layout:
-        return self.workshop.layout
+        return self.runtime.layout
 
     def bits(self) -> bytes:
         """Return the bits of the global model."""
@@ -242,20 +242,20 @@ def _play(
 
     flat = merge(SMALL, keys)
     config = parse(flat)
-    workshop = open_workshop(flat)
+    runtime = get_runtime(flat)
     grid = grid or ScriptedGrid(flat, luck, faults, node_configs)
-    strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
-    played = Played(strategy, workshop, grid)
+    strategy = REGISTRY[config.strategy](runtime.layout, config.settings)
+    played = Played(strategy, runtime, grid)
     strategy.callback = played
-    strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
+    strategy.workbench, strategy.image_shape = runtime.model, runtime.data.shape
     strategy.messenger.folder = folder
     if prepare is not None:
         prepare(strategy)
     rounds = config.settings.run.rounds
     strategy.start(
         grid,
-        ArrayRecord(workshop.initial_state()),
+        ArrayRecord(runtime.initial_state()),
         rounds if until is None else until,
-        evaluate_fn=central_evaluation(workshop),
+        evaluate_fn=central_evaluation(runtime),
     )
     return played

@@ -10,35 +10,35 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ssfl_app.local import models
+from ssfl_app.runtime import Runtime
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.saliency import balanced_batch
-from ssfl_app.workshop import Workshop
+from ssfl_app.training import models
 
 State = dict[str, torch.Tensor]
 
 
-def initial_weights(workshop: Workshop) -> State:
+def initial_weights(runtime: Runtime) -> State:
     """Return w0."""
-    config, shape = workshop.config, workshop.data.shape
-    model = models.create(config.model, shape[0], workshop.data.classes, config.settings.run.seed)
+    config, shape = runtime.config, runtime.data.shape
+    model = models.create(config.model, shape[0], runtime.data.classes, config.settings.run.seed)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def saliency_mask(workshop: Workshop, w0: State) -> State:
+def saliency_mask(runtime: Runtime, w0: State) -> State:
     """SSFL, algorithm 1, first phase: s = sum_k p_k |g_k * w0|, keep the global top."""
-    config = workshop.config
+    config = runtime.config
     options, run = config.settings.own["ssfl"], config.settings.run
-    model, data = workshop.model, workshop.data.train
+    model, data = runtime.model, runtime.data.train
     weights = [n for n, t in w0.items() if t.ndim > 1]
-    total = sum(len(part) for part in workshop.partition.train)
+    total = sum(len(part) for part in runtime.partition.train)
     mean = {name: torch.zeros_like(w0[name], dtype=torch.float64) for name in weights}
-    for client, part in enumerate(workshop.partition.train):
+    for client, part in enumerate(runtime.partition.train):
         rng = generator(run.seed, "saliency", client, 0)
         chosen = part[balanced_batch(data.labels.numpy()[part], options.saliency_batch_size, rng)]
         model.load_state_dict(w0)
         model.zero_grad()
-        inputs = workshop.data.transform.test(data.pixels[chosen])
+        inputs = runtime.data.transform.test(data.pixels[chosen])
         functional.cross_entropy(model(inputs), data.labels[chosen]).backward()
         for name, parameter in model.named_parameters():
             if name in mean:
@@ -56,7 +56,7 @@ def saliency_mask(workshop: Workshop, w0: State) -> State:
 
 
 def train_locally(
-    workshop: Workshop,
+    runtime: Runtime,
     w: State,
     mask: State,
     round_: int,
@@ -70,8 +70,8 @@ def train_locally(
 
     With a pull (Ditto), v <- v - lr * pull * (v - towards) after every step.
     """
-    options, run = workshop.config.settings.local, workshop.config.settings.run
-    model, data = workshop.model, workshop.data.train.take(workshop.partition.train[client])
+    options, run = runtime.config.settings.local, runtime.config.settings.run
+    model, data = runtime.model, runtime.data.train.take(runtime.partition.train[client])
     model.load_state_dict(w)
     model.train()
     lr = options.lr * options.lr_decay ** (round_ - 1)
@@ -81,7 +81,7 @@ def train_locally(
         for start in range(0, len(data), options.batch_size):
             batch = order[start : start + options.batch_size]
             model.zero_grad()
-            inputs = workshop.data.transform.train(data.pixels[batch], rng)
+            inputs = runtime.data.transform.train(data.pixels[batch], rng)
             functional.cross_entropy(model(inputs), data.labels[batch]).backward()
             with torch.no_grad():
                 gradients = {n: p.grad * mask[n] if n in mask else p.grad for n, p in model.named_parameters()}
@@ -98,27 +98,27 @@ def train_locally(
 
 
 def one_round(
-    workshop: Workshop, w: State, mask: State, round_: int, cohort: list[int], epochs: int | None = None
+    runtime: Runtime, w: State, mask: State, round_: int, cohort: list[int], epochs: int | None = None
 ) -> State:
     """FedAvg inside a mask (all of the weights if it is empty): w = sum_k n_k w_k / sum_k n_k."""
     w = {name: tensor * mask[name] if name in mask else tensor for name, tensor in w.items()}
-    trained = [train_locally(workshop, w, mask, round_, client, epochs) for client in cohort]
-    shares = [len(workshop.partition.train[client]) for client in cohort]
+    trained = [train_locally(runtime, w, mask, round_, client, epochs) for client in cohort]
+    shares = [len(runtime.partition.train[client]) for client in cohort]
     means = {name: sum(n * t[name].double() for n, t in zip(shares, trained, strict=True)) for name in w}
     return {name: (mean / sum(shares)).float() for name, mean in means.items()}
 
 
-def ditto_personal(workshop: Workshop, v: State, w: State, round_: int, client: int) -> State:
+def ditto_personal(runtime: Runtime, v: State, w: State, round_: int, client: int) -> State:
     """Ditto, algorithm 1: a sampled client's own model, pulled towards the w that came down."""
-    options = workshop.config.settings.own["ditto"]
+    options = runtime.config.settings.own["ditto"]
     return train_locally(
-        workshop, v, {}, round_, client, options.personal_epochs, "personal", pull=options.pull, towards=w
+        runtime, v, {}, round_, client, options.personal_epochs, "personal", pull=options.pull, towards=w
     )
 
 
-def dispfl_first_mask(workshop: Workshop, client: int, w0: State) -> State:
+def dispfl_first_mask(runtime: Runtime, client: int, w0: State) -> State:
     """DisPFL: a random mask with Erdos-Renyi-Kernel densities, eps * sum(shape) / prod(shape), at most 1."""
-    config = workshop.config
+    config = runtime.config
     shapes = {name: tuple(t.shape) for name, t in w0.items() if t.ndim > 1}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     alive = int(config.settings.mask.density * sum(sizes.values()))
@@ -139,9 +139,9 @@ def dispfl_first_mask(workshop: Workshop, client: int, w0: State) -> State:
     return mask
 
 
-def dispfl_neighbours(workshop: Workshop, round_: int, client: int) -> list[int]:
+def dispfl_neighbours(runtime: Runtime, round_: int, client: int) -> list[int]:
     """DisPFL: as many random others as gossip.neighbours says."""
-    run, options = workshop.config.settings.run, workshop.config.settings.own["gossip"]
+    run, options = runtime.config.settings.run, runtime.config.settings.own["gossip"]
     others = [other for other in range(run.clients) if other != client]
     order = generator(run.seed, "gossip", round_, client).permutation(others)
     return [int(other) for other in order[: options.neighbours]]
@@ -160,18 +160,18 @@ def mean_over_owners(models: list[State], masks: list[State]) -> State:
     return mean
 
 
-def dispfl_next_mask(workshop: Workshop, w: State, mask: State, round_: int, client: int) -> State:
+def dispfl_next_mask(runtime: Runtime, w: State, mask: State, round_: int, client: int) -> State:
     """DisPFL: the smallest alive weights of each layer die, as many dead ones come alive."""
-    settings, data = workshop.config.settings, workshop.data.train.take(workshop.partition.train[client])
+    settings, data = runtime.config.settings, runtime.data.train.take(runtime.partition.train[client])
     drop = 0.5 / 2 * (1 + math.cos(math.pi * (round_ - 1) / settings.run.rounds))
     rng = generator(settings.run.seed, "regrow", round_, client)
     gradients: State = {}
     if settings.own["dispfl"].regrow == "gradient":
         batch = rng.choice(len(data), min(settings.local.batch_size, len(data)), replace=False)
-        model = workshop.model
+        model = runtime.model
         model.load_state_dict(w)
         model.zero_grad()
-        inputs = workshop.data.transform.test(data.pixels[batch])
+        inputs = runtime.data.transform.test(data.pixels[batch])
         functional.cross_entropy(model(inputs), data.labels[batch]).backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     moved = {}

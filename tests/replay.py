@@ -12,15 +12,15 @@ from typing import Any
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from ssfl_app.client_app import app
+from ssfl_app.comm.exchange import ExchangeReport
+from ssfl_app.comm.payload import decode_metadata
 from ssfl_app.config import Flat, merge, parse
-from ssfl_app.engine.inline import InlineGrid
-from ssfl_app.exchange import Outcome
-from ssfl_app.guard import RunFailed
+from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.locks import RunFailed
+from ssfl_app.runtime import Runtime, get_runtime
+from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.layout import State
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.wire import read_facts
-from ssfl_app.workshop import Workshop, open_workshop
 from tests.in_process_grid import SMALL, Where
 
 Answers = Callable[[Message, RecordDict], list[Message]]
@@ -35,9 +35,9 @@ class _Over(Exception):
 
 def where_of(message: Message, client: int) -> Where:
     """Return which message of a run this is; every step of a criterion asks a question of its own."""
-    facts = read_facts(message.content)
-    step = f"/{facts['step']}" if "step" in facts else ""
-    return message.metadata.message_type + step, int(facts.get("round", 0)), client
+    metadata = decode_metadata(message.content)
+    step = f"/{metadata['step']}" if "step" in metadata else ""
+    return message.metadata.message_type + step, int(metadata.get("round", 0)), client
 
 
 class Recording(InlineGrid):
@@ -63,16 +63,12 @@ class Replaying(InlineGrid):
         super().__init__(app, recorded.flat, {100 + k: k for k in range(int(recorded.flat["run.clients"]))})
         self._recorded, self._target, self._answers = recorded, target, answers
         self.strategy: SparseStrategy | None = None
-        self.outcome: Outcome | None = None
+        self.report: ExchangeReport | None = None
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Accept messages, until those of a later exchange come; the questions of one hook belong together."""
         messages = list(messages)
-        if (
-            self.outcome is not None
-            and messages
-            and self._stage(where_of(messages[0], 0)) > self._stage(self._target)
-        ):
+        if self.report is not None and messages and self._stage(where_of(messages[0], 0)) > self._stage(self._target):
             raise _Over
         return super().push_messages(messages)
 
@@ -84,7 +80,7 @@ class Replaying(InlineGrid):
             good = self._recorded.answered[where]
             if where == self._target:
                 assert self.strategy is not None
-                self.outcome = self.strategy.messenger.report
+                self.report = self.strategy.messenger.report
                 replies += self._answers(message, good)
             else:
                 replies.append(Message(good, reply_to=message))
@@ -100,7 +96,7 @@ class Recorded:
     """What the clients of a run were sent and answered."""
 
     flat: Flat
-    workshop: Workshop
+    runtime: Runtime
     asked: dict[Where, Message]
     answered: dict[Where, RecordDict]
 
@@ -112,8 +108,8 @@ class Recorded:
     def replay(self, target: Where, answers: Answers) -> "Replayed":
         """Play the run up to the end of the exchange of `target`, whose answer is another one."""
         config = parse(self.flat)
-        strategy = REGISTRY[config.strategy](self.workshop.layout, config.settings)
-        strategy.workbench, strategy.image_shape = self.workshop.model, self.workshop.data.shape
+        strategy = REGISTRY[config.strategy](self.runtime.layout, config.settings)
+        strategy.workbench, strategy.image_shape = self.runtime.model, self.runtime.data.shape
         grid = Replaying(self, target, answers)
         grid.strategy = strategy
         failure = None
@@ -123,8 +119,8 @@ class Recorded:
             pass
         except RunFailed as error:
             failure = str(error)
-        assert grid.outcome is not None, "the run never came to this message"
-        return Replayed(strategy, grid.outcome, failure)
+        assert grid.report is not None, "the run never came to this message"
+        return Replayed(strategy, grid.report, failure)
 
 
 @dataclass
@@ -132,7 +128,7 @@ class Replayed:
     """How a replay stands after the exchange; `failure` is what ended it if that was not the test."""
 
     strategy: SparseStrategy
-    outcome: Outcome
+    report: ExchangeReport
     failure: str | None
 
     def bits(self) -> dict[str, Any]:
@@ -150,7 +146,7 @@ class Replayed:
 
 @functools.lru_cache(maxsize=4)
 def _initial_of(items: tuple[tuple[str, Any], ...]) -> State:
-    return open_workshop(dict(items)).initial_state()
+    return get_runtime(dict(items)).initial_state()
 
 
 def _initial(recorded: Recorded) -> State:
@@ -162,9 +158,9 @@ def record(name: str, *keys: tuple[str, Any]) -> Recorded:
     """Play a run of three clients with real ones, once."""
     few: Flat = {"run.clients": 3, "run.cohort": 3, "run.rounds": 1, "local.batch-size": 64, "strategy": name}
     flat = merge(SMALL, {**few, **dict(keys)})
-    config, workshop = parse(flat), open_workshop(flat)
+    config, runtime = parse(flat), get_runtime(flat)
     grid = Recording(flat)
-    strategy = REGISTRY[config.strategy](workshop.layout, config.settings)
-    strategy.workbench, strategy.image_shape = workshop.model, workshop.data.shape
-    strategy.start(grid, ArrayRecord(workshop.initial_state()), config.settings.run.rounds)
-    return Recorded(flat, workshop, grid.asked, grid.answered)
+    strategy = REGISTRY[config.strategy](runtime.layout, config.settings)
+    strategy.workbench, strategy.image_shape = runtime.model, runtime.data.shape
+    strategy.start(grid, ArrayRecord(runtime.initial_state()), config.settings.run.rounds)
+    return Recorded(flat, runtime, grid.asked, grid.answered)

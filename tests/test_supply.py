@@ -106,7 +106,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from ssfl_app import SSFL, SparseMod, mask_gradients, sparse_mod, sparse_numpy_mod
 print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("ssfl_app")))
-from ssfl_app.engine.inline import InlineGrid
+from ssfl_app.simulation.in_process import InlineGrid
 
 app = ClientApp(mods=[sparse_mod])
 
@@ -137,7 +137,7 @@ def test_the_plug_in_needs_no_more_than_a_plain_installation(plain_install):
 
 
 def test_without_the_extra_the_command_says_in_one_line_what_to_install(plain_install):
-    door = "from ssfl_app.cli import main; main()"
+    door = "from ssfl_app.cli.main import main; main()"
     for words in (["run"], ["--help"], ["report", "."]):
         done = run(plain_install, door, *words)
         assert done.returncode == 2

@@ -13,7 +13,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
-from ssfl_app.engine.inline import InlineGrid
+from ssfl_app.simulation.in_process import InlineGrid
 
 NEVER = math.inf
 GONE = -math.inf

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.drills.field import KEYS, NODES, Field, Run, federation, ssfl, until
-from ssfl_app.engine import credentials
-from ssfl_app.engine import federation as house
-from ssfl_app.engine.federation_control import is_up, nodes
-from ssfl_app.engine.federation_services import node_service
-from ssfl_app.engine.federation_status import stop
-from ssfl_app.engine.processes import end
-from ssfl_app.guard import RunFailed
+from ssfl_app.deployment import credentials
+from ssfl_app.deployment import federation as house
+from ssfl_app.deployment.control import is_up, nodes
+from ssfl_app.deployment.services import node_service
+from ssfl_app.deployment.status import stop
+from ssfl_app.locks import RunFailed
+from ssfl_app.simulation.processes import end
 
 VICTIM = "node-1"
 SLACK = 90.0  # seconds that anything may wait beyond the round timeout

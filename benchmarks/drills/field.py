@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 
-from ssfl_app.engine import federation as house
-from ssfl_app.engine.federation_control import wait_until_online
-from ssfl_app.engine.federation_status import services, stop
+from ssfl_app.deployment import federation as house
+from ssfl_app.deployment.control import wait_until_online
+from ssfl_app.deployment.status import services, stop
 
 NODES = 3
 PATIENCE = 400.0  # seconds any single wait may take

@@ -11,8 +11,8 @@ import psutil
 
 from benchmarks.drills.faults import other_clock
 from benchmarks.drills.field import Field
-from ssfl_app.engine import credentials
-from ssfl_app.engine.processes import environment, free_port
+from ssfl_app.deployment import credentials
+from ssfl_app.simulation.processes import environment, free_port
 
 SECONDS = 30.0
 

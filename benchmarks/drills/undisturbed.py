@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 
 from benchmarks.drills.field import Field, federation
-from ssfl_app.engine.federation_control import control
+from ssfl_app.deployment.control import control
 
 PROGRAMS = ("flower-superlink", "flower-supernode", "flower-superexec", "flwr-serverapp", "flwr-clientapp")
 

@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.simulation import app, tasks
 from ssfl_app import config as configuration
-from ssfl_app.local.data import Images
-from ssfl_app.local.heap import keep_heap
-from ssfl_app.workshop import open_workshop
+from ssfl_app.data.dataset import Images
+from ssfl_app.runtime import get_runtime
+from ssfl_app.training.malloc import keep_heap
 
 KINDS = (
     ("trains", "ClientAppActor"),
@@ -96,7 +96,7 @@ def layout(keys: str, fits: int) -> dict[str, float]:
     """Return median milliseconds of a client's `fit` on digits, as they lie and with usual strides, in turns."""
     torch.set_num_threads(1)
     keep_heap()
-    shop = open_workshop(configuration.merge(configuration.read_overrides([keys])))
+    shop = get_runtime(configuration.merge(configuration.read_overrides([keys])))
     images = shop.data.train.take(shop.share(0)[0])
     usual = torch.empty(images.pixels.shape, dtype=torch.uint8).copy_(images.pixels)
     ways = {"the app's strides": images, "usual strides": Images(usual, images.labels)}

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ from torch.nn import functional as F
 
 from benchmarks.simulation import workload
 from benchmarks.simulation.workload import Workload
-from ssfl_app.local import models
-from ssfl_app.local.data import Transform
+from ssfl_app.data.dataset import Transform
+from ssfl_app.training import models
 
 
 class Classifier(nn.Module):
@@ -40,9 +39,9 @@ class Classifier(nn.Module):
 
     def __init__(self, work: Workload) -> None:
         super().__init__()
-        facts = work.facts
-        options = models.ModelOptions(facts["model"], facts["norm"])
-        self.net = models.create(options, work.pixels.shape[1], facts["classes"], facts["seed"])
+        metadata = work.metadata
+        options = models.ModelOptions(metadata["model"], metadata["norm"])
+        self.net = models.create(options, work.pixels.shape[1], metadata["classes"], metadata["seed"])
 
     def loss(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.net(inputs), labels)
@@ -91,7 +90,7 @@ class Marks(TrainingProcessCallback):
 def data_of(work: Workload) -> FederatedDataset:
     """Return the clients' images; who comes next is who comes next in the app's cohorts."""
     pixels, labels = torch.from_numpy(work.pixels), torch.from_numpy(work.labels)
-    transform = Transform(tuple(work.facts["mean"]), tuple(work.facts["std"]), work.facts["augment"])
+    transform = Transform(tuple(work.metadata["mean"]), tuple(work.metadata["std"]), work.metadata["augment"])
 
     def share(client: int) -> Share:
         where = torch.from_numpy(work.shares[client])
@@ -102,11 +101,11 @@ def data_of(work: Workload) -> FederatedDataset:
 
 def main() -> None:
     work, marks = workload.load(Path(sys.argv[1])), Path(sys.argv[2])
-    facts, first = work.facts, os.environ.get("PFL_WORKER_RANK", "0") == "0"
+    metadata, first = work.metadata, os.environ.get("PFL_WORKER_RANK", "0") == "0"
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     net = Classifier(work)
     local = functools.partial(
-        torch.optim.SGD, momentum=facts["momentum"], weight_decay=facts["weight_decay"], foreach=True
+        torch.optim.SGD, momentum=metadata["momentum"], weight_decay=metadata["weight_decay"], foreach=True
     )
     model = PyTorchModel(net, local, torch.optim.SGD(net.parameters(), lr=1.0))  # 1: the mean, as FedAvg takes it
     data = data_of(work)
@@ -120,10 +119,10 @@ def main() -> None:
         backend=SimulatedBackend(training_data=data, val_data=data, postprocessors=[WeightByDatapoints()]),
         model=model,
         model_train_params=NNTrainHyperParams(
-            local_learning_rate=facts["lr"],
-            local_num_epochs=facts["epochs"],
-            local_batch_size=facts["batch_size"],
-            local_max_grad_norm=facts["clip"] or None,
+            local_learning_rate=metadata["lr"],
+            local_num_epochs=metadata["epochs"],
+            local_batch_size=metadata["batch_size"],
+            local_max_grad_norm=metadata["clip"] or None,
         ),
         model_eval_params=NNEvalHyperParams(local_batch_size=500),
         callbacks=[Marks(marks if first else None)],

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.simulation.app import typical
 from benchmarks.simulation.tasks import Task
-from ssfl_app.engine.processes import free_port
+from ssfl_app.simulation.processes import free_port
 
 VENV = Path(os.environ.get("SSFL_PFL_VENV", "/tmp/pfl-venv"))
 ROOT = Path(__file__).parents[2]

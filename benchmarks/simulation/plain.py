@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.simulation import workload
-from ssfl_app.local import models
-from ssfl_app.local.data import Transform
-from ssfl_app.local.heap import keep_heap
+from ssfl_app.data.dataset import Transform
 from ssfl_app.seeding import generator
+from ssfl_app.training import models
+from ssfl_app.training.malloc import keep_heap
 
 Result = dict[str, Any]
 
@@ -31,38 +31,38 @@ class Trainer:
 
     def __init__(self, folder: Path) -> None:
         work = workload.load(folder)
-        facts = work.facts
-        self.facts, self.shares, self.cohorts = facts, work.shares, work.cohorts
+        metadata = work.metadata
+        self.metadata, self.shares, self.cohorts = metadata, work.shares, work.cohorts
         self.pixels, self.labels = torch.from_numpy(work.pixels), torch.from_numpy(work.labels)
-        options = models.ModelOptions(facts["model"], facts["norm"])
-        self.model = models.create(options, work.pixels.shape[1], facts["classes"], facts["seed"])
+        options = models.ModelOptions(metadata["model"], metadata["norm"])
+        self.model = models.create(options, work.pixels.shape[1], metadata["classes"], metadata["seed"])
         self.initial = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.transform = Transform(tuple(facts["mean"]), tuple(facts["std"]), facts["augment"])
+        self.transform = Transform(tuple(metadata["mean"]), tuple(metadata["std"]), metadata["augment"])
 
     def train(self, round_: int, client: int) -> tuple[float, int]:
         """Train one client in one round; return its mean loss and how many images it has."""
-        facts, share = self.facts, torch.from_numpy(self.shares[client])
+        metadata, share = self.metadata, torch.from_numpy(self.shares[client])
         pixels, labels = self.pixels[share], self.labels[share]
         self.model.load_state_dict(self.initial)
         self.model.train()
-        rng = generator(facts["seed"], "train", round_, client)
-        rate = facts["lr"] * facts["lr_decay"] ** (round_ - 1)
+        rng = generator(metadata["seed"], "train", round_, client)
+        rate = metadata["lr"] * metadata["lr_decay"] ** (round_ - 1)
         parameters = list(self.model.parameters())
         # foreach is the faster variant on a CPU too: the reference shall not be a slow one.
         stepper = torch.optim.SGD(
-            parameters, rate, facts["momentum"], weight_decay=facts["weight_decay"], foreach=True
+            parameters, rate, metadata["momentum"], weight_decay=metadata["weight_decay"], foreach=True
         )
         total = torch.zeros((), dtype=torch.float64)
-        for _ in range(facts["epochs"]):
-            for chosen in torch.from_numpy(rng.permutation(len(labels))).split(facts["batch_size"]):
+        for _ in range(metadata["epochs"]):
+            for chosen in torch.from_numpy(rng.permutation(len(labels))).split(metadata["batch_size"]):
                 stepper.zero_grad()
                 loss = F.cross_entropy(self.model(self.transform.train(pixels[chosen], rng)), labels[chosen])
                 loss.backward()
-                if facts["clip"]:
-                    nn.utils.clip_grad_norm_(parameters, facts["clip"])
+                if metadata["clip"]:
+                    nn.utils.clip_grad_norm_(parameters, metadata["clip"])
                 stepper.step()
                 total += loss.detach() * len(chosen)
-        return float(total) / (facts["epochs"] * len(labels)), len(labels)
+        return float(total) / (metadata["epochs"] * len(labels)), len(labels)
 
 
 _trainer: Trainer

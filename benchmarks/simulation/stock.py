@@ -12,7 +12,7 @@ import psutil
 
 from benchmarks.simulation.app import typical
 from benchmarks.simulation.tasks import Task
-from ssfl_app.engine.processes import end_families, environment, free_port, running
+from ssfl_app.simulation.processes import end_families, environment, free_port, running
 
 APP = Path(__file__).parent / "stock-flower"
 PATIENCE = 1800.0

@@ -9,10 +9,10 @@ import numpy as np
 
 from benchmarks.simulation.workload import Workload
 from ssfl_app import config as configuration
-from ssfl_app.local import models
+from ssfl_app.runtime import load_federation
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.workshop import load_federation
+from ssfl_app.training import models
 
 CIFAR10 = os.environ.get("SSFL_CIFAR10", str(Path(__file__).parents[3] / "shared" / "data" / "cifar10"))
 """The folder of train and test parquet files (columns img.bytes, label), e.g. the Hub's uoft-cs/cifar10."""
@@ -77,7 +77,7 @@ def workload_of(config: configuration.Config) -> Workload:
     layout = Layout.of(models.outline(config.model, data.shape[0], data.classes))
     strategy = REGISTRY["fedavg"](layout, config.settings)
     local, run = config.settings.local, config.settings.run
-    facts: Mapping[str, object] = {
+    metadata: Mapping[str, object] = {
         "model": config.model.name,
         "norm": config.model.norm,
         "classes": data.classes,
@@ -95,4 +95,4 @@ def workload_of(config: configuration.Config) -> Workload:
     }
     cohorts = np.array([strategy.cohort(round_) for round_ in range(1, run.rounds + 1)])
     pixels, labels = data.train.pixels.numpy(), data.train.labels.numpy()
-    return Workload(np.ascontiguousarray(pixels), labels.copy(), partition.train, cohorts, dict(facts))
+    return Workload(np.ascontiguousarray(pixels), labels.copy(), partition.train, cohorts, dict(metadata))

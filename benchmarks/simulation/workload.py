@@ -36,7 +36,7 @@ class Workload:
     labels: Indices
     shares: tuple[Indices, ...]
     cohorts: Indices
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def rounds(self) -> int:
@@ -45,19 +45,19 @@ class Workload:
     @property
     def steps(self) -> int:
         """Optimizer steps of round 1; the clients have equal shares, so it is that of every round."""
-        batch = self.facts["batch_size"]
-        return sum(self.facts["epochs"] * -(-len(self.shares[client]) // batch) for client in self.cohorts[0])
+        batch = self.metadata["batch_size"]
+        return sum(self.metadata["epochs"] * -(-len(self.shares[client]) // batch) for client in self.cohorts[0])
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         ends = np.cumsum([len(share) for share in self.shares])
         arrays = {"pixels": self.pixels, "labels": self.labels, "cohorts": self.cohorts}
         np.savez(folder / "arrays.npz", held=np.concatenate(self.shares), ends=ends, **arrays)
-        (folder / "facts.json").write_text(json.dumps(self.facts))
+        (folder / "facts.json").write_text(json.dumps(self.metadata))
 
 
 def load(folder: Path) -> Workload:
     with np.load(folder / "arrays.npz") as file:
         shares = tuple(np.split(file["held"], file["ends"][:-1]))
         arrays = {name: file[name] for name in ("pixels", "labels", "cohorts")}
-    return Workload(shares=shares, facts=json.loads((folder / "facts.json").read_text()), **arrays)
+    return Workload(shares=shares, metadata=json.loads((folder / "facts.json").read_text()), **arrays)

@@ -9,13 +9,13 @@ from datetime import timedelta
 from pathlib import Path
 
 from benchmarks.wan.topology import SERVER, SERVER_ADDRESS, WideArea, enter, inside
-from ssfl_app import guard
-from ssfl_app.engine import federation as house
-from ssfl_app.engine.federation import Federation
-from ssfl_app.engine.federation_control import nodes, register
-from ssfl_app.engine.federation_services import front_service, node_service, superlink_service
-from ssfl_app.engine.keeper import Service
-from ssfl_app.engine.processes import end, wait_until_healthy
+from ssfl_app import locks
+from ssfl_app.deployment import federation as house
+from ssfl_app.deployment.control import nodes, register
+from ssfl_app.deployment.federation import Federation
+from ssfl_app.deployment.services import front_service, node_service, superlink_service
+from ssfl_app.deployment.supervisor import Service
+from ssfl_app.simulation.processes import end, wait_until_healthy
 
 PORT, CONTROL_PORT, NODE_PORT = 8443, 8444, 9094
 ONLINE_TIMEOUT = 120.0
@@ -34,7 +34,7 @@ def federation(folder: Path, area: WideArea) -> Iterator[Federation]:
     ports = [NODE_PORT] * len(nodes)
     made = house.create(folder, SERVER_ADDRESS, (PORT, CONTROL_PORT), nodes, ports, timedelta(days=2))
     services: list[Service] = []
-    lock = guard.try_lock(made.lock)  # `federation_run` takes it for the sign that somebody keeps the processes
+    lock = locks.try_lock(made.lock)  # `federation_run` takes it for the sign that somebody keeps the processes
     try:
         authority = folder / "superlink" / "ca.crt"
         for service, address, answer in (

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from benchmarks.wan.delay import FLUSH
-from ssfl_app import guard
+from ssfl_app import locks
 
 PREFIX = "ssfl-wan-"
 SERVER = PREFIX + "server"
@@ -50,7 +50,7 @@ _CSUM, _TSO4 = 1, 2
 
 
 @dataclass(frozen=True)
-class Site:
+class ClientContext:
     """A place with one client: its name and its round-trip time to the server in milliseconds."""
 
     name: str
@@ -63,11 +63,11 @@ class Site:
 
 
 SITES = (
-    Site("n-virginia", 0.0),
-    Site("ohio", 12.0),
-    Site("oregon", 88.0),
-    Site("london", 76.0),
-    Site("frankfurt", 91.0),
+    ClientContext("n-virginia", 0.0),
+    ClientContext("ohio", 12.0),
+    ClientContext("oregon", 88.0),
+    ClientContext("london", 76.0),
+    ClientContext("frankfurt", 91.0),
 )
 """Published averages between cloud regions; Ohio is estimated. The server is in N. Virginia."""
 
@@ -96,7 +96,7 @@ class WideArea:
         Packets that a new connection may send before the first acknowledgement; 0: the kernel's ten.
     """
 
-    def __init__(self, sites: tuple[Site, ...], log: Path, window: int = 0) -> None:
+    def __init__(self, sites: tuple[ClientContext, ...], log: Path, window: int = 0) -> None:
         self.sites, self.log = sites, log
         self._route = ["congctl", CONGESTION]
         if window:
@@ -105,7 +105,7 @@ class WideArea:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> "WideArea":
-        self._lock = guard.try_lock(Path(tempfile.gettempdir(), "ssfl-wan.lock"))
+        self._lock = locks.try_lock(Path(tempfile.gettempdir(), "ssfl-wan.lock"))
         if self._lock is None:
             raise RuntimeError("another measurement is going on; its namespaces have the same names")
         try:
@@ -151,7 +151,7 @@ class WideArea:
         if self._relay is None or self._relay.poll() is not None:
             raise RuntimeError("the relay between the namespaces has ended")
 
-    def round_trip(self, site: Site) -> float:
+    def round_trip(self, site: ClientContext) -> float:
         """Return how long a TCP connection from a site to the server takes, the least of a few, in milliseconds."""
         words = [sys.executable, "-P", "-c", _CONNECT, SERVER_ADDRESS]
         command = inside(site.namespace, words)

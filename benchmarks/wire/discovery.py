@@ -12,18 +12,18 @@ import numpy as np
 from flwr.app import ArrayRecord
 
 from ssfl_app import client_app
-from ssfl_app.aggregate import WeightedMean
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Metadata, Payload, PayloadEncoder, decode_payload
 from ssfl_app.config import merge, parse, read_overrides
-from ssfl_app.engine.inline import InlineGrid
+from ssfl_app.core.means import WeightedMean
+from ssfl_app.core.rounds import Query, Record
+from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.runtime import get_runtime
+from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import SCORE_TYPES, read_values
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Query, Record
-from ssfl_app.strategies.criteria import options_of
-from ssfl_app.strategies.fixed_mask import Ssfl
-from ssfl_app.strategies.post import Reply
-from ssfl_app.wire import Facts, Packer, Parcel, read_record
-from ssfl_app.workshop import open_workshop
+from ssfl_app.strategies.ssfl.criteria import options_of
+from ssfl_app.strategies.ssfl.strategy import Ssfl
 
 KEYS = (
     "data.name='parquet' data.path='{data}' model.name='{model}' run.clients={clients} run.cohort=1 "
@@ -58,7 +58,7 @@ class _Watch:
     def __init__(self) -> None:
         self.record: Record = {}
 
-    def met(self, sites: dict[int, Facts]) -> None:
+    def met(self, sites: dict[int, Metadata]) -> None:
         """Look away."""
 
     def warn(self, line: str) -> None:
@@ -76,11 +76,11 @@ def measure(data: str, model: str, clients: int) -> dict[str, Any]:
     for kind in SCORE_TYPES:
         keys = KEYS.format(data=data, model=model, clients=clients, density=0.5, kind=kind)
         flat = merge(read_overrides([keys]))
-        workshop, began, watch = open_workshop(flat), time.monotonic(), _Watch()
-        strategy = _Observed(workshop.layout, parse(flat).settings)
+        runtime, began, watch = get_runtime(flat), time.monotonic(), _Watch()
+        strategy = _Observed(runtime.layout, parse(flat).settings)
         strategy.callback = watch
         grid = InlineGrid(client_app.app, flat, {1000 + i: i for i in range(clients)})
-        strategy.start(grid, ArrayRecord(workshop.initial_state()), num_rounds=0)
+        strategy.start(grid, ArrayRecord(runtime.initial_state()), num_rounds=0)
         scores[kind] = strategy.scores
         bitmaps = {str(d): _bitmaps(strategy, scores[kind], d) for d in DENSITIES}
         found["types"][kind] = {
@@ -102,12 +102,12 @@ def _overlap(strategy: SparseStrategy, scores: dict[str, np.ndarray], kind: str,
 
 def _bitmaps(strategy: SparseStrategy, scores: np.ndarray, density: float) -> dict[str, int]:
     """Return the bytes of the mask's bitmap on the wire, plain and deflated."""
-    parcel = Parcel({"mask": Mask.top(strategy.layout, scores, density).packed()})
+    payload = Payload({"mask": Mask.top(strategy.layout, scores, density).packed()})
     sizes = {}
     for kind in ("plain", "zlib"):
-        record = Packer(kind).record(parcel)
-        bitmap = parcel.arrays["mask"]
-        assert read_record(record, unfolded=bitmap.nbytes).arrays["mask"].tobytes() == bitmap.tobytes()
+        record = PayloadEncoder(kind).record(payload)
+        bitmap = payload.arrays["mask"]
+        assert decode_payload(record, unfolded=bitmap.nbytes).arrays["mask"].tobytes() == bitmap.tobytes()
         sizes[kind] = len(record["arrays"]["mask"].data)
     return sizes
 

@@ -17,11 +17,11 @@ import numpy as np
 from safetensors import numpy as safe_numpy
 
 from ssfl_app.config import merge, read_overrides
-from ssfl_app.sparsity.codec import SharedMask, nbytes
+from ssfl_app.runtime import Runtime, get_runtime
+from ssfl_app.sparsity.codec import MaskedValues, nbytes
 from ssfl_app.sparsity.layout import State, load_state
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import VALUE_TYPES
-from ssfl_app.workshop import Workshop, open_workshop
 
 VERSION = "2.1.3"
 VENV = Path(tempfile.gettempdir()) / f"nncodec-{VERSION}-venv"
@@ -54,55 +54,55 @@ def measure() -> list[dict[str, Any]]:
     for model, density, trained in CASES:
         with tempfile.TemporaryDirectory() as name:
             folder, keys = Path(name), KEYS.format(density=density, model=model)
-            workshop = open_workshop(merge(read_overrides([keys])))
+            runtime = get_runtime(merge(read_overrides([keys])))
             if trained:
                 ssfl = str(Path(sys.executable).parent / "ssfl")
                 words = [ssfl, "run", "--engine", "inline", "-c", keys, "--out", str(folder / "run")]
                 subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-                mask = _mask(workshop, folder / "run")
-                state = workshop.layout.unflatten(_flat(workshop, folder / "run"))
+                mask = _mask(runtime, folder / "run")
+                state = runtime.layout.unflatten(_flat(runtime, folder / "run"))
             else:
-                mask = Mask.random(workshop.layout, density, np.random.default_rng(1))
-                state = mask.apply(workshop.initial_state())
-            for row in [*_ours(workshop, state, mask), *_theirs(workshop, state, mask, python, folder)]:
+                mask = Mask.random(runtime.layout, density, np.random.default_rng(1))
+                state = mask.apply(runtime.initial_state())
+            for row in [*_ours(runtime, state, mask), *_theirs(runtime, state, mask, python, folder)]:
                 rows.append({"model": model, "density": density, "trained": trained} | row)
                 print(rows[-1], flush=True)
     return rows
 
 
-def _flat(workshop: Workshop, run: Path) -> np.ndarray:
+def _flat(runtime: Runtime, run: Path) -> np.ndarray:
     kept = safe_numpy.load_file(run / "model.safetensors")
-    return np.concatenate([kept[name].reshape(-1) for name, _ in workshop.layout.shapes]).astype(np.float32)
+    return np.concatenate([kept[name].reshape(-1) for name, _ in runtime.layout.shapes]).astype(np.float32)
 
 
-def _mask(workshop: Workshop, run: Path) -> Mask:
+def _mask(runtime: Runtime, run: Path) -> Mask:
     kept = safe_numpy.load_file(run / "mask.safetensors")
-    return Mask(workshop.layout, np.concatenate([kept[n].reshape(-1).astype(bool) for n in workshop.layout.prunable]))
+    return Mask(runtime.layout, np.concatenate([kept[n].reshape(-1).astype(bool) for n in runtime.layout.prunable]))
 
 
-def _accuracy(workshop: Workshop, state: State) -> float:
-    load_state(workshop.model, state)
-    return 100 * workshop.trainer.evaluate(workshop.model, workshop.data.test)[1]
+def _accuracy(runtime: Runtime, state: State) -> float:
+    load_state(runtime.model, state)
+    return 100 * runtime.trainer.evaluate(runtime.model, runtime.data.test)[1]
 
 
-def _ours(workshop: Workshop, state: State, mask: Mask) -> list[dict[str, Any]]:
+def _ours(runtime: Runtime, state: State, mask: Mask) -> list[dict[str, Any]]:
     rows = []
     for kind in VALUE_TYPES:
-        codec, times = SharedMask(kind), []
+        codec, times = MaskedValues(kind), []
         for _ in range(REPEATS):
             began = time.perf_counter()
-            arrays = codec.encode(workshop.layout, state, mask)
+            arrays = codec.encode(runtime.layout, state, mask)
             encoded = time.perf_counter()
-            back, _ = codec.decode(arrays, workshop.layout, mask)
+            back, _ = codec.decode(arrays, runtime.layout, mask)
             times.append((encoded - began, time.perf_counter() - encoded))
         encode, decode = (min(column) for column in zip(*times, strict=True))
-        accuracy = _accuracy(workshop, back)
+        accuracy = _accuracy(runtime, back)
         rows.append({"way": kind, "bytes": nbytes(arrays), "encode": encode, "decode": decode, "accuracy": accuracy})
     return rows
 
 
-def _theirs(workshop: Workshop, state: State, mask: Mask, python: Path, folder: Path) -> list[dict[str, Any]]:
-    layout, rows = workshop.layout, []
+def _theirs(runtime: Runtime, state: State, mask: Mask, python: Path, folder: Path) -> list[dict[str, Any]]:
+    layout, rows = runtime.layout, []
     bits = {name: tensor.numpy().reshape(-1) for name, tensor in mask.tensors().items()}
     tensors = {name: tensor.numpy() for name, tensor in state.items()}
     # As matrices: NNCodec takes a vector for a bias, and quantizes it finely whatever qp is.
@@ -121,7 +121,7 @@ def _theirs(workshop: Workshop, state: State, mask: Mask, python: Path, folder: 
                 flat[span][places] = found[f"{step}/{name}"].reshape(-1)
             flat[~mask.transmitted] = 0
             size, encode, decode = (float(x) for x in found[str(step)])
-            accuracy = _accuracy(workshop, layout.unflatten(flat))
+            accuracy = _accuracy(runtime, layout.unflatten(flat))
             row = {"way": f"NNCodec, {way}, qp {step}", "bytes": int(size), "encode": encode, "decode": decode}
             rows.append(row | {"accuracy": accuracy})
     return rows

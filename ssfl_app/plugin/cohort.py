@@ -4,7 +4,7 @@ import time
 
 from flwr.serverapp import Grid
 
-from ssfl_app.guard import RunFailed
+from ssfl_app.locks import RunFailed
 from ssfl_app.seeding import generator
 
 POLL = 0.1

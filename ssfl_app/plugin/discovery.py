@@ -17,19 +17,19 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from ssfl_app.guard import RunFailed
-from ssfl_app.plugin.answer import CheckedReply
-from ssfl_app.plugin.folding import PositionalMean
+from ssfl_app.comm.payload import Metadata
+from ssfl_app.core.robust import normalised
+from ssfl_app.locks import RunFailed
+from ssfl_app.plugin.aggregation import PositionalMean
+from ssfl_app.plugin.checked_reply import CheckedReply
+from ssfl_app.plugin.gradient_probe import starts_at_zero
 from ssfl_app.plugin.inner import is_robust, scores_by
-from ssfl_app.plugin.mail import Messenger
-from ssfl_app.plugin.question import starts_at_zero
+from ssfl_app.plugin.messenger import Messenger
 from ssfl_app.plugin.ranking import MaskRule, top, unscorable, within
-from ssfl_app.plugin.seen import TensorKind, TensorReport, Ties
-from ssfl_app.plugin.sheet import Sheet
-from ssfl_app.robust import normalised
+from ssfl_app.plugin.state_spec import StateSpec
+from ssfl_app.plugin.tensor_report import TensorKind, TensorReport, Ties
 from ssfl_app.sparsity.layout import Layout, Vector
 from ssfl_app.sparsity.mask import Mask, Scope
-from ssfl_app.wire import Facts
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Discovery:
         config: Mapping[str, Any],
         record: dict[str, Any],
         inner: FedAvg | None = None,
-    ) -> tuple[Sheet, Mask]:
+    ) -> tuple[StateSpec, Mask]:
         """Ask the nodes for scores; return the mask of the highest mean score (SSFL, eq. 6 and 7) and its sheet.
 
         With a robust inner strategy it folds the scores instead, which then wait for each other in memory.
@@ -95,7 +95,7 @@ class Discovery:
         layout = mail.sheet.layout
         means, said, by = dict[Ties, PositionalMean](), dict[int, TensorReport](), dict[int, str]()
         answers: list[CheckedReply] | None = [] if inner is not None and is_robust(inner) else None
-        asked: Facts = {"batches": self.batches, "weighting": self.weighting}
+        asked: Metadata = {"batches": self.batches, "weighting": self.weighting}
         messages = mail.build_messages("saliency", 0, nodes, model, config, asked)
         for answer in mail.accepted_replies(mail.exchange(grid, messages, 4 * layout.prunable_size)):
             if not answer.values.any():
@@ -110,7 +110,7 @@ class Discovery:
                     means[told].add(answer.values, answer.weight)
             else:
                 answers.append(answer)
-            said[answer.node], by[answer.node] = answer.seen, str(answer.facts["scored-by"])
+            said[answer.node], by[answer.node] = answer.seen, str(answer.metadata["scored-by"])
             del answer
         ties = _usual_ties(said, mail)
         if answers is None and said and ties not in means:
@@ -123,8 +123,8 @@ class Discovery:
         scored_by = Counter(by[node] for node in said)
         record |= mail.names()
         record["scored_by"] = dict(sorted(scored_by.items()))
-        record["bytes_discovery_down"] = mail.outcome.down + mail.outcome.mask_down
-        record["bytes_discovery_up"] = mail.outcome.up
+        record["bytes_discovery_down"] = mail.report.down + mail.report.mask_down
+        record["bytes_discovery_up"] = mail.report.up
         mail.log_failures("discovery")
         mail.need(self.min_ok_fraction, "the question for saliency")
         scores, record["score_fold"] = np.zeros(layout.prunable_size, dtype=np.float32), "mean"
@@ -220,8 +220,8 @@ def _comparable(answer: CheckedReply, layout: Layout, model: Vector) -> CheckedR
 
 
 def _settled(
-    sheet: Sheet, model: Vector, scores: Vector, ties: Ties, dense: Mapping[str, str]
-) -> tuple[Sheet, Vector, Vector]:
+    sheet: StateSpec, model: Vector, scores: Vector, ties: Ties, dense: Mapping[str, str]
+) -> tuple[StateSpec, Vector, Vector]:
     """Return sheet, model and scores with one name a tensor and without those that stay dense."""
     if not ties and not dense:
         return sheet, model, scores
@@ -245,7 +245,7 @@ def _cause(layout: Layout, model: Vector) -> str:
     )
 
 
-def _tell(sheet: Sheet, mask: Mask, record: Mapping[str, Any]) -> None:
+def _tell(sheet: StateSpec, mask: Mask, record: Mapping[str, Any]) -> None:
     """Log what is special about this mask, and warn of what a user may not want."""
     layout = sheet.layout
     share = np.count_nonzero(mask.transmitted) / max(1, mask.transmitted.size)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ssfl_app.plugin.seen import storage_key
+from ssfl_app.plugin.tensor_report import storage_key
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
 

@@ -18,11 +18,11 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from ssfl_app.guard import RunFailed
-from ssfl_app.plugin.answer import CheckedReply
-from ssfl_app.plugin.folding import common_metrics
-from ssfl_app.plugin.sheet import Sheet
-from ssfl_app.robust import Rows, median, normalised
+from ssfl_app.core.robust import Rows, median, normalised
+from ssfl_app.locks import RunFailed
+from ssfl_app.plugin.aggregation import common_metrics
+from ssfl_app.plugin.checked_reply import CheckedReply
+from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import check_values
@@ -71,7 +71,7 @@ class AsVector:
 class AsModel:
     """The model's arrays under their names, dead weights 0."""
 
-    sheet: Sheet
+    sheet: StateSpec
     mask: Mask
 
     def arrays(self, values: Vector) -> ArrayRecord:
@@ -83,7 +83,7 @@ class AsModel:
         return self.sheet.flatten(arrays, fixed_too=False)[self.mask.transmitted]
 
 
-def told_by(
+def inner_round_config(
     configure: Callable[..., Iterable[Message]],
     server_round: int,
     arrays: ArrayRecord,

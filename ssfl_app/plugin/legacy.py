@@ -14,7 +14,7 @@ from flwr.clientapp.typing import ClientAppCallable
 _KINDS = {"train": "fit", "evaluate": "evaluate"}
 
 
-def spoken_to(call_next: ClientAppCallable, weight_key: str) -> ClientAppCallable:
+def as_message_api(call_next: ClientAppCallable, weight_key: str) -> ClientAppCallable:
     """Return a callable that takes Message-API messages and has `call_next`, an old-style client, work on them.
 
     Parameters

@@ -19,16 +19,16 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
+from ssfl_app.comm.payload import Metadata, Payload, PayloadEncoder, decode_payload
+from ssfl_app.plugin.gradient_probe import GradientProbe, difference_scores, own_scores
 from ssfl_app.plugin.gradients import working_under
-from ssfl_app.plugin.legacy import only, spoken_to
-from ssfl_app.plugin.question import GradientProbe, difference_scores, own_scores
-from ssfl_app.plugin.seen import changed_together, check_untied, told_together
-from ssfl_app.plugin.sheet import Sheet
-from ssfl_app.sparsity.codec import SharedMask
+from ssfl_app.plugin.legacy import as_message_api, only
+from ssfl_app.plugin.state_spec import StateSpec
+from ssfl_app.plugin.tensor_report import changed_together, check_untied, told_together
+from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import read_values, write_values
-from ssfl_app.wire import Facts, Packer, Parcel, read_record
 
 FACTS = ("ssfl", "round", "digest", "values", "weight-key", "batches", "weighting")
 """Of a message down: its kind ("train", "evaluate", "saliency"), the round, what both ends share, the value type,
@@ -85,28 +85,34 @@ class SparseMod:
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Work on one message; errors of the user's function, and replies that do not fit, are raised."""
-        facts: Any = message.content.get("facts")
-        ours = isinstance(facts, ConfigRecord) and "ssfl" in facts
-        weight_key = str(facts["weight-key"]) if ours else "num-examples"
-        inner = spoken_to(call_next, weight_key) if self._numpy else call_next
+        metadata: Any = message.content.get("facts")
+        ours = isinstance(metadata, ConfigRecord) and "ssfl" in metadata
+        weight_key = str(metadata["weight-key"]) if ours else "num-examples"
+        inner = as_message_api(call_next, weight_key) if self._numpy else call_next
         if not ours:
             return inner(message, context)
-        parcel = read_record(message.content)
-        known = _known(parcel, context)
+        payload = decode_payload(message.content)
+        known = _known(payload, context)
         if known is None:
-            told = {name: parcel.facts[name] for name in ("round", "digest")}
-            return _answer(message, Parcel(facts={**told, "need": "mask"}))
-        if parcel.facts["ssfl"] == "saliency":
-            return self._score(message, context, inner, parcel, *known)
-        return _work(message, context, inner, parcel, *known)
+            told = {name: payload.metadata[name] for name in ("round", "digest")}
+            return _answer(message, Payload(metadata={**told, "need": "mask"}))
+        if payload.metadata["ssfl"] == "saliency":
+            return self._score(message, context, inner, payload, *known)
+        return _work(message, context, inner, payload, *known)
 
     def _score(
-        self, message: Message, context: Context, inner: ClientAppCallable, parcel: Parcel, sheet: Sheet, mask: Mask
+        self,
+        message: Message,
+        context: Context,
+        inner: ClientAppCallable,
+        payload: Payload,
+        sheet: StateSpec,
+        mask: Mask,
     ) -> Message:
         """Answer with a score for each prunable weight."""
-        weights, facts = _values(parcel, sheet, mask), parcel.facts
+        weights, metadata = _values(payload, sheet, mask), payload.metadata
         dense = _dense(message, sheet, weights)
-        counted = facts["weighting"] == "samples"
+        counted = metadata["weighting"] == "samples"
         # The function runs for its gradients only: whatever it notes in its state has not happened.
         context = copy.copy(context)
         context.state = copy.deepcopy(context.state)
@@ -119,12 +125,12 @@ class SparseMod:
             by = "own" if self._gradients else "scores"
         else:
             reply: Message | None = None
-            with working_under(None), GradientProbe(sheet, weights, int(facts["batches"]), not counted) as watch:
+            with working_under(None), GradientProbe(sheet, weights, int(metadata["batches"]), not counted) as watch:
                 reply = inner(dense, context)
             if reply is not None and reply.has_error():
                 return reply
             if reply is not None and counted:
-                metrics, key = only(reply.content, MetricRecord), facts["weight-key"]
+                metrics, key = only(reply.content, MetricRecord), metadata["weight-key"]
                 if key not in metrics:
                     raise ValueError(f"no metric {key!r} among {sorted(metrics)}; it weighs this client's scores")
                 samples = metrics[key]
@@ -134,30 +140,30 @@ class SparseMod:
                 trained = sheet.flatten(only(reply.content, ArrayRecord))
                 scores, by = difference_scores(sheet.layout, weights, trained), "difference"
                 seen = changed_together(sheet.layout, weights, trained)
-        answer: Facts = {"round": facts["round"], "digest": facts["digest"], "scored-by": by}
+        answer: Metadata = {"round": metadata["round"], "digest": metadata["digest"], "scored-by": by}
         if counted:
             if samples is None:
                 raise ValueError("the mean of scores is weighted by samples: return (arrays, number of examples)")
             answer["samples"] = samples
-        return _answer(message, Parcel({**write_values(scores, "fp32"), **seen.written(sheet)}, answer))
+        return _answer(message, Payload({**write_values(scores, "fp32"), **seen.written(sheet)}, answer))
 
 
 def _work(
-    message: Message, context: Context, inner: ClientAppCallable, parcel: Parcel, sheet: Sheet, mask: Mask
+    message: Message, context: Context, inner: ClientAppCallable, payload: Payload, sheet: StateSpec, mask: Mask
 ) -> Message:
     """Have the user's function train or evaluate, and pack what it returns."""
-    facts = parcel.facts
-    given = _values(parcel, sheet, mask)
+    metadata = payload.metadata
+    given = _values(payload, sheet, mask)
     with working_under(mask):
         reply = inner(_dense(message, sheet, given), context)
     if reply.has_error():
         return reply
     arrays = {}
-    if facts["ssfl"] == "train":
+    if metadata["ssfl"] == "train":
         flat = sheet.flatten(only(reply.content, ArrayRecord))
         check_untied(sheet.layout, given, flat)
-        arrays = write_values(flat[mask.transmitted], str(facts["values"]))
-    record = Packer().record(Parcel(arrays, {"round": facts["round"], "digest": facts["digest"]}))
+        arrays = write_values(flat[mask.transmitted], str(metadata["values"]))
+    record = PayloadEncoder().record(Payload(arrays, {"round": metadata["round"], "digest": metadata["digest"]}))
     for name, own in reply.content.items():
         if not isinstance(own, ArrayRecord):
             record[REPLY + name if name in TAKEN or name.startswith(REPLY) else name] = own
@@ -165,34 +171,34 @@ def _work(
     return reply
 
 
-def _known(parcel: Parcel, context: Context) -> tuple[Sheet, Mask] | None:
+def _known(payload: Payload, context: Context) -> tuple[StateSpec, Mask] | None:
     """Return sheet and mask that the message needs, from itself or from the node's memory; None if it lost them."""
-    digest, held = parcel.facts["digest"], context.state.get(STATE)
-    if "sheet" not in parcel.arrays:
+    digest, held = payload.metadata["digest"], context.state.get(STATE)
+    if "sheet" not in payload.arrays:
         if not isinstance(held, ConfigRecord) or held["digest"] != digest:
             return None
         told: dict[str, Any] = {name: held[name] for name in ("sheet", "fixed", "mask") if held[name]}
         arrays: Mapping[str, Any] = {name: np.frombuffer(value, np.uint8) for name, value in told.items()}
     else:
-        arrays = parcel.arrays
-    sheet = Sheet.read(arrays)
+        arrays = payload.arrays
+    sheet = StateSpec.read(arrays)
     mask = Mask.unpack(sheet.layout, arrays["mask"]) if "mask" in arrays else Mask.dense(sheet.layout)
-    if arrays is parcel.arrays:
+    if arrays is payload.arrays:
         if sheet.digest_under(mask) != digest:
             raise ValueError(f"sheet and mask have digest {sheet.digest_under(mask)}; the message says {digest!r}")
-        if parcel.facts["ssfl"] != "saliency":
+        if payload.metadata["ssfl"] != "saliency":
             kept = {name: arrays[name].tobytes() if name in arrays else b"" for name in ("sheet", "fixed", "mask")}
             context.state[STATE] = ConfigRecord({"digest": digest, **kept})
     return sheet, mask
 
 
-def _values(parcel: Parcel, sheet: Sheet, mask: Mask) -> Vector:
+def _values(payload: Payload, sheet: StateSpec, mask: Mask) -> Vector:
     """Return the model of a message, float32, shape (layout.size,), dead weights at 0."""
-    size = int(np.count_nonzero(SharedMask().positions(sheet.layout, mask)))
-    return sheet.spread(read_values(parcel.arrays, str(parcel.facts["values"]), size), mask)
+    size = int(np.count_nonzero(MaskedValues().positions(sheet.layout, mask)))
+    return sheet.spread(read_values(payload.arrays, str(payload.metadata["values"]), size), mask)
 
 
-def _dense(message: Message, sheet: Sheet, flat: Vector) -> Message:
+def _dense(message: Message, sheet: StateSpec, flat: Vector) -> Message:
     """Return the message that the user's function expects. A copy: other mods may hold the one that came."""
     arrays_key, config_key = sheet.keys
     config: Any = message.content.get("config")
@@ -201,8 +207,8 @@ def _dense(message: Message, sheet: Sheet, flat: Vector) -> Message:
     return dense
 
 
-def _answer(message: Message, parcel: Parcel) -> Message:
-    return Message(Packer().record(parcel), reply_to=message)
+def _answer(message: Message, payload: Payload) -> Message:
+    return Message(PayloadEncoder().record(payload), reply_to=message)
 
 
 sparse_mod = SparseMod()

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssfl_app.plugin.question import starts_at_zero
-from ssfl_app.plugin.sheet import Sheet, direction_of
+from ssfl_app.plugin.gradient_probe import starts_at_zero
+from ssfl_app.plugin.state_spec import StateSpec, direction_of
 from ssfl_app.sparsity.layout import Bits, Layout, Vector
 from ssfl_app.sparsity.mask import Mask, Scope, alive_count, keep_count, none_alive
 from ssfl_app.sparsity.selection import largest
@@ -52,7 +52,7 @@ def within(layout: Layout, model: Vector, scores: Vector) -> dict[str, str]:
     return dict.fromkeys(zero, "gradient") | dict.fromkeys(silent, "magnitude")
 
 
-def top(sheet: Sheet, model: Vector, scores: Vector, wanted: MaskRule, alone: Mapping[str, str]) -> Mask:
+def top(sheet: StateSpec, model: Vector, scores: Vector, wanted: MaskRule, alone: Mapping[str, str]) -> Mask:
     """Return the mask of the highest scores.
 
     Parameters
@@ -100,7 +100,7 @@ def _too_few(wanted: MaskRule, what: str, need: int) -> str:
     return f"density is {wanted.density}; it leaves less than the {need} weights that {what} needs, so raise it"
 
 
-def _rows(sheet: Sheet) -> dict[str, tuple[Sequence[int], int | None]]:
+def _rows(sheet: StateSpec) -> dict[str, tuple[Sequence[int], int | None]]:
     """Return for each direction of a weight norm its shape and the axis of its rows (None: one in all).
 
     A row without a weight would be 0/0.

@@ -19,15 +19,15 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from ssfl_app.plugin.answer import MOST, CheckedReply
+from ssfl_app.plugin.aggregation import PositionalMean, common_metrics
+from ssfl_app.plugin.checked_reply import MOST, CheckedReply
 from ssfl_app.plugin.cohort import sample, wait_for
-from ssfl_app.plugin.course import Course, Record
 from ssfl_app.plugin.discovery import Discovery
-from ssfl_app.plugin.folding import PositionalMean, common_metrics
-from ssfl_app.plugin.inner import AsModel, AsVector, Form, aggregate_by, evaluate_by, told_by
-from ssfl_app.plugin.mail import Messenger
+from ssfl_app.plugin.inner import AsModel, AsVector, Form, aggregate_by, evaluate_by, inner_round_config
+from ssfl_app.plugin.messenger import Messenger
 from ssfl_app.plugin.mod import QUESTION
-from ssfl_app.plugin.sheet import Sheet
+from ssfl_app.plugin.rounds import Record, RoundLoop
+from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.sparsity.values import VALUE_TYPES, check_values
@@ -270,7 +270,7 @@ class SSFL(Strategy):
         """
         log(INFO, "Starting %s strategy: %d rounds", type(self).__name__, num_rounds)
         self.summary()
-        sheet = Sheet.of(initial_arrays, self._prunable, (self.base.arrayrecord_key, self.base.configrecord_key))
+        sheet = StateSpec.of(initial_arrays, self._prunable, (self.base.arrayrecord_key, self.base.configrecord_key))
         self.model = sheet.flatten(initial_arrays)
         check_values(self.model)
         if self.discovery.density < 1:
@@ -283,7 +283,7 @@ class SSFL(Strategy):
             ConfigRecord() if train_config is None else train_config,
             ConfigRecord() if evaluate_config is None else evaluate_config,
         )
-        return Course(self, grid, configs, evaluate_fn).run(initial_arrays, num_rounds)
+        return RoundLoop(self, grid, configs, evaluate_fn).run(initial_arrays, num_rounds)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -296,7 +296,9 @@ class SSFL(Strategy):
         nodes = self.sample(grid, "train", server_round, base.fraction_train, base.min_train_nodes)
         if self.inner is not None:
             given = self._form.arrays(self.model[self.mask.transmitted])
-            config = told_by(self.inner.configure_train, server_round, given, config, grid, base.configrecord_key)
+            config = inner_round_config(
+                self.inner.configure_train, server_round, given, config, grid, base.configrecord_key
+            )
         self._cohort = nodes
         return self.mail.build_messages("train", server_round, nodes, self.model, config, {})
 
@@ -347,7 +349,9 @@ class SSFL(Strategy):
         nodes = self.sample(grid, "evaluate", server_round, base.fraction_evaluate, base.min_evaluate_nodes)
         if self.inner is not None:
             given = self._form.arrays(self.model[self.mask.transmitted])
-            config = told_by(self.inner.configure_evaluate, server_round, given, config, grid, base.configrecord_key)
+            config = inner_round_config(
+                self.inner.configure_evaluate, server_round, given, config, grid, base.configrecord_key
+            )
         return self.mail.build_messages("evaluate", server_round, nodes, self.model, config, {})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 
 from ssfl_app.config import Flat, defaults, first_clash, identity
+from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.files import check_regular, sync
 from ssfl_app.options import ConfigError
 from ssfl_app.seal import Damaged, read_sealed, write_sealed
-from ssfl_app.strategies.base import SparseStrategy
 
 Record = dict[str, Any]
 
@@ -43,8 +43,8 @@ def save(
     `lines` is the SHA-256 (hex) of what was written there.
     """
     sync(folder / "rounds.jsonl")
-    facts = {"round": round_, "seconds": seconds, "records": records, "config": identity(flat), "lines": lines}
-    write_sealed(path_of(folder), facts, arrays)
+    metadata = {"round": round_, "seconds": seconds, "records": records, "config": identity(flat), "lines": lines}
+    write_sealed(path_of(folder), metadata, arrays)
 
 
 def load(folder: Path, flat: Flat) -> Saved | None:
@@ -59,12 +59,12 @@ def load(folder: Path, flat: Flat) -> Saved | None:
     try:
         if not path.exists():
             return None
-        facts, arrays = read_sealed(path)
-        round_, seconds, count = facts["round"], facts["seconds"], facts["records"]
+        metadata, arrays = read_sealed(path)
+        round_, seconds, count = metadata["round"], metadata["seconds"], metadata["records"]
         well = type(round_) is int and type(count) is int and type(seconds) is float
         if not well or not 0 <= round_ <= int(flat["run.rounds"]) or count < 1:
             raise Damaged(f"is of round {round_!r} with {count!r} records; rounds are 0 to {flat['run.rounds']}")
-        theirs = identity(defaults()) | facts["config"]  # an older version had fewer keys
+        theirs = identity(defaults()) | metadata["config"]  # an older version had fewer keys
         if theirs != identity(flat):
             clash = first_clash(identity(flat), theirs) or "it lacks a key"
             raise ConfigError(
@@ -72,7 +72,7 @@ def load(folder: Path, flat: Flat) -> Saved | None:
                 "begin the run anew in another folder"
             )
         kept = _lines(lines)[:count]
-        if len(kept) != count or facts["lines"] != hashlib.sha256(b"".join(kept)).hexdigest():
+        if len(kept) != count or metadata["lines"] != hashlib.sha256(b"".join(kept)).hexdigest():
             raise ConfigError(f"{lines} is damaged: it does not begin with the {count} records that {path} goes with")
         return Saved(round_, seconds, [json.loads(line) for line in kept], arrays)
     except (Damaged, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -13,7 +13,7 @@ from scipy.special import entr
 from scipy.stats import spearmanr
 
 from ssfl_app.options import ConfigError
-from ssfl_app.results.runs import Run, run_labels, run_names, train_counts
+from ssfl_app.results.run_folder import Run, run_labels, run_names, train_counts
 
 Spearman = tuple[float, float] | None
 """Spearman's rank correlation and its p-value; None where it has no meaning."""
@@ -87,8 +87,8 @@ def _points(run: Run, name: str, label: str) -> ClientPoints:
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     entropy = np.asarray(entr(shares).sum(axis=1) / np.log(2), dtype=np.float64)
     images, classes = counts.sum(axis=1), np.count_nonzero(counts, axis=1)
-    facts = {"images": images, "classes": classes, "entropy": entropy}
-    together = {what: _spearman(values, accuracy) for what, values in facts.items()}
+    metadata = {"images": images, "classes": classes, "entropy": entropy}
+    together = {what: _spearman(values, accuracy) for what, values in metadata.items()}
     return ClientPoints(name, label, personal, numbers, images, classes, entropy, accuracy, together)
 
 

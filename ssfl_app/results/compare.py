@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ssfl_app.results.runs import CENTRAL, LOCAL, PERSONAL, Run, facts
+from ssfl_app.results.run_folder import CENTRAL, LOCAL, PERSONAL, Run, metadata
 
 Numbers = dict[str, float | None]
 
@@ -120,7 +120,7 @@ def numbers(run: Run) -> Numbers:
     ``own`` is the accuracy on the clients' own tests: of the personal models if the method has them, else of the
     global one. ``down`` and ``up`` are bytes of training, masks and discovery, without evaluation.
     """
-    known = facts(run)
+    known = metadata(run)
 
     def total(*keys: str) -> int:
         return sum(known.get(f"bytes_{key}") or 0 for key in keys)

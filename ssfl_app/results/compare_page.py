@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ssfl_app.results.compare import Difference, Estimate, Row, Table
 from ssfl_app.results.page import megabytes
 from ssfl_app.results.plots import PALETTE, _figure, _finish, _plain
-from ssfl_app.results.runs import MB
+from ssfl_app.results.run_folder import MB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from ssfl_app.results.runs import MB
+from ssfl_app.results.run_folder import MB
 from ssfl_app.text import printable
 
 NONE = "-"  # what a cell shows that has no value

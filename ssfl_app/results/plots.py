@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ssfl_app.options import ConfigError
-from ssfl_app.results import runs as read
-from ssfl_app.results.runs import Run
+from ssfl_app.results import run_folder
+from ssfl_app.results.run_folder import Run
 from ssfl_app.text import printable
 
 if TYPE_CHECKING:
@@ -44,25 +44,31 @@ def svg_bytes(draw: Callable[[], "Figure"]) -> bytes:
 
 def has_accuracy(run: Run) -> bool:
     """Return whether any round of a run was evaluated, so that there is something to draw."""
-    return any(len(read.evaluated(run, key)[0]) for key in (read.CENTRAL, read.LOCAL, read.PERSONAL))
+    return any(
+        len(run_folder.evaluated(run, key)[0]) for key in (run_folder.CENTRAL, run_folder.LOCAL, run_folder.PERSONAL)
+    )
 
 
 def accuracy_by_round(runs: Sequence[Run]) -> "Figure":
     """Return accuracy over rounds, a panel for each of the accuracies that any run has (`has_accuracy`)."""
-    return _accuracy(runs, [read.round_numbers(run).astype(float) for run in runs], "Round")
+    return _accuracy(runs, [run_folder.round_numbers(run).astype(float) for run in runs], "Round")
 
 
 def accuracy_by_bytes(runs: Sequence[Run]) -> "Figure":
     """Return accuracy over the MB sent down and up so far; the axis is logarithmic where it spans much."""
-    return _accuracy(runs, [read.cumulative_mb(run) for run in runs], "Sent so far, down and up (MB)")
+    return _accuracy(runs, [run_folder.cumulative_mb(run) for run in runs], "Sent so far, down and up (MB)")
 
 
 def _accuracy(runs: Sequence[Run], xs: Sequence[NDArray[np.float64]], xlabel: str) -> "Figure":
     own = "Clients' own test images, mean"
-    titles = {read.CENTRAL: "Central test set", read.LOCAL: own, read.PERSONAL: f"{own}: personal models"}
-    found = {key: [read.evaluated(run, key) for run in runs] for key in titles}
+    titles = {
+        run_folder.CENTRAL: "Central test set",
+        run_folder.LOCAL: own,
+        run_folder.PERSONAL: f"{own}: personal models",
+    }
+    found = {key: [run_folder.evaluated(run, key) for run in runs] for key in titles}
     shown = [key for key in titles if any(len(at) for at, _ in found[key])]
-    labels = [_plain(label) for label in read.run_labels(runs)]
+    labels = [_plain(label) for label in run_folder.run_labels(runs)]
     columns = max(1, min(len(runs), 130 // (max(map(len, labels), default=0) + 8)))
     lines = math.ceil(len(runs) / columns)
     figure = _figure(max(10.0, 4.6 * len(shown)), 3.9 + 0.22 * lines)
@@ -212,7 +218,7 @@ def accuracy_by_client(run: Run) -> "Figure":
     kept = [index for index, row in enumerate(rows) if row.get("accuracy") is not None]
     if not kept:
         raise ConfigError(f"{run.folder} has no client accuracies; the plot needs them in clients.json")
-    images = read.train_counts(run).sum(axis=1)[kept]
+    images = run_folder.train_counts(run).sum(axis=1)[kept]
     accuracy = 100 * np.array([rows[index]["accuracy"] for index in kept], dtype=float)
     figure = _figure(9.0, 4.2)
     axes = figure.subplots()
@@ -230,7 +236,7 @@ def accuracy_by_client(run: Run) -> "Figure":
         name = _plain(row.get("name") or f"client {row['client']}")
         axes.annotate(name, point, xytext=(6, -3), textcoords="offset points", fontsize=8, color=INK)
     ylabel = "Accuracy on its own test images (%)"
-    _finish(axes, "Accuracy by client: " + _plain(read.run_labels([run])[0]), xlabel, ylabel)
+    _finish(axes, "Accuracy by client: " + _plain(run_folder.run_labels([run])[0]), xlabel, ylabel)
     _x_axis(axes, [xs.astype(float)], xlabel)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     return figure

@@ -14,7 +14,7 @@ from ssfl_app.options import anything, at_least, build, choice, option
 from ssfl_app.results.compare_page import NONE, grid, origin
 from ssfl_app.results.page import megabytes, percent
 from ssfl_app.results.report import rich_table
-from ssfl_app.results.runs import CENTRAL, LOCAL, MB, PERSONAL, Run, evaluated, facts
+from ssfl_app.results.run_folder import CENTRAL, LOCAL, MB, PERSONAL, Run, evaluated, metadata
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +42,7 @@ PUBLISHED = "published"
 TEXTS = 3  # the first columns; numbers follow
 # What may be changed without making another run of it; data.name has a warning of its own.
 _SAME_RUN = {
-    *configuration.NOT_THE_RUN,
+    *configuration.RESUME_MAY_CHANGE,
     *("data.name", "data.path", "data.download", "run.device", "run.evaluate-every", "run.checkpoint-every"),
     *("run.round-timeout", "run.join-timeout"),
 }
@@ -152,7 +152,7 @@ def measured(line: Line) -> dict[str, Any]:
     keys = ("accuracy", "round", "rounds", "bytes_a_round", "seconds", *(key for key, _ in METRICS.values()))
     if line.run is None:
         return dict.fromkeys(keys)
-    known, rounds = facts(line.run), len(line.run.rounds)
+    known, rounds = metadata(line.run), len(line.run.rounds)
     places, values = evaluated(line.run, METRICS[line.published.metric][0])
     accuracy, place = (float(values[-1]), int(places[-1])) if len(values) else (None, None)
     # Peers pay for each other's models, each client for itself: the paper states the busiest node.

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from safetensors import torch as safe_torch
 
-from ssfl_app import guard
+from ssfl_app import locks
 from ssfl_app.config import Flat, write_toml
 from ssfl_app.files import append, not_regular, remove_unfinished, write_atomically, write_bytes, write_json
 from ssfl_app.options import ConfigError
@@ -161,7 +161,7 @@ class Recorder:
 
     # ---- the end -----------------------------------------------------------------------------
 
-    def finish(self, facts: Record, layout: Layout, state: State, mask: Mask) -> Record:
+    def finish(self, metadata: Record, layout: Layout, state: State, mask: Mask) -> Record:
         """Write model, mask and summary.json; return the summary.
 
         Parameters
@@ -178,7 +178,7 @@ class Recorder:
         messages = sum(r["messages_train_down"] + r["messages_train_up"] for r in rounds)
         accuracies = ("central_accuracy", "local_accuracy_mean", "personal_accuracy_mean")
         evaluated = [r for r in rounds if any(r[name] is not None for name in accuracies)]
-        summary = facts | {
+        summary = metadata | {
             "density": rounds[-1]["density"],
             "density_all": rounds[-1]["density_all"],
             "parameters": layout.size,
@@ -228,7 +228,7 @@ def claim(folder: Path) -> IO[str]:
             link = path.is_symlink() and path.name in _WRITTEN
             if link or (path.exists() and not path.is_file() and not path.is_dir()):
                 raise not_regular(path)
-        lock = guard.try_lock(folder / ".lock")
+        lock = locks.try_lock(folder / ".lock")
     except (OSError, ValueError) as error:
         raise ConfigError(f"run.out is {folder}; it is a folder that can be written to ({error})") from error
     if lock is None:

@@ -13,7 +13,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.results import page, plots
 from ssfl_app.results.page import NONE
 from ssfl_app.results.rows import COMPARE, ROUND, TEXT_COLUMNS, compare_rows, round_rows, summary_rows
-from ssfl_app.results.runs import KINDS, Run, facts, failures, run_names, train_counts
+from ssfl_app.results.run_folder import KINDS, Run, failures, metadata, run_names, train_counts
 from ssfl_app.text import printable
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
     if not runs:
         raise ConfigError("runs is empty; a report is made of one run or more")
     names = run_names(runs)
-    single, known = len(runs) == 1, facts(runs[0])
+    single, known = len(runs) == 1, metadata(runs[0])
     context = {
         "title": names[0] if single else f"{len(runs)} runs compared",
         "subtitle": f"{known['strategy']} on {known['dataset']}" if single else ", ".join(names),
@@ -122,7 +122,7 @@ def _single(run: Run) -> list[dict[str, Any]]:
     dense = "" if run.layers else "There is no mask in this run folder, so there is no density by layer."
     notes = " ".join(filter(None, [_untested([run]), dense]))
     return [
-        page.section("Summary", content=page.table([], summary_rows(facts(run)))),
+        page.section("Summary", content=page.table([], summary_rows(metadata(run)))),
         page.section("Figures", images=_figures([run]), note=notes),
         page.section("Rounds", content=rounds, folded=f"{len(run.rounds)} rounds"),
         _failure_section([run]),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssfl_app.results.page import NONE, megabytes, percent, ratio, shown
-from ssfl_app.results.runs import CENTRAL, LOCAL, MB, PERSONAL, Run, cumulative_mb, facts, run_names
+from ssfl_app.results.run_folder import CENTRAL, LOCAL, MB, PERSONAL, Run, cumulative_mb, metadata, run_names
 
 TEXT_COLUMNS = 4  # name, strategy, dataset and partition; numbers follow
 COMPARE = (
@@ -30,7 +30,7 @@ def compare_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Return one row a run, under the headers `COMPARE`."""
     rows = []
     for run, name in zip(runs, run_names(runs), strict=True):
-        known = facts(run)
+        known = metadata(run)
         discovery = _sum(known, "bytes_discovery_down", "bytes_discovery_up")
         fewer = ratio(known.get("bytes_dense_train"), _sum(known, "bytes_train_down", "bytes_train_up"))
         texts = [name if run.summary else f"{name} (unfinished)"]

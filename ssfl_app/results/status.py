@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ssfl_app import guard
+from ssfl_app import locks
 from ssfl_app.files import check_regular, write_json
 
 LET_GO = 3.0
@@ -35,7 +35,7 @@ def settle(folder: Path, status: str, message: str = "") -> None:
         if not folder.is_dir() or read_status(folder).get("status", "running") != "running":
             return
         end = time.monotonic() + LET_GO
-        while (lock := guard.try_lock(folder / ".lock")) is None and time.monotonic() < end:
+        while (lock := locks.try_lock(folder / ".lock")) is None and time.monotonic() < end:
             time.sleep(0.05)
         if lock is not None:
             with lock:

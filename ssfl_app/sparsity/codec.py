@@ -8,11 +8,11 @@ cost beside them.
 codec          arrays                                 who must know the mask beforehand
 =============  =====================================  ==========================================
 Dense          values of all coordinates              nobody (the mask is not carried)
-SharedMask     values of alive + dense remainder      both ends: SSFL's training rounds
-Bitmask        the same + 1 bit a prunable weight     nobody
+MaskedValues     values of alive + dense remainder      both ends: SSFL's training rounds
+BitmapAndValues        the same + 1 bit a prunable weight     nobody
 Indexed        the same + int32 index of each alive   nobody; less than a bitmap below density 1/32
 Csr            the same as scipy CSR, per tensor      nobody; the encoding that SSFL v1 states
-BitsOnly       1 bit a prunable weight                nobody; carries no values (FedPM)
+BitmapOnly       1 bit a prunable weight                nobody; carries no values (FedPM)
 =============  =====================================  ==========================================
 """
 
@@ -32,8 +32,8 @@ from ssfl_app.sparsity.values import (
     PayloadError,
     allowed_values,
     check_values,
-    read_values,
     read_array,
+    read_values,
     write_values,
 )
 
@@ -149,7 +149,7 @@ class Dense(LinearCodec):
         return state if mask.count == mask.alive.size else mask.apply(state)
 
 
-class SharedMask(LinearCodec):
+class MaskedValues(LinearCodec):
     """Alive coordinates and the dense remainder; the mask is known to both ends (checked by its digest)."""
 
     name = "shared-mask"
@@ -177,14 +177,14 @@ def _carried(mask: Mask) -> Index:
     return slice(None) if mask.count == mask.alive.size else np.flatnonzero(mask.transmitted)
 
 
-class Bitmask(Codec):
-    """A bitmap of ceil(prunable / 8) bytes, then the values as `SharedMask` writes them."""
+class BitmapAndValues(Codec):
+    """A bitmap of ceil(prunable / 8) bytes, then the values as `MaskedValues` writes them."""
 
     name = "bitmask"
 
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return the bitmap and the values."""
-        return {**SharedMask(self.values, self.rng).encode(layout, state, mask), "mask": mask.packed()}
+        return {**MaskedValues(self.values, self.rng).encode(layout, state, mask), "mask": mask.packed()}
 
     def allowed(self, layout: Layout) -> Allowed:
         """Return the arrays that may be written."""
@@ -193,18 +193,18 @@ class Bitmask(Codec):
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
         """Return the state and the mask that the bitmap tells."""
         carried = read_mask(arrays, layout)
-        return SharedMask(self.values).decode(arrays, layout, carried)
+        return MaskedValues(self.values).decode(arrays, layout, carried)
 
 
 class Indexed(Codec):
-    """The position of every alive coordinate as int32, then the values as `SharedMask` writes them."""
+    """The position of every alive coordinate as int32, then the values as `MaskedValues` writes them."""
 
     name = "indexed"
 
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return positions (ascending) and values."""
         index = np.flatnonzero(mask.alive).astype(np.int32)
-        return {**SharedMask(self.values, self.rng).encode(layout, state, mask), "index": index}
+        return {**MaskedValues(self.values, self.rng).encode(layout, state, mask), "index": index}
 
     def allowed(self, layout: Layout) -> Allowed:
         """Return the arrays that may be written."""
@@ -219,7 +219,7 @@ class Indexed(Codec):
             raise PayloadError(f"index must rise strictly within 0..{layout.prunable_size - 1}")
         alive = np.zeros(layout.prunable_size, dtype=np.bool_)
         alive[index] = True
-        return SharedMask(self.values).decode(arrays, layout, Mask(layout, alive))
+        return MaskedValues(self.values).decode(arrays, layout, Mask(layout, alive))
 
 
 class Csr(Codec):
@@ -275,7 +275,7 @@ class Csr(Codec):
         return layout.unflatten(flat), carried
 
 
-class BitsOnly(Codec):
+class BitmapOnly(Codec):
     """The bitmap alone. The decoded state is empty: what the bits mean is the algorithm's affair."""
 
     name = "bits-only"
@@ -297,7 +297,7 @@ class BitsOnly(Codec):
         read_mask(arrays, layout)
 
 
-CODECS: dict[str, type[Codec]] = {c.name: c for c in (Dense, SharedMask, Bitmask, Indexed, Csr, BitsOnly)}
+CODECS: dict[str, type[Codec]] = {c.name: c for c in (Dense, MaskedValues, BitmapAndValues, Indexed, Csr, BitmapOnly)}
 
 
 def read_mask(arrays: ArrayMap, layout: Layout) -> Mask:

@@ -1,6 +1,6 @@
 """The algorithms: one file each, server and client half together."""
 
-from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.strategies.dispfl import DisPfl
 from ssfl_app.strategies.ditto import Ditto
 from ssfl_app.strategies.dpsgd import Dpsgd, DpsgdFt
@@ -9,12 +9,12 @@ from ssfl_app.strategies.fedavg_ft import FedAvgFt
 from ssfl_app.strategies.feddst import FedDst
 from ssfl_app.strategies.fedfomo import FedFomo
 from ssfl_app.strategies.fedpm import FedPm
-from ssfl_app.strategies.fixed_mask import Random, Shuffled, Ssfl
 from ssfl_app.strategies.flash import Flash, FlashJoint
 from ssfl_app.strategies.local_mask import LocalSaliency, RandomLocal
 from ssfl_app.strategies.lotteryfl import LotteryFl
 from ssfl_app.strategies.prunefl import PruneFl
 from ssfl_app.strategies.sparsyfed import SparsyFed
+from ssfl_app.strategies.ssfl.strategy import Random, Shuffled, Ssfl
 from ssfl_app.strategies.subfedavg import SubFedAvg
 from ssfl_app.strategies.topk import Topk
 from ssfl_app.strategies.zerofl import ZeroFl

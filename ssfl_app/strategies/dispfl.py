@@ -13,7 +13,7 @@ i starts with ``w0`` under a random mask m_i of its own, with Erdos-Renyi-Kernel
 
 The server here only relays. It keeps every client's last model and mask, takes the mean for each client and sends it
 under the client's mask; what the exchange would cost between peers is counted as ``bytes_peer``. Up go the values
-under the old mask, which the server knows, and the bitmap of the new one: the arrays and the bytes of `Bitmask`.
+under the old mask, which the server knows, and the bitmap of the new one: the arrays and the bytes of `BitmapAndValues`.
 
 With A alive of P prunable coordinates and R others, per client and round, fp32: down = up = evaluation =
 ``4 (A + R) + ceil(P / 8)`` bytes, and between peers as much from each neighbour.
@@ -34,23 +34,23 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Metadata, Payload
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import Settings
+from ssfl_app.core.robust import distance, there
+from ssfl_app.core.rounds import Query
+from ssfl_app.core.validation import check_number
 from ssfl_app.options import anything, choice
-from ssfl_app.robust import distance, there
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import Bitmask, SharedMask, nbytes, read_mask
+from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, nbytes, read_mask
 from ssfl_app.sparsity.densities import Counts, erk, uniform
-from ssfl_app.sparsity.evolve import cosine_drop, drop, random_mask, grow
+from ssfl_app.sparsity.dynamic import cosine_drop, drop, grow, random_mask
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import Arrays, PayloadError
-from ssfl_app.strategies.checks import check_number
-from ssfl_app.strategies.course import Query
-from ssfl_app.strategies.gossip import GossipOptions, neighbours
-from ssfl_app.strategies.own_masks import OwnMasks
-from ssfl_app.strategies.post import Reply
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Facts, Parcel
+from ssfl_app.strategies.shared.client_masks import ClientMasks
+from ssfl_app.strategies.shared.gossip import GossipOptions, neighbours
 
 FIRST_DROP = 0.5
 """Share of the alive weights that die in round 1."""
@@ -66,23 +66,23 @@ class DisPflOptions:
     static: bool = anything("true or false")
 
 
-class DisPflClient(ClientRule):
+class DisPflClient(ClientAlgorithm):
     """Trains inside the mask that came down, and says under which one it wants to train next."""
 
-    down = Bitmask
-    up = Bitmask
+    down = BitmapAndValues
+    up = BitmapAndValues
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Return the trained values under the mask that came down, and the bitmap of the next mask."""
-        round_ = int(parcel.facts["round"])
-        mask = self.load(parcel)
-        reply = self.reply(parcel, mask, self.fit(round_, mask))
-        return Parcel({**reply.arrays, "mask": self._moved(round_, mask).packed()}, reply.facts)
+        round_ = int(payload.metadata["round"])
+        mask = self.load(payload)
+        reply = self.reply(payload, mask, self.fit(round_, mask))
+        return Payload({**reply.arrays, "mask": self._moved(round_, mask).packed()}, reply.metadata)
 
-    def evaluate(self, parcel: Parcel) -> Facts:
+    def evaluate(self, payload: Payload) -> Metadata:
         """Test the client's own model, as it was after training."""
-        self.load(parcel)
-        return self.tested(parcel, "personal_accuracy")
+        self.load(payload)
+        return self.tested(payload, "personal_accuracy")
 
     def _moved(self, round_: int, mask: Mask) -> Mask:
         """Return the next mask, by the weights on the workbench."""
@@ -101,7 +101,7 @@ class DisPflClient(ClientRule):
         return grow(left, counts, np.abs(site.layout.flatten_prunable(gradient)))
 
 
-class DisPfl(OwnMasks):
+class DisPfl(ClientMasks):
     """Relays. `masks` are those of the next training; `models` carry the ones they were trained under."""
 
     name = "dispfl"
@@ -131,14 +131,14 @@ class DisPfl(OwnMasks):
         self._sent = dict(enumerate(self.masks))
         self.models = [self.up.encode(self.layout, self.state, mask) for mask in self.masks]
 
-    def train_payload(self, round_: int, client: int) -> Parcel:
+    def train_payload(self, round_: int, client: int) -> Payload:
         """Return the mean over the owners among the client and its neighbours, under the client's mask."""
         peers = neighbours(self.settings, round_, client)
         self.peer_bytes += sum(nbytes(self.models[peer]) for peer in peers)
         mean = self.layout.unflatten(self._mean(sorted([client, *peers])))
         return self._under(client, mean, self.masks[client])
 
-    def eval_payload(self, round_: int, client: int) -> Parcel:
+    def eval_payload(self, round_: int, client: int) -> Payload:
         """Return the client's own model under the mask it was trained in."""
         state, mask = self.up.decode(self.models[client], self.layout, self.mask)
         return self._under(client, state, mask)
@@ -147,19 +147,19 @@ class DisPfl(OwnMasks):
         """Return the mask of the client's last message: the next one for training, the old one for a test."""
         return self._sent[client]
 
-    def check_trained(self, client: int, parcel: Parcel) -> None:
+    def check_trained(self, client: int, payload: Payload) -> None:
         """Raise PayloadError unless values fit the old mask and the new one has as many alive in each layer."""
-        check_number(parcel, "loss")
-        self.check_samples(parcel)
-        old, new = self.masks[client], read_mask(parcel.arrays, self.layout)
-        SharedMask(self.up.values).check(parcel.arrays, self.layout, old)
+        check_number(payload, "loss")
+        self.check_samples(payload)
+        old, new = self.masks[client], read_mask(payload.arrays, self.layout)
+        MaskedValues(self.up.values).check(payload.arrays, self.layout, old)
         for (name, before, _), (_, after, _) in zip(old.layers(), new.layers(), strict=True):
             if after != before:
                 raise PayloadError(f"the new mask has {after} alive weights in {name}; it must keep {before}")
 
     def update_norm(self, reply: Reply) -> float | None:
         """Return how far a model is from the mean of all, under the mask that it was trained in."""
-        codec, old = SharedMask(self.up.values), self.masks[reply.client]
+        codec, old = MaskedValues(self.up.values), self.masks[reply.client]
         mean = there(self.layout, self.model(), old.transmitted)
         return distance(codec.vector(reply.arrays, self.layout, old), mean)
 
@@ -194,16 +194,16 @@ class DisPfl(OwnMasks):
         self._sent = dict(enumerate(self.masks))
         self._present, self._consensus = self.present(round_), None
 
-    def _under(self, client: int, state: State, mask: Mask) -> Parcel:
+    def _under(self, client: int, state: State, mask: Mask) -> Payload:
         self._sent[client] = mask
-        return Parcel(self.down.encode(self.layout, state, mask))
+        return Payload(self.down.encode(self.layout, state, mask))
 
     def _mean(self, clients: Iterable[int]) -> Vector:
         """Return the unweighted mean over the owners of each coordinate, 0 where there are none.
 
         `clients` is ascending: the sum, in float64, does not depend on who answered first.
         """
-        values = SharedMask(self.up.values)
+        values = MaskedValues(self.up.values)
         total, owners = np.zeros(self.layout.size), np.zeros(self.layout.size, dtype=np.int32)
         for client in clients:
             mask = read_mask(self.models[client], self.layout)

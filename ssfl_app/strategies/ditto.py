@@ -21,14 +21,14 @@ from typing import cast
 import torch
 from torch import nn
 
-from ssfl_app.local.data import Images
+from ssfl_app.comm.payload import Metadata, Payload
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import Settings
+from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.data.dataset import Images
 from ssfl_app.options import anything, at_least
 from ssfl_app.sparsity.layout import State, load_state, state_of
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.personal import held_out, held_out_of
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Facts, Parcel
+from ssfl_app.strategies.shared.fine_tuning import held_out, held_out_of
 
 CANDIDATES = (0.1, 1.0, 2.0)
 HELD_OUT = 0.1
@@ -44,10 +44,10 @@ class DittoOptions:
     personal_epochs: int = at_least(1)
 
 
-class DittoClient(ClientRule):
+class DittoClient(ClientAlgorithm):
     """Trains two models and sends one."""
 
-    remembers = True
+    stateful = True
 
     @classmethod
     def uses(cls, settings: Settings) -> int:
@@ -61,27 +61,27 @@ class DittoClient(ClientRule):
         dynamic = cast(DittoOptions, settings.own["ditto"]).dynamic
         return images - held_out_of(images, HELD_OUT) if dynamic else images
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Train the global model, then the personal one; return the global one."""
-        options, round_ = self._options, int(parcel.facts["round"])
-        mask = self.load(parcel)
+        options, round_ = self._options, int(payload.metadata["round"])
+        mask = self.load(payload)
         down = {name: tensor.clone() for name, tensor in state_of(self.context.model).items()}
         loss = self.fit(round_, epochs=options.global_epochs)
-        reply = self.reply(parcel, mask, loss)
-        own = self.personal_model(parcel)
+        reply = self.reply(payload, mask, loss)
+        own = self.personal_model(payload)
         if options.dynamic:
             own = self._chosen(round_, own, down)
         else:
             self._pulled(round_, own, down, options.pull, self.context.train)
             own = state_of(self.context.model)
-        self.save_client_state(parcel, {"model": self.context.layout.flatten(own)})
+        self.save_client_state(payload, {"model": self.context.layout.flatten(own)})
         return reply
 
-    def evaluate(self, parcel: Parcel) -> Facts:
+    def evaluate(self, payload: Payload) -> Metadata:
         """Test the global model, and the personal one."""
-        facts = super().evaluate(parcel)
-        load_state(self.context.model, self.personal_model(parcel))
-        return self.tested(parcel, "personal_accuracy") | facts
+        metadata = super().evaluate(payload)
+        load_state(self.context.model, self.personal_model(payload))
+        return self.tested(payload, "personal_accuracy") | metadata
 
     @property
     def _options(self) -> DittoOptions:
@@ -119,4 +119,4 @@ class Ditto(SparseStrategy):
     name = "ditto"
     client = DittoClient
     sections = {"ditto": DittoOptions}  # noqa: RUF012  (ClassVar of the base)
-    density_matters = False
+    uses_density = False

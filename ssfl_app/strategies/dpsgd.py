@@ -25,32 +25,32 @@ server took. A lossy wire.up-values rounds a client's own model in its mean as w
 
 from collections.abc import Iterable
 
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import Settings
 from ssfl_app.sparsity.layout import load_state, state_of
 from ssfl_app.sparsity.values import Arrays
-from ssfl_app.strategies.gossip import DenseRelay, GossipOptions, neighbours
-from ssfl_app.strategies.personal import FinetuneOptions, finetuned, finetuning_of
-from ssfl_app.strategies.post import Reply
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Facts, Parcel, freeze
+from ssfl_app.strategies.shared.fine_tuning import FinetuneOptions, finetuned, finetuning_of
+from ssfl_app.strategies.shared.gossip import GossipOptions, PeerModelServer, neighbours
 
 
-class DpsgdClient(ClientRule):
+class DpsgdClient(ClientAlgorithm):
     """Trains the mean that came down, and keeps its own model."""
 
-    remembers = True
+    stateful = True
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Train the mean and return the client's model."""
-        reply = super().train(parcel)
-        self.save_client_state(parcel, {"model": self.context.layout.flatten(state_of(self.context.model))})
+        reply = super().train(payload)
+        self.save_client_state(payload, {"model": self.context.layout.flatten(state_of(self.context.model))})
         return reply
 
-    def evaluate(self, parcel: Parcel) -> Facts:
+    def evaluate(self, payload: Payload) -> Metadata:
         """Test the consensus, and the client's own model."""
-        facts = super().evaluate(parcel)
-        load_state(self.context.model, self.personal_model(parcel))
-        return self.tested(parcel, "personal_accuracy") | facts
+        metadata = super().evaluate(payload)
+        load_state(self.context.model, self.personal_model(payload))
+        return self.tested(payload, "personal_accuracy") | metadata
 
 
 class DpsgdFtClient(DpsgdClient):
@@ -61,14 +61,14 @@ class DpsgdFtClient(DpsgdClient):
         """Return the epochs of fine-tuning too."""
         return super().uses(settings) + finetuning_of(settings).epochs
 
-    def evaluate(self, parcel: Parcel) -> Facts:
+    def evaluate(self, payload: Payload) -> Metadata:
         """Test the consensus, and the client's own model; after the last round a fine-tuned consensus instead."""
-        if parcel.facts["round"] != self.settings.run.rounds:
-            return super().evaluate(parcel)
-        return ClientRule.evaluate(self, parcel) | finetuned(self, parcel)
+        if payload.metadata["round"] != self.settings.run.rounds:
+            return super().evaluate(payload)
+        return ClientAlgorithm.evaluate(self, payload) | finetuned(self, payload)
 
 
-class Dpsgd(DenseRelay):
+class Dpsgd(PeerModelServer):
     """The network of the peers."""
 
     name = "dpsgd"
@@ -77,15 +77,15 @@ class Dpsgd(DenseRelay):
 
     _mixed: tuple[int, list[int], Arrays] = (0, [], {})
 
-    def train_payload(self, round_: int, client: int) -> Parcel:
+    def train_payload(self, round_: int, client: int) -> Payload:
         """Return the mean of the client's and its neighbours' models; made once for clients with the same ones."""
         others = neighbours(self.settings, round_, client)
-        self.peer_bytes += sum(Parcel(self.last(other)).nbytes for other in others)
+        self.peer_bytes += sum(Payload(self.last(other)).nbytes for other in others)
         group = sorted([client, *others])
         if self._mixed[:2] != (round_, group):
             state = self.layout.unflatten(self.mean(group))
-            self._mixed = (round_, group, freeze(self.down.encode(self.layout, state, self.mask)))
-        return Parcel(self._mixed[2])
+            self._mixed = (round_, group, shared_buffers(self.down.encode(self.layout, state, self.mask)))
+        return Payload(self._mixed[2])
 
     def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Keep the models; the state becomes their mean."""
@@ -94,7 +94,7 @@ class Dpsgd(DenseRelay):
             self.keep(reply)
         self.state = self.layout.unflatten(self.mean(self.present(round_)))
 
-    def eval_payload(self, round_: int, client: int) -> Parcel:
+    def eval_payload(self, round_: int, client: int) -> Payload:
         """Return the consensus."""
         return super().train_payload(round_, client)
 

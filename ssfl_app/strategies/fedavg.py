@@ -4,11 +4,11 @@ McMahan et al., "Communication-efficient learning of deep networks from decentra
 a sampled cohort trains the global model, ``w = sum_k n_k w_k / sum_k n_k``.
 """
 
-from ssfl_app.strategies.base import SparseStrategy
+from ssfl_app.core.strategy import SparseStrategy
 
 
 class FedAvg(SparseStrategy):
     """All hooks and verbs are the defaults."""
 
     name = "fedavg"
-    density_matters = False
+    uses_density = False

@@ -8,14 +8,14 @@ Departures: that code trains with round -1, so at lr * decay**-1; here it is the
 finetune.lr "scheduled", that of the next round). The fine-tuned models stay on the clients and are not kept.
 """
 
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.personal import FinetuneOptions, finetuned, finetuning_of
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Facts, Parcel
+from ssfl_app.comm.payload import Metadata, Payload
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import Settings
+from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.strategies.shared.fine_tuning import FinetuneOptions, finetuned, finetuning_of
 
 
-class FinetuneClient(ClientRule):
+class FinetuneClient(ClientAlgorithm):
     """FedAvg's client, which fine-tunes before its last test."""
 
     @classmethod
@@ -23,12 +23,12 @@ class FinetuneClient(ClientRule):
         """Return the epochs of fine-tuning too."""
         return super().uses(settings) + finetuning_of(settings).epochs
 
-    def evaluate(self, parcel: Parcel) -> Facts:
+    def evaluate(self, payload: Payload) -> Metadata:
         """Test the global model; after the last round also a fine-tuned copy, as personal accuracy."""
-        facts = super().evaluate(parcel)
-        if parcel.facts["round"] != self.settings.run.rounds:
-            return facts
-        return facts | finetuned(self, parcel)
+        metadata = super().evaluate(payload)
+        if payload.metadata["round"] != self.settings.run.rounds:
+            return metadata
+        return metadata | finetuned(self, payload)
 
 
 class FedAvgFt(SparseStrategy):
@@ -37,4 +37,4 @@ class FedAvgFt(SparseStrategy):
     name = "fedavg-ft"
     client = FinetuneClient
     sections = {"finetune": FinetuneOptions}  # noqa: RUF012  (ClassVar of the base)
-    density_matters = False
+    uses_density = False

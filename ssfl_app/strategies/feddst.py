@@ -30,22 +30,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssfl_app.aggregate import OverlapMean
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Payload
+from ssfl_app.core.aggregation import aggregate_mean
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.means import OverlapMean
+from ssfl_app.core.options import Settings
+from ssfl_app.core.rounds import Query
+from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.options import at_least, fraction
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import Bitmask, Codec, SharedMask, read_mask
+from ssfl_app.sparsity.codec import BitmapAndValues, Codec, MaskedValues, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled
-from ssfl_app.sparsity.evolve import cosine_drop, drop, random_mask, grow, top_mask
+from ssfl_app.sparsity.dynamic import cosine_drop, drop, grow, random_mask, top_mask
 from ssfl_app.sparsity.layout import Layout, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Query
-from ssfl_app.strategies.folds import carried_fold
-from ssfl_app.strategies.post import Reply
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Parcel
 
 
 @dataclass(frozen=True)
@@ -83,27 +83,27 @@ def proximal(model: nn.Module, mu: float) -> Callable[[nn.Module], torch.Tensor]
     return penalty
 
 
-class FedDstClient(ClientRule):
+class FedDstClient(ClientAlgorithm):
     """Trains inside the global mask, and moves it in the rounds for that."""
 
-    down = SharedMask
-    up = Bitmask
+    down = MaskedValues
+    up = BitmapAndValues
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Return the alive values, and their mask if it moved."""
         options, run = cast(FedDstOptions, self.settings.own["feddst"]), self.settings.run
-        mask, round_, epochs = self.load(parcel), int(parcel.facts["round"]), self.settings.local.epochs
+        mask, round_, epochs = self.load(payload), int(payload.metadata["round"]), self.settings.local.epochs
         changes: dict[str, Any] = {}
         if options.proximal:
             changes["penalty"] = proximal(self.context.model, options.proximal)
         if not options.moves(round_, run.rounds):
-            return self.reply(parcel, mask, self.fit(round_, mask, **changes), up=SharedMask)
+            return self.reply(payload, mask, self.fit(round_, mask, **changes), up=MaskedValues)
         total = 0.0
         if epochs > 1:
             total = (epochs - 1) * self.fit(round_, mask, epochs=epochs - 1, **changes)
         moved = self.moved(round_, mask, options.share(round_, run.rounds))
         total += self.fit(round_, moved, purpose="feddst-moved", epochs=1, **changes)
-        return self.reply(parcel, moved, total / epochs)
+        return self.reply(payload, moved, total / epochs)
 
     def moved(self, round_: int, mask: Mask, share: float) -> Mask:
         """Return the mask after each layer exchanged this share of its alive weights, by those on the workbench."""
@@ -132,7 +132,7 @@ class FedDst(SparseStrategy):
     @property
     def up(self) -> Codec:
         """The codec of models sent back: with their masks only in rounds that move them."""
-        return (Bitmask if self._moves else SharedMask)(self.settings.wire.up_values)
+        return (BitmapAndValues if self._moves else MaskedValues)(self.settings.wire.up_values)
 
     def before_training(self, ask: Query) -> None:
         """Draw the first mask and apply it to the initial weights."""
@@ -144,19 +144,19 @@ class FedDst(SparseStrategy):
         options, run = cast(FedDstOptions, self.settings.own["feddst"]), self.settings.run
         self._moves = options.moves(round_, run.rounds)
 
-    def check_trained(self, client: int, parcel: Parcel) -> None:
+    def check_trained(self, client: int, payload: Payload) -> None:
         """Refuse a mask that moved weights from one layer to another, too."""
-        super().check_trained(client, parcel)
+        super().check_trained(client, payload)
         if not self._moves:
             return
-        for name, alive, _ in read_mask(parcel.arrays, self.layout).layers():
+        for name, alive, _ in read_mask(payload.arrays, self.layout).layers():
             if alive != self.counts[name]:
                 raise PayloadError(f"a mask has {alive} alive weights in {name}; it must have {self.counts[name]}")
 
     def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Take the mean; where masks moved, over the owners, and keep the largest weights that somebody owns."""
         if not self._moves:
-            self.state = carried_fold(self, replies)
+            self.state = aggregate_mean(self, replies)
             return
         mean = OverlapMean(self.layout.size)
         for reply in replies:

@@ -31,18 +31,18 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.local.data import Images
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import Settings
+from ssfl_app.data.dataset import Images
 from ssfl_app.options import anything, at_least, fraction, option
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import LinearCodec
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, read_array
-from ssfl_app.strategies.gossip import DenseRelay
-from ssfl_app.strategies.personal import held_out, held_out_of
-from ssfl_app.strategies.post import Reply
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Facts, Parcel, freeze
+from ssfl_app.strategies.shared.fine_tuning import held_out, held_out_of
+from ssfl_app.strategies.shared.gossip import PeerModelServer
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class FedFomoOptions:
     keep_local: bool = anything("true or false")
 
 
-class FedFomoClient(ClientRule):
+class FedFomoClient(ClientAlgorithm):
     """Keeps its own model, and judges those of its peers."""
 
-    remembers = True
+    stateful = True
 
     @classmethod
     def uses(cls, settings: Settings) -> int:
@@ -70,35 +70,35 @@ class FedFomoClient(ClientRule):
         """Return the images that are not held out."""
         return images - held_out_of(images, cast(FedFomoOptions, settings.own["fedfomo"]).validation)
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Train the client's model, mix it with what came down, and return it with the peers' weights."""
         site, options = self.context, cast(FedFomoOptions, self.settings.own["fedfomo"])
         training, validation = held_out(self, options.validation)
         site.enough(len(validation), "a judgement of other models (fedfomo.validation)")
-        start = site.layout.flatten(self.personal_model(parcel))
+        start = site.layout.flatten(self.personal_model(payload))
         before = self._loss(start, validation)  # and `start` is on the workbench
-        loss = self.fit(int(parcel.facts["round"]), data=training)
-        candidates = [site.layout.flatten(state_of(site.model)), *self._peers(parcel)]
+        loss = self.fit(int(payload.metadata["round"]), data=training)
+        candidates = [site.layout.flatten(state_of(site.model)), *self._peers(payload)]
         weights = [weight(start, before, other, self._loss(other, validation)) for other in candidates]
         own = mixed(start, candidates, weights)
         if own is None:
             own = candidates[0] if options.keep_local else start
-        self.save_client_state(parcel, {"model": own})
-        reply = self.reply(parcel, site.dense, loss, site.layout.unflatten(own))
-        return Parcel({**reply.arrays, "preference": np.array(weights[1:], dtype=np.float32)}, reply.facts)
+        self.save_client_state(payload, {"model": own})
+        reply = self.reply(payload, site.dense, loss, site.layout.unflatten(own))
+        return Payload({**reply.arrays, "preference": np.array(weights[1:], dtype=np.float32)}, reply.metadata)
 
-    def evaluate(self, parcel: Parcel) -> Facts:
+    def evaluate(self, payload: Payload) -> Metadata:
         """Test the client's own model."""
-        load_state(self.context.model, self.personal_model(parcel))
-        return self.tested(parcel, "personal_accuracy")
+        load_state(self.context.model, self.personal_model(payload))
+        return self.tested(payload, "personal_accuracy")
 
     def _loss(self, model: Vector, validation: Images) -> float:
         load_state(self.context.model, self.context.layout.unflatten(model))
         return self.context.trainer.evaluate(self.context.model, validation)[0]
 
-    def _peers(self, parcel: Parcel) -> list[Vector]:
+    def _peers(self, payload: Payload) -> list[Vector]:
         codec, models = cast(LinearCodec, self.down(self.settings.wire.down_values)), dict[int, Arrays]()
-        for key, array in parcel.arrays.items():
+        for key, array in payload.arrays.items():
             name, _, place = key.rpartition(".")
             models.setdefault(int(place), {})[name] = array
         return [codec.vector(models[place], self.context.layout, self.context.dense) for place in sorted(models)]
@@ -123,7 +123,7 @@ def mixed(start: Vector, others: list[Vector], weights: list[float]) -> Vector |
     return moved.astype(np.float32)
 
 
-class FedFomo(DenseRelay):
+class FedFomo(PeerModelServer):
     """The network of the peers, and their preferences."""
 
     name = "fedfomo"
@@ -146,13 +146,13 @@ class FedFomo(DenseRelay):
             others = others[np.argsort(-self.preferences[client, others], kind="stable")]
         return sorted(int(other) for other in others[: options.peers])
 
-    def train_payload(self, round_: int, client: int) -> Parcel:
+    def train_payload(self, round_: int, client: int) -> Payload:
         """Return the peers' models, one after the other."""
         self._sent[client] = self.peers(round_, client)
         models = [self._encoded_last(other) for other in self._sent[client]]
-        parcel = Parcel({f"{name}.{i}": array for i, model in enumerate(models) for name, array in model.items()})
-        self.peer_bytes += parcel.nbytes
-        return parcel
+        payload = Payload({f"{name}.{i}": array for i, model in enumerate(models) for name, array in model.items()})
+        self.peer_bytes += payload.nbytes
+        return payload
 
     def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Keep the models and add up the preferences; the state becomes the mean of the models."""
@@ -162,18 +162,18 @@ class FedFomo(DenseRelay):
             self.preferences[reply.client, self._sent[reply.client]] += reply.arrays["preference"]
         self.state = self.layout.unflatten(self.mean(self.present(round_)))
 
-    def eval_payload(self, round_: int, client: int) -> Parcel:
+    def eval_payload(self, round_: int, client: int) -> Payload:
         """Return nothing: the client tests its own model."""
-        return Parcel()
+        return Payload()
 
     def answers(self, question: str | None = None) -> Allowed:
         """Return the model and a weight for each peer."""
         return {**super().answers(question), "preference": (np.float32, self.settings.run.clients)}
 
-    def check_trained(self, client: int, parcel: Parcel) -> None:
+    def check_trained(self, client: int, payload: Payload) -> None:
         """Raise PayloadError unless a finite weight came for each peer."""
-        super().check_trained(client, parcel)
-        preference = read_array(parcel.arrays, "preference", np.float32, len(self._sent[client]))
+        super().check_trained(client, payload)
+        preference = read_array(payload.arrays, "preference", np.float32, len(self._sent[client]))
         if not np.isfinite(preference).all():
             raise PayloadError("preference must be finite")
 
@@ -194,5 +194,5 @@ class FedFomo(DenseRelay):
             state = self.layout.unflatten(
                 cast(LinearCodec, self.up).vector(self.last(client), self.layout, self.mask)
             )
-            self._relayed[client] = freeze(self.down.encode(self.layout, state, self.mask))
+            self._relayed[client] = shared_buffers(self.down.encode(self.layout, state, self.mask))
         return self._relayed[client]

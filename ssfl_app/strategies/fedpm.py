@@ -30,20 +30,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ssfl_app.local.reparam import bernoulli_weights
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import Settings
+from ssfl_app.core.rounds import Query
+from ssfl_app.core.strategy import SparseStrategy, density_pair
+from ssfl_app.core.validation import stored
 from ssfl_app.options import ConfigError, above, at_least, choice
 from ssfl_app.seeding import generator, torch_generator
-from ssfl_app.sparsity.codec import BitsOnly, LinearCodec, read_mask
+from ssfl_app.sparsity.codec import BitmapOnly, LinearCodec, read_mask
 from ssfl_app.sparsity.layout import Bits, Layout, State, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError
-from ssfl_app.strategies.base import SparseStrategy, density_pair
-from ssfl_app.strategies.checks import stored
-from ssfl_app.strategies.course import Query
-from ssfl_app.strategies.post import Reply
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Facts, Parcel, freeze
+from ssfl_app.training.reparam import bernoulli_weights
 
 CLAMP = 0.01
 """theta stays this far from 0 and 1 in a client's scores: their logits have no end."""
@@ -85,18 +85,18 @@ def constants(layout: Layout, positive: Mask) -> State:
     return state
 
 
-class FedPmClient(ClientRule):
+class FedPmClient(ClientAlgorithm):
     """Trains probabilities and sends bits."""
 
     down = Prunable
-    up = BitsOnly
+    up = BitmapOnly
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Train the scores that came down as probabilities; return one mask drawn from them."""
-        self.load(parcel)
-        site, round_ = self.context, int(parcel.facts["round"])
+        self.load(payload)
+        site, round_ = self.context, int(payload.metadata["round"])
         options, where = cast(FedPmOptions, self.settings.own["fedpm"]), (round_, site.client_id)
-        network, theta = self._constants(parcel), state_of(site.model)
+        network, theta = self._constants(payload), state_of(site.model)
         scores = {name: torch.logit(theta[name].clamp(CLAMP, 1 - CLAMP)) for name in site.layout.prunable}
         load_state(site.model, network | scores)
         chance = torch_generator(self.settings.run.seed, "fedpm", *where)
@@ -105,17 +105,17 @@ class FedPmClient(ClientRule):
             loss = self.fit(round_, lr=options.lr, optimizer=torch.optim.Adam)
         trained = torch.from_numpy(site.layout.flatten_prunable(state_of(site.model)))
         rng = generator(self.settings.run.seed, "fedpm-upload", *where)
-        return self.reply(parcel, drawn(site.layout, torch.sigmoid(trained).numpy(), rng), loss)
+        return self.reply(payload, drawn(site.layout, torch.sigmoid(trained).numpy(), rng), loss)
 
-    def evaluate(self, parcel: Parcel) -> Facts:
+    def evaluate(self, payload: Payload) -> Metadata:
         """Test the network whose mask came down."""
-        mask = read_mask(parcel.arrays, self.context.layout)
-        load_state(self.context.model, mask.apply(self._constants(parcel)))
-        return self.tested(parcel)
+        mask = read_mask(payload.arrays, self.context.layout)
+        load_state(self.context.model, mask.apply(self._constants(payload)))
+        return self.tested(payload)
 
-    def _constants(self, parcel: Parcel) -> State:
+    def _constants(self, payload: Payload) -> State:
         """Return the constants; their signs are made from the seed once and kept."""
-        site, digest = self.context, str(parcel.facts.get("signs", ""))
+        site, digest = self.context, str(payload.metadata.get("signs", ""))
         positive = site.mask(digest)
         if positive is None:
             positive = signs(site.layout, site.initial_state())
@@ -146,7 +146,7 @@ class FedPm(SparseStrategy):
     name = "fedpm"
     client = FedPmClient
     sections = {"fedpm": FedPmOptions}  # noqa: RUF012  (ClassVar of the base)
-    density_matters = False
+    uses_density = False
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         super().__init__(layout, settings)
@@ -168,9 +168,9 @@ class FedPm(SparseStrategy):
         scores = torch.from_numpy(rng.standard_normal(self.layout.prunable_size, dtype=np.float32))
         self._believe(0, torch.sigmoid(scores).numpy())
 
-    def train_payload(self, round_: int, client: int) -> Parcel:
+    def train_payload(self, round_: int, client: int) -> Payload:
         """Return theta."""
-        return Parcel(super().train_payload(round_, client).arrays, {"signs": self.signs.digest})
+        return Payload(super().train_payload(round_, client).arrays, {"signs": self.signs.digest})
 
     def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Count the bits of the masks and take the mode of the posterior."""
@@ -187,9 +187,9 @@ class FedPm(SparseStrategy):
         """Return None: bits have no length, and one client's move theta by its weight's share at most."""
         return None
 
-    def eval_payload(self, round_: int, client: int) -> Parcel:
+    def eval_payload(self, round_: int, client: int) -> Payload:
         """Return the mask of the network that is tested."""
-        return Parcel(self._bits, {"signs": self.signs.digest})
+        return Payload(self._bits, {"signs": self.signs.digest})
 
     def model(self) -> State:
         """Return the network that is tested."""
@@ -219,4 +219,4 @@ class FedPm(SparseStrategy):
         else:
             rng = generator(self.settings.run.seed, "fedpm-evaluate", round_)
             self.network = drawn(self.layout, theta, rng)
-        self._bits = freeze(BitsOnly().encode(self.layout, self.state, self.network))
+        self._bits = shared_buffers(BitmapOnly().encode(self.layout, self.state, self.network))

@@ -29,22 +29,22 @@ from typing import ClassVar, cast
 
 import numpy as np
 
-from ssfl_app.aggregate import WeightedMean
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Payload
+from ssfl_app.core.aggregation import aggregate_mean
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.means import WeightedMean
+from ssfl_app.core.options import Settings
+from ssfl_app.core.rounds import Query
+from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.options import at_least, fraction
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import Bitmask, Codec, SharedMask, read_mask
+from ssfl_app.sparsity.codec import BitmapAndValues, Codec, MaskedValues, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled
-from ssfl_app.sparsity.evolve import drop, layer_densities, random_mask, grow, top_mask
+from ssfl_app.sparsity.dynamic import drop, grow, layer_densities, random_mask, top_mask
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, PayloadError, allowed_values, check_values, read_values
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Query
-from ssfl_app.strategies.folds import carried_fold
-from ssfl_app.strategies.post import Reply
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Parcel
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ def shares_of(mask: Mask) -> Vector:
     return np.array(list(layer_densities(mask).values()), dtype=np.float32)
 
 
-class FlashClient(ClientRule):
+class FlashClient(ClientAlgorithm):
     """Answers "layer_densities" by sparse learning; trains as FedAvg's client does, inside the mask."""
 
-    down = SharedMask
-    up: ClassVar[type[Codec]] = SharedMask
+    down = MaskedValues
+    up: ClassVar[type[Codec]] = MaskedValues
     query_types = ("layer_densities",)
 
     @classmethod
@@ -114,14 +114,14 @@ class FlashClient(ClientRule):
         """Return the epochs of stage 1 too."""
         return super().uses(settings) + cast(FlashOptions, settings.own["flash"]).stage_epochs
 
-    def answer_query(self, question: str, parcel: Parcel) -> Parcel:
+    def answer_query(self, question: str, payload: Payload) -> Payload:
         """Return the layer densities, float32, shape (prunable tensors,), that sparse learning ends with."""
         if question not in self.query_types:
-            return super().answer_query(question, parcel)
-        load_state(self.context.model, self.initial_weights(parcel))
+            return super().answer_query(question, payload)
+        load_state(self.context.model, self.initial_weights(payload))
         start, rate = first_mask(self.context.layout, self.settings), self.settings.local.lr
         mask, _ = self.learn(0, start, self.options.stage_epochs, "flash-stage", rate)
-        return Parcel({"values": shares_of(mask)}, {"samples": len(self.context.train)})
+        return Payload({"values": shares_of(mask)}, {"samples": len(self.context.train)})
 
     @property
     def options(self) -> FlashOptions:
@@ -150,15 +150,15 @@ class FlashClient(ClientRule):
 class FlashJointClient(FlashClient):
     """Moves the mask while it trains, in the rounds for that."""
 
-    up = Bitmask
+    up = BitmapAndValues
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Train, with sparse learning in rounds that change the mask; return the alive values, and the new mask."""
-        mask, round_ = self.load(parcel), int(parcel.facts["round"])
+        mask, round_ = self.load(payload), int(payload.metadata["round"])
         if self.options.changes(round_):
             found, loss = self.learn(round_, mask, self.settings.local.epochs, "flash-joint")
-            return self.reply(parcel, found, loss)
-        return self.reply(parcel, mask, self.fit(round_, mask), up=SharedMask)
+            return self.reply(payload, found, loss)
+        return self.reply(payload, mask, self.fit(round_, mask), up=MaskedValues)
 
 
 class Flash(SparseStrategy):
@@ -200,9 +200,9 @@ class Flash(SparseStrategy):
         named = dict(zip(self.layout.prunable, shares.value().tolist(), strict=True))
         return rescaled(self.layout, named, self.settings.mask.density)
 
-    def _check_shares(self, client: int, parcel: Parcel) -> None:
-        self.check_samples(parcel)
-        shares = read_values(parcel.arrays, "fp32", len(self.layout.prunable))
+    def _check_shares(self, client: int, payload: Payload) -> None:
+        self.check_samples(payload)
+        shares = read_values(payload.arrays, "fp32", len(self.layout.prunable))
         check_values(shares)
         # Densities of less than one weight would add up to an empty mask, as zeros do.
         if shares.min() < 0 or shares.max() > 1 or shares.max() * self.layout.prunable_size < 1:
@@ -230,7 +230,7 @@ class FlashJoint(Flash):
     @property
     def up(self) -> Codec:
         """The codec of models sent back: with their masks only in rounds that change the mask."""
-        return (Bitmask if self._changes else SharedMask)(self.settings.wire.up_values)
+        return (BitmapAndValues if self._changes else MaskedValues)(self.settings.wire.up_values)
 
     def before_round(self, round_: int, ask: Query) -> None:
         """Note whether this round changes the mask."""
@@ -239,7 +239,7 @@ class FlashJoint(Flash):
     def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Average weights, and layer densities if the mask changes; keep the largest weights of each layer."""
         if not self._changes:
-            self.state = carried_fold(self, replies)
+            self.state = aggregate_mean(self, replies)
             return
         weights, shares = WeightedMean(self.layout.size), WeightedMean(len(self.layout.prunable))
         for reply in replies:
@@ -251,9 +251,9 @@ class FlashJoint(Flash):
         self.mask = top_mask(self.layout, abs(flat[self.layout.is_prunable]), self._counts(shares))
         self.state = self.mask.apply(self.layout.unflatten(flat))
 
-    def check_trained(self, client: int, parcel: Parcel) -> None:
+    def check_trained(self, client: int, payload: Payload) -> None:
         """Refuse a mask of another density too: the mean would take it for a layer's sensitivity."""
-        super().check_trained(client, parcel)
-        count = read_mask(parcel.arrays, self.layout).count if self._changes else self.mask.count
+        super().check_trained(client, payload)
+        count = read_mask(payload.arrays, self.layout).count if self._changes else self.mask.count
         if count != self.mask.count:
             raise PayloadError(f"a mask has {count} alive weights; it came down with {self.mask.count}")

@@ -22,20 +22,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Metadata, Payload
+from ssfl_app.core.aggregation import overlap_mean, zeros_mean
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import Settings
+from ssfl_app.core.rounds import Query
 from ssfl_app.options import choice
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import BitsOnly, SharedMask, read_mask
+from ssfl_app.sparsity.codec import BitmapOnly, MaskedValues, read_mask
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask, Scope, keep_count
 from ssfl_app.sparsity.values import Allowed, PayloadError
-from ssfl_app.strategies.course import Query
-from ssfl_app.strategies.folds import overlap_mean, zeros_mean
-from ssfl_app.strategies.own_masks import OwnMasks
-from ssfl_app.strategies.post import Reply
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.scoring import snip_scores
-from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Facts, Parcel
+from ssfl_app.strategies.shared.client_masks import ClientMasks
+from ssfl_app.strategies.shared.scoring import snip_scores
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,24 @@ def random_mask(layout: Layout, settings: Settings, client: int) -> Mask:
     return Mask.random(layout, settings.mask.density, rng, cast(Scope, settings.mask.scope))
 
 
-class LocalMaskClient(ClientRule):
+class LocalMaskClient(ClientAlgorithm):
     """Trains inside its own mask, which it draws from the seed if nobody told it another one."""
 
-    down = SharedMask
-    up = SharedMask
+    down = MaskedValues
+    up = MaskedValues
 
-    def known_mask(self, parcel: Parcel, digest: str) -> Mask:
+    def known_mask(self, payload: Payload, digest: str) -> Mask:
         """Return the mask with this digest; the client's random one needs no telling."""
-        if "mask" not in parcel.arrays and self.context.mask(digest) is None:
+        if "mask" not in payload.arrays and self.context.mask(digest) is None:
             own = random_mask(self.context.layout, self.settings, self.context.client_id)
             if own.digest == digest:  # if another one is meant, the held one stays
                 self.context.memory.keep(own.digest, own.packed())
-        return super().known_mask(parcel, digest)
+        return super().known_mask(payload, digest)
 
-    def evaluate(self, parcel: Parcel) -> Facts:
+    def evaluate(self, payload: Payload) -> Metadata:
         """Test the client's own part of the global model."""
-        self.load(parcel)
-        return self.tested(parcel, "personal_accuracy")
+        self.load(payload)
+        return self.tested(payload, "personal_accuracy")
 
 
 class LocalSaliencyClient(LocalMaskClient):
@@ -76,21 +76,21 @@ class LocalSaliencyClient(LocalMaskClient):
 
     query_types = ("own_mask",)
 
-    def answer_query(self, question: str, parcel: Parcel) -> Parcel:
+    def answer_query(self, question: str, payload: Payload) -> Payload:
         """Return the bitmap of the client's own top scores, and keep it."""
         if question not in self.query_types:
-            return super().answer_query(question, parcel)
+            return super().answer_query(question, payload)
         site, options, wanted = self.context, cast(Any, self.settings.own["ssfl"]), self.settings.mask
-        state = self.initial_weights(parcel)
+        state = self.initial_weights(payload)
         scores = snip_scores(self, state, options.saliency_batches, options.saliency_batch_size)
         own = Mask.top(
             site.layout, scores, wanted.density, cast(Scope, wanted.scope), min_per_layer=wanted.min_per_layer
         )
         site.memory.keep(own.digest, own.packed())
-        return Parcel(BitsOnly().encode(site.layout, state, own), {"samples": len(site.train)})
+        return Payload(BitmapOnly().encode(site.layout, state, own), {"samples": len(site.train)})
 
 
-class RandomLocal(OwnMasks):
+class RandomLocal(ClientMasks):
     """A random mask for every client."""
 
     name = "random-local"
@@ -128,11 +128,11 @@ class LocalSaliency(RandomLocal):
 
     def answers(self, question: str | None = None) -> Allowed:
         """Return the bitmap for a question."""
-        return super().answers() if question is None else BitsOnly().allowed(self.layout)
+        return super().answers() if question is None else BitmapOnly().allowed(self.layout)
 
-    def _check_mask(self, client: int, parcel: Parcel) -> None:
-        self.check_samples(parcel)
-        mask, wanted = read_mask(parcel.arrays, self.layout), self.settings.mask
+    def _check_mask(self, client: int, payload: Payload) -> None:
+        self.check_samples(payload)
+        mask, wanted = read_mask(payload.arrays, self.layout), self.settings.mask
         if wanted.scope == "global" and mask.count != keep_count(wanted.density, self.layout.prunable_size):
             raise PayloadError(f"a mask has {mask.count} alive weights; mask.density is {wanted.density}")
         for name, alive, size in mask.layers() if wanted.scope == "layer" else ():

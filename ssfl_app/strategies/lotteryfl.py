@@ -27,13 +27,13 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from ssfl_app.comm.payload import Payload
+from ssfl_app.core.rounds import Query
+from ssfl_app.core.validation import stored
 from ssfl_app.options import at_least, fraction
 from ssfl_app.sparsity.layout import State, load_state, state_digest
 from ssfl_app.sparsity.values import Arrays, PayloadError
-from ssfl_app.strategies.checks import stored
-from ssfl_app.strategies.course import Query
-from ssfl_app.strategies.shrinking import ShrinkingClient, ShrinkingMasks
-from ssfl_app.wire import Parcel
+from ssfl_app.strategies.shared.iterative_pruning import IterativePruning, IterativePruningClient
 
 
 @dataclass(frozen=True)
@@ -44,29 +44,29 @@ class LotteryFlOptions:
     accuracy: float = at_least(0)
 
 
-class LotteryFlClient(ShrinkingClient):
+class LotteryFlClient(IterativePruningClient):
     """Prunes before training, and then starts from the initial weights."""
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Prune and rewind if the model is good enough, train, and return the weights under the mask."""
         options = cast(LotteryFlOptions, self.settings.own["lotteryfl"])
-        mask = self.load(parcel)
+        mask = self.load(payload)
         smaller = self.pruned(mask, options.step)
         if smaller.count < mask.count and self.training_accuracy() > options.accuracy:
             mask = smaller
-            load_state(self.context.model, mask.apply(self._initial(parcel)))
-        return self.answer(parcel, mask, self.fit(int(parcel.facts["round"]), mask))
+            load_state(self.context.model, mask.apply(self._initial(payload)))
+        return self.answer(payload, mask, self.fit(int(payload.metadata["round"]), mask))
 
-    def _initial(self, parcel: Parcel) -> State:
+    def _initial(self, payload: Payload) -> State:
         state = self.context.initial_state()
         digest = state_digest(self.context.layout, state)
-        if digest != parcel.facts["weights"]:
-            wanted = str(parcel.facts["weights"])
+        if digest != payload.metadata["weights"]:
+            wanted = str(payload.metadata["weights"])
             raise PayloadError(f"the seed's weights are {digest[:16]} here; they must be {wanted[:16]}")
         return state
 
 
-class LotteryFl(ShrinkingMasks):
+class LotteryFl(IterativePruning):
     """States the digest of the initial weights in every message."""
 
     name = "lotteryfl"
@@ -78,9 +78,9 @@ class LotteryFl(ShrinkingMasks):
         """Note what the initial weights are."""
         self._weights = state_digest(self.layout, self.state)
 
-    def train_payload(self, round_: int, client: int) -> Parcel:
+    def train_payload(self, round_: int, client: int) -> Payload:
         """Return the client's own part of the global model."""
-        return Parcel(super().train_payload(round_, client).arrays, {"weights": self._weights})
+        return Payload(super().train_payload(round_, client).arrays, {"weights": self._weights})
 
     def state_dict(self) -> Arrays:
         """Return all that `restore` needs: the digest too."""

@@ -31,22 +31,22 @@ from typing import cast
 
 import numpy as np
 
-from ssfl_app.aggregate import WeightedMean
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Payload
+from ssfl_app.core.aggregation import aggregate_mean
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.means import WeightedMean
+from ssfl_app.core.options import Settings
+from ssfl_app.core.robust import ScoreFold
+from ssfl_app.core.rounds import Query
+from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.options import at_least, choice, fraction
-from ssfl_app.robust import ScoreFold
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import Bitmask, SharedMask, read_mask
+from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, read_mask
 from ssfl_app.sparsity.layout import Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.selection import largest
 from ssfl_app.sparsity.values import MAX_VALUE, Allowed, PayloadError, check_values, read_array
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Query
-from ssfl_app.strategies.folds import carried_fold
-from ssfl_app.strategies.post import Reply
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Parcel
 
 HALF_LIFE = 10_000
 """Rounds after which half as many weights are removed."""
@@ -117,11 +117,11 @@ def pruned_counts(options: PruneFlOptions, density: float, size: int) -> tuple[i
     return low, high
 
 
-class PruneFlClient(ClientRule):
+class PruneFlClient(ClientAlgorithm):
     """FedAvg's client, which also tells squared gradients; one of them prunes alone first."""
 
-    down = SharedMask
-    up = SharedMask
+    down = MaskedValues
+    up = MaskedValues
     query_types = ("initial_pruning",)
 
     @classmethod
@@ -129,12 +129,12 @@ class PruneFlClient(ClientRule):
         """Return the local rounds of stage 1 too, each with its gradients."""
         return super().uses(settings) + options_of(settings).checks * (settings.local.epochs + 1)
 
-    def answer_query(self, question: str, parcel: Parcel) -> Parcel:
+    def answer_query(self, question: str, payload: Payload) -> Payload:
         """Return the model and the mask of stage 1."""
         if question not in self.query_types:
-            return super().answer_query(question, parcel)
+            return super().answer_query(question, payload)
         site, options, calm = self.context, options_of(self.settings), 0
-        load_state(site.model, self.initial_weights(parcel))
+        load_state(site.model, self.initial_weights(payload))
         mask, most = site.dense, keep_count(self.settings.mask.density, site.layout.prunable_size)
         for check in range(options.checks):
             if calm == CALM:
@@ -146,17 +146,19 @@ class PruneFlClient(ClientRule):
             before, mask = mask, readjusted(mask, weights, squares, options.prune, most, options.density == "target")
             changed = int(np.count_nonzero(before.alive ^ mask.alive))
             calm = calm + 1 if changed < SETTLED * before.count else 0
-        return Parcel(Bitmask().encode(site.layout, state_of(site.model), mask), {"samples": len(site.train)})
+        return Payload(
+            BitmapAndValues().encode(site.layout, state_of(site.model), mask), {"samples": len(site.train)}
+        )
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Train as ever; in rounds that readjust send the squared gradients at the model that came down as well."""
-        round_ = int(parcel.facts["round"])
+        round_ = int(payload.metadata["round"])
         if round_ % options_of(self.settings).every:
-            return super().train(parcel)
-        mask = self.load(parcel)
+            return super().train(payload)
+        mask = self.load(payload)
         squares = self.squares(round_, "prunefl-squares")
-        reply = self.reply(parcel, mask, self.fit(round_, mask))
-        return Parcel({**reply.arrays, "squares": squares}, reply.facts)
+        reply = self.reply(payload, mask, self.fit(round_, mask))
+        return Payload({**reply.arrays, "squares": squares}, reply.metadata)
 
     def squares(self, round_: int, purpose: str) -> Vector:
         """Return the mean of g^2 over one pass of minibatches, at the model on the workbench."""
@@ -188,19 +190,19 @@ class PruneFl(SparseStrategy):
         present = self.present(0)
         client = present[int(generator(self.settings.run.seed, "prunefl-client").choice(len(present)))]
         for reply in ask("initial_pruning", [client], self._check_pruned):
-            self.state, self.mask = Bitmask().decode(reply.arrays, self.layout)
+            self.state, self.mask = BitmapAndValues().decode(reply.arrays, self.layout)
 
     def answers(self, question: str | None = None) -> Allowed:
         """Return a model and its mask for stage 1, and the squares beside a model after that."""
         if question is not None:
-            return Bitmask().allowed(self.layout)
+            return BitmapAndValues().allowed(self.layout)
         return {**super().answers(), "squares": (np.float32, self.layout.prunable_size)}
 
-    def check_trained(self, client: int, parcel: Parcel) -> None:
+    def check_trained(self, client: int, payload: Payload) -> None:
         """Refuse bad squares too, in rounds that readjust."""
-        super().check_trained(client, parcel)
-        if int(parcel.facts["round"]) % options_of(self.settings).every == 0:
-            squares = read_array(parcel.arrays, "squares", np.float32, self.layout.prunable_size)
+        super().check_trained(client, payload)
+        if int(payload.metadata["round"]) % options_of(self.settings).every == 0:
+            squares = read_array(payload.arrays, "squares", np.float32, self.layout.prunable_size)
             check_values(squares)
             if squares.min() < 0:
                 raise PayloadError(f"squares reach {squares.min():g}; they must be at least 0")
@@ -209,7 +211,7 @@ class PruneFl(SparseStrategy):
         """Take the mean; readjust the mask when that is due."""
         options, density = options_of(self.settings), self.settings.mask.density
         if round_ % options.every:
-            self.state = carried_fold(self, replies)
+            self.state = aggregate_mean(self, replies)
             return
         squares = ScoreFold(self.settings.own["ssfl"].score_fold, self.layout.prunable_size)
 
@@ -219,16 +221,16 @@ class PruneFl(SparseStrategy):
                 yield reply
                 del reply
 
-        state = carried_fold(self, noted())
+        state = aggregate_mean(self, noted())
         weights, most = np.abs(self.layout.flatten_prunable(state)), keep_count(density, self.layout.prunable_size)
         share = options.prune * 0.5 ** (round_ / HALF_LIFE)
         self.mask = readjusted(self.mask, weights, squares.value(), share, most, options.density == "target")
         self.state = self.mask.apply(state)
 
-    def _check_pruned(self, client: int, parcel: Parcel) -> None:
-        self.check_samples(parcel)
-        Bitmask().check(parcel.arrays, self.layout, self.mask)
+    def _check_pruned(self, client: int, payload: Payload) -> None:
+        self.check_samples(payload)
+        BitmapAndValues().check(payload.arrays, self.layout, self.mask)
         low, high = pruned_counts(options_of(self.settings), self.settings.mask.density, self.layout.prunable_size)
-        count = read_mask(parcel.arrays, self.layout).count
+        count = read_mask(payload.arrays, self.layout).count
         if not low <= count <= high:
             raise PayloadError(f"a mask has {count} alive weights; stage 1 ends with {low} to {high}")

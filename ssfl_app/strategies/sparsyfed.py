@@ -28,20 +28,20 @@ from typing import cast
 
 import numpy as np
 
-from ssfl_app.local.reparam import inverse_power, power, power_propagation, sparse_activations, spectral_exponent
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Metadata, Payload
+from ssfl_app.core.aggregation import zeros_mean
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import MaskOptions, Settings
+from ssfl_app.core.rounds import Query
+from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.options import ConfigError, anything, at_least, choice
-from ssfl_app.sparsity.codec import Bitmask, read_mask
-from ssfl_app.sparsity.evolve import layer_densities
+from ssfl_app.sparsity.codec import BitmapAndValues, read_mask
+from ssfl_app.sparsity.dynamic import layer_densities
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Query
-from ssfl_app.strategies.folds import zeros_mean
-from ssfl_app.strategies.post import Reply
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import MaskOptions, Settings
-from ssfl_app.wire import Facts, Parcel
+from ssfl_app.training.reparam import inverse_power, power, power_propagation, sparse_activations, spectral_exponent
 
 
 @dataclass(frozen=True)
@@ -67,27 +67,27 @@ def largest(layout: Layout, weights: Vector, wanted: MaskOptions) -> Mask:
     return Mask.top(layout, np.abs(weights), wanted.density, scope, min_per_layer=wanted.min_per_layer)
 
 
-class SparsyFedClient(ClientRule):
+class SparsyFedClient(ClientAlgorithm):
     """Trains w through v, and prunes w."""
 
-    down = Bitmask
-    up = Bitmask
+    down = BitmapAndValues
+    up = BitmapAndValues
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Train the model that came down and return it pruned."""
         options, site = cast(SparsyFedOptions, self.settings.own["sparsyfed"]), self.context
-        mask = self.load(parcel)
+        mask = self.load(payload)
         keep = layer_densities(mask) if options.prune_activations else dict.fromkeys(site.layout.prunable, 1.0)
         with self.powered(), sparse_activations(site.model, keep):
-            loss = self.fit(int(parcel.facts["round"]))  # no mask: it is beta > 1 that keeps dead weights dead
+            loss = self.fit(int(payload.metadata["round"]))  # no mask: it is beta > 1 that keeps dead weights dead
         weights = site.layout.flatten_prunable(state_of(site.model))
-        return self.reply(parcel, largest(site.layout, weights, self.settings.mask), loss)
+        return self.reply(payload, largest(site.layout, weights, self.settings.mask), loss)
 
-    def evaluate(self, parcel: Parcel) -> Facts:
+    def evaluate(self, payload: Payload) -> Metadata:
         """Test the model that came down, with v."""
-        self.load(parcel)
+        self.load(payload)
         with self.powered():
-            return self.tested(parcel)
+            return self.tested(payload)
 
     def powered(self) -> AbstractContextManager[None]:
         """Return the context in which the workbench, which holds the w that came down, computes with v."""
@@ -124,9 +124,9 @@ class SparsyFed(SparseStrategy):
         betas = exponents(self.layout, self.settings, self.state)
         return {n: power(t, betas[n]) if n in betas else t for n, t in self.state.items()}
 
-    def check_trained(self, client: int, parcel: Parcel) -> None:
+    def check_trained(self, client: int, payload: Payload) -> None:
         """Refuse as ever, and a mask of another density than was asked for."""
-        super().check_trained(client, parcel)
-        count = read_mask(parcel.arrays, self.layout).count
+        super().check_trained(client, payload)
+        count = read_mask(payload.arrays, self.layout).count
         if count != self._count:
             raise PayloadError(f"{count} weights came up; mask.density {self.settings.mask.density} is {self._count}")

@@ -31,11 +31,11 @@ from typing import cast
 import numpy as np
 from torch import nn
 
+from ssfl_app.comm.payload import Payload
 from ssfl_app.options import at_least, fraction
 from ssfl_app.sparsity.layout import load_state, state_of
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.strategies.shrinking import ShrinkingClient, ShrinkingMasks
-from ssfl_app.wire import Parcel
+from ssfl_app.strategies.shared.iterative_pruning import IterativePruning, IterativePruningClient
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class SubFedAvgOptions:
     accuracy: float = at_least(0)
 
 
-class SubFedAvgClient(ShrinkingClient):
+class SubFedAvgClient(IterativePruningClient):
     """Prunes after training."""
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Train, and return the weights under the old mask or a smaller one."""
-        mask, step = self.load(parcel), self._options.step
+        mask, step = self.load(payload), self._options.step
         left, early = math.ceil(len(self.context.train) / self.settings.local.batch_size), mask
 
         def look(model: nn.Module) -> None:
@@ -61,9 +61,9 @@ class SubFedAvgClient(ShrinkingClient):
             if left == 0:
                 early = self.pruned(mask, step)
 
-        loss = self.fit(int(parcel.facts["round"]), mask, after_step=look)
+        loss = self.fit(int(payload.metadata["round"]), mask, after_step=look)
         late = self.pruned(mask, step)
-        return self.answer(parcel, late if self._adopts(early, late) else mask, loss)
+        return self.answer(payload, late if self._adopts(early, late) else mask, loss)
 
     def _adopts(self, early: Mask, late: Mask) -> bool:
         """Return whether the mask of the last epoch becomes the client's; the workbench is left as it was."""
@@ -87,7 +87,7 @@ def mean_distance(one: Mask, other: Mask) -> float:
     return float(np.mean([np.mean(one.alive[span] != other.alive[span]) for span in spans]))
 
 
-class SubFedAvg(ShrinkingMasks):
+class SubFedAvg(IterativePruning):
     """The server's half is that of all shrinking masks."""
 
     name = "subfedavg"

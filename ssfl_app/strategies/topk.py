@@ -25,18 +25,18 @@ from typing import cast
 
 import numpy as np
 
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Payload
+from ssfl_app.core.aggregation import overlap_mean, zeros_mean
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import MaskOptions, Settings
+from ssfl_app.core.robust import distance
+from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.options import ConfigError, anything, choice
-from ssfl_app.robust import distance
-from ssfl_app.sparsity.codec import Bitmask, Codec, Indexed
+from ssfl_app.sparsity.codec import BitmapAndValues, Codec, Indexed
 from ssfl_app.sparsity.layout import Layout, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.folds import overlap_mean, zeros_mean
-from ssfl_app.strategies.post import Reply
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import MaskOptions, Settings
-from ssfl_app.wire import Parcel
 
 
 @dataclass(frozen=True)
@@ -59,33 +59,33 @@ def chosen(layout: Layout, values: Vector, wanted: MaskOptions) -> Mask:
 def codec(settings: Settings, rng: np.random.Generator | None = None) -> Codec:
     """Return how the chosen coordinates travel up; `rng` as `Codec` has it."""
     options = cast(TopkOptions, settings.own["topk"])
-    return {"bitmap": Bitmask, "int32": Indexed}[options.index](settings.wire.up_values, rng)
+    return {"bitmap": BitmapAndValues, "int32": Indexed}[options.index](settings.wire.up_values, rng)
 
 
-class TopkClient(ClientRule):
+class TopkClient(ClientAlgorithm):
     """Trains everything and sends the largest."""
 
-    up = Bitmask  # or Indexed: `codec`
-    remembers = True
+    up = BitmapAndValues  # or Indexed: `codec`
+    stateful = True
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Train the model that came down; return its largest coordinates, or those of its change."""
         options, layout = cast(TopkOptions, self.settings.own["topk"]), self.context.layout
-        self.load(parcel)
+        self.load(payload)
         old = layout.flatten(state_of(self.context.model))
-        loss = self.fit(int(parcel.facts["round"]))
+        loss = self.fit(int(payload.metadata["round"]))
         values = layout.flatten(state_of(self.context.model))
         if options.of == "update":
             values -= old
         if options.error_feedback:
-            kept = self.load_client_state(parcel)
+            kept = self.load_client_state(payload)
             values += np.float32(0) if kept is None else kept["residual"]
-        mask, up = chosen(layout, values, self.settings.mask), codec(self.settings, self.rounder(parcel))
+        mask, up = chosen(layout, values, self.settings.mask), codec(self.settings, self.rounder(payload))
         arrays = up.encode(layout, layout.unflatten(values), mask)
         if options.error_feedback:
             sent, _ = up.decode(arrays, layout, mask)  # as the server reads it: rounding is fed back too
-            self.save_client_state(parcel, {"residual": values - layout.flatten(sent)})
-        return Parcel(arrays, self.facts(parcel, loss))
+            self.save_client_state(payload, {"residual": values - layout.flatten(sent)})
+        return Payload(arrays, self.metadata(payload, loss))
 
 
 class Topk(SparseStrategy):
@@ -134,9 +134,9 @@ class Topk(SparseStrategy):
         values, mask = self.decoded(reply)
         return distance(values[mask.transmitted])
 
-    def check_trained(self, client: int, parcel: Parcel) -> None:
+    def check_trained(self, client: int, payload: Payload) -> None:
         """Refuse as ever, and what carries another number of coordinates than was asked for."""
-        super().check_trained(client, parcel)
-        count = parcel.arrays["values"].size - (self.layout.size - self.layout.prunable_size)
+        super().check_trained(client, payload)
+        count = payload.arrays["values"].size - (self.layout.size - self.layout.prunable_size)
         if count != self._count:
             raise PayloadError(f"{count} weights came up; mask.density {self.settings.mask.density} is {self._count}")

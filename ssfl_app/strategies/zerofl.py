@@ -33,20 +33,20 @@ from typing import cast
 
 import numpy as np
 
-from ssfl_app.local.reparam import sparse_activations, top_weights
+from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.payload import Metadata, Payload
+from ssfl_app.core.aggregation import zeros_mean
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import Settings
+from ssfl_app.core.robust import distance
+from ssfl_app.core.rounds import Query
+from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.options import ConfigError, choice, option
-from ssfl_app.robust import distance
-from ssfl_app.sparsity.codec import Bitmask, read_mask
+from ssfl_app.sparsity.codec import BitmapAndValues, read_mask
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, Scope, alive_count
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.strategies.base import SparseStrategy
-from ssfl_app.strategies.course import Query
-from ssfl_app.strategies.folds import zeros_mean
-from ssfl_app.strategies.post import Reply
-from ssfl_app.strategies.rule import ClientRule
-from ssfl_app.strategies.settings import Settings
-from ssfl_app.wire import Facts, Parcel
+from ssfl_app.training.reparam import sparse_activations, top_weights
 
 
 @dataclass(frozen=True)
@@ -74,29 +74,29 @@ def used_mask(layout: Layout, state: State, density: float) -> Mask:
     return mask | Mask(layout, first)
 
 
-class ZeroFlClient(ClientRule):
+class ZeroFlClient(ClientAlgorithm):
     """Trains a dense model that computes sparsely, and sends a part of it."""
 
-    up = Bitmask
+    up = BitmapAndValues
 
-    def train(self, parcel: Parcel) -> Parcel:
+    def train(self, payload: Payload) -> Payload:
         """Train the model that came down; return the largest of its weights, or of their changes."""
         options, layout = cast(ZeroFlOptions, self.settings.own["zerofl"]), self.context.layout
-        self.load(parcel)
+        self.load(payload)
         old = layout.flatten(state_of(self.context.model))
         keep = dict.fromkeys(layout.prunable, self.settings.mask.density) | {layout.prunable[0]: 1.0}
         with self.sparse(), sparse_activations(self.context.model, keep):
-            loss = self.fit(int(parcel.facts["round"]))
+            loss = self.fit(int(payload.metadata["round"]))
         new = layout.flatten(state_of(self.context.model))
         mask = sent_mask(layout, new - old if options.uplink == "top-diff" else new, self.settings)
         values = new if options.uplink == "top-weights" else new - old
-        return self.reply(parcel, mask, loss, layout.unflatten(values))
+        return self.reply(payload, mask, loss, layout.unflatten(values))
 
-    def evaluate(self, parcel: Parcel) -> Facts:
+    def evaluate(self, payload: Payload) -> Metadata:
         """Test the model that came down, with its largest weights."""
-        self.load(parcel)
+        self.load(payload)
         with self.sparse():
-            return self.tested(parcel)
+            return self.tested(payload)
 
     def sparse(self) -> AbstractContextManager[None]:
         """Return the context in which the workbench computes with its largest weights."""
@@ -149,9 +149,9 @@ class ZeroFl(SparseStrategy):
         values, mask = self.decoded(reply)
         return distance(values[mask.transmitted])
 
-    def check_trained(self, client: int, parcel: Parcel) -> None:
+    def check_trained(self, client: int, payload: Payload) -> None:
         """Refuse as ever, and another number of coordinates than was asked for."""
-        super().check_trained(client, parcel)
-        count = read_mask(parcel.arrays, self.layout).count
+        super().check_trained(client, payload)
+        count = read_mask(payload.arrays, self.layout).count
         if count != self._count:
             raise PayloadError(f"{count} weights came up; density and zerofl.r-mask make {self._count}")

@@ -1,6 +1,6 @@
 """Apps of other libraries under `SSFL`, as a new user writes them: Lightning, HF Trainer with LoRA, Opacus, sklearn.
 
-All are played on the in-process grid; `tests/engine/test_examples.py` plays the LoRA app with ``flwr run``.
+All are played on the in-process grid; `tests/system/test_examples.py` plays the LoRA app with ``flwr run``.
 """
 
 import gc
@@ -112,7 +112,7 @@ def test_lightning(batches: int, tmp_path: Path) -> None:
 def quick_collections() -> Iterator[None]:
     """Have the collections that accelerate asks for pass over what is imported already: a second each."""
     gc.collect()
-    gc.freeze()
+    gc.shared_buffers()
     yield
     gc.unfreeze()
 

@@ -1,6 +1,6 @@
 """Apps of plain PyTorch under `SSFL`, as a new user writes them: Flower's quickstart, a NumPyClient, an LSTM, a GPT.
 
-All are played on the in-process grid; `tests/engine/test_examples.py` has real runs of the first two kinds.
+All are played on the in-process grid; `tests/system/test_examples.py` has real runs of the first two kinds.
 """
 
 from collections.abc import Iterable

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Result
 from torch import nn
 
 from ssfl_app import SSFL, sparse_mod
-from ssfl_app.engine.inline import InlineGrid
+from ssfl_app.simulation.in_process import InlineGrid
 
 Arrays = dict[str, npt.NDArray[Any]]
 State = Mapping[str, torch.Tensor]

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ssfl_app.local.data import Transform
-from ssfl_app.local.models import ModelOptions, create
+from ssfl_app.data.dataset import Transform
+from ssfl_app.training.models import ModelOptions, create
 
 
 @functools.cache
@@ -37,20 +37,20 @@ def share_of(folder: str, client: int) -> np.ndarray:
 
 def make_model(folder: str) -> nn.Module:
     """Return the model with its initial weights, made anew for each message as the quickstart does."""
-    facts = facts_of(folder)
-    options = ModelOptions(facts["model"], facts["norm"])
-    return create(options, arrays_of(folder)["pixels"].shape[1], facts["classes"], facts["seed"])
+    metadata = facts_of(folder)
+    options = ModelOptions(metadata["model"], metadata["norm"])
+    return create(options, arrays_of(folder)["pixels"].shape[1], metadata["classes"], metadata["seed"])
 
 
 class Partition(Dataset):
     """One client's images, transformed image by image with torchvision."""
 
     def __init__(self, folder: str, client: int) -> None:
-        facts, self.arrays, self.share = facts_of(folder), arrays_of(folder), share_of(folder, client)
+        metadata, self.arrays, self.share = facts_of(folder), arrays_of(folder), share_of(folder, client)
         steps: list[Any] = [transforms.ToPILImage()]
-        if facts["augment"] == "crop-flip":
+        if metadata["augment"] == "crop-flip":
             steps += [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-        steps += [transforms.ToTensor(), transforms.Normalize(facts["mean"], facts["std"])]
+        steps += [transforms.ToTensor(), transforms.Normalize(metadata["mean"], metadata["std"])]
         self.transform = transforms.Compose(steps)
 
     def __len__(self) -> int:
@@ -68,14 +68,14 @@ class Batches:
     """One client's images as tensors that are transformed a batch at a time, as `ssfl_app` does."""
 
     def __init__(self, folder: str, client: int) -> None:
-        facts, arrays = facts_of(folder), arrays_of(folder)
+        metadata, arrays = facts_of(folder), arrays_of(folder)
         share = share_of(folder, client)
         self.pixels, self.labels = (
             torch.from_numpy(arrays["pixels"][share]),
             torch.from_numpy(arrays["labels"][share]),
         )
-        self.transform = Transform(tuple(facts["mean"]), tuple(facts["std"]), facts["augment"])
-        self.batch, self.rng, self.examples = facts["batch_size"], np.random.default_rng(), len(share)
+        self.transform = Transform(tuple(metadata["mean"]), tuple(metadata["std"]), metadata["augment"])
+        self.batch, self.rng, self.examples = metadata["batch_size"], np.random.default_rng(), len(share)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield batches in random order."""
@@ -101,19 +101,19 @@ def load_data(folder: str, client: int, kind: str) -> Loader | Batches:
 
 def train(model: nn.Module, loader: Loader | Batches, folder: str, lr: float) -> float:
     """Train with SGD, and return the mean loss of the batches."""
-    facts = facts_of(folder)
-    decay, momentum = facts["weight_decay"], facts["momentum"]
+    metadata = facts_of(folder)
+    decay, momentum = metadata["weight_decay"], metadata["momentum"]
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=decay)
     criterion = nn.CrossEntropyLoss()
     model.train()
     running, steps = 0.0, 0
-    for _ in range(facts["epochs"]):
+    for _ in range(metadata["epochs"]):
         for images, labels in loader:
             optimizer.zero_grad()
             loss = criterion(model(images), labels)
             loss.backward()
-            if facts["clip"]:
-                nn.utils.clip_grad_norm_(model.parameters(), facts["clip"])
+            if metadata["clip"]:
+                nn.utils.clip_grad_norm_(model.parameters(), metadata["clip"])
             optimizer.step()
             running, steps = running + loss.item(), steps + 1
     return running / steps

@@ -1,0 +1,213 @@
+"""The command line: run, compare, reproduce, study, federation, report, partition, cache."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from packaging.requirements import Requirement
+
+from ssfl_app.cli.federation import app as federation_app
+from ssfl_app.cli.study import app as study_app
+from ssfl_app.locks import RunFailed
+from ssfl_app.options import ConfigError
+from ssfl_app.text import never_fail_to_print, tell
+
+app = typer.Typer(
+    help="Sparse federated learning on Flower.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(study_app, name="study", help="Studies of the SSFL paper: masks, clients.")
+app.add_typer(federation_app, name="federation", help="Real SuperNodes: up, run, status, down; init, node, ...")
+
+ConfigFile = Annotated[
+    Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Keys that differ from the defaults.")
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-c", "--config", metavar="KEY=VALUE", help="Further keys: \"strategy='random' mask.density=0.05\"."
+    ),
+]
+
+
+@app.command()
+def run(
+    config: ConfigFile = None,
+    override: Override = None,
+    nodes: Annotated[int | None, typer.Option(help="Simulated SuperNodes; sets run.clients.")] = None,
+    engine: Annotated[str, typer.Option(help="inline: without Ray; ray: Flower's simulation.")] = "inline",
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+) -> None:
+    """Run a strategy and write a run folder. Exit code: 0 finished, 1 failed or interrupted, 2 bad input."""
+    from ssfl_app.simulation.command import RunArgs, run_command
+
+    run_command(RunArgs(config, override or [], nodes, engine, out, resume))
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(metavar="SWEEP.toml...", help="Configurations with [compare].")],
+    override: Override = None,
+    out: Annotated[Path | None, typer.Option(help="Folder. [default: runs/compare-<name of the file>]")] = None,
+    engine: Annotated[str, typer.Option(help="inline: without Ray; ray: Flower's simulation.")] = "inline",
+    jobs: Annotated[int, typer.Option(help="Runs that are played at once.")] = 1,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Play nothing; compare what is there.")] = False,
+) -> None:
+    """Run strategies x seeds x densities, go on where that stopped, and write one table and one picture.
+
+    Exit code: 0 all runs finished, 1 one failed, 2 bad configuration.
+    """
+    from ssfl_app.experiments.sweep import CompareArgs, run_sweep
+
+    run_sweep(CompareArgs(files, override or [], out, engine, jobs, report_only), tell)
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(metavar="[TABLE]", help="Which; --list names them.")] = "",
+    budget: Annotated[str, typer.Option(help="Time for all rows: 90s, 10m, 2h, or none.")] = "none",
+    profile: Annotated[
+        str, typer.Option(help="published: each row as its file has it; v1, tmlr, dispfl: as these sources have it.")
+    ] = "published",
+    override: Override = None,
+    out: Annotated[Path | None, typer.Option(help="Folder. [default: runs/reproduce-<table>-<profile>]")] = None,
+    engine: Annotated[str, typer.Option(help="inline: without Ray; ray: Flower's simulation.")] = "inline",
+    listed: Annotated[
+        bool, typer.Option("--list", help="Play nothing; list the tables, or the rows of one.")
+    ] = False,
+) -> None:
+    """Play the rows of a published table as far as the budget goes, and print published beside measured numbers.
+
+    The same command goes on where it stopped. Exit code: 0 finished or budget over, 1 a run failed, 2 bad
+    configuration.
+    """
+    from ssfl_app.experiments.reproduce import ReproduceArgs, show
+    from ssfl_app.experiments.reproduce import reproduce as play
+
+    words = ReproduceArgs(table, profile, override or [], budget, out, engine)
+    if listed:
+        show(words)
+    else:
+        play(words, tell)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file. [default: DIR/report.html of one, ./report.html]")
+    ] = None,
+) -> None:
+    """Compare runs: a table here, and one page with the plots."""
+    from rich.console import Console
+
+    from ssfl_app.results.report import compare_table, write_report
+    from ssfl_app.results.run_folder import read_run
+
+    runs = [read_run(folder) for folder in folders]
+    page = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    console = Console()
+    Console(width=max(console.width, 140)).print(compare_table(runs))
+    write_report(runs, page)
+    tell(f"page: {page.resolve()}")
+
+
+@app.command()
+def partition(
+    config: ConfigFile = None,
+    override: Override = None,
+    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("partition.png"),
+) -> None:
+    """Draw which client holds how many images of which class, as a table and a PNG."""
+    from rich.console import Console
+
+    from ssfl_app import config as configuration
+    from ssfl_app.results.plots import class_distribution
+    from ssfl_app.results.report import partition_table, write_picture
+    from ssfl_app.runtime import load_federation
+
+    given = configuration.read_file(config) if config else {}
+    flat = configuration.merge(given, configuration.read_overrides(override or []))
+    parsed = configuration.parse(flat | {"run.cohort": 1})  # cohorts have nothing to do with who holds what
+    data, shares = load_federation(parsed)
+    for note in data.notes:
+        tell(f"note: {note}")
+    counts = shares.class_counts(data.train.labels.numpy(), data.classes)
+    drawn = write_picture(out, lambda: class_distribution(counts, data.class_names))
+    Console().print(partition_table(counts, data.class_names))
+    tell(drawn)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete them; nothing else in that folder.")] = False,
+) -> None:
+    """Show where decoded images are kept, and how many bytes they have."""
+    from ssfl_app.data import cache as image_cache
+    from ssfl_app.data.unreadable import one_line
+
+    try:
+        folder = image_cache.cache_folder()
+        if folder is None:
+            typer.echo("cache: none, SSFL_CACHE is off")
+            return
+        found = image_cache.entries(folder)
+        typer.echo(f"cache: {folder.absolute()}, {len(found)} data sets, {sum(size for _, size in found)} bytes")
+        if clear:
+            typer.echo(f"deleted: {image_cache.clear(folder)} bytes")
+    except BrokenPipeError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"the cache cannot be read or deleted: {one_line(error)}") from error
+
+
+def lacking(package: str, extras: Iterable[str]) -> Iterator[str]:
+    """Yield the packages that are not installed but belong to these extras of an installed package."""
+    for requirement in map(Requirement, metadata.requires(package) or []):
+        if requirement.marker and any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            try:
+                yield from lacking(requirement.name, requirement.extras)
+            except metadata.PackageNotFoundError:
+                yield requirement.name
+
+
+def check_installed() -> None:
+    """Raise ConfigError if only what the plug-in layer needs was installed.
+
+    Now, not when a picture is drawn at the end of a long run. A checkout on PYTHONPATH has no metadata to ask.
+    """
+    try:
+        if missing := sorted(lacking("ssfl-app", ["app"])):
+            raise ConfigError(f'{", ".join(missing)} not installed: pip install "ssfl-app[app]"')
+    except metadata.PackageNotFoundError:
+        return
+
+
+def main() -> None:
+    """Run the command line; bad input ends it with one line and exit code 2."""
+    # `kill` and a closed terminal end a run as Ctrl-C does: through the clean-up of everything that was started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    never_fail_to_print()
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    try:
+        check_installed()
+        app()
+    except BrokenPipeError:  # `ssfl report DIR | head`; what Python still holds for the pipe has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ConfigError, RunFailed, OSError) as error:
+        # OSError: a file that cannot be read or written. RunFailed: Flower did not start, and no run folder is there.
+        tell(f"ssfl: {error}", error=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        tell("ssfl: interrupted", error=True)
+        sys.exit(1)

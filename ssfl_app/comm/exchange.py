@@ -1,0 +1,216 @@
+"""One exchange of messages: push to many clients, pull their replies one at a time, lose nothing silently.
+
+Stands in for Flower's `Grid.send_and_receive`, which holds every reply until the last one is there and sleeps
+up to 3 s between polls. Here at most one reply is in our hands, so server memory does not grow with the number
+of clients, and every client ends up in exactly one of three lists: ok, lost, refused.
+"""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from ssfl_app.comm.client_files import ShelfError
+from ssfl_app.comm.pulling import BrokenOff, Puller
+from ssfl_app.locks import RunFailed, memory_ran_out
+from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.text import cause, in_a_line
+
+SIMULATION_POLL = 0.01
+DEPLOYMENT_POLL = 0.25
+"""Seconds between polls: a pull costs 0.1 ms in simulation and 25 ms of SuperLink CPU over HTTP."""
+
+FEWER_ACTORS = "try fewer actors (engine.actors) or a smaller model"
+
+IN_FLIGHT = 100_000_000
+"""Bytes of replies that may be on their way at once in simulation, if that is more than one a core."""
+
+LARGER, BESIDES = 4, 2**24
+"""Bytes of a reply at most: so many times the expected ones (positions, squared gradients), and so many besides."""
+
+
+def is_simulation(grid: Grid) -> bool:
+    """Return whether the nodes are simulated: by Flower on Ray, or by our in-process engine."""
+    return type(grid).__name__ == "InMemoryGrid" or getattr(grid, "in_process", False)
+
+
+def fewer_at_once(grid: Grid) -> str:
+    """Return what to try where the simulated clients of this grid have too little memory."""
+    count = getattr(grid, "concurrent", 0)
+    if count > 1:
+        return f"{count} clients work at once, try a lower engine.concurrent or a smaller model"
+    return "try a smaller model or batch" if count else FEWER_ACTORS
+
+
+@dataclass
+class ExchangeReport:
+    """What became of the messages of one exchange.
+
+    `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client;
+    `notes` are what clients found out of order, of those that answered well.
+    Bytes are payload bytes of encoded arrays; bitmaps of masks are counted apart from the rest of `down`.
+    `passes` and `looks` are images that went forward and backward, or forward only, for the good replies.
+    """
+
+    ok: list[int] = field(default_factory=list)
+    lost: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    notes: dict[int, str] = field(default_factory=dict)
+    down: int = 0
+    mask_down: int = 0
+    up: int = 0
+    sent: int = 0
+    train_examples: int = 0
+    eval_examples: int = 0
+
+    def require(self, share: float, what: str) -> None:
+        """Raise RunFailed unless at least `share` of all clients answered well."""
+        asked = len(self.ok) + len(self.lost) + len(self.refused)
+        if len(self.ok) < share * asked or not self.ok:
+            bad = ", ".join(f"client {c}: {why}" for c, why in sorted({**self.lost, **self.refused}.items()))
+            raise RunFailed(
+                f"{what}: {len(self.ok)} of {asked} clients answered well; "
+                f"failures.min-ok-fraction is {share} ({bad})"
+            )
+
+
+class MessageExchange:
+    """Carries the messages of one exchange.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's.
+    timeout : float
+        Seconds from now until clients that have not answered, or not uploaded all of their answer, count as lost.
+        Give the messages the same time to live, so that no reply of this exchange arrives in a later one.
+    reply_bytes : int
+        Expected size of a reply. In simulation replies wait in this process until they are pulled, so only
+        as many messages are in flight as keep every core busy, or fit into `IN_FLIGHT` together. Real nodes
+        get all messages at once.
+
+    Notes
+    -----
+    A grid that works on messages in threads of this process has `concurrent`, how many at once, and `wait`, which
+    sleeps until a reply is there.
+    """
+
+    def __init__(self, grid: Grid, timeout: float, reply_bytes: int = 0) -> None:
+        self.report = ExchangeReport()
+        self._grid, self._timeout = grid, timeout
+        self._end = time.monotonic() + timeout
+        self._puller = Puller(grid, self._end, LARGER * reply_bytes + BESIDES)
+        self._waiting: dict[str, int] = {}
+        self._queue: deque[tuple[int, Message]] = deque()
+        self._poll, self._limit = DEPLOYMENT_POLL, sys.maxsize
+        self._sleep: Callable[[float], object] = getattr(grid, "wait", time.sleep)
+        if is_simulation(grid):
+            self._poll = SIMULATION_POLL
+            # Twice what is worked on at once: whoever is ready finds the next message there.
+            busy = max(os.cpu_count() or 1, 2 * getattr(grid, "concurrent", 1))
+            self._limit = max(busy, IN_FLIGHT // max(1, reply_bytes))
+
+    def send(self, messages: Mapping[int, Message]) -> None:
+        """Take one message per client; a client must have no other message on its way.
+
+        Two messages in flight to one node would lose one of its updates to `Context.state`.
+        """
+        busy = set(messages) & {*self._waiting.values(), *(client for client, _ in self._queue)}
+        if busy:
+            raise RuntimeError(f"clients {sorted(busy)} still have a message in flight")
+        self._queue.extend(messages.items())
+        self._push()
+
+    def _push(self) -> None:
+        room = self._limit - len(self._waiting)
+        batch = [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
+        accepted = {i for i in self._grid.push_messages([message for _, message in batch]) if i} if batch else set()
+        for client, message in batch:
+            # Grids differ in how they report a refused message (left out, or None): never zip the two lists.
+            if message.metadata.message_id in accepted:
+                self._waiting[message.metadata.message_id] = client
+                self.report.sent += 1
+            else:
+                self.report.lost[client] = "Flower did not accept the message: the node is gone"
+
+    def replies(self) -> Iterator[tuple[int, Message]]:
+        """Yield (client, reply) as replies arrive; further messages may be sent meanwhile.
+
+        Replies that are errors are sorted into `report`; at the deadline so are clients that kept silent.
+
+        Raises
+        ------
+        RunFailed
+            A Ray actor died, and Flower would go on feeding most later messages to the dead one. Or this machine ran
+            out of memory or disk in simulation: a mean over those clients that happened to fit is nobody's.
+        """
+        while (self._waiting or self._queue) and time.monotonic() < self._end:
+            looked, got = time.monotonic(), False
+            for message_id in list(self._waiting):
+                for reply in self._pull(message_id):
+                    # By what was asked for: what a reply says of itself is its sender's word.
+                    client = self._waiting.pop(message_id, None)
+                    if client is None:  # a second answer to one message: the first one counts
+                        continue
+                    got = True
+                    if reply.has_error():
+                        self._sort(client, reply.error.code, reply.error.reason or "")
+                    elif not reply.has_content():
+                        self.report.refused[client] = "answered with neither content nor an error"
+                    else:
+                        yield client, reply
+                    del reply
+                    self._push()
+            self._push()
+            if self._waiting:
+                # A round ends with its last reply: look often, but where many are awaited not all of the time.
+                in_vain = 0.0 if got else time.monotonic() - looked
+                self._sleep(max(self._poll, min(4 * in_vain, 0.1)))
+        for client, _ in self._queue:
+            self.report.lost[client] = f"no answer within {self._timeout:g} s"
+        for message_id, client in self._waiting.items():
+            begun = self._puller.begun(message_id)
+            what, why = ("whole answer", ": its upload did not end") if begun else ("answer", "")
+            self.report.lost[client] = f"no {what} within {self._timeout:g} s{why}"
+        self._waiting.clear()
+        self._queue.clear()
+
+    def _pull(self, message_id: str) -> Iterable[Message]:
+        try:
+            return self._puller.pull(message_id)
+        except BrokenOff as error:
+            self.report.lost[self._waiting.pop(message_id)] = str(error)
+        except PayloadError as error:
+            self.report.refused[self._waiting.pop(message_id)] = str(error)
+        except (ValueError, TypeError, LookupError, AttributeError, DecodeError) as error:
+            if is_simulation(self._grid):
+                raise
+            # Flower builds a message from the objects that a node uploaded, and these are the node's word.
+            client = self._waiting.pop(message_id)
+            self.report.refused[client] = in_a_line(f"no message: {type(error).__name__}: {error}")
+        return []
+
+    def _sort(self, client: int, code: int, reason: str) -> None:
+        line = cause(reason)
+        # In simulation an exception of Ray, or this machine's memory. Elsewhere a SuperNode whose app or machine
+        # failed: a matter of that client.
+        if code == ErrorCode.UNKNOWN and is_simulation(self._grid):
+            raise RunFailed(
+                f"a Ray actor died while it worked for client {client} ({line}). Most often it ran out of memory: "
+                f"{FEWER_ACTORS}"
+            )
+        if is_simulation(self._grid) and (what := memory_ran_out(reason)):
+            raise RunFailed(f"client {client}: {what}: {fewer_at_once(self._grid)}")
+        if ShelfError.__name__ in reason and is_simulation(self._grid):
+            raise RunFailed(f"client {client}: {line}")
+        if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
+            self.report.refused[client] = f"raised: {line}"
+        else:
+            self.report.lost[client] = f"Flower error {code}: {line}"

@@ -1,0 +1,273 @@
+"""The roster: which client each node is, and who took whose place.
+
+What one node says never ends the run: a node that cannot start, claims a place that is another's, runs other code or
+holds other images is set aside by name, and the run goes on if the places fill without it. A place that the keeper of
+the SuperLink gave to a node's key (`bound`) is that node's. Any other is held by whoever came first, who gets it back
+from whoever took it in between. Sites with data of their own have names; their numbers are the ranks of the names,
+whatever Flower's node ids are and whoever came first.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from flwr.serverapp import Grid
+
+from ssfl_app.comm.exchange import DEPLOYMENT_POLL, SIMULATION_POLL, is_simulation
+from ssfl_app.comm.handshake import Handshake, HandshakePoller
+from ssfl_app.comm.payload import Metadata
+from ssfl_app.core.options import RunOptions
+from ssfl_app.data.summary import DataSummary, read_data_summary
+from ssfl_app.locks import RunFailed
+
+Claim = int | str
+"""What no two nodes may claim: a client's number, or the name of a site."""
+
+SIMULATED_NODES_APPEAR = 5.0
+"""Seconds after which all simulated nodes are there: Flower registers them together, before its actors start."""
+
+PATIENCE = 10.0
+"""Seconds after which people are told whom a run waits for."""
+
+REJOIN_TIMEOUT = 15.0
+"""Seconds that a round waits for nodes that may take the place of others."""
+
+MOST_WARNINGS = 50
+"""Lines about nodes without a place in a run. Who takes a place, or gives it back, is always told."""
+
+
+class ClientRegistry:
+    """Who is who: which node each client lives on, and what it said of itself.
+
+    Parameters
+    ----------
+    run : RunOptions
+        The room ``run``.
+
+    Attributes
+    ----------
+    nodes : dict of int to int
+        Client -> Flower's node id.
+    names : dict of int to str
+        Client -> name of the site; empty where partitions of a shared data set are dealt.
+    expected : tuple of str
+        Names of the sites of a run that is resumed, by client; empty: whoever comes.
+    bound : callable
+        Returns place -> id of the only node that may hold it, of the places that are bound to a node's key. Asked at
+        the greeting and whenever nodes are gone: keys may be registered in between.
+    misfit : callable
+        misfit(hello) returns why a node cannot be in this run whatever its place, None if it can.
+    say : callable
+        Tells people a line.
+    """
+
+    def __init__(self, run: RunOptions) -> None:
+        self.nodes: dict[int, int] = {}
+        self.names: dict[int, str] = {}
+        self.expected: tuple[str, ...] = ()
+        self.bound: Callable[[], Mapping[Claim, int]] = dict
+        self.misfit: Callable[[Handshake], str | None] = lambda hello: None
+        self.say: Callable[[str], None] = lambda line: None
+        self._run = run
+        self._metadata: dict[int, Metadata] = {}
+        self._first: dict[int, tuple[int, Metadata]] = {}  # client -> the node that held its place first
+        self._said: set[str] = set()
+
+    # ---- the greeting ------------------------------------------------------------------------
+
+    def wait_for_clients(self, grid: Grid) -> dict[int, Metadata]:
+        """Wait until every client is connected, and return what each says of itself.
+
+        Raises
+        ------
+        RunFailed
+            Some did not come within run.join-timeout, or, where Flower simulates all nodes, cannot come any more; the
+            message says why by node.
+        """
+        now = time.monotonic()
+        end, few = now + self._run.join_timeout, now + SIMULATED_NODES_APPEAR
+        patient = now + PATIENCE
+        poller, seen, heard = HandshakePoller(grid, end), set[int](), dict[int, Handshake]()
+        bound = self.bound()
+        while True:
+            there = set(grid.get_node_ids())
+            seen |= there
+            poller.ask(there)
+            for hello in poller.hear():
+                reason = self._stranger(hello, bound) or self.misfit(hello)
+                if reason is None:
+                    heard[hello.node] = hello
+                else:
+                    poller.odd[hello.node] = reason
+            met, aside = self._seats(heard, there, bound)
+            reasons = {**poller.reasons(), **aside}
+            coming = poller.uploading() | set(poller.lost)
+            self._tell({node: reason for node, reason in reasons.items() if node not in coming})
+            if self._all_met(met, poller.silent(there)):
+                return dict(self._metadata)
+            timeout = f" within run.join-timeout {self._run.join_timeout:g} s"
+            if is_simulation(grid):  # no node comes later
+                if len(there) >= self._run.clients and there <= poller.answered:
+                    raise RunFailed(self._too_few(met, reasons, ""))
+                if len(seen) < self._run.clients and time.monotonic() > few:
+                    raise RunFailed(
+                        f"Flower simulates {len(seen)} SuperNodes and run.clients is {self._run.clients}: set "
+                        f"num-supernodes to {self._run.clients}, as `ssfl run` does"
+                    )
+            if time.monotonic() > end:
+                raise RunFailed(self._too_few(met, reasons, timeout))
+            if time.monotonic() > patient:
+                patient = end
+                self.say(f"{len(met)} of {self._run.clients} clients are here; waiting for the others{timeout}")
+            time.sleep(SIMULATION_POLL if is_simulation(grid) else DEPLOYMENT_POLL)
+
+    def holding(self, client: int) -> DataSummary | None:
+        """Return what a client said at the greeting that it holds; None if it did not say."""
+        metadata = self._metadata.get(client, {})
+        return read_data_summary(metadata) if "classes" in metadata else None
+
+    def _stranger(self, hello: Handshake, bound: Mapping[Claim, int]) -> str | None:
+        """Return why the place that a node claims cannot be its own, whoever else is there."""
+        place, claim = hello.place, _claim(hello)
+        if bound.get(place, hello.node) != hello.node:
+            return f"{claim}, whose key is that of node {bound[place]}"
+        own = [other for other, node in bound.items() if node == hello.node]
+        if own and place not in own:
+            return f"{claim}, and its key is that of {_called(own[0])}"
+        if hello.name and self.expected and hello.name not in self.expected:
+            return f"{claim}; the sites of the run that is resumed are {_listed(self.expected)}"
+        return None
+
+    def _seats(
+        self, heard: Mapping[int, Handshake], there: set[int], bound: Mapping[Claim, int]
+    ) -> tuple[dict[Claim, Handshake], dict[int, str]]:
+        """Return who holds each place, and which nodes hold none and why: the first one of those that are there."""
+        met: dict[Claim, Handshake] = {}
+        aside: dict[int, str] = {}
+        for hello in sorted(heard.values(), key=lambda hello: hello.node not in there):  # stable: else as they came
+            if hello.number is not None and hello.number >= self._run.clients:
+                aside[hello.node] = f"{_claim(hello)}, run.clients is {self._run.clients}"
+            elif (holder := met.setdefault(hello.place, hello)) is not hello:
+                key = "name" if hello.name else "partition-id"
+                aside[hello.node] = f"{_claim(hello)}, which node {holder.node} is; each needs its own {key}"
+        # Not those who came first: chance would say which ones take part. Nor do strangers crowd registered ones out.
+        names = sorted((place for place in met if isinstance(place, str)), key=lambda name: (name not in bound, name))
+        for name in names[self._run.clients :]:
+            others = _listed(sorted(names[: self._run.clients]))
+            aside[met.pop(name).node] = f"is site {name!r}; run.clients is {self._run.clients}: {others}"
+        return met, aside
+
+    def _all_met(self, met: Mapping[Claim, Handshake], more_may_come: bool) -> bool:
+        """Return whether all clients are there; number them."""
+        numbers = {place: hello for place, hello in met.items() if isinstance(place, int)}
+        names = sorted(place for place in met if isinstance(place, str))
+        # A site that is connected already must be counted, else chance would say which ones take part.
+        if len(numbers) < self._run.clients and (len(names) < self._run.clients or more_may_come):
+            return False
+        by_name = len(numbers) < self._run.clients
+        found = [met[name] for name in names] if by_name else [numbers[i] for i in range(self._run.clients)]
+        self.names = dict(enumerate(names)) if by_name else {}
+        self.nodes = {client: hello.node for client, hello in enumerate(found)}
+        self._metadata = {client: hello.metadata for client, hello in enumerate(found)}
+        self._first = {client: (hello.node, hello.metadata) for client, hello in enumerate(found)}
+        return True
+
+    def _tell(self, reasons: Mapping[int, str]) -> None:
+        """Say once why each node that could have a place has none; more nodes than clients are nothing to say."""
+        spare = f"run.clients is {self._run.clients}"
+        for node, reason in sorted(reasons.items()):
+            text = f"node {node} is set aside: {reason}"
+            if not reason.endswith(spare) and text not in self._said and len(self._said) < MOST_WARNINGS:
+                self._said.add(text)
+                more = "; no more of these are told" if len(self._said) == MOST_WARNINGS else ""
+                self._warn(f"{text}{more}")
+
+    def _warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
+    def _too_few(self, met: Mapping[Claim, Handshake], reasons: Mapping[int, str], timeout: str) -> str:
+        clients, names = self._run.clients, [place for place in met if isinstance(place, str)]
+        missing: list[str] = sorted(set(self.expected) - set(names))
+        if names and not missing:
+            missing = [f"{clients - len(names)} beside {_listed(names)}"]
+        missing = missing or [str(number) for number in range(clients) if number not in met]
+        why = [f"node {node} {reason}" for node, reason in sorted(reasons.items())]
+        return f"{len(met)} of {clients} clients joined{timeout}; missing: {_listed(missing)}" + (
+            f" ({_listed(why, '; ')})" if why else ""
+        )
+
+    # ---- later -------------------------------------------------------------------------------
+
+    def readmit(self, grid: Grid) -> tuple[list[int], dict[int, str]]:
+        """Give places back to nodes that are back, and those of nodes that are gone to new ones that claim them.
+
+        In deployment only. A SuperNode that was set up anew comes back under another node id if its key is another;
+        one that comes back under its own needs nothing, unless somebody took its place: then that one leaves it.
+
+        Returns
+        -------
+        clients : list of int
+            Those that live on another node now; nothing is known of what they hold.
+        strangers : dict of int to str
+            New nodes that got no place, and why.
+        """
+        if is_simulation(grid):
+            return [], {}
+        there, bound = set(grid.get_node_ids()), self.bound()
+        back = []
+        for client, node in list(self.nodes.items()):
+            first, metadata = self._first[client]
+            if first in there - {node} and bound.get(self._place(client), first) == first:
+                back.append(client)
+                self.nodes[client], self._metadata[client] = first, metadata
+                self._warn(f"{_called(self._place(client))}: node {first} is back and node {node} leaves its place")
+        gone = {client for client, node in self.nodes.items() if node not in there}
+        new = there - set(self.nodes.values())
+        end = time.monotonic() + REJOIN_TIMEOUT
+        poller = HandshakePoller(grid, end)
+        while gone and poller.silent(new) and time.monotonic() < end:
+            poller.ask(new)
+            for hello in poller.hear():
+                before = self.nodes.get(self._client(hello))
+                reason = self._stranger(hello, bound) or self._takes_over(hello, gone)
+                if reason:
+                    poller.odd[hello.node] = reason
+                else:
+                    back.append(client := self._client(hello))
+                    gone.discard(client)
+                    self._warn(f"{_called(hello.place)}: node {before} is gone and node {hello.node} takes its place")
+            if gone and poller.silent(new):
+                time.sleep(DEPLOYMENT_POLL)
+        return sorted(set(back)), poller.reasons()
+
+    def _place(self, client: int) -> Claim:
+        return self.names.get(client, client)
+
+    def _client(self, hello: Handshake) -> int:
+        """Return the number of the place that a node claims; -1 if the run has no such place."""
+        if hello.number is not None:
+            return hello.number if hello.number in self.nodes and not self.names else -1
+        return next((client for client, name in self.names.items() if name == hello.name), -1)
+
+    def _takes_over(self, hello: Handshake, gone: set[int]) -> str | None:
+        """Let a node take the place it claims, or return why it cannot."""
+        client, claim = self._client(hello), _claim(hello)
+        if client not in gone:
+            return f"{claim}: " + ("its node is still there" if client in self.nodes else "there is no such client")
+        for key in ("code", "classes", "shape"):
+            if hello.metadata.get(key) != self._metadata[client].get(key):
+                return f"{claim}, with another {key} than before"
+        self.nodes[client], self._metadata[client] = hello.node, hello.metadata
+        return None
+
+
+def _called(place: Claim) -> str:
+    return f"site {place!r}" if isinstance(place, str) else f"client {place}"
+
+
+def _claim(hello: Handshake) -> str:
+    return f"says that it is {_called(hello.place)}"
+
+
+def _listed(words: Iterable[str], between: str = ", ") -> str:
+    listed = list(words)
+    return between.join(listed[:10]) + (f"{between}..." if len(listed) > 10 else "")

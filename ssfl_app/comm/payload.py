@@ -1,0 +1,317 @@
+"""Payload, and the only translation to and from Flower records.
+
+On the wire a message is a `RecordDict` of two records: "arrays" with one Flower `Array` per flat array of the
+codec, and "facts", a `ConfigRecord` of a few scalars. The arrays hold raw little-endian bytes under a serial
+type of our own: no 128-byte ``.npy`` header each, no copy to read them, and Flower refuses to misread them.
+
+Bytes of type uint8, bitmaps above all, can travel deflated: their layers have densities of their own, and far from
+0.5 a bit holds less than one bit (wire.bitmaps).
+"""
+
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
+
+from ssfl_app.comm.client_files import Files, MaskFile, Versions, content_of, on_shelf
+from ssfl_app.files import write_bytes
+from ssfl_app.seal import Damaged, sealed, unsealed
+from ssfl_app.sparsity.codec import nbytes
+from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
+from ssfl_app.text import in_a_line, quoted
+
+MetadataValue = bool | int | float | str | bytes
+Metadata = dict[str, MetadataValue]
+
+SERIAL_TYPE, DEFLATED = "ssfl.raw.v1", "ssfl.zlib.v1"
+_DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "u1", "i1", "<i4", "<i8")}
+MASKS = "masks"
+"""Folder of bitmaps, one file a digest, in the folder that simulated clients share."""
+_MEMORY, _PERSONAL = "ssfl", "ssfl-personal"
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What one message carries: flat arrays, which are paid for, and facts, a few scalars beside them."""
+
+    arrays: Arrays = field(default_factory=dict)
+    metadata: Metadata = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes: those of the encoded arrays."""
+        return nbytes(self.arrays)
+
+
+def shared_buffers(arrays: Arrays) -> Arrays:
+    """Return the arrays on read-only bytes of their own, which `PayloadEncoder` then sends without another copy."""
+    return {name: np.frombuffer(array.tobytes(), array.dtype) for name, array in arrays.items()}
+
+
+class PayloadEncoder:
+    """Writes parcels as records; an array that many parcels share becomes one buffer, however many they are.
+
+    Parameters
+    ----------
+    bitmaps : str
+        ``"plain"``, or ``"zlib"``: arrays of uint8 are deflated where that makes them smaller.
+    """
+
+    def __init__(self, bitmaps: str = "plain") -> None:
+        self._deflate = bitmaps == "zlib"
+        self._done: dict[int, tuple[npt.NDArray[Any], Array]] = {}
+
+    def record(self, payload: Payload) -> RecordDict:
+        """Return the parcel as Flower records."""
+        arrays = ArrayRecord({name: self._array(array) for name, array in payload.arrays.items()})
+        return RecordDict({"arrays": arrays, "facts": ConfigRecord(dict(payload.metadata))})
+
+    def _array(self, array: npt.NDArray[Any]) -> Array:
+        # By name first: NumPy takes None, what `get` would return, for float64.
+        known = array.dtype.name in _DTYPES and array.dtype == _DTYPES[array.dtype.name]
+        if not known or array.ndim != 1:
+            raise TypeError(f"an array is {array.dtype} of rank {array.ndim}; the wire takes flat {list(_DTYPES)}")
+        if id(array) not in self._done:
+            # The array is kept beside its record, so its id cannot be given to another one meanwhile.
+            base = array.base
+            data = base if isinstance(base, bytes) and len(base) == array.nbytes else array.tobytes()
+            kind = SERIAL_TYPE
+            if self._deflate and array.dtype == np.uint8 and len(small := zlib.compress(data)) < len(data):
+                data, kind = small, DEFLATED
+            self._done[id(array)] = (array, Array(array.dtype.name, array.shape, kind, data))
+        return self._done[id(array)][1]
+
+
+def decode_payload(record: RecordDict, allowed: Allowed | None = None, unfolded: int = 0) -> Payload:
+    """Return the parcel of Flower records, whoever sent them.
+
+    The arrays are read-only views of the received bytes. Records are looked up by name: the properties
+    `array_records` and so on build reference cycles that would keep every reply alive.
+
+    Parameters
+    ----------
+    allowed : Allowed, optional
+        The arrays that the message may have. All others are refused before anything is unfolded, so that a refused
+        message costs no more memory than its own bytes and a good one's. None: any.
+    unfolded : int
+        Without `allowed`: bytes that the deflated arrays may unfold to together.
+
+    Raises
+    ------
+    PayloadError
+        The records are not what `PayloadEncoder` writes, or an array is not allowed.
+    """
+    arrays = _lookup(record, "arrays", ArrayRecord)
+    for name, array in arrays.items():
+        if array.dtype not in _DTYPES or array.stype not in (SERIAL_TYPE, DEFLATED):
+            kind = f"{in_a_line(array.dtype, 20)} in {quoted(array.stype)}"
+            raise PayloadError(f"array {in_a_line(name, 60)} is {kind}; it must be {SERIAL_TYPE!r}")
+        if len(array.shape) != 1 or array.shape[0] < 0:
+            raise PayloadError(f"array {in_a_line(name, 60)} has shape {_shape(array)}; it is flat")
+        if allowed is not None:
+            _check_allowed(name, array, allowed)
+    # All of them together: many that are within the limit would fill the memory as well as one.
+    total = sum(array.shape[0] for array in arrays.values() if array.stype == DEFLATED)
+    if allowed is None and total > unfolded:
+        raise PayloadError(f"deflated arrays have {total} bytes; together they have at most {unfolded}")
+    return Payload({name: _read_array(name, array) for name, array in arrays.items()}, decode_metadata(record))
+
+
+def decode_metadata(record: RecordDict) -> Metadata:
+    """Return the facts of a message, and look at none of its arrays.
+
+    Raises
+    ------
+    PayloadError
+        They are not what `PayloadEncoder` writes.
+    """
+    metadata = _lookup(record, "facts", ConfigRecord)
+    for name, value in metadata.items():
+        if not isinstance(value, bool | int | float | str | bytes):
+            raise PayloadError(f"fact {in_a_line(name, 60)} is {type(value).__name__}; it must be a scalar")
+    return dict(metadata)
+
+
+def _check_allowed(name: str, array: Array, allowed: Allowed) -> None:
+    if name not in allowed:
+        raise PayloadError(f"array {in_a_line(name, 60)} is none of this message's, which are {sorted(allowed)}")
+    kind, most = allowed[name]
+    if _DTYPES[array.dtype] != np.dtype(kind):
+        raise PayloadError(f"{name} is {array.dtype}; it must be {np.dtype(kind)}")
+    if array.shape[0] > most:
+        raise PayloadError(f"{name} has length {array.shape[0]}; it has at most {most}")
+
+
+def _lookup(record: RecordDict, name: str, kind: type) -> Any:
+    found = record.get(name)
+    if found is None:
+        raise PayloadError(f"record {name!r} is not there; another app may have written the message")
+    if not isinstance(found, kind):
+        raise PayloadError(f"record {name!r} is {type(found).__name__}; it must be {kind.__name__}")
+    return found
+
+
+def _read_array(name: str, array: Array) -> npt.NDArray[Any]:
+    dtype = _DTYPES[array.dtype]
+    if array.stype == DEFLATED:
+        if dtype != np.uint8:
+            what = f"{array.dtype} in {DEFLATED!r}"
+            raise PayloadError(f"array {in_a_line(name, 60)} is {what}; it must be {SERIAL_TYPE!r}")
+        return np.frombuffer(_inflate(name, array), dtype=np.uint8)
+    if array.shape[0] != len(array.data) // dtype.itemsize or len(array.data) % dtype.itemsize:
+        what = f"{len(array.data)} bytes of {array.dtype}"
+        raise PayloadError(f"array {in_a_line(name, 60)} has shape {_shape(array)} and {what}")
+    return np.frombuffer(array.data, dtype=dtype)
+
+
+def _inflate(name: str, array: Array) -> bytes:
+    size, reader = array.shape[0], zlib.decompressobj()
+    try:
+        data = reader.decompress(array.data, size + 1)  # never more than that, whatever the bytes would unfold to
+    except zlib.error as error:
+        raise PayloadError(f"array {in_a_line(name, 60)} cannot be inflated: {error}") from error
+    if len(data) != size or not reader.eof or reader.unused_data:
+        what = f"{len(data)} bytes or more; its shape is {_shape(array)}"
+        raise PayloadError(f"array {in_a_line(name, 60)} inflates to {what}")
+    return data
+
+
+def _shape(array: Array) -> str:
+    return quoted(tuple(array.shape[:9]))
+
+
+class ClientState:
+    """What a client keeps between messages: a mask, and personal state by the round it was made in.
+
+    Flower's `Context.state` is the store in deployment; it dies with the SuperNode there, so it may be found empty at
+    any time, unless the SuperNode was given a folder for what must survive. In simulation the state lies in the
+    server's process, once per client, and crosses to a worker and back with every message: there the server names a
+    folder, and bitmaps and personal models are files in it.
+
+    Parameters
+    ----------
+    context : Context
+        Flower's, of this node.
+    client : int
+        Number of the client.
+    folder : Path, optional
+        A folder that all clients of this machine share.
+    survives : bool
+        Whether the mask that is held must be found in `folder` alone, after a restart, and not in Flower's state too.
+
+    Attributes
+    ----------
+    notes : list of str
+        What was found damaged or missing, for people to read.
+
+    Raises
+    ------
+    ShelfError
+        Each of its methods, where the file system fails.
+    """
+
+    def __init__(self, context: Context, client: int, folder: Path | None = None, survives: bool = False) -> None:
+        self.notes: list[str] = []
+        self._state = context.state
+        self._masks = None if folder is None else folder / MASKS
+        self._personal: Versions = _Records(context.state)
+        self._mask: MaskFile | None = None
+        if folder is not None:
+            own = folder / f"client-{client:05d}"
+            self._personal, self._mask = Files(own), MaskFile(own / "mask") if survives else None
+
+    def bitmap(self, digest: str) -> npt.NDArray[np.uint8] | None:
+        """Return the bitmap that is kept of the mask with this digest, or None; a disk may have damaged it."""
+        if self._mask is not None:
+            content = self._mask.read(digest)
+            return None if content is None else np.frombuffer(content, dtype=np.uint8)
+        held = self._state.get(_MEMORY)
+        if not isinstance(held, ConfigRecord) or held["digest"] != digest:
+            return None
+        if self._masks is not None:
+            content = content_of(self._masks / digest)
+            return None if content is None else np.frombuffer(content, dtype=np.uint8)
+        return np.frombuffer(bytes(held["mask"]), dtype=np.uint8)  # type: ignore[arg-type]
+
+    @on_shelf()
+    def keep(self, digest: str, bitmap: npt.NDArray[np.uint8]) -> None:
+        """Keep a mask; it replaces the one before."""
+        if self._mask is not None:
+            self._mask.write(digest, bitmap.tobytes())
+            return
+        if self._masks is not None:
+            if content_of(self._masks / digest) != bitmap.tobytes():  # the first of its clients, or it was damaged
+                write_bytes(self._masks / digest, bitmap.tobytes())
+            self._state[_MEMORY] = ConfigRecord({"digest": digest})
+            return
+        self._state[_MEMORY] = ConfigRecord({"digest": digest, "mask": bitmap.tobytes()})
+
+    @on_shelf()
+    def load(self, since: int) -> Arrays | None:
+        """Return the personal state of the last round that the server accepted, or None if there is none.
+
+        If that is damaged or missing, it is the version before, or None, and a note says so.
+
+        Parameters
+        ----------
+        since : int
+            That round, 0 if there is none. What was made later came from a reply that the server never took (it was
+            lost or refused, or belongs to an interrupted run that is being played again): it never happened, and is
+            deleted.
+        """
+        for late in [version for version in self._personal.rounds() if version > since]:
+            self._personal.delete(late)
+        fault = "is missing"
+        for version in reversed(self._personal.rounds()):
+            try:
+                _, arrays = unsealed(self._personal.read(version))
+            except Damaged as error:
+                self._personal.delete(version)
+                fault = str(error) if version == since else fault
+                continue
+            if version < since:
+                self._note(f"its personal state of round {since} {fault}; it went on from that of round {version}")
+            return arrays
+        if since:
+            self._note(f"its personal state of round {since} {fault}; it began anew")
+        return None
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:  # a client may recall more than once for one message
+            self.notes.append(text)
+
+    @on_shelf()
+    def save(self, round_: int, arrays: Arrays, back_to: int) -> None:
+        """Keep the personal state made in a round, and what is needed to go back to round `back_to`."""
+        self._personal.write(round_, sealed({"round": round_}, arrays))
+        older = [version for version in self._personal.rounds() if version <= back_to]
+        for version in older[:-1]:
+            self._personal.delete(version)
+
+
+class _Records:
+    """Versions as entries of a record of Flower's state."""
+
+    def __init__(self, state: RecordDict) -> None:
+        self._state = state
+
+    def _held(self) -> ConfigRecord:
+        held = self._state.get(_PERSONAL)
+        return held if isinstance(held, ConfigRecord) else ConfigRecord()
+
+    def rounds(self) -> list[int]:
+        return sorted(map(int, self._held()))
+
+    def read(self, round_: int) -> bytes:
+        return bytes(self._held()[str(round_)])  # type: ignore[arg-type]
+
+    def write(self, round_: int, content: bytes) -> None:
+        self._state[_PERSONAL] = ConfigRecord({**self._held(), str(round_): content})
+
+    def delete(self, round_: int) -> None:
+        kept = {name: content for name, content in self._held().items() if name != str(round_)}
+        self._state[_PERSONAL] = ConfigRecord(kept)

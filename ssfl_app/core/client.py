@@ -1,0 +1,329 @@
+"""The client's half of an algorithm: three verbs, whose defaults are FedAvg's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import nn
+
+from ssfl_app.comm.payload import ClientState, Metadata, Payload
+from ssfl_app.core.options import Settings
+from ssfl_app.data.dataset import DataSet, Images
+from ssfl_app.partitions import Indices
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import Codec, Dense, MaskedValues, read_mask
+from ssfl_app.sparsity.layout import Layout, State, Vector, load_state, state_digest, state_of
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.training.trainer import LocalTrainer
+
+
+class Need(Exception):
+    """The client lacks something to read this message; the server sends it again with that.
+
+    Not an error: ``str(need)`` is "mask" for a mask it does not hold, "weights" for initial weights that
+    it cannot make itself.
+    """
+
+
+@dataclass
+class ClientContext:
+    """Where a client works: its number, model, images and memory.
+
+    `model` is a workbench that other clients of the same process use too: every verb loads its state first.
+    `share` holds the indices of its training and test images in `data`.
+    `initial` makes the initial weights from the seed; `dense` is the mask under which everything is alive.
+    `masks` keeps unpacked masks by digest; whether the client *holds* a mask is `memory`'s affair alone.
+    `least_batch`: of fewer images no answer is made, except loss and accuracy on the test images.
+    """
+
+    client_id: int
+    model: nn.Module
+    layout: Layout
+    trainer: LocalTrainer
+    data: DataSet
+    indices: tuple[Indices, Indices]
+    memory: ClientState
+    initial_state: Callable[[], State]
+    dense: Mask
+    masks: dict[str, Mask] = field(default_factory=dict)
+    least_batch: int = 1
+
+    def enough(self, images: int, what: str) -> None:
+        """Raise PayloadError if `what`, which the server would be told, is made of too few different images."""
+        if images < self.least_batch:
+            raise PayloadError(f"{what} would be made of {images} images; least-batch is {self.least_batch} here")
+
+    @cached_property
+    def train(self) -> Images:
+        """Training images of the client; copied out of the data set on first use, once a message."""
+        return self.data.train.take(self.indices[0])
+
+    @cached_property
+    def test(self) -> Images:
+        """Test images of the client, likewise."""
+        return self.data.test.take(self.indices[1])
+
+    def mask(self, digest: str) -> Mask | None:
+        """Return the mask with this digest if the client holds it; one that a disk damaged is not held."""
+        bitmap = self.memory.bitmap(digest)
+        if bitmap is None:
+            return None
+        if digest not in self.masks:
+            try:
+                mask = Mask.unpack(self.layout, bitmap)
+            except ValueError:
+                return None
+            if mask.digest != digest:
+                return None
+            self.masks.clear()
+            self.masks[digest] = mask
+        return self.masks[digest]
+
+
+def encode_with(
+    codec: Codec, layout: Layout, state: State, mask: Mask, residual: Vector | None
+) -> tuple[Arrays, Vector]:
+    """Encode a state with error feedback: what rounding took from the values sent before is added to these.
+
+    Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014; Karimireddy et al., "Error Feedback Fixes
+    SignSGD", ICML 2019.
+
+    Parameters
+    ----------
+    residual : array of float32, shape (layout.size,), or None
+        What is to be made up for; None: nothing yet.
+
+    Returns
+    -------
+    Arrays, Vector
+        What travels, and the new residual: 0 where nothing travels.
+    """
+    wanted = layout.flatten(state)
+    if residual is not None:
+        wanted += residual
+    wanted[np.flatnonzero(~mask.transmitted)] = 0
+    arrays = codec.encode(layout, layout.unflatten(wanted), mask)
+    wanted -= layout.flatten(codec.decode(arrays, layout, mask)[0])
+    return arrays, wanted
+
+
+class ClientAlgorithm:
+    """What a client does with a message. Subclasses override the verbs in which their algorithm differs.
+
+    Attributes
+    ----------
+    down, up : type of Codec
+        How the model travels; the server reads them from here too, so both ends agree.
+    questions : tuple of str
+        What `setup` can be asked.
+    remembers : bool
+        Whether the client keeps personal state (`recall`, `remember`).
+    """
+
+    down: ClassVar[type[Codec]] = Dense
+    up: ClassVar[type[Codec]] = Dense
+    query_types: ClassVar[tuple[str, ...]] = ()
+    stateful: ClassVar[bool] = False
+
+    def __init__(self, site: ClientContext, settings: Settings) -> None:
+        self.context = site
+        self.settings = settings
+
+    @classmethod
+    def uses(cls, settings: Settings) -> int:
+        """Return how often one message has a client use each of its training images, at most; override to raise it.
+
+        What a client says beyond it is refused. Twice the local epochs, and three more for gradients and tests.
+        """
+        return 2 * settings.local.epochs + 3
+
+    @classmethod
+    def trained(cls, settings: Settings, images: int) -> int:
+        """Return on how many of a client's training images, `images`, it trains at a time, at least."""
+        return images
+
+    @classmethod
+    def work(cls, settings: Settings, images: int) -> int:
+        """Return how many images, each as often as it is used, one message has go through a client's model, at most.
+
+        Beside its training images, `images`, these are the minibatches that are scored, twice each for a curvature;
+        a class of few images is drawn from more than once.
+        """
+        scoring = settings.own["ssfl"]
+        scored: int = scoring.saliency_batches * scoring.saliency_batch_size
+        return images * cls.uses(settings) + 2 * scored
+
+    def answer_query(self, question: str, payload: Payload) -> Payload:
+        """Answer a question the server asks before a round.
+
+        Raises
+        ------
+        PayloadError
+            This algorithm has no such question.
+        """
+        raise PayloadError(f"question is {question!r}; {type(self).__name__} answers {list(self.query_types)}")
+
+    def train(self, payload: Payload) -> Payload:
+        """Train the model that came down and return it."""
+        mask = self.load(payload)
+        loss = self.fit(int(payload.metadata["round"]), mask)
+        return self.reply(payload, mask, loss)
+
+    def evaluate(self, payload: Payload) -> Metadata:
+        """Test the model that came down on this client's own test images."""
+        self.load(payload)
+        return self.tested(payload)
+
+    # ---- what verbs use ----------------------------------------------------------------------
+
+    def fit(
+        self,
+        round_: int,
+        mask: Mask | None = None,
+        *,
+        purpose: str = "train",
+        data: Images | None = None,
+        lr: float | None = None,
+        **changes: Any,
+    ) -> float:
+        """Train the model on the workbench for one local round and return the mean loss.
+
+        Parameters
+        ----------
+        round_ : int
+            Sets the learning rate and, with `purpose` and the client's number, the order of the images.
+        mask : Mask, optional
+            What stays alive; None: everything.
+        data : Images, optional
+            Other images than all of the client's.
+        lr : float, optional
+            Another learning rate than the schedule's.
+        changes
+            Further arguments of `LocalTrainer.fit`.
+
+        Raises
+        ------
+        PayloadError
+            There are fewer images than this site trains on for others.
+        """
+        site = self.context
+        images = site.train if data is None else data
+        site.enough(len(images), "a trained model")
+        rng = generator(self.settings.run.seed, purpose, round_, site.client_id)
+        sparse = mask if mask is not None and mask.count < site.layout.prunable_size else None
+        rate = self.settings.local.rate(round_) if lr is None else lr
+        return site.trainer.fit(site.model, images, rng, lr=rate, mask=sparse, **changes)
+
+    def reply(
+        self, payload: Payload, mask: Mask, loss: float, state: State | None = None, up: type[Codec] | None = None
+    ) -> Payload:
+        """Return the answer to a training message: a state, that of the workbench by default, under `mask`.
+
+        `up` is another codec than the class's, in rounds that have one.
+        """
+        layout, codec = self.context.layout, (up or self.up)(self.settings.wire.up_values, self.rounder(payload))
+        state = state_of(self.context.model) if state is None else state
+        if not self.settings.wire.error_feedback:
+            return Payload(codec.encode(layout, state, mask), self.metadata(payload, loss))
+        kept = self.load_client_state(payload)
+        arrays, lost = encode_with(codec, layout, state, mask, None if kept is None else kept["residual"])
+        self.save_client_state(payload, {"residual": lost})
+        return Payload(arrays, self.metadata(payload, loss))
+
+    def rounder(self, payload: Payload) -> np.random.Generator | None:
+        """Return what the values of the answer to a training message are rounded with, if stochastically."""
+        if self.settings.wire.rounding == "nearest":
+            return None
+        return generator(
+            self.settings.run.seed, "rounding-up", int(payload.metadata["round"]), self.context.client_id
+        )
+
+    def metadata(self, payload: Payload, loss: float) -> Metadata:
+        """Return the facts of an answer to a training message."""
+        return {"samples": len(self.context.train), "loss": loss, "digest": payload.metadata["digest"]}
+
+    def tested(self, payload: Payload, name: str = "accuracy") -> Metadata:
+        """Return the facts of an answer to an evaluation message, the workbench's accuracy as `name`."""
+        metadata: Metadata = {"samples": len(self.context.test), "digest": payload.metadata["digest"]}
+        if len(self.context.test):
+            metadata["loss"], metadata[name] = self.context.trainer.evaluate(self.context.model, self.context.test)
+        return metadata
+
+    def load_client_state(self, payload: Payload) -> Arrays | None:
+        """Return the personal state after the last round that the server took this client's answer in, or None."""
+        return self.context.memory.load(int(payload.metadata["since"]))
+
+    def save_client_state(self, payload: Payload, arrays: Arrays) -> None:
+        """Keep personal state, made in answer to this message."""
+        round_, every = int(payload.metadata["round"]), self.settings.run.checkpoint_every
+        # A run can be taken up again at its last checkpoint, and the server may yet refuse this answer.
+        back_to = min(int(payload.metadata["since"]), (round_ - 1) // every * every)
+        self.context.memory.save(round_, arrays, back_to)
+
+    def personal_model(self, payload: Payload) -> State:
+        """Return this client's own model as it was remembered under "model"; before that, the initial weights."""
+        kept = self.load_client_state(payload)
+        return self.context.initial_state() if kept is None else self.context.layout.unflatten(kept["model"])
+
+    def load(self, payload: Payload) -> Mask:
+        """Load the model that came down into the workbench; return the mask it came under.
+
+        Raises
+        ------
+        Need
+            The message needs a mask that this client does not hold.
+        PayloadError
+            The mask is another one than the message states.
+        """
+        layout, digest = self.context.layout, str(payload.metadata.get("digest", ""))
+        known = self.known_mask(payload, digest) if issubclass(self.down, MaskedValues) else self.context.dense
+        state, mask = self.down(self.settings.wire.down_values).decode(payload.arrays, layout, known)
+        if mask.digest != digest:
+            raise PayloadError(f"digest is {digest!r}; what came down has {mask.digest!r} at this client")
+        # NaN and Inf both show in the extremes, which are found in one pass and no memory.
+        broken = [n for n, t in state.items() if t.numel() and not all(x.isfinite() for x in t.aminmax())]
+        if broken:  # it would be trained on, and remembered
+            raise PayloadError(f"values of {broken[0]} that came down are NaN or Inf; all must be finite")
+        load_state(self.context.model, state)
+        return mask
+
+    def initial_weights(self, payload: Payload) -> State:
+        """Return the weights a question is about: those that came along, or the seed's if they are meant.
+
+        Raises
+        ------
+        Need
+            They did not come along, and this machine makes others from the seed than the server did.
+        """
+        layout = self.context.layout
+        if "values" in payload.arrays:
+            return Dense().decode(payload.arrays, layout, self.context.dense)[0]
+        state = self.context.initial_state()
+        if state_digest(layout, state) != payload.metadata.get("weights"):
+            raise Need("weights")
+        return state
+
+    def known_mask(self, payload: Payload, digest: str) -> Mask:
+        """Return the shared mask with this digest, keeping it if the message brings it along.
+
+        Raises
+        ------
+        Need
+            It neither came along nor is it held.
+        PayloadError
+            The mask that came along has another digest.
+        """
+        if digest == self.context.dense.digest:
+            return self.context.dense
+        if "mask" in payload.arrays:
+            brought = read_mask(payload.arrays, self.context.layout)
+            if brought.digest != digest:
+                raise PayloadError(f"the mask has digest {brought.digest!r}; the message states {digest!r}")
+            self.context.memory.keep(digest, brought.packed())
+        mask_held = self.context.mask(digest)
+        if mask_held is None:
+            raise Need("mask")
+        return mask_held

@@ -1,0 +1,405 @@
+"""The server's half of an algorithm: hooks, whose defaults are FedAvg's.
+
+The base does once what Flower leaves open: cohorts that depend on (seed, round) only and are the same for every
+strategy, streamed folds, and going on after an interruption. The order of events is the affair of `course`, what
+crosses the wire that of `post`, and what a client does that of `rule`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import nn
+
+from ssfl_app.comm.messenger import Messenger, Outgoing, Reply
+from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
+from ssfl_app.core.aggregation import aggregate_mean, within_norm
+from ssfl_app.core.client import ClientAlgorithm, encode_with
+from ssfl_app.core.means import MAX_WEIGHT
+from ssfl_app.core.options import Settings
+from ssfl_app.core.robust import distance, there
+from ssfl_app.core.rounds import Query, Record, RoundLoop
+from ssfl_app.core.validation import check_feedback, check_number, check_samples, check_tested, stored
+from ssfl_app.options import ConfigError
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import Codec, LinearCodec, MaskedValues
+from ssfl_app.sparsity.layout import Layout, State, Vector
+from ssfl_app.sparsity.mask import Mask, Scope, alive_count, none_alive
+from ssfl_app.sparsity.values import Allowed, Arrays
+
+
+class RunCallback(Protocol):
+    """Whoever sees a run go by: the recorder of the run folder, or a test."""
+
+    def met(self, sites: Mapping[int, Metadata]) -> None:
+        """All clients are connected; `sites` holds what each said of itself."""
+
+    def warn(self, line: str) -> None:
+        """Something is wrong that the run can go on with."""
+
+    def round(self, record: Record, strategy: "SparseStrategy") -> None:
+        """Round `record["round"]` is over; 0 is setup."""
+
+
+class SparseStrategy(Strategy):
+    """A federated algorithm on a fixed set of numbered clients.
+
+    Parameters
+    ----------
+    layout : Layout
+        Of the model.
+    settings : Settings
+        The options of the run.
+
+    Attributes
+    ----------
+    name : str
+        In the registry, the configuration and all tables.
+    client : type of ClientAlgorithm
+        The other half; its codecs are this half's codecs.
+    rooms : mapping
+        Configuration rooms that only this strategy has: name -> options dataclass.
+    everyone : bool
+        Whether every client trains in every round, as peers without a server do.
+    uses_density : bool
+        Whether mask.density changes anything.
+    has_floor : bool
+        Whether mask.min-per-layer may be more than 0.
+    state, mask : State, Mask
+        The global model and what is alive in it.
+    peer_bytes : int
+        What the exchange of this round would cost between peers without a server; 0 for methods that have one.
+    accuracy, personal_accuracy : dict of int to float
+        Of each client in the last evaluation: of the global model, and of the client's own one if it has one.
+    losses : dict of int to float
+        Training loss of each client that answered well in the last round.
+    update_norms : dict of int to float
+        Length of each update that came in the last round (`update_norm`), of refused ones too: with the default fold,
+        or with failures.norm-factor.
+    watch : Watch or None
+        Sees the run go by.
+    workbench, image_shape : nn.Module or None, tuple of int
+        A model of this layout that the server may compute with, holding any weights, and (channels, height, width)
+        of its input; None for a strategy that stands alone. Whoever starts a run sets them.
+    """
+
+    name: ClassVar[str]
+    client: ClassVar[type[ClientAlgorithm]] = ClientAlgorithm
+    sections: ClassVar[Mapping[str, type]] = {}
+    full_participation: ClassVar[bool] = False
+    uses_density: ClassVar[bool] = True
+    has_floor: ClassVar[bool] = True
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        if settings.mask.min_per_layer and not self.has_floor:
+            raise ConfigError(
+                f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with strategy {self.name}"
+            )
+        self.layout = layout
+        self.settings = settings
+        if self.uses_density and layout.prunable_size and not self.alive():
+            raise ConfigError(f"mask.{none_alive(layout, settings.mask.density)}")
+        self.state: State = {}
+        self.mask = Mask.dense(layout)
+        self.callback: RunCallback | None = None
+        self.workbench: nn.Module | None = None
+        self.image_shape: tuple[int, ...] | None = None
+        self.messenger = Messenger(settings.run, issubclass(self.client.down, MaskedValues), settings.wire.bitmaps)
+        self.messenger.work = functools.partial(self.client.work, settings)
+        self.peer_bytes = 0
+        self.accuracy: dict[int, float] = {}
+        self.personal_accuracy: dict[int, float] = {}
+        self.losses: dict[int, float] = {}
+        self.update_norms: dict[int, float] = {}
+        self._next_round = 0  # 0: setup is still to come
+        self._encoded: tuple[State, Mask, Arrays] | None = None
+        self._there: tuple[State, Mask, list[Vector]] | None = None  # what `state` has where replies carry values
+        self._since = np.zeros(settings.run.clients, dtype=np.int64)  # client -> last round it answered well in
+        self._folded = 0  # the round that made `state`
+        self._residual: Vector | None = None  # what rounding took from the models sent before this one
+        self._lost: Vector | None = None  # and from this one
+        if settings.wire.error_feedback:
+            check_feedback(type(self), SparseStrategy)
+        if settings.run.fold != "mean" and not self._folds_as_ever():
+            raise ConfigError(
+                f"run.fold is {settings.run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of "
+                "its own"
+            )
+
+    # ---- the hooks ---------------------------------------------------------------------------
+
+    def alive(self) -> int:
+        """Return how many weights mask.density leaves alive; a strategy that leaves none is not made."""
+        wanted = self.settings.mask
+        return alive_count(self.layout, wanted.density, cast(Scope, wanted.scope), wanted.min_per_layer)
+
+    def before_training(self, ask: Query) -> None:
+        """Find out what must be known before round 1. Default: nothing."""
+
+    def before_round(self, round_: int, ask: Query) -> None:
+        """Find out what must be known before this round. Default: nothing."""
+
+    def train_payload(self, round_: int, client: int) -> Payload:
+        """Return what goes down to this client. Default: the global model under `mask_for`, encoded once a mask."""
+        memo, mask = self._encoded, self.mask_for(client)
+        if memo is None or memo[0] is not self.state or memo[1] is not mask:
+            self._encoded = memo = None  # the old one goes before the new one comes
+            self._encoded = memo = (self.state, mask, shared_buffers(self._written(mask)))
+        return Payload(memo[2])
+
+    def _written(self, mask: Mask) -> Arrays:
+        """Return the global model as it goes down."""
+        if not self.settings.wire.error_feedback:
+            return self.down.encode(self.layout, self.state, mask)
+        # A model is encoded twice where a run goes on: it makes up for the same residual again and leaves the same.
+        arrays, self._lost = encode_with(self.down, self.layout, self.state, mask, self._residual)
+        return arrays
+
+    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+        """Change the global model by the replies. Default: their weighted mean, taken as they come."""
+        self.state = aggregate_mean(self, replies)
+
+    def eval_payload(self, round_: int, client: int) -> Payload:
+        """Return the model this client evaluates. Default: the one it would be sent to train."""
+        return self.train_payload(round_, client)
+
+    def mask_for(self, client: int) -> Mask:
+        """Return the mask that this client's messages are encoded under. Default: the global one."""
+        return self.mask
+
+    def model(self) -> State:
+        """Return the model that this strategy stands for at this moment. Default: `state`."""
+        return self.state
+
+    def answers(self, question: str | None = None) -> Allowed:
+        """Return the arrays that answers may have, to a question or to training. Default: none; those of `up`.
+
+        An answer with others is refused unopened.
+        """
+        return self.up.allowed(self.layout) if question is None else {}
+
+    def densities(self) -> tuple[float, float]:
+        """Return alive / prunable and alive / all coordinates of the model in use. Default: those of `mask`."""
+        return density_pair(self.mask)
+
+    def update_norm(self, reply: Reply) -> float | None:
+        """Return how far the values of a reply are from the server's, as a Euclidean length; None: it has none.
+
+        Default: over the coordinates that it carries, from `state`.
+        """
+        codec, mask = self.up, self.mask_for(reply.client)
+        if not isinstance(codec, LinearCodec):
+            flat, sent = self.decoded(reply)
+            return distance(flat[sent.transmitted], there(self.layout, self.state, sent.transmitted))
+        memo = self._there
+        if memo is None or memo[0] is not self.state or memo[1] is not mask:
+            self._there = memo = (
+                self.state,
+                mask,
+                there(self.layout, self.state, codec.positions(self.layout, mask)),
+            )
+        return distance(codec.vector(reply.arrays, self.layout, mask), memo[2])
+
+    # ---- what hooks use ----------------------------------------------------------------------
+
+    def weight(self, reply: Reply) -> int:
+        """Return the weight of a reply in the mean of a round: its samples, or 1."""
+        return reply.samples if self.settings.run.weighting == "samples" else 1
+
+    def _folds_as_ever(self) -> bool:
+        return type(self).aggregate is SparseStrategy.aggregate
+
+    @property
+    def down(self) -> Codec:
+        """The codec of models sent to clients."""
+        return self.client.down(self.settings.wire.down_values, self._rounder())
+
+    @property
+    def up(self) -> Codec:
+        """The codec of models sent back."""
+        return self.client.up(self.settings.wire.up_values)
+
+    def _rounder(self) -> np.random.Generator | None:
+        # By the round that made the model, not the one it is sent in: that is the same when a run goes on.
+        if self.settings.wire.rounding == "nearest":
+            return None
+        return generator(self.settings.run.seed, "rounding-down", self._folded)
+
+    def decoded(self, reply: Reply) -> tuple[Vector, Mask]:
+        """Return the model of a reply, float32, shape (layout.size,), 0 where nothing was sent, and its mask."""
+        state, mask = self.up.decode(reply.arrays, self.layout, self.mask_for(reply.client))
+        return self.layout.flatten(state), mask
+
+    def cohort(self, round_: int) -> list[int]:
+        """Return the clients that train in a round; the same for every strategy that samples."""
+        run, present = self.settings.run, self.present(round_)
+        if self.full_participation:
+            return list(present)
+        chosen = generator(run.seed, "cohort", round_).choice(len(present), run.cohort, replace=False)
+        return sorted(int(client) for client in chosen)
+
+    def present(self, round_: int) -> range:
+        """Return the clients that take part in a round: all, unless some join late."""
+        return range(self.settings.shift.present(self.settings.run.clients, round_))
+
+    def state_dict(self) -> Arrays:
+        """Return all that `restore` needs, as flat arrays."""
+        kept: Arrays = {"state": self.layout.flatten(self.state), "mask": self.mask.packed(), "since": self._since}
+        return kept if self._residual is None else kept | {"residual": self._residual}
+
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`, from a snapshot taken there.
+
+        Raises
+        ------
+        KeyError, ValueError
+            It is a snapshot of another strategy, model or number of clients.
+        """
+        self.state = self.layout.unflatten(stored(arrays, "state", "float32", self.layout.size))
+        self.mask = Mask.unpack(self.layout, np.asarray(arrays["mask"], dtype=np.uint8))
+        self._since = stored(arrays, "since", "int64", self.settings.run.clients).copy()
+        if not ((self._since >= 0) & (self._since <= round_)).all():
+            raise ValueError(f"array 'since' has rounds beyond 0 to {round_}")
+        if "residual" in arrays:
+            self._residual = stored(arrays, "residual", "float32", self.layout.size)
+        self._next_round, self._folded = round_ + 1, round_
+
+    def _letter(self, client: int, payload: Payload) -> Outgoing:
+        stateful = self.client.stateful or self.settings.wire.error_feedback
+        since = {"since": int(self._since[client])} if stateful else {}
+        return client, Payload(payload.arrays, {**since, **payload.metadata}), self.mask_for(client)
+
+    # ---- Flower's interface ------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
+        payloads = (
+            self._letter(client, self.train_payload(server_round, client)) for client in self.cohort(server_round)
+        )
+        return self.messenger.build_messages("train", server_round, payloads, config)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]:
+        """Fold the replies into `self.state` and return their mean loss; refuse bad ones by name.
+
+        Raises
+        ------
+        RunFailed
+            Too few clients answered well. The global model is unchanged.
+        """
+        seen: dict[int, tuple[int, float]] = {}
+        failures, what = self.settings.failures, f"training in round {server_round}"
+        self.update_norms = {}
+
+        def good() -> Iterator[Reply]:
+            share = failures.min_ok_fraction
+            for reply in self.messenger.accepted_replies(replies, self.answers(), self.check_trained, share, what):
+                seen[reply.client] = (reply.samples, float(reply.metadata["loss"]))
+                if failures.norm_factor or self._folds_as_ever():
+                    norm = self.update_norm(reply)
+                    if norm is not None:
+                        self.update_norms[reply.client] = norm
+                yield reply
+                del reply
+            self._there = None  # before the fold makes a vector of its own
+
+        stream = good()
+        if failures.norm_factor:
+            stream = within_norm(self, stream, what)
+        self._encoded = None  # it holds the model that the fold replaces
+        self.aggregate(server_round, stream)
+        self._folded, self._residual, self._lost = server_round, self._lost, None
+        for _ in stream:  # a fold that stops early must not leave clients unaccounted for
+            pass
+        for client in self.messenger.report.refused:  # beside the other replies, after it was seen
+            seen.pop(client, None)
+        self._since[list(seen)] = server_round
+        self.losses = {client: loss for client, (_, loss) in sorted(seen.items())}
+        # fsum is exact before it rounds, so the order of arrival does not show here either.
+        samples = sum(n for n, _ in seen.values())
+        return None, MetricRecord({"loss": math.fsum(n * loss for n, loss in seen.values()) / samples})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return an evaluation message for every client, in rounds that are evaluated."""
+        run = self.settings.run
+        if server_round % run.evaluate_every and server_round != run.rounds:
+            return []
+        payloads = (self._letter(client, self.eval_payload(server_round, client)) for client in range(run.clients))
+        return self.messenger.build_messages("evaluate", server_round, payloads, config)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the unweighted mean accuracies over the clients that answered, each on its own test images.
+
+        "accuracy" is that of the global model, "personal_accuracy" that of their own ones; None if nobody has either:
+        that costs a number in the table, not the run.
+        """
+        self.accuracy, self.personal_accuracy = {}, {}
+        for reply in self.messenger.accepted_replies(
+            replies, {}, check_tested, None, f"evaluation in round {server_round}"
+        ):
+            for name, known in (("accuracy", self.accuracy), ("personal_accuracy", self.personal_accuracy)):
+                if reply.samples and name in reply.metadata:
+                    known[reply.client] = float(reply.metadata[name])
+        both = {"accuracy": self.accuracy, "personal_accuracy": self.personal_accuracy}
+        means: dict[str, Any] = {
+            name: math.fsum(known.values()) / len(known) for name, known in both.items() if known
+        }
+        return MetricRecord(means) if means else None
+
+    def summary(self) -> None:
+        """Print nothing: whoever watches the run describes it."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the algorithm; arguments and result are those of Flower's `Strategy.start`.
+
+        Continues where `restore` left off; then `initial_arrays` is not read. `timeout` is not read either:
+        it is run.round-timeout of the settings.
+
+        Raises
+        ------
+        RunFailed
+            Clients are missing, too few answered in a round, or Ray lost an actor.
+        """
+        if not self.state:
+            self.state = {n: torch.from_numpy(initial_arrays[n].numpy().copy()) for n, _ in self.layout.shapes}
+        del initial_arrays  # a model's size, for the whole run
+        configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        return RoundLoop(self, self.messenger, grid, configs, evaluate_fn).run(self._next_round, num_rounds)
+
+    # ---- checks ------------------------------------------------------------------------------
+
+    def check_samples(self, payload: Payload) -> None:
+        """Raise PayloadError unless the reply's samples can weigh it in a mean over all clients."""
+        check_samples(payload, MAX_WEIGHT // self.settings.run.clients)
+
+    def check_trained(self, client: int, payload: Payload) -> None:
+        """Raise PayloadError unless `fold` may see this reply. Default: loss, samples and the model that came up."""
+        check_number(payload, "loss")
+        self.check_samples(payload)
+        self.up.check(payload.arrays, self.layout, self.mask_for(client))
+
+
+def density_pair(*masks: Mask) -> tuple[float, float]:
+    """Return alive / prunable and alive / all coordinates, means over `masks` of one layout."""
+    layout, alive = masks[0].layout, math.fsum(mask.count for mask in masks) / len(masks)
+    rest = layout.size - layout.prunable_size
+    return alive / max(1, layout.prunable_size), (alive + rest) / max(1, layout.size)

@@ -1,0 +1,105 @@
+"""What an answer must be before an algorithm sees it."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from ssfl_app.comm.payload import Metadata, Payload
+from ssfl_app.options import ConfigError
+from ssfl_app.sparsity.codec import LinearCodec
+from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.text import quoted
+
+if TYPE_CHECKING:
+    from ssfl_app.core.strategy import SparseStrategy
+
+LARGEST = 2.0**20
+"""Of a loss. A model whose mean loss is a million has diverged, and would hide what all others say of theirs."""
+
+MOST_WORK = 2**40
+"""Images of one message, of a client that nothing is known of: more is no count, and would spoil the sum."""
+
+
+def check_feedback(strategy: "type[SparseStrategy]", base: "type[SparseStrategy]") -> None:
+    """Raise ConfigError unless a strategy can make up for rounding.
+
+    It can where both ends know which coordinates travel, the same ones for all clients, and where a client has no
+    other state that it remembers between rounds.
+    """
+    client = strategy.client
+    linear = issubclass(client.down, LinearCodec) and issubclass(client.up, LinearCodec)
+    own = (
+        strategy.train_payload is not base.train_payload
+        or strategy.mask_for is not base.mask_for
+        or strategy.aggregate is not base.aggregate
+    )
+    if client.stateful or own or not linear:
+        raise ConfigError(
+            f"wire.error-feedback is true; it is false with strategy {strategy.name}, where clients have masks, "
+            "models or memories of their own"
+        )
+
+
+def check_number(payload: Payload, name: str) -> None:
+    """Raise PayloadError unless the fact is a finite number, at most LARGEST in magnitude."""
+    value = payload.metadata.get(name)
+    if not isinstance(value, float) or not abs(value) <= LARGEST:
+        raise PayloadError(f"{name} is {value!r}; it must be a finite number, at most {LARGEST:g} in magnitude")
+
+
+def check_counts(metadata: Metadata, images: int | None, work: int) -> None:
+    """Raise PayloadError unless the counts of an answer are those of a client that holds so many images.
+
+    Every answer passes here, of whatever strategy and question. At most, not equal: fedfomo trains on a part of them.
+
+    Parameters
+    ----------
+    images : int or None
+        That the client holds for what it was asked: those it trains on, or with an evaluation those it tests on;
+        None: nothing is known.
+    work : int
+        Images, each as often as it is used, that one message can make go through the model.
+    """
+    samples = metadata.get("samples")
+    if type(samples) is not int or samples < 0:
+        raise PayloadError(f"samples is {quoted(samples)}; it must be a whole number of at least 0")
+    if images is not None and samples > images:
+        raise PayloadError(f"samples is {samples}; this client holds {images}")
+    for name in ("passes", "looks"):
+        count = metadata.get(name, 0)
+        if type(count) is not int or not 0 <= count <= work:
+            raise PayloadError(f"{name} is {quoted(count)}; it must be a whole number from 0 to {work}")
+
+
+def check_samples(payload: Payload, most: int) -> None:
+    """Raise PayloadError unless the reply's samples can weigh it in a mean over all clients."""
+    samples = payload.metadata["samples"]
+    if not isinstance(samples, int) or not 1 <= samples <= most:
+        raise PayloadError(f"samples is {samples!r}; it must be from 1 to {most}")
+
+
+def check_tested(client: int, payload: Payload) -> None:
+    """Raise PayloadError unless the loss is finite and the accuracies, at least one of them, are within 0 to 1."""
+    if not payload.metadata["samples"]:
+        return
+    check_number(payload, "loss")
+    known = [name for name in ("accuracy", "personal_accuracy") if name in payload.metadata]
+    for name in known or ["accuracy"]:
+        check_number(payload, name)
+        if not 0 <= float(payload.metadata[name]) <= 1:
+            raise PayloadError(f"{name} is {payload.metadata[name]!r}; it must be from 0 to 1")
+
+
+def stored(arrays: Mapping[str, npt.NDArray[Any]], name: str, dtype: str, size: int) -> npt.NDArray[Any]:
+    """Return an array of a snapshot.
+
+    Raises
+    ------
+    KeyError, ValueError
+        It is missing, or is not flat, of this type and size.
+    """
+    array = arrays[name]
+    if array.dtype != dtype or array.shape != (size,):
+        raise ValueError(f"array {name!r} is {array.dtype} of shape {array.shape}; it is {dtype} of shape ({size},)")
+    return array

@@ -1,0 +1,215 @@
+"""Data sets in memory: images as bytes.
+
+Examples
+--------
+>>> digits = load(DataOptions("digits", "", False, 0, "auto", "shared", "", 0, "label"))
+>>> len(digits.train), len(digits.test), digits.shape, digits.classes
+(1437, 360, (1, 8, 8), 10)
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ssfl_app.data.cache import Raw, Wanted
+from ssfl_app.data.readers import OWN, READERS, read_site_data, unseen
+from ssfl_app.data.summary import CLASS_NAME, DataSummary, odd_name
+from ssfl_app.data.transform import Transform as Transform
+from ssfl_app.options import ConfigError, anything, at_least, choice, option
+
+MIRRORED = ("cifar10", "cifar100", "tiny-imagenet")
+"""Data sets whose published training scripts crop and mirror."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The room ``data`` of the configuration.
+
+    Attributes
+    ----------
+    name : str
+        A key of `ssfl_app.data.readers.READERS`, or one of `OWN` there.
+    path : str
+        Folder of the data set; empty for digits.
+    download : bool
+        Whether torchvision may download cifar10, cifar100 and tiny-imagenet into `path`.
+    image_size : int
+        Pixels a side to resize to (parquet, folder, tiny-imagenet); 0: as they are.
+    augment : str
+        ``"crop-flip"``, ``"none"``, or ``"auto"``: crop-flip for those of `MIRRORED`, none for all else. Nobody
+        knows of other images whether their mirror images are the same things: digits, text and lungs are not.
+    where : str
+        ``"shared"``: one data set that is dealt to the clients; ``"sites"``: each client brings its own.
+    classes : str
+        With sites: names of all classes in order, with commas between them; empty: as each site finds them.
+    channels : int
+        With sites: 1 (grey) or 3 (colour); 0: as each site finds them.
+    label_column : str
+        Of parquet files.
+    """
+
+    name: str = choice(*READERS, *OWN)
+    path: str = anything("a folder")
+    download: bool = anything("true or false")
+    image_size: int = at_least(0)
+    augment: str = choice("auto", "none", "crop-flip")
+    where: str = choice("shared", "sites")
+    classes: str = anything("class names with commas between them, or empty")
+    channels: int = option("0, 1 or 3", lambda value: value in (0, 1, 3))
+    label_column: str = option("the name of a column", bool)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The names in `classes`."""
+        return tuple(name.strip() for name in self.classes.split(",")) if self.classes else ()
+
+    def check(self) -> None:
+        """Raise ConfigError unless the options fit together."""
+        if self.where == "shared":
+            for key, value, none in (("classes", self.classes, ""), ("channels", self.channels, 0)):
+                if value != none:
+                    raise ConfigError(f"data.{key} is {value!r}; it is {none!r} with data.where 'shared'")
+            return
+        if self.name not in OWN:
+            raise ConfigError(f"data.name is {self.name!r}; with data.where 'sites' it is one of {', '.join(OWN)}")
+        if odd_name(self.named) is not None or not self.classes.isprintable():
+            raise ConfigError(f"data.classes is {self.classes!r}; {CLASS_NAME}")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images and their classes.
+
+    Attributes
+    ----------
+    pixels : uint8 tensor, shape (N, C, H, W)
+        May be pages of a file that several processes share: do not write to it.
+    labels : int64 tensor, shape (N,)
+        Classes, 0 <= label < number of classes.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def take(self, indices: npt.NDArray[np.int64]) -> "Images":
+        """Return a copy of the images at `indices` (n,), in their order."""
+        where = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64)).to(self.labels.device)
+        return Images(self.pixels[where], self.labels[where])
+
+    def to(self, device: torch.device | str) -> "Images":
+        """Return the images on `device`; the same tensors if they are there."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set, its class names, how its images enter a network, and what a user should know of its files."""
+
+    name: str
+    train: Images
+    test: Images
+    class_names: tuple[str, ...]
+    transform: Transform
+    notes: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        _, channels, height, width = self.train.pixels.shape
+        return channels, height, width
+
+    def to(self, device: torch.device) -> "DataSet":
+        """Return the data set with its images on `device`."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def holding(self, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> DataSummary:
+        """Return what a client with these indices of training and test images holds."""
+        return DataSummary.of(self.class_names, self.shape, self.train.labels.cpu().numpy()[train], len(test))
+
+
+def load(options: DataOptions) -> DataSet:
+    """Read a data set into memory.
+
+    Parameters
+    ----------
+    options : DataOptions
+        Which data set, and where it lies.
+
+    Returns
+    -------
+    DataSet
+        Images on the CPU; the same on every machine.
+
+    Raises
+    ------
+    ConfigError
+        The data is not there or cannot be read; the message names ``data.path`` and what is allowed.
+    """
+    if options.name in OWN:
+        return _data_set(
+            options, read_site_data(options.name, options.path, options.image_size, Wanted(options.label_column))
+        )
+    return _data_set(options, READERS[options.name](options.path, options.download, options.image_size))
+
+
+def load_own(options: DataOptions, path: str) -> DataSet:
+    """Read the own data of the site at `path`; they are in the format `options.name`.
+
+    Mean and standard deviation are measured on the site's own training images: no site tells another one's.
+
+    Raises
+    ------
+    ConfigError
+        The data cannot be read, or hold a class that `options.classes` does not name.
+    """
+    wanted = Wanted(options.label_column, options.named, options.channels)
+    return _data_set(options, read_site_data(options.name, path, options.image_size, wanted))
+
+
+def load_central(options: DataOptions) -> DataSet:
+    """Return what the server of sites with their own data knows: its test images at `options.path`, if it has any.
+
+    Without a path there are none. Mean and std are those of its training images if it has some, else of the others.
+
+    Raises
+    ------
+    ConfigError
+        The images cannot be read, or there is no path and classes, channels or image size are not named either.
+    """
+    if options.path:
+        wanted = Wanted(options.label_column, options.named, options.channels, test_only=True)
+        return _data_set(options, read_site_data(options.name, options.path, options.image_size, wanted))
+    return _data_set(options, unseen(options.named, options.channels, options.image_size))
+
+
+def _data_set(options: DataOptions, raw: Raw) -> DataSet:
+    augment = options.augment
+    if augment == "auto":
+        augment = "crop-flip" if options.name in MIRRORED else "none"
+    train = Images(torch.from_numpy(raw.train), torch.from_numpy(raw.train_labels))
+    test = Images(torch.from_numpy(raw.test), torch.from_numpy(raw.test_labels))
+    notes = raw.notes + _class_notes(options, raw)
+    return DataSet(options.name, train, test, raw.class_names, Transform(raw.mean, raw.std, augment), notes)
+
+
+def _class_notes(options: DataOptions, raw: Raw) -> tuple[str, ...]:
+    """Return what is odd about the classes of a data set that is dealt; a site may lack some."""
+    present, there = len(np.unique(raw.train_labels)), len(raw.class_names)
+    if options.where != "shared" or present == there > 1:
+        return ()
+    return (
+        f"{there - present} of {there} classes have no training image"
+        if there > present
+        else "there is one class only: each answer is right",
+    )

@@ -1,0 +1,237 @@
+"""Where data sets come from: one reader a source, each giving the same arrays.
+
+A reader is a function ``(path, download, image_size) -> Raw``, named in `READERS`. Folders of a user's own files are
+read by `own`. All raise ConfigError.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from ssfl_app.data.cache import Raw, Wanted, cached
+from ssfl_app.data.image_folder import Files, Left, hidden, image_folder, left_out
+from ssfl_app.data.images import decode, measure
+from ssfl_app.data.parquet import read_parquet
+from ssfl_app.data.unreadable import check_regular, is_folder, one_line, unreadable
+from ssfl_app.options import ConfigError, PrivateError
+
+# Mean and std of each channel as the published training scripts have them (DisPFL, SSFL).
+_CIFAR_MOMENTS = {
+    "CIFAR10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "CIFAR100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+_TINY = "tiny-imagenet-200"
+_TINY_URL = f"http://cs231n.stanford.edu/{_TINY}.zip"
+_TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+# What the folder of a source of a user's own files is, for messages.
+_SHAPES = {
+    "parquet": "a folder of parquet files",
+    "folder": "a folder with train/<class>/* and test/<class>/* (or val)",
+}
+OWN = tuple(_SHAPES)
+"""Sources that are a user's own files: a data set that is dealt, or what a site holds."""
+
+
+def _folder(path: str, create: bool, what: str) -> Path:
+    """Return `path` as a folder that exists; `what` completes "it is ..."."""
+    if not path:
+        raise unreadable(path, f"it is {what}")
+    folder = Path(path).expanduser()
+    if not is_folder(path, folder, "it") and folder.exists():
+        raise unreadable(path, f"this is a file; it is {what}")
+    if not create and not is_folder(path, folder, "it"):
+        raise unreadable(path, f"there is no such folder, it is {what}")
+    return folder
+
+
+def _cure(root: Path, column: str = "") -> str:
+    """Return how to come to a data set that is not in a folder; `column`: that of its labels, if not label."""
+    with suppress(OSError):
+        if any(file.name.lower().endswith(".parquet") and not hidden(file.name) for file in root.iterdir()):
+            named = f" data.label-column='{column}'" if column else ""
+            return f"there are parquet files, which data.name='parquet'{named} reads"
+    return "set data.download to true to get it"
+
+
+def _own_size(name: str, image_size: int) -> None:
+    if image_size:
+        raise ConfigError(f"data.image-size is {image_size}; {name} is used as it is, with 0")
+
+
+def digits(path: str, download: bool, image_size: int) -> Raw:
+    """Read scikit-learn's digits, (1, 8, 8), split 80/20 with equal class shares; nothing is downloaded."""
+    _own_size("digits", image_size)
+    if path:  # or a forgotten data.name would train on these without a word
+        rule = "data.name is digits; it reads no data.path"
+        raise PrivateError(f"{rule}, which is {path!r}", rule)
+    # Through the cache: to import scikit-learn takes a second, and a real SuperNode starts a process a message.
+    versions = [metadata.version(name) for name in ("scikit-learn", "numpy")]
+    raw = cached(("digits", *versions), [], _digits)
+    # Selected as without the cache: the strides decide which kernel convolves, and kernels round differently.
+    train, test = (np.asarray(part)[:, 0][:, None][np.arange(len(part))] for part in (raw.train, raw.test))
+    return replace(raw, train=train, test=test)
+
+
+def _digits() -> Raw:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    labels = bunch.target.astype(np.int64)
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    names = tuple(str(name) for name in bunch.target_names)
+    return Raw(pixels[train], labels[train], pixels[test], labels[test], names, *measure(pixels[train]))
+
+
+def _cifar(kind: str, path: str, download: bool, image_size: int) -> Raw:
+    from torchvision import datasets
+
+    _own_size(kind.lower(), image_size)
+    root = _folder(path, download, f"the folder that holds torchvision's {kind}, or gets it")
+    try:
+        parts = [getattr(datasets, kind)(root, train=train, download=download) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        hint = "the download failed" if download else _cure(root, "fine_label" if kind == "CIFAR100" else "")
+        raise unreadable(
+            path, f"{kind} is not there ({one_line(error)}): {hint}", f"{kind} is not there: {hint}"
+        ) from error
+    train, test = (np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)) for part in parts)
+    labels = (np.array(part.targets, dtype=np.int64) for part in parts)
+    return Raw(train, next(labels), test, next(labels), tuple(parts[0].classes), *_CIFAR_MOMENTS[kind])
+
+
+def cifar10(path: str, download: bool, image_size: int) -> Raw:
+    """Read torchvision's CIFAR-10, (3, 32, 32), with the published mean and std."""
+    return _cifar("CIFAR10", path, download, image_size)
+
+
+def cifar100(path: str, download: bool, image_size: int) -> Raw:
+    """Read torchvision's CIFAR-100, (3, 32, 32), with the published mean and std."""
+    return _cifar("CIFAR100", path, download, image_size)
+
+
+def _read_files(
+    key: str, path: str, size: int, parts: Sequence[Files], names: tuple[str, ...], channels: int = 0
+) -> Raw:
+    """Return the images of (file, class) lists for training and test, through the cache."""
+
+    def read() -> Raw:
+        root = Path(path).expanduser()
+        called = [(len(part), _called(root, name, part)) for name, part in zip(("train", "test"), parts, strict=True)]
+        (train, test), notes = decode(path, called, size, channels)
+        labels = [np.array([label for _, label in part], dtype=np.int64) for part in parts]
+        return Raw(train, labels[0], test, labels[1], names, *measure(train), notes)
+
+    files = [file for part in parts for file, _ in part]
+    return cached((key, str(Path(path).resolve()), size, channels, *names), files, read)
+
+
+def _called(root: Path, name: str, part: Files) -> Iterator[tuple[str, str, Path]]:
+    """Yield what to call each file below `root`, here and to a server, and the file."""
+    counts = Counter[int]()
+    for file, label in part:
+        counts[label] += 1
+        yield str(file.relative_to(root)), f"image {counts[label]} of {name}/<class {label}>", file
+
+
+def _own_folder(path: str, root: Path, image_size: int, wanted: Wanted) -> Raw:
+    what = _SHAPES["folder"]
+    tests = [root / name for name in ("test", "val") if is_folder(path, root / name, name)]
+    trains = [root / "train"] if is_folder(path, root / "train", "train") else tests[:1] if wanted.test_only else []
+    if not tests or not trains:
+        raise unreadable(path, f"{'test' if trains else 'train'} is missing, it is {what}")
+    left = Left()
+    train, names = image_folder(path, trains[0], wanted.classes, left)
+    test, test_names = image_folder(path, tests[0], wanted.classes, left)
+    if odd := sorted(set(names) ^ set(test_names)):
+        rule = f"is only in one of train and {tests[0].name}, it is to be in both"
+        raise unreadable(path, f"class {odd[0]} {rule}", f"a class {rule}")
+    raw = _read_files("folder", path, image_size, (train, test), names, wanted.channels)
+    return replace(raw, notes=(*left_out(left), *raw.notes))
+
+
+def read_site_data(name: str, path: str, image_size: int, wanted: Wanted) -> Raw:
+    """Read a user's own files, in one of the formats `OWN`; mean and std are measured.
+
+    parquet: see `ssfl_app.data.parquet`. folder: <path>/train/<class>/* and <path>/test/<class>/* (or val).
+
+    Raises
+    ------
+    ConfigError
+        The data cannot be read.
+    """
+    root = _folder(path, False, _SHAPES[name])
+    return (read_parquet if name == "parquet" else _own_folder)(path, root, image_size, wanted)
+
+
+def unseen(classes: tuple[str, ...], channels: int, image_size: int) -> Raw:
+    """Return a data set without images, of which only classes and shape are known.
+
+    Raises
+    ------
+    ConfigError
+        One of the three is not given.
+    """
+    for key, value in (("classes", ",".join(classes)), ("channels", channels), ("image-size", image_size)):
+        if not value:
+            raise ConfigError(
+                f"data.{key} is {value!r}; with data.where 'sites' and no data.path the server builds the model from "
+                "data.classes, data.channels and data.image-size: give all three"
+            )
+    pixels, labels = np.empty((0, channels, image_size, image_size), np.uint8), np.empty(0, np.int64)
+    return Raw(pixels, labels, pixels, labels, classes, (0.0,) * channels, (1.0,) * channels)
+
+
+def tiny_imagenet(path: str, download: bool, image_size: int) -> Raw:
+    """Read Tiny-ImageNet (200 classes, (3, 64, 64)); its labelled val images are the test images.
+
+    Mean and std are 0.5, as in the published training scripts.
+    """
+    where = _folder(path, download, f"the folder that holds {_TINY}, or gets it")
+    root = where / _TINY
+    if not is_folder(path, root, _TINY):
+        if not download:
+            raise unreadable(path, f"{_TINY} is not in it: {_cure(where)}")
+        _download_tiny(path, where)
+    train, wnids = image_folder(path, root / "train")
+    test = _tiny_test(path, root / "val", wnids)
+    raw = _read_files("tiny-imagenet", path, image_size, (train, test), wnids)
+    half = (0.5,) * raw.train.shape[1]
+    return replace(raw, mean=half, std=half)
+
+
+def _download_tiny(path: str, where: Path) -> None:
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    try:
+        download_and_extract_archive(_TINY_URL, str(where), md5=_TINY_MD5, remove_finished=True)
+    except (OSError, RuntimeError) as error:
+        failed = f"the download of {_TINY_URL} failed"
+        raise unreadable(path, f"{failed} ({one_line(error)})", failed) from error
+
+
+def _tiny_test(path: str, root: Path, wnids: tuple[str, ...]) -> list[tuple[Path, int]]:
+    """Return the validation files with their classes: one line of annotations is file, wnid, box."""
+    what = f"val/val_annotations.txt of {_TINY}"
+    check_regular(path, root / "val_annotations.txt", what, what)
+    try:
+        lines = (root / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
+        rows = [line.split("\t")[:2] for line in lines if line]
+        return [(root / "images" / file, wnids.index(wnid)) for file, wnid in rows]
+    except (OSError, ValueError) as error:
+        raise unreadable(path, f"{what} cannot be used ({one_line(error)})", f"{what} cannot be used") from error
+
+
+READERS: dict[str, Callable[[str, bool, int], Raw]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "tiny-imagenet": tiny_imagenet,
+}

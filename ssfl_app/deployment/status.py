@@ -1,0 +1,113 @@
+"""How a federation on this machine stands, and its end."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.table import Table
+
+from ssfl_app.deployment.control import is_up, node_id, nodes
+from ssfl_app.deployment.federation import SERVICES, Federation
+from ssfl_app.locks import RunFailed
+from ssfl_app.simulation.processes import STOP_TIMEOUT, end_families
+
+
+def services(federation: Federation) -> dict[str, dict[str, Any]]:
+    """Return what the keeper says of each service: its process id, None while it is down, and its restarts."""
+    try:
+        return dict(json.loads(federation.state.read_bytes())["services"])
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def overview(federation: Federation) -> tuple[Table, bool | None]:
+    """Return a table of processes and nodes, and whether all are well; None: nothing is running."""
+    up, known = is_up(federation), services(federation)
+    online: dict[str, str] = {}
+    if up:
+        try:
+            online = {node["node-id"]: node["status"] for node in nodes(federation)}
+        except RunFailed as error:
+            online = {"": str(error)}
+    table = Table(title=f"{federation.folder}: {'up' if up else 'not running'}, SuperLink at {federation.address}")
+    for column in ("service", "process", "restarts", "as the SuperLink sees it", "node-config"):
+        table.add_column(column)
+    stands = []
+    for name, config in [
+        *((name, "") for name in SERVICES),
+        *((node.name, node.config) for node in federation.nodes),
+    ]:
+        service = known.get(name, {}) if up else {}
+        seen = "" if name in SERVICES else online.get(node_id(federation, name), "unknown")
+        if seen and not up:
+            seen = "not running"
+        elif seen not in ("", "online"):
+            seen = ": ".join(filter(None, [seen, complaint(federation.folder / "nodes" / name / "node.log")]))
+        stands.append(seen == "online" or (name in SERVICES and bool(service.get("pid"))))
+        table.add_row(name, str(service.get("pid") or "-"), str(service.get("restarts", "-")), seen, config)
+    return table, all(stands) if up else None
+
+
+def complaint(log: Path) -> str:
+    """Return the last line of a node's log that says why it is not let in, "" if there is none."""
+    if not log.exists():
+        return ""
+    lines = re.sub(r"\x1b\[\d+m", "", log.read_text("utf-8", errors="replace")).splitlines()
+    found = [
+        line.strip() for line in lines[-200:] if re.search(r"\[code: |CERTIFICATE|Connection attempt failed", line)
+    ]
+    return found[-1][:160] if found else ""
+
+
+def stop(federation: Federation) -> int:
+    """End the keeper and all it started, and what a killed keeper left; return how many processes that were."""
+    before = _members(federation)
+    keepers = [p for p in before if "keep" in _words(p)]
+    for keeper in keepers:
+        keeper.terminate()
+    psutil.wait_procs(keepers, 2 * STOP_TIMEOUT)
+    # All other processes' command lines name a file of this folder, or descend from one that does.
+    end_families([process.pid for process in _members(federation)])
+    end = time.monotonic() + STOP_TIMEOUT
+    while is_up(federation) and time.monotonic() < end:
+        time.sleep(0.1)
+    federation.state.unlink(missing_ok=True)
+    return len(before)
+
+
+def _members(federation: Federation) -> list[psutil.Process]:
+    """Return the processes of this federation: those of Flower and of the keeper, and their descendants."""
+    found: dict[int, psutil.Process] = {}
+    home = str(federation.folder)
+    for process in psutil.process_iter():
+        words = _words(process)
+        ours = any(word == home or word.startswith(home + os.sep) for word in words)
+        programs = {Path(word).name for word in words[:2]}
+        keeper = "ssfl_app" in words and not {"keep", "front"}.isdisjoint(words)
+        if (
+            process.pid == os.getpid()
+            or not ours
+            or not (keeper or programs & {"flower-superlink", "flower-supernode"})
+        ):
+            continue
+        for member in [process, *_children(process)]:
+            found[member.pid] = member
+    return list(found.values())
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []

@@ -1,0 +1,31 @@
+"""The ClientApp that Flower loads: the client's door, which imports torch when the first message comes.
+
+In a simulation Flower loads the ClientApp in the server's process and starts Ray after that, one after the other: the
+door opens at once, so Ray starts while the ServerApp imports torch.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from ssfl_app import locks
+
+
+class LazyClientApp(ClientApp):
+    """`ssfl_app.client_app`, imported on first use."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a message."""
+        from ssfl_app.client_app import app as inner
+
+        return inner(message, context)
+
+
+app = LazyClientApp()
+if locks.LATER in os.environ:  # before Ray is imported, which reads its variables then
+    with contextlib.suppress(FileNotFoundError):
+        os.environ.update(json.loads(Path(os.environ[locks.LATER]).read_bytes()))

@@ -1,0 +1,334 @@
+"""What a process sets up once: data, partition, model. Both doors work with it.
+
+In simulation one process serves many clients and many messages, so the workshop is kept between them; in deployment
+each message has a fresh process and it is opened once there. Threads that serve clients at the same time share data
+and partition, and each has a bench of its own: what a message writes to.
+"""
+
+import functools
+import hashlib
+import os
+import threading
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssfl_app import config as configuration
+from ssfl_app.comm.payload import ClientState
+from ssfl_app.config import Config
+from ssfl_app.core.client import ClientAlgorithm, ClientContext
+from ssfl_app.data import dataset as data
+from ssfl_app.data.dataset import DataSet
+from ssfl_app.data.summary import DataSummary
+from ssfl_app.options import ConfigError, Scalar
+from ssfl_app.partitions import Indices, Partition, split
+from ssfl_app.sparsity.layout import Layout, State, state_of
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.strategies import REGISTRY
+from ssfl_app.training import models
+from ssfl_app.training.gpu import MOST_AT_ONCE, memory_need
+from ssfl_app.training.trainer import LocalTrainer, Steps
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What one thread works at: a model that each message loads, its trainer, and unpacked masks by digest."""
+
+    model: nn.Module
+    trainer: LocalTrainer
+    masks: dict[str, Mask] = field(default_factory=dict)
+
+
+@dataclass
+class Runtime:
+    """Data, partition, model and trainer of one configuration.
+
+    Where each site has data of its own, `data` are those of this one, or the server's test set, and the one share of
+    `partition` is all of them. `model` and `trainer` are those of the thread that opened the workshop.
+    """
+
+    config: Config
+    data: DataSet
+    partition: Partition
+    model: nn.Module
+    layout: Layout
+    trainer: LocalTrainer
+    _threads: threading.local = field(default_factory=threading.local)
+
+    def __post_init__(self) -> None:
+        self._threads.bench = WorkerState(self.model, self.trainer)
+
+    @property
+    def bench(self) -> WorkerState:
+        """The bench of the calling thread; it is made on first use and goes with its thread."""
+        if not hasattr(self._threads, "bench"):
+            device = self.trainer.device
+            torch.set_num_threads(self.config.engine.threads)  # OpenMP keeps this number for each thread
+            if device.type == "cuda":  # all that this thread does on the GPU, beside what others do there
+                torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+            model, trainer = _model(self.config, self.data, device), _trainer(self.config, self.data, device)
+            self._threads.bench = WorkerState(model, trainer)
+        return self._threads.bench  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def dense(self) -> Mask:
+        """The mask under which everything is alive."""
+        return Mask.dense(self.layout)
+
+    def initial_state(self) -> State:
+        """Return the weights that a run starts from: those of the seed, on the CPU."""
+        shape, seed = self.data.shape, self.config.settings.run.seed
+        return state_of(models.create(self.config.model, shape[0], self.data.classes, seed))
+
+    def room(self) -> int:
+        """Return how many clients the free memory of the GPU has room for, by an estimate; at least one."""
+        outline = models.outline(self.config.model, self.data.shape[0], self.data.classes)
+        need = memory_need(outline, self.data.shape, self.config.settings.local.batch_size)
+        return max(1, torch.cuda.mem_get_info(self.trainer.device)[0] // need)
+
+    @property
+    def own(self) -> bool:
+        """Whether each client has data of its own."""
+        return self.config.data.where == "sites"
+
+    def share(self, client: int) -> tuple[Indices, Indices]:
+        """Return the indices of a client's training and test images; none for a number that is not needed."""
+        place = 0 if self.own else client
+        if place >= len(self.partition.train):
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        return self.partition.train[place], self.partition.test[place]
+
+    def holding(self, client: int) -> DataSummary:
+        """Return what a client holds."""
+        return self.data.holding(*self.share(client))
+
+    def rule(self, client: int, memory: ClientState, least_batch: int = 1) -> ClientAlgorithm:
+        """Return the client's half of the strategy at one client's site; see `Place.least_batch`."""
+        bench = self.bench
+        site = ClientContext(
+            client_id=client,
+            model=bench.model,
+            layout=self.layout,
+            trainer=bench.trainer,
+            data=self.data,
+            indices=self.share(client),
+            memory=memory,
+            least_batch=least_batch,
+            initial_state=self.initial_state,
+            dense=self.dense,
+            masks=bench.masks,
+        )
+        return REGISTRY[self.config.strategy].client(site, self.config.settings)
+
+
+_OPENING = threading.Lock()
+
+
+@functools.lru_cache(maxsize=2)
+def _open(items: tuple[tuple[str, Scalar], ...], site: str) -> Runtime:
+    config = configuration.parse(dict(items))
+    torch.set_num_threads(config.engine.threads)
+    device = find_device(config.settings.run.device)
+    images, partition = _load(config, site)
+    images = _resident(images, device)
+    model = _model(config, images, device)
+    return Runtime(config, images, partition, model, Layout.of(model), _trainer(config, images, device))
+
+
+def _model(config: Config, images: DataSet, device: torch.device) -> nn.Module:
+    model = models.create(config.model, images.shape[0], images.classes, config.settings.run.seed).to(device)
+    if device.type == "cuda" and not any(isinstance(module, nn.GroupNorm) for module in model.modules()):
+        # The layout of the convolutions that are fast there. Torch's GroupNorm would change it back, and forth.
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def _trainer(config: Config, images: DataSet, device: torch.device) -> LocalTrainer:
+    engine = config.engine
+    # On a GPU without graphs too: the same kernels give the same bits.
+    steps: Steps = "plain" if device.type == "cpu" else "graphs" if engine.graphs else "static"
+    fewest = models.fewest(config.model, images.shape)
+    return LocalTrainer(config.settings.local, images.transform, device, engine.precision, steps, fewest)
+
+
+def _resident(images: DataSet, device: torch.device) -> DataSet:
+    """Return the data set on the GPU, if there is one and the images take no more than half of what is free there."""
+    size = images.train.pixels.nbytes + images.test.pixels.nbytes
+    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] // 2:
+        return images
+    return images.to(device)
+
+
+def get_runtime(flat: configuration.Flat, data_path: str = "") -> Runtime:
+    """Return the workshop of a configuration, made on first use and kept.
+
+    Parameters
+    ----------
+    flat : dict
+        The run config.
+    data_path : str
+        Where a client says that the data lie on its machine: the shared set, or its own.
+
+    Raises
+    ------
+    ConfigError
+        The configuration is bad, its data cannot be read, or there is no GPU where one is asked for.
+    """
+    if flat.get("data.where") != "sites" and data_path:
+        flat = flat | {"data.path": data_path}
+    with _OPENING:  # by one thread, for all
+        return _open(tuple(sorted(flat.items())), data_path)
+
+
+def _load(config: Config, site: str) -> tuple[DataSet, Partition]:
+    """Return a data set and who holds what of it; `site` is where a site's own data lie, "" on the server."""
+    shared = config.data.where == "shared"
+    if shared:
+        images, partition = load_federation(config)
+    else:
+        images = data.load_own(config.data, site) if site else data.load_central(config.data)
+        partition = Partition((np.arange(len(images.train)),), (np.arange(len(images.test)),))
+    check_batches(config, images, partition if shared or site else None)
+    return images, partition
+
+
+def check_batches(config: Config, images: DataSet, partition: Partition | None) -> None:
+    """Find out whether every batch that a client trains on is one that the model's norm takes.
+
+    Raises
+    ------
+    ConfigError
+        Batches are too small by configuration, or a client of `partition` (None: unknown) has too few images: what
+        no later round would cure is refused before the first.
+    """
+    fewest = models.fewest(config.model, images.shape)
+    if fewest == 1:
+        return
+    client, settings, (_, height, width) = REGISTRY[config.strategy].client, config.settings, images.shape
+    cause = (
+        f"with model.norm 'batch' {config.model.name} brings {height}x{width} images down to one pixel, and "
+        "BatchNorm trains on two values a channel or more"
+    )
+    sizes = {"local.batch-size": settings.local.batch_size}
+    if client.query_types:
+        sizes["ssfl.saliency-batch-size"] = settings.own["ssfl"].saliency_batch_size
+    for key, size in sizes.items():
+        if size < fewest:
+            raise ConfigError(f"{key} is {size}; it is at least {fewest}: {cause}")
+    for number, own in enumerate(partition.train if partition else ()):
+        trained = client.trained(settings, len(own))
+        if trained < fewest:
+            who = f"client {number}" if config.data.where == "shared" else "this site"
+            raise ConfigError(
+                f"{who} has {len(own)} training image(s) and trains on {trained}; it needs {fewest}: {cause}. "
+                "model.norm 'group' needs one"
+            )
+
+
+def load_federation(config: Config) -> tuple[DataSet, Partition]:
+    """Return the data set and who holds what.
+
+    Raises
+    ------
+    ConfigError
+        The data cannot be read, do not suffice for this partition, or are not dealt at all.
+    """
+    if config.data.where != "shared":
+        raise ConfigError(f"data.where is {config.data.where!r}; what sites bring with them is not dealt")
+    images = data.load(config.data)
+    run = config.settings.run
+    labels = images.train.labels.numpy(), images.test.labels.numpy()
+    return images, split(config.partition, *labels, run.clients, run.seed, config.settings.shift)
+
+
+def check(config: Config) -> Layout:
+    """Find out whether a configuration can be run, without building its model; return the model's layout.
+
+    Raises
+    ------
+    ConfigError
+        Its device, clients at once, data, partition or mask cannot be had.
+    """
+    check_at_once(config)
+    images, _ = _load(config, "")
+    layout = Layout.of(models.outline(config.model, images.shape[0], images.classes))
+    REGISTRY[config.strategy](layout, config.settings)
+    return layout
+
+
+def check_at_once(config: Config) -> None:
+    """Find out whether the device is there and can train as many clients at once as are asked for.
+
+    Raises
+    ------
+    ConfigError
+        There is no such device, or engine.concurrent is above `most_at_once` of a GPU.
+    """
+    wanted, most = config.engine.concurrent, most_at_once(config)
+    if find_device(config.settings.run.device).type == "cuda" and wanted > most:
+        raise ConfigError(
+            f"engine.concurrent is {wanted}; on a GPU it is at most {most}: the clients that train in a round, and "
+            f"never more than {MOST_AT_ONCE}, since each has a stream of its own"
+        )
+
+
+def most_at_once(config: Config) -> int:
+    """Return how many clients may be trained at once on a GPU."""
+    run = config.settings.run
+    return min(run.clients if REGISTRY[config.strategy].full_participation else run.cohort, MOST_AT_ONCE)
+
+
+def find_device(wanted: str) -> torch.device:
+    """Return the torch device for run.device; the first call comes before this process starts CUDA.
+
+    Raises
+    ------
+    ConfigError
+        "cuda" is asked for and this process sees no GPU.
+    """
+    # Read when CUDA starts: queues to the GPU. By default there are 8, and clients on other streams wait in them.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device is 'cuda'; this process sees no GPU, so it is 'cpu' or 'auto'")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def gpu_notes(config: Config, engine: str = "inline") -> list[str]:
+    """Return what a user should know who trains on this machine's GPU: a line each, none without a GPU."""
+    if find_device(config.settings.run.device).type == "cpu":
+        return []
+    notes, name = [], torch.cuda.get_device_name()
+    if config.engine.precision == "fp32" and torch.cuda.get_device_capability() >= (8, 0):
+        others = "engine.precision 'tf32' or 'bf16' uses its matrix units, which are faster and round more"
+        notes.append(f"note: engine.precision is 'fp32' on {name}; {others}")
+    if engine == "ray" and torch.cuda.device_count() == 1:
+        notes.append(
+            "note: on one GPU the in-process engine is the fast one (--engine inline): its clients share a process, "
+            "where Ray's actors take turns"
+        )
+    return notes
+
+
+def gpu_is_hidden() -> bool:
+    """Return whether the machine has an NVIDIA GPU that this process is not allowed to see.
+
+    Ray sets CUDA_VISIBLE_DEVICES to "" in actors that asked for no GPU, and training silently runs on the CPU.
+    """
+    return os.environ.get("CUDA_VISIBLE_DEVICES") == "" and Path("/dev/nvidia0").exists()
+
+
+@functools.lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Return the first 16 hex digits of the SHA-256 over this package's source files.
+
+    Server and clients compare it: Flower can run the two from different checkouts without a word.
+    """
+    package = Path(str(resources.files("ssfl_app")))
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py"), key=lambda f: f.relative_to(package).as_posix()):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]

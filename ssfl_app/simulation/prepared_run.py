@@ -1,0 +1,118 @@
+"""What the launcher of a run on Ray must know of it, found out in a process that imports torch for it and is gone."""
+
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ssfl_app.options import ConfigError
+from ssfl_app.simulation.command import RunArgs
+
+if TYPE_CHECKING:
+    from ssfl_app.config import Config
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that was checked, and whose folder is ready.
+
+    Attributes
+    ----------
+    folder : Path
+        Of the run.
+    nodes : int
+        SuperNodes.
+    threads : int
+        Of torch, in each actor.
+    actors : int
+        Processes that train.
+    gpu : float
+        Share of a GPU for each.
+    model_bytes : int
+        Size of a dense model.
+    notes : list of str
+        Lines for people.
+    toml : str
+        The configuration.
+    """
+
+    folder: Path
+    nodes: int
+    threads: int
+    actors: int
+    gpu: float
+    model_bytes: int
+    notes: list[str]
+    toml: str
+
+
+def prepare_run(words: RunArgs) -> PreparedRun:
+    """Resolve and check a command line in a process of its own, and make the run folder ready.
+
+    Raises
+    ------
+    ConfigError
+        The run cannot be played, and nothing was changed; or that process died.
+    """
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.Process(target=_answer, args=(words, there), daemon=True)
+    process.start()
+    there.close()
+    try:
+        found = here.recv()
+    except EOFError:
+        process.join()
+        raise ConfigError(f"the process that checks the run died (exit code {process.exitcode})") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(found, PreparedRun):
+        return found
+    raise found
+
+
+def _answer(words: RunArgs, there: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher, which ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        there.send(_prepare(words))
+    except (ConfigError, OSError) as error:
+        there.send(ConfigError(str(error)))  # of this very class: others need not survive the way
+
+
+def _prepare(words: RunArgs) -> PreparedRun:
+    from ssfl_app.config import write_toml
+    from ssfl_app.runtime import gpu_notes
+    from ssfl_app.simulation.resolve import make_ready, resolve
+
+    config, layout = resolve(words)
+    folder = make_ready(config, layout)
+    actors, gpu = plan(config)
+    return PreparedRun(
+        folder=folder,
+        nodes=config.settings.run.clients,
+        threads=config.engine.threads,
+        actors=actors,
+        gpu=gpu,
+        model_bytes=4 * layout.size,
+        notes=gpu_notes(config, "ray"),
+        toml=write_toml(config.flat),
+    )
+
+
+def plan(config: "Config") -> tuple[int, float]:
+    """Return (actors, share of a GPU for each).
+
+    One actor a core by default, never more than the cohort can use; actors share the visible GPUs evenly.
+    """
+    import torch
+
+    from ssfl_app.runtime import find_device
+
+    run = config.settings.run
+    actors = config.engine.actors or min(os.cpu_count() or 1, max(run.cohort, 1))
+    gpus = torch.cuda.device_count() if find_device(run.device).type == "cuda" else 0
+    return actors, gpus / actors

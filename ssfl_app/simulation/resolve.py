@@ -1,0 +1,125 @@
+"""The words of `ssfl run` as a configuration that was checked as far as that can be done before anything starts."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import tomli_w
+
+from ssfl_app import config as configuration
+from ssfl_app.config import Config, Flat
+from ssfl_app.options import ConfigError
+from ssfl_app.results.checkpoint import resume
+from ssfl_app.results.recorder import check_free, claim, default_folder
+from ssfl_app.runtime import check
+from ssfl_app.simulation.command import ENGINES, RunArgs
+from ssfl_app.sparsity.layout import Layout
+from ssfl_app.strategies import REGISTRY
+from ssfl_app.text import command
+
+
+def make_ready(config: Config, layout: Layout) -> Path:
+    """Return the run folder, made, or checked to be one that a run goes on from; for engines in other processes.
+
+    Its status.json goes: that of an earlier session says nothing about this one.
+
+    Raises
+    ------
+    ConfigError
+        Another process is writing to the folder, or what it holds is damaged. Nothing was changed.
+    """
+    folder = Path(config.settings.run.out)
+    with claim(folder):
+        if config.settings.run.resume:
+            resume(REGISTRY[config.strategy](layout, config.settings), folder, config.flat)
+        (folder / "status.json").unlink(missing_ok=True)
+    return folder
+
+
+def resolve(words: RunArgs) -> tuple[Config, Layout]:
+    """Return the checked configuration of a command line, with `run.out` absolute, and its model's layout.
+
+    Raises
+    ------
+    ConfigError
+        Anything about it cannot be run: keys, values, data, partition, GPU, folders.
+    """
+    nodes = words.nodes
+    given = configuration.read_file(words.file) if words.file else {}
+    if any(key.partition(".")[0] == "compare" for key in given):
+        raise ConfigError(
+            f"CONFIG is {words.file}; this is a file for ssfl compare: {command('ssfl', 'compare', words.file)}"
+        )
+    given |= configuration.read_overrides(words.overrides)
+    if nodes is not None:
+        if given.get("run.clients", nodes) != nodes:
+            raise ConfigError(f"--nodes is {nodes}; run.clients, {given['run.clients']}, is the same number")
+        given["run.clients"] = nodes
+    if words.out is not None:
+        given["run.out"] = str(words.out)
+    if given.get("data.path"):
+        # Flower runs the app in another folder, so what is relative here would not be found there.
+        given["data.path"] = str(absolute("data.path", given["data.path"]))
+    flat = _resumed(given, words.resume) if words.resume else configuration.merge(given)
+    flat["run.resume"] = words.resume is not None
+    config = configuration.parse(flat)
+    if config.data.where == "sites" and words.engine in ENGINES:
+        raise ConfigError("data.where is 'sites'; own data need real SuperNodes: ssfl federation run, or flwr run")
+    layout = check(config)
+    where = flat["run.out"] or default_folder(config.strategy, config.data.name)
+    folder = absolute("run.out", where)
+    if words.resume is None:
+        check_free(folder)
+    return configuration.parse(flat | {"run.out": str(folder)}), layout
+
+
+def absolute(key: str, path: object) -> Path:
+    """Return a path as it is seen from everywhere.
+
+    Raises
+    ------
+    ConfigError
+        No file can have this name, or no TOML file: it is not in the encoding of the locale.
+    """
+    try:
+        found = Path(str(path)).expanduser().resolve()
+        str(found).encode()
+        return found
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        raise ConfigError(
+            f"{key} is {path!r}; it is a path in the locale's encoding, {encoding}: another locale has more letters, "
+            "LC_ALL=C.UTF-8"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home, or links in a circle
+        raise ConfigError(f"{key} is {path!r}; it is a path ({error})") from error
+
+
+def _resumed(given: Flat, folder: Path) -> Flat:
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(f"--resume is {folder}; it is a folder that `ssfl run` wrote, with a config.toml")
+    theirs = configuration.read_file(folder / "config.toml")
+    known = configuration.merge(given)  # names unknown keys
+    if lacking := sorted(configuration.identity(known).keys() - theirs.keys()):
+        raise ConfigError(
+            f"--resume is {folder}; its config.toml was written by another version: it lacks {', '.join(lacking)}. "
+            f"To go on as by default, add {_lines(lacking)}"
+        )
+    clash = configuration.first_clash({key: known[key] for key in given}, theirs)
+    if clash is not None:
+        raise ConfigError(f"--resume is {folder}; {clash}")
+    if "run.out" in given:
+        raise ConfigError(f"--out is {given['run.out']}; --resume goes on in {folder}, give one of them")
+    free = {key: known[key] for key in configuration.RESUME_MAY_CHANGE if key in given or key not in theirs}
+    return theirs | free | {"run.out": str(folder)}
+
+
+def _lines(keys: Iterable[str]) -> str:
+    """Return the lines of TOML that give keys their defaults, with the tables in which they stand."""
+    usual = configuration.defaults()
+    said = []
+    for key in keys:
+        room, _, name = key.rpartition(".")
+        line = tomli_w.dumps({name: usual[key]}).strip()
+        said.append(f"the line {line} {f'to [{room}]' if room else 'on top'}")
+    return ", ".join(said)

@@ -1,0 +1,354 @@
+"""Criteria: how the one global mask of SSFL is chosen. Both halves: `discover` on the server, `answer` on a client.
+
+==============  ======================================  =====================================================
+ssfl.criterion  weights that stay                       what a client is asked for, and its bytes (down, up)
+==============  ======================================  =====================================================
+snip            largest mean ``|g_k w|``                scores: 0, 4 P
+pooled-snip     largest ``|mean g_k| |w|``              gradients: 0, 4 P
+grasp           lowest ``-w (H g)``                     gradients, then ``H_k v``: 4 P, 8 P
+synflow         largest synaptic flow, in T steps       nothing
+iterative-snip  snip on the masked net, in T steps;     scores of the A_t weights alive before each step:
+                what is removed stays out               (T - 1) ceil(P / 8), 4 sum A_t
+force           the same with ``|g w0|``: removed       scores of all weights in each step:
+                weights can come back                   (T - 1) ceil(P / 8), 4 P T
+magnitude       largest ``|w0|``                        nothing
+==============  ======================================  =====================================================
+
+With ssfl.score-values bf16 or log8 a value costs 2 or 1 bytes instead of 4. log8 has no sign: it is for the criteria
+that ask for magnitudes, snip, iterative-snip and force.
+
+Where clients may lie, ssfl.score-fold takes another fold than the mean in every exchange of this page (`ScoreFold`,
+docs/robustness.md); the bytes are the same.
+
+P prunable weights; step t of T keeps the density d ** (t / T), so A_1 = P; the first step needs no bitmap. Means are
+weighted by samples (ssfl.saliency-weighting). g_k is client k's mean gradient over its class-balanced minibatches,
+at weights w that both ends know.
+
+SNIP: Lee et al., ICLR 2019. GraSP: Wang et al., ICLR 2020. SynFlow: Tanaka et al., NeurIPS 2020. FORCE and iterative
+SNIP: de Jorge et al., "Progressive skeletonization: trimming more fat from a network at initialization", ICLR 2021.
+
+Departures: GraSP takes the direction v = g / ||g|| and the loss T * (cross-entropy of logits / T): positive factors,
+the same ranking. Each step of iterative-snip and force takes other minibatches. As for snip, scores of clients are
+averaged after the magnitude is taken, except for pooled-snip and grasp, which average what is linear.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+
+from ssfl_app.comm.payload import Payload
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import Settings
+from ssfl_app.core.robust import SCORE_FOLDS, ScoreFold
+from ssfl_app.core.rounds import Query
+from ssfl_app.options import ConfigError, above, at_least, choice, fraction
+from ssfl_app.sparsity.codec import Dense, read_mask
+from ssfl_app.sparsity.layout import State, Vector, state_digest
+from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.saliency import flow_net, grasp, pooled_snip, snip, synflow
+from ssfl_app.sparsity.values import (
+    SCORE_TYPES,
+    Arrays,
+    PayloadError,
+    check_values,
+    read_array,
+    read_values,
+    write_values,
+)
+from ssfl_app.strategies.shared.scoring import mean_over_batches, snip_scores
+
+if TYPE_CHECKING:
+    from ssfl_app.core.strategy import SparseStrategy
+
+CRITERIA = ("snip", "pooled-snip", "grasp", "synflow", "iterative-snip", "force", "magnitude")
+QUESTIONS = ("saliency", "curvature")
+MAGNITUDES = ("snip", "iterative-snip", "force")
+"""Criteria whose clients answer with magnitudes; the others ask for gradients."""
+SIGNED = ("pooled-snip", "grasp")
+"""Criteria whose clients answer with numbers that may be negative."""
+STEPS = {"synflow": 100, "iterative-snip": 5, "force": 5}
+"""Steps of the criteria that have some, unless ssfl.steps says otherwise."""
+
+
+@dataclass(frozen=True)
+class SsflOptions:
+    """Keys of the room ``ssfl``."""
+
+    saliency_batches: int = at_least(1)
+    saliency_batch_size: int = at_least(1)
+    saliency_weighting: str = choice("samples", "uniform")
+    score_fold: str = choice("auto", *SCORE_FOLDS)
+    score_values: str = choice(*SCORE_TYPES)
+    saliency_share: float = fraction()
+    criterion: str = choice(*CRITERIA)
+    steps: int = at_least(0)
+    grasp_temperature: float = above(0)
+    warmup_rounds: int = at_least(0)
+    refresh: str = choice("never", "scheduled", "drift")
+    refresh_round: int = at_least(0)
+    refresh_drift: float = above(0)
+    refresh_weights: str = choice("initial", "zero", "restart")
+
+
+def options_of(settings: Settings) -> SsflOptions:
+    """Return the options of the room ``ssfl``."""
+    return cast(SsflOptions, settings.own["ssfl"])
+
+
+def steps_of(settings: Settings) -> int:
+    """Return the number of steps of the criterion.
+
+    Raises
+    ------
+    ConfigError
+        ssfl.steps is set for a criterion that has none.
+    """
+    options = options_of(settings)
+    if options.steps and options.criterion not in STEPS:
+        raise ConfigError(f"ssfl.steps is {options.steps}; it is 0 with ssfl.criterion {options.criterion}")
+    if options.score_values == "log8" and options.criterion in SIGNED:
+        raise ConfigError(
+            f"ssfl.score-values is 'log8'; it is fp32 or bf16 with ssfl.criterion {options.criterion}, whose values "
+            "have signs"
+        )
+    return options.steps or STEPS.get(options.criterion, 1)
+
+
+# ---- the server's half ---------------------------------------------------------------------------
+
+
+def find_mask(
+    strategy: "SparseStrategy",
+    ask: Query,
+    clients: Iterable[int],
+    state: State | None = None,
+    carry: Payload | None = None,
+) -> Mask:
+    """Return the mask that ssfl.criterion chooses.
+
+    Parameters
+    ----------
+    strategy : SparseStrategy
+        Its settings have the room ``ssfl``; its client hands `QUESTIONS` to `answer`.
+    ask : Ask
+        Of `setup` or `prepare`.
+    clients : iterable of int
+        Who is asked, in every exchange.
+    state : State, optional
+        The weights w that are scored; default `strategy.state`, which clients make from the seed or ask for.
+    carry : Payload, optional
+        What every question takes along so that a client can make `state`; default, with a `state`: all of it, as
+        `Dense` writes it, 4 bytes a coordinate, which `answer` then reads by itself.
+
+    Raises
+    ------
+    RunFailed
+        Too few clients answered well.
+    RuntimeError
+        The criterion is synflow, and the strategy has no `workbench`.
+    """
+    layout = strategy.layout
+    if state is None:
+        state = strategy.state
+        carry = carry or Payload(metadata={"weights": state_digest(layout, state)})
+    elif carry is None:
+        carry = Payload(Dense().encode(layout, state, Mask.dense(layout)))
+    inquiry = _ScoreCollector(strategy, ask, tuple(clients), state, carry)
+    return _RULES[options_of(strategy.settings).criterion](inquiry)
+
+
+@dataclass(frozen=True)
+class _ScoreCollector:
+    """Asks the same clients about the same weights as often as a criterion needs."""
+
+    strategy: "SparseStrategy"
+    ask: Query
+    clients: tuple[int, ...]
+    state: State
+    carry: Payload
+    weights: Vector = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", self.strategy.layout.flatten_prunable(self.state))
+
+    def mean(self, question: str, size: int | None = None, arrays: Arrays | None = None, step: int = 0) -> Vector:
+        """Return the weighted mean of the vectors that the clients answer with, or what ssfl.score-fold says."""
+        size, options = (
+            self.strategy.layout.prunable_size if size is None else size,
+            options_of(self.strategy.settings),
+        )
+        fold, by_samples = ScoreFold(options.score_fold, size), options.saliency_weighting == "samples"
+        metadata = {**self.carry.metadata, "step": step} if step else self.carry.metadata
+        payload = Payload({**self.carry.arrays, **(arrays or {})}, metadata)
+        for reply in self.ask(question, self.clients, partial(self._check, size), payload):
+            values = read_values(reply.arrays, options.score_values, size)
+            fold.add(reply.client, values, reply.samples if by_samples else 1)
+            del reply
+        return fold.value()
+
+    def _check(self, size: int, client: int, payload: Payload) -> None:
+        self.strategy.check_samples(payload)
+        criterion, kind = (options := options_of(self.strategy.settings)).criterion, options.score_values
+        values = read_values(payload.arrays, kind, size)
+        check_values(values)
+        # Below 0 an alive weight would rank behind one that an earlier step removed.
+        if criterion in MAGNITUDES and values.size and values.min() < 0:
+            raise PayloadError(f"scores reach {values.min():g}; those of {criterion} must be at least 0")
+
+    def top(self, scores: Vector, density: float | None = None) -> Mask:
+        """Return the mask of the largest scores, of mask.density by default."""
+        wanted = self.strategy.settings.mask
+        return Mask.top(
+            self.strategy.layout,
+            scores,
+            wanted.density if density is None else density,
+            cast(Scope, wanted.scope),
+            min_per_layer=wanted.min_per_layer,
+        )
+
+    def steps(self, score: Callable[[int, Mask], Vector], returning: bool) -> Mask:
+        """Return the mask after all steps; `score` gets the step, from 0, and the mask before; it is not negative."""
+        count, mask = steps_of(self.strategy.settings), Mask.dense(self.strategy.layout)
+        for step in range(count):
+            scores = score(step, mask)
+            if not returning:
+                scores = np.where(mask.alive, scores, np.float32(-1))  # an alive weight may score 0
+            # With the last step the exponent is exactly 1.
+            mask = self.top(scores, self.strategy.settings.mask.density ** ((step + 1) / count))
+        return mask
+
+
+def _by_snip(inquiry: _ScoreCollector) -> Mask:
+    return inquiry.top(inquiry.mean("saliency"))
+
+
+def _by_pooled_snip(inquiry: _ScoreCollector) -> Mask:
+    return inquiry.top(pooled_snip(inquiry.mean("saliency"), inquiry.weights))
+
+
+def _by_grasp(inquiry: _ScoreCollector) -> Mask:
+    gradient = inquiry.mean("saliency")
+    length = np.linalg.norm(gradient.astype(np.float64))
+    direction = (gradient / (length or 1.0)).astype(np.float32)
+    return inquiry.top(grasp(inquiry.mean("curvature", arrays={"direction": direction}), inquiry.weights))
+
+
+def _by_magnitude(inquiry: _ScoreCollector) -> Mask:
+    return inquiry.top(np.abs(inquiry.weights))
+
+
+def _by_synflow(inquiry: _ScoreCollector) -> Mask:
+    strategy, layout = inquiry.strategy, inquiry.strategy.layout
+    if strategy.workbench is None or strategy.image_shape is None:
+        raise RuntimeError(
+            "strategy.workbench or image_shape is None; ssfl.criterion synflow computes with the model on the server"
+        )
+    net, shape = flow_net(strategy.workbench), strategy.image_shape
+
+    def score(step: int, mask: Mask) -> Vector:
+        alive = mask.apply(inquiry.state)
+        flows = synflow(net, {name: alive[name] for name in layout.prunable}, shape)
+        # Path sums of a deep net leave the range of float32; their ratios do not.
+        largest = max(float(flow.max()) for flow in flows.values()) or 1.0
+        return layout.flatten_prunable({name: flow / largest for name, flow in flows.items()})
+
+    return inquiry.steps(score, returning=False)
+
+
+def _by_iterative_snip(inquiry: _ScoreCollector) -> Mask:
+    def score(step: int, mask: Mask) -> Vector:
+        scores = np.zeros(mask.alive.size, dtype=np.float32)
+        scores[mask.alive] = inquiry.mean("saliency", mask.count, _net(step, mask), step)
+        return scores
+
+    return inquiry.steps(score, returning=False)
+
+
+def _by_force(inquiry: _ScoreCollector) -> Mask:
+    return inquiry.steps(lambda step, mask: inquiry.mean("saliency", None, _net(step, mask), step), returning=True)
+
+
+def _net(step: int, mask: Mask) -> Arrays:
+    # Before the first step everything is alive, and both ends know it.
+    return {"net": mask.packed()} if step else {}
+
+
+_RULES: Mapping[str, Callable[[_ScoreCollector], Mask]] = {
+    "snip": _by_snip,
+    "pooled-snip": _by_pooled_snip,
+    "grasp": _by_grasp,
+    "synflow": _by_synflow,
+    "iterative-snip": _by_iterative_snip,
+    "force": _by_force,
+    "magnitude": _by_magnitude,
+}
+
+
+# ---- the client's half ---------------------------------------------------------------------------
+
+
+def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state: State | None = None) -> Payload:
+    """Return a client's answer to one of `QUESTIONS`: "values", one for each weight that is asked about.
+
+    They travel as ssfl.score-values says.
+
+    Parameters
+    ----------
+    state : State, optional
+        The weights the question is about; default: those that came along as "values", or w0 if they are meant.
+
+    Raises
+    ------
+    Need
+        w0 is meant, and this machine makes other weights from the seed than the server did.
+    PayloadError
+        The criterion has no such question, or what came along is malformed.
+    """
+    options, site = options_of(rule.settings), rule.context
+    if question not in QUESTIONS or (question == "curvature" and options.criterion != "grasp"):
+        raise PayloadError(f"question is {question!r}; ssfl.criterion is {options.criterion}")
+    state = rule.initial_weights(payload) if state is None else state
+    batches = options.saliency_batches, options.saliency_batch_size
+    temperature = options.grasp_temperature if options.criterion == "grasp" else 1.0
+    if options.criterion in ("iterative-snip", "force"):
+        values = _on_masked_net(rule, state, payload)
+    elif options.criterion == "snip":
+        values = snip_scores(rule, state, *batches)
+    elif question == "curvature":
+        flat = read_array(payload.arrays, "direction", np.float32, site.layout.prunable_size)
+        shapes = dict(site.layout.shapes)
+        direction = {
+            name: torch.from_numpy(flat[span].copy()).view(shapes[name])
+            for name, span in site.layout.prunable_spans.items()
+        }
+        values = mean_over_batches(
+            rule, state, *batches, lambda i: site.trainer.curvature(site.model, i, direction, temperature)
+        )
+    else:
+        values = mean_over_batches(rule, state, *batches, lambda i: site.trainer.gradient(site.model, i, temperature))
+    return Payload(write_values(values, options.score_values), {"samples": len(site.train)})
+
+
+def _on_masked_net(rule: ClientAlgorithm, state: State, payload: Payload) -> Vector:
+    """Return |g w| of the masked net: of its alive weights, or with force, with the dense w, of all."""
+    options, site = options_of(rule.settings), rule.context
+    net = site.dense
+    if "net" in payload.arrays:
+        net = read_mask({"mask": payload.arrays["net"]}, site.layout)
+    step = payload.metadata.get("step", 0)
+    if not isinstance(step, int) or step < 0:
+        raise PayloadError(f"step is {step!r}; it must be a whole number of at least 0")
+    weights = {name: tensor.to(site.trainer.device) for name, tensor in state.items()}
+    scores = mean_over_batches(
+        rule,
+        net.apply(state),
+        options.saliency_batches,
+        options.saliency_batch_size,
+        lambda images: snip(site.trainer.gradient(site.model, images), weights),
+        first=step * options.saliency_batches,
+    )
+    return scores if options.criterion == "force" else scores[net.alive]

@@ -1,0 +1,192 @@
+"""SSFL and its controls: one global mask, found before round 1 and kept.
+
+Ohib et al., "SSFL: Discovering Sparse Unified Subnetworks at Initialization for Efficient Federated Learning",
+TMLR 2026, arXiv 2405.09037, algorithm 1:
+
+1. every client k scores each weight on one class-balanced minibatch, ``s_k = |dL_k/dw * w|`` at the common w0;
+   the clients make w0 from the run's seed; the question names its digest, and w0 is sent where that disagrees;
+2. the server averages, ``s = sum_k n_k s_k / sum_k n_k``, and keeps the top ``density`` as the global mask m;
+3. FedAvg inside the mask: clients train ``m * w`` with masked gradients, only alive values and the dense remainder
+   (biases, norms) travel.
+
+Step 1 and 2 can be done by other criteria than SNIP's (ssfl.criterion): `criteria.py` has them.
+
+Controls with the same rounds and bytes: `random` draws m uniformly (over all layers, or layer by layer with
+mask.scope "layer"); `shuffled` permutes SSFL's m inside every layer, so it has SSFL's density per layer and none of
+its choice of weights.
+
+Departures: w0 is one initialisation made by the server (version 1 of the paper averages the clients' own, which would
+shrink it); ties keep the lower index, so exactly floor(density * prunable) weights are alive where the paper's ">="
+may keep more; weights average by samples as in the author's code (version 1: uniformly; run.weighting has both).
+"""
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, cast
+
+import numpy.typing as npt
+
+from ssfl_app.comm.payload import Payload
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import Settings
+from ssfl_app.core.rounds import Query
+from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.core.validation import stored
+from ssfl_app.options import ConfigError
+from ssfl_app.seeding import generator
+from ssfl_app.sparsity.codec import MaskedValues
+from ssfl_app.sparsity.layout import Layout, State
+from ssfl_app.sparsity.mask import Mask, Scope, keep_count
+from ssfl_app.sparsity.values import Allowed, Arrays, allowed_values
+from ssfl_app.strategies.ssfl.criteria import QUESTIONS, SsflOptions, find_mask, options_of, score_weights, steps_of
+from ssfl_app.strategies.ssfl.refresh import MaskRefresh, lifted_weights
+
+
+class MaskedClient(ClientAlgorithm):
+    """FedAvg's client, paid for the alive values only."""
+
+    down = MaskedValues
+    up = MaskedValues
+
+
+class SaliencyClient(MaskedClient):
+    """Scores weights as ssfl.criterion says."""
+
+    query_types = QUESTIONS
+
+    def answer_query(self, question: str, payload: Payload) -> Payload:
+        """Return the scores at the dense weights the question is about."""
+        if question not in self.query_types:
+            return super().answer_query(question, payload)
+        refresh = "alive" in payload.arrays and "values" not in payload.arrays
+        return score_weights(self, question, payload, lifted_weights(self, payload) if refresh else None)
+
+
+class FixedMask(SparseStrategy):
+    """FedAvg inside a mask that `setup` finds."""
+
+    client = MaskedClient
+
+    def before_training(self, ask: Query) -> None:
+        """Find the mask and apply it to the initial weights."""
+        self.mask = self.find_mask(ask)
+        self.state = self.mask.apply(self.state)
+
+    def find_mask(
+        self, ask: Query, round_: int = 0, state: State | None = None, carry: Payload | None = None
+    ) -> Mask:
+        """Return the global mask.
+
+        Parameters
+        ----------
+        ask : Ask
+            Asks clients.
+        round_ : int
+            Before which it is wanted; 0: before the first.
+        state, carry : State, Payload, optional
+            The weights it is about, if they are not the initial ones, and how clients get at them (`discover`).
+        """
+        raise NotImplementedError
+
+
+class Ssfl(FixedMask):
+    """The mask of the highest mean saliency."""
+
+    name = "ssfl"
+    client = SaliencyClient
+    sections = {"ssfl": SsflOptions}  # noqa: RUF012  (ClassVar of the base)
+
+    def __init__(self, layout: Layout, settings: Settings) -> None:
+        super().__init__(layout, settings)
+        floor = settings.mask.min_per_layer
+        reserved = sum(min(floor, span.stop - span.start) for span in layout.prunable_spans.values())
+        alive = keep_count(settings.mask.density, layout.prunable_size)
+        if reserved > alive:
+            raise ConfigError(
+                f"mask.min-per-layer is {floor}; it is small enough for the {alive} alive weights in all"
+            )
+        steps_of(settings)  # refuses steps where there are none
+        self._initial: State = {}  # kept where a refresh may need it
+        self._refresher = MaskRefresh(options_of(settings), settings.run.clients)
+
+    def before_training(self, ask: Query) -> None:
+        """Find the mask at w0, unless dense rounds come first."""
+        if options_of(self.settings).refresh != "never":
+            self._initial = self.state
+        if not options_of(self.settings).warmup_rounds:
+            super().before_training(ask)
+
+    def before_round(self, round_: int, ask: Query) -> None:
+        """After the dense rounds find the mask at the weights of that moment; refresh it when that is due."""
+        warmup = options_of(self.settings).warmup_rounds
+        if warmup and round_ == warmup + 1:
+            self.mask = self.find_mask(ask, round_, self.state)
+            self.state = self.mask.apply(self.state)
+        elif self._refresher.due(round_, self.losses) and round_ > warmup:
+            question = self._refresher.query(self.mask, self.state, self._initial)
+            trained, self.state = self.state, question.lifted  # what a client is sent that cannot make it itself
+            try:
+                mask = self.find_mask(ask, round_, question.lifted, question.payload)
+            finally:
+                self.state = trained
+            self.state = mask.apply(self._refresher.start(trained, question.lifted, self._initial))
+            self.mask = mask
+
+    def state_dict(self) -> Arrays:
+        """Return all that `restore` needs."""
+        initial = {"initial": self.layout.flatten(self._initial)} if self._initial else {}
+        return super().state_dict() | initial | self._refresher.state_dict()
+
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`."""
+        super().load_state_dict(round_, arrays)
+        if "initial" in arrays:
+            self._initial = self.layout.unflatten(stored(arrays, "initial", "float32", self.layout.size))
+        self._refresher.load_state_dict(arrays)
+
+    def find_mask(
+        self, ask: Query, round_: int = 0, state: State | None = None, carry: Payload | None = None
+    ) -> Mask:
+        """Ask clients for what ssfl.criterion needs, and keep the top."""
+        return find_mask(self, ask, self.asked(round_), state, carry)
+
+    def answers(self, question: str | None = None) -> Allowed:
+        """Return a score for each weight for a question."""
+        kind = options_of(self.settings).score_values
+        return super().answers() if question is None else allowed_values(kind, self.layout.prunable_size)
+
+    def asked(self, round_: int) -> list[int]:
+        """Return the clients that are asked for scores: all that are there, or a random share of at least one."""
+        clients, share = len(self.present(round_)), options_of(self.settings).saliency_share
+        # As the decimal it is written as: in binary 0.07 * 100 is above 7 and would ask 8 clients.
+        count = max(1, math.ceil(Fraction(repr(share)) * clients))
+        chosen = generator(self.settings.run.seed, "saliency-share").choice(clients, count, replace=False)
+        return sorted(int(client) for client in chosen)
+
+
+class Shuffled(Ssfl):
+    """SSFL's mask with the bits permuted inside every layer."""
+
+    name = "shuffled"
+
+    def find_mask(
+        self, ask: Query, round_: int = 0, state: State | None = None, carry: Payload | None = None
+    ) -> Mask:
+        """Return SSFL's mask, shuffled."""
+        found = super().find_mask(ask, round_, state, carry)
+        return found.shuffle(generator(self.settings.run.seed, "shuffle"))
+
+
+class Random(FixedMask):
+    """A uniformly random mask; nobody is asked."""
+
+    name = "random"
+    has_floor = False
+
+    def find_mask(
+        self, ask: Query, round_: int = 0, state: State | None = None, carry: Payload | None = None
+    ) -> Mask:
+        """Draw the mask."""
+        wanted, rng = self.settings.mask, generator(self.settings.run.seed, "random-mask")
+        return Mask.random(self.layout, wanted.density, rng, cast(Scope, wanted.scope))

@@ -1,0 +1,169 @@
+"""One step of the training loop: what `LocalTrainer.fit` does with a batch, the plain way.
+
+`ssfl_app.training.cuda_graph` has the fast way, which a GPU plays without Python; ``tests/training/test_cuda_graph.py`` holds the two
+together bit for bit. Both are `Step`, so the loop around them is one.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from ssfl_app.options import above, at_least, fraction
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.training.gpu import wait_for
+from ssfl_app.training.reparam import originals
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """Keys of the room ``local``: plain SGD on a client."""
+
+    epochs: int = at_least(1)
+    batch_size: int = at_least(1)
+    lr: float = above(0)
+    lr_decay: float = fraction()
+    momentum: float = at_least(0)
+    weight_decay: float = at_least(0)
+    clip: float = at_least(0)
+
+    def rate(self, round_: int) -> float:
+        """Return the learning rate of a 1-based round: lr * lr_decay ** (round - 1)."""
+        return self.lr * self.lr_decay ** (round_ - 1)
+
+
+Optimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+"""Makes an optimizer of the parameters that train and the learning rate."""
+
+
+class Step(Protocol):
+    """What the loop calls with each batch.
+
+    Attributes
+    ----------
+    ahead : int
+        Bytes of float32 images that the loop may prepare at a time; never less than a batch.
+    """
+
+    ahead: int
+
+    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        """Change the model by a batch (B, C, H, W) with classes (B,)."""
+
+    def total(self) -> float:
+        """Return the sum of the losses of all images so far."""
+
+
+class EagerStep:
+    """Forward, backward, mask, clip, SGD, mask: as it is read in a textbook.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In training mode.
+    options : LocalOptions
+        Momentum, weight decay, clipping.
+    lr : float
+        Learning rate.
+    mask : Mask or None
+        None trains all weights.
+    autocast : bool
+        Compute in bfloat16 what can be.
+    penalty, after_step, optimizer
+        As in `LocalTrainer.fit`.
+    """
+
+    ahead = 0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: LocalOptions,
+        lr: float,
+        mask: Mask | None,
+        *,
+        autocast: bool = False,
+        penalty: Callable[[nn.Module], torch.Tensor] | None = None,
+        after_step: Callable[[nn.Module], None] | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        self._model, self._clip, self._autocast = model, options.clip, autocast
+        self._penalty, self._after_step = penalty, after_step
+        device = next(model.parameters()).device
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        keep = {} if mask is None else {n: bits.float() for n, bits in mask.tensors(device).items()}
+        weights = originals(model)
+        self._masked, self._bits = [weights[n] for n in keep], list(keep.values())
+        self._stepper = (
+            torch.optim.SGD(self._trained, lr, options.momentum, weight_decay=options.weight_decay, foreach=True)
+            if optimizer is None
+            else optimizer(self._trained, lr)
+        )
+        # Summed on the device: reading the loss of every step would stall a GPU.
+        self._total = torch.zeros((), dtype=torch.float64, device=device)
+        times(self._masked, self._bits)
+
+    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        """Change the model by a batch."""
+        self._stepper.zero_grad()
+        with bfloat16(self._autocast):
+            loss = F.cross_entropy(self._model(inputs), labels)
+        whole = loss if self._penalty is None else loss + self._penalty(self._model)
+        whole.backward()  # type: ignore[no-untyped-call]
+        times([p.grad for p in self._masked if p.grad is not None], self._bits)
+        if self._clip:
+            nn.utils.clip_grad_norm_(self._trained, self._clip)
+        self._stepper.step()
+        times(self._masked, self._bits)
+        if self._after_step is not None:
+            self._after_step(self._model)
+        self._total += loss.detach() * len(labels)
+
+    def total(self) -> float:
+        """Return the sum of the losses of all images so far."""
+        wait_for(self._total.device)
+        return float(self._total)
+
+
+@torch.no_grad()
+def times(tensors: Sequence[torch.Tensor], bits: Sequence[torch.Tensor]) -> None:
+    """Multiply tensors by masks of 0 and 1 in place."""
+    if bits:
+        torch._foreach_mul_(list(tensors), list(bits))
+
+
+def bfloat16(wanted: bool) -> AbstractContextManager[object]:
+    """Return a context in which a GPU computes in bfloat16 what can be; weights stay float32."""
+    # Each weight is cast once a step anyway, and a cast that is kept would outlive a captured graph.
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if wanted else nullcontext()
+
+
+def set_precision(precision: str) -> None:
+    """Set how this process's GPU multiplies float32: "fp32" as IEEE has it, else TF32; and the same bits each time.
+
+    Torch allows TF32 in convolutions unless told otherwise, and algorithms of cuDNN whose sums have no order.
+    """
+    # The older of torch's two ways: it sets what the newer one reads, and not the other way round.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def has_plain_forward(model: nn.Module) -> bool:
+    """Return whether a model computes as its class says, with all parameters training.
+
+    Inside the contexts of `ssfl_app.training.reparam`, and under hooks of anyone, it does not.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for module in model.modules():
+        if "forward" in vars(module) or parametrize.is_parametrized(module):
+            return False
+        if any(getattr(module, name) for name in hooks):
+            return False
+    return all(p.requires_grad and not p._backward_hooks for p in model.parameters())

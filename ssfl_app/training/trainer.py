@@ -1,0 +1,267 @@
+"""The one training loop of the project, and the two other things a model is asked for: gradient and accuracy."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ssfl_app.data.dataset import Images, Transform
+from ssfl_app.sparsity.layout import State
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.training.cuda_graph import GraphedStep
+from ssfl_app.training.gpu import EVALUATION_BATCH, wait_for
+from ssfl_app.training.reparam import originals
+from ssfl_app.training.step import EagerStep, Step, has_plain_forward, set_precision
+from ssfl_app.training.step import LocalOptions as LocalOptions
+from ssfl_app.training.step import Optimizer as Optimizer
+
+Steps = Literal["plain", "static", "graphs"]
+
+
+class LocalTrainer:
+    """Trains, differentiates and tests models on one client's images.
+
+    Parameters
+    ----------
+    options : LocalOptions
+        The recipe.
+    transform : Transform
+        Augmentation and normalisation.
+    device : torch.device
+        Where models and batches live; models passed in must be there already.
+    precision : str
+        On a GPU: ``"fp32"``; ``"tf32"`` in convolutions and products; or ``"bf16"`` in the training of a model with
+        its usual forward pass, and tf32 in all else. On the CPU nothing but fp32.
+    steps : str
+        ``"plain"``; or, where plain SGD trains a model with its usual forward pass, ``"graphs"``: steps that a GPU
+        replays; ``"static"``: the same steps uncaptured, for comparison. See `ssfl_app.training.cuda_graph`.
+    fewest : int
+        Images that a training batch has at least: `ssfl_app.training.models.fewest`.
+
+    Attributes
+    ----------
+    passes : int
+        Images that went forward and backward so far, in training and for gradients.
+    looks : int
+        Images that went forward only, in evaluation.
+    """
+
+    def __init__(
+        self,
+        options: LocalOptions,
+        transform: Transform,
+        device: torch.device,
+        precision: str = "fp32",
+        steps: Steps = "plain",
+        fewest: int = 1,
+    ) -> None:
+        self.options = options
+        self.transform = transform
+        self.device = device
+        self.precision = precision
+        self.steps = steps
+        self.fewest = fewest
+        self.passes = 0
+        self.looks = 0
+        self._static: GraphedStep | None = None
+
+    def fit(
+        self,
+        model: nn.Module,
+        data: Images,
+        rng: np.random.Generator,
+        *,
+        lr: float,
+        mask: Mask | None = None,
+        penalty: Callable[[nn.Module], torch.Tensor] | None = None,
+        after_step: Callable[[nn.Module], None] | None = None,
+        epochs: int | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> float:
+        """Train in place and return the mean loss over all images seen.
+
+        Weights that `mask` holds dead are exactly 0 before and after every step: their gradients are
+        zeroed before clipping, so clipping, momentum and weight decay never see them either.
+
+        Parameters
+        ----------
+        model : nn.Module
+            On `self.device`.
+        data : Images
+            n >= `self.fewest` images; anywhere, moved once.
+        rng : np.random.Generator
+            Order of the images and augmentation.
+        lr : float
+            Learning rate of this call.
+        mask : Mask, optional
+            None trains all weights.
+        penalty : callable, optional
+            Added to the loss of every step, e.g. a proximal term.
+        after_step : callable, optional
+            Called with the model after every step (and after the mask was applied).
+        epochs : int, optional
+            Passes over the data; `options.epochs` if not given.
+        optimizer : callable, optional
+            Makes another one than the SGD of `options`. Parameters that need no gradient are left alone by both.
+        """
+        data = self._here(data)
+        model.train()
+        step = self._step(model, lr, mask, penalty, after_step, optimizer)
+        seen = 0
+        for _ in range(self.options.epochs if epochs is None else epochs):
+            for inputs, labels in self._epoch(data, rng, step.ahead):
+                step(inputs, labels)
+                seen += len(labels)
+        self.passes += seen
+        return step.total() / seen
+
+    def _step(
+        self,
+        model: nn.Module,
+        lr: float,
+        mask: Mask | None,
+        penalty: Callable[[nn.Module], torch.Tensor] | None,
+        after_step: Callable[[nn.Module], None] | None,
+        optimizer: Optimizer | None,
+    ) -> Step:
+        special = penalty is not None or after_step is not None or optimizer is not None
+        half = self.precision == "bf16" and self.device.type == "cuda"
+        usual = (half or self.steps != "plain") and has_plain_forward(model)
+        autocast = half and usual
+        if special or not usual or self.steps == "plain":
+            return EagerStep(
+                model,
+                self.options,
+                lr,
+                mask,
+                autocast=autocast,
+                penalty=penalty,
+                after_step=after_step,
+                optimizer=optimizer,
+            )
+        if self._static is None or not self._static.serves(model):
+            self._static = None  # its memory is free before the next one takes some
+            capture = self.steps == "graphs"
+            self._static = GraphedStep(model, self.options, autocast=autocast, capture=capture)
+        return self._static.begin(lr, mask)
+
+    def _epoch(
+        self, data: Images, rng: np.random.Generator, ahead: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the batches of one pass, at most `ahead` bytes of images prepared at a time, or a batch.
+
+        What an epoch draws is drawn at its start and goes to the device at once, so nothing there waits for it.
+        """
+        size, count = self.options.batch_size, len(data)
+        sizes = batch_sizes(count, size, self.fewest)
+        order = rng.permutation(count)[None]
+        draws = [self.transform.draw(part, rng) for part in torch.split(data.pixels, sizes)]
+        plan = torch.from_numpy(np.concatenate([order, np.concatenate(draws, axis=1)]))
+        if self.device.type == "cuda":
+            plan = plan.pin_memory().to(self.device, non_blocking=True)
+        batches = max(1, ahead // (size * data.pixels[0].numel() * torch.float32.itemsize))
+        groups = [sizes[first : first + batches] for first in range(0, len(sizes), batches)]
+        for group, part in zip(groups, torch.split(plan, [sum(group) for group in groups], dim=1), strict=True):
+            inputs, labels = self.transform.apply(data.pixels[part[0]], part[1:]), data.labels[part[0]]
+            yield from zip(torch.split(inputs, group), torch.split(labels, group), strict=True)
+
+    def _here(self, data: Images) -> Images:
+        """Return the images on the device, which from now on computes as `precision` says."""
+        if self.device.type == "cuda":
+            set_precision(self.precision)
+        return data.to(self.device)
+
+    def gradient(self, model: nn.Module, data: Images, temperature: float = 1.0) -> State:
+        """Return dL/dw over `data`, without augmentation, for prunable tensors.
+
+        L is T * (mean cross-entropy of z / T), with the logits z and the `temperature` T; for T = 1 the usual loss.
+        The model is left as it was, buffers included, with no gradients behind.
+        """
+        data = self._here(data)
+        self.passes += len(data)
+        weights = originals(model)
+        with _preserve_buffers(model):
+            loss = self._loss(model, self.transform.test(data.pixels), data.labels, temperature)
+            gradients = torch.autograd.grad(loss, list(weights.values()))
+            wait_for(self.device)
+        return dict(zip(weights, gradients, strict=True))
+
+    def curvature(
+        self, model: nn.Module, data: Images, direction: Mapping[str, torch.Tensor], temperature: float = 1.0
+    ) -> State:
+        """Return H v: the Hessian of the loss of `gradient` in the prunable tensors, times a direction in them.
+
+        By double backward, so it counts two passes an image. The model is left as `gradient` leaves it.
+
+        Parameters
+        ----------
+        direction : mapping
+            v, a tensor of each prunable tensor's shape by its name; on any device.
+        """
+        data = self._here(data)
+        self.passes += 2 * len(data)
+        weights = originals(model)
+        with _preserve_buffers(model):
+            loss = self._loss(model, self.transform.test(data.pixels), data.labels, temperature)
+            slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            along = [(g * direction[n].to(g)).sum() for n, g in zip(weights, slopes, strict=True)]
+            products = torch.autograd.grad(torch.stack(along).sum(), list(weights.values()), materialize_grads=True)
+            wait_for(self.device)
+        return dict(zip(weights, products, strict=True))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, data: Images) -> tuple[float, float]:
+        """Return (mean loss, accuracy in [0, 1]) over n >= 1 images."""
+        data = self._here(data)
+        self.looks += len(data)
+        model.eval()
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for start in range(0, len(data), EVALUATION_BATCH):
+            part = slice(start, start + EVALUATION_BATCH)
+            logits = model(self.transform.test(data.pixels[part]))
+            loss += F.cross_entropy(logits, data.labels[part], reduction="sum")
+            correct += (logits.argmax(dim=1) == data.labels[part]).sum()
+        wait_for(self.device)
+        return float(loss) / len(data), int(correct) / len(data)
+
+    @staticmethod
+    def _loss(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        logits = model(inputs)
+        if temperature == 1:
+            return F.cross_entropy(logits, labels)
+        return temperature * F.cross_entropy(logits / temperature, labels)
+
+
+def batch_sizes(count: int, size: int, fewest: int = 1) -> list[int]:
+    """Return how many images each batch of a pass over `count` has: `size`, and what is left over in the last.
+
+    A last batch of less than `fewest` joins the one before it.
+
+    Examples
+    --------
+    >>> batch_sizes(71, 14), batch_sizes(71, 14, fewest=2)
+    ([14, 14, 14, 14, 14, 1], [14, 14, 14, 14, 15])
+    """
+    sizes = [size] * (count // size) + [count % size] * (count % size > 0)
+    if len(sizes) > 1 and sizes[-1] < fewest:
+        sizes[-2:] = [sum(sizes[-2:])]
+    return sizes
+
+
+@contextmanager
+def _preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """In training mode inside; mode and buffers as before afterwards."""
+    training, buffers = model.training, {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        model.train(training)

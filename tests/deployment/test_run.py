@@ -1,0 +1,155 @@
+"""Real SuperNodes: TLS, node authentication, one killed, one hostile; and the same bits as in simulation."""
+
+import http.client
+import json
+import shutil
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.drills.field import KEYS, Field, federation, inline, ssfl, until
+from ssfl_app.deployment import credentials
+from ssfl_app.deployment.control import control, nodes
+from ssfl_app.deployment.services import node_service
+from ssfl_app.simulation.processes import end, environment, free_port
+from tests.deployment.test_front import TRICKY
+
+pytestmark = pytest.mark.slow
+
+SECONDS = 240
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
+    """Bring three authenticated SuperNodes up; when they are down again no process is left."""
+    with federation(tmp_path_factory.mktemp("place")) as made:
+        yield made
+
+
+def test_the_bits_of_the_simulation_and_the_bytes_that_flower_counts(place: Field, tmp_path: Path) -> None:
+    run = place.start(tmp_path / "run", run__rounds=2, run__evaluate_every=2)
+    code, errors = run.end()
+    assert code == 0, errors
+    same = inline(tmp_path / "inline", run__rounds=2, run__evaluate_every=2)
+    summary = run.summary
+    assert summary["engine"] == "deployment"
+    assert summary["model_sha256"] == same["model_sha256"]
+    assert summary["mask_sha256"] == same["mask_sha256"]
+    kinds = [key for key in summary if key.startswith("bytes_") and key != "bytes_mask_down"]
+    assert {key: summary[key] for key in kinds} == {key: same[key] for key in kinds}
+    up = summary["bytes_discovery_up"] + summary["bytes_train_up"]
+    down = summary["bytes_discovery_down"] + summary["bytes_train_down"] + summary["bytes_evaluate_down"]
+    counted = control(place.federation, "ls")["runs"][0]["network-traffic"]
+    assert up < counted["inbound-bytes"] < 1.02 * up
+    assert down < counted["outbound-bytes"] < 1.02 * down
+
+
+def test_a_node_that_is_killed_comes_back_and_costs_numbers_in_the_table(place: Field, tmp_path: Path) -> None:
+    run = place.start(tmp_path / "run", run__rounds=6, run__evaluate_every=6, run__round_timeout=60.0)
+    run.wait_for("round 1/")
+    place.client_app("node-1")
+    place.service("node-1").kill()
+    code, errors = run.end()
+    assert code == 0, errors
+    records, summary = run.records, run.summary
+    lost = [record["round"] for record in records if "1" in record.get("lost", {})]
+    assert lost == list(range(2, 2 + len(lost)))  # from the round in which it was killed until it was back
+    assert lost
+    assert 6 not in lost  # Flower takes a node back a minute after it was killed
+    assert summary["lost_replies"] == len(lost) + sum(len(record.get("evaluate_lost", {})) for record in records)
+    assert summary["refused_replies"] == 0
+    assert all(set(record["lost"]) <= {"1"} for record in records)
+    values = 4 * (summary["alive"] + summary["parameters"] - summary["prunable"])
+    assert summary["bytes_train_up"] == values * sum(len(record["ok"]) for record in records if record["round"])
+    assert max(record["seconds"] for record in records) < 60 + 90
+    assert summary["central_accuracy"] > 0.9
+    restarts = json.loads(place.federation.state.read_text())["services"]["node-1"]["restarts"]
+    assert restarts >= 1
+
+
+def test_a_federation_that_is_up_is_not_started_twice_and_says_who_is_online(place: Field) -> None:
+    twice = subprocess.run(
+        ssfl("federation", "up", "--nodes", "3", "--dir", str(place.folder)),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert twice.returncode == 2
+    assert "is up already" in twice.stderr
+    place.nodes_online()
+    status = subprocess.run(
+        ssfl("federation", "status", "--dir", str(place.folder)),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert status.returncode == 0, status.stdout
+    assert status.stdout.count("online") == len(place.federation.nodes) == KEYS["run.clients"]
+
+
+def test_a_node_with_all_its_credentials_controls_nothing(place: Field, tmp_path: Path) -> None:
+    home, runs = place.folder / "nodes" / "node-1", len(control(place.federation, "ls")["runs"])
+    connection = f'[superlink]\ndefault = "f"\n[superlink.f]\naddress = "{place.federation.address}"\n'
+    (tmp_path / "config.toml").write_text(f'{connection}root-certificates = "{home / "ca.crt"}"\n')
+    flwr = str(Path(sys.executable).parent / "flwr")
+    app = tmp_path / "evil"
+    shutil.copytree("examples/message-api/before", app)
+    calls = ["ls"], ["supernode", "list"], ["supernode", "register", str(home / "key.pub")], ["run", str(app)]
+    for words in calls:
+        done = subprocess.run(
+            [flwr, *words, "f"],
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert "404" in done.stdout + done.stderr
+    host, _, port = place.federation.address.rpartition(":")
+    trusted = ssl.create_default_context(cafile=str(home / "ca.crt"))
+    for target in TRICKY:
+        front = http.client.HTTPSConnection(host, int(port), timeout=20, context=trusted)
+        front._validate_path = lambda url: None  # type: ignore[attr-defined]
+        front.request("POST", target, body=b"", headers={"content-type": "application/x-protobuf"})
+        assert front.getresponse().status in (400, 404), target
+        front.close()
+    assert len(control(place.federation, "ls")["runs"]) == runs
+    for name in ("superlink", "node-0", "node-1", "node-2"):
+        for process in [place.service(name), *place.service(name).children(recursive=True)]:
+            listening = [c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
+            assert set(listening) <= {"127.0.0.1"}, process.cmdline()
+
+
+def test_a_registered_node_that_claims_anothers_place_is_set_aside_and_the_run_goes_on(
+    place: Field, tmp_path: Path
+) -> None:
+    """Through the front, as every run here; its key is registered beside those of the federation."""
+    home = credentials.make_node(tmp_path, "thief")
+    shutil.copy(place.folder / "superlink" / "ca.crt", home)
+    thief = control(place.federation, "supernode", "register", str(home / "key.pub"))["node-id"]
+    service = node_service(home, place.federation.address, "partition-id=0 num-partitions=3", free_port())
+    service.start()
+    assert service.process is not None
+    try:
+        seen = lambda: {node["node-id"]: node["status"] for node in nodes(place.federation)}  # noqa: E731
+        until("all are online", lambda: list(seen().values()).count("online") == len(place.federation.nodes) + 1)
+        run = place.start(tmp_path / "run", run__rounds=1, run__evaluate_every=1)
+        code, errors = run.end()
+        assert code == 0, errors
+        assert run.summary["lost_replies"] == run.summary["refused_replies"] == 0
+        said = (run.folder / "console.log").read_text()
+        registered = json.loads(place.federation.registered.read_text())["numbers"]["0"]
+        words = f"node {thief} is set aside: says that it is client 0, whose key is that of node {registered}"
+        assert words in said or str(thief) not in said  # the run does not wait for one that answers last
+        assert (run.folder / "rounds.jsonl").stat().st_mode & 0o077 == 0
+    finally:
+        end(service.process)
+        control(place.federation, "supernode", "unregister", str(thief))

@@ -1,0 +1,234 @@
+"""Training on a GPU, as far as a machine without one can tell: `tests.fake_gpu` on a fake CUDA runtime.
+
+The runtime lies beside this repository (``../shared/tools/fakecuda``) and is built for the torch that is installed;
+without it, or without a compiler, these tests are skipped. What a GPU computes, and how fast, is found out by
+``benchmarks/gpu_window.py``.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssfl_app.training.models import NORMS, REGISTRY
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT.parent / "shared" / "tools" / "fakecuda"
+
+NODES = {
+    "cnn": [(58, 81), (44, 67), (42, 57)],
+    "resnet18": [(295, 422), (155, 282), (135, 182)],
+    "resnet50": [(739, 1064), (368, 693), (314, 427)],
+    "resnet20": [(304, 425), (171, 292), (152, 197)],
+    "resnet32": [(472, 665)],
+    "resnet44": [(641, 906)],
+    "resnet56": [(809, 1146)],
+    "resnet110": [(1566, 2227), (803, 1464), (692, 917)],
+}
+"""Most nodes of a captured step with group, batch and no norm: in float32 (fp32, tf32), and in bf16."""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Return a function that plays a part of `tests.fake_gpu`, once, and returns what it found."""
+    if not TOOLS.is_dir() or torch.version.cuda is None:
+        pytest.skip("no fake CUDA runtime here, or a torch without CUDA")
+    out = tmp_path_factory.mktemp("fakecuda")
+    build = [sys.executable, str(TOOLS / "build.py"), str(out)]
+    built = subprocess.run(build, capture_output=True, text=True, check=False)
+    if built.returncode:
+        pytest.skip(f"the fake CUDA runtime cannot be built: {built.stderr.strip().splitlines()[-1]}")
+    library = str(out / "libfakecuda.so")
+    paths = os.pathsep.join([str(TOOLS), str(ROOT)])
+    known = {k: v for k, v in os.environ.items() if k != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    variables = known | {"LD_LIBRARY_PATH": str(out), "LD_PRELOAD": library, "PYTHONPATH": paths}
+
+    @functools.cache
+    def play(part):
+        command = [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu", part]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return play
+
+
+def test_every_model_norm_and_precision_is_captured_within_its_budget(found):
+    rows = found("captures")
+    # Those between resnet20 and resnet110 are made of the same blocks; tf32 is a flag of the kernels.
+    wanted = {(name, norm, p) for name in REGISTRY for norm in NORMS[: len(NODES[name])] for p in ("fp32", "bf16")}
+    assert {tuple(row["case"][:3]) for row in rows} == wanted | {("cnn", norm, "tf32") for norm in NORMS}
+    for row in rows:
+        name, norm, precision, _ = row["case"]
+        most = NODES[name][NORMS.index(norm)][precision == "bf16"]
+        assert 0 < row["nodes"][0] <= most, row
+        assert row["nodes"] == row["nodes"][:1] * (2 if name == "cnn" else 1)  # batches of 16, and of 4
+
+
+def test_a_fit_whose_graphs_are_there_waits_once_and_asleep(found):
+    for row in found("captures"):
+        assert row["again"] == 0, row
+        assert row["launches"] == (6 if row["case"][0] == "cnn" else 2)
+        # The one that sleeps, and the read of the sum, which is there by then; the rest are copies from the host.
+        assert row["sleeping"] == 1
+        assert row["syncs"] <= 3
+
+
+def test_captures_are_their_own_whatever_stream_torch_gives_to_threads(found):
+    """Eight and sixteen threads on one stream, which the thirty-third thread of a process shares with the first."""
+    threads = found("threads")
+    assert threads["alone"] == [58, 58]
+    for count, row in threads["threads"].items():
+        assert row["shared"]
+        assert row["nodes"] == [58] * (3 * int(count))
+
+
+def test_a_stream_for_captures_is_lent_to_one_at_a_time(found):
+    streams = found("streams")
+    assert streams["lent"] == 32
+    assert streams["shared"] == 0  # none of those that threads get
+    assert streams["refused"] == "32 models have a stream of cuda for their graphs; torch has no more of them"
+    assert streams["again"]  # it goes back with its holder
+
+
+def test_a_clients_memory_is_estimated_from_above(found):
+    for name, reserved, need in found("memory"):
+        assert reserved <= need <= 2 * reserved, name
+
+
+@pytest.mark.parametrize(("where", "who", "cure"), [
+    ("threads", "client ", "10 clients work at once, try a lower engine.concurrent or a smaller model"),
+    ("clients", "client ", "2 clients work at once, try a lower engine.concurrent or a smaller model"),
+    ("server", "memory", "2 clients work at once, try a lower engine.concurrent or a smaller model"),
+    ("alone", "client 0", "try a smaller model or batch"),
+    ("start", "memory", "try a smaller model or data set"),
+])  # fmt: skip
+def test_a_gpu_without_memory_ends_the_run_and_names_bytes_and_cure(found, where, who, cure):
+    end = found("out_of_memory")[where]
+    first = end["said"].splitlines()[0]
+    assert end["code"] == 1
+    assert first.startswith(f"ssfl: the run failed: {who}")
+    assert "CUDA out of memory. Tried to allocate" in first
+    assert first.endswith(cure)
+    assert end["rounds"] <= 1  # of round 0: no mean was taken
+    if where != "start":
+        assert end["status"]["status"] == "failed"
+        assert end["status"]["message"] in first
+
+
+def test_a_run_takes_what_there_is_room_for_and_refuses_more_than_is_safe(found):
+    run = found("run")
+    assert run["at_once"] == {"1": 1, "5": 5, "100": 16}
+    assert run["engine.concurrent=6"]["code"].startswith("engine.concurrent is 6; on a GPU it is at most 5:")
+    assert "at most 16" in run["engine.concurrent=17 run.cohort=18"]["code"]
+    assert run["engine.concurrent=13 strategy='dispfl'"]["code"] == 0  # all of its clients train in a round
+    assert "engine.concurrent is 5; on a GPU it is at most 4:" in run["api"]
+    assert run["inline"]["code"] == 0
+    assert run["inline"]["out"].startswith("engine inline: 5 client(s) at once, in threads on a GPU\n")
+
+
+def test_queues_to_the_gpu_are_set_before_cuda_starts(found):
+    run = found("run")
+    assert (run["early"], run["started"], run["connections"]) == (None, False, "32")
+
+
+def test_what_a_gpu_has_is_said_at_the_start(found):
+    run = found("run")
+    precision = "note: engine.precision is 'fp32' on Fake H100; engine.precision 'tf32' or 'bf16' uses its matrix"
+    (inline, ray), (none, engine) = run["notes fp32"], run["notes tf32"]
+    assert len(inline) == 1
+    assert inline[0].startswith(precision)
+    assert run["inline"]["out"].count(precision) == 1
+    assert none == []
+    assert ray == inline + engine
+    assert engine[0].startswith("note: on one GPU the in-process engine is the fast one (--engine inline)")
+
+
+# ---- the scripts for a machine with a GPU ---------------------------------------------------------
+
+
+def script(name, *words):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+
+
+PARTS = (
+    "checks", "rates", "profile", "rounds", "queues-8", "queues-32", "convolutions", "grouped", "compile", "sweep",
+)  # fmt: skip
+
+
+def window(folder, *words):
+    """Play the window, tiny and on the CPU; return its exit code and its rows by part."""
+    done = script("gpu_window.py", folder, "--device", "cpu", "--tiny", *words)
+    rows = [json.loads(line) for line in (folder / "gpu_window.jsonl").read_text().splitlines()]
+    ended = {row["part"]: row["ended"] for row in rows if "ended" in row}
+    return (
+        done,
+        ended,
+        {part: [r for r in rows if r["part"] == part and "ended" not in r] for part in [*PARTS, "machine"]},
+    )
+
+
+@pytest.mark.slow
+def test_the_window_answers_its_questions_and_a_part_that_fails_is_a_line(tmp_path):
+    done, ended, found = window(tmp_path, "--data", tmp_path)  # without images in it: the part "rounds" fails
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert list(ended) == list(PARTS)
+    assert "PrivateError: data.path is" in ended.pop("rounds")
+    assert set(ended.values()) == {"well"}, ended
+    assert found["machine"][0]["torch"] == metadata.version("torch")
+    assert all(row["same"] for row in found["checks"])
+    assert {row["concurrent"] for row in found["sweep"]} == {1, 2}
+    assert all(row["images_per_second"] > 0 for part in ("rates", "queues-8", "sweep") for row in found[part])
+    assert {row["kind"] for row in found["convolutions"]} == {"tf32 NCHW", "bf16 NCHW", "bf16 NHWC"}
+    assert {row["compiled"] for row in found["compile"]} == {True, False}
+    shown = script("gpu_window.py", tmp_path, "--show").stdout
+    assert all(f"**{part}**: well" in shown for part in ended)
+    assert "**rounds**: failed with 1" in shown
+
+
+def test_the_window_tells_host_and_device_apart(tmp_path):
+    done = script("gpu_window.py", tmp_path, "--device", "cpu", "--tiny", "--part", "rounds")
+    assert done.returncode == 0, done.stderr
+    (played,) = [json.loads(line) for line in (tmp_path / "gpu_window.jsonl").read_text().splitlines()]
+    assert 0 < played["device_seconds"] < sum(played["round_seconds"])
+    assert played["host_seconds"] == pytest.approx(sum(played["round_seconds"]) - played["device_seconds"], abs=0.5)
+    assert set(played["thread_seconds"]) >= {"train", "server adds an answer", "server takes the mean"}
+
+
+def test_a_window_that_is_over_says_what_it_left_out(tmp_path):
+    done, ended, _ = window(tmp_path, "--minutes", 0)
+    assert done.returncode == 1
+    assert ended == dict.fromkeys(PARTS, "no time was left")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_without_a_gpu_the_window_says_so(tmp_path):
+    done = script("gpu_window.py", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no CUDA" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_papers_systems_are_played_and_go_on(tmp_path):
+    def accuracies():
+        systems = json.loads((tmp_path / "gpu_paper.json").read_text())["systems"]
+        return {name: found["central_accuracy"] for name, found in systems.items()}
+
+    done = script("gpu_paper.py", tmp_path, "--minutes", "5", "--tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = accuracies()
+    assert list(first) == ["ssfl", "fedavg", "random", "dispfl"]
+    assert {len(values) for values in first.values()} == {3}
+    (tmp_path / "random" / "status.json").write_text('{"status": "running", "message": ""}')
+    again = script("gpu_paper.py", tmp_path, "--minutes", "5", "--tiny")
+    assert [line for line in again.stdout.splitlines() if not line.startswith(" ")] == ["random: finished"]
+    assert "resuming after round 3" in (tmp_path / "random.log").read_text()
+    assert accuracies() == first
