@@ -1,0 +1,1 @@
+"""Messages between server and clients: who is who, what travels, and which replies are good ones."""

@@ -15,7 +15,6 @@ from flwr.serverapp import Grid
 from ssfl_app.comm.exchange import DEPLOYMENT_POLL, SIMULATION_POLL, is_simulation
 from ssfl_app.comm.handshake import Handshake, HandshakePoller
 from ssfl_app.comm.payload import Metadata
-from ssfl_app.core.options import RunOptions
 from ssfl_app.data.summary import DataSummary, read_data_summary
 from ssfl_app.locks import RunFailed
 
@@ -40,8 +39,10 @@ class ClientRegistry:
 
     Parameters
     ----------
-    run : RunOptions
-        The room ``run``.
+    clients : int
+        How many clients the run has.
+    join_timeout : float
+        Seconds that `wait_for_clients` waits at most.
 
     Attributes
     ----------
@@ -60,14 +61,14 @@ class ClientRegistry:
         Tells people a line.
     """
 
-    def __init__(self, run: RunOptions) -> None:
+    def __init__(self, clients: int, join_timeout: float) -> None:
         self.nodes: dict[int, int] = {}
         self.names: dict[int, str] = {}
         self.expected: tuple[str, ...] = ()
         self.bound: Callable[[], Mapping[Claim, int]] = dict
         self.misfit: Callable[[Handshake], str | None] = lambda hello: None
         self.say: Callable[[str], None] = lambda line: None
-        self._run = run
+        self._clients, self._join_timeout = clients, join_timeout
         self._metadata: dict[int, Metadata] = {}
         self._first: dict[int, tuple[int, Metadata]] = {}  # client -> the node that held its place first
         self._said: set[str] = set()
@@ -84,7 +85,7 @@ class ClientRegistry:
             message says why by node.
         """
         now = time.monotonic()
-        end, few = now + self._run.join_timeout, now + SIMULATED_NODES_APPEAR
+        end, few = now + self._join_timeout, now + SIMULATED_NODES_APPEAR
         patient = now + PATIENCE
         poller, seen, heard = HandshakePoller(grid, end), set[int](), dict[int, Handshake]()
         bound = self.bound()
@@ -104,14 +105,14 @@ class ClientRegistry:
             self._tell({node: reason for node, reason in reasons.items() if node not in coming})
             if self._all_met(met, poller.silent(there)):
                 return dict(self._metadata)
-            timeout = f" within run.join-timeout {self._run.join_timeout:g} s"
+            timeout = f" within run.join-timeout {self._join_timeout:g} s"
             if is_simulation(grid):  # no node comes later
-                if len(there) >= self._run.clients and there <= poller.answered:
+                if len(there) >= self._clients and there <= poller.answered:
                     raise RunFailed(self._too_few(met, reasons, ""))
-                if len(seen) < self._run.clients and time.monotonic() > few:
+                if len(seen) < self._clients and time.monotonic() > few:
                     raise RunFailed(
-                        f"Flower simulates {len(seen)} SuperNodes and run.clients is {self._run.clients}: set "
-                        f"num-supernodes to {self._run.clients}, as `ssfl run` does"
+                        f"Flower simulates {len(seen)} SuperNodes and run.clients is {self._clients}: set "
+                        f"num-supernodes to {self._clients}, as `ssfl run` does"
                     )
             if time.monotonic() > end:
                 raise RunFailed(self._too_few(met, reasons, timeout))
@@ -144,16 +145,16 @@ class ClientRegistry:
         met: dict[Claim, Handshake] = {}
         aside: dict[int, str] = {}
         for hello in sorted(heard.values(), key=lambda hello: hello.node not in there):  # stable: else as they came
-            if hello.number is not None and hello.number >= self._run.clients:
-                aside[hello.node] = f"{_claim(hello)}, run.clients is {self._run.clients}"
+            if hello.number is not None and hello.number >= self._clients:
+                aside[hello.node] = f"{_claim(hello)}, run.clients is {self._clients}"
             elif (holder := met.setdefault(hello.place, hello)) is not hello:
                 key = "name" if hello.name else "partition-id"
                 aside[hello.node] = f"{_claim(hello)}, which node {holder.node} is; each needs its own {key}"
         # Not those who came first: chance would say which ones take part. Nor do strangers crowd registered ones out.
         names = sorted((place for place in met if isinstance(place, str)), key=lambda name: (name not in bound, name))
-        for name in names[self._run.clients :]:
-            others = _listed(sorted(names[: self._run.clients]))
-            aside[met.pop(name).node] = f"is site {name!r}; run.clients is {self._run.clients}: {others}"
+        for name in names[self._clients :]:
+            others = _listed(sorted(names[: self._clients]))
+            aside[met.pop(name).node] = f"is site {name!r}; run.clients is {self._clients}: {others}"
         return met, aside
 
     def _all_met(self, met: Mapping[Claim, Handshake], more_may_come: bool) -> bool:
@@ -161,10 +162,10 @@ class ClientRegistry:
         numbers = {place: hello for place, hello in met.items() if isinstance(place, int)}
         names = sorted(place for place in met if isinstance(place, str))
         # A site that is connected already must be counted, else chance would say which ones take part.
-        if len(numbers) < self._run.clients and (len(names) < self._run.clients or more_may_come):
+        if len(numbers) < self._clients and (len(names) < self._clients or more_may_come):
             return False
-        by_name = len(numbers) < self._run.clients
-        found = [met[name] for name in names] if by_name else [numbers[i] for i in range(self._run.clients)]
+        by_name = len(numbers) < self._clients
+        found = [met[name] for name in names] if by_name else [numbers[i] for i in range(self._clients)]
         self.names = dict(enumerate(names)) if by_name else {}
         self.nodes = {client: hello.node for client, hello in enumerate(found)}
         self._metadata = {client: hello.metadata for client, hello in enumerate(found)}
@@ -173,7 +174,7 @@ class ClientRegistry:
 
     def _tell(self, reasons: Mapping[int, str]) -> None:
         """Say once why each node that could have a place has none; more nodes than clients are nothing to say."""
-        spare = f"run.clients is {self._run.clients}"
+        spare = f"run.clients is {self._clients}"
         for node, reason in sorted(reasons.items()):
             text = f"node {node} is set aside: {reason}"
             if not reason.endswith(spare) and text not in self._said and len(self._said) < MOST_WARNINGS:
@@ -185,7 +186,7 @@ class ClientRegistry:
         self.say(f"warning: {text}")
 
     def _too_few(self, met: Mapping[Claim, Handshake], reasons: Mapping[int, str], timeout: str) -> str:
-        clients, names = self._run.clients, [place for place in met if isinstance(place, str)]
+        clients, names = self._clients, [place for place in met if isinstance(place, str)]
         missing: list[str] = sorted(set(self.expected) - set(names))
         if names and not missing:
             missing = [f"{clients - len(names)} beside {_listed(names)}"]

@@ -21,8 +21,6 @@ from flwr.serverapp import Grid
 from ssfl_app.comm.exchange import ExchangeReport, MessageExchange
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.payload import MASKS, Metadata, Payload, PayloadEncoder, decode_payload
-from ssfl_app.core.options import RunOptions
-from ssfl_app.core.validation import MOST_WORK, check_counts
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
@@ -36,6 +34,9 @@ RUN = "run"
 
 CLIENT = "client"
 """Fact of a message to a site with data of its own: the number that its name has in this run."""
+
+MOST_WORK = 2**40
+"""Images of one message, of a client that nothing is known of: more is no count, and would spoil the sum."""
 
 Check = Callable[[int, Payload], None]
 """check(client, parcel) raises PayloadError on an answer that an algorithm must not see."""
@@ -69,8 +70,10 @@ class Messenger:
 
     Parameters
     ----------
-    run : RunOptions
-        The room ``run``.
+    registry : ClientRegistry
+        Who is who.
+    round_timeout : float
+        Seconds after which a message that is not answered is lost.
     mask_travels : bool
         Whether clients must be given the mask to read a message: the codec down is `MaskedValues`.
     bitmaps : str
@@ -93,14 +96,16 @@ class Messenger:
         message.
     """
 
-    def __init__(self, run: RunOptions, mask_travels: bool, bitmaps: str = "plain") -> None:
+    def __init__(
+        self, registry: ClientRegistry, round_timeout: float, *, mask_travels: bool, bitmaps: str = "plain"
+    ) -> None:
         self.report = ExchangeReport()
         self.folder: Path | None = None
         self.token: str | None = None
-        self.registry = ClientRegistry(run)
+        self.registry = registry
         self.dealt: Callable[[int], DataSummary] | None = None
         self.work: Callable[[int], int] = lambda images: MOST_WORK
-        self._run, self._mask_travels, self._bitmaps = run, mask_travels, bitmaps
+        self._timeout, self._mask_travels, self._bitmaps = round_timeout, mask_travels, bitmaps
         self._encoder = PayloadEncoder(bitmaps)
         self._letters: dict[int, PendingMessage] = {}  # of the exchange that is going on
         self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
@@ -179,12 +184,12 @@ class Messenger:
         record = self._encoder.record(Payload(arrays, letter.payload.metadata))
         group = str(letter.payload.metadata["round"])
         # Time to live = round timeout: Flower's default of 12 hours would let replies come rounds later.
-        ttl = self._run.round_timeout
+        ttl = self._timeout
         return Message(record, self.registry.nodes[client], letter.kind, ttl=ttl, group_id=group)
 
     def exchange(self, grid: Grid, messages: Iterable[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `write` made; return the replies, of about this size, as they come."""
-        exchange = MessageExchange(grid, self._run.round_timeout, reply_bytes)
+        exchange = MessageExchange(grid, self._timeout, reply_bytes)
         self.report = exchange.report
         client_at = {node: client for client, node in self.registry.nodes.items()}
         self._push(exchange, {client_at[message.metadata.dst_node_id]: message for message in messages})
@@ -268,6 +273,30 @@ class Messenger:
             check_counts(metadata, held.test_images if tested else sum(held.counts), self.work(sum(held.counts)))
         check(client, payload)
         return Reply(client, payload.arrays, metadata, int(metadata["samples"]))
+
+
+def check_counts(metadata: Metadata, images: int | None, work: int) -> None:
+    """Raise PayloadError unless the counts of an answer are those of a client that holds so many images.
+
+    Every answer passes here, of whatever strategy and question. At most, not equal: fedfomo trains on a part of them.
+
+    Parameters
+    ----------
+    images : int or None
+        That the client holds for what it was asked: those it trains on, or with an evaluation those it tests on;
+        None: nothing is known.
+    work : int
+        Images, each as often as it is used, that one message can make go through the model.
+    """
+    samples = metadata.get("samples")
+    if type(samples) is not int or samples < 0:
+        raise PayloadError(f"samples is {quoted(samples)}; it must be a whole number of at least 0")
+    if images is not None and samples > images:
+        raise PayloadError(f"samples is {samples}; this client holds {images}")
+    for name in ("passes", "looks"):
+        count = metadata.get(name, 0)
+        if type(count) is not int or not 0 <= count <= work:
+            raise PayloadError(f"{name} is {quoted(count)}; it must be a whole number from 0 to {work}")
 
 
 def _sizes(message: Message) -> dict[str, int]:

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
+from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.messenger import Messenger, Outgoing, Reply
 from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
 from ssfl_app.core.aggregation import aggregate_mean, within_norm
@@ -111,7 +112,13 @@ class SparseStrategy(Strategy):
         self.callback: RunCallback | None = None
         self.workbench: nn.Module | None = None
         self.image_shape: tuple[int, ...] | None = None
-        self.messenger = Messenger(settings.run, issubclass(self.client.down, MaskedValues), settings.wire.bitmaps)
+        run, wire = settings.run, settings.wire
+        self.messenger = Messenger(
+            ClientRegistry(run.clients, run.join_timeout),
+            run.round_timeout,
+            mask_travels=issubclass(self.client.down, MaskedValues),
+            bitmaps=wire.bitmaps,
+        )
         self.messenger.work = functools.partial(self.client.work, settings)
         self.peer_bytes = 0
         self.accuracy: dict[int, float] = {}

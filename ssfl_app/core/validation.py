@@ -5,20 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from ssfl_app.comm.payload import Metadata, Payload
+from ssfl_app.comm.payload import Payload
 from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.codec import LinearCodec
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.text import quoted
 
 if TYPE_CHECKING:
     from ssfl_app.core.strategy import SparseStrategy
 
 LARGEST = 2.0**20
 """Of a loss. A model whose mean loss is a million has diverged, and would hide what all others say of theirs."""
-
-MOST_WORK = 2**40
-"""Images of one message, of a client that nothing is known of: more is no count, and would spoil the sum."""
 
 
 def check_feedback(strategy: "type[SparseStrategy]", base: "type[SparseStrategy]") -> None:
@@ -46,30 +42,6 @@ def check_number(payload: Payload, name: str) -> None:
     value = payload.metadata.get(name)
     if not isinstance(value, float) or not abs(value) <= LARGEST:
         raise PayloadError(f"{name} is {value!r}; it must be a finite number, at most {LARGEST:g} in magnitude")
-
-
-def check_counts(metadata: Metadata, images: int | None, work: int) -> None:
-    """Raise PayloadError unless the counts of an answer are those of a client that holds so many images.
-
-    Every answer passes here, of whatever strategy and question. At most, not equal: fedfomo trains on a part of them.
-
-    Parameters
-    ----------
-    images : int or None
-        That the client holds for what it was asked: those it trains on, or with an evaluation those it tests on;
-        None: nothing is known.
-    work : int
-        Images, each as often as it is used, that one message can make go through the model.
-    """
-    samples = metadata.get("samples")
-    if type(samples) is not int or samples < 0:
-        raise PayloadError(f"samples is {quoted(samples)}; it must be a whole number of at least 0")
-    if images is not None and samples > images:
-        raise PayloadError(f"samples is {samples}; this client holds {images}")
-    for name in ("passes", "looks"):
-        count = metadata.get(name, 0)
-        if type(count) is not int or not 0 <= count <= work:
-            raise PayloadError(f"{name} is {quoted(count)}; it must be a whole number from 0 to {work}")
 
 
 def check_samples(payload: Payload, most: int) -> None:

@@ -1,0 +1,1 @@
+"""What clients train on: readers, caches and summaries of data sets."""

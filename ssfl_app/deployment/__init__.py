@@ -1,0 +1,1 @@
+"""Federations of real SuperNodes: credentials, services, and what outsiders can reach."""

@@ -1,0 +1,1 @@
+"""Many runs: sweeps, published tables, and studies of masks."""

@@ -1,0 +1,1 @@
+"""One run on this machine: in this process, or on Ray."""

@@ -62,9 +62,8 @@ def metadata(**new: Any) -> Fault:
 
 def meet(grid: ScriptedGrid, bound: dict[Claim, int] | None = None, **keys: Any) -> ClientRegistry:
     """Greet the nodes of a grid, and nothing else."""
-    made = ClientRegistry(
-        parse(merge(SMALL, {**ONE, **{f"run.{k.replace('_', '-')}": v for k, v in keys.items()}})).settings.run
-    )
+    run = parse(merge(SMALL, {**ONE, **{f"run.{k.replace('_', '-')}": v for k, v in keys.items()}})).settings.run
+    made = ClientRegistry(run.clients, run.join_timeout)
     made.bound = lambda: bound or {}
     made.say = said.append
     said.clear()

@@ -10,7 +10,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from ssfl_app.comm import exchange, pulling
-from ssfl_app.comm import membership as registry
+from ssfl_app.comm import membership
 from ssfl_app.comm.exchange import MessageExchange
 from ssfl_app.comm.handshake import HandshakePoller
 from ssfl_app.comm.membership import ClientRegistry
@@ -221,10 +221,10 @@ def test_a_greeting_ends_in_its_time_and_names_the_node_that_is_stuck(monkeypatc
     inner = DeploymentGrid(merge(SMALL, KEYS))
     stuck = next(n for n, c in inner._contexts.items() if inner.number(c) == 1)
     grid = Uploading(inner, uploads_of(stuck, "query.hello", never))
-    made = ClientRegistry(parse(merge(SMALL, {**KEYS, "run.join-timeout": 3.0})).settings.run)
+    made = ClientRegistry(parse(merge(SMALL, KEYS)).settings.run.clients, 3.0)
     said = list[str]()
     made.say = said.append
-    monkeypatch.setattr(registry, "PATIENCE", 1.0)
+    monkeypatch.setattr(membership, "PATIENCE", 1.0)
     began = time.monotonic()
     with pytest.raises(RunFailed, match=rf"missing: 1 \(node {stuck} no whole answer: its upload did not end\)"):
         made.wait_for_clients(grid)

@@ -1,1 +1,0 @@
-"""How a run is executed: everything in this process, or Flower's simulation on Ray."""
