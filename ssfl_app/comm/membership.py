@@ -118,7 +118,7 @@ class ClientRegistry:
                 raise RunFailed(self._too_few(met, reasons, timeout))
             if time.monotonic() > patient:
                 patient = end
-                self.say(f"{len(met)} of {self._run.clients} clients are here; waiting for the others{timeout}")
+                self.say(f"{len(met)} of {self._clients} clients are here; waiting for the others{timeout}")
             time.sleep(SIMULATION_POLL if is_simulation(grid) else DEPLOYMENT_POLL)
 
     def holding(self, client: int) -> DataSummary | None:

@@ -15,23 +15,37 @@ overlap_mean    sum n_k m_k w_k / sum n_k m_k; the old value if nobody     perso
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import ClassVar, Protocol
 
 import numpy as np
 
-from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.messenger import Messenger, Reply
 from ssfl_app.core.means import OverlapMean, WeightedMean
+from ssfl_app.core.options import Settings
 from ssfl_app.core.robust import FEWEST, Held, Rows, folded
 from ssfl_app.locks import RunFailed
-from ssfl_app.sparsity.codec import LinearCodec
-from ssfl_app.sparsity.layout import State, Vector
+from ssfl_app.sparsity.codec import Codec, LinearCodec
+from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask
 
-if TYPE_CHECKING:
-    from ssfl_app.core.strategy import SparseStrategy
+
+class _Algorithm(Protocol):
+    """What is used of a strategy here (`SparseStrategy` says what each part means)."""
+
+    name: ClassVar[str]
+    layout: Layout
+    settings: Settings
+    mask: Mask
+    messenger: Messenger
+    update_norms: dict[int, float]
+
+    @property
+    def up(self) -> Codec: ...
+    def weight(self, reply: Reply) -> int: ...
+    def decoded(self, reply: Reply) -> tuple[Vector, Mask]: ...
 
 
-def aggregate_mean(strategy: "SparseStrategy", replies: Iterable[Reply]) -> State:
+def aggregate_mean(strategy: _Algorithm, replies: Iterable[Reply]) -> State:
     """Return the mean of replies that all carry the same coordinates, or what run.fold says, 0 at the others.
 
     It is taken on the carried values, so it costs the alive coordinates and not one model a client. Other folds than
@@ -65,7 +79,7 @@ def aggregate_mean(strategy: "SparseStrategy", replies: Iterable[Reply]) -> Stat
     return codec.scatter(values, layout, mask)
 
 
-def within_norm(strategy: "SparseStrategy", replies: Iterable[Reply], what: str) -> Iterator[Reply]:
+def within_norm(strategy: _Algorithm, replies: Iterable[Reply], what: str) -> Iterator[Reply]:
     """Yield the replies whose updates are not much longer than others of their round; refuse the rest by name.
 
     failures.norm-factor times the median is allowed, of whatever strategy: the lengths are `update_norms`. A reply
@@ -100,7 +114,7 @@ def within_norm(strategy: "SparseStrategy", replies: Iterable[Reply], what: str)
         yield replace(reply, arrays=held.get(reply.client))
 
 
-def zeros_mean(strategy: "SparseStrategy", replies: Iterable[Reply]) -> tuple[Vector, Mask]:
+def zeros_mean(strategy: _Algorithm, replies: Iterable[Reply]) -> tuple[Vector, Mask]:
     """Return the mean of whole models, what a client did not send counting as 0, and the union of their masks.
 
     The mean is float32, shape (layout.size,).
@@ -114,7 +128,7 @@ def zeros_mean(strategy: "SparseStrategy", replies: Iterable[Reply]) -> tuple[Ve
     return mean.value(), Mask(strategy.layout, sent)
 
 
-def overlap_mean(strategy: "SparseStrategy", replies: Iterable[Reply], old: Vector) -> Vector:
+def overlap_mean(strategy: _Algorithm, replies: Iterable[Reply], old: Vector) -> Vector:
     """Return each coordinate's mean over the clients that sent it, float32, shape (layout.size,); else `old`."""
     mean = OverlapMean(strategy.layout.size)
     for reply in replies:

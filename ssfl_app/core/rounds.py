@@ -3,23 +3,21 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Protocol
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from ssfl_app.comm.exchange import ExchangeReport
 from ssfl_app.comm.messenger import Check, Messenger, Reply
-from ssfl_app.comm.payload import Payload, shared_buffers
+from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
+from ssfl_app.core.options import Settings
 from ssfl_app.sparsity.codec import Dense
-from ssfl_app.sparsity.layout import state_digest
+from ssfl_app.sparsity.layout import Layout, State, state_digest
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import Arrays
-
-if TYPE_CHECKING:
-    from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.sparsity.values import Allowed, Arrays
 
 
 class Query(Protocol):
@@ -39,12 +37,56 @@ Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 Record = dict[str, Any]
 
 
+class RunCallback(Protocol):
+    """Sees a run go by: the recorder of the run folder, or a test."""
+
+    def met(self, sites: Mapping[int, Metadata]) -> None:
+        """All clients are connected; `sites` holds what each said of itself."""
+
+    def warn(self, line: str) -> None:
+        """Something is wrong that the run can go on with."""
+
+    def round(self, record: Record, strategy: Any) -> None:
+        """Round `record["round"]` of this strategy is over; 0 is setup."""
+
+
+class _Algorithm(Protocol):
+    """What `RoundLoop` uses of a strategy (`SparseStrategy` says what each part means)."""
+
+    name: ClassVar[str]
+    has_floor: ClassVar[bool]
+    layout: Layout
+    settings: Settings
+    state: State
+    mask: Mask
+    callback: RunCallback | None
+    peer_bytes: int
+    accuracy: dict[int, float]
+    personal_accuracy: dict[int, float]
+    update_norms: dict[int, float]
+
+    def before_training(self, ask: Query) -> None: ...
+    def before_round(self, round_: int, ask: Query) -> None: ...
+    def cohort(self, round_: int) -> list[int]: ...
+    def model(self) -> State: ...
+    def answers(self, question: str | None = None) -> Allowed: ...
+    def densities(self) -> tuple[float, float]: ...
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]: ...
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]: ...
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]: ...
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None: ...
+
+
 class RoundLoop:
     """Plays the rounds of one strategy on one grid.
 
     Parameters
     ----------
-    strategy : SparseStrategy
+    strategy : _Algorithm
         Whose hooks are called.
     post : Post
         The strategy's post room.
@@ -58,7 +100,7 @@ class RoundLoop:
 
     def __init__(
         self,
-        strategy: "SparseStrategy",
+        strategy: _Algorithm,
         post: Messenger,
         grid: Grid,
         configs: tuple[ConfigRecord, ConfigRecord],

@@ -8,7 +8,7 @@ crosses the wire that of `post`, and what a client does that of `rule`.
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,33 +20,20 @@ from torch import nn
 
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.messenger import Messenger, Outgoing, Reply
-from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
+from ssfl_app.comm.payload import Payload, shared_buffers
 from ssfl_app.core.aggregation import aggregate_mean, within_norm
 from ssfl_app.core.client import ClientAlgorithm, encode_with
 from ssfl_app.core.means import MAX_WEIGHT
 from ssfl_app.core.options import Settings
 from ssfl_app.core.robust import distance, there
-from ssfl_app.core.rounds import Query, Record, RoundLoop
-from ssfl_app.core.validation import check_feedback, check_number, check_samples, check_tested, stored
+from ssfl_app.core.rounds import Query, RoundLoop
+from ssfl_app.core.validation import check_number, check_samples, check_tested, stored
 from ssfl_app.options import ConfigError
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, LinearCodec, MaskedValues
 from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask, Scope, alive_count, none_alive
 from ssfl_app.sparsity.values import Allowed, Arrays
-
-
-class RunCallback(Protocol):
-    """Whoever sees a run go by: the recorder of the run folder, or a test."""
-
-    def met(self, sites: Mapping[int, Metadata]) -> None:
-        """All clients are connected; `sites` holds what each said of itself."""
-
-    def warn(self, line: str) -> None:
-        """Something is wrong that the run can go on with."""
-
-    def round(self, record: Record, strategy: "SparseStrategy") -> None:
-        """Round `record["round"]` is over; 0 is setup."""
 
 
 class SparseStrategy(Strategy):
@@ -73,6 +60,9 @@ class SparseStrategy(Strategy):
         Whether mask.density changes anything.
     has_floor : bool
         Whether mask.min-per-layer may be more than 0.
+    error_feedback_ok : bool
+        Whether the strategy can make up for rounding: both ends know which coordinates travel, the same ones for all
+        clients, and a client has no other state that it keeps between rounds.
     state, mask : State, Mask
         The global model and what is alive in it.
     peer_bytes : int
@@ -97,6 +87,7 @@ class SparseStrategy(Strategy):
     full_participation: ClassVar[bool] = False
     uses_density: ClassVar[bool] = True
     has_floor: ClassVar[bool] = True
+    error_feedback_ok: ClassVar[bool] = False
 
     def __init__(self, layout: Layout, settings: Settings) -> None:
         if settings.mask.min_per_layer and not self.has_floor:
@@ -132,8 +123,11 @@ class SparseStrategy(Strategy):
         self._folded = 0  # the round that made `state`
         self._residual: Vector | None = None  # what rounding took from the models sent before this one
         self._lost: Vector | None = None  # and from this one
-        if settings.wire.error_feedback:
-            check_feedback(type(self), SparseStrategy)
+        if settings.wire.error_feedback and not self.error_feedback_ok:
+            raise ConfigError(
+                f"wire.error-feedback is true; it is false with strategy {self.name}, where clients have masks, "
+                "models or memories of their own"
+            )
         if settings.run.fold != "mean" and not self._folds_as_ever():
             raise ConfigError(
                 f"run.fold is {settings.run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of "

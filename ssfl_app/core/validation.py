@@ -1,40 +1,15 @@
 """What an answer must be before an algorithm sees it."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy.typing as npt
 
 from ssfl_app.comm.payload import Payload
-from ssfl_app.options import ConfigError
-from ssfl_app.sparsity.codec import LinearCodec
 from ssfl_app.sparsity.values import PayloadError
-
-if TYPE_CHECKING:
-    from ssfl_app.core.strategy import SparseStrategy
 
 LARGEST = 2.0**20
 """Of a loss. A model whose mean loss is a million has diverged, and would hide what all others say of theirs."""
-
-
-def check_feedback(strategy: "type[SparseStrategy]", base: "type[SparseStrategy]") -> None:
-    """Raise ConfigError unless a strategy can make up for rounding.
-
-    It can where both ends know which coordinates travel, the same ones for all clients, and where a client has no
-    other state that it remembers between rounds.
-    """
-    client = strategy.client
-    linear = issubclass(client.down, LinearCodec) and issubclass(client.up, LinearCodec)
-    own = (
-        strategy.train_payload is not base.train_payload
-        or strategy.mask_for is not base.mask_for
-        or strategy.aggregate is not base.aggregate
-    )
-    if client.stateful or own or not linear:
-        raise ConfigError(
-            f"wire.error-feedback is true; it is false with strategy {strategy.name}, where clients have masks, "
-            "models or memories of their own"
-        )
 
 
 def check_number(payload: Payload, name: str) -> None:

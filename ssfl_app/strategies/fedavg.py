@@ -12,3 +12,4 @@ class FedAvg(SparseStrategy):
 
     name = "fedavg"
     uses_density = False
+    error_feedback_ok = True

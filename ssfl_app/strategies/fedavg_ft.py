@@ -38,3 +38,4 @@ class FedAvgFt(SparseStrategy):
     client = FinetuneClient
     sections = {"finetune": FinetuneOptions}  # noqa: RUF012  (ClassVar of the base)
     uses_density = False
+    error_feedback_ok = True

@@ -168,6 +168,7 @@ class Flash(SparseStrategy):
     client = FlashClient
     sections = {"flash": FlashOptions}  # noqa: RUF012  (ClassVar of the base)
     has_floor = False
+    error_feedback_ok = True
 
     @property
     def options(self) -> FlashOptions:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssfl_app.comm import handshake as greeting
-from ssfl_app.comm import membership as registry
+from ssfl_app.comm import membership
 from ssfl_app.comm.handshake import Handshake, read_handshake
 from ssfl_app.comm.membership import Claim, ClientRegistry
 from ssfl_app.comm.payload import Payload, PayloadEncoder
@@ -39,8 +39,8 @@ ONE: Flat = {"run.rounds": 1, "run.clients": 4, "run.cohort": 4, "strategy": "fe
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greeting, "RETRY", 0.05)
     monkeypatch.setattr(greeting, "TRY", 0.3)
-    monkeypatch.setattr(registry, "REJOIN_TIMEOUT", 2.0)
-    monkeypatch.setattr(registry, "DEPLOYMENT_POLL", 0.01)
+    monkeypatch.setattr(membership, "REJOIN_TIMEOUT", 2.0)
+    monkeypatch.setattr(membership, "DEPLOYMENT_POLL", 0.01)
     monkeypatch.setattr("ssfl_app.comm.exchange.DEPLOYMENT_POLL", 0.01)
 
 
@@ -376,7 +376,7 @@ class Theft(MovingGrid):
 
 
 def test_much_noise_leaves_who_takes_a_place_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MOST_WARNINGS", 2)
+    monkeypatch.setattr(membership, "MOST_WARNINGS", 2)
     keys: Flat = {"run.rounds": 3, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 3}
     theft = Theft(merge(SMALL, keys))
     told: list[str] = []

@@ -31,7 +31,7 @@ STUCK = "no whole answer within 1 s: its upload did not end"
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (exchange, registry):
+    for module in (exchange, membership):
         monkeypatch.setattr(module, "DEPLOYMENT_POLL", 0.01)
 
 
@@ -234,7 +234,7 @@ def test_a_greeting_ends_in_its_time_and_names_the_node_that_is_stuck(monkeypatc
 
 
 def test_a_node_that_would_rejoin_and_is_stuck_costs_the_time_to_rejoin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "REJOIN_TIMEOUT", 1.0)
+    monkeypatch.setattr(membership, "REJOIN_TIMEOUT", 1.0)
     inner = MovingGrid(merge(SMALL, KEYS), {2: (1, 77, {"partition-id": 1, "num-partitions": 3})})
     grid: Any = Uploading(inner, uploads_of(77, "query.hello", all_but_the_last), patience=60.0)
     records = play(KEYS, grid=grid).records

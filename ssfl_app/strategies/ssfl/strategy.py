@@ -67,6 +67,7 @@ class FixedMask(SparseStrategy):
     """FedAvg inside a mask that `setup` finds."""
 
     client = MaskedClient
+    error_feedback_ok = True
 
     def before_training(self, ask: Query) -> None:
         """Find the mask and apply it to the initial weights."""
