@@ -1,7 +1,7 @@
 """What freed memory costs a training step: .venv/bin/python benchmarks/heap.py
 
 Trains ResNet-20 on random images of CIFAR-10's size in fresh processes, one after the other: by glibc's defaults, and
-with `ssfl_app.training.malloc.keep_heap`. How the defaults behave depends on what a process did before: here, nothing.
+with `ssfl_app.training.malloc.keep_heap`. The defaults depend on what a process did before: here, nothing.
 Results: benchmarks/results/heap.json.
 """
 

@@ -267,8 +267,8 @@ def misfit(runtime: Runtime, hello: Handshake) -> str | None:
     metadata, who = hello.metadata, hello.name or f"client {hello.number}"
     if metadata.get("code") != code_digest():
         return (
-            f"runs other code ({metadata.get('code')!r}) than the server ({code_digest()!r}): install the same version "
-            "on both, or start Flower's SuperLink from another folder"
+            f"runs other code ({metadata.get('code')!r}) than the server ({code_digest()!r}): install the same "
+            "version on both, or start Flower's SuperLink from another folder"
         )
     number = hello.number or 0
     if not runtime.own and number >= runtime.config.settings.run.clients:

@@ -25,8 +25,9 @@ from ssfl_app.data.dataset import Images, Transform
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import get_runtime, gpu_notes
-from ssfl_app.simulation.command import RunArgs, run_command
+from ssfl_app.simulation.command import run_command
 from ssfl_app.simulation.in_process import clients_at_once, run_inline
+from ssfl_app.simulation.run_args import RunArgs
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training import cuda_graph

@@ -154,7 +154,7 @@ def run(
     """Run a strategy on the nodes, as `ssfl run` does in simulation. Exit code: 0 finished, 1 failed, 2 bad input."""
     from ssfl_app.deployment.federation import read
     from ssfl_app.deployment.run import run_on
-    from ssfl_app.simulation.command import RunArgs
+    from ssfl_app.simulation.run_args import RunArgs
 
     federation = read(_folder(folder))
     run_on(federation, RunArgs(config, override or [], None, "deployment", out, resume))

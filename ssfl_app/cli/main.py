@@ -47,7 +47,8 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
 ) -> None:
     """Run a strategy and write a run folder. Exit code: 0 finished, 1 failed or interrupted, 2 bad input."""
-    from ssfl_app.simulation.command import RunArgs, run_command
+    from ssfl_app.simulation.command import run_command
+    from ssfl_app.simulation.run_args import RunArgs
 
     run_command(RunArgs(config, override or [], nodes, engine, out, resume))
 

@@ -8,7 +8,7 @@ crosses the wire that of `post`, and what a client does that of `rule`.
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from ssfl_app.core.client import ClientAlgorithm, encode_with
 from ssfl_app.core.means import MAX_WEIGHT
 from ssfl_app.core.options import Settings
 from ssfl_app.core.robust import distance, there
-from ssfl_app.core.rounds import Query, RoundLoop
+from ssfl_app.core.rounds import Query, RoundLoop, RunCallback
 from ssfl_app.core.validation import check_number, check_samples, check_tested, stored
 from ssfl_app.options import ConfigError
 from ssfl_app.seeding import generator

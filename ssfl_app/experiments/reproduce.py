@@ -19,7 +19,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.results.page import percent
 from ssfl_app.results.published import Line, Page, as_json, listing, markdown, measured, overview, table, warnings
 from ssfl_app.results.run_folder import Run, read_run, train_counts
-from ssfl_app.simulation.command import check_engine
+from ssfl_app.simulation.run_args import check_engine
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.text import tell
 

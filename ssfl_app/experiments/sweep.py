@@ -23,7 +23,7 @@ from ssfl_app.results.plots import png_bytes
 from ssfl_app.results.report import undone
 from ssfl_app.results.run_folder import CENTRAL, metadata, read_run
 from ssfl_app.runtime import find_device
-from ssfl_app.simulation.command import check_engine
+from ssfl_app.simulation.run_args import check_engine
 from ssfl_app.text import tell
 
 

@@ -6,34 +6,14 @@ Torch is imported by what computes, not here: the launcher of a run on Ray only 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.results.status import settle
+from ssfl_app.simulation.run_args import RunArgs, check_engine
 from ssfl_app.text import command, tell
-
-ENGINES = ("ray", "inline")
-
-
-@dataclass(frozen=True)
-class RunArgs:
-    """The words of `ssfl run`; `engine` is one of `ENGINES`, or "deployment" for `ssfl federation run`."""
-
-    file: Path | None
-    overrides: list[str]
-    nodes: int | None
-    engine: str
-    out: Path | None
-    resume: Path | None
-
-
-def check_engine(name: str) -> None:
-    """Raise ConfigError unless `name` is one of `ENGINES`."""
-    if name not in ENGINES:
-        raise ConfigError(f"--engine is {name!r}; it is one of {', '.join(ENGINES)}")
 
 
 def run_command(words: RunArgs) -> None:

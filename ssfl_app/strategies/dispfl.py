@@ -13,7 +13,7 @@ i starts with ``w0`` under a random mask m_i of its own, with Erdos-Renyi-Kernel
 
 The server here only relays. It keeps every client's last model and mask, takes the mean for each client and sends it
 under the client's mask; what the exchange would cost between peers is counted as ``bytes_peer``. Up go the values
-under the old mask, which the server knows, and the bitmap of the new one: the arrays and the bytes of `BitmapAndValues`.
+under the old mask, which the server knows, and the bitmap of the new one: arrays and bytes of `BitmapAndValues`.
 
 With A alive of P prunable coordinates and R others, per client and round, fp32: down = up = evaluation =
 ``4 (A + R) + ceil(P / 8)`` bytes, and between peers as much from each neighbour.

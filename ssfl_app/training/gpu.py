@@ -63,8 +63,8 @@ def memory_need(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> in
     """Return about how many bytes of a GPU one client takes beside the data, for choosing how many train at once.
 
     An upper estimate: weights with what their training keeps and copies, activations of a captured batch, the larger
-    of what testing and scoring take on top, and the libraries' workspaces. ``tests/training/test_gpu.py`` holds it against
-    what torch's allocator reserves.
+    of what testing and scoring take on top, and the libraries' workspaces. ``tests/training/test_gpu.py`` holds it
+    against what torch's allocator reserves.
 
     Parameters
     ----------

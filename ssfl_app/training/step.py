@@ -1,7 +1,7 @@
 """One step of the training loop: what `LocalTrainer.fit` does with a batch, the plain way.
 
-`ssfl_app.training.cuda_graph` has the fast way, which a GPU plays without Python; ``tests/training/test_cuda_graph.py`` holds the two
-together bit for bit. Both are `Step`, so the loop around them is one.
+`ssfl_app.training.cuda_graph` has the fast way, which a GPU plays without Python;
+``tests/training/test_cuda_graph.py`` holds the two together bit for bit. Both are `Step`, so the loop is one.
 """
 
 from collections.abc import Callable, Iterable, Sequence

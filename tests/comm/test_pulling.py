@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from ssfl_app.comm import exchange, pulling
-from ssfl_app.comm import membership
+from ssfl_app.comm import exchange, membership, pulling
 from ssfl_app.comm.exchange import MessageExchange
 from ssfl_app.comm.handshake import HandshakePoller
 from ssfl_app.comm.membership import ClientRegistry
@@ -20,9 +19,9 @@ from ssfl_app.locks import RunFailed
 from ssfl_app.plugin.strategy import SSFL
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.values import PayloadError
-from tests import test_plugin
 from tests.comm.test_handshake import MovingGrid
 from tests.in_process_grid import SMALL, DeploymentGrid, play
+from tests.plugin import test_rounds
 from tests.uploads import Upload, Uploading, all_but_the_last, at_once, breaks_off, every, never
 
 TIMEOUT = 1.0
@@ -45,27 +44,27 @@ def node(message: Message, context: Any) -> Message:
 def exchanged(uploads: dict[int, Upload], reply_bytes: int = 32768) -> tuple[list[int], MessageExchange, Uploading]:
     """Send a message to each of these nodes and return who answered, in order."""
     grid = Uploading(InlineGrid(node, {}, {k: k for k in uploads}), lambda m: uploads[m.metadata.dst_node_id])
-    exchange = MessageExchange(grid, TIMEOUT, reply_bytes)
-    exchange.send({k: Message(RecordDict(), k, "train", ttl=TIMEOUT) for k in uploads})
+    sent = MessageExchange(grid, TIMEOUT, reply_bytes)
+    sent.send({k: Message(RecordDict(), k, "train", ttl=TIMEOUT) for k in uploads})
     began = time.monotonic()
-    answered = [client for client, _ in exchange.replies()]
+    answered = [client for client, _ in sent.replies()]
     assert time.monotonic() - began < TIMEOUT + 1
-    return answered, exchange, grid
+    return answered, sent, grid
 
 
 @pytest.mark.parametrize("upload", [never, all_but_the_last, every(0.7)])
 def test_a_stuck_upload_costs_its_client_and_nobody_waits(upload: Upload) -> None:
-    answered, exchange, grid = exchanged({0: upload, 1: at_once, 2: every(0.02)})
+    answered, sent, grid = exchanged({0: upload, 1: at_once, 2: every(0.02)})
     assert answered == [1, 2]
-    assert exchange.report.lost == {0: STUCK}
-    assert exchange.report.refused == {}
+    assert sent.report.lost == {0: STUCK}
+    assert sent.report.refused == {}
     assert len(grid.confirmed) == 2
 
 
 def test_an_upload_that_ends_in_time_is_taken() -> None:
-    answered, exchange, grid = exchanged({0: every(0.1), 1: at_once})
+    answered, sent, grid = exchanged({0: every(0.1), 1: at_once})
     assert answered == [1, 0]
-    assert exchange.report.lost == {}
+    assert sent.report.lost == {}
     # While an object is missing a look costs one request, and what is there is not pulled again and again.
     assert grid.looks < 200
 
@@ -79,9 +78,9 @@ def test_objects_that_come_one_by_one_are_pulled_twice_at_most() -> None:
         ),
         lambda m: every(0.01),
     )
-    exchange = MessageExchange(grid, 5.0, 32768)
-    exchange.send({0: Message(RecordDict(), 0, "train", ttl=5.0)})
-    assert len(list(exchange.replies())) == 1
+    sent = MessageExchange(grid, 5.0, 32768)
+    sent.send({0: Message(RecordDict(), 0, "train", ttl=5.0)})
+    assert len(list(sent.replies())) == 1
     assert grid.served <= 2 * len(grid._objects)
 
 
@@ -138,10 +137,10 @@ def test_bytes_that_are_no_message_are_refused_and_the_others_count(body: Any, r
         grid.body = body
         return grid
 
-    exchange = MessageExchange(forging(), TIMEOUT, 32768)
-    exchange.send({k: Message(RecordDict(), k, "train", ttl=TIMEOUT) for k in (0, 1)})
-    assert [client for client, _ in exchange.replies()] == [1]
-    assert re.match(reason, exchange.report.refused[0])
+    sent = MessageExchange(forging(), TIMEOUT, 32768)
+    sent.send({k: Message(RecordDict(), k, "train", ttl=TIMEOUT) for k in (0, 1)})
+    assert [client for client, _ in sent.replies()] == [1]
+    assert re.match(reason, sent.report.refused[0])
     poller = HandshakePoller(forging(), time.monotonic() + 5)
     poller.ask([0, 1])
     while poller.silent([0, 1]):
@@ -151,20 +150,20 @@ def test_bytes_that_are_no_message_are_refused_and_the_others_count(body: Any, r
 
 def test_an_upload_that_breaks_off_is_lost_at_once() -> None:
     began = time.monotonic()
-    answered, exchange, _ = exchanged({0: breaks_off, 1: at_once})
+    answered, sent, _ = exchanged({0: breaks_off, 1: at_once})
     assert time.monotonic() - began < TIMEOUT / 2
-    assert (answered, exchange.report.lost) == ([1], {0: "its upload broke off"})
+    assert (answered, sent.report.lost) == ([1], {0: "its upload broke off"})
 
 
 def test_a_reply_of_too_many_bytes_or_objects_is_refused_while_it_is_pulled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "BESIDES", 10_000)
-    answered, exchange, grid = exchanged({0: at_once}, reply_bytes=1000)
-    assert (answered, exchange.report.refused) == ([], {0: "the reply has more than 14000 bytes"})
+    answered, sent, grid = exchanged({0: at_once}, reply_bytes=1000)
+    assert (answered, sent.report.refused) == ([], {0: "the reply has more than 14000 bytes"})
     assert len(grid.confirmed) == 1  # the SuperLink need not keep it
     monkeypatch.setattr(pulling, "MOST_OBJECTS", 3)
-    answered, exchange, grid = exchanged({0: at_once})
+    answered, sent, grid = exchanged({0: at_once})
     assert answered == []
-    assert "objects; it has at most 3" in exchange.report.refused[0]
+    assert "objects; it has at most 3" in sent.report.refused[0]
     assert grid.looks == 0
 
 
@@ -186,9 +185,9 @@ def test_a_reply_is_known_by_what_was_asked_for() -> None:
         in_process = False
 
     grid = Held(claims, {}, {0: 0, 1: 1})
-    exchange = MessageExchange(grid, TIMEOUT)
-    exchange.send({k: Message(RecordDict(), k, "train", ttl=TIMEOUT) for k in (0, 1)})
-    assert {k: len(r.content["arrays"]["values"].data) for k, r in exchange.replies()} == {0: 4, 1: 8}
+    sent = MessageExchange(grid, TIMEOUT)
+    sent.send({k: Message(RecordDict(), k, "train", ttl=TIMEOUT) for k in (0, 1)})
+    assert {k: len(r.content["arrays"]["values"].data) for k, r in sent.replies()} == {0: 4, 1: 8}
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -244,11 +243,11 @@ def test_a_node_that_would_rejoin_and_is_stuck_costs_the_time_to_rejoin(monkeypa
 
 
 def test_a_round_of_the_plug_in_ends_in_its_time() -> None:
-    inner = test_plugin.ForeignGrid(test_plugin.foreign_app(), nodes=3)
+    inner = test_rounds.ForeignGrid(test_rounds.foreign_app(), nodes=3)
     stuck = uploads_of(1001, "train", all_but_the_last)
     grid: Any = Uploading(inner, stuck, patience=60.0)
     strategy = SSFL(density=0.5, min_ok_fraction=0.5)
-    test_plugin.play(strategy=strategy, grid=grid, rounds=2, timeout=4.0)
+    test_rounds.play(strategy=strategy, grid=grid, rounds=2, timeout=4.0)
     discovery, first, second = strategy.history
     assert discovery["ok"] == [1000, 1001, 1002]
     assert first["lost"] == {"1001": "no whole answer within 4 s: its upload did not end"}

@@ -22,9 +22,10 @@ from ssfl_app.experiments.sweep_spec import read_plan
 from ssfl_app.locks import RunFailed, naming_memory
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import check_at_once, get_runtime
-from ssfl_app.simulation.command import RunArgs, run_command
+from ssfl_app.simulation.command import run_command
 from ssfl_app.simulation.in_process import InlineGrid, clients_at_once, run_inline
 from ssfl_app.simulation.resolve import resolve
+from ssfl_app.simulation.run_args import RunArgs
 from ssfl_app.simulation.worker_pool import crew
 from tests.in_process_grid import SMALL, play
 
