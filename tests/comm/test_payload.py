@@ -253,17 +253,17 @@ class TestPersonalState:
         memory.save(round_, {"model": np.full(3, round_, np.float32)}, back_to)
 
     def recall(self, memory, since):
-        kept = memory.recall(since)
+        kept = memory.load(since)
         return None if kept is None else int(kept["model"][0])
 
     def test_it_starts_empty(self, memory):
-        assert memory.recall(5) is None
+        assert memory.load(5) is None
 
     def test_it_returns_the_last_round_that_was_accepted(self, memory):
         self.save(memory, 2)
         self.save(memory, 4)
         assert self.recall(memory, 4) == 4
-        assert memory.recall(4)["model"].dtype == np.float32
+        assert memory.load(4)["model"].dtype == np.float32
 
     def test_what_came_after_never_happened(self, memory):
         self.save(memory, 2)

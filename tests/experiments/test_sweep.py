@@ -412,7 +412,7 @@ def test_a_failed_run_is_named_and_the_others_are_compared(
 
 def test_two_sweeps_do_not_play_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with sweep.guard.locked(tmp_path / "out" / ".lock"), pytest.raises(ConfigError, match="no other `ssfl compare`"):
+    with sweep.locks.locked(tmp_path / "out" / ".lock"), pytest.raises(ConfigError, match="no other `ssfl compare`"):
         run_sweep(words(tmp_path, ""), lambda _: None)
 
 
@@ -439,7 +439,7 @@ def test_bad_commands_give_one_line_and_write_nothing(
     monkeypatch.setattr(sys, "argv", ["ssfl", "compare", *options])
     (tmp_path / "a.toml").write_text("")
     with pytest.raises(SystemExit) as end:
-        main.main()
+        main()
     assert end.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith(f"ssfl: {said}")
@@ -455,7 +455,7 @@ def test_report_only_compares_what_is_there(
     (tmp_path / "runs" / "compare-a" / "runs").mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["ssfl", "compare", "a.toml", "--report-only"])
     with pytest.raises(SystemExit) as end:
-        main.main()
+        main()
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert "not played" in out
