@@ -1,6 +1,6 @@
 """The in-process engine with bad luck: random node ids, replies in random order, scripted faults."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 
 from ssfl_app import client_app
+from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Payload, PayloadEncoder, decode_payload
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.core.strategy import SparseStrategy
@@ -180,6 +181,14 @@ class Played:
     def metrics(self) -> list[dict[str, Any]]:
         """Return the records without what a clock says."""
         return [{k: v for k, v in record.items() if k != "seconds"} for record in self.records]
+
+
+def aggregate(strategy: SparseStrategy, round_: int, replies: Iterable[Reply]) -> None:
+    """Change the model by replies that were accepted."""
+    aggregator = strategy.aggregator(round_)
+    for reply in replies:
+        aggregator.add(reply)
+    aggregator.finish()
 
 
 def play(

@@ -5,14 +5,14 @@ own server and client halves play in this process. No round of training follows.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord
 
 from ssfl_app import client_app
-from ssfl_app.comm.messenger import Reply
+from ssfl_app.comm.messenger import Check, Reply
 from ssfl_app.comm.payload import Metadata, Payload, PayloadEncoder, decode_payload
 from ssfl_app.config import merge, parse, read_overrides
 from ssfl_app.core.means import WeightedMean
@@ -41,10 +41,14 @@ class _Observed(Ssfl):
         kind, size = options_of(self.settings).score_values, self.layout.prunable_size
         mean = WeightedMean(size)
 
-        def watching(*question: Any) -> Iterator[Reply]:
-            for reply in ask(*question):
+        def watching(
+            question: str, clients: Iterable[int], check: Check, take: Callable[[Reply], None], *payload: Any
+        ) -> None:
+            def taking(reply: Reply) -> None:
                 mean.add(read_values(reply.arrays, kind, size), reply.samples)
-                yield reply
+                take(reply)
+
+            ask(question, clients, check, taking, *payload)
 
         found = super().find_mask(watching, *words, **more)
         self.scores = mean.value()

@@ -154,21 +154,9 @@ class MessageExchange:
         while (self._waiting or self._queue) and time.monotonic() < self._end:
             looked, got = time.monotonic(), False
             for message_id in list(self._waiting):
-                for reply in self._pull(message_id):
-                    # By what was asked for: what a reply says of itself is its sender's word.
-                    client = self._waiting.pop(message_id, None)
-                    if client is None:  # a second answer to one message: the first one counts
-                        continue
-                    got = True
-                    if reply.has_error():
-                        self._sort(client, reply.error.code, reply.error.reason or "")
-                    elif not reply.has_content():
-                        self.report.refused[client] = "answered with neither content nor an error"
-                    else:
-                        yield client, reply
-                    del reply
-                    self._push()
-            self._push()
+                yield from self._answers(message_id)
+                got = got or message_id not in self._waiting
+                self._push()
             if self._waiting:
                 # A round ends with its last reply: look often, but where many are awaited not all of the time.
                 in_vain = 0.0 if got else time.monotonic() - looked
@@ -181,6 +169,20 @@ class MessageExchange:
             self.report.lost[client] = f"no {what} within {self._timeout:g} s{why}"
         self._waiting.clear()
         self._queue.clear()
+
+    def _answers(self, message_id: str) -> Iterator[tuple[int, Message]]:
+        # Not a part of `replies`: what it holds is gone before the next reply is pulled.
+        for reply in self._pull(message_id):
+            # By what was asked for: what a reply says of itself is its sender's word.
+            client = self._waiting.pop(message_id, None)
+            if client is None:  # a second answer to one message: the first one counts
+                continue
+            if reply.has_error():
+                self._sort(client, reply.error.code, reply.error.reason or "")
+            elif not reply.has_content():
+                self.report.refused[client] = "answered with neither content nor an error"
+            else:
+                yield client, reply
 
     def _pull(self, message_id: str) -> Iterable[Message]:
         try:

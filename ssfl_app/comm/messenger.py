@@ -10,6 +10,8 @@ refused by name and counted. It never reaches an algorithm.
 """
 
 import functools
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,20 +195,22 @@ class Messenger:
         self.report = exchange.report
         client_at = {node: client for client, node in self.registry.nodes.items()}
         self._push(exchange, {client_at[message.metadata.dst_node_id]: message for message in messages})
-        return self._replies(exchange)
+        arrived = functools.partial(self._arrived, exchange, defaultdict(set))
+        # Without a frame that would hold a reply while the next one is awaited.
+        return filter(None, itertools.starmap(arrived, exchange.replies()))
 
-    def _replies(self, exchange: MessageExchange) -> Iterator[Message]:
-        given: dict[int, set[str]] = {}
-        for client, reply in exchange.replies():
-            self.report.up += sum(_sizes(reply).values())
-            need, had = _need(reply), given.setdefault(client, set())
-            if need is not None and need in self._letters[client].attachments and need not in had:
-                had.add(need)
-                self._push(exchange, {client: self._message(client, had)})
-                continue
-            self._client_of[reply.metadata.reply_to_message_id] = client
-            yield reply
-            del reply
+    def _arrived(
+        self, exchange: MessageExchange, given: defaultdict[int, set[str]], client: int, reply: Message
+    ) -> Message | None:
+        """Return the reply, or None if it asks for something, which is sent."""
+        self.report.up += sum(_sizes(reply).values())
+        need, had = _need(reply), given[client]
+        if need is not None and need in self._letters[client].attachments and need not in had:
+            had.add(need)
+            self._push(exchange, {client: self._message(client, had)})
+            return None
+        self._client_of[reply.metadata.reply_to_message_id] = client
+        return reply
 
     def _push(self, exchange: MessageExchange, messages: dict[int, Message]) -> None:
         for client, message in messages.items():
@@ -218,36 +222,46 @@ class Messenger:
 
     # ---- in ----------------------------------------------------------------------------------
 
-    def accepted_replies(
-        self, replies: Iterable[Message], allowed: Allowed, check: Check, share: float | None, what: str
-    ) -> Iterator[Reply]:
-        """Yield the good replies; refuse the others by name, those with other arrays than `allowed` unopened.
+    def receive(
+        self,
+        replies: Iterable[Message],
+        allowed: Allowed,
+        check: Check,
+        take: Callable[[Reply], None],
+        share: float | None,
+        what: str,
+    ) -> None:
+        """Hand each good reply to `take`, and let go of it before the next one is awaited.
+
+        The others are refused by name, those with other arrays than `allowed` unopened.
 
         Raises
         ------
         RunFailed
             After the last reply, if fewer than `share` of the clients answered well; None asks for none.
         """
-        for message in replies:
-            client = self._client_of.pop(message.metadata.reply_to_message_id)
-            try:
-                reply = self._read(client, message, allowed, check)
-            except PayloadError as error:
-                self.report.refused[client] = str(error)
-                continue
-            self.report.ok.append(client)
-            if reply.metadata.get("note"):
-                self.report.notes[client] = in_a_line(str(reply.metadata["note"]))
-            self.report.train_examples += int(reply.metadata.get("passes", 0))
-            self.report.eval_examples += int(reply.metadata.get("looks", 0))
-            mask = self._letters[client].mask
-            if mask is not None:
-                self.mark_mask_held(client, mask)
-            yield reply
-            del message, reply
+        for _ in map(functools.partial(self._receive, allowed, check, take), replies):
+            pass
         self._encoder, self._letters = PayloadEncoder(self._bitmaps), {}  # models that nobody will ask for any more
         if share is not None:
             self.report.require(share, what)
+
+    def _receive(self, allowed: Allowed, check: Check, take: Callable[[Reply], None], message: Message) -> None:
+        client = self._client_of.pop(message.metadata.reply_to_message_id)
+        try:
+            reply = self._read(client, message, allowed, check)
+        except PayloadError as error:
+            self.report.refused[client] = str(error)
+            return
+        self.report.ok.append(client)
+        if reply.metadata.get("note"):
+            self.report.notes[client] = in_a_line(str(reply.metadata["note"]))
+        self.report.train_examples += int(reply.metadata.get("passes", 0))
+        self.report.eval_examples += int(reply.metadata.get("looks", 0))
+        mask = self._letters[client].mask
+        if mask is not None:
+            self.mark_mask_held(client, mask)
+        take(reply)
 
     def refuse(self, reply: Reply, reason: str) -> None:
         """Take back that a reply is a good one: beside the others of its round it is none."""

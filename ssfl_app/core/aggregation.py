@@ -1,20 +1,21 @@
-"""Folds of replies that an algorithm's `fold` can take. None depends on the order of arrival.
+"""What replies of a round become: aggregators, which take them one at a time and do not depend on their order.
 
-==============  =========================================================  =================================
-fold            of a coordinate                                            used by
-==============  =========================================================  =================================
-aggregate_mean    sum n_k w_k / sum n_k, on the carried vector; or what      one shared mask, or none
-                run.fold makes of the vectors, unweighted (`robust`)
-zeros_mean      sum n_k m_k w_k / sum n_k: what is not sent counts as 0    top-k of weights, SparsyFed
-overlap_mean    sum n_k m_k w_k / sum n_k m_k; the old value if nobody     personal masks
-                sent it
-==============  =========================================================  =================================
+================  =======================================================  =====================================
+aggregator        of a coordinate                                          used by
+================  =======================================================  =====================================
+ReplyMean         sum n_k w_k / sum n_k, on the carried vector; or what    one shared mask, or none
+                  run.fold makes of the vectors, unweighted (`robust`)
+ReplyZerosMean    sum n_k m_k w_k / sum n_k: what is not sent counts as    top-k of weights, SparsyFed
+                  0
+ReplyOverlapMean  sum n_k m_k w_k / sum n_k m_k; the old value if nobody   personal masks
+                  sent it
+================  =======================================================  =====================================
 
 ``n_k`` is the weight of a reply: its samples, or 1 (run.weighting).
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -27,6 +28,22 @@ from ssfl_app.locks import RunFailed
 from ssfl_app.sparsity.codec import Codec, LinearCodec
 from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask
+
+
+@dataclass(frozen=True)
+class Aggregator:
+    """What is done with the replies of one round.
+
+    Attributes
+    ----------
+    add : callable
+        Takes a good reply, and holds none of its arrays longer than it must.
+    finish : callable
+        Changes the global model by all that were added. Not called if too few came.
+    """
+
+    add: Callable[[Reply], None]
+    finish: Callable[[], None]
 
 
 class _Algorithm(Protocol):
@@ -45,8 +62,8 @@ class _Algorithm(Protocol):
     def decoded(self, reply: Reply) -> tuple[Vector, Mask]: ...
 
 
-def aggregate_mean(strategy: _Algorithm, replies: Iterable[Reply]) -> State:
-    """Return the mean of replies that all carry the same coordinates, or what run.fold says, 0 at the others.
+class ReplyMean:
+    """The mean of replies that all carry the same coordinates, or what run.fold says, 0 at the others.
 
     It is taken on the carried values, so it costs the alive coordinates and not one model a client. Other folds than
     the mean have the vectors wait in a file (`Rows` says what memory and disk that is).
@@ -55,84 +72,109 @@ def aggregate_mean(strategy: _Algorithm, replies: Iterable[Reply]) -> State:
     ------
     TypeError
         The strategy's codec up is not a linear one.
-    RunFailed
-        There are too few replies for a robust fold.
     """
-    codec, layout, mask = strategy.up, strategy.layout, strategy.mask
-    if not isinstance(codec, LinearCodec):
-        raise TypeError(f"{strategy.name} sends {codec.name} up; the default fold takes linear codecs only")
-    run, size = strategy.settings.run, codec.count(layout, mask)
-    if run.fold != "mean":
-        rows = Rows(size)
-        for reply in replies:
-            rows.add(reply.client, codec.vector(reply.arrays, layout, mask))
-            del reply
-        if len(rows) < FEWEST:
-            raise RunFailed(f"run.fold is {run.fold!r}; {len(rows)} replies are there, and it needs {FEWEST}")
-        return codec.scatter(folded(rows, run.fold, run.trim), layout, mask)
-    mean = WeightedMean(size)
-    for reply in replies:
-        mean.add(codec.vector(reply.arrays, layout, mask), strategy.weight(reply))
-        del reply
-    values = mean.value()
-    del mean
-    return codec.scatter(values, layout, mask)
+
+    def __init__(self, strategy: _Algorithm) -> None:
+        codec, run = strategy.up, strategy.settings.run
+        if not isinstance(codec, LinearCodec):
+            raise TypeError(f"{strategy.name} sends {codec.name} up; the default fold takes linear codecs only")
+        self._strategy, self._codec, self._mask = strategy, codec, strategy.mask
+        size = codec.count(strategy.layout, self._mask)
+        self._fold: WeightedMean | Rows = WeightedMean(size) if run.fold == "mean" else Rows(size)
+
+    def add(self, reply: Reply) -> None:
+        """Add a reply."""
+        values = self._codec.vector(reply.arrays, self._strategy.layout, self._mask)
+        if isinstance(self._fold, Rows):
+            self._fold.add(reply.client, values)
+        else:
+            self._fold.add(values, self._strategy.weight(reply))
+
+    def finish(self) -> State:
+        """Return the model. Nothing can be added any more.
+
+        Raises
+        ------
+        RunFailed
+            There are too few replies for a robust fold.
+        """
+        fold, run = self._fold, self._strategy.settings.run
+        if isinstance(fold, Rows) and len(fold) < FEWEST:
+            raise RunFailed(f"run.fold is {run.fold!r}; {len(fold)} replies are there, and it needs {FEWEST}")
+        values = folded(fold, run.fold, run.trim) if isinstance(fold, Rows) else fold.value()
+        del self._fold, fold  # three times as large as what is made now
+        return self._codec.scatter(values, self._strategy.layout, self._mask)
 
 
-def within_norm(strategy: _Algorithm, replies: Iterable[Reply], what: str) -> Iterator[Reply]:
-    """Yield the replies whose updates are not much longer than others of their round; refuse the rest by name.
+class ReplyZerosMean:
+    """The mean of whole models, what a client did not send counting as 0, and the union of their masks."""
 
-    failures.norm-factor times the median is allowed, of whatever strategy: the lengths are `update_norms`. A reply
-    without one passes. All replies wait in a file until the last one is there, and are yielded by client.
+    def __init__(self, strategy: _Algorithm) -> None:
+        self._strategy, self._mean = strategy, WeightedMean(strategy.layout.size)
+        self._sent = np.zeros(strategy.layout.prunable_size, dtype=np.bool_)
 
-    Raises
-    ------
-    RunFailed
-        Too few are left.
+    def add(self, reply: Reply) -> None:
+        """Add a reply."""
+        values, mask = self._strategy.decoded(reply)
+        self._mean.add(values, self._strategy.weight(reply))
+        self._sent |= mask.alive
+
+    def finish(self) -> tuple[Vector, Mask]:
+        """Return the mean, float32, shape (layout.size,), and the mask."""
+        mean = self._mean.value()
+        del self._mean
+        return mean, Mask(self._strategy.layout, self._sent)
+
+
+class ReplyOverlapMean:
+    """Each coordinate's mean over the clients that sent it."""
+
+    def __init__(self, strategy: _Algorithm) -> None:
+        self._strategy, self._mean = strategy, OverlapMean(strategy.layout.size)
+
+    def add(self, reply: Reply) -> None:
+        """Add a reply."""
+        values, mask = self._strategy.decoded(reply)
+        self._mean.add(values, mask.transmitted, self._strategy.weight(reply))
+
+    def finish(self, old: Vector) -> Vector:
+        """Return the mean, float32, shape (layout.size,), and `old` where nobody sent anything."""
+        mean = self._mean.value(old)
+        del self._mean
+        return mean
+
+
+def within_norm(strategy: _Algorithm, aggregator: Aggregator, what: str) -> Aggregator:
+    """Return an aggregator of the replies whose updates are not much longer than others of their round.
+
+    The rest is refused by name. failures.norm-factor times the median is allowed, of whatever strategy: the lengths
+    are `update_norms`. A reply without one passes. All replies wait in a file until the last one is there; then the
+    good ones are added by client. `finish` raises RunFailed if too few are left.
     """
     held, waiting = Held(), list[Reply]()
-    for reply in replies:
+
+    def add(reply: Reply) -> None:
         held.put(reply.client, reply.arrays)
         waiting.append(replace(reply, arrays={}))
-        del reply
-    known, factor = strategy.update_norms, strategy.settings.failures.norm_factor
-    # The lower one of two in the middle: of two replies one alone would else say what is usual.
-    usual = sorted(known.values())[(len(known) - 1) // 2] if known else 0.0
-    good = []
-    for reply in sorted(waiting, key=lambda reply: reply.client):
-        norm = known.get(reply.client, 0.0)
-        if norm <= factor * usual:
-            good.append(reply)
-        else:
-            strategy.messenger.refuse(
-                reply,
-                f"its update is {norm:.4g} long; failures.norm-factor is {factor:g} and the median of this round "
-                f"{usual:.4g}",
-            )
-    strategy.messenger.report.require(strategy.settings.failures.min_ok_fraction, what)
-    for reply in good:
-        yield replace(reply, arrays=held.get(reply.client))
 
+    def finish() -> None:
+        known, factor = strategy.update_norms, strategy.settings.failures.norm_factor
+        # The lower one of two in the middle: of two replies one alone would else say what is usual.
+        usual = sorted(known.values())[(len(known) - 1) // 2] if known else 0.0
+        good = []
+        for reply in sorted(waiting, key=lambda reply: reply.client):
+            norm = known.get(reply.client, 0.0)
+            if norm <= factor * usual:
+                good.append(reply)
+            else:
+                strategy.messenger.refuse(
+                    reply,
+                    f"its update is {norm:.4g} long; failures.norm-factor is {factor:g} and the median of this round "
+                    f"{usual:.4g}",
+                )
+        strategy.messenger.report.require(strategy.settings.failures.min_ok_fraction, what)
+        for reply in good:
+            aggregator.add(replace(reply, arrays=held.get(reply.client)))
+        aggregator.finish()
 
-def zeros_mean(strategy: _Algorithm, replies: Iterable[Reply]) -> tuple[Vector, Mask]:
-    """Return the mean of whole models, what a client did not send counting as 0, and the union of their masks.
-
-    The mean is float32, shape (layout.size,).
-    """
-    mean, sent = WeightedMean(strategy.layout.size), np.zeros(strategy.layout.prunable_size, dtype=np.bool_)
-    for reply in replies:
-        values, mask = strategy.decoded(reply)
-        mean.add(values, strategy.weight(reply))
-        sent |= mask.alive
-        del reply, values
-    return mean.value(), Mask(strategy.layout, sent)
-
-
-def overlap_mean(strategy: _Algorithm, replies: Iterable[Reply], old: Vector) -> Vector:
-    """Return each coordinate's mean over the clients that sent it, float32, shape (layout.size,); else `old`."""
-    mean = OverlapMean(strategy.layout.size)
-    for reply in replies:
-        values, mask = strategy.decoded(reply)
-        mean.add(values, mask.transmitted, strategy.weight(reply))
-        del reply, values
-    return mean.value(old)
+    return Aggregator(add, finish)

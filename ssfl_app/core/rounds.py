@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -24,9 +24,14 @@ class Query(Protocol):
     """Asks clients a question; what it costs is counted as discovery."""
 
     def __call__(
-        self, question: str, clients: Iterable[int], check: Check, payload: Payload | None = None
-    ) -> Iterator[Reply]:
-        """Yield the good replies as they come; take all of them.
+        self,
+        question: str,
+        clients: Iterable[int],
+        check: Check,
+        take: Callable[[Reply], None],
+        payload: Payload | None = None,
+    ) -> None:
+        """Hand each good reply to `take` when it comes.
 
         Without a parcel the question is about the weights of this moment: it states their digest as the fact
         "weights", and a client that makes others from the seed asks for them. A parcel may state it as well.
@@ -164,8 +169,12 @@ class RoundLoop:
         strategy, reports = self._strategy, list[ExchangeReport]()
 
         def ask(
-            question: str, clients: Iterable[int], check: Check, payload: Payload | None = None
-        ) -> Iterator[Reply]:
+            question: str,
+            clients: Iterable[int],
+            check: Check,
+            take: Callable[[Reply], None],
+            payload: Payload | None = None,
+        ) -> None:
             if payload is None:
                 payload = Payload(metadata={"weights": state_digest(strategy.layout, strategy.state)})
             weights = {"weights": functools.cache(self._weights)} if "weights" in payload.metadata else {}
@@ -175,9 +184,8 @@ class RoundLoop:
             replies = self._post.exchange(self._grid, messages, self._reply_bytes)
             reports.append(self._post.report)
             share = strategy.settings.failures.min_ok_fraction
-            yield from self._post.accepted_replies(
-                replies, strategy.answers(question), check, share, f"the question {question!r}"
-            )
+            what = f"the question {question!r}"
+            self._post.receive(replies, strategy.answers(question), check, take, share, what)
 
         hook(ask)
         if prefix and not reports:

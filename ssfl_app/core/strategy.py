@@ -7,7 +7,7 @@ crosses the wire that of `post`, and what a client does that of `rule`.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import nn
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.messenger import Messenger, Outgoing, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
-from ssfl_app.core.aggregation import aggregate_mean, within_norm
+from ssfl_app.core.aggregation import Aggregator, ReplyMean, within_norm
 from ssfl_app.core.client import ClientAlgorithm, encode_with
 from ssfl_app.core.means import MAX_WEIGHT
 from ssfl_app.core.options import Settings
@@ -163,9 +163,14 @@ class SparseStrategy(Strategy):
         arrays, self._lost = encode_with(self.down, self.layout, self.state, mask, self._residual)
         return arrays
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
-        """Change the global model by the replies. Default: their weighted mean, taken as they come."""
-        self.state = aggregate_mean(self, replies)
+    def aggregator(self, round_: int) -> Aggregator:
+        """Return what takes the replies of a round and changes the global model. Default: their weighted mean."""
+        mean = ReplyMean(self)
+
+        def finish() -> None:
+            self.state = mean.finish()
+
+        return Aggregator(mean.add, finish)
 
     def eval_payload(self, round_: int, client: int) -> Payload:
         """Return the model this client evaluates. Default: the one it would be sent to train."""
@@ -215,7 +220,7 @@ class SparseStrategy(Strategy):
         return reply.samples if self.settings.run.weighting == "samples" else 1
 
     def _folds_as_ever(self) -> bool:
-        return type(self).aggregate is SparseStrategy.aggregate
+        return type(self).aggregator is SparseStrategy.aggregator
 
     @property
     def down(self) -> Codec:
@@ -299,27 +304,24 @@ class SparseStrategy(Strategy):
         seen: dict[int, tuple[int, float]] = {}
         failures, what = self.settings.failures, f"training in round {server_round}"
         self.update_norms = {}
-
-        def good() -> Iterator[Reply]:
-            share = failures.min_ok_fraction
-            for reply in self.messenger.accepted_replies(replies, self.answers(), self.check_trained, share, what):
-                seen[reply.client] = (reply.samples, float(reply.metadata["loss"]))
-                if failures.norm_factor or self._folds_as_ever():
-                    norm = self.update_norm(reply)
-                    if norm is not None:
-                        self.update_norms[reply.client] = norm
-                yield reply
-                del reply
-            self._there = None  # before the fold makes a vector of its own
-
-        stream = good()
+        self._encoded = None  # it holds the model that this round replaces
+        aggregator = self.aggregator(server_round)
         if failures.norm_factor:
-            stream = within_norm(self, stream, what)
-        self._encoded = None  # it holds the model that the fold replaces
-        self.aggregate(server_round, stream)
+            aggregator = within_norm(self, aggregator, what)
+
+        def take(reply: Reply) -> None:
+            seen[reply.client] = (reply.samples, float(reply.metadata["loss"]))
+            if failures.norm_factor or self._folds_as_ever():
+                norm = self.update_norm(reply)
+                if norm is not None:
+                    self.update_norms[reply.client] = norm
+            aggregator.add(reply)
+
+        share = failures.min_ok_fraction
+        self.messenger.receive(replies, self.answers(), self.check_trained, take, share, what)
+        self._there = None  # before a vector is made of the sums
+        aggregator.finish()
         self._folded, self._residual, self._lost = server_round, self._lost, None
-        for _ in stream:  # a fold that stops early must not leave clients unaccounted for
-            pass
         for client in self.messenger.report.refused:  # beside the other replies, after it was seen
             seen.pop(client, None)
         self._since[list(seen)] = server_round
@@ -345,13 +347,14 @@ class SparseStrategy(Strategy):
         that costs a number in the table, not the run.
         """
         self.accuracy, self.personal_accuracy = {}, {}
-        for reply in self.messenger.accepted_replies(
-            replies, {}, check_tested, None, f"evaluation in round {server_round}"
-        ):
-            for name, known in (("accuracy", self.accuracy), ("personal_accuracy", self.personal_accuracy)):
+        both = {"accuracy": self.accuracy, "personal_accuracy": self.personal_accuracy}
+
+        def take(reply: Reply) -> None:
+            for name, known in both.items():
                 if reply.samples and name in reply.metadata:
                     known[reply.client] = float(reply.metadata[name])
-        both = {"accuracy": self.accuracy, "personal_accuracy": self.personal_accuracy}
+
+        self.messenger.receive(replies, {}, check_tested, take, None, f"evaluation in round {server_round}")
         means: dict[str, Any] = {
             name: math.fsum(known.values()) / len(known) for name, known in both.items() if known
         }

@@ -36,6 +36,7 @@ import numpy.typing as npt
 
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Metadata, Payload
+from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import Settings
 from ssfl_app.core.robust import distance, there
@@ -163,13 +164,18 @@ class DisPfl(ClientMasks):
         mean = there(self.layout, self.model(), old.transmitted)
         return distance(codec.vector(reply.arrays, self.layout, old), mean)
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Keep each client's model under its old mask, and its new mask."""
-        for reply in replies:
+
+        def add(reply: Reply) -> None:
             client, old = reply.client, self.masks[reply.client].packed()
             self.models[client] = {name: reply.arrays[name] for name in self.models[client]} | {"mask": old}
             self.masks[client] = read_mask(reply.arrays, self.layout)
-        self._present, self._consensus = self.present(round_), None
+
+        def finish() -> None:
+            self._present, self._consensus = self.present(round_), None
+
+        return Aggregator(add, finish)
 
     def model(self) -> State:
         """Return the mean over the owners among all clients that take part."""

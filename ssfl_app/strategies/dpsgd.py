@@ -23,10 +23,8 @@ ring would not keep the mean of all models. A client whose answer is lost takes 
 server took. A lossy wire.up-values rounds a client's own model in its mean as well.
 """
 
-from collections.abc import Iterable
-
-from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
+from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import Settings
 from ssfl_app.sparsity.layout import load_state, state_of
@@ -87,12 +85,10 @@ class Dpsgd(PeerModelServer):
             self._mixed = (round_, group, shared_buffers(self.down.encode(self.layout, state, self.mask)))
         return Payload(self._mixed[2])
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Keep the models; the state becomes their mean."""
         self._mixed = (0, [], {})
-        for reply in replies:
-            self.keep(reply)
-        self.state = self.layout.unflatten(self.mean(self.present(round_)))
+        return super().aggregator(round_)
 
     def eval_payload(self, round_: int, client: int) -> Payload:
         """Return the consensus."""

@@ -22,7 +22,7 @@ default; its scripts for CIFAR have 0.01. `feddst.proximal` is FedProx's mu; the
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from torch import nn
 
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Payload
-from ssfl_app.core.aggregation import aggregate_mean
+from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.means import OverlapMean
 from ssfl_app.core.options import Settings
@@ -153,18 +153,21 @@ class FedDst(SparseStrategy):
             if alive != self.counts[name]:
                 raise PayloadError(f"a mask has {alive} alive weights in {name}; it must have {self.counts[name]}")
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Take the mean; where masks moved, over the owners, and keep the largest weights that somebody owns."""
         if not self._moves:
-            self.state = aggregate_mean(self, replies)
-            return
+            return super().aggregator(round_)
         mean = OverlapMean(self.layout.size)
-        for reply in replies:
+
+        def add(reply: Reply) -> None:
             values, mask = self.decoded(reply)
             mean.add(values, mask.transmitted, self.weight(reply))
-            del reply, values, mask
-        flat, prunable = mean.value(np.zeros(self.layout.size, dtype=np.float32)), self.layout.is_prunable
-        owned = mean.weights()[prunable] > 0
-        magnitudes = np.where(owned, np.abs(flat[prunable]), np.float32(-1))  # an owned weight may be 0
-        self.mask = top_mask(self.layout, magnitudes, self.counts)
-        self.state = self.mask.apply(self.layout.unflatten(flat))
+
+        def finish() -> None:
+            flat, prunable = mean.value(np.zeros(self.layout.size, dtype=np.float32)), self.layout.is_prunable
+            owned = mean.weights()[prunable] > 0
+            magnitudes = np.where(owned, np.abs(flat[prunable]), np.float32(-1))  # an owned weight may be 0
+            self.mask = top_mask(self.layout, magnitudes, self.counts)
+            self.state = self.mask.apply(self.layout.unflatten(flat))
+
+        return Aggregator(add, finish)

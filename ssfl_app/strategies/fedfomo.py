@@ -24,7 +24,7 @@ there; the authors' own code lowers it. A weight that is no finite number, of a 
 0. run.weighting changes nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
+from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import Settings
 from ssfl_app.data.dataset import Images
@@ -154,13 +155,15 @@ class FedFomo(PeerModelServer):
         self.peer_bytes += payload.nbytes
         return payload
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Keep the models and add up the preferences; the state becomes the mean of the models."""
-        self._relayed = {}
-        for reply in replies:
-            self.keep(reply)
+        self._relayed, kept = {}, super().aggregator(round_)
+
+        def add(reply: Reply) -> None:
+            kept.add(reply)
             self.preferences[reply.client, self._sent[reply.client]] += reply.arrays["preference"]
-        self.state = self.layout.unflatten(self.mean(self.present(round_)))
+
+        return Aggregator(add, kept.finish)
 
     def eval_payload(self, round_: int, client: int) -> Payload:
         """Return nothing: the client tests its own model."""

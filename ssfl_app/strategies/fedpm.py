@@ -22,7 +22,7 @@ gradient of a draw by theta. Adam starts anew in each round (there: once a clien
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ import torch
 
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
+from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import Settings
 from ssfl_app.core.rounds import Query
@@ -172,16 +173,22 @@ class FedPm(SparseStrategy):
         """Return theta."""
         return Payload(super().train_payload(round_, client).arrays, {"signs": self.signs.digest})
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Count the bits of the masks and take the mode of the posterior."""
         anew = self.options.reset and (round_ - 1) % self.options.reset == 0
         ones, masks = (np.zeros_like(self.ones), 0) if anew else (self.ones.copy(), self.masks)
-        for reply in replies:
+
+        def add(reply: Reply) -> None:
+            nonlocal masks
             weight = self.weight(reply)
             np.add(ones, weight, out=ones, where=read_mask(reply.arrays, self.layout).alive)
             masks += weight
-        self.ones, self.masks = ones, masks
-        self._believe(round_, (ones / masks).astype(np.float32))
+
+        def finish() -> None:
+            self.ones, self.masks = ones, masks
+            self._believe(round_, (ones / masks).astype(np.float32))
+
+        return Aggregator(add, finish)
 
     def update_norm(self, reply: Reply) -> float | None:
         """Return None: bits have no length, and one client's move theta by its weight's share at most."""

@@ -22,7 +22,7 @@ public code tests the average before it masks it; here the masked model is teste
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, cast
@@ -31,7 +31,7 @@ import numpy as np
 
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Payload
-from ssfl_app.core.aggregation import aggregate_mean
+from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.means import WeightedMean
 from ssfl_app.core.options import Settings
@@ -178,8 +178,11 @@ class Flash(SparseStrategy):
     def before_training(self, ask: Query) -> None:
         """Ask for layer densities, draw the mask and apply it to the initial weights."""
         shares = WeightedMean(len(self.layout.prunable))
-        for reply in ask("layer_densities", self.asked(), self._check_shares):
+
+        def take(reply: Reply) -> None:
             shares.add(reply.arrays["values"], self.weight(reply))
+
+        ask("layer_densities", self.asked(), self._check_shares, take)
         rng = generator(self.settings.run.seed, "flash-mask")
         self.mask = random_mask(self.layout, self._counts(shares), rng)
         self.state = self.mask.apply(self.state)
@@ -237,20 +240,23 @@ class FlashJoint(Flash):
         """Note whether this round changes the mask."""
         self._changes = self.options.changes(round_)
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Average weights, and layer densities if the mask changes; keep the largest weights of each layer."""
         if not self._changes:
-            self.state = aggregate_mean(self, replies)
-            return
+            return super().aggregator(round_)
         weights, shares = WeightedMean(self.layout.size), WeightedMean(len(self.layout.prunable))
-        for reply in replies:
+
+        def add(reply: Reply) -> None:
             values, mask = self.decoded(reply)
             weights.add(values, self.weight(reply))
             shares.add(shares_of(mask), self.weight(reply))
-            del reply, values, mask
-        flat = weights.value()
-        self.mask = top_mask(self.layout, abs(flat[self.layout.is_prunable]), self._counts(shares))
-        self.state = self.mask.apply(self.layout.unflatten(flat))
+
+        def finish() -> None:
+            flat = weights.value()
+            self.mask = top_mask(self.layout, abs(flat[self.layout.is_prunable]), self._counts(shares))
+            self.state = self.mask.apply(self.layout.unflatten(flat))
+
+        return Aggregator(add, finish)
 
     def check_trained(self, client: int, payload: Payload) -> None:
         """Refuse a mask of another density too: the mean would take it for a layer's sensitivity."""

@@ -18,13 +18,12 @@ Departures: layers are ranked together unless mask.scope is "layer" (the author'
 layer). A client that was lost before it told its mask gets the random one.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Metadata, Payload
-from ssfl_app.core.aggregation import overlap_mean, zeros_mean
+from ssfl_app.core.aggregation import Aggregator, ReplyOverlapMean, ReplyZerosMean
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import Settings
 from ssfl_app.core.rounds import Query
@@ -103,14 +102,19 @@ class RandomLocal(ClientMasks):
         for client, mask in enumerate(self.masks):
             self.messenger.mark_mask_held(client, mask)
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Take the mean, over those who hold a coordinate or over all."""
-        options = cast(LocalMaskOptions, self.settings.own["local-mask"])
-        if options.mean == "zeros":
-            values, _ = zeros_mean(self, replies)
-        else:
-            values = overlap_mean(self, replies, self.layout.flatten(self.state))
-        self.state = self.layout.unflatten(values)
+        zeros = cast(LocalMaskOptions, self.settings.own["local-mask"]).mean == "zeros"
+        mean = ReplyZerosMean(self) if zeros else ReplyOverlapMean(self)
+
+        def finish() -> None:
+            if isinstance(mean, ReplyZerosMean):
+                values, _ = mean.finish()
+            else:
+                values = mean.finish(self.layout.flatten(self.state))
+            self.state = self.layout.unflatten(values)
+
+        return Aggregator(mean.add, finish)
 
 
 class LocalSaliency(RandomLocal):
@@ -122,9 +126,12 @@ class LocalSaliency(RandomLocal):
     def before_training(self, ask: Query) -> None:
         """Ask every client for its mask."""
         super().before_training(ask)
-        for reply in ask("own_mask", range(self.settings.run.clients), self._check_mask):
+
+        def take(reply: Reply) -> None:
             self.masks[reply.client] = read_mask(reply.arrays, self.layout)
             self.messenger.mark_mask_held(reply.client, self.masks[reply.client])
+
+        ask("own_mask", range(self.settings.run.clients), self._check_mask, take)
 
     def answers(self, question: str | None = None) -> Allowed:
         """Return the bitmap for a question."""

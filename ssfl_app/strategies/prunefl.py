@@ -25,7 +25,6 @@ cross-entropy without augmentation. Checks of stage 1 are a local round apart, w
 (there: 50 rounds of 5 steps, up to 1000).
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -33,7 +32,7 @@ import numpy as np
 
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Payload
-from ssfl_app.core.aggregation import aggregate_mean
+from ssfl_app.core.aggregation import Aggregator, ReplyMean
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.means import WeightedMean
 from ssfl_app.core.options import Settings
@@ -189,8 +188,11 @@ class PruneFl(SparseStrategy):
             return
         present = self.present(0)
         client = present[int(generator(self.settings.run.seed, "prunefl-client").choice(len(present)))]
-        for reply in ask("initial_pruning", [client], self._check_pruned):
+
+        def take(reply: Reply) -> None:
             self.state, self.mask = BitmapAndValues().decode(reply.arrays, self.layout)
+
+        ask("initial_pruning", [client], self._check_pruned, take)
 
     def answers(self, question: str | None = None) -> Allowed:
         """Return a model and its mask for stage 1, and the squares beside a model after that."""
@@ -207,25 +209,25 @@ class PruneFl(SparseStrategy):
             if squares.min() < 0:
                 raise PayloadError(f"squares reach {squares.min():g}; they must be at least 0")
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Take the mean; readjust the mask when that is due."""
         options, density = options_of(self.settings), self.settings.mask.density
         if round_ % options.every:
-            self.state = aggregate_mean(self, replies)
-            return
+            return super().aggregator(round_)
+        mean = ReplyMean(self)
         squares = ScoreFold(self.settings.own["ssfl"].score_fold, self.layout.prunable_size)
 
-        def noted() -> Iterator[Reply]:
-            for reply in replies:
-                squares.add(reply.client, reply.arrays["squares"], self.weight(reply))
-                yield reply
-                del reply
+        def add(reply: Reply) -> None:
+            squares.add(reply.client, reply.arrays["squares"], self.weight(reply))
+            mean.add(reply)
 
-        state = aggregate_mean(self, noted())
-        weights, most = np.abs(self.layout.flatten_prunable(state)), keep_count(density, self.layout.prunable_size)
-        share = options.prune * 0.5 ** (round_ / HALF_LIFE)
-        self.mask = readjusted(self.mask, weights, squares.value(), share, most, options.density == "target")
-        self.state = self.mask.apply(state)
+        def finish() -> None:
+            state, most = mean.finish(), keep_count(density, self.layout.prunable_size)
+            weights, share = np.abs(self.layout.flatten_prunable(state)), options.prune * 0.5 ** (round_ / HALF_LIFE)
+            self.mask = readjusted(self.mask, weights, squares.value(), share, most, options.density == "target")
+            self.state = self.mask.apply(state)
+
+        return Aggregator(add, finish)
 
     def _check_pruned(self, client: int, payload: Payload) -> None:
         self.check_samples(payload)

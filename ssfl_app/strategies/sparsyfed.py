@@ -21,16 +21,14 @@ threshold for the round. Its spectral exponents are cached by shape, so equal la
 The rate schedule and BatchNorm of the paper are left to the common frame (local.*, model.norm).
 """
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 
-from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Metadata, Payload
-from ssfl_app.core.aggregation import zeros_mean
+from ssfl_app.core.aggregation import Aggregator, ReplyZerosMean
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import MaskOptions, Settings
 from ssfl_app.core.rounds import Query
@@ -114,10 +112,15 @@ class SparsyFed(SparseStrategy):
         betas = exponents(self.layout, self.settings, self.state)
         self.state = {n: inverse_power(t, betas[n]) if n in betas else t for n, t in self.state.items()}
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Take the mean with zeros, and the union of the masks."""
-        values, self.mask = zeros_mean(self, replies)
-        self.state = self.layout.unflatten(values)
+        mean = ReplyZerosMean(self)
+
+        def finish() -> None:
+            values, self.mask = mean.finish()
+            self.state = self.layout.unflatten(values)
+
+        return Aggregator(mean.add, finish)
 
     def model(self) -> State:
         """Return the global model with v in place of w."""

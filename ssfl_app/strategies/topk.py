@@ -19,7 +19,6 @@ Departures: exactly k coordinates, the lower index first among equals; places tr
 int32 positions, which is less below density 1/32. Means are weighted by samples (run.weighting); v1's is uniform.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -27,7 +26,7 @@ import numpy as np
 
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Payload
-from ssfl_app.core.aggregation import overlap_mean, zeros_mean
+from ssfl_app.core.aggregation import Aggregator, ReplyOverlapMean, ReplyZerosMean
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import MaskOptions, Settings
 from ssfl_app.core.robust import distance
@@ -117,15 +116,22 @@ class Topk(SparseStrategy):
         """Return the dense mask: whole models go down."""
         return self._dense
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Replace the model by the mean, or add the mean to it."""
-        if self.options.of == "update":
-            values = self.layout.flatten(self.state) + zeros_mean(self, replies)[0]
-        elif self.options.mean == "overlap":
-            values = overlap_mean(self, replies, self.layout.flatten(self.state))
-        else:
-            values, self.mask = zeros_mean(self, replies)
-        self.state = self.layout.unflatten(values)
+        of_update = self.options.of == "update"
+        overlap = self.options.mean == "overlap" and not of_update
+        mean = ReplyOverlapMean(self) if overlap else ReplyZerosMean(self)
+
+        def finish() -> None:
+            if isinstance(mean, ReplyOverlapMean):
+                values = mean.finish(self.layout.flatten(self.state))
+            elif of_update:
+                values = self.layout.flatten(self.state) + mean.finish()[0]
+            else:
+                values, self.mask = mean.finish()
+            self.state = self.layout.unflatten(values)
+
+        return Aggregator(mean.add, finish)
 
     def update_norm(self, reply: Reply) -> float | None:
         """Return the length of what came up, which is an update itself with topk.of "update"."""

@@ -25,7 +25,6 @@ weights of it can become 0; places travel as a bitmap, where the paper has CSR. 
 overwrite w by its largest weights in each step; as in the paper, ours stays dense.
 """
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -35,7 +34,7 @@ import numpy as np
 
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Metadata, Payload
-from ssfl_app.core.aggregation import zeros_mean
+from ssfl_app.core.aggregation import Aggregator, ReplyZerosMean
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import Settings
 from ssfl_app.core.robust import distance
@@ -130,13 +129,18 @@ class ZeroFl(SparseStrategy):
         """Return the dense mask: whole models go down."""
         return self._dense
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Replace the model by the mean, or add the mean to it."""
-        values = zeros_mean(self, replies)[0]
-        if cast(ZeroFlOptions, self.settings.own["zerofl"]).uplink != "top-weights":
-            values += self.layout.flatten(self.state)
-        self.state = self.layout.unflatten(values)
-        self.mask = used_mask(self.layout, self.state, self.settings.mask.density)
+        mean = ReplyZerosMean(self)
+
+        def finish() -> None:
+            values, _ = mean.finish()
+            if cast(ZeroFlOptions, self.settings.own["zerofl"]).uplink != "top-weights":
+                values += self.layout.flatten(self.state)
+            self.state = self.layout.unflatten(values)
+            self.mask = used_mask(self.layout, self.state, self.settings.mask.density)
+
+        return Aggregator(mean.add, finish)
 
     def model(self) -> State:
         """Return the weights that compute."""

@@ -265,7 +265,7 @@ def times(factor: float) -> Callable[[Payload], Payload]:
     return lambda p: Payload({**p.arrays, "values": np.float32(factor) * p.arrays["values"]}, p.metadata)
 
 
-OWN_FOLD = sorted(name for name, strategy in REGISTRY.items() if strategy.aggregate is not SparseStrategy.aggregate)
+OWN_FOLD = sorted(name for name, strategy in REGISTRY.items() if strategy.aggregator is not SparseStrategy.aggregator)
 
 
 @pytest.mark.parametrize("name", OWN_FOLD)

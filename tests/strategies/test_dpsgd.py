@@ -16,7 +16,7 @@ from ssfl_app.sparsity.layout import Layout, load_state
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.dpsgd import Dpsgd
 from ssfl_app.strategies.shared.gossip import neighbours
-from tests.in_process_grid import SMALL, Fault, Played, Where, answer_error, play, tamper
+from tests.in_process_grid import SMALL, Fault, Played, Where, aggregate, answer_error, play, tamper
 
 pytestmark = pytest.mark.few
 
@@ -36,7 +36,7 @@ def peers(values: list[float], topology: str) -> Dpsgd:
     strategy = Dpsgd(SCALAR, parse(merge(SMALL, keys)).settings)
     strategy.state = {"w": torch.zeros(1)}
     strategy.before_training(lambda *_: iter(()))
-    strategy.aggregate(1, [reply(client, value) for client, value in enumerate(values)])
+    aggregate(strategy, 1, [reply(client, value) for client, value in enumerate(values)])
     return strategy
 
 
@@ -99,8 +99,8 @@ class TestMixing:
     def test_the_consensus_does_not_depend_on_the_order_of_answers(self) -> None:
         values = [1e-4, 3e4, -3e4, 1 / 3, 0.1, 7e-8]
         forth, back = peers(values, "ring"), peers(values, "ring")
-        back.aggregate(2, [reply(client, value) for client, value in reversed(list(enumerate(values)))])
-        forth.aggregate(2, [reply(client, value) for client, value in enumerate(values)])
+        aggregate(back, 2, [reply(client, value) for client, value in reversed(list(enumerate(values)))])
+        aggregate(forth, 2, [reply(client, value) for client, value in enumerate(values)])
         assert float(forth.state["w"]) == float(back.state["w"])
         assert mixed(forth, 3) == mixed(back, 3)
 

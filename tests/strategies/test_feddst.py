@@ -20,7 +20,7 @@ from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues
 from ssfl_app.sparsity.layout import Layout, load_state
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies.feddst import FedDst, FedDstOptions, layer_counts, proximal
-from tests.in_process_grid import SMALL, Played, answer_error, play, tamper
+from tests.in_process_grid import SMALL, Played, aggregate, answer_error, play, tamper
 
 P, R, A, BITMAP = 151072, 330, 30214, 18884
 TINY = Layout((("w", (2, 4)), ("b", (2,))), ("w",))
@@ -52,7 +52,7 @@ def fold(*clients: tuple[list[float], int]) -> FedDst:
         mask = Mask(TINY, np.array([value is not None for value in values]))
         state = {"w": torch.tensor([v or 0.0 for v in values]).view(2, 4), "b": torch.tensor([1.0, float(samples)])}
         replies.append(Reply(client, BitmapAndValues().encode(TINY, state, mask), {}, samples))
-    strategy.aggregate(1, iter(replies))
+    aggregate(strategy, 1, iter(replies))
     return strategy
 
 

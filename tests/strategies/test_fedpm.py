@@ -17,7 +17,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies.fedpm import CLAMP, FedPm, constants
-from tests.in_process_grid import SMALL, Played, ScriptedGrid, play, tamper
+from tests.in_process_grid import SMALL, Played, ScriptedGrid, aggregate, play, tamper
 
 pytestmark = pytest.mark.few
 
@@ -68,10 +68,10 @@ def replies(*masks: tuple[Sequence[int], int]) -> list[Reply]:
 def test_theta_is_the_mode_of_a_posterior_that_starts_at_1_and_1() -> None:
     """Masks 1100 and 1010 of 1 sample and 1001 of 2: alpha - 1 is (4, 1, 1, 2) of 4."""
     strategy = four_weights()
-    strategy.aggregate(1, replies(([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1), ([1, 0, 0, 1], 2)))
+    aggregate(strategy, 1, replies(([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1), ([1, 0, 0, 1], 2)))
     assert strategy.state["w"].tolist() == [[1.0, 0.25, 0.25, 0.5]]
     strategy = four_weights(run__weighting="uniform")  # as published: (3, 1, 1, 1) of 3
-    strategy.aggregate(1, replies(([1, 0, 0, 1], 2), ([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1)))
+    aggregate(strategy, 1, replies(([1, 0, 0, 1], 2), ([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1)))
     assert strategy.state["w"].numpy() == pytest.approx(np.array([[1, 1 / 3, 1 / 3, 1 / 3]]))
 
 
@@ -87,13 +87,13 @@ def test_the_posterior_starts_anew_every_so_many_rounds_or_never(reset: int, wan
     strategy = four_weights(fedpm__reset=reset)
     for round_, expected in enumerate(wanted, 1):
         bits = [int(place == round_ - 1) for place in range(4)]
-        strategy.aggregate(round_, replies((bits, 3)))
+        aggregate(strategy, round_, replies((bits, 3)))
         assert strategy.state["w"].numpy()[0] == pytest.approx(np.array(expected))
 
 
 def test_a_round_that_breaks_off_leaves_the_posterior_as_it_was() -> None:
     strategy = four_weights(fedpm__reset=0)
-    strategy.aggregate(1, replies(([1, 1, 0, 0], 1)))
+    aggregate(strategy, 1, replies(([1, 1, 0, 0], 1)))
     before = {name: array.copy() for name, array in strategy.state_dict().items()}
 
     def broken() -> Any:
@@ -101,13 +101,13 @@ def test_a_round_that_breaks_off_leaves_the_posterior_as_it_was() -> None:
         raise RuntimeError("too few")
 
     with pytest.raises(RuntimeError):
-        strategy.aggregate(2, broken())
+        aggregate(strategy, 2, broken())
     assert all((strategy.state_dict()[name] == array).all() for name, array in before.items())
 
 
 def test_a_snapshot_holds_the_posterior_the_signs_and_what_is_tested() -> None:
     strategy = four_weights(fedpm__reset=0)
-    strategy.aggregate(1, replies(([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1)))
+    aggregate(strategy, 1, replies(([1, 1, 0, 0], 1), ([1, 0, 1, 0], 1)))
     again = four_weights(fedpm__reset=0)
     again.signs = Mask.dense(again.layout)
     again.load_state_dict(1, {name: array.copy() for name, array in strategy.state_dict().items()})
@@ -115,7 +115,7 @@ def test_a_snapshot_holds_the_posterior_the_signs_and_what_is_tested() -> None:
     assert again.signs.alive.tolist() == [True, False, True, False]
     assert torch.equal(again.model()["w"], strategy.model()["w"])
     for one in (strategy, again):
-        one.aggregate(2, replies(([0, 1, 1, 0], 2)))
+        aggregate(one, 2, replies(([0, 1, 1, 0], 2)))
     assert again.state["w"].tolist() == strategy.state["w"].tolist() == [[0.5, 0.75, 0.75, 0.0]]
 
 

@@ -24,7 +24,7 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import sparsyfed
 from ssfl_app.strategies.sparsyfed import SparsyFed, SparsyFedClient
 from ssfl_app.training.reparam import power, spectral_exponents
-from tests.in_process_grid import SMALL, Played, play, tamper
+from tests.in_process_grid import SMALL, Played, aggregate, play, tamper
 
 pytestmark = pytest.mark.few
 
@@ -204,7 +204,7 @@ def test_the_fold_by_hand() -> None:
         arrays = BitmapAndValues().encode(SMALLEST, state, Mask(SMALLEST, np.array(weights) != 0))
         replies.append(Reply(client, arrays, {}, samples))
     strategy.state = SMALLEST.unflatten(np.full(5, 9, dtype=np.float32))
-    strategy.aggregate(1, iter(replies))
+    aggregate(strategy, 1, iter(replies))
     assert SMALLEST.flatten(strategy.state).tolist() == [7, 0.5, -3, 0, 4]
     assert strategy.mask.alive.tolist() == [True, True, True, False]
     assert SMALLEST.flatten(strategy.model()).tolist() == pytest.approx([7**1.25, 0.5**1.25, -(3**1.25), 0, 4])

@@ -19,7 +19,7 @@ from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies.topk import Topk, TopkClient, chosen
 from tests import oracles
-from tests.in_process_grid import SMALL, Played, answer_error, play, tamper
+from tests.in_process_grid import SMALL, Played, aggregate, answer_error, play, tamper
 
 pytestmark = pytest.mark.few
 
@@ -65,7 +65,7 @@ def test_the_means_by_hand(keys: Flat, wanted: list[float], alive: list[bool]) -
     """
     strategy = server(keys)
     strategy.state = SMALLEST.unflatten(np.array([9, 9, 9, 9, 1], dtype=np.float32))
-    strategy.aggregate(1, iter([reply(0, 1, [4, 2, 0, 0], 1), reply(1, 3, [8, 0, -4, 0], 5)]))
+    aggregate(strategy, 1, iter([reply(0, 1, [4, 2, 0, 0], 1), reply(1, 3, [8, 0, -4, 0], 5)]))
     assert SMALLEST.flatten(strategy.state).tolist() == wanted
     assert strategy.mask.alive.tolist() == alive
     assert strategy.densities()[0] == sum(alive) / 4

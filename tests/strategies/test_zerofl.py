@@ -21,7 +21,7 @@ from ssfl_app.sparsity.layout import Layout, State, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies.zerofl import ZeroFl, ZeroFlClient, sent_mask
 from ssfl_app.training.reparam import originals
-from tests.in_process_grid import SMALL, Played, play, tamper
+from tests.in_process_grid import SMALL, Played, aggregate, play, tamper
 
 pytestmark = pytest.mark.few
 
@@ -179,7 +179,7 @@ def test_the_fold_by_hand(uplink: str, wanted: list[float], used: list[float]) -
         arrays = BitmapAndValues().encode(SMALLEST, state, Mask(SMALLEST, np.array(sent) != 0))
         replies.append(Reply(client, arrays, {}, samples))
     strategy.state = SMALLEST.unflatten(np.array([9, 9, 9, 9, 9, 9, 1], dtype=np.float32))
-    strategy.aggregate(1, iter(replies))
+    aggregate(strategy, 1, iter(replies))
     assert SMALLEST.flatten(strategy.state).tolist() == wanted
     assert SMALLEST.flatten(strategy.model()).tolist() == used
     assert strategy.densities() == (4 / 6, 5 / 7)

@@ -48,7 +48,7 @@ UNSEEN: dict[str, str] = {
 
 
 def keys_of(name: str) -> Flat:
-    own = REGISTRY[name].aggregate is not SparseStrategy.aggregate
+    own = REGISTRY[name].aggregator is not SparseStrategy.aggregator
     floor = {"mask.min-per-layer": 1} if REGISTRY[name].has_floor else {}
     fold = {} if own else {"run.fold": "trimmed-mean"}
     return {**EIGHT, **ROBUST, **floor, **fold, "strategy": name, **ALSO.get(name, {})}

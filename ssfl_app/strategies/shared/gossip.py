@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.comm.messenger import Reply
+from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.options import Settings
 from ssfl_app.core.rounds import Query
 from ssfl_app.core.strategy import SparseStrategy
@@ -83,6 +84,14 @@ class PeerModelServer(SparseStrategy):
     def keep(self, reply: Reply) -> None:
         """Keep the model of a reply, and no arrays beside it, in place of the client's last one."""
         self._last[reply.client] = {name: reply.arrays[name] for name in self._first}
+
+    def aggregator(self, round_: int) -> Aggregator:
+        """Keep the models; the state becomes their mean."""
+
+        def finish() -> None:
+            self.state = self.layout.unflatten(self.mean(self.present(round_)))
+
+        return Aggregator(self.keep, finish)
 
     def mean(self, clients: Iterable[int]) -> Vector:
         """Return the uniform mean of last models, float32, shape (layout.size,), summed in float64.

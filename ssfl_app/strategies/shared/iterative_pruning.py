@@ -7,14 +7,13 @@ under which everything is alive, never does.
 """
 
 import math
-from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
 import numpy as np
 
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Metadata, Payload
-from ssfl_app.core.aggregation import overlap_mean
+from ssfl_app.core.aggregation import Aggregator, ReplyOverlapMean
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, read_mask
 from ssfl_app.sparsity.dynamic import drop
@@ -75,14 +74,16 @@ class IterativePruning(ClientMasks):
         if new.count < least:
             raise PayloadError(f"a mask has {new.count} alive weights; mask.density leaves at least {least}")
 
-    def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
+    def aggregator(self, round_: int) -> Aggregator:
         """Take the mean over the clients whose weights carry a coordinate, and note their masks."""
-        values = overlap_mean(self, self._noted(replies), self.layout.flatten(self.state))
-        self.state = self.layout.unflatten(values)
+        mean = ReplyOverlapMean(self)
 
-    def _noted(self, replies: Iterable[Reply]) -> Iterator[Reply]:
-        for reply in replies:
+        def add(reply: Reply) -> None:
             self.masks[reply.client] = read_mask(reply.arrays, self.layout)
             self.messenger.mark_mask_held(reply.client, self.masks[reply.client])
-            yield reply
-            del reply
+            mean.add(reply)
+
+        def finish() -> None:
+            self.state = self.layout.unflatten(mean.finish(self.layout.flatten(self.state)))
+
+        return Aggregator(add, finish)

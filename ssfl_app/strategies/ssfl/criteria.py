@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
+from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Payload
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import Settings
@@ -184,10 +185,12 @@ class _ScoreCollector:
         fold, by_samples = ScoreFold(options.score_fold, size), options.saliency_weighting == "samples"
         metadata = {**self.carry.metadata, "step": step} if step else self.carry.metadata
         payload = Payload({**self.carry.arrays, **(arrays or {})}, metadata)
-        for reply in self.ask(question, self.clients, partial(self._check, size), payload):
+
+        def take(reply: Reply) -> None:
             values = read_values(reply.arrays, options.score_values, size)
             fold.add(reply.client, values, reply.samples if by_samples else 1)
-            del reply
+
+        self.ask(question, self.clients, partial(self._check, size), take, payload)
         return fold.value()
 
     def _check(self, size: int, client: int, payload: Payload) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import pairwise
 
@@ -278,9 +278,15 @@ def test_a_removed_weight_stays_out_although_alive_ones_score_nothing_either() -
     answers = iter([np.array([0, 0, 5, 5, 5, 5, 0, 0], np.float32), np.zeros(4, np.float32)])
     sent = []
 
-    def ask(question: str, clients: Iterable[int], check: Check, payload: Payload | None = None) -> Iterator[Reply]:
+    def ask(
+        question: str,
+        clients: Iterable[int],
+        check: Check,
+        take: Callable[[Reply], None],
+        payload: Payload | None = None,
+    ) -> None:
         sent.append(payload)
-        yield Reply(0, {"values": next(answers)}, {}, 1)
+        take(Reply(0, {"values": next(answers)}, {}, 1))
 
     mask = find_mask(strategy, ask, [0])
     assert Mask.unpack(layout, sent[1].arrays["net"]).alive.tolist() == [False] * 2 + [True] * 4 + [False] * 2
