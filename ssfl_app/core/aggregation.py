@@ -39,13 +39,12 @@ class _Algorithm(Protocol):
     messenger: Messenger
     update_norms: dict[int, float]
 
-    @property
-    def up(self) -> Codec: ...
+    def codec_up(self, round_: int) -> Codec: ...
     def weight(self, reply: Reply) -> int: ...
     def decoded(self, reply: Reply) -> tuple[Vector, Mask]: ...
 
 
-def aggregate_mean(strategy: _Algorithm, replies: Iterable[Reply]) -> State:
+def aggregate_mean(strategy: _Algorithm, round_: int, replies: Iterable[Reply]) -> State:
     """Return the mean of replies that all carry the same coordinates, or what run.fold says, 0 at the others.
 
     It is taken on the carried values, so it costs the alive coordinates and not one model a client. Other folds than
@@ -58,7 +57,7 @@ def aggregate_mean(strategy: _Algorithm, replies: Iterable[Reply]) -> State:
     RunFailed
         There are too few replies for a robust fold.
     """
-    codec, layout, mask = strategy.up, strategy.layout, strategy.mask
+    codec, layout, mask = strategy.codec_up(round_), strategy.layout, strategy.mask
     if not isinstance(codec, LinearCodec):
         raise TypeError(f"{strategy.name} sends {codec.name} up; the default fold takes linear codecs only")
     run, size = strategy.settings.run, codec.count(layout, mask)
