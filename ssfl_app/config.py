@@ -53,7 +53,7 @@ ROOMS: dict[str, type] = {
     "partition": PartitionOptions,
     "model": ModelOptions,
     "engine": EngineOptions,
-} | {name: room for strategy in REGISTRY.values() for name, room in strategy.sections.items()}
+} | {name: room for strategy in REGISTRY.values() for name, room in strategy.sections().items()}
 
 # What may differ between a run and its continuation.
 RESUME_MAY_CHANGE = ("run.out", "run.resume", "engine.actors", "engine.concurrent", "engine.graphs")
@@ -103,9 +103,9 @@ def parse(flat: Mapping[str, Any]) -> Config:
         raise ConfigError(f"shift.round is {made['shift'].round}; it is 0 with data.where 'sites'")
     _fit_to_place(made, REGISTRY[strategy].has_floor)
     shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures", "shift")}
-    own = {name: made[name] for s in REGISTRY.values() for name in s.sections}
+    sections = {name: made[name] for s in REGISTRY.values() for name in s.sections()}
     parts = {name: made[name] for name in ("data", "partition", "model", "engine")}
-    return Config(strategy, Settings(**shared, own=own), **parts, flat=dict(flat))
+    return Config(strategy, Settings(**shared, sections=sections), **parts, flat=dict(flat))
 
 
 def _fit_to_place(made: dict[str, Any], has_floor: bool) -> None:

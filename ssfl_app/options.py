@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import field, fields
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 T = TypeVar("T")
 Scalar = bool | int | float | str
@@ -129,7 +129,7 @@ def build(room: type[T], name: str, values: Mapping[str, Scalar]) -> T:
         if key not in values:
             raise ConfigError(f"{prefix}{key} is missing; it is {spec.metadata['allowed']}")
         value: Any = values[key]
-        kind = types[spec.name]
+        kind = str if get_origin(types[spec.name]) is Literal else types[spec.name]
         if kind is float and type(value) is int and abs(value) <= 2**53:
             value = float(value)
         if type(value) is not kind:

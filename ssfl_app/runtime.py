@@ -21,6 +21,7 @@ from ssfl_app import config as configuration
 from ssfl_app.comm.payload import ClientState
 from ssfl_app.config import Config
 from ssfl_app.core.client import ClientAlgorithm, ClientContext
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.data import dataset as data
 from ssfl_app.data.dataset import DataSet
 from ssfl_app.data.summary import DataSummary
@@ -29,6 +30,7 @@ from ssfl_app.partitions import Indices, Partition, split
 from ssfl_app.sparsity.layout import Layout, State, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
+from ssfl_app.strategies.shared.scoring import SsflOptions
 from ssfl_app.training import models
 from ssfl_app.training.gpu import MOST_AT_ONCE, memory_need
 from ssfl_app.training.trainer import LocalTrainer, Steps
@@ -111,6 +113,7 @@ class Runtime:
         bench = self.bench
         site = ClientContext(
             client_id=client,
+            settings=self.config.settings,
             model=bench.model,
             layout=self.layout,
             trainer=bench.trainer,
@@ -122,7 +125,7 @@ class Runtime:
             dense=self.dense,
             masks=bench.masks,
         )
-        return REGISTRY[self.config.strategy].client(site, self.config.settings)
+        return REGISTRY[self.config.strategy].client(site)
 
 
 _OPENING = threading.Lock()
@@ -215,7 +218,7 @@ def check_batches(config: Config, images: DataSet, partition: Partition | None) 
     )
     sizes = {"local.batch-size": settings.local.batch_size}
     if client.query_types:
-        sizes["ssfl.saliency-batch-size"] = settings.own["ssfl"].saliency_batch_size
+        sizes["ssfl.saliency-batch-size"] = SsflOptions.from_settings(settings).saliency_batch_size
     for key, size in sizes.items():
         if size < fewest:
             raise ConfigError(f"{key} is {size}; it is at least {fewest}: {cause}")
@@ -256,7 +259,7 @@ def check(config: Config) -> Layout:
     check_at_once(config)
     images, _ = _load(config, "")
     layout = Layout.of(models.outline(config.model, images.shape[0], images.classes))
-    REGISTRY[config.strategy](layout, config.settings)
+    REGISTRY[config.strategy](ServerContext(layout, config.settings))
     return layout
 
 

@@ -20,7 +20,7 @@ from ssfl_app.comm.membership import Claim
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.config import Flat, first_clash, read_file
 from ssfl_app.core.rounds import Record
-from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.core.strategy import ServerContext, SparseStrategy
 from ssfl_app.data.summary import difference as unlike
 from ssfl_app.data.summary import other_images, read_data_summary
 from ssfl_app.files import check_regular, write_bytes, write_json
@@ -60,8 +60,9 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(run.out) if run.out else Path.cwd() / default_folder(config.strategy, config.data.name)
     check_folder(folder, config.flat)
     recorder = Recorder(folder, config.flat, tell)
+    callback = RecordingCallback(recorder, runtime)
     try:
-        strategy = REGISTRY[config.strategy](runtime.layout, config.settings)
+        strategy = REGISTRY[config.strategy](server_context(grid, runtime, callback))
         saved = resume(strategy, folder, config.flat) if run.resume else None
         if saved is not None and runtime.own:
             strategy.messenger.registry.expected = site_names(folder)
@@ -70,7 +71,7 @@ def main(grid: Grid, context: Context) -> None:
             if saved is not None:
                 recorder.say(f"resuming after round {saved.round}")
             with naming_memory(fewer_at_once(grid)):
-                conduct(grid, runtime, recorder, strategy)
+                conduct(grid, runtime, callback, strategy)
             recorder.status("finished")
         except (KeyboardInterrupt, BrokenPipeError):  # nobody reads the lines any more: `ssfl run | head`
             with contextlib.suppress(OSError):
@@ -105,23 +106,33 @@ def check_folder(folder: Path, flat: Flat) -> None:
         raise ConfigError(f"run.out is {folder}; {clash}")
 
 
-def conduct(grid: Grid, runtime: Runtime, recorder: Recorder, strategy: SparseStrategy) -> None:
+def server_context(grid: Grid, runtime: Runtime, callback: "RecordingCallback") -> ServerContext:
+    """Return what the strategy of a run works with; nothing is written."""
+    run_folder = callback.recorder.folder
+    simulated = is_simulation(grid)  # its clients share this machine; elsewhere each keeps its own in Flower's state
+    return ServerContext(
+        runtime.layout,
+        runtime.config.settings,
+        workbench=runtime.model,
+        image_shape=runtime.data.shape,
+        callback=callback,
+        folder=run_folder / "clients" if simulated else None,
+        token=None if simulated else run_token(run_folder),
+        dealt=None if runtime.own else functools.cache(runtime.holding),
+    )
+
+
+def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strategy: SparseStrategy) -> None:
     """Play a run, new or resumed, from the first greeting to the report."""
-    config, run = runtime.config, runtime.config.settings.run
-    strategy.callback = RecordingCallback(recorder, runtime)
-    if not runtime.own:
-        strategy.messenger.dealt = functools.cache(runtime.holding)
-    strategy.workbench, strategy.image_shape = runtime.model, runtime.data.shape
+    config, run, recorder = runtime.config, runtime.config.settings.run, callback.recorder
     registry = strategy.messenger.registry
     registry.say, registry.misfit = recorder.say, functools.partial(misfit, runtime)
-    if is_simulation(grid):  # clients share this machine; elsewhere each keeps its own in Flower's state
-        strategy.messenger.folder = recorder.folder / "clients"
-    else:
-        strategy.messenger.token = run_token(recorder.folder)
+    if strategy.context.token is not None:
+        write_bytes(token_path(recorder.folder), f"{strategy.context.token}\n".encode())
         registry.bound = functools.partial(bound_places, runtime.own)
     # Not kept in a variable: the initial weights would stay in memory for the whole run.
     strategy.start(grid, ArrayRecord(runtime.initial_state()), run.rounds, evaluate_fn=central_evaluation(runtime))
-    strategy.callback.accuracies()
+    callback.accuracies()
     metadata: Record = {
         "strategy": config.strategy,
         "dataset": config.data.name,
@@ -143,14 +154,17 @@ def conduct(grid: Grid, runtime: Runtime, recorder: Recorder, strategy: SparseSt
 
 def run_token(folder: Path) -> str:
     """Return what real clients call this run in the names of files: drawn at its start, the same on resuming."""
-    path = folder / "checkpoint" / "token"
+    path = token_path(folder)
     with contextlib.suppress(OSError, ValueError):
         check_regular(path)
         if re.fullmatch("[0-9a-f]{16}", token := path.read_text("utf-8").strip()):
             return token
-    token = secrets.token_hex(8)
-    write_bytes(path, f"{token}\n".encode())
-    return token
+    return secrets.token_hex(8)
+
+
+def token_path(folder: Path) -> Path:
+    """Return where a run keeps its token."""
+    return folder / "checkpoint" / "token"
 
 
 def site_names(folder: Path) -> tuple[str, ...]:

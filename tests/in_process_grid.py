@@ -12,7 +12,7 @@ from ssfl_app import client_app
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Payload, PayloadEncoder, decode_payload
 from ssfl_app.config import Flat, merge, parse
-from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.core.strategy import ServerContext, SparseStrategy
 from ssfl_app.runtime import Runtime, get_runtime
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.layout import Layout, State
@@ -253,11 +253,10 @@ def _play(
     config = parse(flat)
     runtime = get_runtime(flat)
     grid = grid or ScriptedGrid(flat, luck, faults, node_configs)
-    strategy = REGISTRY[config.strategy](runtime.layout, config.settings)
+    context = ServerContext(runtime.layout, config.settings, runtime.model, runtime.data.shape, folder=folder)
+    strategy = REGISTRY[config.strategy](context)
     played = Played(strategy, runtime, grid)
     strategy.callback = played
-    strategy.workbench, strategy.image_shape = runtime.model, runtime.data.shape
-    strategy.messenger.folder = folder
     if prepare is not None:
         prepare(strategy)
     rounds = config.settings.run.rounds

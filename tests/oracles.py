@@ -28,7 +28,7 @@ def initial_weights(runtime: Runtime) -> State:
 def saliency_mask(runtime: Runtime, w0: State) -> State:
     """SSFL, algorithm 1, first phase: s = sum_k p_k |g_k * w0|, keep the global top."""
     config = runtime.config
-    options, run = config.settings.own["ssfl"], config.settings.run
+    options, run = config.settings.sections["ssfl"], config.settings.run
     model, data = runtime.model, runtime.data.train
     weights = [n for n, t in w0.items() if t.ndim > 1]
     total = sum(len(part) for part in runtime.partition.train)
@@ -110,7 +110,7 @@ def one_round(
 
 def ditto_personal(runtime: Runtime, v: State, w: State, round_: int, client: int) -> State:
     """Ditto, algorithm 1: a sampled client's own model, pulled towards the w that came down."""
-    options = runtime.config.settings.own["ditto"]
+    options = runtime.config.settings.sections["ditto"]
     return train_locally(
         runtime, v, {}, round_, client, options.personal_epochs, "personal", pull=options.pull, towards=w
     )
@@ -141,7 +141,7 @@ def dispfl_first_mask(runtime: Runtime, client: int, w0: State) -> State:
 
 def dispfl_neighbours(runtime: Runtime, round_: int, client: int) -> list[int]:
     """DisPFL: as many random others as gossip.neighbours says."""
-    run, options = runtime.config.settings.run, runtime.config.settings.own["gossip"]
+    run, options = runtime.config.settings.run, runtime.config.settings.sections["gossip"]
     others = [other for other in range(run.clients) if other != client]
     order = generator(run.seed, "gossip", round_, client).permutation(others)
     return [int(other) for other in order[: options.neighbours]]
@@ -166,7 +166,7 @@ def dispfl_next_mask(runtime: Runtime, w: State, mask: State, round_: int, clien
     drop = 0.5 / 2 * (1 + math.cos(math.pi * (round_ - 1) / settings.run.rounds))
     rng = generator(settings.run.seed, "regrow", round_, client)
     gradients: State = {}
-    if settings.own["dispfl"].regrow == "gradient":
+    if settings.sections["dispfl"].regrow == "gradient":
         batch = rng.choice(len(data), min(settings.local.batch_size, len(data)), replace=False)
         model = runtime.model
         model.load_state_dict(w)

@@ -15,7 +15,7 @@ from ssfl_app.client_app import app
 from ssfl_app.comm.exchange import ExchangeReport
 from ssfl_app.comm.payload import decode_metadata
 from ssfl_app.config import Flat, merge, parse
-from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.core.strategy import ServerContext, SparseStrategy
 from ssfl_app.locks import RunFailed
 from ssfl_app.runtime import Runtime, get_runtime
 from ssfl_app.simulation.in_process import InlineGrid
@@ -108,8 +108,7 @@ class Recorded:
     def replay(self, target: Where, answers: Answers) -> "Replayed":
         """Play the run up to the end of the exchange of `target`, whose answer is another one."""
         config = parse(self.flat)
-        strategy = REGISTRY[config.strategy](self.runtime.layout, config.settings)
-        strategy.workbench, strategy.image_shape = self.runtime.model, self.runtime.data.shape
+        strategy = made(self.runtime)
         grid = Replaying(self, target, answers)
         grid.strategy = strategy
         failure = None
@@ -144,6 +143,13 @@ class Replayed:
         }
 
 
+def made(runtime: Runtime, **more: Any) -> SparseStrategy:
+    """Return the strategy of a run, made with what the server would give it."""
+    config = runtime.config
+    context = ServerContext(runtime.layout, config.settings, runtime.model, runtime.data.shape, **more)
+    return REGISTRY[config.strategy](context)
+
+
 @functools.lru_cache(maxsize=4)
 def _initial_of(items: tuple[tuple[str, Any], ...]) -> State:
     return get_runtime(dict(items)).initial_state()
@@ -160,7 +166,6 @@ def record(name: str, *keys: tuple[str, Any]) -> Recorded:
     flat = merge(SMALL, {**few, **dict(keys)})
     config, runtime = parse(flat), get_runtime(flat)
     grid = Recording(flat)
-    strategy = REGISTRY[config.strategy](runtime.layout, config.settings)
-    strategy.workbench, strategy.image_shape = runtime.model, runtime.data.shape
+    strategy = made(runtime)
     strategy.start(grid, ArrayRecord(runtime.initial_state()), config.settings.run.rounds)
     return Recorded(flat, runtime, grid.asked, grid.answered)

@@ -91,8 +91,8 @@ def test_the_defaults_are_a_configuration_with_a_room_for_every_strategy():
     assert config.settings.local.weight_decay == 5e-4
     assert config.partition.alpha == 0.3
     assert config.flat == defaults()
-    assert set(config.settings.own) == {room for strategy in REGISTRY.values() for room in strategy.sections}
-    assert config.settings.own["ssfl"].saliency_batch_size == 64
+    assert set(config.settings.sections) == {room for strategy in REGISTRY.values() for room in strategy.sections()}
+    assert config.settings.sections["ssfl"].saliency_batch_size == 64
 
 
 @pytest.mark.parametrize("strategy", REGISTRY)

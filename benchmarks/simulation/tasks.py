@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.simulation.workload import Workload
 from ssfl_app import config as configuration
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.runtime import load_federation
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
@@ -75,7 +76,7 @@ def workload_of(config: configuration.Config) -> Workload:
     """Return what a configuration trains: data, partition and cohorts are those of the app itself."""
     data, partition = load_federation(config)
     layout = Layout.of(models.outline(config.model, data.shape[0], data.classes))
-    strategy = REGISTRY["fedavg"](layout, config.settings)
+    strategy = REGISTRY["fedavg"](ServerContext(layout, config.settings))
     local, run = config.settings.local, config.settings.run
     metadata: Mapping[str, object] = {
         "model": config.model.name,

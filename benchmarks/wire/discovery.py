@@ -17,12 +17,11 @@ from ssfl_app.comm.payload import Metadata, Payload, PayloadEncoder, decode_payl
 from ssfl_app.config import merge, parse, read_overrides
 from ssfl_app.core.means import WeightedMean
 from ssfl_app.core.rounds import Query, Record
-from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.core.strategy import ServerContext, SparseStrategy
 from ssfl_app.runtime import get_runtime
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import SCORE_TYPES, read_values
-from ssfl_app.strategies.ssfl.criteria import options_of
 from ssfl_app.strategies.ssfl.strategy import Ssfl
 
 KEYS = (
@@ -38,7 +37,7 @@ class _Observed(Ssfl):
 
     def find_mask(self, ask: Query, *words: Any, **more: Any) -> Mask:
         """Find the mask, and take the mean of the replies a second time."""
-        kind, size = options_of(self.settings).score_values, self.layout.prunable_size
+        kind, size = self.options.score_values, self.layout.prunable_size
         mean = WeightedMean(size)
 
         def watching(
@@ -81,8 +80,7 @@ def measure(data: str, model: str, clients: int) -> dict[str, Any]:
         keys = KEYS.format(data=data, model=model, clients=clients, density=0.5, kind=kind)
         flat = merge(read_overrides([keys]))
         runtime, began, watch = get_runtime(flat), time.monotonic(), _Watch()
-        strategy = _Observed(runtime.layout, parse(flat).settings)
-        strategy.callback = watch
+        strategy = _Observed(ServerContext(runtime.layout, parse(flat).settings, callback=watch))
         grid = InlineGrid(client_app.app, flat, {1000 + i: i for i in range(clients)})
         strategy.start(grid, ArrayRecord(runtime.initial_state()), num_rounds=0)
         scores[kind] = strategy.scores

@@ -56,6 +56,11 @@ class Reply:
     metadata: Metadata
     samples: int
 
+    @property
+    def round(self) -> int:
+        """The round that it belongs to; 0: before the first."""
+        return int(self.metadata["round"])
+
 
 @dataclass(frozen=True)
 class PendingMessage:

@@ -46,6 +46,11 @@ class Payload:
         """Payload bytes: those of the encoded arrays."""
         return nbytes(self.arrays)
 
+    @property
+    def round(self) -> int:
+        """The round that it belongs to; 0: before the first."""
+        return int(self.metadata["round"])
+
 
 def shared_buffers(arrays: Arrays) -> Arrays:
     """Return the arrays on read-only bytes of their own, which `PayloadEncoder` then sends without another copy."""

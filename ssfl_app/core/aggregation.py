@@ -56,8 +56,7 @@ class _Algorithm(Protocol):
     messenger: Messenger
     update_norms: dict[int, float]
 
-    @property
-    def up(self) -> Codec: ...
+    def codec_up(self, round_: int) -> Codec: ...
     def weight(self, reply: Reply) -> int: ...
     def decoded(self, reply: Reply) -> tuple[Vector, Mask]: ...
 
@@ -74,8 +73,8 @@ class ReplyMean:
         The strategy's codec up is not a linear one.
     """
 
-    def __init__(self, strategy: _Algorithm) -> None:
-        codec, run = strategy.up, strategy.settings.run
+    def __init__(self, strategy: _Algorithm, round_: int) -> None:
+        codec, run = strategy.codec_up(round_), strategy.settings.run
         if not isinstance(codec, LinearCodec):
             raise TypeError(f"{strategy.name} sends {codec.name} up; the default fold takes linear codecs only")
         self._strategy, self._codec, self._mask = strategy, codec, strategy.mask

@@ -30,7 +30,7 @@ class Need(Exception):
 
 @dataclass
 class ClientContext:
-    """Where a client works: its number, model, images and memory.
+    """Where a client works: its number, the options of the run, its model, images and memory.
 
     `model` is a workbench that other clients of the same process use too: every verb loads its state first.
     `share` holds the indices of its training and test images in `data`.
@@ -40,6 +40,7 @@ class ClientContext:
     """
 
     client_id: int
+    settings: Settings
     model: nn.Module
     layout: Layout
     trainer: LocalTrainer
@@ -116,7 +117,8 @@ class ClientAlgorithm:
     Attributes
     ----------
     down, up : type of Codec
-        How the model travels; the server reads them from here too, so both ends agree.
+        How the model travels, unless `codec_down` or `codec_up` say otherwise; the server reads them from here too,
+        so both ends agree.
     questions : tuple of str
         What `setup` can be asked.
     remembers : bool
@@ -128,9 +130,18 @@ class ClientAlgorithm:
     query_types: ClassVar[tuple[str, ...]] = ()
     stateful: ClassVar[bool] = False
 
-    def __init__(self, site: ClientContext, settings: Settings) -> None:
-        self.context = site
-        self.settings = settings
+    def __init__(self, context: ClientContext) -> None:
+        self.context, self.settings = context, context.settings
+
+    @classmethod
+    def codec_down(cls, settings: Settings, round_: int) -> type[Codec]:
+        """Return how the model comes down in a round: as `MaskedValues` in all rounds, or in none."""
+        return cls.down
+
+    @classmethod
+    def codec_up(cls, settings: Settings, round_: int) -> type[Codec]:
+        """Return how the model goes up in a round."""
+        return cls.up
 
     @classmethod
     def uses(cls, settings: Settings) -> int:
@@ -149,12 +160,9 @@ class ClientAlgorithm:
     def work(cls, settings: Settings, images: int) -> int:
         """Return how many images, each as often as it is used, one message has go through a client's model, at most.
 
-        Beside its training images, `images`, these are the minibatches that are scored, twice each for a curvature;
-        a class of few images is drawn from more than once.
+        `images` is how many it trains on.
         """
-        scoring = settings.own["ssfl"]
-        scored: int = scoring.saliency_batches * scoring.saliency_batch_size
-        return images * cls.uses(settings) + 2 * scored
+        return images * cls.uses(settings)
 
     def answer_query(self, question: str, payload: Payload) -> Payload:
         """Answer a question the server asks before a round.
@@ -169,7 +177,7 @@ class ClientAlgorithm:
     def train(self, payload: Payload) -> Payload:
         """Train the model that came down and return it."""
         mask = self.load(payload)
-        loss = self.fit(int(payload.metadata["round"]), mask)
+        loss = self.fit(payload.round, mask)
         return self.reply(payload, mask, loss)
 
     def evaluate(self, payload: Payload) -> Metadata:
@@ -217,14 +225,10 @@ class ClientAlgorithm:
         rate = self.settings.local.rate(round_) if lr is None else lr
         return site.trainer.fit(site.model, images, rng, lr=rate, mask=sparse, **changes)
 
-    def reply(
-        self, payload: Payload, mask: Mask, loss: float, state: State | None = None, up: type[Codec] | None = None
-    ) -> Payload:
-        """Return the answer to a training message: a state, that of the workbench by default, under `mask`.
-
-        `up` is another codec than the class's, in rounds that have one.
-        """
-        layout, codec = self.context.layout, (up or self.up)(self.settings.wire.up_values, self.rounder(payload))
+    def reply(self, payload: Payload, mask: Mask, loss: float, state: State | None = None) -> Payload:
+        """Return the answer to a training message: a state, that of the workbench by default, under `mask`."""
+        kind = self.codec_up(self.settings, payload.round)
+        layout, codec = self.context.layout, kind(self.settings.wire.up_values, self.rounder(payload))
         state = state_of(self.context.model) if state is None else state
         if not self.settings.wire.error_feedback:
             return Payload(codec.encode(layout, state, mask), self.metadata(payload, loss))
@@ -237,9 +241,7 @@ class ClientAlgorithm:
         """Return what the values of the answer to a training message are rounded with, if stochastically."""
         if self.settings.wire.rounding == "nearest":
             return None
-        return generator(
-            self.settings.run.seed, "rounding-up", int(payload.metadata["round"]), self.context.client_id
-        )
+        return generator(self.settings.run.seed, "rounding-up", payload.round, self.context.client_id)
 
     def metadata(self, payload: Payload, loss: float) -> Metadata:
         """Return the facts of an answer to a training message."""
@@ -258,7 +260,7 @@ class ClientAlgorithm:
 
     def save_client_state(self, payload: Payload, arrays: Arrays) -> None:
         """Keep personal state, made in answer to this message."""
-        round_, every = int(payload.metadata["round"]), self.settings.run.checkpoint_every
+        round_, every = payload.round, self.settings.run.checkpoint_every
         # A run can be taken up again at its last checkpoint, and the server may yet refuse this answer.
         back_to = min(int(payload.metadata["since"]), (round_ - 1) // every * every)
         self.context.memory.save(round_, arrays, back_to)
@@ -279,8 +281,9 @@ class ClientAlgorithm:
             The mask is another one than the message states.
         """
         layout, digest = self.context.layout, str(payload.metadata.get("digest", ""))
-        known = self.known_mask(payload, digest) if issubclass(self.down, MaskedValues) else self.context.dense
-        state, mask = self.down(self.settings.wire.down_values).decode(payload.arrays, layout, known)
+        kind = self.codec_down(self.settings, payload.round)
+        known = self.known_mask(payload, digest) if issubclass(kind, MaskedValues) else self.context.dense
+        state, mask = kind(self.settings.wire.down_values).decode(payload.arrays, layout, known)
         if mask.digest != digest:
             raise PayloadError(f"digest is {digest!r}; what came down has {mask.digest!r} at this client")
         # NaN and Inf both show in the extremes, which are found in one pass and no memory.

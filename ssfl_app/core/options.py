@@ -1,9 +1,9 @@
-"""Options that every strategy shares, a frozen dataclass for each room of the configuration."""
+"""Options that every strategy shares, and how a strategy reads those that are its own: typed, by their class."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from ssfl_app.core.robust import FOLDS
 from ssfl_app.options import above, anything, at_least, choice, fraction, option
@@ -14,7 +14,7 @@ from ssfl_app.training.trainer import LocalOptions
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Keys of the room ``run``."""
+    """Keys of the section ``run``."""
 
     clients: int = at_least(1)
     cohort: int = at_least(1)
@@ -34,16 +34,16 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """Keys of the room ``mask``."""
+    """Keys of the section ``mask``."""
 
     density: float = fraction()
-    scope: str = choice("global", "layer")
+    scope: Literal["global", "layer"] = choice("global", "layer")
     min_per_layer: int = at_least(-1)
 
 
 @dataclass(frozen=True)
 class WireOptions:
-    """Keys of the room ``wire``."""
+    """Keys of the section ``wire``."""
 
     down_values: str = choice(*VALUE_TYPES)
     up_values: str = choice(*VALUE_TYPES)
@@ -54,7 +54,7 @@ class WireOptions:
 
 @dataclass(frozen=True)
 class FailureOptions:
-    """Keys of the room ``failures``."""
+    """Keys of the section ``failures``."""
 
     min_ok_fraction: float = fraction()
     norm_factor: float = option("0 or a number of at least 1", lambda value: value == 0 or 1 <= value < math.inf)
@@ -62,7 +62,7 @@ class FailureOptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a strategy and its clients are told; `own` holds the rooms of single strategies by name."""
+    """What a strategy and its clients are told; `sections` has the options of single strategies by name."""
 
     run: RunOptions
     mask: MaskOptions
@@ -70,4 +70,42 @@ class Settings:
     wire: WireOptions
     failures: FailureOptions
     shift: ShiftOptions
-    own: Mapping[str, Any]
+    sections: Mapping[str, Any]
+
+
+class Section:
+    """Options that only some strategies read: the base of frozen dataclasses.
+
+    Attributes
+    ----------
+    section : str
+        The name in the configuration.
+    """
+
+    section: ClassVar[str]
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """Return these options of a run."""
+        found: Self = settings.sections[cls.section]
+        return found
+
+
+S = TypeVar("S", bound=Section)
+
+
+class _Told(Protocol):
+    settings: Settings
+
+
+class FromSettings(Generic[S]):
+    """Attribute of a strategy or a client: ``options = FromSettings(DittoOptions)`` has the options of its run.
+
+    It also declares that the strategy reads this section.
+    """
+
+    def __init__(self, kind: type[S]) -> None:
+        self.kind = kind
+
+    def __get__(self, owner: _Told, _: object = None) -> S:
+        return self.kind.from_settings(owner.settings)

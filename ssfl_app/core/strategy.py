@@ -8,7 +8,9 @@ crosses the wire that of `post`, and what a client does that of `rule`.
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +26,50 @@ from ssfl_app.comm.payload import Payload, shared_buffers
 from ssfl_app.core.aggregation import Aggregator, ReplyMean, within_norm
 from ssfl_app.core.client import ClientAlgorithm, encode_with
 from ssfl_app.core.means import MAX_WEIGHT
-from ssfl_app.core.options import Settings
+from ssfl_app.core.options import FromSettings, Section, Settings
 from ssfl_app.core.robust import distance, there
 from ssfl_app.core.rounds import Query, RoundLoop, RunCallback
 from ssfl_app.core.validation import check_number, check_samples, check_tested, stored
+from ssfl_app.data.summary import DataSummary
 from ssfl_app.options import ConfigError
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, LinearCodec, MaskedValues
 from ssfl_app.sparsity.layout import Layout, State, Vector
-from ssfl_app.sparsity.mask import Mask, Scope, alive_count, none_alive
+from ssfl_app.sparsity.mask import Mask, alive_count, none_alive
 from ssfl_app.sparsity.values import Allowed, Arrays
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """What a strategy is made with, once and for all.
+
+    Attributes
+    ----------
+    layout : Layout
+        Of the model.
+    settings : Settings
+        The options of the run.
+    workbench, image_shape : nn.Module or None, tuple of int
+        A model of this layout that the server may compute with, holding any weights, and (channels, height, width)
+        of its input; None for a strategy that stands alone.
+    callback : RunCallback or None
+        Sees the run go by.
+    folder : Path or None
+        Where simulated clients keep their files.
+    token : str or None
+        What real clients call this run in the names of their files.
+    dealt : callable or None
+        What the server knows that it deals to a client; None: a client holds what it said in the handshake.
+    """
+
+    layout: Layout
+    settings: Settings
+    workbench: nn.Module | None = None
+    image_shape: tuple[int, ...] | None = None
+    callback: RunCallback | None = None
+    folder: Path | None = None
+    token: str | None = None
+    dealt: Callable[[int], DataSummary] | None = None
 
 
 class SparseStrategy(Strategy):
@@ -41,10 +77,8 @@ class SparseStrategy(Strategy):
 
     Parameters
     ----------
-    layout : Layout
-        Of the model.
-    settings : Settings
-        The options of the run.
+    context : ServerContext
+        Where it works.
 
     Attributes
     ----------
@@ -52,8 +86,6 @@ class SparseStrategy(Strategy):
         In the registry, the configuration and all tables.
     client : type of ClientAlgorithm
         The other half; its codecs are this half's codecs.
-    rooms : mapping
-        Configuration rooms that only this strategy has: name -> options dataclass.
     everyone : bool
         Whether every client trains in every round, as peers without a server do.
     uses_density : bool
@@ -74,41 +106,37 @@ class SparseStrategy(Strategy):
     update_norms : dict of int to float
         Length of each update that came in the last round (`update_norm`), of refused ones too: with the default fold,
         or with failures.norm-factor.
-    watch : Watch or None
-        Sees the run go by.
-    workbench, image_shape : nn.Module or None, tuple of int
-        A model of this layout that the server may compute with, holding any weights, and (channels, height, width)
-        of its input; None for a strategy that stands alone. Whoever starts a run sets them.
     """
 
     name: ClassVar[str]
     client: ClassVar[type[ClientAlgorithm]] = ClientAlgorithm
-    sections: ClassVar[Mapping[str, type]] = {}
     full_participation: ClassVar[bool] = False
     uses_density: ClassVar[bool] = True
     has_floor: ClassVar[bool] = True
     error_feedback_ok: ClassVar[bool] = False
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
+    def __init__(self, context: ServerContext) -> None:
+        layout, settings = context.layout, context.settings
         if settings.mask.min_per_layer and not self.has_floor:
             raise ConfigError(
                 f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with strategy {self.name}"
             )
-        self.layout = layout
-        self.settings = settings
+        self.context, self.layout, self.settings, self.callback = context, layout, settings, context.callback
         if self.uses_density and layout.prunable_size and not self.alive():
             raise ConfigError(f"mask.{none_alive(layout, settings.mask.density)}")
         self.state: State = {}
         self.mask = Mask.dense(layout)
-        self.callback: RunCallback | None = None
-        self.workbench: nn.Module | None = None
-        self.image_shape: tuple[int, ...] | None = None
         run, wire = settings.run, settings.wire
         self.messenger = Messenger(
             ClientRegistry(run.clients, run.join_timeout),
             run.round_timeout,
             mask_travels=issubclass(self.client.down, MaskedValues),
             bitmaps=wire.bitmaps,
+        )
+        self.messenger.folder, self.messenger.token, self.messenger.dealt = (
+            context.folder,
+            context.token,
+            context.dealt,
         )
         self.messenger.work = functools.partial(self.client.work, settings)
         self.peer_bytes = 0
@@ -134,12 +162,19 @@ class SparseStrategy(Strategy):
                 "its own"
             )
 
+    @classmethod
+    def sections(cls) -> dict[str, type[Section]]:
+        """Return the options that either half reads, beside those of all strategies, by their section's name."""
+        scopes = [vars(base) for half in (cls, cls.client) for base in half.__mro__]
+        read = [value.kind for scope in scopes for value in scope.values() if isinstance(value, FromSettings)]
+        return {kind.section: kind for kind in read}
+
     # ---- the hooks ---------------------------------------------------------------------------
 
     def alive(self) -> int:
         """Return how many weights mask.density leaves alive; a strategy that leaves none is not made."""
         wanted = self.settings.mask
-        return alive_count(self.layout, wanted.density, cast(Scope, wanted.scope), wanted.min_per_layer)
+        return alive_count(self.layout, wanted.density, wanted.scope, wanted.min_per_layer)
 
     def before_training(self, ask: Query) -> None:
         """Find out what must be known before round 1. Default: nothing."""
@@ -152,20 +187,21 @@ class SparseStrategy(Strategy):
         memo, mask = self._encoded, self.mask_for(client)
         if memo is None or memo[0] is not self.state or memo[1] is not mask:
             self._encoded = memo = None  # the old one goes before the new one comes
-            self._encoded = memo = (self.state, mask, shared_buffers(self._written(mask)))
+            self._encoded = memo = (self.state, mask, shared_buffers(self._written(round_, mask)))
         return Payload(memo[2])
 
-    def _written(self, mask: Mask) -> Arrays:
+    def _written(self, round_: int, mask: Mask) -> Arrays:
         """Return the global model as it goes down."""
+        codec = self.codec_down(round_)
         if not self.settings.wire.error_feedback:
-            return self.down.encode(self.layout, self.state, mask)
+            return codec.encode(self.layout, self.state, mask)
         # A model is encoded twice where a run goes on: it makes up for the same residual again and leaves the same.
-        arrays, self._lost = encode_with(self.down, self.layout, self.state, mask, self._residual)
+        arrays, self._lost = encode_with(codec, self.layout, self.state, mask, self._residual)
         return arrays
 
     def aggregator(self, round_: int) -> Aggregator:
         """Return what takes the replies of a round and changes the global model. Default: their weighted mean."""
-        mean = ReplyMean(self)
+        mean = ReplyMean(self, round_)
 
         def finish() -> None:
             self.state = mean.finish()
@@ -184,12 +220,12 @@ class SparseStrategy(Strategy):
         """Return the model that this strategy stands for at this moment. Default: `state`."""
         return self.state
 
-    def answers(self, question: str | None = None) -> Allowed:
-        """Return the arrays that answers may have, to a question or to training. Default: none; those of `up`.
+    def answers(self, round_: int, question: str | None = None) -> Allowed:
+        """Return the arrays that answers may have, to a question or to training. Default: none; those of `codec_up`.
 
         An answer with others is refused unopened.
         """
-        return self.up.allowed(self.layout) if question is None else {}
+        return self.codec_up(round_).allowed(self.layout) if question is None else {}
 
     def densities(self) -> tuple[float, float]:
         """Return alive / prunable and alive / all coordinates of the model in use. Default: those of `mask`."""
@@ -200,7 +236,7 @@ class SparseStrategy(Strategy):
 
         Default: over the coordinates that it carries, from `state`.
         """
-        codec, mask = self.up, self.mask_for(reply.client)
+        codec, mask = self.codec_up(reply.round), self.mask_for(reply.client)
         if not isinstance(codec, LinearCodec):
             flat, sent = self.decoded(reply)
             return distance(flat[sent.transmitted], there(self.layout, self.state, sent.transmitted))
@@ -222,15 +258,13 @@ class SparseStrategy(Strategy):
     def _folds_as_ever(self) -> bool:
         return type(self).aggregator is SparseStrategy.aggregator
 
-    @property
-    def down(self) -> Codec:
-        """The codec of models sent to clients."""
-        return self.client.down(self.settings.wire.down_values, self._rounder())
+    def codec_down(self, round_: int) -> Codec:
+        """Return the codec of models sent to clients in a round."""
+        return self.client.codec_down(self.settings, round_)(self.settings.wire.down_values, self._rounder())
 
-    @property
-    def up(self) -> Codec:
-        """The codec of models sent back."""
-        return self.client.up(self.settings.wire.up_values)
+    def codec_up(self, round_: int) -> Codec:
+        """Return the codec of models sent back in a round."""
+        return self.client.codec_up(self.settings, round_)(self.settings.wire.up_values)
 
     def _rounder(self) -> np.random.Generator | None:
         # By the round that made the model, not the one it is sent in: that is the same when a run goes on.
@@ -240,7 +274,8 @@ class SparseStrategy(Strategy):
 
     def decoded(self, reply: Reply) -> tuple[Vector, Mask]:
         """Return the model of a reply, float32, shape (layout.size,), 0 where nothing was sent, and its mask."""
-        state, mask = self.up.decode(reply.arrays, self.layout, self.mask_for(reply.client))
+        codec = self.codec_up(reply.round)
+        state, mask = codec.decode(reply.arrays, self.layout, self.mask_for(reply.client))
         return self.layout.flatten(state), mask
 
     def cohort(self, round_: int) -> list[int]:
@@ -318,7 +353,7 @@ class SparseStrategy(Strategy):
             aggregator.add(reply)
 
         share = failures.min_ok_fraction
-        self.messenger.receive(replies, self.answers(), self.check_trained, take, share, what)
+        self.messenger.receive(replies, self.answers(server_round), self.check_trained, take, share, what)
         self._there = None  # before a vector is made of the sums
         aggregator.finish()
         self._folded, self._residual, self._lost = server_round, self._lost, None
@@ -399,7 +434,7 @@ class SparseStrategy(Strategy):
         """Raise PayloadError unless `fold` may see this reply. Default: loss, samples and the model that came up."""
         check_number(payload, "loss")
         self.check_samples(payload)
-        self.up.check(payload.arrays, self.layout, self.mask_for(client))
+        self.codec_up(payload.round).check(payload.arrays, self.layout, self.mask_for(client))
 
 
 def density_pair(*masks: Mask) -> tuple[float, float]:

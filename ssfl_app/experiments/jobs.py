@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ssfl_app import config as configuration
 from ssfl_app import locks
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.experiments import workers
 from ssfl_app.experiments.sweep_spec import TASK, RunSpec, difference
 from ssfl_app.options import ConfigError
@@ -51,7 +52,7 @@ def check_all(runs: Sequence[RunSpec]) -> None:
         check_at_once(config)
         if task(run) not in layouts:
             layouts[task(run)] = check(config)
-        REGISTRY[config.strategy](layouts[task(run)], config.settings)
+        REGISTRY[config.strategy](ServerContext(layouts[task(run)], config.settings))
 
 
 def state(run: RunSpec, home: Path) -> str:

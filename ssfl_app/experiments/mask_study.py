@@ -7,7 +7,7 @@ of both: `distances`, `oracle_scores` and `study_masks`; ``docs/studies.md`` say
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from ssfl_app.results.study_plots import DRAWS, GRADIENT, MEASURES, SCORES, Erro
 from ssfl_app.runtime import Runtime, check, get_runtime
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
-from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import balanced_batch, pooled_snip
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -235,8 +235,7 @@ def _ranking(layout: Layout, wanted: MaskOptions) -> Callable[[Vector], Mask]:
     """Return what makes a mask of scores; raise ConfigError if there is no such mask."""
 
     def rank(scores: Vector) -> Mask:
-        scope, floor = cast(Scope, wanted.scope), wanted.min_per_layer
-        return Mask.top(layout, scores, wanted.density, scope, min_per_layer=floor)
+        return Mask.top(layout, scores, wanted.density, wanted.scope, min_per_layer=wanted.min_per_layer)
 
     try:
         rank(np.zeros(layout.prunable_size, dtype=np.float32))

@@ -8,6 +8,7 @@ import tomli_w
 
 from ssfl_app import config as configuration
 from ssfl_app.config import Config, Flat
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import check_free, claim, default_folder
@@ -31,7 +32,7 @@ def make_ready(config: Config, layout: Layout) -> Path:
     folder = Path(config.settings.run.out)
     with claim(folder):
         if config.settings.run.resume:
-            resume(REGISTRY[config.strategy](layout, config.settings), folder, config.flat)
+            resume(REGISTRY[config.strategy](ServerContext(layout, config.settings)), folder, config.flat)
         (folder / "status.json").unlink(missing_ok=True)
     return folder
 

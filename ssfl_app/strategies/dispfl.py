@@ -4,8 +4,8 @@ Dai, Shen, He, Tian and Tao, "DisPFL: Towards communication-efficient personaliz
 decentralized sparse training", ICML 2022, algorithm 1. There is no server: every client trains in every round. Client
 i starts with ``w0`` under a random mask m_i of its own, with Erdos-Renyi-Kernel densities. In round t of T it
 
-1. takes the models w_j and masks m_j with which its neighbours (room ``gossip``) and itself last trained, and starts
-   from ``m_i * sum_j w_j / sum_j m_j``, 0 where nobody owns a coordinate;
+1. takes the models w_j and masks m_j with which its neighbours (section ``gossip``) and itself last trained, and
+   starts from ``m_i * sum_j w_j / sum_j m_j``, 0 where nobody owns a coordinate;
 2. trains inside m_i: that is the model it is tested with;
 3. moves its mask: of the n alive weights of each layer the ``ceil(d n)`` of smallest magnitude die and as many dead
    ones come alive, ``d = 0.25 (1 + cos(pi (t - 1) / T))``. Who has just died may come back at once, so a layer that
@@ -29,20 +29,26 @@ clients, a model that nobody uses. A client whose answer is lost takes part with
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.comm.messenger import Reply
-from ssfl_app.comm.payload import Metadata, Payload
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import Settings
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    FromSettings,
+    Metadata,
+    Payload,
+    Query,
+    Reply,
+    Section,
+    ServerContext,
+    anything,
+    check_number,
+    choice,
+)
 from ssfl_app.core.robust import distance, there
-from ssfl_app.core.rounds import Query
-from ssfl_app.core.validation import check_number
-from ssfl_app.options import anything, choice
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, nbytes, read_mask
 from ssfl_app.sparsity.densities import Counts, erk, uniform
@@ -58,8 +64,10 @@ FIRST_DROP = 0.5
 
 
 @dataclass(frozen=True)
-class DisPflOptions:
-    """Keys of the room ``dispfl``."""
+class DisPflOptions(Section):
+    """Keys of the section ``dispfl``."""
+
+    section = "dispfl"
 
     densities: str = choice("erk", "uniform")
     same_initial: bool = anything("true or false")
@@ -72,10 +80,11 @@ class DisPflClient(ClientAlgorithm):
 
     down = BitmapAndValues
     up = BitmapAndValues
+    options = FromSettings(DisPflOptions)
 
     def train(self, payload: Payload) -> Payload:
         """Return the trained values under the mask that came down, and the bitmap of the next mask."""
-        round_ = int(payload.metadata["round"])
+        round_ = payload.round
         mask = self.load(payload)
         reply = self.reply(payload, mask, self.fit(round_, mask))
         return Payload({**reply.arrays, "mask": self._moved(round_, mask).packed()}, reply.metadata)
@@ -87,7 +96,7 @@ class DisPflClient(ClientAlgorithm):
 
     def _moved(self, round_: int, mask: Mask) -> Mask:
         """Return the next mask, by the weights on the workbench."""
-        options, run = cast(DisPflOptions, self.settings.own["dispfl"]), self.settings.run
+        options, run = self.options, self.settings.run
         if options.static:
             return mask
         site, drop_fraction = self.context, cosine_drop(FIRST_DROP, round_ - 1, run.rounds)
@@ -107,13 +116,15 @@ class DisPfl(ClientMasks):
 
     name = "dispfl"
     client = DisPflClient
-    sections = {"dispfl": DisPflOptions, "gossip": GossipOptions}  # noqa: RUF012  (ClassVar of the base)
+    options = FromSettings(DisPflOptions)
+    gossip = FromSettings(GossipOptions)
     full_participation = True
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        self._options = cast(DisPflOptions, settings.own["dispfl"])
-        self._counts = layer_counts(layout, settings.mask.density, self._options.densities)
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        self._counts = layer_counts(self.layout, self.settings.mask.density, self.options.densities)
+        self._codec = BitmapAndValues(self.settings.wire.up_values)  # of `models`
+        self._values = MaskedValues(self.settings.wire.up_values)
         self.models: list[Arrays] = []
         self._sent: dict[int, Mask] = {}  # client -> mask of its last message
         self._present = self.present(0)
@@ -121,28 +132,27 @@ class DisPfl(ClientMasks):
 
     def alive(self) -> int:
         """Return the sum over the layers."""
-        options = cast(DisPflOptions, self.settings.own["dispfl"])
-        return sum(layer_counts(self.layout, self.settings.mask.density, options.densities).values())
+        return sum(layer_counts(self.layout, self.settings.mask.density, self.options.densities).values())
 
     def before_training(self, ask: Query) -> None:
         """Draw every client's mask, and give it its part of the initial weights."""
-        layout, run, same = self.layout, self.settings.run, self._options.same_initial
+        layout, run, same = self.layout, self.settings.run, self.options.same_initial
         drawn = [0 if same else client for client in range(run.clients)]
         self.masks = [random_mask(layout, self._counts, generator(run.seed, "dispfl-mask", k)) for k in drawn]
         self._sent = dict(enumerate(self.masks))
-        self.models = [self.up.encode(self.layout, self.state, mask) for mask in self.masks]
+        self.models = [self._codec.encode(self.layout, self.state, mask) for mask in self.masks]
 
     def train_payload(self, round_: int, client: int) -> Payload:
         """Return the mean over the owners among the client and its neighbours, under the client's mask."""
         peers = neighbours(self.settings, round_, client)
         self.peer_bytes += sum(nbytes(self.models[peer]) for peer in peers)
         mean = self.layout.unflatten(self._mean(sorted([client, *peers])))
-        return self._under(client, mean, self.masks[client])
+        return self._under(round_, client, mean, self.masks[client])
 
     def eval_payload(self, round_: int, client: int) -> Payload:
         """Return the client's own model under the mask it was trained in."""
-        state, mask = self.up.decode(self.models[client], self.layout, self.mask)
-        return self._under(client, state, mask)
+        state, mask = self._codec.decode(self.models[client], self.layout, self.mask)
+        return self._under(round_, client, state, mask)
 
     def mask_for(self, client: int) -> Mask:
         """Return the mask of the client's last message: the next one for training, the old one for a test."""
@@ -153,16 +163,16 @@ class DisPfl(ClientMasks):
         check_number(payload, "loss")
         self.check_samples(payload)
         old, new = self.masks[client], read_mask(payload.arrays, self.layout)
-        MaskedValues(self.up.values).check(payload.arrays, self.layout, old)
+        self._values.check(payload.arrays, self.layout, old)
         for (name, before, _), (_, after, _) in zip(old.layers(), new.layers(), strict=True):
             if after != before:
                 raise PayloadError(f"the new mask has {after} alive weights in {name}; it must keep {before}")
 
     def update_norm(self, reply: Reply) -> float | None:
         """Return how far a model is from the mean of all, under the mask that it was trained in."""
-        codec, old = MaskedValues(self.up.values), self.masks[reply.client]
+        old = self.masks[reply.client]
         mean = there(self.layout, self.model(), old.transmitted)
-        return distance(codec.vector(reply.arrays, self.layout, old), mean)
+        return distance(self._values.vector(reply.arrays, self.layout, old), mean)
 
     def aggregator(self, round_: int) -> Aggregator:
         """Keep each client's model under its old mask, and its new mask."""
@@ -196,25 +206,24 @@ class DisPfl(ClientMasks):
             for k in range(self.settings.run.clients)
         ]
         for model, mask in zip(self.models, self.masks, strict=True):
-            self.up.check(model, self.layout, mask)
+            self._codec.check(model, self.layout, mask)
         self._sent = dict(enumerate(self.masks))
         self._present, self._consensus = self.present(round_), None
 
-    def _under(self, client: int, state: State, mask: Mask) -> Payload:
+    def _under(self, round_: int, client: int, state: State, mask: Mask) -> Payload:
         self._sent[client] = mask
-        return Payload(self.down.encode(self.layout, state, mask))
+        return Payload(self.codec_down(round_).encode(self.layout, state, mask))
 
     def _mean(self, clients: Iterable[int]) -> Vector:
         """Return the unweighted mean over the owners of each coordinate, 0 where there are none.
 
         `clients` is ascending: the sum, in float64, does not depend on who answered first.
         """
-        values = MaskedValues(self.up.values)
         total, owners = np.zeros(self.layout.size), np.zeros(self.layout.size, dtype=np.int32)
         for client in clients:
             mask = read_mask(self.models[client], self.layout)
             model = np.zeros(self.layout.size, dtype=np.float32)
-            model[mask.transmitted] = values.vector(self.models[client], self.layout, mask)
+            model[mask.transmitted] = self._values.vector(self.models[client], self.layout, mask)
             total += model
             owners += mask.transmitted
         return np.asarray(total / np.maximum(owners, 1), dtype=np.float32)

@@ -16,17 +16,22 @@ from 0.1, 1 and 2 by the loss on a tenth of the client's images, on which the ca
 
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from torch import nn
 
-from ssfl_app.comm.payload import Metadata, Payload
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import Settings
-from ssfl_app.core.strategy import SparseStrategy
-from ssfl_app.data.dataset import Images
-from ssfl_app.options import anything, at_least
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    FromSettings,
+    Images,
+    Metadata,
+    Payload,
+    Section,
+    Settings,
+    SparseStrategy,
+    anything,
+    at_least,
+)
 from ssfl_app.sparsity.layout import State, load_state, state_of
 from ssfl_app.strategies.shared.fine_tuning import held_out, held_out_of
 
@@ -35,8 +40,10 @@ HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
-class DittoOptions:
-    """Keys of the room ``ditto``."""
+class DittoOptions(Section):
+    """Keys of the section ``ditto``."""
+
+    section = "ditto"
 
     pull: float = at_least(0)
     dynamic: bool = anything("true or false")
@@ -48,22 +55,23 @@ class DittoClient(ClientAlgorithm):
     """Trains two models and sends one."""
 
     stateful = True
+    options = FromSettings(DittoOptions)
 
     @classmethod
     def uses(cls, settings: Settings) -> int:
         """Return the epochs of both models, with ditto.dynamic of all candidates."""
-        options = cast(DittoOptions, settings.own["ditto"])
+        options = DittoOptions.from_settings(settings)
         return super().uses(settings) + options.global_epochs + len(CANDIDATES) * (options.personal_epochs + 1)
 
     @classmethod
     def trained(cls, settings: Settings, images: int) -> int:
         """Return all images; with ditto.dynamic those that are not held out."""
-        dynamic = cast(DittoOptions, settings.own["ditto"]).dynamic
+        dynamic = DittoOptions.from_settings(settings).dynamic
         return images - held_out_of(images, HELD_OUT) if dynamic else images
 
     def train(self, payload: Payload) -> Payload:
         """Train the global model, then the personal one; return the global one."""
-        options, round_ = self._options, int(payload.metadata["round"])
+        options, round_ = self.options, payload.round
         mask = self.load(payload)
         down = {name: tensor.clone() for name, tensor in state_of(self.context.model).items()}
         loss = self.fit(round_, epochs=options.global_epochs)
@@ -83,15 +91,11 @@ class DittoClient(ClientAlgorithm):
         load_state(self.context.model, self.personal_model(payload))
         return self.tested(payload, "personal_accuracy") | metadata
 
-    @property
-    def _options(self) -> DittoOptions:
-        return cast(DittoOptions, self.settings.own["ditto"])
-
     def _pulled(self, round_: int, own: State, towards: State, pull: float, data: Images) -> None:
         """Train `own` on the workbench, pulled towards the other model after every step."""
         load_state(self.context.model, own)
         step = partial(pull_towards, towards=towards, by=self.settings.local.rate(round_) * pull)
-        epochs = self._options.personal_epochs
+        epochs = self.options.personal_epochs
         self.fit(round_, purpose="personal", data=data, epochs=epochs, after_step=step)
 
     def _chosen(self, round_: int, own: State, towards: State) -> State:
@@ -118,5 +122,4 @@ class Ditto(SparseStrategy):
 
     name = "ditto"
     client = DittoClient
-    sections = {"ditto": DittoOptions}  # noqa: RUF012  (ClassVar of the base)
     uses_density = False

@@ -4,7 +4,7 @@ Lian, Zhang, Zhang, Hsieh, Zhang and Liu, "Can decentralized algorithms outperfo
 study for decentralized parallel stochastic gradient descent", NeurIPS 2017, algorithm 1; with local epochs in place
 of one SGD step, as a baseline in the public code of DisPFL. In round r every client i
 
-1. takes the uniform mean of its own and its neighbours' models of round r - 1 (room ``gossip``);
+1. takes the uniform mean of its own and its neighbours' models of round r - 1 (section ``gossip``);
 2. trains it for one local round; that is its model of round r.
 
 The global accuracies are those of the consensus, the uniform mean of all models; the personal accuracy is that of the
@@ -23,13 +23,11 @@ ring would not keep the mean of all models. A client whose answer is lost takes 
 server took. A lossy wire.up-values rounds a client's own model in its mean as well.
 """
 
-from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import Settings
+from ssfl_app.core.algorithm import ClientAlgorithm, FromSettings, Metadata, Payload, shared_buffers
 from ssfl_app.sparsity.layout import load_state, state_of
 from ssfl_app.sparsity.values import Arrays
-from ssfl_app.strategies.shared.fine_tuning import FinetuneOptions, finetuned, finetuning_of
+from ssfl_app.strategies.shared.fine_tuning import FineTuningClient
 from ssfl_app.strategies.shared.gossip import GossipOptions, PeerModelServer, neighbours
 
 
@@ -51,19 +49,14 @@ class DpsgdClient(ClientAlgorithm):
         return self.tested(payload, "personal_accuracy") | metadata
 
 
-class DpsgdFtClient(DpsgdClient):
+class DpsgdFtClient(FineTuningClient, DpsgdClient):
     """The same, which in the end fine-tunes the consensus."""
-
-    @classmethod
-    def uses(cls, settings: Settings) -> int:
-        """Return the epochs of fine-tuning too."""
-        return super().uses(settings) + finetuning_of(settings).epochs
 
     def evaluate(self, payload: Payload) -> Metadata:
         """Test the consensus, and the client's own model; after the last round a fine-tuned consensus instead."""
-        if payload.metadata["round"] != self.settings.run.rounds:
+        if payload.round != self.settings.run.rounds:
             return super().evaluate(payload)
-        return ClientAlgorithm.evaluate(self, payload) | finetuned(self, payload)
+        return ClientAlgorithm.evaluate(self, payload) | self.finetuned(payload)
 
 
 class Dpsgd(PeerModelServer):
@@ -71,7 +64,7 @@ class Dpsgd(PeerModelServer):
 
     name = "dpsgd"
     client = DpsgdClient
-    sections = {"gossip": GossipOptions}  # noqa: RUF012  (ClassVar of the base)
+    gossip = FromSettings(GossipOptions)
 
     _mixed: tuple[int, list[int], Arrays] = (0, [], {})
 
@@ -82,7 +75,11 @@ class Dpsgd(PeerModelServer):
         group = sorted([client, *others])
         if self._mixed[:2] != (round_, group):
             state = self.layout.unflatten(self.mean(group))
-            self._mixed = (round_, group, shared_buffers(self.down.encode(self.layout, state, self.mask)))
+            self._mixed = (
+                round_,
+                group,
+                shared_buffers(self.codec_down(round_).encode(self.layout, state, self.mask)),
+            )
         return Payload(self._mixed[2])
 
     def aggregator(self, round_: int) -> Aggregator:
@@ -100,4 +97,3 @@ class DpsgdFt(Dpsgd):
 
     name = "dpsgd-ft"
     client = DpsgdFtClient
-    sections = {"gossip": GossipOptions, "finetune": FinetuneOptions}  # noqa: RUF012  (ClassVar of the base)

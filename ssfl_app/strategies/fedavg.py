@@ -4,7 +4,7 @@ McMahan et al., "Communication-efficient learning of deep networks from decentra
 a sampled cohort trains the global model, ``w = sum_k n_k w_k / sum_k n_k``.
 """
 
-from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.core.algorithm import SparseStrategy
 
 
 class FedAvg(SparseStrategy):

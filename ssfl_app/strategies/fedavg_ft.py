@@ -8,34 +8,25 @@ Departures: that code trains with round -1, so at lr * decay**-1; here it is the
 finetune.lr "scheduled", that of the next round). The fine-tuned models stay on the clients and are not kept.
 """
 
-from ssfl_app.comm.payload import Metadata, Payload
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import Settings
-from ssfl_app.core.strategy import SparseStrategy
-from ssfl_app.strategies.shared.fine_tuning import FinetuneOptions, finetuned, finetuning_of
+from ssfl_app.core.algorithm import Metadata, Payload, SparseStrategy
+from ssfl_app.strategies.shared.fine_tuning import FineTuningClient
 
 
-class FinetuneClient(ClientAlgorithm):
+class FedAvgFtClient(FineTuningClient):
     """FedAvg's client, which fine-tunes before its last test."""
-
-    @classmethod
-    def uses(cls, settings: Settings) -> int:
-        """Return the epochs of fine-tuning too."""
-        return super().uses(settings) + finetuning_of(settings).epochs
 
     def evaluate(self, payload: Payload) -> Metadata:
         """Test the global model; after the last round also a fine-tuned copy, as personal accuracy."""
         metadata = super().evaluate(payload)
-        if payload.metadata["round"] != self.settings.run.rounds:
+        if payload.round != self.settings.run.rounds:
             return metadata
-        return metadata | finetuned(self, payload)
+        return metadata | self.finetuned(payload)
 
 
 class FedAvgFt(SparseStrategy):
     """The server does what FedAvg's does."""
 
     name = "fedavg-ft"
-    client = FinetuneClient
-    sections = {"finetune": FinetuneOptions}  # noqa: RUF012  (ClassVar of the base)
+    client = FedAvgFtClient
     uses_density = False
     error_feedback_ok = True

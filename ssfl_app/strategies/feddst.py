@@ -24,21 +24,27 @@ default; its scripts for CIFAR have 0.01. `feddst.proximal` is FedProx's mu; the
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ssfl_app.comm.messenger import Reply
-from ssfl_app.comm.payload import Payload
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    FromSettings,
+    Payload,
+    Query,
+    Reply,
+    Section,
+    ServerContext,
+    Settings,
+    SparseStrategy,
+    at_least,
+    fraction,
+)
 from ssfl_app.core.means import OverlapMean
-from ssfl_app.core.options import Settings
-from ssfl_app.core.rounds import Query
-from ssfl_app.core.strategy import SparseStrategy
-from ssfl_app.options import at_least, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, Codec, MaskedValues, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled
@@ -49,8 +55,10 @@ from ssfl_app.sparsity.values import PayloadError
 
 
 @dataclass(frozen=True)
-class FedDstOptions:
-    """Keys of the room ``feddst``."""
+class FedDstOptions(Section):
+    """Keys of the section ``feddst``."""
+
+    section = "feddst"
 
     every: int = at_least(1)
     until: float = fraction()
@@ -87,17 +95,26 @@ class FedDstClient(ClientAlgorithm):
     """Trains inside the global mask, and moves it in the rounds for that."""
 
     down = MaskedValues
-    up = BitmapAndValues
+    options = FromSettings(FedDstOptions)
+
+    @classmethod
+    def codec_up(cls, settings: Settings, round_: int) -> type[Codec]:
+        """Return how the model goes up: with its mask in rounds that move masks."""
+        return (
+            BitmapAndValues
+            if FedDstOptions.from_settings(settings).moves(round_, settings.run.rounds)
+            else MaskedValues
+        )
 
     def train(self, payload: Payload) -> Payload:
         """Return the alive values, and their mask if it moved."""
-        options, run = cast(FedDstOptions, self.settings.own["feddst"]), self.settings.run
-        mask, round_, epochs = self.load(payload), int(payload.metadata["round"]), self.settings.local.epochs
+        options, run = self.options, self.settings.run
+        mask, round_, epochs = self.load(payload), payload.round, self.settings.local.epochs
         changes: dict[str, Any] = {}
         if options.proximal:
             changes["penalty"] = proximal(self.context.model, options.proximal)
         if not options.moves(round_, run.rounds):
-            return self.reply(payload, mask, self.fit(round_, mask, **changes), up=MaskedValues)
+            return self.reply(payload, mask, self.fit(round_, mask, **changes))
         total = 0.0
         if epochs > 1:
             total = (epochs - 1) * self.fit(round_, mask, epochs=epochs - 1, **changes)
@@ -121,33 +138,22 @@ class FedDst(SparseStrategy):
 
     name = "feddst"
     client = FedDstClient
-    sections = {"feddst": FedDstOptions}  # noqa: RUF012  (ClassVar of the base)
+    options = FromSettings(FedDstOptions)
     has_floor = False
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        self.counts = layer_counts(layout, settings.mask.density)
-        self._moves = False
-
-    @property
-    def up(self) -> Codec:
-        """The codec of models sent back: with their masks only in rounds that move them."""
-        return (BitmapAndValues if self._moves else MaskedValues)(self.settings.wire.up_values)
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        self.counts = layer_counts(self.layout, self.settings.mask.density)
 
     def before_training(self, ask: Query) -> None:
         """Draw the first mask and apply it to the initial weights."""
         self.mask = random_mask(self.layout, self.counts, generator(self.settings.run.seed, "feddst-mask"))
         self.state = self.mask.apply(self.state)
 
-    def before_round(self, round_: int, ask: Query) -> None:
-        """Note whether masks move in this round."""
-        options, run = cast(FedDstOptions, self.settings.own["feddst"]), self.settings.run
-        self._moves = options.moves(round_, run.rounds)
-
     def check_trained(self, client: int, payload: Payload) -> None:
         """Refuse a mask that moved weights from one layer to another, too."""
         super().check_trained(client, payload)
-        if not self._moves:
+        if not self.options.moves(payload.round, self.settings.run.rounds):
             return
         for name, alive, _ in read_mask(payload.arrays, self.layout).layers():
             if alive != self.counts[name]:
@@ -155,7 +161,7 @@ class FedDst(SparseStrategy):
 
     def aggregator(self, round_: int) -> Aggregator:
         """Take the mean; where masks moved, over the owners, and keep the largest weights that somebody owns."""
-        if not self._moves:
+        if not self.options.moves(round_, self.settings.run.rounds):
             return super().aggregator(round_)
         mean = OverlapMean(self.layout.size)
 

@@ -26,29 +26,41 @@ there; the authors' own code lowers it. A weight that is no finite number, of a 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.comm.messenger import Reply
-from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import Settings
-from ssfl_app.data.dataset import Images
-from ssfl_app.options import anything, at_least, fraction, option
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    FromSettings,
+    Images,
+    Metadata,
+    Payload,
+    Reply,
+    Section,
+    ServerContext,
+    Settings,
+    anything,
+    at_least,
+    fraction,
+    option,
+    shared_buffers,
+)
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import LinearCodec
-from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
+from ssfl_app.sparsity.codec import Dense
+from ssfl_app.sparsity.layout import Vector, load_state, state_of
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, read_array
 from ssfl_app.strategies.shared.fine_tuning import held_out, held_out_of
 from ssfl_app.strategies.shared.gossip import PeerModelServer
 
 
 @dataclass(frozen=True)
-class FedFomoOptions:
-    """Keys of the room ``fedfomo``."""
+class FedFomoOptions(Section):
+    """Keys of the section ``fedfomo``."""
+
+    section = "fedfomo"
 
     peers: int = at_least(1)
     epsilon: float = option("a number from 0 to 1", lambda value: 0 <= value <= 1)
@@ -60,25 +72,26 @@ class FedFomoClient(ClientAlgorithm):
     """Keeps its own model, and judges those of its peers."""
 
     stateful = True
+    options = FromSettings(FedFomoOptions)
 
     @classmethod
     def uses(cls, settings: Settings) -> int:
         """Return the tests of the peers' models too."""
-        return super().uses(settings) + cast(FedFomoOptions, settings.own["fedfomo"]).peers
+        return super().uses(settings) + FedFomoOptions.from_settings(settings).peers
 
     @classmethod
     def trained(cls, settings: Settings, images: int) -> int:
         """Return the images that are not held out."""
-        return images - held_out_of(images, cast(FedFomoOptions, settings.own["fedfomo"]).validation)
+        return images - held_out_of(images, FedFomoOptions.from_settings(settings).validation)
 
     def train(self, payload: Payload) -> Payload:
         """Train the client's model, mix it with what came down, and return it with the peers' weights."""
-        site, options = self.context, cast(FedFomoOptions, self.settings.own["fedfomo"])
+        site, options = self.context, self.options
         training, validation = held_out(self, options.validation)
         site.enough(len(validation), "a judgement of other models (fedfomo.validation)")
         start = site.layout.flatten(self.personal_model(payload))
         before = self._loss(start, validation)  # and `start` is on the workbench
-        loss = self.fit(int(payload.metadata["round"]), data=training)
+        loss = self.fit(payload.round, data=training)
         candidates = [site.layout.flatten(state_of(site.model)), *self._peers(payload)]
         weights = [weight(start, before, other, self._loss(other, validation)) for other in candidates]
         own = mixed(start, candidates, weights)
@@ -98,7 +111,7 @@ class FedFomoClient(ClientAlgorithm):
         return self.context.trainer.evaluate(self.context.model, validation)[0]
 
     def _peers(self, payload: Payload) -> list[Vector]:
-        codec, models = cast(LinearCodec, self.down(self.settings.wire.down_values)), dict[int, Arrays]()
+        codec, models = Dense(self.settings.wire.down_values), dict[int, Arrays]()
         for key, array in payload.arrays.items():
             name, _, place = key.rpartition(".")
             models.setdefault(int(place), {})[name] = array
@@ -129,28 +142,27 @@ class FedFomo(PeerModelServer):
 
     name = "fedfomo"
     client = FedFomoClient
-    sections = {"fedfomo": FedFomoOptions}  # noqa: RUF012  (ClassVar of the base)
+    options = FromSettings(FedFomoOptions)
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        self.preferences = np.zeros((settings.run.clients, settings.run.clients))
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        self.preferences = np.zeros((self.settings.run.clients, self.settings.run.clients))
         self._sent: dict[int, list[int]] = {}  # client -> whose models it got in this round
         self._relayed: dict[int, Arrays] = {}
 
     def peers(self, round_: int, client: int) -> list[int]:
         """Return the clients whose models this one gets, ascending."""
-        options = cast(FedFomoOptions, self.settings.own["fedfomo"])
         rng = generator(self.settings.run.seed, "fedfomo", round_, client)
-        explores = rng.random() < options.epsilon
+        explores = rng.random() < self.options.epsilon
         others = rng.permutation([other for other in self.heard if other != client]).astype(np.int64)
         if not explores:
             others = others[np.argsort(-self.preferences[client, others], kind="stable")]
-        return sorted(int(other) for other in others[: options.peers])
+        return sorted(int(other) for other in others[: self.options.peers])
 
     def train_payload(self, round_: int, client: int) -> Payload:
         """Return the peers' models, one after the other."""
         self._sent[client] = self.peers(round_, client)
-        models = [self._encoded_last(other) for other in self._sent[client]]
+        models = [self._encoded_last(round_, other) for other in self._sent[client]]
         payload = Payload({f"{name}.{i}": array for i, model in enumerate(models) for name, array in model.items()})
         self.peer_bytes += payload.nbytes
         return payload
@@ -169,9 +181,9 @@ class FedFomo(PeerModelServer):
         """Return nothing: the client tests its own model."""
         return Payload()
 
-    def answers(self, question: str | None = None) -> Allowed:
+    def answers(self, round_: int, question: str | None = None) -> Allowed:
         """Return the model and a weight for each peer."""
-        return {**super().answers(question), "preference": (np.float32, self.settings.run.clients)}
+        return {**super().answers(round_, question), "preference": (np.float32, self.settings.run.clients)}
 
     def check_trained(self, client: int, payload: Payload) -> None:
         """Raise PayloadError unless a finite weight came for each peer."""
@@ -189,13 +201,11 @@ class FedFomo(PeerModelServer):
         super().load_state_dict(round_, arrays)
         self.preferences = np.array(arrays["preferences"], dtype=np.float64).reshape(self.preferences.shape)
 
-    def _encoded_last(self, client: int) -> Arrays:
+    def _encoded_last(self, round_: int, client: int) -> Arrays:
         # Passed on as it came if both directions have one value type; each is serialised once, whoever gets it.
-        if self.up.values == self.down.values:
+        if self.settings.wire.up_values == self.settings.wire.down_values:
             return self.last(client)
         if client not in self._relayed:
-            state = self.layout.unflatten(
-                cast(LinearCodec, self.up).vector(self.last(client), self.layout, self.mask)
-            )
-            self._relayed[client] = shared_buffers(self.down.encode(self.layout, state, self.mask))
+            state = self.layout.unflatten(self.last_vector(client))
+            self._relayed[client] = shared_buffers(self.codec_down(round_).encode(self.layout, state, self.mask))
         return self._relayed[client]

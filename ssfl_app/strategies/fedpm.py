@@ -24,21 +24,31 @@ gradient of a draw by theta. Adam starts anew in each round (there: once a clien
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ssfl_app.comm.messenger import Reply
-from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import Settings
-from ssfl_app.core.rounds import Query
-from ssfl_app.core.strategy import SparseStrategy, density_pair
-from ssfl_app.core.validation import stored
-from ssfl_app.options import ConfigError, above, at_least, choice
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    ConfigError,
+    FromSettings,
+    Metadata,
+    Payload,
+    Query,
+    Reply,
+    Section,
+    ServerContext,
+    SparseStrategy,
+    above,
+    at_least,
+    choice,
+    density_pair,
+    shared_buffers,
+    stored,
+)
 from ssfl_app.seeding import generator, torch_generator
 from ssfl_app.sparsity.codec import BitmapOnly, LinearCodec, read_mask
 from ssfl_app.sparsity.layout import Bits, Layout, State, load_state, state_of
@@ -51,8 +61,10 @@ CLAMP = 0.01
 
 
 @dataclass(frozen=True)
-class FedPmOptions:
-    """Keys of the room ``fedpm``."""
+class FedPmOptions(Section):
+    """Keys of the section ``fedpm``."""
+
+    section = "fedpm"
 
     lr: float = above(0)
     reset: int = at_least(0)
@@ -91,19 +103,20 @@ class FedPmClient(ClientAlgorithm):
 
     down = Prunable
     up = BitmapOnly
+    options = FromSettings(FedPmOptions)
 
     def train(self, payload: Payload) -> Payload:
         """Train the scores that came down as probabilities; return one mask drawn from them."""
         self.load(payload)
-        site, round_ = self.context, int(payload.metadata["round"])
-        options, where = cast(FedPmOptions, self.settings.own["fedpm"]), (round_, site.client_id)
+        site, round_ = self.context, payload.round
+        where = round_, site.client_id
         network, theta = self._constants(payload), state_of(site.model)
         scores = {name: torch.logit(theta[name].clamp(CLAMP, 1 - CLAMP)) for name in site.layout.prunable}
         load_state(site.model, network | scores)
         chance = torch_generator(self.settings.run.seed, "fedpm", *where)
         fixed = {name: network[name] for name in scores}
         with bernoulli_weights(site.model, chance, constants=fixed):
-            loss = self.fit(round_, lr=options.lr, optimizer=torch.optim.Adam)
+            loss = self.fit(round_, lr=self.options.lr, optimizer=torch.optim.Adam)
         trained = torch.from_numpy(site.layout.flatten_prunable(state_of(site.model)))
         rng = generator(self.settings.run.seed, "fedpm-upload", *where)
         return self.reply(payload, drawn(site.layout, torch.sigmoid(trained).numpy(), rng), loss)
@@ -146,21 +159,16 @@ class FedPm(SparseStrategy):
 
     name = "fedpm"
     client = FedPmClient
-    sections = {"fedpm": FedPmOptions}  # noqa: RUF012  (ClassVar of the base)
+    options = FromSettings(FedPmOptions)
     uses_density = False
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        if any(name.endswith("running_mean") for name, _ in layout.shapes):
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        if any(name.endswith("running_mean") for name, _ in self.layout.shapes):
             raise ConfigError("model.norm is 'batch'; with fedpm, which sends no statistics, it is group or none")
         self.signs = self.network = self.mask
-        self.ones, self.masks = np.zeros(layout.prunable_size, dtype=np.int64), 0
+        self.ones, self.masks = np.zeros(self.layout.prunable_size, dtype=np.int64), 0
         self._bits: Arrays = {}
-
-    @property
-    def options(self) -> FedPmOptions:
-        """The room ``fedpm``."""
-        return cast(FedPmOptions, self.settings.own["fedpm"])
 
     def before_training(self, ask: Query) -> None:
         """Take the signs of the initial weights, and draw the first scores from N(0, 1)."""

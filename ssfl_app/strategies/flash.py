@@ -25,19 +25,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, cast
 
 import numpy as np
 
-from ssfl_app.comm.messenger import Reply
-from ssfl_app.comm.payload import Payload
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    FromSettings,
+    Payload,
+    Query,
+    Reply,
+    Section,
+    Settings,
+    SparseStrategy,
+    at_least,
+    fraction,
+)
 from ssfl_app.core.means import WeightedMean
-from ssfl_app.core.options import Settings
-from ssfl_app.core.rounds import Query
-from ssfl_app.core.strategy import SparseStrategy
-from ssfl_app.options import at_least, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, Codec, MaskedValues, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled
@@ -48,8 +52,10 @@ from ssfl_app.sparsity.values import Allowed, PayloadError, allowed_values, chec
 
 
 @dataclass(frozen=True)
-class FlashOptions:
-    """Keys of the room ``flash``."""
+class FlashOptions(Section):
+    """Keys of the section ``flash``."""
+
+    section = "flash"
 
     stage_clients: float = fraction()
     stage_epochs: int = at_least(1)
@@ -106,13 +112,14 @@ class FlashClient(ClientAlgorithm):
     """Answers "layer_densities" by sparse learning; trains as FedAvg's client does, inside the mask."""
 
     down = MaskedValues
-    up: ClassVar[type[Codec]] = MaskedValues
+    up = MaskedValues
     query_types = ("layer_densities",)
+    options = FromSettings(FlashOptions)
 
     @classmethod
     def uses(cls, settings: Settings) -> int:
         """Return the epochs of stage 1 too."""
-        return super().uses(settings) + cast(FlashOptions, settings.own["flash"]).stage_epochs
+        return super().uses(settings) + FlashOptions.from_settings(settings).stage_epochs
 
     def answer_query(self, question: str, payload: Payload) -> Payload:
         """Return the layer densities, float32, shape (prunable tensors,), that sparse learning ends with."""
@@ -122,11 +129,6 @@ class FlashClient(ClientAlgorithm):
         start, rate = first_mask(self.context.layout, self.settings), self.settings.local.lr
         mask, _ = self.learn(0, start, self.options.stage_epochs, "flash-stage", rate)
         return Payload({"values": shares_of(mask)}, {"samples": len(self.context.train)})
-
-    @property
-    def options(self) -> FlashOptions:
-        """The room ``flash``."""
-        return cast(FlashOptions, self.settings.own["flash"])
 
     def learn(
         self, round_: int, mask: Mask, epochs: int, purpose: str, lr: float | None = None
@@ -150,15 +152,18 @@ class FlashClient(ClientAlgorithm):
 class FlashJointClient(FlashClient):
     """Moves the mask while it trains, in the rounds for that."""
 
-    up = BitmapAndValues
+    @classmethod
+    def codec_up(cls, settings: Settings, round_: int) -> type[Codec]:
+        """Return how the model goes up: with its mask in rounds that change the mask."""
+        return BitmapAndValues if FlashOptions.from_settings(settings).changes(round_) else MaskedValues
 
     def train(self, payload: Payload) -> Payload:
         """Train, with sparse learning in rounds that change the mask; return the alive values, and the new mask."""
-        mask, round_ = self.load(payload), int(payload.metadata["round"])
+        mask, round_ = self.load(payload), payload.round
         if self.options.changes(round_):
             found, loss = self.learn(round_, mask, self.settings.local.epochs, "flash-joint")
             return self.reply(payload, found, loss)
-        return self.reply(payload, mask, self.fit(round_, mask), up=MaskedValues)
+        return self.reply(payload, mask, self.fit(round_, mask))
 
 
 class Flash(SparseStrategy):
@@ -166,14 +171,9 @@ class Flash(SparseStrategy):
 
     name = "flash"
     client = FlashClient
-    sections = {"flash": FlashOptions}  # noqa: RUF012  (ClassVar of the base)
+    options = FromSettings(FlashOptions)
     has_floor = False
     error_feedback_ok = True
-
-    @property
-    def options(self) -> FlashOptions:
-        """The room ``flash``."""
-        return cast(FlashOptions, self.settings.own["flash"])
 
     def before_training(self, ask: Query) -> None:
         """Ask for layer densities, draw the mask and apply it to the initial weights."""
@@ -187,10 +187,10 @@ class Flash(SparseStrategy):
         self.mask = random_mask(self.layout, self._counts(shares), rng)
         self.state = self.mask.apply(self.state)
 
-    def answers(self, question: str | None = None) -> Allowed:
+    def answers(self, round_: int, question: str | None = None) -> Allowed:
         """Return the densities of the layers for a question."""
         layers = allowed_values("fp32", len(self.layout.prunable))
-        return super().answers() if question is None else layers
+        return super().answers(round_) if question is None else layers
 
     def asked(self) -> list[int]:
         """Return the clients of stage 1: a random share of those that are there, rounded down, at least one."""
@@ -227,22 +227,9 @@ class FlashJoint(Flash):
     name = "flash-joint"
     client = FlashJointClient
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        self._changes = True
-
-    @property
-    def up(self) -> Codec:
-        """The codec of models sent back: with their masks only in rounds that change the mask."""
-        return (BitmapAndValues if self._changes else MaskedValues)(self.settings.wire.up_values)
-
-    def before_round(self, round_: int, ask: Query) -> None:
-        """Note whether this round changes the mask."""
-        self._changes = self.options.changes(round_)
-
     def aggregator(self, round_: int) -> Aggregator:
         """Average weights, and layer densities if the mask changes; keep the largest weights of each layer."""
-        if not self._changes:
+        if not self.options.changes(round_):
             return super().aggregator(round_)
         weights, shares = WeightedMean(self.layout.size), WeightedMean(len(self.layout.prunable))
 
@@ -261,6 +248,8 @@ class FlashJoint(Flash):
     def check_trained(self, client: int, payload: Payload) -> None:
         """Refuse a mask of another density too: the mean would take it for a layer's sensitivity."""
         super().check_trained(client, payload)
-        count = read_mask(payload.arrays, self.layout).count if self._changes else self.mask.count
+        count = (
+            read_mask(payload.arrays, self.layout).count if self.options.changes(payload.round) else self.mask.count
+        )
         if count != self.mask.count:
             raise PayloadError(f"a mask has {count} alive weights; it came down with {self.mask.count}")

@@ -19,27 +19,33 @@ layer). A client that was lost before it told its mask gets the random one.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
 
-from ssfl_app.comm.messenger import Reply
-from ssfl_app.comm.payload import Metadata, Payload
 from ssfl_app.core.aggregation import Aggregator, ReplyOverlapMean, ReplyZerosMean
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import Settings
-from ssfl_app.core.rounds import Query
-from ssfl_app.options import choice
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    FromSettings,
+    Metadata,
+    Payload,
+    Query,
+    Reply,
+    Section,
+    Settings,
+    choice,
+)
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapOnly, MaskedValues, read_mask
 from ssfl_app.sparsity.layout import Layout
-from ssfl_app.sparsity.mask import Mask, Scope, keep_count
+from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import Allowed, PayloadError
 from ssfl_app.strategies.shared.client_masks import ClientMasks
-from ssfl_app.strategies.shared.scoring import snip_scores
+from ssfl_app.strategies.shared.scoring import ScoringClient, snip_scores
 
 
 @dataclass(frozen=True)
-class LocalMaskOptions:
-    """Keys of the room ``local-mask``."""
+class LocalMaskOptions(Section):
+    """Keys of the section ``local-mask``."""
+
+    section = "local-mask"
 
     mean: str = choice("overlap", "zeros")
 
@@ -47,7 +53,7 @@ class LocalMaskOptions:
 def random_mask(layout: Layout, settings: Settings, client: int) -> Mask:
     """Return the random mask of a client."""
     rng = generator(settings.run.seed, "random-local", client)
-    return Mask.random(layout, settings.mask.density, rng, cast(Scope, settings.mask.scope))
+    return Mask.random(layout, settings.mask.density, rng, settings.mask.scope)
 
 
 class LocalMaskClient(ClientAlgorithm):
@@ -70,7 +76,7 @@ class LocalMaskClient(ClientAlgorithm):
         return self.tested(payload, "personal_accuracy")
 
 
-class LocalSaliencyClient(LocalMaskClient):
+class LocalSaliencyClient(ScoringClient, LocalMaskClient):
     """Finds its own mask."""
 
     query_types = ("own_mask",)
@@ -79,12 +85,9 @@ class LocalSaliencyClient(LocalMaskClient):
         """Return the bitmap of the client's own top scores, and keep it."""
         if question not in self.query_types:
             return super().answer_query(question, payload)
-        site, options, wanted = self.context, cast(Any, self.settings.own["ssfl"]), self.settings.mask
-        state = self.initial_weights(payload)
-        scores = snip_scores(self, state, options.saliency_batches, options.saliency_batch_size)
-        own = Mask.top(
-            site.layout, scores, wanted.density, cast(Scope, wanted.scope), min_per_layer=wanted.min_per_layer
-        )
+        site, wanted, state = self.context, self.settings.mask, self.initial_weights(payload)
+        scores = snip_scores(self, state)
+        own = Mask.top(site.layout, scores, wanted.density, wanted.scope, min_per_layer=wanted.min_per_layer)
         site.memory.keep(own.digest, own.packed())
         return Payload(BitmapOnly().encode(site.layout, state, own), {"samples": len(site.train)})
 
@@ -94,7 +97,7 @@ class RandomLocal(ClientMasks):
 
     name = "random-local"
     client = LocalMaskClient
-    sections = {"local-mask": LocalMaskOptions}  # noqa: RUF012  (ClassVar of the base)
+    options = FromSettings(LocalMaskOptions)
 
     def before_training(self, ask: Query) -> None:
         """Both ends draw the masks."""
@@ -104,7 +107,7 @@ class RandomLocal(ClientMasks):
 
     def aggregator(self, round_: int) -> Aggregator:
         """Take the mean, over those who hold a coordinate or over all."""
-        zeros = cast(LocalMaskOptions, self.settings.own["local-mask"]).mean == "zeros"
+        zeros = self.options.mean == "zeros"
         mean = ReplyZerosMean(self) if zeros else ReplyOverlapMean(self)
 
         def finish() -> None:
@@ -133,9 +136,9 @@ class LocalSaliency(RandomLocal):
 
         ask("own_mask", range(self.settings.run.clients), self._check_mask, take)
 
-    def answers(self, question: str | None = None) -> Allowed:
+    def answers(self, round_: int, question: str | None = None) -> Allowed:
         """Return the bitmap for a question."""
-        return super().answers() if question is None else BitmapOnly().allowed(self.layout)
+        return super().answers(round_) if question is None else BitmapOnly().allowed(self.layout)
 
     def _check_mask(self, client: int, payload: Payload) -> None:
         self.check_samples(payload)

@@ -22,23 +22,22 @@ would need them. What is less than one weight a layer above mask.density stays, 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.comm.payload import Payload
-from ssfl_app.core.rounds import Query
-from ssfl_app.core.validation import stored
-from ssfl_app.options import at_least, fraction
+from ssfl_app.core.algorithm import FromSettings, Payload, Query, Section, at_least, fraction, stored
 from ssfl_app.sparsity.layout import State, load_state, state_digest
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.shared.iterative_pruning import IterativePruning, IterativePruningClient
 
 
 @dataclass(frozen=True)
-class LotteryFlOptions:
-    """Keys of the room ``lotteryfl``."""
+class LotteryFlOptions(Section):
+    """Keys of the section ``lotteryfl``."""
+
+    section = "lotteryfl"
 
     step: float = fraction()
     accuracy: float = at_least(0)
@@ -47,15 +46,16 @@ class LotteryFlOptions:
 class LotteryFlClient(IterativePruningClient):
     """Prunes before training, and then starts from the initial weights."""
 
+    options = FromSettings(LotteryFlOptions)
+
     def train(self, payload: Payload) -> Payload:
         """Prune and rewind if the model is good enough, train, and return the weights under the mask."""
-        options = cast(LotteryFlOptions, self.settings.own["lotteryfl"])
         mask = self.load(payload)
-        smaller = self.pruned(mask, options.step)
-        if smaller.count < mask.count and self.training_accuracy() > options.accuracy:
+        smaller = self.pruned(mask, self.options.step)
+        if smaller.count < mask.count and self.training_accuracy() > self.options.accuracy:
             mask = smaller
             load_state(self.context.model, mask.apply(self._initial(payload)))
-        return self.answer(payload, mask, self.fit(int(payload.metadata["round"]), mask))
+        return self.answer(payload, mask, self.fit(payload.round, mask))
 
     def _initial(self, payload: Payload) -> State:
         state = self.context.initial_state()
@@ -71,7 +71,6 @@ class LotteryFl(IterativePruning):
 
     name = "lotteryfl"
     client = LotteryFlClient
-    sections = {"lotteryfl": LotteryFlOptions}  # noqa: RUF012  (ClassVar of the base)
     _weights = ""
 
     def before_training(self, ask: Query) -> None:

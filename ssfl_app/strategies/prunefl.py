@@ -26,26 +26,32 @@ cross-entropy without augmentation. Checks of stage 1 are a local round apart, w
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
-from ssfl_app.comm.messenger import Reply
-from ssfl_app.comm.payload import Payload
 from ssfl_app.core.aggregation import Aggregator, ReplyMean
-from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    FromSettings,
+    Payload,
+    Query,
+    Reply,
+    Section,
+    Settings,
+    SparseStrategy,
+    at_least,
+    choice,
+    fraction,
+)
 from ssfl_app.core.means import WeightedMean
-from ssfl_app.core.options import Settings
 from ssfl_app.core.robust import ScoreFold
-from ssfl_app.core.rounds import Query
-from ssfl_app.core.strategy import SparseStrategy
-from ssfl_app.options import at_least, choice, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, read_mask
 from ssfl_app.sparsity.layout import Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.selection import largest
 from ssfl_app.sparsity.values import MAX_VALUE, Allowed, PayloadError, check_values, read_array
+from ssfl_app.strategies.shared.scoring import SsflOptions
 
 HALF_LIFE = 10_000
 """Rounds after which half as many weights are removed."""
@@ -55,18 +61,15 @@ SETTLED, CALM = 0.1, 5
 
 
 @dataclass(frozen=True)
-class PruneFlOptions:
-    """Keys of the room ``prunefl``."""
+class PruneFlOptions(Section):
+    """Keys of the section ``prunefl``."""
+
+    section = "prunefl"
 
     checks: int = at_least(0)
     every: int = at_least(1)
     prune: float = fraction()
     density: str = choice("target", "max")
-
-
-def options_of(settings: Settings) -> PruneFlOptions:
-    """Return the options of the room ``prunefl``."""
-    return cast(PruneFlOptions, settings.own["prunefl"])
 
 
 def readjusted(mask: Mask, magnitudes: Vector, squares: Vector, share: float, most: int, target: bool) -> Mask:
@@ -122,17 +125,18 @@ class PruneFlClient(ClientAlgorithm):
     down = MaskedValues
     up = MaskedValues
     query_types = ("initial_pruning",)
+    options = FromSettings(PruneFlOptions)
 
     @classmethod
     def uses(cls, settings: Settings) -> int:
         """Return the local rounds of stage 1 too, each with its gradients."""
-        return super().uses(settings) + options_of(settings).checks * (settings.local.epochs + 1)
+        return super().uses(settings) + PruneFlOptions.from_settings(settings).checks * (settings.local.epochs + 1)
 
     def answer_query(self, question: str, payload: Payload) -> Payload:
         """Return the model and the mask of stage 1."""
         if question not in self.query_types:
             return super().answer_query(question, payload)
-        site, options, calm = self.context, options_of(self.settings), 0
+        site, options, calm = self.context, self.options, 0
         load_state(site.model, self.initial_weights(payload))
         mask, most = site.dense, keep_count(self.settings.mask.density, site.layout.prunable_size)
         for check in range(options.checks):
@@ -151,8 +155,8 @@ class PruneFlClient(ClientAlgorithm):
 
     def train(self, payload: Payload) -> Payload:
         """Train as ever; in rounds that readjust send the squared gradients at the model that came down as well."""
-        round_ = int(payload.metadata["round"])
-        if round_ % options_of(self.settings).every:
+        round_ = payload.round
+        if round_ % self.options.every:
             return super().train(payload)
         mask = self.load(payload)
         squares = self.squares(round_, "prunefl-squares")
@@ -179,12 +183,13 @@ class PruneFl(SparseStrategy):
 
     name = "prunefl"
     client = PruneFlClient
-    sections = {"prunefl": PruneFlOptions}  # noqa: RUF012  (ClassVar of the base)
+    options = FromSettings(PruneFlOptions)
+    scoring = FromSettings(SsflOptions)
     has_floor = False
 
     def before_training(self, ask: Query) -> None:
         """Have one client prune."""
-        if not options_of(self.settings).checks:
+        if not self.options.checks:
             return
         present = self.present(0)
         client = present[int(generator(self.settings.run.seed, "prunefl-client").choice(len(present)))]
@@ -194,16 +199,16 @@ class PruneFl(SparseStrategy):
 
         ask("initial_pruning", [client], self._check_pruned, take)
 
-    def answers(self, question: str | None = None) -> Allowed:
+    def answers(self, round_: int, question: str | None = None) -> Allowed:
         """Return a model and its mask for stage 1, and the squares beside a model after that."""
         if question is not None:
             return BitmapAndValues().allowed(self.layout)
-        return {**super().answers(), "squares": (np.float32, self.layout.prunable_size)}
+        return {**super().answers(round_), "squares": (np.float32, self.layout.prunable_size)}
 
     def check_trained(self, client: int, payload: Payload) -> None:
         """Refuse bad squares too, in rounds that readjust."""
         super().check_trained(client, payload)
-        if int(payload.metadata["round"]) % options_of(self.settings).every == 0:
+        if payload.round % self.options.every == 0:
             squares = read_array(payload.arrays, "squares", np.float32, self.layout.prunable_size)
             check_values(squares)
             if squares.min() < 0:
@@ -211,11 +216,11 @@ class PruneFl(SparseStrategy):
 
     def aggregator(self, round_: int) -> Aggregator:
         """Take the mean; readjust the mask when that is due."""
-        options, density = options_of(self.settings), self.settings.mask.density
+        options, density = self.options, self.settings.mask.density
         if round_ % options.every:
             return super().aggregator(round_)
-        mean = ReplyMean(self)
-        squares = ScoreFold(self.settings.own["ssfl"].score_fold, self.layout.prunable_size)
+        mean = ReplyMean(self, round_)
+        squares = ScoreFold(self.scoring.score_fold, self.layout.prunable_size)
 
         def add(reply: Reply) -> None:
             squares.add(reply.client, reply.arrays["squares"], self.weight(reply))
@@ -232,7 +237,7 @@ class PruneFl(SparseStrategy):
     def _check_pruned(self, client: int, payload: Payload) -> None:
         self.check_samples(payload)
         BitmapAndValues().check(payload.arrays, self.layout, self.mask)
-        low, high = pruned_counts(options_of(self.settings), self.settings.mask.density, self.layout.prunable_size)
+        low, high = pruned_counts(self.options, self.settings.mask.density, self.layout.prunable_size)
         count = read_mask(payload.arrays, self.layout).count
         if not low <= count <= high:
             raise PayloadError(f"a mask has {count} alive weights; stage 1 ends with {low} to {high}")

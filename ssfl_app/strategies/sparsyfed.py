@@ -23,28 +23,39 @@ The rate schedule and BatchNorm of the paper are left to the common frame (local
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
-from ssfl_app.comm.payload import Metadata, Payload
 from ssfl_app.core.aggregation import Aggregator, ReplyZerosMean
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import MaskOptions, Settings
-from ssfl_app.core.rounds import Query
-from ssfl_app.core.strategy import SparseStrategy
-from ssfl_app.options import ConfigError, anything, at_least, choice
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    ConfigError,
+    FromSettings,
+    MaskOptions,
+    Metadata,
+    Payload,
+    Query,
+    Section,
+    ServerContext,
+    Settings,
+    SparseStrategy,
+    anything,
+    at_least,
+    choice,
+)
 from ssfl_app.sparsity.codec import BitmapAndValues, read_mask
 from ssfl_app.sparsity.dynamic import layer_densities
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
-from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.training.reparam import inverse_power, power, power_propagation, sparse_activations, spectral_exponent
 
 
 @dataclass(frozen=True)
-class SparsyFedOptions:
-    """Keys of the room ``sparsyfed``."""
+class SparsyFedOptions(Section):
+    """Keys of the section ``sparsyfed``."""
+
+    section = "sparsyfed"
 
     beta: float = at_least(1)
     exponent: str = choice("fixed", "spectral")
@@ -53,7 +64,7 @@ class SparsyFedOptions:
 
 def exponents(layout: Layout, settings: Settings, state: State) -> dict[str, float]:
     """Return beta of each prunable tensor; both ends compute it from the w that went down."""
-    options = cast(SparsyFedOptions, settings.own["sparsyfed"])
+    options = SparsyFedOptions.from_settings(settings)
     if options.exponent == "fixed":
         return dict.fromkeys(layout.prunable, options.beta)
     return {name: spectral_exponent(state[name]) for name in layout.prunable}
@@ -61,8 +72,7 @@ def exponents(layout: Layout, settings: Settings, state: State) -> dict[str, flo
 
 def largest(layout: Layout, weights: Vector, wanted: MaskOptions) -> Mask:
     """Return the mask of the largest |w|, shape (layout.prunable_size,)."""
-    scope = cast(Scope, wanted.scope)
-    return Mask.top(layout, np.abs(weights), wanted.density, scope, min_per_layer=wanted.min_per_layer)
+    return Mask.top(layout, np.abs(weights), wanted.density, wanted.scope, min_per_layer=wanted.min_per_layer)
 
 
 class SparsyFedClient(ClientAlgorithm):
@@ -70,14 +80,15 @@ class SparsyFedClient(ClientAlgorithm):
 
     down = BitmapAndValues
     up = BitmapAndValues
+    options = FromSettings(SparsyFedOptions)
 
     def train(self, payload: Payload) -> Payload:
         """Train the model that came down and return it pruned."""
-        options, site = cast(SparsyFedOptions, self.settings.own["sparsyfed"]), self.context
+        options, site = self.options, self.context
         mask = self.load(payload)
         keep = layer_densities(mask) if options.prune_activations else dict.fromkeys(site.layout.prunable, 1.0)
         with self.powered(), sparse_activations(site.model, keep):
-            loss = self.fit(int(payload.metadata["round"]))  # no mask: it is beta > 1 that keeps dead weights dead
+            loss = self.fit(payload.round)  # no mask: it is beta > 1 that keeps dead weights dead
         weights = site.layout.flatten_prunable(state_of(site.model))
         return self.reply(payload, largest(site.layout, weights, self.settings.mask), loss)
 
@@ -98,10 +109,10 @@ class SparsyFed(SparseStrategy):
 
     name = "sparsyfed"
     client = SparsyFedClient
-    sections = {"sparsyfed": SparsyFedOptions}  # noqa: RUF012  (ClassVar of the base)
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        layout, settings = self.layout, self.settings
         try:
             self._count = largest(layout, np.zeros(layout.prunable_size, dtype=np.float32), settings.mask).count
         except ValueError as error:

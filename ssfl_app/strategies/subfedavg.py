@@ -26,21 +26,21 @@ less than one weight a layer above mask.density stays.
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 from torch import nn
 
-from ssfl_app.comm.payload import Payload
-from ssfl_app.options import at_least, fraction
+from ssfl_app.core.algorithm import FromSettings, Payload, Section, at_least, fraction
 from ssfl_app.sparsity.layout import load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies.shared.iterative_pruning import IterativePruning, IterativePruningClient
 
 
 @dataclass(frozen=True)
-class SubFedAvgOptions:
-    """Keys of the room ``subfedavg``."""
+class SubFedAvgOptions(Section):
+    """Keys of the section ``subfedavg``."""
+
+    section = "subfedavg"
 
     step: float = fraction()
     distance: float = at_least(0)
@@ -50,9 +50,11 @@ class SubFedAvgOptions:
 class SubFedAvgClient(IterativePruningClient):
     """Prunes after training."""
 
+    options = FromSettings(SubFedAvgOptions)
+
     def train(self, payload: Payload) -> Payload:
         """Train, and return the weights under the old mask or a smaller one."""
-        mask, step = self.load(payload), self._options.step
+        mask, step = self.load(payload), self.options.step
         left, early = math.ceil(len(self.context.train) / self.settings.local.batch_size), mask
 
         def look(model: nn.Module) -> None:
@@ -61,24 +63,20 @@ class SubFedAvgClient(IterativePruningClient):
             if left == 0:
                 early = self.pruned(mask, step)
 
-        loss = self.fit(int(payload.metadata["round"]), mask, after_step=look)
+        loss = self.fit(payload.round, mask, after_step=look)
         late = self.pruned(mask, step)
         return self.answer(payload, late if self._adopts(early, late) else mask, loss)
 
     def _adopts(self, early: Mask, late: Mask) -> bool:
         """Return whether the mask of the last epoch becomes the client's; the workbench is left as it was."""
-        if mean_distance(early, late) <= self._options.distance:
+        if mean_distance(early, late) <= self.options.distance:
             return False
         model = self.context.model
         trained = {name: tensor.clone() for name, tensor in state_of(model).items()}
         load_state(model, late.apply(trained))
         accuracy = self.training_accuracy()
         load_state(model, trained)
-        return accuracy > self._options.accuracy
-
-    @property
-    def _options(self) -> SubFedAvgOptions:
-        return cast(SubFedAvgOptions, self.settings.own["subfedavg"])
+        return accuracy > self.options.accuracy
 
 
 def mean_distance(one: Mask, other: Mask) -> float:
@@ -92,4 +90,3 @@ class SubFedAvg(IterativePruning):
 
     name = "subfedavg"
     client = SubFedAvgClient
-    sections = {"subfedavg": SubFedAvgOptions}  # noqa: RUF012  (ClassVar of the base)

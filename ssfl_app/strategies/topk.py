@@ -20,27 +20,36 @@ int32 positions, which is less below density 1/32. Means are weighted by samples
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
-from ssfl_app.comm.messenger import Reply
-from ssfl_app.comm.payload import Payload
 from ssfl_app.core.aggregation import Aggregator, ReplyOverlapMean, ReplyZerosMean
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import MaskOptions, Settings
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    ConfigError,
+    FromSettings,
+    MaskOptions,
+    Payload,
+    Reply,
+    Section,
+    ServerContext,
+    Settings,
+    SparseStrategy,
+    anything,
+    choice,
+)
 from ssfl_app.core.robust import distance
-from ssfl_app.core.strategy import SparseStrategy
-from ssfl_app.options import ConfigError, anything, choice
 from ssfl_app.sparsity.codec import BitmapAndValues, Codec, Indexed
 from ssfl_app.sparsity.layout import Layout, Vector, state_of
-from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import PayloadError
 
 
 @dataclass(frozen=True)
-class TopkOptions:
-    """Keys of the room ``topk``."""
+class TopkOptions(Section):
+    """Keys of the section ``topk``."""
+
+    section = "topk"
 
     of: str = choice("weights", "update")
     mean: str = choice("zeros", "overlap")
@@ -51,35 +60,34 @@ class TopkOptions:
 def chosen(layout: Layout, values: Vector, wanted: MaskOptions) -> Mask:
     """Return the mask of the largest prunable coordinates of a vector of all coordinates."""
     scores = np.abs(values[layout.is_prunable])
-    scope = cast(Scope, wanted.scope)
-    return Mask.top(layout, scores, wanted.density, scope, min_per_layer=wanted.min_per_layer)
-
-
-def codec(settings: Settings, rng: np.random.Generator | None = None) -> Codec:
-    """Return how the chosen coordinates travel up; `rng` as `Codec` has it."""
-    options = cast(TopkOptions, settings.own["topk"])
-    return {"bitmap": BitmapAndValues, "int32": Indexed}[options.index](settings.wire.up_values, rng)
+    return Mask.top(layout, scores, wanted.density, wanted.scope, min_per_layer=wanted.min_per_layer)
 
 
 class TopkClient(ClientAlgorithm):
     """Trains everything and sends the largest."""
 
-    up = BitmapAndValues  # or Indexed: `codec`
     stateful = True
+    options = FromSettings(TopkOptions)
+
+    @classmethod
+    def codec_up(cls, settings: Settings, round_: int) -> type[Codec]:
+        """Return how the chosen coordinates travel."""
+        return {"bitmap": BitmapAndValues, "int32": Indexed}[TopkOptions.from_settings(settings).index]
 
     def train(self, payload: Payload) -> Payload:
         """Train the model that came down; return its largest coordinates, or those of its change."""
-        options, layout = cast(TopkOptions, self.settings.own["topk"]), self.context.layout
+        options, layout = self.options, self.context.layout
         self.load(payload)
         old = layout.flatten(state_of(self.context.model))
-        loss = self.fit(int(payload.metadata["round"]))
+        loss = self.fit(payload.round)
         values = layout.flatten(state_of(self.context.model))
         if options.of == "update":
             values -= old
         if options.error_feedback:
             kept = self.load_client_state(payload)
             values += np.float32(0) if kept is None else kept["residual"]
-        mask, up = chosen(layout, values, self.settings.mask), codec(self.settings, self.rounder(payload))
+        mask = chosen(layout, values, self.settings.mask)
+        up = self.codec_up(self.settings, payload.round)(self.settings.wire.up_values, self.rounder(payload))
         arrays = up.encode(layout, layout.unflatten(values), mask)
         if options.error_feedback:
             sent, _ = up.decode(arrays, layout, mask)  # as the server reads it: rounding is fed back too
@@ -92,11 +100,11 @@ class Topk(SparseStrategy):
 
     name = "topk"
     client = TopkClient
-    sections = {"topk": TopkOptions}  # noqa: RUF012  (ClassVar of the base)
+    options = FromSettings(TopkOptions)
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        self.options = options = cast(TopkOptions, settings.own["topk"])
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        layout, settings, options = self.layout, self.settings, self.options
         if options.of == "weights" and options.error_feedback:
             raise ConfigError("topk.error-feedback is true; with topk.of 'weights' it is false")
         if options.of == "update" and options.mean == "overlap":
@@ -106,11 +114,6 @@ class Topk(SparseStrategy):
             self._count = chosen(layout, np.zeros(layout.size, dtype=np.float32), settings.mask).count
         except ValueError as error:
             raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; {error}") from error
-
-    @property
-    def up(self) -> Codec:
-        """The codec of what is sent back."""
-        return codec(self.settings)
 
     def mask_for(self, client: int) -> Mask:
         """Return the dense mask: whole models go down."""

@@ -28,29 +28,38 @@ overwrite w by its largest weights in each step; as in the paper, ours stays den
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import cast
 
 import numpy as np
 
-from ssfl_app.comm.messenger import Reply
-from ssfl_app.comm.payload import Metadata, Payload
 from ssfl_app.core.aggregation import Aggregator, ReplyZerosMean
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import Settings
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    ConfigError,
+    FromSettings,
+    Metadata,
+    Payload,
+    Query,
+    Reply,
+    Section,
+    ServerContext,
+    Settings,
+    SparseStrategy,
+    choice,
+    option,
+)
 from ssfl_app.core.robust import distance
-from ssfl_app.core.rounds import Query
-from ssfl_app.core.strategy import SparseStrategy
-from ssfl_app.options import ConfigError, choice, option
 from ssfl_app.sparsity.codec import BitmapAndValues, read_mask
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
-from ssfl_app.sparsity.mask import Mask, Scope, alive_count
+from ssfl_app.sparsity.mask import Mask, alive_count
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.training.reparam import sparse_activations, top_weights
 
 
 @dataclass(frozen=True)
-class ZeroFlOptions:
-    """Keys of the room ``zerofl``."""
+class ZeroFlOptions(Section):
+    """Keys of the section ``zerofl``."""
+
+    section = "zerofl"
 
     uplink: str = choice("top-weights", "top-weights-diff", "top-diff")
     r_mask: float = option("a fraction in [0, 1]", lambda value: 0 <= value <= 1)
@@ -58,11 +67,11 @@ class ZeroFlOptions:
 
 def sent_mask(layout: Layout, values: Vector, settings: Settings) -> Mask:
     """Return the mask of what travels up: the largest prunable coordinates of a vector of all coordinates."""
-    wanted, options = settings.mask, cast(ZeroFlOptions, settings.own["zerofl"])
+    wanted, options = settings.mask, ZeroFlOptions.from_settings(settings)
     # As the decimals they are written as: in binary 0.7 + 0.1 is below 0.8.
     share = float(min(Fraction(repr(wanted.density)) + Fraction(repr(options.r_mask)), Fraction(1)))
-    scores, scope = np.abs(values[layout.is_prunable]), cast(Scope, wanted.scope)
-    return Mask.top(layout, scores, share, scope, min_per_layer=wanted.min_per_layer)
+    scores = np.abs(values[layout.is_prunable])
+    return Mask.top(layout, scores, share, wanted.scope, min_per_layer=wanted.min_per_layer)
 
 
 def used_mask(layout: Layout, state: State, density: float) -> Mask:
@@ -77,15 +86,16 @@ class ZeroFlClient(ClientAlgorithm):
     """Trains a dense model that computes sparsely, and sends a part of it."""
 
     up = BitmapAndValues
+    options = FromSettings(ZeroFlOptions)
 
     def train(self, payload: Payload) -> Payload:
         """Train the model that came down; return the largest of its weights, or of their changes."""
-        options, layout = cast(ZeroFlOptions, self.settings.own["zerofl"]), self.context.layout
+        options, layout = self.options, self.context.layout
         self.load(payload)
         old = layout.flatten(state_of(self.context.model))
         keep = dict.fromkeys(layout.prunable, self.settings.mask.density) | {layout.prunable[0]: 1.0}
         with self.sparse(), sparse_activations(self.context.model, keep):
-            loss = self.fit(int(payload.metadata["round"]))
+            loss = self.fit(payload.round)
         new = layout.flatten(state_of(self.context.model))
         mask = sent_mask(layout, new - old if options.uplink == "top-diff" else new, self.settings)
         values = new if options.uplink == "top-weights" else new - old
@@ -107,10 +117,11 @@ class ZeroFl(SparseStrategy):
 
     name = "zerofl"
     client = ZeroFlClient
-    sections = {"zerofl": ZeroFlOptions}  # noqa: RUF012  (ClassVar of the base)
+    options = FromSettings(ZeroFlOptions)
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        layout, settings = self.layout, self.settings
         self._dense = self.mask
         try:
             self._count = sent_mask(layout, np.zeros(layout.size, dtype=np.float32), settings).count
@@ -135,7 +146,7 @@ class ZeroFl(SparseStrategy):
 
         def finish() -> None:
             values, _ = mean.finish()
-            if cast(ZeroFlOptions, self.settings.own["zerofl"]).uplink != "top-weights":
+            if self.options.uplink != "top-weights":
                 values += self.layout.flatten(self.state)
             self.state = self.layout.unflatten(values)
             self.mask = used_mask(self.layout, self.state, self.settings.mask.density)
@@ -148,7 +159,7 @@ class ZeroFl(SparseStrategy):
 
     def update_norm(self, reply: Reply) -> float | None:
         """Return the length of what came up, which is an update itself unless zerofl.uplink is "top-weights"."""
-        if cast(ZeroFlOptions, self.settings.own["zerofl"]).uplink == "top-weights":
+        if self.options.uplink == "top-weights":
             return super().update_norm(reply)
         values, mask = self.decoded(reply)
         return distance(values[mask.transmitted])

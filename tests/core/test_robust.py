@@ -211,7 +211,7 @@ def test_sites_are_trusted_less_than_partitions_of_ones_own(where: str, fold: st
             | {k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()}
         )
         known = parse(flat).settings
-        return known.own["ssfl"].score_fold, known.mask.min_per_layer
+        return known.sections["ssfl"].score_fold, known.mask.min_per_layer
 
     assert made() == (fold, floor)
     assert made(ssfl__score_fold="median", mask__min_per_layer=0) == ("median", 0)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ssfl_app.comm.payload import DEFLATED, Payload, PayloadEncoder, decode_payload
 from ssfl_app.config import merge, parse
 from ssfl_app.core.client import encode_with
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import Layout
@@ -124,9 +125,8 @@ def test_a_run_whose_values_are_rounded_goes_on_to_the_same_bits(
     half = play(keys, folder=tmp_path, until=1)
     arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
     rest = play(keys, folder=tmp_path, until=2)
-    again = REGISTRY[strategy](whole.layout, rest.strategy.settings)
+    again = REGISTRY[strategy](ServerContext(whole.layout, rest.strategy.settings, folder=tmp_path))
     again.load_state_dict(1, arrays)
-    again.messenger.folder = tmp_path
     finished = Played(again, whole.runtime, rest.grid)
     again.start(rest.grid, Records(whole.runtime.initial_state()), 3)
     assert finished.bits() == whole.bits() != play({"strategy": strategy} | INT8).bits()
@@ -138,7 +138,7 @@ def test_feedback_is_for_models_of_which_both_ends_know_the_places() -> None:
     for name in sorted(set(REGISTRY) - able):
         other = parse(merge(SMALL, {"strategy": name, "wire.error-feedback": True})).settings
         with pytest.raises(ConfigError, match=rf"wire.error-feedback is true; it is false with strategy {name},"):
-            REGISTRY[name](layout, other)
+            REGISTRY[name](ServerContext(layout, other))
     for name in sorted(able - {"ssfl", "fedavg"}):  # those are played above; none may take the key and ignore it
         keys = {"strategy": name, "run.rounds": 2, "flash.stage-epochs": 1} | INT8
         assert play(keys | {"wire.error-feedback": True}).bits() != play(keys).bits(), name

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ssfl_app.comm.payload import Payload
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, nbytes
 from ssfl_app.strategies import REGISTRY
 from tests.in_process_grid import WHOLE, Played, answer_error, play, tamper
@@ -98,9 +99,8 @@ def test_goes_on_from_a_snapshot_to_the_same_bits(played: Played, tmp_path: Path
     half = play(keys, folder=tmp_path, until=1)
     arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
     rest = play(keys, folder=tmp_path, until=2)  # got further than its checkpoint: clients remember round 2
-    again = REGISTRY[name_of(played)](played.layout, rest.strategy.settings)
+    again = REGISTRY[name_of(played)](ServerContext(played.layout, rest.strategy.settings, folder=tmp_path))
     again.load_state_dict(1, arrays)
-    again.messenger.folder = tmp_path
     finished = Played(again, played.runtime, rest.grid)
     again.callback = finished
     again.start(rest.grid, ArrayRecord(played.runtime.initial_state()), 3)
@@ -153,11 +153,13 @@ def test_pays_its_codecs_bytes(played: Played) -> None:
     rule, layout, mask = type(played.strategy).client, played.layout, played.strategy.mask
     if type(played.strategy).full_participation or rule.stateful or mask is not played.strategy.mask_for(0):
         pytest.skip("its own test has the formula")
-    for up in [payload for (kind, _, _), payload in played.grid.got if kind == "train"]:
-        played.strategy.up.check(up.arrays, layout, mask)
-    if rule.down is rule.up and not issubclass(rule.down, BitmapAndValues):
-        model = nbytes(played.strategy.down.encode(layout, played.strategy.state, mask))
-        bitmap = -(-layout.prunable_size // 8) if issubclass(rule.down, MaskedValues) else 0
+    for (kind, round_, _), up in played.grid.got:
+        if kind == "train":
+            played.strategy.codec_up(round_).check(up.arrays, layout, mask)
+    down, ups = played.strategy.codec_down(1), {type(played.strategy.codec_up(round_)) for round_ in (1, 2, 3)}
+    if ups == {type(down)} and not isinstance(down, BitmapAndValues):
+        model = nbytes(down.encode(layout, played.strategy.state, mask))
+        bitmap = -(-layout.prunable_size // 8) if isinstance(down, MaskedValues) else 0
         for record in played.records[1:]:
             assert (record["bytes_train_down"], record["bytes_train_up"]) == (4 * model, 4 * model)
             assert record["bytes_evaluate_down"] == 6 * model

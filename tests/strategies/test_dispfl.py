@@ -9,6 +9,7 @@ import torch
 
 from ssfl_app.comm.payload import Payload
 from ssfl_app.config import Flat, defaults, merge, parse
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues
 from ssfl_app.sparsity.layout import Layout, load_state
@@ -54,7 +55,7 @@ class TestTheMean:
         """Owners only, whatever they weigh; 0 where there are none; everything else by the plain mean."""
         layout = Layout((("w", (1, 5)), ("b", (1,))), ("w",))
         settings = parse(merge(defaults(), SMALL | {"run.clients": 3, "run.cohort": 3, "mask.density": 0.6})).settings
-        server = DisPfl(layout, settings)
+        server = DisPfl(ServerContext(layout, settings))
         bits = np.array([[1, 1, 0, 0, 1], [0, 1, 1, 0, 1], [0, 0, 0, 0, 1]], dtype=np.bool_)
         values = [[1, 2, 9, 9, 1, 1], [9, 4, 5, 9, 2, 2], [9, 9, 9, 9, 6, 6]]
         server.masks = [Mask(layout, row) for row in bits]

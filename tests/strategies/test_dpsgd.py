@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Payload
 from ssfl_app.config import Flat, merge, parse
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.sparsity.layout import Layout, load_state
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.dpsgd import Dpsgd
@@ -200,9 +201,8 @@ def test_a_snapshot_has_the_models_that_later_rounds_need(tmp_path: Path) -> Non
     half = play(keys, faults=faults, folder=tmp_path, until=1)
     arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
     assert all(array.ndim == 1 for array in arrays.values())
-    again = REGISTRY["dpsgd"](half.layout, half.strategy.settings)
+    again = REGISTRY["dpsgd"](ServerContext(half.layout, half.strategy.settings, folder=tmp_path))
     again.load_state_dict(1, arrays)
-    again.messenger.folder = tmp_path
     again.start(half.grid, ArrayRecord(half.runtime.initial_state()), 3)
     assert Played(again, half.runtime, half.grid).bits() == whole.bits()
     assert again.personal_accuracy == whole.strategy.personal_accuracy

@@ -14,6 +14,7 @@ from torch import nn
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Payload
 from ssfl_app.config import merge, parse
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues
@@ -107,7 +108,7 @@ def test_a_client_removes_the_smallest_and_lets_the_dead_of_largest_gradient_com
     """With one local epoch the mask moves at the weights that came down."""
     played = feddst(feddst__alpha=0.3)
     runtime, layout = played.runtime, played.layout
-    first = FedDst(layout, played.strategy.settings)
+    first = FedDst(ServerContext(layout, played.strategy.settings))
     first.state = runtime.initial_state()
     first.before_training(None)  # type: ignore[arg-type]
     load_state(runtime.model, first.state)

@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Context, RecordDict
 
 from ssfl_app.comm.payload import ClientState, Payload
 from ssfl_app.config import Flat, merge, parse
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import Layout, load_state, state_of
@@ -305,9 +306,8 @@ def test_a_snapshot_has_models_and_preferences(tmp_path: Path) -> None:
     half = play(keys, folder=tmp_path, until=2)
     arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
     assert all(array.ndim == 1 for array in arrays.values())
-    again = REGISTRY["fedfomo"](half.layout, half.strategy.settings)
+    again = REGISTRY["fedfomo"](ServerContext(half.layout, half.strategy.settings, folder=tmp_path))
     again.load_state_dict(2, arrays)
-    again.messenger.folder = tmp_path
     again.start(half.grid, ArrayRecord(half.runtime.initial_state()), 4)
     assert Played(again, half.runtime, half.grid).bits() == whole.bits()
     assert again.personal_accuracy == whole.strategy.personal_accuracy

@@ -13,6 +13,7 @@ from flwr.app import Message
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import Payload
 from ssfl_app.config import Flat, merge, parse
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
@@ -54,7 +55,7 @@ def uploads(run: Played, round_: int) -> list[tuple[np.ndarray, int]]:
 def four_weights(**keys: Any) -> FedPm:
     layout = Layout((("w", (1, 4)), ("b", (1,))), ("w",))
     flat = merge(SMALL, {"strategy": "fedpm", **{k.replace("__", "."): v for k, v in keys.items()}})
-    strategy = FedPm(layout, parse(flat).settings)
+    strategy = FedPm(ServerContext(layout, parse(flat).settings))
     strategy.state = {"w": torch.tensor([[0.3, -0.1, 0.2, -0.4]]), "b": torch.tensor([0.7])}
     strategy.before_training(None)
     return strategy

@@ -271,5 +271,5 @@ def test_a_reply_that_is_not_what_was_asked_for_is_refused(index: str, change: A
 
 def test_both_ends_write_and_read_the_declared_codec() -> None:
     played = topk(topk__index="int32", run__rounds=1)
-    assert isinstance(played.strategy.up, Indexed)
+    assert isinstance(played.strategy.codec_up(1), Indexed)
     assert {name for _, payload in played.grid.got for name in payload.arrays} == {"index", "values"}

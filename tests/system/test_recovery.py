@@ -22,6 +22,7 @@ from ssfl_app import locks
 from ssfl_app.cli.main import main
 from ssfl_app.comm.payload import ClientState
 from ssfl_app.config import merge
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.results import checkpoint, report
 from ssfl_app.results.recorder import Recorder
@@ -185,9 +186,10 @@ def test_what_is_held_for_oneself_is_a_regular_file(tmp_path: Path) -> None:
         locks.try_lock(pipe)
     os.close(reader)
     with no_longer_than(20):
-        token = run_token(tmp_path)
-    assert pipe.is_file()
-    assert run_token(tmp_path) == token
+        assert run_token(tmp_path) != run_token(tmp_path)  # drawn, as there is none that can be read
+    pipe.unlink()
+    pipe.write_text("0123456789abcdef\n")
+    assert run_token(tmp_path) == "0123456789abcdef"
 
 
 STRATEGIES = ("ssfl", "dispfl", "dpsgd", "fedpm", "fedfomo", "lotteryfl", "subfedavg")
@@ -201,7 +203,7 @@ def test_arrays_that_are_missing_or_of_another_shape_do_not_fit(name: str, tmp_p
     (tmp_path / "rounds.jsonl").write_text("{}\n")
 
     def resume(kept: dict[str, np.ndarray]) -> None:
-        fresh = REGISTRY[name](played.layout, played.strategy.settings)
+        fresh = REGISTRY[name](ServerContext(played.layout, played.strategy.settings))
         checkpoint.save(tmp_path, flat, 1, 1.0, 1, hashlib.sha256(b"{}\n").hexdigest(), kept)
         assert checkpoint.resume(fresh, tmp_path, flat) is not None
 

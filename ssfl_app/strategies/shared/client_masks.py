@@ -6,9 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.core.options import Settings
-from ssfl_app.core.strategy import SparseStrategy, density_pair
-from ssfl_app.sparsity.layout import Layout
+from ssfl_app.core.algorithm import ServerContext, SparseStrategy, density_pair
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays
 
@@ -16,9 +14,9 @@ from ssfl_app.sparsity.values import Arrays
 class ClientMasks(SparseStrategy):
     """Each client gets its part of the global model; `masks` has one a client, dense at first."""
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
-        self.masks = [Mask.dense(layout)] * settings.run.clients
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        self.masks = [Mask.dense(self.layout)] * self.settings.run.clients
 
     def mask_for(self, client: int) -> Mask:
         """Return the client's own mask."""

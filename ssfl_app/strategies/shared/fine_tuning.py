@@ -1,38 +1,48 @@
 """What methods with personal models share: fine-tuning, and a held-out part of the training images."""
 
 from dataclasses import dataclass
-from typing import cast
 
-from ssfl_app.comm.payload import Metadata, Payload
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import Settings
-from ssfl_app.data.dataset import Images
-from ssfl_app.options import at_least, choice
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    FromSettings,
+    Images,
+    Metadata,
+    Payload,
+    Section,
+    Settings,
+    at_least,
+    choice,
+)
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.mask import Mask
 
 
 @dataclass(frozen=True)
-class FinetuneOptions:
-    """Keys of the room ``finetune``."""
+class FinetuneOptions(Section):
+    """Keys of the section ``finetune``."""
+
+    section = "finetune"
 
     epochs: int = at_least(0)
     lr: str = choice("initial", "scheduled")
 
 
-def finetuning_of(settings: Settings) -> FinetuneOptions:
-    """Return the options of the room ``finetune``."""
-    return cast(FinetuneOptions, settings.own["finetune"])
+class FineTuningClient(ClientAlgorithm):
+    """A client that fine-tunes a model after the last round."""
 
+    finetune = FromSettings(FinetuneOptions)
 
-def finetuned(rule: ClientAlgorithm, payload: Payload, mask: Mask | None = None) -> Metadata:
-    """Train the model on the workbench for one more local round and return its accuracy as the personal one."""
-    options, local = finetuning_of(rule.settings), rule.settings.local
-    round_ = int(payload.metadata["round"])
-    rate = local.lr if options.lr == "initial" else local.rate(round_ + 1)
-    rule.fit(round_, mask, purpose="finetune", lr=rate, epochs=options.epochs or local.epochs)
-    metadata = rule.tested(payload, "personal_accuracy")
-    return {name: metadata[name] for name in ("personal_accuracy",) if name in metadata}
+    @classmethod
+    def uses(cls, settings: Settings) -> int:
+        """Return the epochs of fine-tuning too."""
+        return super().uses(settings) + FinetuneOptions.from_settings(settings).epochs
+
+    def finetuned(self, payload: Payload) -> Metadata:
+        """Train the model on the workbench for one more local round and return its accuracy as the personal one."""
+        options, local = self.finetune, self.settings.local
+        rate = local.lr if options.lr == "initial" else local.rate(payload.round + 1)
+        self.fit(payload.round, purpose="finetune", lr=rate, epochs=options.epochs or local.epochs)
+        metadata = self.tested(payload, "personal_accuracy")
+        return {name: metadata[name] for name in ("personal_accuracy",) if name in metadata}
 
 
 def held_out_of(images: int, share: float) -> int:

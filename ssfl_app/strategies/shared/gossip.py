@@ -6,26 +6,24 @@ model of each client and hands them on; what it says with `peer_bytes` is what t
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.comm.messenger import Reply
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.options import Settings
-from ssfl_app.core.rounds import Query
-from ssfl_app.core.strategy import SparseStrategy
-from ssfl_app.options import at_least, choice
+from ssfl_app.core.algorithm import Query, Reply, Section, ServerContext, Settings, SparseStrategy, at_least, choice
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import LinearCodec
-from ssfl_app.sparsity.layout import Layout, Vector
+from ssfl_app.sparsity.codec import Dense
+from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.values import Arrays
 
 
 @dataclass(frozen=True)
-class GossipOptions:
-    """Keys of the room ``gossip``."""
+class GossipOptions(Section):
+    """Keys of the section ``gossip``."""
+
+    section = "gossip"
 
     topology: str = choice("random", "ring", "full")
     neighbours: int = at_least(1)
@@ -38,7 +36,7 @@ def neighbours(settings: Settings, round_: int, client: int) -> list[int]:
     for itself: that i takes from j does not mean that j takes from i. "ring" is the clients before and after, "full"
     everybody; neither reads gossip.neighbours.
     """
-    options, run = cast(GossipOptions, settings.own["gossip"]), settings.run
+    options, run = GossipOptions.from_settings(settings), settings.run
     present = settings.shift.present(run.clients, round_)
     others = [other for other in range(present) if other != client]
     if options.topology == "full":
@@ -63,14 +61,15 @@ class PeerModelServer(SparseStrategy):
     full_participation = True
     uses_density = False
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        self._codec = Dense(self.settings.wire.up_values)  # of clients' models
         self._first: Arrays = {}  # w0
         self._last: dict[int, Arrays] = {}  # of the clients that were heard of
 
     def before_training(self, ask: Query) -> None:
         """Nobody is asked: all clients start from w0."""
-        self._first = self.up.encode(self.layout, self.state, self.mask)
+        self._first = self._codec.encode(self.layout, self.state, self.mask)
 
     @property
     def heard(self) -> list[int]:
@@ -78,8 +77,12 @@ class PeerModelServer(SparseStrategy):
         return sorted(self._last)
 
     def last(self, client: int) -> Arrays:
-        """Return the client's last model, encoded by `up`."""
+        """Return the client's last model, as it came up."""
         return self._last.get(client, self._first)
+
+    def last_vector(self, client: int) -> Vector:
+        """Return the client's last model, float32, shape (layout.size,)."""
+        return self._codec.vector(self.last(client), self.layout, self.mask)
 
     def keep(self, reply: Reply) -> None:
         """Keep the model of a reply, and no arrays beside it, in place of the client's last one."""
@@ -98,9 +101,9 @@ class PeerModelServer(SparseStrategy):
 
         Ascending, so that its bits depend on nothing but who they are.
         """
-        codec, total, chosen = cast(LinearCodec, self.up), np.zeros(self.layout.size), sorted(clients)
+        total, chosen = np.zeros(self.layout.size), sorted(clients)
         for client in chosen:
-            total += codec.vector(self.last(client), self.layout, self.mask)
+            total += self.last_vector(client)
         total /= len(chosen)
         return total.astype(np.float32)
 
@@ -122,4 +125,4 @@ class PeerModelServer(SparseStrategy):
         self._first = models.pop("first")
         self._last = {int(client): model for client, model in models.items()}
         for model in (self._first, *self._last.values()):
-            self.up.check(model, self.layout, self.mask)
+            self._codec.check(model, self.layout, self.mask)

@@ -11,10 +11,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from ssfl_app.comm.messenger import Reply
-from ssfl_app.comm.payload import Metadata, Payload
 from ssfl_app.core.aggregation import Aggregator, ReplyOverlapMean
-from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, Reply
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, read_mask
 from ssfl_app.sparsity.dynamic import drop
 from ssfl_app.sparsity.layout import state_of

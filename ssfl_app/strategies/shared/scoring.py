@@ -1,26 +1,72 @@
-"""Scores of a client's weights for the strategies that look for masks before training."""
+"""Scores of a client's weights for the strategies that look for masks before training, and their options."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    FromSettings,
+    Images,
+    Section,
+    Settings,
+    above,
+    at_least,
+    choice,
+    fraction,
+)
 from ssfl_app.core.means import WeightedMean
-from ssfl_app.data.dataset import Images
+from ssfl_app.core.robust import SCORE_FOLDS
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import State, Vector, load_state, state_of
 from ssfl_app.sparsity.saliency import balanced_batch, snip
+from ssfl_app.sparsity.values import SCORE_TYPES
+
+CRITERIA = ("snip", "pooled-snip", "grasp", "synflow", "iterative-snip", "force", "magnitude")
+
+
+@dataclass(frozen=True)
+class SsflOptions(Section):
+    """Keys of the section ``ssfl``."""
+
+    section = "ssfl"
+
+    saliency_batches: int = at_least(1)
+    saliency_batch_size: int = at_least(1)
+    saliency_weighting: str = choice("samples", "uniform")
+    score_fold: str = choice("auto", *SCORE_FOLDS)
+    score_values: str = choice(*SCORE_TYPES)
+    saliency_share: float = fraction()
+    criterion: str = choice(*CRITERIA)
+    steps: int = at_least(0)
+    grasp_temperature: float = above(0)
+    warmup_rounds: int = at_least(0)
+    refresh: str = choice("never", "scheduled", "drift")
+    refresh_round: int = at_least(0)
+    refresh_drift: float = above(0)
+    refresh_weights: str = choice("initial", "zero", "restart")
+
+
+class ScoringClient(ClientAlgorithm):
+    """A client that scores its weights on minibatches."""
+
+    scoring = FromSettings(SsflOptions)
+
+    @classmethod
+    def work(cls, settings: Settings, images: int) -> int:
+        """Return the images of the minibatches too, twice each for a curvature.
+
+        A class of few images is drawn from more than once.
+        """
+        options = SsflOptions.from_settings(settings)
+        return super().work(settings, images) + 2 * options.saliency_batches * options.saliency_batch_size
 
 
 def mean_over_batches(
-    rule: ClientAlgorithm,
-    state: State,
-    batches: int,
-    batch_size: int,
-    score: Callable[[Images], State],
-    first: int = 0,
+    rule: ClientAlgorithm, state: State, score: Callable[[Images], State], first: int = 0
 ) -> Vector:
-    """Return the mean of `score` over class-balanced minibatches, float32, shape (prunable,).
+    """Return the mean of `score` over the class-balanced minibatches of ``ssfl``, float32, shape (prunable,).
 
     The workbench holds `state`. Minibatch number `first` is the first one; equal numbers are equal images.
 
@@ -29,22 +75,20 @@ def mean_over_batches(
     PayloadError
         All of them together have fewer different images than this site lets be scored.
     """
-    site = rule.context
+    site, options = rule.context, SsflOptions.from_settings(rule.settings)
     load_state(site.model, state)
     mean = WeightedMean(site.layout.prunable_size)
     labels, seen = site.train.labels.cpu().numpy(), np.zeros(len(site.train), dtype=bool)
-    for batch in range(first, first + batches):
+    for batch in range(first, first + options.saliency_batches):
         rng = generator(rule.settings.run.seed, "saliency", site.client_id, batch)
-        chosen = balanced_batch(labels, batch_size, rng)
+        chosen = balanced_batch(labels, options.saliency_batch_size, rng)
         seen[chosen] = True
         mean.add(site.layout.flatten_prunable(score(site.train.take(chosen))))
     site.enough(int(np.count_nonzero(seen)), "scores")
     return mean.value()
 
 
-def snip_scores(rule: ClientAlgorithm, state: State, batches: int, batch_size: int) -> Vector:
+def snip_scores(rule: ClientAlgorithm, state: State) -> Vector:
     """Return |dL/dw * w| at `state`, float32, shape (prunable,): the mean over class-balanced minibatches."""
     model, trainer = rule.context.model, rule.context.trainer
-    return mean_over_batches(
-        rule, state, batches, batch_size, lambda images: snip(trainer.gradient(model, images), state_of(model))
-    )
+    return mean_over_batches(rule, state, lambda images: snip(trainer.gradient(model, images), state_of(model)))

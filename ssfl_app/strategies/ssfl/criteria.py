@@ -35,24 +35,17 @@ averaged after the magnitude is taken, except for pooled-snip and grasp, which a
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
-from ssfl_app.comm.messenger import Reply
-from ssfl_app.comm.payload import Payload
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import Settings
-from ssfl_app.core.robust import SCORE_FOLDS, ScoreFold
-from ssfl_app.core.rounds import Query
-from ssfl_app.options import ConfigError, above, at_least, choice, fraction
+from ssfl_app.core.algorithm import ClientAlgorithm, ConfigError, Payload, Query, Reply, Settings, SparseStrategy
+from ssfl_app.core.robust import ScoreFold
 from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest
-from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import flow_net, grasp, pooled_snip, snip, synflow
 from ssfl_app.sparsity.values import (
-    SCORE_TYPES,
     Arrays,
     PayloadError,
     check_values,
@@ -60,12 +53,8 @@ from ssfl_app.sparsity.values import (
     read_values,
     write_values,
 )
-from ssfl_app.strategies.shared.scoring import mean_over_batches, snip_scores
+from ssfl_app.strategies.shared.scoring import SsflOptions, mean_over_batches, snip_scores
 
-if TYPE_CHECKING:
-    from ssfl_app.core.strategy import SparseStrategy
-
-CRITERIA = ("snip", "pooled-snip", "grasp", "synflow", "iterative-snip", "force", "magnitude")
 QUESTIONS = ("saliency", "curvature")
 MAGNITUDES = ("snip", "iterative-snip", "force")
 """Criteria whose clients answer with magnitudes; the others ask for gradients."""
@@ -73,31 +62,6 @@ SIGNED = ("pooled-snip", "grasp")
 """Criteria whose clients answer with numbers that may be negative."""
 STEPS = {"synflow": 100, "iterative-snip": 5, "force": 5}
 """Steps of the criteria that have some, unless ssfl.steps says otherwise."""
-
-
-@dataclass(frozen=True)
-class SsflOptions:
-    """Keys of the room ``ssfl``."""
-
-    saliency_batches: int = at_least(1)
-    saliency_batch_size: int = at_least(1)
-    saliency_weighting: str = choice("samples", "uniform")
-    score_fold: str = choice("auto", *SCORE_FOLDS)
-    score_values: str = choice(*SCORE_TYPES)
-    saliency_share: float = fraction()
-    criterion: str = choice(*CRITERIA)
-    steps: int = at_least(0)
-    grasp_temperature: float = above(0)
-    warmup_rounds: int = at_least(0)
-    refresh: str = choice("never", "scheduled", "drift")
-    refresh_round: int = at_least(0)
-    refresh_drift: float = above(0)
-    refresh_weights: str = choice("initial", "zero", "restart")
-
-
-def options_of(settings: Settings) -> SsflOptions:
-    """Return the options of the room ``ssfl``."""
-    return cast(SsflOptions, settings.own["ssfl"])
 
 
 def steps_of(settings: Settings) -> int:
@@ -108,7 +72,7 @@ def steps_of(settings: Settings) -> int:
     ConfigError
         ssfl.steps is set for a criterion that has none.
     """
-    options = options_of(settings)
+    options = SsflOptions.from_settings(settings)
     if options.steps and options.criterion not in STEPS:
         raise ConfigError(f"ssfl.steps is {options.steps}; it is 0 with ssfl.criterion {options.criterion}")
     if options.score_values == "log8" and options.criterion in SIGNED:
@@ -123,7 +87,7 @@ def steps_of(settings: Settings) -> int:
 
 
 def find_mask(
-    strategy: "SparseStrategy",
+    strategy: SparseStrategy,
     ask: Query,
     clients: Iterable[int],
     state: State | None = None,
@@ -134,7 +98,7 @@ def find_mask(
     Parameters
     ----------
     strategy : SparseStrategy
-        Its settings have the room ``ssfl``; its client hands `QUESTIONS` to `answer`.
+        Its settings have the section ``ssfl``; its client hands `QUESTIONS` to `answer`.
     ask : Ask
         Of `setup` or `prepare`.
     clients : iterable of int
@@ -150,7 +114,7 @@ def find_mask(
     RunFailed
         Too few clients answered well.
     RuntimeError
-        The criterion is synflow, and the strategy has no `workbench`.
+        The criterion is synflow, and the strategy's context has no `workbench`.
     """
     layout = strategy.layout
     if state is None:
@@ -159,14 +123,14 @@ def find_mask(
     elif carry is None:
         carry = Payload(Dense().encode(layout, state, Mask.dense(layout)))
     inquiry = _ScoreCollector(strategy, ask, tuple(clients), state, carry)
-    return _RULES[options_of(strategy.settings).criterion](inquiry)
+    return _RULES[SsflOptions.from_settings(strategy.settings).criterion](inquiry)
 
 
 @dataclass(frozen=True)
 class _ScoreCollector:
     """Asks the same clients about the same weights as often as a criterion needs."""
 
-    strategy: "SparseStrategy"
+    strategy: SparseStrategy
     ask: Query
     clients: tuple[int, ...]
     state: State
@@ -178,10 +142,8 @@ class _ScoreCollector:
 
     def mean(self, question: str, size: int | None = None, arrays: Arrays | None = None, step: int = 0) -> Vector:
         """Return the weighted mean of the vectors that the clients answer with, or what ssfl.score-fold says."""
-        size, options = (
-            self.strategy.layout.prunable_size if size is None else size,
-            options_of(self.strategy.settings),
-        )
+        size = self.strategy.layout.prunable_size if size is None else size
+        options = SsflOptions.from_settings(self.strategy.settings)
         fold, by_samples = ScoreFold(options.score_fold, size), options.saliency_weighting == "samples"
         metadata = {**self.carry.metadata, "step": step} if step else self.carry.metadata
         payload = Payload({**self.carry.arrays, **(arrays or {})}, metadata)
@@ -195,7 +157,10 @@ class _ScoreCollector:
 
     def _check(self, size: int, client: int, payload: Payload) -> None:
         self.strategy.check_samples(payload)
-        criterion, kind = (options := options_of(self.strategy.settings)).criterion, options.score_values
+        criterion, kind = (
+            (options := SsflOptions.from_settings(self.strategy.settings)).criterion,
+            options.score_values,
+        )
         values = read_values(payload.arrays, kind, size)
         check_values(values)
         # Below 0 an alive weight would rank behind one that an earlier step removed.
@@ -209,7 +174,7 @@ class _ScoreCollector:
             self.strategy.layout,
             scores,
             wanted.density if density is None else density,
-            cast(Scope, wanted.scope),
+            wanted.scope,
             min_per_layer=wanted.min_per_layer,
         )
 
@@ -246,11 +211,12 @@ def _by_magnitude(inquiry: _ScoreCollector) -> Mask:
 
 def _by_synflow(inquiry: _ScoreCollector) -> Mask:
     strategy, layout = inquiry.strategy, inquiry.strategy.layout
-    if strategy.workbench is None or strategy.image_shape is None:
+    workbench, shape = strategy.context.workbench, strategy.context.image_shape
+    if workbench is None or shape is None:
         raise RuntimeError(
-            "strategy.workbench or image_shape is None; ssfl.criterion synflow computes with the model on the server"
+            "context.workbench or image_shape is None; ssfl.criterion synflow computes with the model on the server"
         )
-    net, shape = flow_net(strategy.workbench), strategy.image_shape
+    net = flow_net(workbench)
 
     def score(step: int, mask: Mask) -> Vector:
         alive = mask.apply(inquiry.state)
@@ -311,16 +277,15 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
     PayloadError
         The criterion has no such question, or what came along is malformed.
     """
-    options, site = options_of(rule.settings), rule.context
+    options, site = SsflOptions.from_settings(rule.settings), rule.context
     if question not in QUESTIONS or (question == "curvature" and options.criterion != "grasp"):
         raise PayloadError(f"question is {question!r}; ssfl.criterion is {options.criterion}")
     state = rule.initial_weights(payload) if state is None else state
-    batches = options.saliency_batches, options.saliency_batch_size
     temperature = options.grasp_temperature if options.criterion == "grasp" else 1.0
     if options.criterion in ("iterative-snip", "force"):
         values = _on_masked_net(rule, state, payload)
     elif options.criterion == "snip":
-        values = snip_scores(rule, state, *batches)
+        values = snip_scores(rule, state)
     elif question == "curvature":
         flat = read_array(payload.arrays, "direction", np.float32, site.layout.prunable_size)
         shapes = dict(site.layout.shapes)
@@ -329,16 +294,16 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
             for name, span in site.layout.prunable_spans.items()
         }
         values = mean_over_batches(
-            rule, state, *batches, lambda i: site.trainer.curvature(site.model, i, direction, temperature)
+            rule, state, lambda i: site.trainer.curvature(site.model, i, direction, temperature)
         )
     else:
-        values = mean_over_batches(rule, state, *batches, lambda i: site.trainer.gradient(site.model, i, temperature))
+        values = mean_over_batches(rule, state, lambda i: site.trainer.gradient(site.model, i, temperature))
     return Payload(write_values(values, options.score_values), {"samples": len(site.train)})
 
 
 def _on_masked_net(rule: ClientAlgorithm, state: State, payload: Payload) -> Vector:
     """Return |g w| of the masked net: of its alive weights, or with force, with the dense w, of all."""
-    options, site = options_of(rule.settings), rule.context
+    options, site = SsflOptions.from_settings(rule.settings), rule.context
     net = site.dense
     if "net" in payload.arrays:
         net = read_mask({"mask": payload.arrays["net"]}, site.layout)
@@ -349,8 +314,6 @@ def _on_masked_net(rule: ClientAlgorithm, state: State, payload: Payload) -> Vec
     scores = mean_over_batches(
         rule,
         net.apply(state),
-        options.saliency_batches,
-        options.saliency_batch_size,
         lambda images: snip(site.trainer.gradient(site.model, images), weights),
         first=step * options.saliency_batches,
     )

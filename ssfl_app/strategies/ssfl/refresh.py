@@ -25,14 +25,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ssfl_app.comm.payload import Payload
-from ssfl_app.core.client import ClientAlgorithm, Need
-from ssfl_app.core.validation import stored
+from ssfl_app.core.algorithm import ClientAlgorithm, Need, Payload, stored
 from ssfl_app.sparsity.codec import MaskedValues, read_mask
 from ssfl_app.sparsity.layout import State, state_digest
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays
-from ssfl_app.strategies.ssfl.criteria import SsflOptions
+from ssfl_app.strategies.shared.scoring import SsflOptions
 
 HISTORY = 5
 """Rounds whose mean loss newcomers are compared with."""
@@ -52,7 +50,7 @@ class MaskRefresh:
     Parameters
     ----------
     options : SsflOptions
-        The room ``ssfl``.
+        The section ``ssfl``.
     clients : int
         Of the federation.
     """

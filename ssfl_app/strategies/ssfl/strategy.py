@@ -23,23 +23,27 @@ may keep more; weights average by samples as in the author's code (version 1: un
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, cast
+from typing import Any
 
 import numpy.typing as npt
 
-from ssfl_app.comm.payload import Payload
-from ssfl_app.core.client import ClientAlgorithm
-from ssfl_app.core.options import Settings
-from ssfl_app.core.rounds import Query
-from ssfl_app.core.strategy import SparseStrategy
-from ssfl_app.core.validation import stored
-from ssfl_app.options import ConfigError
+from ssfl_app.core.algorithm import (
+    ClientAlgorithm,
+    ConfigError,
+    FromSettings,
+    Payload,
+    Query,
+    ServerContext,
+    SparseStrategy,
+    stored,
+)
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import MaskedValues
-from ssfl_app.sparsity.layout import Layout, State
-from ssfl_app.sparsity.mask import Mask, Scope, keep_count
+from ssfl_app.sparsity.layout import State
+from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import Allowed, Arrays, allowed_values
-from ssfl_app.strategies.ssfl.criteria import QUESTIONS, SsflOptions, find_mask, options_of, score_weights, steps_of
+from ssfl_app.strategies.shared.scoring import ScoringClient, SsflOptions
+from ssfl_app.strategies.ssfl.criteria import QUESTIONS, find_mask, score_weights, steps_of
 from ssfl_app.strategies.ssfl.refresh import MaskRefresh, lifted_weights
 
 
@@ -50,7 +54,7 @@ class MaskedClient(ClientAlgorithm):
     up = MaskedValues
 
 
-class SaliencyClient(MaskedClient):
+class SaliencyClient(ScoringClient, MaskedClient):
     """Scores weights as ssfl.criterion says."""
 
     query_types = QUESTIONS
@@ -96,10 +100,11 @@ class Ssfl(FixedMask):
 
     name = "ssfl"
     client = SaliencyClient
-    sections = {"ssfl": SsflOptions}  # noqa: RUF012  (ClassVar of the base)
+    options = FromSettings(SsflOptions)
 
-    def __init__(self, layout: Layout, settings: Settings) -> None:
-        super().__init__(layout, settings)
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        layout, settings = self.layout, self.settings
         floor = settings.mask.min_per_layer
         reserved = sum(min(floor, span.stop - span.start) for span in layout.prunable_spans.values())
         alive = keep_count(settings.mask.density, layout.prunable_size)
@@ -109,18 +114,18 @@ class Ssfl(FixedMask):
             )
         steps_of(settings)  # refuses steps where there are none
         self._initial: State = {}  # kept where a refresh may need it
-        self._refresher = MaskRefresh(options_of(settings), settings.run.clients)
+        self._refresher = MaskRefresh(self.options, settings.run.clients)
 
     def before_training(self, ask: Query) -> None:
         """Find the mask at w0, unless dense rounds come first."""
-        if options_of(self.settings).refresh != "never":
+        if self.options.refresh != "never":
             self._initial = self.state
-        if not options_of(self.settings).warmup_rounds:
+        if not self.options.warmup_rounds:
             super().before_training(ask)
 
     def before_round(self, round_: int, ask: Query) -> None:
         """After the dense rounds find the mask at the weights of that moment; refresh it when that is due."""
-        warmup = options_of(self.settings).warmup_rounds
+        warmup = self.options.warmup_rounds
         if warmup and round_ == warmup + 1:
             self.mask = self.find_mask(ask, round_, self.state)
             self.state = self.mask.apply(self.state)
@@ -152,14 +157,14 @@ class Ssfl(FixedMask):
         """Ask clients for what ssfl.criterion needs, and keep the top."""
         return find_mask(self, ask, self.asked(round_), state, carry)
 
-    def answers(self, question: str | None = None) -> Allowed:
+    def answers(self, round_: int, question: str | None = None) -> Allowed:
         """Return a score for each weight for a question."""
-        kind = options_of(self.settings).score_values
-        return super().answers() if question is None else allowed_values(kind, self.layout.prunable_size)
+        kind = self.options.score_values
+        return super().answers(round_) if question is None else allowed_values(kind, self.layout.prunable_size)
 
     def asked(self, round_: int) -> list[int]:
         """Return the clients that are asked for scores: all that are there, or a random share of at least one."""
-        clients, share = len(self.present(round_)), options_of(self.settings).saliency_share
+        clients, share = len(self.present(round_)), self.options.saliency_share
         # As the decimal it is written as: in binary 0.07 * 100 is above 7 and would ask 8 clients.
         count = max(1, math.ceil(Fraction(repr(share)) * clients))
         chosen = generator(self.settings.run.seed, "saliency-share").choice(clients, count, replace=False)
@@ -190,4 +195,4 @@ class Random(FixedMask):
     ) -> Mask:
         """Draw the mask."""
         wanted, rng = self.settings.mask, generator(self.settings.run.seed, "random-mask")
-        return Mask.random(self.layout, wanted.density, rng, cast(Scope, wanted.scope))
+        return Mask.random(self.layout, wanted.density, rng, wanted.scope)

@@ -11,6 +11,7 @@ import torch
 
 from ssfl_app.comm.payload import Payload
 from ssfl_app.config import Flat, defaults, parse
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.sparsity.codec import BitmapAndValues, read_mask
 from ssfl_app.sparsity.layout import Layout, load_state
 from ssfl_app.sparsity.mask import Mask
@@ -57,8 +58,9 @@ class TestPruning:
         with torch.no_grad():
             model[0].weight.copy_(torch.tensor([[1.0, -2, 3, -4, 5, -6, 7, -8, 9, -10]]))
             model[1].weight.copy_(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
-        site: Any = SimpleNamespace(model=model, layout=Layout.of(model))
-        return IterativePruningClient(site, parse(defaults() | {"mask.density": density}).settings)
+        settings = parse(defaults() | {"mask.density": density}).settings
+        site: Any = SimpleNamespace(model=model, layout=Layout.of(model), settings=settings)
+        return IterativePruningClient(site)
 
     def test_by_hand(self) -> None:
         """The smallest of each layer, rounded down: floor(0.3 * 10) and floor(0.3 * 4)."""
@@ -163,9 +165,8 @@ def test_goes_on_from_a_snapshot_with_masks_that_have_shrunk(played: Played, tmp
     keys = base(played) | {"run.checkpoint-every": 1}
     half = play(keys, folder=tmp_path, until=2)
     assert half.strategy.densities()[0] < 1
-    again = REGISTRY[played.strategy.name](half.layout, half.strategy.settings)
+    again = REGISTRY[played.strategy.name](ServerContext(half.layout, half.strategy.settings, folder=tmp_path))
     again.load_state_dict(2, {name: array.copy() for name, array in half.strategy.state_dict().items()})
-    again.messenger.folder = tmp_path
     finished = Played(again, half.runtime, half.grid)
     again.callback = finished
     again.start(half.grid, ArrayRecord(half.runtime.initial_state()), 3)

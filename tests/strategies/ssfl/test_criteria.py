@@ -16,6 +16,7 @@ from torch.nn import functional
 from ssfl_app.comm.messenger import Check, Reply
 from ssfl_app.comm.payload import Payload
 from ssfl_app.config import Flat, merge, parse
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.data.dataset import Images, Transform
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import Runtime, get_runtime
@@ -273,7 +274,7 @@ def test_a_removed_weight_stays_out_although_alive_ones_score_nothing_either() -
     """Eight weights, two steps: 2 to 5 stay, then nothing has a score: 2 and 3 stay, not the removed 0 and 1."""
     layout = Layout((("w", (2, 4)),), ("w",))
     keys = {"ssfl.criterion": "iterative-snip", "ssfl.steps": 2, "mask.density": 0.25}
-    strategy = Ssfl(layout, parse(merge(SMALL, keys)).settings)
+    strategy = Ssfl(ServerContext(layout, parse(merge(SMALL, keys)).settings))
     strategy.state = {"w": torch.ones(2, 4)}
     answers = iter([np.array([0, 0, 5, 5, 5, 5, 0, 0], np.float32), np.zeros(4, np.float32)])
     sent = []
@@ -437,7 +438,7 @@ def test_options_are_refused_by_name() -> None:
 
 def test_synflow_without_a_model_on_the_server_says_so() -> None:
     flat = merge(SMALL, {"strategy": "ssfl", "ssfl.criterion": "synflow"})
-    strategy = REGISTRY["ssfl"](get_runtime(flat).layout, parse(flat).settings)
+    strategy = REGISTRY["ssfl"](ServerContext(get_runtime(flat).layout, parse(flat).settings))
     strategy.state = get_runtime(flat).initial_state()
     with pytest.raises(RuntimeError, match="workbench"):
         find_mask(strategy, lambda *_: iter(()), range(6))

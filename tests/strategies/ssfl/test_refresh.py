@@ -6,10 +6,11 @@ import torch
 
 from ssfl_app import strategies
 from ssfl_app.config import Flat
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.sparsity.codec import Dense, MaskedValues, nbytes
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import snip
-from ssfl_app.strategies.ssfl.criteria import SsflOptions
+from ssfl_app.strategies.shared.scoring import SsflOptions
 from ssfl_app.strategies.ssfl.refresh import MaskRefresh, reveal_dead_weights
 from tests.in_process_grid import Played, play
 
@@ -21,7 +22,7 @@ BITMAP = -(-151072 // 8)
 
 
 def options(**changes: object) -> SsflOptions:
-    known = play({"run.rounds": 1}).strategy.settings.own["ssfl"]
+    known = play({"run.rounds": 1}).strategy.settings.sections["ssfl"]
     return SsflOptions(**{**vars(known), **changes})
 
 
@@ -137,7 +138,7 @@ class TestRefresh:
         keys = REFRESH | {"run.checkpoint-every": 1}
         whole, half = play(keys), play(keys, until=2)
         arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
-        again = strategies.REGISTRY["ssfl"](whole.layout, whole.strategy.settings)
+        again = strategies.REGISTRY["ssfl"](ServerContext(whole.layout, whole.strategy.settings))
         again.load_state_dict(2, arrays)
         finished = Played(again, whole.runtime, half.grid)
         again.start(half.grid, ArrayRecord(whole.runtime.initial_state()), 4)
@@ -194,7 +195,7 @@ def mask_at(played: Played, state: dict[str, torch.Tensor]) -> Mask:
     total = np.zeros(layout.prunable_size)
     for client, part in enumerate(shop.partition.train):
         data = shop.data.train.take(part)
-        size = played.strategy.settings.own["ssfl"].saliency_batch_size
+        size = played.strategy.settings.sections["ssfl"].saliency_batch_size
         rng = generator(played.strategy.settings.run.seed, "saliency", client, 0)
         load_state(shop.model, state)
         images = data.take(balanced_batch(data.labels.numpy(), size, rng))
