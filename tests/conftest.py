@@ -1,5 +1,5 @@
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # One thread: CI has two cores, and bits must not depend on how many there are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,8 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ssfl_app.data.readers import READERS, Raw, digits
+from ssfl_app.training import models
 
 torch.set_num_threads(1)
 
@@ -33,14 +35,40 @@ def few_digits(path: str, download: bool, image_size: int) -> Raw:
 READERS["few-digits"] = few_digits  # before `ssfl_app.data.dataset` is imported, which lists them
 
 
+def narrow_cnn(channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+    """Return the CNN with half of the channels and units: 38,000 weights, and a step costs a third."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1, bias=False),
+        norm(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, bias=False),
+        norm(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 64),
+        nn.ReLU(),
+        nn.Linear(64, classes),
+    )
+
+
 @pytest.fixture(autouse=True, scope="module")
-def images(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Play the runs of a module that is marked `few` on every second digit."""
+def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Play the runs of a module that is marked `few` on every second digit and with a narrow CNN."""
+    from ssfl_app import runtime
     from tests.in_process_grid import FEW, MEMO
 
-    MEMO.images = FEW if request.node.get_closest_marker("few") else {}
-    yield
-    MEMO.images = {}
+    if not request.node.get_closest_marker("few"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        # The names of models are fixed where the options are defined, so that this one has the name of the wide one.
+        patch.setitem(models.REGISTRY, "cnn", narrow_cnn)
+        patch.setattr(MEMO, "images", FEW)
+        patch.setattr(MEMO, "runs", {})
+        runtime._open.cache_clear()
+        yield
+    runtime._open.cache_clear()
 
 
 @pytest.fixture(autouse=True)

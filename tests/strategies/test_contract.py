@@ -11,40 +11,42 @@ import torch
 
 from ssfl_app.comm.payload import Payload
 from ssfl_app.core.strategy import ServerContext
-from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, nbytes
 from ssfl_app.strategies import REGISTRY
-from tests.in_process_grid import WHOLE, Played, answer_error, play, tamper
+from tests.in_process_grid import Played, answer_error, play, tamper
 
 pytestmark = pytest.mark.few
 
 # Keys under which a strategy learns the small task; the others do so in 4 rounds of 3 epochs.
 LEARNS: dict[str, dict[str, Any]] = {
-    name: {"run.rounds": 6, "run.evaluate-every": 6} for name in ("fedpm", "lotteryfl", "sparsyfed", "random-local")
+    "sparsyfed": {"run.rounds": 6},
+    "fedpm": {"run.rounds": 6, "local.epochs": 5},
+    "lotteryfl": {"run.rounds": 6, "local.epochs": 4, "local.lr": 0.2},
+    "random-local": {"run.rounds": 9},
 }
-for _slow in ("lotteryfl", "random-local"):  # every second digit is too little for them
-    LEARNS[_slow] |= WHOLE
 
 # Keys under which a strategy costs less and does the same: PruneFL's one client prunes alone for 20 local rounds by
 # default, and 6 reach the density.
 CHEAP: dict[str, dict[str, Any]] = {"prunefl": {"prunefl.checks": 6}}
-
-# Strategies whose density is an outcome: it starts at 1 or elsewhere and falls, or follows from what was learnt.
-EMERGENT: set[str] = {
-    "subfedavg",  # of clients' masks, which start dense and shrink as their models get good
-    "lotteryfl",  # likewise
-    "topk",  # mask.density is that of the uplink; the model is the union of what came up
-    "sparsyfed",  # of clients' models; the server's is their union
-    "zerofl",  # of every layer that computes, but the first one is dense
-    "fedpm",  # of the mask that is tested: as many weights as the learnt probabilities say
-}
 
 # Strategies whose published rule rounds layer by layer: off by less than one weight a layer.
 ROUNDED: set[str] = {
     "dispfl",  # Erdos-Renyi-Kernel densities
 }
 
-# Strategies that train on this share of a client's images only, by default: they judge models on the others.
-TRAINS_ON: dict[str, float] = {"fedfomo": 0.9}
+P, LAYERS, REST, BITMAP = 38160, (144, 4608, 32768, 640), 170, 4770
+"""The narrow CNN: prunable weights, also by layer, and the others; bytes of a bit for each prunable weight."""
+ALIVE = 7632  # floor(0.2 * P)
+DENSE, SPARSE = 4 * (P + REST), 4 * (ALIVE + REST)
+
+# Strategies whose density is an outcome: between which two it lies.
+EMERGENT: dict[str, tuple[float, float]] = {
+    "subfedavg": (1, 1),  # with one local epoch nothing is pruned
+    "lotteryfl": (0.8**3 - 4 / P, 1 - 0.2 * 0.5),  # a fifth of each layer at a time, and once in a round at most
+    "topk": (0.2, 4 * 0.2),  # the union of what four clients sent
+    "sparsyfed": (0.2, 4 * 0.2),  # likewise
+    "zerofl": ((144 + 921 + 6553 + 128) / P,) * 2,  # a fifth of each layer, but the first one is dense
+    "fedpm": (0.45, 0.55),  # of a mask that is drawn; its probabilities start at one half
+}
 
 
 @pytest.fixture(scope="module", params=sorted(REGISTRY))
@@ -66,10 +68,8 @@ def test_is_registered_under_its_own_name(played: Played) -> None:
 
 def test_learns(played: Played) -> None:
     """The models that the method ends up with are good where they are used, and better than at its start."""
-    keys = {"run.rounds": 4, "local.epochs": 3, "local.batch-size": 16, "run.evaluate-every": 4} | LEARNS.get(
-        name_of(played), {}
-    )
-    long = play(base(name_of(played)) | keys)
+    keys = {"run.rounds": 4, "local.epochs": 3, "local.batch-size": 16, "run.evaluate-every": 9}
+    long = play(base(name_of(played)) | keys | LEARNS.get(name_of(played), {}))
     last = long.records[-1]
     best = last["central_accuracy"] if last["personal_accuracy_mean"] is None else last["personal_accuracy_mean"]
     assert best > 0.8
@@ -115,7 +115,8 @@ def test_has_exactly_the_density_it_promises(played: Played) -> None:
     rest = layout.size - layout.prunable_size
     assert density_all == pytest.approx((density * layout.prunable_size + rest) / layout.size)
     if name in EMERGENT:
-        assert 0 < density <= 1
+        low, high = EMERGENT[name]
+        assert low - 1e-9 <= density <= high + 1e-9
     elif name in ROUNDED:
         assert abs(density * layout.prunable_size - wanted) < len(layout.prunable)
     else:
@@ -148,34 +149,99 @@ def test_counts_the_bytes_of_what_was_sent(played: Played) -> None:
         assert record.get("bytes_discovery_down", 0) == sent
 
 
+def of_own_masks(played: Played, round_: int) -> tuple[int, int, int]:
+    """Down go the weights of the mask that a client sent last, up those of the one it has now, and this mask."""
+    alive: dict[int, int] = dict.fromkeys(range(6), P)
+    down = up = 0
+    for r in range(1, round_ + 1):
+        down = sum(4 * (alive[client] + REST) for client in played.records[r]["cohort"])
+        came = [(where[2], payload) for where, payload in played.grid.got if where[:2] == ("train", r)]
+        alive |= {client: int(np.unpackbits(payload.arrays["mask"]).sum()) for client, payload in came}
+        up = sum(4 * (alive[client] + REST) + BITMAP for client in played.records[r]["cohort"])
+    return down, up, sum(4 * (count + REST) for count in alive.values())
+
+
+def bytes_of_a_round(played: Played, round_: int) -> tuple[int, int, int, int]:
+    """Return what a strategy is said to send: to train down and up, to evaluate, and masks that go down beside."""
+    first, alive = round_ == 1, [round(record["density"] * P) for record in played.records[1:]]
+    match name_of(played):
+        case "fedavg" | "fedavg-ft" | "ditto":
+            return 4 * DENSE, 4 * DENSE, 6 * DENSE, 0
+        case "dpsgd" | "dpsgd-ft":
+            return 6 * DENSE, 6 * DENSE, 6 * DENSE, 0
+        case "ssfl" | "shuffled" | "random" | "flash" | "prunefl":  # the mask goes down once a client
+            return 4 * SPARSE, 4 * SPARSE, 6 * SPARSE, 6 * BITMAP * first
+        case "local-saliency" | "random-local":  # both ends know each mask
+            return 4 * SPARSE, 4 * SPARSE, 6 * SPARSE, 0
+        case "feddst":  # the mask moves in the first of three rounds only
+            return 4 * SPARSE, 4 * (SPARSE + BITMAP * first), 6 * SPARSE, (4 + 6) * BITMAP * first
+        case "flash-joint":  # it moves in every round, and is known from the evaluation when the next one begins
+            return 4 * SPARSE, 4 * (SPARSE + BITMAP), 6 * SPARSE, (4 * first + 6) * BITMAP
+        case "topk":
+            return 4 * DENSE, 4 * (SPARSE + BITMAP), 6 * DENSE, 0
+        case "zerofl":  # density and zerofl.r-mask
+            return 4 * DENSE, 4 * (4 * (math.floor(0.3 * P) + REST) + BITMAP), 6 * DENSE, 0
+        case "sparsyfed":  # dense at first, then the union of what came up
+            before, now = (P if first else alive[round_ - 2]), alive[round_ - 1]
+            return 4 * (4 * (before + REST) + BITMAP), 4 * (SPARSE + BITMAP), 6 * (4 * (now + REST) + BITMAP), 0
+        case "fedpm":  # probabilities down, bits up
+            return 4 * 4 * P, 4 * BITMAP, 6 * BITMAP, 0
+        case "dispfl":
+            model = 4 * (alive[0] + REST) + BITMAP
+            return 6 * model, 6 * model, 6 * model, 0
+        case "fedfomo":  # five peers' models, of which there are none at first; up go preferences for them
+            peers = 0 if first else 5
+            return 6 * peers * DENSE, 6 * (DENSE + 4 * peers), 0, 0
+        case "lotteryfl" | "subfedavg":
+            return *of_own_masks(played, round_), 0
+    raise AssertionError("a new strategy says here what it sends")
+
+
+# Bytes that come up before training; nothing goes down, as the seed says what weights a run starts from.
+DISCOVERY: dict[str, int] = {
+    **dict.fromkeys(["ssfl", "shuffled"], 6 * 4 * P),  # scores
+    "local-saliency": 6 * BITMAP,
+    **dict.fromkeys(["flash", "flash-joint"], 4 * len(LAYERS)),  # one client's layer densities
+    "prunefl": SPARSE + BITMAP,  # one client's model
+}
+
+
 def test_pays_its_codecs_bytes(played: Played) -> None:
-    """For strategies of one global model: by formula."""
-    rule, layout, mask = type(played.strategy).client, played.layout, played.strategy.mask
-    if type(played.strategy).full_participation or rule.stateful or mask is not played.strategy.mask_for(0):
-        pytest.skip("its own test has the formula")
-    for (kind, round_, _), up in played.grid.got:
-        if kind == "train":
-            played.strategy.codec_up(round_).check(up.arrays, layout, mask)
-    down, ups = played.strategy.codec_down(1), {type(played.strategy.codec_up(round_)) for round_ in (1, 2, 3)}
-    if ups == {type(down)} and not isinstance(down, BitmapAndValues):
-        model = nbytes(down.encode(layout, played.strategy.state, mask))
-        bitmap = -(-layout.prunable_size // 8) if isinstance(down, MaskedValues) else 0
-        for record in played.records[1:]:
-            assert (record["bytes_train_down"], record["bytes_train_up"]) == (4 * model, 4 * model)
-            assert record["bytes_evaluate_down"] == 6 * model
-        # The mask goes down once per client in the whole run.
-        assert [record["bytes_mask_down"] for record in played.records[1:]] == [6 * bitmap, 0, 0]
+    """By formula: float32 values, and a bit for each prunable weight where a mask travels."""
+    layout, first = played.layout, played.records[0]
+    assert (layout.prunable_size, layout.size - layout.prunable_size) == (sum(LAYERS), REST) == (P, REST)
+    for record in played.records[1:]:
+        keys = ("bytes_train_down", "bytes_train_up", "bytes_evaluate_down", "bytes_mask_down")
+        assert tuple(record[key] for key in keys) == bytes_of_a_round(played, record["round"])
+    assert (first["bytes_discovery_down"], first["bytes_discovery_up"]) == (0, DISCOVERY.get(name_of(played), 0))
+
+
+def passes(played: Played, round_: int) -> int:
+    """Return how many images clients train or judge a gradient on: one local epoch each, and what the method adds."""
+    name, cohort, held = name_of(played), played.records[round_].get("cohort", []), played.runtime.partition.train
+    images, last = sum(len(held[client]) for client in cohort), round_ == 3
+    if round_ == 0:
+        (asked,) = {client for (kind, _, client), _ in played.grid.got if kind.startswith("query.i")} or {0}
+        (found,) = {client for (kind, _, client), _ in played.grid.got if kind == "query.layer_densities"} or {0}
+        return {
+            **dict.fromkeys(["ssfl", "shuffled", "local-saliency"], sum(min(64, len(own)) for own in held)),
+            **dict.fromkeys(["flash", "flash-joint"], 10 * len(held[found])),  # epochs of one client
+            "prunefl": 2 * 6 * len(held[asked]),  # an epoch and its gradients' squares, six times
+        }.get(name, 0)
+    match name:
+        case "ditto":  # two epochs of the global model and three of the personal one
+            return 5 * images
+        case "dpsgd-ft" | "fedavg-ft":  # everybody tunes the model that training ends with
+            return images + last * sum(map(len, held))
+        case "feddst":  # gradients of one batch say where weights grow
+            return images + (round_ == 1) * sum(min(32, len(held[client])) for client in cohort)
+        case "fedfomo":  # a tenth is held out, to judge models
+            return sum(math.floor(0.9 * len(held[client])) for client in cohort)
+    return images
 
 
 def test_counts_image_passes(played: Played) -> None:
-    for record in played.records[1:]:
-        share = TRAINS_ON.get(name_of(played), 1)
-        images = sum(math.floor(share * len(played.runtime.partition.train[client])) for client in record["ok"])
-        assert record["image_passes"] >= images  # one local epoch each, and what the method adds
-    if name_of(played) in ("fedavg", "ssfl", "random"):
-        assert played.records[1]["image_passes"] == sum(
-            len(played.runtime.partition.train[client]) for client in played.records[1]["ok"]
-        )
+    assert [record["image_passes"] for record in played.records] == [passes(played, round_) for round_ in range(4)]
 
 
 def test_goes_on_without_a_lost_client_and_a_refused_one_changes_no_more(played: Played) -> None:

@@ -16,6 +16,11 @@ from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.strategies import REGISTRY
 from tests.in_process_grid import Fault, Played, play, tamper
 
+pytestmark = pytest.mark.few
+
+SIZES = 144, 4608, 32768, 640
+"""Weights in each prunable layer of the narrow CNN."""
+
 LIAR = 3
 EIGHT: Flat = {
     "run.clients": 8,
@@ -76,7 +81,7 @@ def model(kind: str) -> Fault:
                 arrays["mask"][-1] = bits[-1]
         if "squares" in arrays:
             arrays["squares"] = np.full_like(arrays["squares"], 32768)
-            arrays["squares"][-1280:] = 0
+            arrays["squares"][-SIZES[3] :] = 0
         if kind == "samples":
             metadata["samples"] = 10**6
         return Payload(arrays, metadata)
@@ -88,17 +93,14 @@ def answer(payload: Payload) -> Payload:
     """All that counts is in the first layers, as loud as may be."""
     arrays = dict(payload.arrays)
     if "values" in arrays and arrays["values"].size == 4:  # layer densities: those of FLASH add up
-        shares, sizes = (
-            arrays["values"].astype(np.float64),
-            (288, 18432, 131072, 1280),
-        )
-        taken = min(shares[3], (1 - shares[1]) * sizes[1] / sizes[3])
+        shares = arrays["values"].astype(np.float64)
+        taken = min(shares[3], (1 - shares[1]) * SIZES[1] / SIZES[3])
         shares[3] -= taken
-        shares[1] += taken * sizes[3] / sizes[1]
+        shares[1] += taken * SIZES[3] / SIZES[1]
         arrays["values"] = shares.astype(np.float32)
     elif "values" in arrays:
         arrays["values"] = np.full_like(arrays["values"], 32768)
-        arrays["values"][-1280:] = 0
+        arrays["values"][-SIZES[3] :] = 0
     return Payload(arrays, payload.metadata)
 
 
