@@ -1,0 +1,203 @@
+"""What the documentation names exists: files, modules, classes, functions; and README lists what is registered."""
+
+import ast
+import re
+from collections import defaultdict
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from ssfl_app import partitions
+from ssfl_app.config import ROOMS as SECTIONS
+from ssfl_app.config import defaults
+from ssfl_app.core.robust import FOLDS
+from ssfl_app.data.readers import OWN, READERS
+from ssfl_app.sparsity.values import VALUE_TYPES
+from ssfl_app.strategies import REGISTRY
+from ssfl_app.training import models
+from ssfl_app.training.step import PRECISIONS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = ("ssfl_app", "tests", "benchmarks", "configs", "deploy", "docs", "examples")
+FILES = [
+    file.relative_to(ROOT).as_posix()
+    for file in [*ROOT.glob("*.*"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*"))]
+    if file.is_file() and "__pycache__" not in file.parts
+]
+
+
+def code_of(page: Path) -> list[str]:
+    """What stands between backticks, outside of blocks of code."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
+class Source:
+    """Names that the package's source defines."""
+
+    def __init__(self) -> None:
+        self.modules: dict[str, set[str]] = defaultdict(set)  # last part of a module's name -> what it defines
+        self.classes: dict[str, set[str]] = defaultdict(set)  # class -> its attributes
+        self.bases: dict[str, set[str]] = defaultdict(set)
+        self.words: set[str] = set()
+        self.strings: set[str] = set()
+        for folder in ("ssfl_app", "tests", "benchmarks", "examples"):
+            for file in (ROOT / folder).rglob("*.py"):
+                text = file.read_text("utf-8")
+                code = re.sub(r'"""(?s:.*?)"""|#.*', "", text)  # comments and docstrings prove nothing
+                self.words |= set(re.findall(r"\w+", code))
+                self.strings |= set(re.findall(r'"([^"\n]+)"', code))
+                if folder == "ssfl_app":
+                    self._read(file, ast.parse(text))
+        self.words |= set(re.findall(r"\w+", (ROOT / "pyproject.toml").read_text("utf-8")))
+
+    def _read(self, file: Path, tree: ast.Module) -> None:
+        module = file.parent.name if file.stem == "__init__" else file.stem
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                attributes = self.classes[node.name]
+                self.bases[node.name] |= {base.id for base in node.bases if isinstance(base, ast.Name)}
+                for part in ast.walk(node):
+                    attributes |= _defined(part)
+                    if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store):
+                        attributes.add(part.attr)
+            self.modules[module] |= _defined(node)
+
+    def has(self, cls: str, attribute: str) -> bool:
+        return attribute in self.classes[cls] or any(
+            self.has(base, attribute) for base in self.bases[cls] if base in self.classes
+        )
+
+
+def _defined(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return {node.name}
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return {node.target.id}
+    if isinstance(node, ast.Assign):
+        return {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return set()
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return Source()
+
+
+# What Flower, torch and others call their own.
+FOREIGN = {
+    *("PushMessages", "PushObject", "ArrayChunk", "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES", "add_messages_to_queue"),
+    *("nn.TransformerEncoder", "lightning_logs", "train_test"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_names_exist(page: Path, source: Source) -> None:
+    made = set(re.findall(r"^All of it is one file, `(.*?)`", page.read_text("utf-8"), re.MULTILINE))  # by a recipe
+    assert [name for name in code_of(page) if name not in FOREIGN | made and not exists(name, source)] == []
+
+
+def exists(name: str, source: Source) -> bool:
+    if re.fullmatch(r"[\w./<>-]+\.(py|toml|md|c|svg|png|ya?ml|json|jsonl|html|log|safetensors)", name):
+        last = name.rpartition("/")[2]
+        if last in source.strings or re.match(r"\d+|<", last):  # what a run writes
+            return True
+        return any(f"/{file}".endswith(f"/{name}") for file in FILES)
+    section, _, key = name.partition(".")
+    if section in SECTIONS and re.fullmatch(r"[a-z-]+", key):
+        return name in defaults()
+    match = re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(.*\))?", name)
+    if match is None:
+        return True
+    *before, last = match[1].split(".")
+    if before and before[-1] in source.classes:
+        known = source.has(before[-1], last)
+    elif before and before[-1] in source.modules:
+        known = last in source.modules[before[-1]] | source.words
+    else:
+        known = last in source.words
+    return known and all(part in source.words | source.modules.keys() for part in before)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if link.startswith("http"):
+            continue
+        target, _, anchor = link.partition("#")
+        file = (page.parent / target) if target else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(link)
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_table_of_strategies_is_the_registry() -> None:
+    rows = table("Strategies")
+    assert sorted(name for first, *_ in rows for name in re.findall(r"`([^`]+)`", first)) == sorted(REGISTRY)
+    for first, *_ in rows:
+        for page in re.findall(r"\((docs/[^)]+)\)", first):
+            assert (ROOT / page).exists()
+
+
+def test_the_table_of_options_has_every_key() -> None:
+    listed: set[str] = set()
+    for first, keys in table("Configuration"):
+        sections = re.findall(r"`([^`]+)`", first)
+        if len(sections) > 1:  # of single strategies; their pages have them
+            pages = "".join(page.read_text("utf-8") for page in PAGES if page.parent.name == "strategies")
+            named = set(re.findall(r"[`\s]((?:[a-z-]+)\.[a-z-]+)\b", pages))
+            listed |= {key for key in defaults() if key.partition(".")[0] in sections and key in named}
+        else:
+            prefix = f"{sections[0]}." if sections else ""
+            listed |= {prefix + key for key in re.findall(r"`([^`]+)`", keys)}
+    assert listed == set(defaults())
+
+
+def test_readme_names_what_can_be_chosen() -> None:
+    keys = {first.strip("`"): text for first, text in table("Configuration")}
+    for section, key, names in (
+        ("data", "name", [*(name for name in READERS if name != "few-digits"), *OWN]),
+        ("partition", "name", partitions.REGISTRY),
+        ("model", "name", models.REGISTRY),
+        ("run", "fold", FOLDS),
+        ("wire", "up-values", VALUE_TYPES),
+        ("engine", "precision", PRECISIONS),
+    ):
+        match = re.search(rf"`{key}` \(([^)]*)\)", keys[section])
+        assert match is not None, (section, key)
+        assert match[1].split(", ") == list(names)
+
+
+def test_comments_of_the_defaults_name_every_choice() -> None:
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    lines = text[text.index("[tool.flwr.app.config]") : text.index("# ---- Tools")].splitlines()
+    section = ""
+    seen = set()
+    for line in lines:
+        if line.startswith("["):
+            section = line.strip("[]").removeprefix("tool.flwr.app.config").lstrip(".")
+        elif section and (match := re.fullmatch(r"([a-z-]+) = [^#]*(?:# (.*))?", line)):
+            options = {field.name.replace("_", "-"): field for field in fields(SECTIONS[section])}
+            allowed = options[match[1]].metadata["allowed"]
+            if match[2] and allowed.startswith("one of "):
+                names = match[2].split(":")[0].split(";")[0].split(" | ")
+                wanted = [name for name in allowed.removeprefix("one of ").split(", ") if name != "few-digits"]  # of conftest
+                assert [name.split()[0] for name in names] == wanted, line
+                seen.add(f"{section}.{match[1]}")
+    assert {"data.name", "model.name", "partition.name", "ssfl.criterion", "wire.down-values"} <= seen
+
+
+def table(title: str) -> list[list[str]]:
+    """Return the cells of the first table below a title of README, without its head."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = re.search(rf"^## {title}\n(?:(?!\|).*\n)*((?:\|.*\n)+)", text, re.MULTILINE)
+    assert rows is not None
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[1].splitlines()[2:]]
