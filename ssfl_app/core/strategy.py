@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Result
 from torch import nn
 
 from ssfl_app.comm.membership import ClientRegistry
@@ -25,6 +25,7 @@ from ssfl_app.core.aggregation import aggregate_mean, within_norm
 from ssfl_app.core.client import ClientAlgorithm, encode_with
 from ssfl_app.core.means import MAX_WEIGHT
 from ssfl_app.core.options import Settings
+from ssfl_app.core.own_start import OwnStart
 from ssfl_app.core.robust import distance, there
 from ssfl_app.core.rounds import Query, RoundLoop, RunCallback
 from ssfl_app.core.validation import check_number, check_samples, check_tested, stored
@@ -36,7 +37,7 @@ from ssfl_app.sparsity.mask import Mask, Scope, alive_count, none_alive
 from ssfl_app.sparsity.values import Allowed, Arrays
 
 
-class SparseStrategy(Strategy):
+class SparseStrategy(OwnStart):
     """A federated algorithm on a fixed set of numbered clients.
 
     Parameters
@@ -283,6 +284,7 @@ class SparseStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
+        self.check_playing()
         payloads = (
             self._letter(client, self.train_payload(server_round, client)) for client in self.cohort(server_round)
         )
@@ -332,6 +334,7 @@ class SparseStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return an evaluation message for every client, in rounds that are evaluated."""
+        self.check_playing()
         run = self.settings.run
         if server_round % run.evaluate_every and server_round != run.rounds:
             return []
@@ -384,7 +387,8 @@ class SparseStrategy(Strategy):
             self.state = {n: torch.from_numpy(initial_arrays[n].numpy().copy()) for n, _ in self.layout.shapes}
         del initial_arrays  # a model's size, for the whole run
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-        return RoundLoop(self, self.messenger, grid, configs, evaluate_fn).run(self._next_round, num_rounds)
+        with self.playing():
+            return RoundLoop(self, self.messenger, grid, configs, evaluate_fn).run(self._next_round, num_rounds)
 
     # ---- checks ------------------------------------------------------------------------------
 
