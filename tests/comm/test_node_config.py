@@ -109,7 +109,7 @@ def test_the_number_that_a_server_gives_a_site_leads_to_no_other_site(tmp_path: 
     for other in (kept["client-00001"], one):
         assert other.load(9) is None
         other.load(0)  # deletes what is later
-    assert kept["athens"].recall(9) is not None
+    assert kept["athens"].load(9) is not None
 
 
 def test_the_data_path_of_a_server_is_ignored_unless_the_node_allows_it(tmp_path: Path) -> None:
