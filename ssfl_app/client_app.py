@@ -1,7 +1,7 @@
-"""Flower's client door: a NumPyClient, served through the Message API.
+"""Flower's entry point of a client: a NumPyClient, which answers messages of the Message API.
 
 `SparseClient` speaks NumPy: arrays in, arrays out. In a training round of SSFL these arrays are the alive values and
-nothing else. `serve` is the adapter that lets strategies of the Message API drive such a client.
+nothing else. `serve` takes a message apart for it and writes its answer as one.
 """
 
 import os
@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 
 from ssfl_app.comm.messenger import CLIENT, FOLDER, RUN
 from ssfl_app.comm.node_config import NodeConfig, read_node_config, simulated
-from ssfl_app.comm.payload import ClientState, Metadata, Payload, PayloadEncoder, decode_metadata, decode_payload
+from ssfl_app.comm.payload import ClientState, Metadata, Payload, PayloadEncoder, decode_arrays, decode_metadata
 from ssfl_app.core.client import ClientAlgorithm, Need
 from ssfl_app.options import ConfigError, PrivateError
 from ssfl_app.runtime import code_digest, get_runtime, gpu_is_hidden
@@ -33,96 +33,108 @@ NDArrays = list[npt.NDArray[Any]]
 
 
 class SparseClient(NumPyClient):
-    """One client's half of a strategy behind Flower's NumPyClient interface.
+    """One client, which works by the client half of an algorithm, behind Flower's NumPyClient interface.
 
     Parameters
     ----------
-    rule : ClientAlgorithm
-        The algorithm, at this client's site.
+    algorithm : ClientAlgorithm
+        With the context of this client.
     name : str
         Of a site with data of its own; "": the client goes by its number.
 
-    Notes
-    -----
-    ``config["arrays"]`` names the arrays in order, e.g. "values,mask"; so does the returned metric "arrays".
+    Attributes
+    ----------
+    array_names : tuple of str
+        Names of the arrays, in order: whoever calls `fit` or `evaluate` sets those of what it gives, and `fit` sets
+        those of what it returns.
     """
 
-    def __init__(self, rule: ClientAlgorithm, name: str = "") -> None:
-        self.rule = rule
+    def __init__(self, algorithm: ClientAlgorithm, name: str = "") -> None:
+        self.algorithm = algorithm
         self.name = name
+        self.array_names: tuple[str, ...] = ()
+        self._parameters: NDArrays = []
 
-    def get_properties(self, config: dict[str, Any]) -> dict[str, Any]:
+    def get_properties(self, config: Metadata) -> Metadata:
         """Return who this client is, what it holds and what it works with."""
-        site = self.rule.context
+        context = self.algorithm.context
         return {
-            **({"name": self.name} if self.name else {"client": site.client_id}),
-            **site.data.holding(*site.indices).metadata(),
-            "device": str(site.trainer.device),
+            **({"name": self.name} if self.name else {"client": context.client_id}),
+            **context.data.holding(*context.indices).metadata(),
+            "device": str(context.trainer.device),
             "gpu-is-hidden": gpu_is_hidden(),
             "code": code_digest(),
         }
 
-    def fit(self, parameters: NDArrays, config: dict[str, Any]) -> tuple[NDArrays, int, dict[str, Any]]:
-        """Train, or answer ``config["question"]``; return arrays, samples and facts."""
-        payload, trainer = _payload(parameters, config), self.rule.context.trainer
-        passes, looks = trainer.passes, trainer.looks
+    def get_parameters(self, config: Metadata) -> NDArrays:
+        """Return the arrays that `fit` made last; they are called `array_names`."""
+        return self._parameters
+
+    def fit(self, parameters: NDArrays, config: Metadata) -> tuple[NDArrays, int, Metadata]:
+        """Train, or answer ``config["question"]``; return arrays, samples and metadata."""
+        algorithm, trainer, payload = (
+            self.algorithm,
+            self.algorithm.context.trainer,
+            self._payload(parameters, config),
+        )
+        passes, looks, question = trainer.passes, trainer.looks, config.get("question")
         try:
-            question = config.get("question")
-            reply = self.rule.train(payload) if question is None else self.rule.answer_query(question, payload)
+            reply = algorithm.train(payload) if question is None else algorithm.answer_query(str(question), payload)
         except Need as need:
+            self.array_names = ()
             return [], 0, {"need": str(need)}
         work = {"passes": trainer.passes - passes, "looks": trainer.looks - looks}
-        metadata = {**reply.metadata, **work, **self._notes(), "arrays": ",".join(reply.arrays)}
-        return list(reply.arrays.values()), int(reply.metadata["samples"]), metadata
+        self.array_names, self._parameters = tuple(reply.arrays), list(reply.arrays.values())
+        metadata = {**reply.metadata, **work, **self._notes()}
+        return self.get_parameters(config), int(reply.metadata["samples"]), metadata
 
-    def evaluate(self, parameters: NDArrays, config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
-        """Test the model on this client's own test images; return loss, samples and facts."""
-        passes = self.rule.context.trainer.passes
+    def evaluate(self, parameters: NDArrays, config: Metadata) -> tuple[float, int, Metadata]:
+        """Test the model on this client's own test images; return loss, samples and metadata."""
+        trainer = self.algorithm.context.trainer
+        passes = trainer.passes
         try:
-            metadata = self.rule.evaluate(_payload(parameters, config))
+            metadata = self.algorithm.evaluate(self._payload(parameters, config))
         except Need as need:
             return 0.0, 0, {"need": str(need)}
-        metadata["passes"] = self.rule.context.trainer.passes - passes  # of methods that fine-tune before they test
+        metadata["passes"] = (
+            self.algorithm.context.trainer.passes - passes
+        )  # of those that fine-tune before they test
         metadata |= self._notes()
         return float(metadata.get("loss", 0.0)), int(metadata["samples"]), metadata
 
+    def _payload(self, parameters: NDArrays, config: Metadata) -> Payload:
+        return Payload(dict(zip(self.array_names, parameters, strict=True)), config)
+
     def _notes(self) -> Metadata:
-        notes = self.rule.context.memory.notes
+        notes = self.algorithm.context.memory.notes
         return {"note": "; ".join(notes)} if notes else {}
 
 
-def _payload(parameters: NDArrays, config: dict[str, Any]) -> Payload:
-    names = [name for name in str(config.get("arrays", "")).split(",") if name]
-    metadata = {key: value for key, value in config.items() if key not in ("arrays", "question")}
-    return Payload(dict(zip(names, parameters, strict=True)), metadata)
-
-
-def serve(client: NumPyClient, message: Message, packer: PayloadEncoder | None = None, unfolded: int = 0) -> Message:
-    """Answer a message of the Message API by a NumPyClient; `packer` writes the answer.
-
-    Deflated arrays of the message may unfold to so many bytes together.
+def serve(
+    client: SparseClient, message: Message, metadata: Metadata, encoder: PayloadEncoder, unfolded: int
+) -> Message:
+    """Have a client answer a message whose facts are `metadata`.
 
     ``query.hello`` asks for properties, ``query.<question>`` and ``train`` call `fit`, ``evaluate`` calls
     `evaluate`. The round and the digest go back as they came, so that the server can tell what was answered.
+    Deflated arrays of the message may unfold to `unfolded` bytes together.
     """
-    payload = decode_payload(message.content, unfolded=unfolded)
+    received = decode_arrays(message.content, unfolded=unfolded)
+    client.array_names, arrays = tuple(received), list(received.values())
     category, _, action = message.metadata.message_type.partition(".")
-    config = {**payload.metadata, "arrays": ",".join(payload.arrays)}
-    arrays: NDArrays = []
+    made: NDArrays = []
     if action == "hello":
-        metadata = dict(client.get_properties(config))
+        told, client.array_names = client.get_properties(metadata), ()
     elif category == "evaluate":
-        loss, samples, metadata = client.evaluate(list(payload.arrays.values()), config)
-        metadata = {"loss": loss, **metadata, "samples": samples}
+        loss, samples, told = client.evaluate(arrays, metadata)
+        told, client.array_names = {"loss": loss, **told, "samples": samples}, ()
     else:
-        question = {"question": action} if category == "query" else {}
-        arrays, samples, metadata = client.fit(list(payload.arrays.values()), config | question)
-        metadata = {**metadata, "samples": samples}
-    names = [name for name in str(metadata.pop("arrays", "")).split(",") if name]
-    if "round" in payload.metadata:
-        metadata["round"] = payload.metadata["round"]
-    reply = Payload(dict(zip(names, arrays, strict=True)), metadata)
-    return Message((packer or PayloadEncoder()).record(reply), reply_to=message)
+        made, samples, told = client.fit(arrays, metadata | ({"question": action} if category == "query" else {}))
+        told = {**told, "samples": samples}
+    if "round" in metadata:
+        told["round"] = metadata["round"]
+    reply = Payload(dict(zip(client.array_names, made, strict=True)), told)
+    return Message(encoder.record(reply), reply_to=message)
 
 
 def handle(message: Message, context: Context) -> Message:
@@ -184,9 +196,9 @@ def _answer(message: Message, context: Context) -> Message:
     if runtime.trainer.device.type == "cpu":
         keep_heap()
     memory = ClientState(context, number) if hello else memory_of(context, place, number, metadata)
-    rule = runtime.rule(number, memory, place.least_batch)
-    bitmap, packer = -(-runtime.layout.prunable_size // 8), PayloadEncoder(runtime.config.settings.wire.bitmaps)
-    return serve(SparseClient(rule, place.name), message, packer, MOST_BITMAPS * bitmap)
+    client = SparseClient(runtime.rule(number, memory, place.least_batch), place.name)
+    bitmap, encoder = -(-runtime.layout.prunable_size // 8), PayloadEncoder(runtime.config.settings.wire.bitmaps)
+    return serve(client, message, metadata, encoder, MOST_BITMAPS * bitmap)
 
 
 def client_number(place: NodeConfig, metadata: Mapping[str, Any]) -> int:

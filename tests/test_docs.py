@@ -189,7 +189,9 @@ def test_comments_of_the_defaults_name_every_choice() -> None:
             allowed = options[match[1]].metadata["allowed"]
             if match[2] and allowed.startswith("one of "):
                 names = match[2].split(":")[0].split(";")[0].split(" | ")
-                wanted = [name for name in allowed.removeprefix("one of ").split(", ") if name != "few-digits"]  # of conftest
+                wanted = [
+                    name for name in allowed.removeprefix("one of ").split(", ") if name != "few-digits"
+                ]  # of conftest
                 assert [name.split()[0] for name in names] == wanted, line
                 seen.add(f"{section}.{match[1]}")
     assert {"data.name", "model.name", "partition.name", "ssfl.criterion", "wire.down-values"} <= seen

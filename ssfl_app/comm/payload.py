@@ -92,9 +92,14 @@ class PayloadEncoder:
 
 
 def decode_payload(record: RecordDict, allowed: Allowed | None = None, unfolded: int = 0) -> Payload:
-    """Return the parcel of Flower records, whoever sent them.
+    """Return the payload of Flower records, whoever sent them: `decode_arrays` and `decode_metadata`."""
+    return Payload(decode_arrays(record, allowed, unfolded), decode_metadata(record))
 
-    The arrays are read-only views of the received bytes. Records are looked up by name: the properties
+
+def decode_arrays(record: RecordDict, allowed: Allowed | None = None, unfolded: int = 0) -> Arrays:
+    """Return the arrays of a message, whoever sent it.
+
+    They are read-only views of the received bytes. Records are looked up by name: the properties
     `array_records` and so on build reference cycles that would keep every reply alive.
 
     Parameters
@@ -108,7 +113,7 @@ def decode_payload(record: RecordDict, allowed: Allowed | None = None, unfolded:
     Raises
     ------
     PayloadError
-        The records are not what `PayloadEncoder` writes, or an array is not allowed.
+        They are not what `PayloadEncoder` writes, or one is not allowed.
     """
     arrays = _lookup(record, "arrays", ArrayRecord)
     for name, array in arrays.items():
@@ -123,7 +128,7 @@ def decode_payload(record: RecordDict, allowed: Allowed | None = None, unfolded:
     total = sum(array.shape[0] for array in arrays.values() if array.stype == DEFLATED)
     if allowed is None and total > unfolded:
         raise PayloadError(f"deflated arrays have {total} bytes; together they have at most {unfolded}")
-    return Payload({name: _read_array(name, array) for name, array in arrays.items()}, decode_metadata(record))
+    return {name: _read_array(name, array) for name, array in arrays.items()}
 
 
 def decode_metadata(record: RecordDict) -> Metadata:

@@ -122,7 +122,7 @@ class ClientAlgorithm:
     questions : tuple of str
         What `setup` can be asked.
     remembers : bool
-        Whether the client keeps personal state (`recall`, `remember`).
+        Whether the client keeps personal state (`load_client_state`, `save_client_state`).
     """
 
     down: ClassVar[type[Codec]] = Dense

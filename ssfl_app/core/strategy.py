@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Result
 from torch import nn
 
 from ssfl_app.comm.membership import ClientRegistry
@@ -27,6 +27,7 @@ from ssfl_app.core.aggregation import Aggregator, ReplyMean, within_norm
 from ssfl_app.core.client import ClientAlgorithm, encode_with
 from ssfl_app.core.means import MAX_WEIGHT
 from ssfl_app.core.options import FromSettings, Section, Settings
+from ssfl_app.core.own_start import OwnStart
 from ssfl_app.core.robust import distance, there
 from ssfl_app.core.rounds import Query, RoundLoop, RunCallback
 from ssfl_app.core.validation import check_number, check_samples, check_tested, stored
@@ -72,7 +73,7 @@ class ServerContext:
     dealt: Callable[[int], DataSummary] | None = None
 
 
-class SparseStrategy(Strategy):
+class SparseStrategy(OwnStart):
     """A federated algorithm on a fixed set of numbered clients.
 
     Parameters
@@ -323,6 +324,7 @@ class SparseStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
+        self.check_playing()
         payloads = (
             self._letter(client, self.train_payload(server_round, client)) for client in self.cohort(server_round)
         )
@@ -369,6 +371,7 @@ class SparseStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return an evaluation message for every client, in rounds that are evaluated."""
+        self.check_playing()
         run = self.settings.run
         if server_round % run.evaluate_every and server_round != run.rounds:
             return []
@@ -422,7 +425,8 @@ class SparseStrategy(Strategy):
             self.state = {n: torch.from_numpy(initial_arrays[n].numpy().copy()) for n, _ in self.layout.shapes}
         del initial_arrays  # a model's size, for the whole run
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-        return RoundLoop(self, self.messenger, grid, configs, evaluate_fn).run(self._next_round, num_rounds)
+        with self.playing():
+            return RoundLoop(self, self.messenger, grid, configs, evaluate_fn).run(self._next_round, num_rounds)
 
     # ---- checks ------------------------------------------------------------------------------
 

@@ -17,8 +17,9 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic, Result, Strategy
 
+from ssfl_app.core.own_start import OwnStart
 from ssfl_app.plugin.aggregation import PositionalMean, common_metrics
 from ssfl_app.plugin.checked_reply import MOST, CheckedReply
 from ssfl_app.plugin.cohort import sample, wait_for
@@ -50,7 +51,7 @@ class FedAvgArguments(TypedDict, total=False):
     evaluate_metrics_aggr_fn: MetricsFn | None
 
 
-class SSFL(Strategy):
+class SSFL(OwnStart):
     """Sparse federated learning in the place of Flower's FedAvg; the clients need `sparse_mod`.
 
     Parameters
@@ -107,8 +108,8 @@ class SSFL(Strategy):
     Raises
     ------
     TypeError, ValueError
-        An argument is out of range; `inner` is no FedAvg, has a `start` of its own, or is given beside FedAvg's
-        arguments.
+        An argument is out of range; `inner` is no FedAvg, aggregates trees, has a `start` of its own, or is given
+        beside FedAvg's arguments.
 
     Notes
     -----
@@ -145,6 +146,8 @@ class SSFL(Strategy):
             raise TypeError(
                 f"inner is {type(inner).__name__}; it is one of Flower's strategies that derive from FedAvg"
             )
+        if isinstance(inner, FedXgbBagging | FedXgbCyclic):
+            raise TypeError(f"inner is {type(inner).__name__}, which aggregates trees: they have no weights to mask")
         if inner is not None and type(inner).start is not Strategy.start:
             raise TypeError(
                 f"inner is {type(inner).__name__}, whose own start() would never run: SSFL plays the rounds. Put "
@@ -190,11 +193,6 @@ class SSFL(Strategy):
         RuntimeError
             `start` was not called yet.
         """
-        if self._mail is None and self.changes("start"):
-            raise RuntimeError(
-                f"{type(self).__name__}.start() plays rounds of its own; SSFL's finds the mask: "
-                "call super().start(...) in it, and put what happens in a round into the other methods"
-            )
         if self._mail is None:
             raise RuntimeError("SSFL was not started; call start() first")
         return self._mail
@@ -283,12 +281,14 @@ class SSFL(Strategy):
             ConfigRecord() if train_config is None else train_config,
             ConfigRecord() if evaluate_config is None else evaluate_config,
         )
-        return RoundLoop(self, grid, configs, evaluate_fn).run(initial_arrays, num_rounds)
+        with self.playing():
+            return RoundLoop(self, grid, configs, evaluate_fn).run(initial_arrays, num_rounds)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the training messages of a round. The model is this strategy's own; `arrays` is not read."""
+        self.check_playing()
         base = self.base
         if not base.fraction_train:
             return []
@@ -342,6 +342,7 @@ class SSFL(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the evaluation messages of a round; `arrays` is not read."""
+        self.check_playing()
         base = self.base
         if not base.fraction_evaluate:
             return []

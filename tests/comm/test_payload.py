@@ -252,7 +252,7 @@ class TestPersonalState:
     def save(self, memory, round_, back_to=0):
         memory.save(round_, {"model": np.full(3, round_, np.float32)}, back_to)
 
-    def recall(self, memory, since):
+    def load(self, memory, since):
         kept = memory.load(since)
         return None if kept is None else int(kept["model"][0])
 
@@ -262,22 +262,22 @@ class TestPersonalState:
     def test_it_returns_the_last_round_that_was_accepted(self, memory):
         self.save(memory, 2)
         self.save(memory, 4)
-        assert self.recall(memory, 4) == 4
+        assert self.load(memory, 4) == 4
         assert memory.load(4)["model"].dtype == np.float32
 
     def test_what_came_after_never_happened(self, memory):
         self.save(memory, 2)
         self.save(memory, 4)
-        assert self.recall(memory, 3) == 2
-        assert self.recall(memory, 4) == 2
-        assert self.recall(memory, 1) is None
+        assert self.load(memory, 3) == 2
+        assert self.load(memory, 4) == 2
+        assert self.load(memory, 1) is None
 
     def test_versions_that_nobody_can_go_back_to_are_deleted(self, memory):
         for round_ in (1, 2, 3, 4):
             self.save(memory, round_)
         self.save(memory, 5, back_to=3)  # 1 and 2 go: a run can be taken up after 3 at the earliest
-        assert self.recall(memory, 3) == 3
-        assert self.recall(memory, 2) is None
+        assert self.load(memory, 3) == 3
+        assert self.load(memory, 2) is None
 
     def test_clients_do_not_see_each_other(self, tmp_path):
         context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
@@ -289,4 +289,4 @@ class TestPersonalState:
         context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
         self.save(ClientState(context, 0), 7)
         context.state = over_the_wire(context.state)
-        assert self.recall(ClientState(context, 0), 7) == 7
+        assert self.load(ClientState(context, 0), 7) == 7

@@ -13,6 +13,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod, arrays_size_mod, message_size_mod
 from flwr.serverapp.strategy import (
     Bulyan,
     FedAdagrad,
@@ -805,3 +806,12 @@ def test_importing_the_package_imports_neither_torch_nor_flower() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     names = ["SSFL", "SparseMod", "active_mask", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
     assert done.stdout.strip() == f"set() {names} SSFL True"
+
+
+def test_flower_s_own_mods_work_behind_ours_and_noise_stays_in_the_mask() -> None:
+    noisy = [message_size_mod, sparse_mod, arrays_size_mod, LocalDpMod(1.0, 1e-3, 10.0, 1e-5)]
+    strategy, result = play(foreign_app(mods=noisy), SSFL(density=0.5, saliency_weighting="uniform"), rounds=1)
+    plain = play(foreign_app(), SSFL(density=0.5, saliency_weighting="uniform"), rounds=1)[1]
+    assert [record["ok"] for record in strategy.history] == [[1000 + i for i in range(5)]] * 2
+    assert bits(result) != bits(plain)
+    assert not dead(strategy, tensors(result.arrays)).any()

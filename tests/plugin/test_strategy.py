@@ -11,7 +11,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, FedXgbBagging, FedXgbCyclic
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -253,11 +253,15 @@ def test_a_start_that_would_be_ignored_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"inner is Custom, whose own start\(\) would never run"):
         SSFL(inner=Custom())
 
+    for trees in (FedXgbBagging(), FedXgbCyclic()):  # the second one takes one client's model for the mean
+        with pytest.raises(TypeError, match=rf"inner is {type(trees).__name__}, which aggregates trees"):
+            SSFL(inner=trees)
+
     class Loop(SSFL):
         def start(self, grid: Any, initial_arrays: Any, *args: Any, **kwargs: Any) -> Any:
             return grid.send_and_receive(self.configure_train(1, initial_arrays, ConfigRecord(), grid))
 
-    with pytest.raises(RuntimeError, match=r"Loop.start\(\) plays rounds of its own; .*call super\(\).start"):
+    with pytest.raises(TypeError, match=r"Loop.start\(\) plays rounds of its own; .*call super\(\).start"):
         told(Loop(density=0.5))
 
     class Saves(SSFL):

@@ -1,19 +1,21 @@
 """The two doors to Flower, where tests of whole runs do not look."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.client import NumPyClient
 
-from ssfl_app import runtime
+from ssfl_app import client_app, runtime
 from ssfl_app.client_app import SparseClient
-from ssfl_app.comm.payload import ClientState
+from ssfl_app.comm.payload import ClientState, Payload, PayloadEncoder
 from ssfl_app.config import merge, parse
 from ssfl_app.results.recorder import Recorder
 from ssfl_app.runtime import get_runtime
 from ssfl_app.server_app import RecordingCallback, check_folder, default_folder
+from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.simulation.prepared_run import plan
 from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import state_of
@@ -30,17 +32,53 @@ def test_the_client_is_a_numpy_client_whose_arrays_are_the_alive_values() -> Non
     values = MaskedValues().encode(shop.layout, state_of(shop.model), mask)["values"]
     config = {"round": 1, "digest": mask.digest}
     # Without the mask it asks; with the mask it trains; after that it holds it.
-    assert client.fit([values], {**config, "arrays": "values"}) == ([], 0, {"need": "mask"})
-    for arrays, names in (([values, mask.packed()], "values,mask"), ([values], "values")):
-        (trained,), samples, metadata = client.fit(arrays, {**config, "arrays": names})
+    client.array_names = ("values",)
+    assert client.fit([values], config) == ([], 0, {"need": "mask"})
+    for arrays, names in (([values, mask.packed()], ("values", "mask")), ([values], ("values",))):
+        client.array_names = names
+        (trained,), samples, metadata = client.fit(arrays, config)
+        assert client.array_names == ("values",)
+        assert client.get_parameters(config)[0] is trained
         assert trained.shape == values.shape == (mask.count + shop.layout.size - shop.layout.prunable_size,)
         assert not np.array_equal(trained, values)
         assert samples == len(shop.partition.train[3])
         assert metadata["digest"] == mask.digest
-    loss, samples, metadata = client.evaluate([values], {**config, "arrays": "values"})
+    loss, samples, metadata = client.evaluate([values], config)
     assert loss > 0
     assert samples == len(shop.partition.test[3])
     assert 0 <= metadata["accuracy"] <= 1
+
+
+def test_a_message_is_translated_once_each_way_around_a_call_of_the_numpy_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(owner: object, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            calls[name] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("get_properties", "fit", "get_parameters", "evaluate"):
+        counted(SparseClient, name)
+    for name in ("decode_arrays", "decode_metadata"):
+        counted(client_app, name)
+    counted(PayloadEncoder, "record")
+    grid = InlineGrid(client_app.app, merge(SMALL), {7: 0})
+    shop = get_runtime(merge(SMALL))
+    values = MaskedValues().encode(shop.layout, shop.initial_state(), shop.dense)
+    model = Payload(values, {"round": 1, "digest": shop.dense.digest})
+    made = {"query.hello": ["get_properties"], "train": ["fit", "get_parameters"], "evaluate": ["evaluate"]}
+    for kind, own in made.items():
+        record = PayloadEncoder().record(Payload() if kind == "query.hello" else model)
+        calls.clear()
+        (reply,) = grid.send_and_receive([Message(record, 7, kind)])
+        assert not reply.has_error()
+        assert calls == Counter(["decode_arrays", "decode_metadata", "record", *own])
 
 
 def test_a_gpu_that_flower_hides_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
