@@ -19,14 +19,14 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from ssfl_app.comm.membership import ClientRegistry
-from ssfl_app.comm.messenger import Messenger, Outgoing, Reply
+from ssfl_app.comm.messenger import ClientMessenger, Outgoing, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
 from ssfl_app.core.aggregation import Aggregator, ReplyMean, within_norm
 from ssfl_app.core.client import ClientAlgorithm, encode_with
 from ssfl_app.core.means import MAX_WEIGHT
 from ssfl_app.core.options import Settings
 from ssfl_app.core.robust import distance, there
-from ssfl_app.core.rounds import Query, RoundLoop, RunCallback
+from ssfl_app.core.rounds import ClientRoundLoop, Query, RunCallback
 from ssfl_app.core.validation import check_number, check_samples, check_tested, stored
 from ssfl_app.options import ConfigError
 from ssfl_app.seeding import generator
@@ -104,7 +104,7 @@ class SparseStrategy(Strategy):
         self.workbench: nn.Module | None = None
         self.image_shape: tuple[int, ...] | None = None
         run, wire = settings.run, settings.wire
-        self.messenger = Messenger(
+        self.messenger = ClientMessenger(
             ClientRegistry(run.clients, run.join_timeout),
             run.round_timeout,
             mask_travels=issubclass(self.client.down, MaskedValues),
@@ -387,7 +387,7 @@ class SparseStrategy(Strategy):
             self.state = {n: torch.from_numpy(initial_arrays[n].numpy().copy()) for n, _ in self.layout.shapes}
         del initial_arrays  # a model's size, for the whole run
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-        return RoundLoop(self, self.messenger, grid, configs, evaluate_fn).run(self._next_round, num_rounds)
+        return ClientRoundLoop(self, self.messenger, grid, configs, evaluate_fn).run(self._next_round, num_rounds)
 
     # ---- checks ------------------------------------------------------------------------------
 
