@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ssfl_app.comm.client_files import ShelfError
+from ssfl_app.comm.payload import Metadata
 from ssfl_app.comm.pulling import BrokenOff, Puller
 from ssfl_app.locks import RunFailed, memory_ran_out
 from ssfl_app.sparsity.values import PayloadError
@@ -31,6 +32,9 @@ FEWER_ACTORS = "try fewer actors (engine.actors) or a smaller model"
 
 IN_FLIGHT = 100_000_000
 """Bytes of replies that may be on their way at once in simulation, if that is more than one a core."""
+
+MOST_NAMED = 8
+"""Clients that a reason names."""
 
 LARGER, BESIDES = 4, 2**24
 """Bytes of a reply at most: so many times the expected ones (positions, squared gradients), and so many besides."""
@@ -54,31 +58,73 @@ class ExchangeReport:
     """What became of the messages of one exchange.
 
     `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client;
-    `notes` are what clients found out of order, of those that answered well.
+    `notes` are what clients found out of order, of those that answered well. `asked` counts the clients.
     Bytes are payload bytes of encoded arrays; bitmaps of masks are counted apart from the rest of `down`.
-    `passes` and `looks` are images that went forward and backward, or forward only, for the good replies.
+    `examples` are images that went forward and backward, and forward only, for each good reply.
     """
 
     ok: list[int] = field(default_factory=list)
     lost: dict[int, str] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
+    examples: dict[int, tuple[int, int]] = field(default_factory=dict)
+    asked: int = 0
     down: int = 0
     mask_down: int = 0
     up: int = 0
     sent: int = 0
-    train_examples: int = 0
-    eval_examples: int = 0
 
-    def require(self, share: float, what: str) -> None:
-        """Raise RunFailed unless at least `share` of all clients answered well."""
-        asked = len(self.ok) + len(self.lost) + len(self.refused)
-        if len(self.ok) < share * asked or not self.ok:
-            bad = ", ".join(f"client {c}: {why}" for c, why in sorted({**self.lost, **self.refused}.items()))
-            raise RunFailed(
-                f"{what}: {len(self.ok)} of {asked} clients answered well; "
-                f"failures.min-ok-fraction is {share} ({bad})"
-            )
+    @property
+    def train_examples(self) -> int:
+        """Images that went forward and backward."""
+        return sum(train for train, _ in self.examples.values())
+
+    @property
+    def eval_examples(self) -> int:
+        """Images that went forward only."""
+        return sum(only_forward for _, only_forward in self.examples.values())
+
+    def accept(self, client: int, metadata: Metadata) -> None:
+        """Note that a reply is a good one, and what it says of the client's work."""
+        self.ok.append(client)
+        self.examples[client] = int(metadata.get("passes", 0)), int(metadata.get("looks", 0))
+        if metadata.get("note"):
+            self.notes[client] = in_a_line(str(metadata["note"]))
+
+    def refuse(self, client: int, reason: str) -> None:
+        """Note that a reply is none; one that was accepted may be none beside the others of its exchange."""
+        if self.examples.pop(client, None) is not None:
+            self.ok.remove(client)
+            self.notes.pop(client, None)
+        self.refused[client] = reason
+
+    def enough(self, share: float) -> bool:
+        """Return whether at least `share` of the clients that were asked answered well."""
+        return len(self.ok) >= share * self.asked
+
+    def require(
+        self,
+        share: float,
+        what: str,
+        *,
+        least: int = 1,
+        who: str = "client",
+        option: str = "failures.min-ok-fraction",
+    ) -> None:
+        """Raise RunFailed unless at least `share` of the clients, and `least` of them, answered well."""
+        if self.enough(share) and len(self.ok) >= least:
+            return
+        clients: dict[str, list[str]] = {}  # each reason once
+        for client, why in sorted({**self.lost, **self.refused}.items()):
+            clients.setdefault(why, []).append(str(client))
+        bad = ", ".join(f"{_called(who, of)}: {why}" for why, of in clients.items())
+        raise RunFailed(f"{what}: {len(self.ok)} of {self.asked} {who}s answered well; {option} is {share} ({bad})")
+
+
+def _called(who: str, names: list[str]) -> str:
+    if len(names) == 1:
+        return f"{who} {names[0]}"
+    return f"{len(names)} {who}s ({', '.join(names[:MOST_NAMED])}{', ...' if len(names) > MOST_NAMED else ''})"
 
 
 class MessageExchange:
@@ -180,7 +226,7 @@ class MessageExchange:
             if reply.has_error():
                 self._sort(client, reply.error.code, reply.error.reason or "")
             elif not reply.has_content():
-                self.report.refused[client] = "answered with neither content nor an error"
+                self.report.refuse(client, "answered with neither content nor an error")
             else:
                 yield client, reply
 
@@ -190,13 +236,13 @@ class MessageExchange:
         except BrokenOff as error:
             self.report.lost[self._waiting.pop(message_id)] = str(error)
         except PayloadError as error:
-            self.report.refused[self._waiting.pop(message_id)] = str(error)
+            self.report.refuse(self._waiting.pop(message_id), str(error))
         except (ValueError, TypeError, LookupError, AttributeError, DecodeError) as error:
             if is_simulation(self._grid):
                 raise
             # Flower builds a message from the objects that a node uploaded, and these are the node's word.
             client = self._waiting.pop(message_id)
-            self.report.refused[client] = in_a_line(f"no message: {type(error).__name__}: {error}")
+            self.report.refuse(client, in_a_line(f"no message: {type(error).__name__}: {error}"))
         return []
 
     def _sort(self, client: int, code: int, reason: str) -> None:
@@ -213,6 +259,6 @@ class MessageExchange:
         if ShelfError.__name__ in reason and is_simulation(self._grid):
             raise RunFailed(f"client {client}: {line}")
         if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
-            self.report.refused[client] = f"raised: {line}"
+            self.report.refuse(client, f"raised: {line}")
         else:
             self.report.lost[client] = f"Flower error {code}: {line}"

@@ -1,4 +1,4 @@
-"""The post room: who is who, what a message carries beside its model, and which answers are good ones.
+"""Messengers: what a message carries beside its model, the exchange of messages, and which replies are good ones.
 
 Mask protocol: the mask goes down once per client, as a bitmap with the first message that needs it. Every message
 carries the digest of (names, shapes, mask). A client that does not hold that mask (restarted, joined late)
@@ -12,10 +12,10 @@ refused by name and counted. It never reaches an algorithm.
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -26,7 +26,7 @@ from ssfl_app.comm.payload import MASKS, Metadata, Payload, PayloadEncoder, deco
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
-from ssfl_app.text import in_a_line, quoted
+from ssfl_app.text import quoted
 
 FOLDER = "folder"
 """Fact of a message in simulation: where simulated clients keep their files."""
@@ -39,6 +39,9 @@ CLIENT = "client"
 
 MOST_WORK = 2**40
 """Images of one message, of a client that nothing is known of: more is no count, and would spoil the sum."""
+
+WITH_MASK = ("mask", "sheet", "fixed")
+"""Arrays that go down once per client, beside the mask or with it; their bytes are counted apart."""
 
 Check = Callable[[int, Payload], None]
 """check(client, parcel) raises PayloadError on an answer that an algorithm must not see."""
@@ -64,22 +67,145 @@ class Reply:
 
 @dataclass(frozen=True)
 class PendingMessage:
-    """What was written to a client, and what may be sent after: attachments by the name a client asks for them."""
+    """What was written to a client, and what may be sent after: attachments by the name a client asks for them.
+
+    `mask` is the one that the reply is encoded under; `config` the user's own, where there is one.
+    """
 
     kind: str
     payload: Payload
     mask: Mask | None
     attachments: Mapping[str, Callable[[], Arrays]]
+    config: Mapping[str, Any] | None = None
+
+
+class Replied(Protocol):
+    """What every checked reply has."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """What it says beside its arrays."""
+
+
+R = TypeVar("R", bound=Replied)
 
 
 class Messenger:
-    """Writes messages to clients by number, carries them, and opens the replies one at a time.
+    """Carries messages, sends after what clients ask for, and opens the replies one at a time.
+
+    Parameters
+    ----------
+    timeout : float
+        Seconds an exchange may take; also the messages' time to live.
+    bitmaps : str
+        As `PayloadEncoder` has it.
+
+    Attributes
+    ----------
+    report : ExchangeReport
+        Of the exchange that is going on, or the last one.
+    """
+
+    def __init__(self, timeout: float, bitmaps: str = "plain") -> None:
+        self.report = ExchangeReport()
+        self._timeout, self._bitmaps = timeout, bitmaps
+        self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
+        self._client_of: dict[str, int] = {}  # message id -> client
+        self._forget()
+
+    def node_of(self, client: int) -> int:
+        """Return the node that a client lives on. Default: clients are named by their nodes."""
+        return client
+
+    # ---- out ---------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Let go of messages that nobody will ask about any more."""
+        self._encoder = PayloadEncoder(self._bitmaps)
+        self._pending: dict[int, PendingMessage] = {}  # of the exchange that is going on
+
+    def _message(self, client: int, brings: Iterable[str]) -> Message:
+        pending = self._pending[client]
+        arrays = dict(pending.payload.arrays)
+        for name in sorted(brings):
+            arrays |= pending.attachments[name]()
+        record = self._encoder.record(Payload(arrays, pending.payload.metadata))
+        if pending.config is not None:
+            record["config"] = ConfigRecord(dict(pending.config))  # its own: in one process a client may change it
+        group = str(pending.payload.metadata["round"])
+        # Time to live = round timeout: Flower's default of 12 hours would let replies come rounds later.
+        return Message(record, self.node_of(client), pending.kind, ttl=self._timeout, group_id=group)
+
+    def exchange(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
+        """Send messages that `build_messages` made; return the replies, of about this size, as they come."""
+        exchange = MessageExchange(grid, self._timeout, reply_bytes)
+        self.report, self.report.asked = exchange.report, len(messages)
+        client_at = {self.node_of(client): client for client in self._pending}
+        self._push(exchange, {client_at[message.metadata.dst_node_id]: message for message in messages})
+        arrived = functools.partial(self._arrived, exchange, defaultdict(set))
+        # Without a frame that would hold a reply while the next one is awaited.
+        return filter(None, itertools.starmap(arrived, exchange.replies()))
+
+    def _arrived(
+        self, exchange: MessageExchange, given: defaultdict[int, set[str]], client: int, reply: Message
+    ) -> Message | None:
+        """Return the reply, or None if it asks for something, which is sent."""
+        self.report.up += sum(_sizes(reply).values())
+        need, had = _need(reply), given[client]
+        if need is not None and need in self._pending[client].attachments and need not in had:
+            had.add(need)
+            self._push(exchange, {client: self._message(client, had)})
+            return None
+        self._client_of[reply.metadata.reply_to_message_id] = client
+        return reply
+
+    def _push(self, exchange: MessageExchange, messages: dict[int, Message]) -> None:
+        for client, message in messages.items():
+            sizes = _sizes(message)
+            if "mask" in self._pending[client].attachments:  # not one that belongs to the codec
+                self.report.mask_down += sum(sizes.pop(name, 0) for name in WITH_MASK)
+            self.report.down += sum(sizes.values())
+        exchange.send(messages)
+
+    # ---- in ----------------------------------------------------------------------------------
+
+    def _receive(self, read: Callable[[int, Message], R], take: Callable[[R], None], message: Message) -> None:
+        """Hand a good reply to `take`; refuse another one by name."""
+        client = self._client_of.pop(message.metadata.reply_to_message_id)
+        try:
+            reply = read(client, message)
+        except PayloadError as error:
+            self.report.refuse(client, str(error))
+            return
+        self.report.accept(client, reply.metadata)
+        take(reply)
+
+    def _opened(self, client: int, message: Message, allowed: Allowed) -> Payload:
+        """Return what a reply holds, after checking that it answers the message of this exchange.
+
+        Raises
+        ------
+        PayloadError
+            It does not, or has other arrays than `allowed`; then it is not opened.
+        """
+        payload = decode_payload(message.content, allowed)
+        sent, metadata = self._pending[client].payload.metadata, payload.metadata
+        if metadata.get("need"):
+            raise PayloadError(f"asks for {quoted(metadata['need'])} again")
+        for name in ("round", "digest"):
+            if name in sent and metadata.get(name) != sent[name]:
+                raise PayloadError(f"{name} is {quoted(metadata.get(name))}; it must be {sent[name]!r}")
+        return payload
+
+
+class ClientMessenger(Messenger):
+    """Writes to numbered clients, each under its mask.
 
     Parameters
     ----------
     registry : ClientRegistry
         Who is who.
-    round_timeout : float
+    timeout : float
         Seconds after which a message that is not answered is lost.
     mask_travels : bool
         Whether clients must be given the mask to read a message: the codec down is `MaskedValues`.
@@ -88,13 +214,11 @@ class Messenger:
 
     Attributes
     ----------
-    outcome : ExchangeReport
-        Of the exchange that is going on, or the last one.
     folder : Path or None
         Where simulated clients keep their files.
     token : str or None
         What real clients call this run in the names of their files.
-    roster : ClientRegistry
+    registry : ClientRegistry
         Who is who.
     dealt : callable or None
         What the server knows that it deals to a client; None: a client holds what it said at the greeting.
@@ -104,21 +228,19 @@ class Messenger:
     """
 
     def __init__(
-        self, registry: ClientRegistry, round_timeout: float, *, mask_travels: bool, bitmaps: str = "plain"
+        self, registry: ClientRegistry, timeout: float, *, mask_travels: bool, bitmaps: str = "plain"
     ) -> None:
-        self.report = ExchangeReport()
+        super().__init__(timeout, bitmaps)
         self.folder: Path | None = None
         self.token: str | None = None
         self.registry = registry
         self.dealt: Callable[[int], DataSummary] | None = None
         self.work: Callable[[int], int] = lambda images: MOST_WORK
-        self._timeout, self._mask_travels, self._bitmaps = round_timeout, mask_travels, bitmaps
-        self._encoder = PayloadEncoder(bitmaps)
-        self._letters: dict[int, PendingMessage] = {}  # of the exchange that is going on
-        self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
-        self._client_of: dict[str, int] = {}  # message id -> client
+        self._mask_travels = mask_travels
 
-    # ---- who is who --------------------------------------------------------------------------
+    def node_of(self, client: int) -> int:
+        """Return the node that holds a client's place."""
+        return self.registry.nodes[client]
 
     def wait_for_clients(self, grid: Grid) -> dict[int, Metadata]:
         """Wait until every client is connected, and return what each says of itself.
@@ -126,7 +248,7 @@ class Messenger:
         Raises
         ------
         RunFailed
-            As `ClientRegistry.meet` does.
+            As `ClientRegistry.wait_for_clients` does.
         """
         return self.registry.wait_for_clients(grid)
 
@@ -141,8 +263,6 @@ class Messenger:
         }
         return {name: value for name, value in told.items() if value}
 
-    # ---- out ---------------------------------------------------------------------------------
-
     def build_messages(
         self,
         kind: str,
@@ -155,7 +275,7 @@ class Messenger:
 
         `config` holds further facts. `attachments` are made and sent to clients that ask for them.
         """
-        self._encoder, self._letters = PayloadEncoder(self._bitmaps), {}
+        self._forget()
         # Packed when the first client needs it, and the same array for all, so that it is serialised once.
         bitmap = functools.cache(lambda mask: {"mask": mask.packed()})
         common = {**config, "round": round_} | ({} if self.folder is None else {FOLDER: str(self.folder)})
@@ -169,7 +289,7 @@ class Messenger:
                 if self._mask_travels and mask.count < mask.alive.size:  # everybody knows the dense one
                     later["mask"] = functools.partial(bitmap, mask)
                     brings = set() if self._holds.get(client) == mask.digest else {"mask"}
-            self._letters[client] = PendingMessage(kind, Payload(payload.arrays, metadata), mask, later)
+            self._pending[client] = PendingMessage(kind, Payload(payload.arrays, metadata), mask, later)
             messages.append(self._message(client, brings))
         return messages
 
@@ -182,50 +302,6 @@ class Messenger:
         if self._mask_travels and self.folder is not None and before not in (None, *self._holds.values()):
             # Nobody holds the old one any more. Should anybody need it after all, it is asked for and sent.
             (self.folder / MASKS / str(before)).unlink(missing_ok=True)
-
-    def _message(self, client: int, brings: set[str]) -> Message:
-        letter = self._letters[client]
-        arrays = dict(letter.payload.arrays)
-        for name in sorted(brings):
-            arrays |= letter.attachments[name]()
-        record = self._encoder.record(Payload(arrays, letter.payload.metadata))
-        group = str(letter.payload.metadata["round"])
-        # Time to live = round timeout: Flower's default of 12 hours would let replies come rounds later.
-        ttl = self._timeout
-        return Message(record, self.registry.nodes[client], letter.kind, ttl=ttl, group_id=group)
-
-    def exchange(self, grid: Grid, messages: Iterable[Message], reply_bytes: int) -> Iterator[Message]:
-        """Send messages that `write` made; return the replies, of about this size, as they come."""
-        exchange = MessageExchange(grid, self._timeout, reply_bytes)
-        self.report = exchange.report
-        client_at = {node: client for client, node in self.registry.nodes.items()}
-        self._push(exchange, {client_at[message.metadata.dst_node_id]: message for message in messages})
-        arrived = functools.partial(self._arrived, exchange, defaultdict(set))
-        # Without a frame that would hold a reply while the next one is awaited.
-        return filter(None, itertools.starmap(arrived, exchange.replies()))
-
-    def _arrived(
-        self, exchange: MessageExchange, given: defaultdict[int, set[str]], client: int, reply: Message
-    ) -> Message | None:
-        """Return the reply, or None if it asks for something, which is sent."""
-        self.report.up += sum(_sizes(reply).values())
-        need, had = _need(reply), given[client]
-        if need is not None and need in self._letters[client].attachments and need not in had:
-            had.add(need)
-            self._push(exchange, {client: self._message(client, had)})
-            return None
-        self._client_of[reply.metadata.reply_to_message_id] = client
-        return reply
-
-    def _push(self, exchange: MessageExchange, messages: dict[int, Message]) -> None:
-        for client, message in messages.items():
-            sizes = _sizes(message)
-            if "mask" in self._letters[client].attachments:  # not one that belongs to the codec
-                self.report.mask_down += sizes.pop("mask", 0)
-            self.report.down += sum(sizes.values())
-        exchange.send(messages)
-
-    # ---- in ----------------------------------------------------------------------------------
 
     def receive(
         self,
@@ -245,52 +321,24 @@ class Messenger:
         RunFailed
             After the last reply, if fewer than `share` of the clients answered well; None asks for none.
         """
-        for _ in map(functools.partial(self._receive, allowed, check, take), replies):
+        read = functools.partial(self._read, allowed, check)
+        for _ in map(functools.partial(self._receive, read, take), replies):
             pass
-        self._encoder, self._letters = PayloadEncoder(self._bitmaps), {}  # models that nobody will ask for any more
+        self._forget()
         if share is not None:
             self.report.require(share, what)
 
-    def _receive(self, allowed: Allowed, check: Check, take: Callable[[Reply], None], message: Message) -> None:
-        client = self._client_of.pop(message.metadata.reply_to_message_id)
-        try:
-            reply = self._read(client, message, allowed, check)
-        except PayloadError as error:
-            self.report.refused[client] = str(error)
-            return
-        self.report.ok.append(client)
-        if reply.metadata.get("note"):
-            self.report.notes[client] = in_a_line(str(reply.metadata["note"]))
-        self.report.train_examples += int(reply.metadata.get("passes", 0))
-        self.report.eval_examples += int(reply.metadata.get("looks", 0))
-        mask = self._letters[client].mask
-        if mask is not None:
-            self.mark_mask_held(client, mask)
-        take(reply)
-
-    def refuse(self, reply: Reply, reason: str) -> None:
-        """Take back that a reply is a good one: beside the others of its round it is none."""
-        self.report.ok.remove(reply.client)
-        self.report.notes.pop(reply.client, None)
-        self.report.refused[reply.client] = reason
-        self.report.train_examples -= int(reply.metadata.get("passes", 0))
-        self.report.eval_examples -= int(reply.metadata.get("looks", 0))
-
-    def _read(self, client: int, message: Message, allowed: Allowed, check: Check) -> Reply:
-        payload = decode_payload(message.content, allowed)
-        letter, metadata = self._letters[client].payload, payload.metadata
-        if metadata.get("need"):
-            raise PayloadError(f"asks for {quoted(metadata['need'])} again")
-        for name in ("round", "digest"):
-            if name in letter.metadata and metadata.get(name) != letter.metadata[name]:
-                raise PayloadError(f"{name} is {quoted(metadata.get(name))}; it must be {letter.metadata[name]!r}")
-        held = self.dealt(client) if self.dealt is not None else self.registry.holding(client)
+    def _read(self, allowed: Allowed, check: Check, client: int, message: Message) -> Reply:
+        payload, pending = self._opened(client, message, allowed), self._pending[client]
+        metadata, held = payload.metadata, self.registry.holding(client) if self.dealt is None else self.dealt(client)
         if held is None:
             check_counts(metadata, None, MOST_WORK)
         else:
-            tested = self._letters[client].kind == "evaluate"
-            check_counts(metadata, held.test_images if tested else sum(held.counts), self.work(sum(held.counts)))
+            images = sum(held.counts)
+            check_counts(metadata, held.test_images if pending.kind == "evaluate" else images, self.work(images))
         check(client, payload)
+        if pending.mask is not None:
+            self.mark_mask_held(client, pending.mask)
         return Reply(client, payload.arrays, metadata, int(metadata["samples"]))
 
 

@@ -20,7 +20,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from ssfl_app.comm.messenger import Messenger, Reply
+from ssfl_app.comm.messenger import ClientMessenger, Reply
 from ssfl_app.core.means import OverlapMean, WeightedMean
 from ssfl_app.core.options import Settings
 from ssfl_app.core.robust import FEWEST, Held, Rows, folded
@@ -53,7 +53,7 @@ class _Algorithm(Protocol):
     layout: Layout
     settings: Settings
     mask: Mask
-    messenger: Messenger
+    messenger: ClientMessenger
     update_norms: dict[int, float]
 
     def codec_up(self, round_: int) -> Codec: ...
@@ -166,8 +166,8 @@ def within_norm(strategy: _Algorithm, aggregator: Aggregator, what: str) -> Aggr
             if norm <= factor * usual:
                 good.append(reply)
             else:
-                strategy.messenger.refuse(
-                    reply,
+                strategy.messenger.report.refuse(
+                    reply.client,
                     f"its update is {norm:.4g} long; failures.norm-factor is {factor:g} and the median of this round "
                     f"{usual:.4g}",
                 )

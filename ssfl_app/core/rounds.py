@@ -1,17 +1,17 @@
-"""The course of a run: greet, set up, then rounds of training and evaluation, each told as one record."""
+"""The round loop: wait for clients, set up, then train and evaluate round by round, each told as one record."""
 
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from ssfl_app.comm.exchange import ExchangeReport
-from ssfl_app.comm.messenger import Check, Messenger, Reply
+from ssfl_app.comm.messenger import Check, ClientMessenger, Messenger, Reply
 from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
 from ssfl_app.core.options import Settings
 from ssfl_app.sparsity.codec import Dense
@@ -55,8 +55,119 @@ class RunCallback(Protocol):
         """Round `record["round"]` of this strategy is over; 0 is setup."""
 
 
-class _Algorithm(Protocol):
-    """What `RoundLoop` uses of a strategy (`SparseStrategy` says what each part means)."""
+class Trains(Protocol):
+    """What every round loop uses of a strategy: methods of Flower's `Strategy`."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the training messages of a round."""
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Change the model by the replies, and return their metrics."""
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the evaluation messages of a round."""
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the metrics of the replies."""
+
+
+S = TypeVar("S", bound=Trains)
+M = TypeVar("M", bound=Messenger)
+
+
+class RoundLoop(Generic[S, M]):
+    """The parts that every round has; a subclass puts them in order and writes the records.
+
+    Parameters
+    ----------
+    strategy : S
+        Whose methods are called.
+    messenger : M
+        The strategy's.
+    grid : Grid
+        Flower's.
+    configs : pair of ConfigRecord
+        Of training and evaluation messages.
+    evaluate_fn : callable, optional
+        Flower's central evaluation.
+    """
+
+    def __init__(
+        self,
+        strategy: S,
+        messenger: M,
+        grid: Grid,
+        configs: tuple[ConfigRecord, ConfigRecord],
+        evaluate_fn: Evaluate | None,
+    ) -> None:
+        self._strategy, self._messenger, self._grid = strategy, messenger, grid
+        self._configs, self._evaluate_fn = configs, evaluate_fn
+        self._result = Result()
+
+    def _given(self, method: str) -> ArrayRecord:
+        """Return what a method is given as the model. Default: nothing, the strategy has its own."""
+        return ArrayRecord()
+
+    def _sampled(self, method: str, messages: list[Message]) -> None:
+        """See the messages that a method made. Default: look away."""
+
+    def _heard(self, method: str, replies: Iterator[Message]) -> Iterable[Message]:
+        """Return the replies as a method is given them. Default: one at a time."""
+        return replies
+
+    def _aggregated(self, method: str, messages: list[Message], metrics: MetricRecord | None) -> None:
+        """See what a method made of the replies. Default: look away."""
+
+    def _training(self, round_: int, reply_bytes: int) -> tuple[ArrayRecord | None, MetricRecord | None, Record]:
+        """Have clients train; return arrays, metrics, and how many messages and bytes that took."""
+        given, strategy = self._given("configure_train"), self._strategy
+        messages = list(strategy.configure_train(round_, given, self._configs[0], self._grid))
+        self._sampled("configure_train", messages)
+        replies = self._messenger.exchange(self._grid, messages, reply_bytes)
+        arrays, metrics = strategy.aggregate_train(round_, self._heard("aggregate_train", replies))
+        self._aggregated("aggregate_train", messages, metrics)
+        if metrics is not None:
+            self._result.train_metrics_clientapp[round_] = metrics
+        report = self._messenger.report
+        counts = {
+            "messages_train_down": report.sent,
+            "messages_train_up": len(report.ok) + len(report.refused),
+            "bytes_train_down": report.down,
+            "bytes_train_up": report.up,
+            "bytes_mask_down": report.mask_down,
+        }
+        return arrays, metrics, counts
+
+    def _evaluation(self, round_: int) -> tuple[bool, MetricRecord | None]:
+        """Have clients evaluate; return whether there was anything to send, and metrics."""
+        given, strategy = self._given("configure_evaluate"), self._strategy
+        messages = list(strategy.configure_evaluate(round_, given, self._configs[1], self._grid))
+        if not messages:
+            return False, None
+        self._sampled("configure_evaluate", messages)
+        replies = self._heard("aggregate_evaluate", self._messenger.exchange(self._grid, messages, 0))
+        metrics = strategy.aggregate_evaluate(round_, replies)
+        self._aggregated("aggregate_evaluate", messages, metrics)
+        if metrics is not None:
+            self._result.evaluate_metrics_clientapp[round_] = metrics
+        return True, metrics
+
+    def _central(self, round_: int, model: Callable[[], ArrayRecord]) -> MetricRecord | None:
+        """Return what the server's own evaluation finds, if there is one."""
+        metrics = None if self._evaluate_fn is None else self._evaluate_fn(round_, model())
+        if metrics is not None:
+            self._result.evaluate_metrics_serverapp[round_] = metrics
+        return metrics
+
+
+class _Algorithm(Trains, Protocol):
+    """What `ClientRoundLoop` uses of a strategy (`SparseStrategy` says what each part means)."""
 
     name: ClassVar[str]
     has_floor: ClassVar[bool]
@@ -76,47 +187,17 @@ class _Algorithm(Protocol):
     def model(self) -> State: ...
     def answers(self, round_: int, question: str | None = None) -> Allowed: ...
     def densities(self) -> tuple[float, float]: ...
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]: ...
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]: ...
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]: ...
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None: ...
 
 
-class RoundLoop:
-    """Plays the rounds of one strategy on one grid.
+class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
+    """Plays the rounds of a `SparseStrategy`."""
 
-    Parameters
-    ----------
-    strategy : _Algorithm
-        Whose hooks are called.
-    post : Post
-        The strategy's post room.
-    grid : Grid
-        Flower's.
-    configs : pair of ConfigRecord
-        Further facts of training and evaluation messages.
-    evaluate_fn : callable, optional
-        Flower's central evaluation.
-    """
+    _empty: tuple[str, ...] = ()  # layers without an alive weight
 
-    def __init__(
-        self,
-        strategy: _Algorithm,
-        post: Messenger,
-        grid: Grid,
-        configs: tuple[ConfigRecord, ConfigRecord],
-        evaluate_fn: Evaluate | None,
-    ) -> None:
-        self._strategy, self._post, self._grid = strategy, post, grid
-        self._configs, self._evaluate_fn = configs, evaluate_fn
-        self._result = Result()
-        self._empty: list[str] = []  # layers without an alive weight
-        # An upper bound of what a client sends back: a dense model, or a score for each of its weights.
-        self._reply_bytes = 4 * strategy.layout.size
+    @property
+    def _reply_bytes(self) -> int:
+        """An upper bound of what a client sends back: a dense model, or a score for each of its weights."""
+        return 4 * self._strategy.layout.size
 
     def run(self, first: int, last: int) -> Result:
         """Play rounds `first` to `last`; 0 is setup.
@@ -126,7 +207,7 @@ class RoundLoop:
         RunFailed
             Clients are missing, too few answered, or Ray lost an actor.
         """
-        sites = self._post.wait_for_clients(self._grid)
+        sites = self._messenger.wait_for_clients(self._grid)
         if self._strategy.callback is not None:
             self._strategy.callback.met(sites)
         if first == 0:
@@ -137,7 +218,7 @@ class RoundLoop:
             self._tell(record | self._empty_layers() | {"seconds": time.monotonic() - began})
         for round_ in range(max(1, first), last + 1):
             began = time.monotonic()
-            back = self._post.readmit(self._grid)
+            back = self._messenger.readmit(self._grid)
             self._strategy.peer_bytes, before = 0, self._strategy.mask
             found = self._discover(round_, "setup_", functools.partial(self._strategy.before_round, round_))
             self._empty_layers()
@@ -157,12 +238,12 @@ class RoundLoop:
     def _empty_layers(self) -> Record:
         """Return what a record says of layers without an alive weight; warn when there are others than before."""
         strategy, before = self._strategy, self._empty
-        self._empty = [name for name, alive, _ in strategy.mask.layers() if not alive]
+        self._empty = tuple(name for name, alive, _ in strategy.mask.layers() if not alive)
         if self._empty and self._empty != before and strategy.callback is not None:
             cure = "set mask.min-per-layer to 1 or more" if strategy.has_floor else "choose a higher mask.density"
             names = ", ".join(self._empty[:5]) + (f" and {len(self._empty) - 5} more" if len(self._empty) > 5 else "")
             strategy.callback.warn(f"the mask leaves no weight alive in {names}: {cure}")
-        return {"empty_layers": self._empty} if self._empty else {}
+        return {"empty_layers": list(self._empty)} if self._empty else {}
 
     def _discover(self, round_: int, prefix: str, hook: Callable[[Query], None]) -> Record:
         """Let the strategy ask what it must know; return what that cost and who failed."""
@@ -178,14 +259,14 @@ class RoundLoop:
             if payload is None:
                 payload = Payload(metadata={"weights": state_digest(strategy.layout, strategy.state)})
             weights = {"weights": functools.cache(self._weights)} if "weights" in payload.metadata else {}
-            messages = self._post.build_messages(
+            messages = self._messenger.build_messages(
                 f"query.{question}", round_, ((client, payload, None) for client in clients), {}, weights
             )
-            replies = self._post.exchange(self._grid, messages, self._reply_bytes)
-            reports.append(self._post.report)
+            replies = self._messenger.exchange(self._grid, messages, self._reply_bytes)
+            reports.append(self._messenger.report)
             share = strategy.settings.failures.min_ok_fraction
             what = f"the question {question!r}"
-            self._post.receive(replies, strategy.answers(round_, question), check, take, share, what)
+            self._messenger.receive(replies, strategy.answers(round_, question), check, take, share, what)
 
         hook(ask)
         if prefix and not reports:
@@ -205,22 +286,16 @@ class RoundLoop:
 
     def _train(self, round_: int) -> Record:
         strategy = self._strategy
-        messages = strategy.configure_train(round_, ArrayRecord(), self._configs[0], self._grid)
-        replies = self._post.exchange(self._grid, messages, self._reply_bytes)
-        _, metrics = strategy.aggregate_train(round_, replies)
-        self._result.train_metrics_clientapp[round_] = metrics
-        report, norms = self._post.report, strategy.update_norms
+        _, metrics, counts = self._training(round_, self._reply_bytes)
+        assert metrics is not None
+        report, norms = self._messenger.report, strategy.update_norms
         return {
             "round": round_,
             "cohort": strategy.cohort(round_),
             **_names(report),
             "train_loss": metrics["loss"],
             **({"update_norms": {str(c): norms[c] for c in sorted(norms)}} if norms else {}),
-            "messages_train_down": report.sent,
-            "messages_train_up": len(report.ok) + len(report.refused),
-            "bytes_train_down": report.down,
-            "bytes_train_up": report.up,
-            "bytes_mask_down": report.mask_down,
+            **counts,
             "image_passes": report.train_examples,
             "validation_passes": report.eval_examples,
         }
@@ -229,23 +304,18 @@ class RoundLoop:
         strategy = self._strategy
         means = ("local_accuracy_mean", "personal_accuracy_mean")
         record: Record = dict.fromkeys(("central_loss", "central_accuracy", *means)) | {"bytes_evaluate_down": 0}
-        messages = strategy.configure_evaluate(round_, ArrayRecord(), self._configs[1], self._grid)
-        if not messages:
+        sent, clients = self._evaluation(round_)
+        if not sent:
             return record
-        clients = strategy.aggregate_evaluate(round_, self._post.exchange(self._grid, messages, 0))
         if clients is not None:
-            self._result.evaluate_metrics_clientapp[round_] = clients
             for name, known in (("local", strategy.accuracy), ("personal", strategy.personal_accuracy)):
                 if known:
                     record[f"{name}_accuracy_mean"] = math.fsum(known.values()) / len(known)
                     record[f"{name}_accuracy"] = {str(c): known[c] for c in sorted(known)}
-        central = None
-        if self._evaluate_fn is not None:
-            central = self._evaluate_fn(round_, ArrayRecord(dict(strategy.model())))
+        central = self._central(round_, lambda: ArrayRecord(dict(strategy.model())))
         if central is not None:
-            self._result.evaluate_metrics_serverapp[round_] = central
             record |= {f"central_{name}": central[name] for name in ("loss", "accuracy")}
-        report, failed = self._post.report, _names(self._post.report)
+        report, failed = self._messenger.report, _names(self._messenger.report)
         record |= {f"evaluate_{name}": failed[name] for name in ("lost", "refused", "notes") if name in failed}
         record |= {"bytes_evaluate_down": report.down, "bytes_mask_down": report.mask_down}
         return record | {"image_passes": report.train_examples}

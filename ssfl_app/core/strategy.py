@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import Result
 from torch import nn
 
 from ssfl_app.comm.membership import ClientRegistry
-from ssfl_app.comm.messenger import Messenger, Outgoing, Reply
+from ssfl_app.comm.messenger import ClientMessenger, Outgoing, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
 from ssfl_app.core.aggregation import Aggregator, ReplyMean, within_norm
 from ssfl_app.core.client import ClientAlgorithm, encode_with
@@ -29,7 +29,7 @@ from ssfl_app.core.means import MAX_WEIGHT
 from ssfl_app.core.options import FromSettings, Section, Settings
 from ssfl_app.core.own_start import OwnStart
 from ssfl_app.core.robust import distance, there
-from ssfl_app.core.rounds import Query, RoundLoop, RunCallback
+from ssfl_app.core.rounds import ClientRoundLoop, Query, RunCallback
 from ssfl_app.core.validation import check_number, check_samples, check_tested, stored
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.options import ConfigError
@@ -128,7 +128,7 @@ class SparseStrategy(OwnStart):
         self.state: State = {}
         self.mask = Mask.dense(layout)
         run, wire = settings.run, settings.wire
-        self.messenger = Messenger(
+        self.messenger = ClientMessenger(
             ClientRegistry(run.clients, run.join_timeout),
             run.round_timeout,
             mask_travels=issubclass(self.client.down, MaskedValues),
@@ -426,7 +426,7 @@ class SparseStrategy(OwnStart):
         del initial_arrays  # a model's size, for the whole run
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         with self.playing():
-            return RoundLoop(self, self.messenger, grid, configs, evaluate_fn).run(self._next_round, num_rounds)
+            return ClientRoundLoop(self, self.messenger, grid, configs, evaluate_fn).run(self._next_round, num_rounds)
 
     # ---- checks ------------------------------------------------------------------------------
 

@@ -18,18 +18,19 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from ssfl_app.comm.payload import Metadata
+from ssfl_app.core.means import WeightedMean
 from ssfl_app.core.robust import normalised
 from ssfl_app.locks import RunFailed
-from ssfl_app.plugin.aggregation import PositionalMean
 from ssfl_app.plugin.checked_reply import CheckedReply
 from ssfl_app.plugin.gradient_probe import starts_at_zero
 from ssfl_app.plugin.inner import is_robust, scores_by
-from ssfl_app.plugin.messenger import Messenger
+from ssfl_app.plugin.messenger import NodeMessenger
 from ssfl_app.plugin.ranking import MaskRule, top, unscorable, within
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import TensorKind, TensorReport, Ties
 from ssfl_app.sparsity.layout import Layout, Vector
 from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.text import in_a_line
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Discovery:
 
     def find(
         self,
-        mail: Messenger,
+        mail: NodeMessenger,
         grid: Grid,
         nodes: list[int],
         model: Vector,
@@ -93,17 +94,18 @@ class Discovery:
             The density keeps nothing.
         """
         layout = mail.sheet.layout
-        means, said, by = dict[Ties, PositionalMean](), dict[int, TensorReport](), dict[int, str]()
+        means, said, by = dict[Ties, WeightedMean](), dict[int, TensorReport](), dict[int, str]()
         answers: list[CheckedReply] | None = [] if inner is not None and is_robust(inner) else None
         asked: Metadata = {"batches": self.batches, "weighting": self.weighting}
         messages = mail.build_messages("saliency", 0, nodes, model, config, asked)
-        for answer in mail.accepted_replies(mail.exchange(grid, messages, 4 * layout.prunable_size)):
+
+        def take(answer: CheckedReply) -> None:
             if not answer.values.any():
-                continue
+                return
             if answers is None:
                 # A mean for each opinion on ties: which one counts is known at the end, whoever came first.
                 told = answer.seen.ties
-                means.setdefault(told, PositionalMean(layout.prunable_size, len(nodes)))
+                means.setdefault(told, WeightedMean(layout.prunable_size, len(nodes)))
                 if len(means) > OPINIONS:  # those that stay are the first of all, in whatever order they came
                     del means[max(means, key=_rank)]
                 if told in means:
@@ -111,7 +113,8 @@ class Discovery:
             else:
                 answers.append(answer)
             said[answer.node], by[answer.node] = answer.seen, str(answer.metadata["scored-by"])
-            del answer
+
+        mail.receive(mail.exchange(grid, messages, 4 * layout.prunable_size), take)
         ties = _usual_ties(said, mail)
         if answers is None and said and ties not in means:
             raise RunFailed(
@@ -126,7 +129,7 @@ class Discovery:
         record["bytes_discovery_down"] = mail.report.down + mail.report.mask_down
         record["bytes_discovery_up"] = mail.report.up
         mail.log_failures("discovery")
-        mail.need(self.min_ok_fraction, "the question for saliency")
+        mail.require(self.min_ok_fraction, "the question for saliency")
         scores, record["score_fold"] = np.zeros(layout.prunable_size, dtype=np.float32), "mean"
         if answers and inner is not None:
             good = [_comparable(answer, layout, model) for answer in answers if answer.node in said]
@@ -174,7 +177,7 @@ _LARGE = 0.05
 """Share of all coordinates from which on a matrix that stays dense is worth a warning."""
 
 
-def _usual_ties(said: Mapping[int, TensorReport], mail: Messenger) -> Ties:
+def _usual_ties(said: Mapping[int, TensorReport], mail: NodeMessenger) -> Ties:
     """Return what most clients say about tied tensors, and refuse the others; of equally many it is who says less.
 
     Parameters
@@ -184,12 +187,10 @@ def _usual_ties(said: Mapping[int, TensorReport], mail: Messenger) -> Ties:
     """
     counts = Counter(seen.ties for seen in said.values())
     usual = min(counts, key=lambda ties: (-counts[ties], len(ties), ties), default=())
-    others = {
-        node: f"ties {_pairs(seen.ties)}; {counts[usual]} of {len(said)} clients tie {_pairs(usual)}"
-        for node, seen in said.items()
-        if seen.ties != usual
-    }
-    mail.refuse(others)
+    for node, seen in said.items():
+        if seen.ties != usual:
+            tied = f"ties {_pairs(seen.ties)}; {counts[usual]} of {len(said)} clients tie {_pairs(usual)}"
+            mail.report.refuse(node, in_a_line(tied))
     return usual
 
 

@@ -20,8 +20,8 @@ from flwr.serverapp.strategy import FedAvg
 
 from ssfl_app.core.robust import Rows, median, normalised
 from ssfl_app.locks import RunFailed
-from ssfl_app.plugin.aggregation import common_metrics
 from ssfl_app.plugin.checked_reply import CheckedReply
+from ssfl_app.plugin.metrics import common_metrics
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask

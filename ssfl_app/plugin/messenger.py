@@ -1,22 +1,21 @@
-"""The server's messages to nodes, and which answers are good ones.
+"""The server's messages to nodes, and which replies are good ones.
 
-The mask goes down once per node, with the sheet, in the first message that needs it; every message carries the
-digest of both. A node that does not hold them (restarted, joined late, state cleared) answers "need mask" and gets
-the message again with them, in the same round. An answer for another round or digest, or whose arrays or numbers
-are not what they must be, is refused by node and reason; it never reaches the mean.
+The mask goes down once per node, with the sheet, in the first message that needs it (`Messenger` says how). A reply
+whose arrays or numbers are not what they must be is refused by node and reason; it never reaches the mean.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import INFO
 from typing import Any, Literal
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ssfl_app.comm.exchange import ExchangeReport, MessageExchange
-from ssfl_app.comm.payload import SERIAL_TYPE, Metadata, Payload, PayloadEncoder, decode_payload, shared_buffers
+from ssfl_app.comm.messenger import Messenger, PendingMessage
+from ssfl_app.comm.payload import SERIAL_TYPE, Metadata, Payload, shared_buffers
 from ssfl_app.locks import RunFailed
 from ssfl_app.plugin.checked_reply import MOST, CheckedReply, metrics_of, weight_of
 from ssfl_app.plugin.legacy import only
@@ -27,7 +26,6 @@ from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import (
     Allowed,
-    Arrays,
     PayloadError,
     allowed_values,
     check_values,
@@ -37,18 +35,14 @@ from ssfl_app.sparsity.values import (
 from ssfl_app.text import in_a_line, quoted
 
 _NO_MOD = "this app has no sparse_mod; ClientApp(mods=[sparse_mod]) is the cure"
-_MOST = 8
-"""Nodes that a reason names."""
 MOST_NAME = 100
 """Characters of the name of a metric or record."""
 
 Kind = Literal["train", "evaluate", "saliency"]
-ONCE = ("mask", "sheet", "fixed")
-"""Arrays that go down once per node; their bytes are counted apart."""
 
 
-class Messenger:
-    """Writes messages to nodes, carries them, and opens the replies one at a time.
+class NodeMessenger(Messenger):
+    """Writes the same message to many nodes.
 
     Parameters
     ----------
@@ -67,8 +61,6 @@ class Messenger:
     ----------
     mask : Mask
         Under which training and evaluation messages are encoded; the dense one at first.
-    outcome : ExchangeReport
-        Of the exchange that is going on, or the last one.
     odd : dict of int to str
         Nodes whose values count there and whose metrics do not, and why.
     """
@@ -76,17 +68,12 @@ class Messenger:
     def __init__(
         self, sheet: StateSpec, values: str, weight_key: str, timeout: float, most_examples: float = MOST
     ) -> None:
-        self.sheet, self.mask, self.report = sheet, Mask.dense(sheet.layout), ExchangeReport()
-        self._values, self._weight_key, self._timeout, self._most = values, weight_key, timeout, most_examples
+        super().__init__(timeout)
+        self.sheet, self.mask = sheet, Mask.dense(sheet.layout)
+        self._values, self._weight_key, self._most = values, weight_key, most_examples
         self.odd: dict[int, str] = {}
-        self._encoder = PayloadEncoder()
-        self._holds: dict[int, str] = {}  # node -> digest it answered under
-        self._node_of: dict[str, int] = {}  # message id -> node
         self._kind: Kind = "train"
-        self._letter = Payload()  # the same for all nodes of an exchange
-        self._once: Arrays = {}
-        self._config: dict[str, Any] = {}
-        self._asked = 0
+        self._sent: Metadata = {}  # the same to all nodes of an exchange
         self._decoded: dict[str, CheckedReply] = {}  # message id -> what was read of a reply that `decoded` rewrote
         self._changed_by = ""  # the user's method that got what was read
         self._model: Vector | None = None  # that a question is about
@@ -112,91 +99,65 @@ class Messenger:
             Of which the carried coordinates travel.
         config : mapping
             The user's, under "server-round" and so on.
-        facts : dict
+        metadata : dict
             Beside the usual ones.
         """
         mask = Mask.dense(self.sheet.layout) if kind == "saliency" else self.mask
         values = "fp32" if kind == "saliency" else self._values
         digest = self.sheet.digest_under(mask)
         told: Metadata = {"ssfl": kind, "round": round_, "digest": digest, "values": values}
-        self._kind, self._encoder, self._config = (
-            kind,
-            PayloadEncoder(),
-            dict(config),
-        )  # the user's own may change later
+        self._forget()
+        self._kind = kind
         self._model = model if kind == "saliency" else None
-        self._letter = Payload(
-            shared_buffers(write_values(model[mask.transmitted], values)),
-            {**told, "weight-key": self._weight_key, **metadata},
-        )
+        self._sent = {**told, "weight-key": self._weight_key, **metadata}
+        payload = Payload(shared_buffers(write_values(model[mask.transmitted], values)), self._sent)
         bitmap = {} if mask.count == mask.alive.size else {"mask": mask.packed()}  # everybody knows the dense one
-        self._once = shared_buffers({**bitmap, **self.sheet.written()})
+        once = shared_buffers({**bitmap, **self.sheet.written()})
+        pending = PendingMessage(
+            "evaluate" if kind == "evaluate" else "train",
+            payload,
+            mask,
+            {"mask": lambda: once},
+            dict(config),  # the user's own may change later
+        )
+        self._pending = dict.fromkeys(nodes, pending)
         knows_it = {node for node in nodes if self._holds.get(node) == digest and kind != "saliency"}
-        return [self._message(node, node not in knows_it) for node in nodes]
-
-    def _message(self, node: int, bring: bool) -> Message:
-        arrays = {**self._letter.arrays, **(self._once if bring else {})}
-        record = self._encoder.record(Payload(arrays, self._letter.metadata))
-        record["config"] = ConfigRecord(self._config)  # its own: in one process a client may change it
-        kind = "evaluate" if self._kind == "evaluate" else "train"
-        return Message(record, node, kind, ttl=self._timeout, group_id=str(self._letter.metadata["round"]))
+        return [self._message(node, () if node in knows_it else ("mask",)) for node in nodes]
 
     def exchange(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
-        """Send messages that `write` made; return the replies, of about this size, as they come."""
-        exchange = MessageExchange(grid, self._timeout, reply_bytes)
-        self.report, self.odd, self._decoded, self._asked = exchange.report, {}, {}, len(messages)
-        self._push(exchange, {message.metadata.dst_node_id: message for message in messages})
-        return self._replies(exchange)
-
-    def _replies(self, exchange: MessageExchange) -> Iterator[Message]:
-        again: set[int] = set()
-        for node, reply in exchange.replies():
-            self.report.up += sum(_sizes(reply).values())
-            if _needs_mask(reply) and node not in again:
-                again.add(node)
-                self._push(exchange, {node: self._message(node, bring=True)})
-                continue
-            self._node_of[reply.metadata.reply_to_message_id] = node
-            yield reply
-            del reply
-        for node, reason in self.report.refused.items():
-            self.report.refused[node] = _in_our_words(reason)
-
-    def _push(self, exchange: MessageExchange, messages: dict[int, Message]) -> None:
-        for message in messages.values():
-            sizes = _sizes(message)
-            self.report.mask_down += sum(sizes.pop(name, 0) for name in ONCE)
-            self.report.down += sum(sizes.values())
-        exchange.send(messages)
+        """Send messages that `build_messages` made; return the replies, of about this size, as they come."""
+        self.odd, self._decoded = {}, {}
+        return super().exchange(grid, messages, reply_bytes)
 
     # ---- in ----------------------------------------------------------------------------------
 
-    def accepted_replies(self, replies: Iterable[Message]) -> Iterator[CheckedReply]:
-        """Yield the good replies; refuse the others by node and reason, errors that Flower reports among them."""
-        for message in replies:
-            if (known := self._decoded.get(message.metadata.reply_to_message_id)) is not None:
-                yield from self._read_again(known, message)
-                continue
-            node = self._node_of.pop(message.metadata.reply_to_message_id)
-            try:
-                answer = self._read(node, message)
-            except PayloadError as error:
-                self.report.refused[node] = str(error)
-                continue
-            self.report.ok.append(node)
-            if self._kind != "saliency":
-                self._holds[node] = str(answer.metadata["digest"])
-            yield answer
-            del message, answer
+    def receive(self, replies: Iterable[Message], take: Callable[[CheckedReply], None]) -> None:
+        """Hand each good reply to `take`, and let go of it before the next one is awaited.
+
+        The others are refused by node and reason, errors that Flower reports among them.
+        """
+        for _ in map(functools.partial(self._take, take), replies):
+            pass
+        for node, reason in self.report.refused.items():
+            self.report.refused[node] = _in_our_words(reason)
+
+    def _take(self, take: Callable[[CheckedReply], None], message: Message) -> None:
+        known = self._decoded.get(message.metadata.reply_to_message_id)
+        if known is None:
+            self._receive(self._read, take, message)
+        elif (reply := self._read_again(known, message)) is not None:
+            take(reply)
 
     def decoded(self, replies: Iterable[Message], by: str) -> list[Message]:
         """Return the good replies as Flower's strategies know them, by node id, for an `aggregate_...` of the user's.
 
-        Each holds the records that its function returned, and in training the whole model with dead weights 0. `open`
-        reads what has become of them, and names `by` as who changed them.
+        Each holds the records that its function returned, and in training the whole model with dead weights 0.
+        `receive` reads what has become of them, and names `by` as who changed them.
         """
         self._changed_by = by
-        answers = sorted(self.accepted_replies(replies), key=lambda answer: answer.node)
+        answers = list[CheckedReply]()
+        self.receive(replies, answers.append)
+        answers.sort(key=lambda answer: answer.node)
         for answer in answers:
             content = RecordDict(dict(answer.records))
             if self._kind == "train":
@@ -206,7 +167,7 @@ class Messenger:
             self._decoded[answer.message.metadata.reply_to_message_id] = answer.numbers()
         return [answer.message for answer in answers if answer.message is not None]
 
-    def _read_again(self, known: CheckedReply, message: Message) -> Iterator[CheckedReply]:
+    def _read_again(self, known: CheckedReply, message: Message) -> CheckedReply | None:
         # What a node sent was checked: names of one tensor that differ now are the subclass's doing.
         content, values = message.content, known.values
         records = RecordDict({name: own for name, own in content.items() if not isinstance(own, ArrayRecord)})
@@ -223,20 +184,15 @@ class Messenger:
                 "both"
             ) from error
         except ValueError as error:
-            self.refuse({known.node: str(error)})
-            return
-        yield CheckedReply(known.node, values, weight, records, name, known.metadata, message)
+            self.report.refuse(known.node, in_a_line(str(error)))
+            return None
+        return CheckedReply(known.node, values, weight, records, name, known.metadata, message)
 
     def _read(self, node: int, message: Message) -> CheckedReply:
         if "facts" not in message.content:
             raise PayloadError(f"the reply has no 'facts': {_NO_MOD}")
-        payload = decode_payload(message.content, self._allowed())
-        metadata, sent = payload.metadata, self._letter.metadata
-        if metadata.get("need"):
-            raise PayloadError(f"asks for {quoted(metadata['need'])} again")
-        for name in ("round", "digest"):
-            if metadata.get(name) != sent[name]:
-                raise PayloadError(f"{name} is {quoted(metadata.get(name))}; it must be {sent[name]!r}")
+        payload = self._opened(node, message, self._allowed())
+        metadata = payload.metadata
         records, name = RecordDict(), "metrics"
         for key, record in message.content.items():
             if key not in TAKEN and not isinstance(record, ArrayRecord):
@@ -245,23 +201,24 @@ class Messenger:
         if self._kind == "saliency":
             if metadata.get("scored-by") not in SCORED_BY:
                 raise PayloadError(f"scored-by is {quoted(metadata.get('scored-by'))}; it is one of {SCORED_BY}")
-            weight = metadata.get("samples") if sent["weighting"] == "samples" else 1
+            weight = metadata.get("samples") if self._sent["weighting"] == "samples" else 1
         else:
             name, metrics = metrics_of(records)
             if self._weight_key not in metrics:
                 raise PayloadError(f"no metric {self._weight_key!r} among {sorted(metrics)}; it weighs the reply")
             weight = metrics[self._weight_key]
         seen = NOTHING if self._model is None else TensorReport.read(payload.arrays, self.sheet, self._model)
-        return CheckedReply(
-            node, self._vector(payload), weight_of(weight, self._most), records, name, metadata, message, seen
-        )
+        values, weight = self._vector(payload), weight_of(weight, self._most)
+        if self._kind != "saliency":
+            self._holds[node] = str(metadata["digest"])
+        return CheckedReply(node, values, weight, records, name, metadata, message, seen)
 
     def _allowed(self) -> Allowed:
         """Return the arrays that an answer may have."""
         if self._kind == "evaluate":
             return {}
         seen = TensorReport.allowed(self.sheet) if self._kind == "saliency" else {}
-        return {**allowed_values(str(self._letter.metadata["values"]), self._carried()), **seen}
+        return {**allowed_values(str(self._sent["values"]), self._carried()), **seen}
 
     def _carried(self) -> int:
         mask = self.mask
@@ -270,15 +227,9 @@ class Messenger:
     def _vector(self, payload: Payload) -> Vector:
         if self._kind == "evaluate":
             return np.zeros(0, dtype=np.float32)
-        values = read_values(payload.arrays, str(self._letter.metadata["values"]), self._carried())
+        values = read_values(payload.arrays, str(self._sent["values"]), self._carried())
         check_values(values)
         return values
-
-    def refuse(self, odd: Mapping[int, str]) -> None:
-        """Take back that these replies are good ones: beside the others they are none."""
-        for node, reason in odd.items():
-            self.report.ok.remove(node)
-            self.report.refused[node] = in_a_line(reason)
 
     def names(self) -> dict[str, Any]:
         """Return who answered well, who was lost and who was refused, and why, as `SSFL.history` has it."""
@@ -293,48 +244,20 @@ class Messenger:
         for node, reason in sorted({**bad, **self.odd}.items()):
             log(INFO, "\t> node %s: %s", node, reason)
 
-    def enough(self, share: float) -> bool:
-        """Return whether at least `share` of the nodes that were asked answered well."""
-        return len(self.report.ok) >= share * self._asked
-
-    def need(self, share: float, what: str) -> None:
+    def require(self, share: float, what: str) -> None:
         """Raise RunFailed unless at least `share` of the nodes that were asked answered well."""
-        if self.enough(share):
-            return
-        bad = {**self.report.lost, **self.report.refused}
-        raise RunFailed(
-            f"{what}: {len(self.report.ok)} of {self._asked} nodes answered well; min_ok_fraction is {share} "
-            f"({_once(bad)})"
-        )
-
-
-def _once(reasons: Mapping[int, str]) -> str:
-    """Return each reason once, with the nodes that it is of."""
-    nodes: dict[str, list[str]] = {}
-    for node, why in sorted(reasons.items()):
-        nodes.setdefault(why, []).append(str(node))
-    return ", ".join(f"{_nodes(of)}: {why}" for why, of in nodes.items())
-
-
-def _nodes(names: list[str]) -> str:
-    if len(names) == 1:
-        return f"node {names[0]}"
-    return f"{len(names)} nodes ({', '.join(names[:_MOST])}{', ...' if len(names) > _MOST else ''})"
+        self.report.require(share, what, least=0, who="node", option="min_ok_fraction")
 
 
 def _in_our_words(reason: str) -> str:
     """Return a reason, behind its cause if an app without the mod met our messages."""
-    if SERIAL_TYPE in reason and reason.startswith("raised: "):
+    if not reason.startswith("raised: "):
+        return reason
+    if SERIAL_TYPE in reason:
         return f"{_NO_MOD} ({reason})"
     if "fitins.parameters" in reason or "evaluateins.parameters" in reason:
         return f"this app is of the old style and has no sparse_numpy_mod ({reason})"
     return reason
-
-
-def _sizes(message: Message) -> dict[str, int]:
-    # Counted on the encoded payload itself. By key: `.array_records` would build a reference cycle.
-    arrays: Any = message.content.get("arrays")
-    return {name: len(array.data) for name, array in arrays.items()} if isinstance(arrays, ArrayRecord) else {}
 
 
 def _check_names(records: RecordDict) -> None:
@@ -343,8 +266,3 @@ def _check_names(records: RecordDict) -> None:
     odd = next((name for name in names if len(name) > MOST_NAME or not name.isprintable()), None)
     if odd is not None:
         raise PayloadError(f"a record or metric is called {quoted(odd)}; it is printable, of at most {MOST_NAME}")
-
-
-def _needs_mask(message: Message) -> bool:
-    metadata = message.content.get("facts")
-    return isinstance(metadata, ConfigRecord) and metadata.get("need") == "mask"

@@ -1,43 +1,40 @@
-"""The course of a run: discovery, then rounds of training and evaluation, each told as one record."""
+"""The round loop of a run in somebody else's app: discovery, then rounds, each told as one record."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from logging import INFO, WARNING
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import FedAvg, Result
 
-if TYPE_CHECKING:
-    from ssfl_app.plugin.strategy import SSFL
+from ssfl_app.core.rounds import Record, RoundLoop, Trains
+from ssfl_app.plugin.discovery import Discovery
+from ssfl_app.plugin.messenger import NodeMessenger
+from ssfl_app.sparsity.layout import Vector
 
-Record = dict[str, Any]
-Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+
+class _Algorithm(Trains, Protocol):
+    """What is used of a strategy here (`SSFL` says what each part means)."""
+
+    inner: FedAvg | None
+    base: FedAvg
+    discovery: Discovery
+    history: list[Record]
+    model: Vector
+    min_ok_fraction: float
+
+    def arrays(self) -> ArrayRecord: ...
+    def changes(self, method: str) -> bool: ...
+    def question_config(self, config: ConfigRecord, grid: Grid) -> ConfigRecord: ...
+    def sample(self, grid: Grid, what: str, round_: int, fraction: float, least: int) -> list[int]: ...
 
 
-class RoundLoop:
-    """Plays the rounds of one strategy on one grid.
-
-    Parameters
-    ----------
-    strategy : SSFL
-        With its model and its mail.
-    grid : Grid
-        Flower's.
-    configs : pair of ConfigRecord
-        The user's, of training and evaluation.
-    evaluate_fn : callable, optional
-        Flower's central evaluation.
-    """
-
-    def __init__(
-        self, strategy: "SSFL", grid: Grid, configs: tuple[ConfigRecord, ConfigRecord], evaluate_fn: Evaluate | None
-    ) -> None:
-        self._strategy, self._grid, self._configs, self._evaluate_fn = strategy, grid, configs, evaluate_fn
-        self._result = Result()
+class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
+    """Plays the rounds of an `SSFL`."""
 
     def run(self, initial_arrays: ArrayRecord, num_rounds: int) -> Result:
         """Play round 0, which is discovery, and all others.
@@ -49,8 +46,7 @@ class RoundLoop:
         """
         began = time.monotonic()
         strategy = self._strategy
-        self._central(0, initial_arrays)
-        del initial_arrays  # a model's size
+        self._tell_central(0, lambda: initial_arrays)
         if strategy.base.fraction_train and strategy.discovery.density < 1:
             self._discover()
         for round_ in range(1, num_rounds + 1):
@@ -59,9 +55,9 @@ class RoundLoop:
             start, record = time.monotonic(), Record(round=round_)
             strategy.history.append(record)
             record |= self._train(round_)
-            strategy.mail.need(strategy.min_ok_fraction, f"training in round {round_}")
+            self._messenger.require(strategy.min_ok_fraction, f"training in round {round_}")
             record |= self._evaluate(round_)
-            record["central"] = self._central(round_, None)
+            record["central"] = self._tell_central(round_, strategy.arrays)
             record["seconds"] = time.monotonic() - start
         self._result.arrays = strategy.arrays()
         log(INFO, "")
@@ -77,7 +73,7 @@ class RoundLoop:
         config = strategy.question_config(self._configs[0], self._grid)
         nodes = strategy.sample(self._grid, "saliency", 0, strategy.discovery.share, strategy.base.min_train_nodes)
         sheet, mask = strategy.discovery.find(
-            strategy.mail, self._grid, nodes, strategy.model, config, record, strategy.inner
+            self._messenger, self._grid, nodes, strategy.model, config, record, strategy.inner
         )
         if len(record["scored_by"]) > 1:
             log(
@@ -86,78 +82,59 @@ class RoundLoop:
                 "where a client trains without a torch optimizer, or without data, say SparseMod(saliency=...)",
                 ", ".join(f"{count} by {how}" for how, count in record["scored_by"].items()),
             )
-        strategy.model = sheet.narrowed(strategy.model, strategy.mail.sheet)
-        strategy.mail.sheet, strategy.mail.mask = sheet, mask
+        strategy.model = sheet.narrowed(strategy.model, self._messenger.sheet)
+        self._messenger.sheet, self._messenger.mask = sheet, mask
         strategy.model[~mask.transmitted] = 0
         record["seconds"] = time.monotonic() - start
         log(INFO, "\t└──> %s of %s prunable weights stay alive", mask.count, mask.alive.size)
 
     def _train(self, round_: int) -> Record:
-        strategy, mail = self._strategy, self._strategy.mail
-        model = self._model("configure_train")
-        messages = list(strategy.configure_train(round_, model, self._configs[0], self._grid))
-        if messages:
-            log(INFO, "configure_train: Sampled %s nodes", len(messages))
-        replies = mail.exchange(self._grid, messages, 4 * int(np.count_nonzero(mail.mask.transmitted)))
-        arrays, metrics = strategy.aggregate_train(round_, self._heard("aggregate_train", replies))
-        if messages:
-            mail.log_failures("aggregate_train")
-        self._note(metrics, self._result.train_metrics_clientapp, round_)
-        report, mask = mail.report, mail.mask
+        mail, mask = self._messenger, self._messenger.mask
+        carried = int(np.count_nonzero(mask.transmitted))
+        arrays, metrics, counts = self._training(round_, 4 * carried)
         return {
             **mail.names(),
             "aggregated": arrays is not None,
             "metrics": dict(metrics or {}),
-            "messages_train_down": report.sent,
-            "messages_train_up": len(report.ok) + len(report.refused),
-            "bytes_train_down": report.down,
-            "bytes_train_up": report.up,
-            "bytes_mask_down": report.mask_down,
+            **counts,
             "density": mask.density,
-            "density_all": int(np.count_nonzero(mask.transmitted)) / mask.transmitted.size,
+            "density_all": carried / mask.transmitted.size,
         }
 
     def _evaluate(self, round_: int) -> Record:
-        strategy, mail = self._strategy, self._strategy.mail
-        model = self._model("configure_evaluate")
-        messages = list(strategy.configure_evaluate(round_, model, self._configs[1], self._grid))
-        if not messages:
+        sent, metrics = self._evaluation(round_)
+        if not sent:
             return {"bytes_evaluate_down": 0}
-        log(INFO, "configure_evaluate: Sampled %s nodes", len(messages))
-        replies = self._heard("aggregate_evaluate", mail.exchange(self._grid, messages, 0))
-        metrics = strategy.aggregate_evaluate(round_, replies)
-        mail.log_failures("aggregate_evaluate")
-        self._note(metrics, self._result.evaluate_metrics_clientapp, round_)
         return {
-            **{f"evaluate_{name}": value for name, value in mail.names().items()},
+            **{f"evaluate_{name}": value for name, value in self._messenger.names().items()},
             "evaluate_metrics": dict(metrics or {}),
-            "bytes_evaluate_down": mail.report.down,
-            "bytes_evaluate_mask_down": mail.report.mask_down,
+            "bytes_evaluate_down": self._messenger.report.down,
+            "bytes_evaluate_mask_down": self._messenger.report.mask_down,
         }
 
-    def _model(self, method: str) -> ArrayRecord:
-        """Return what a method of the strategy is given as the model: `SSFL`'s own read none."""
+    def _given(self, method: str) -> ArrayRecord:
+        """Return the model for a method that is the user's own: `SSFL`'s own read none."""
         return self._strategy.arrays() if self._strategy.changes(method) else ArrayRecord()
+
+    def _sampled(self, method: str, messages: list[Message]) -> None:
+        if messages:
+            log(INFO, "%s: Sampled %s nodes", method, len(messages))
 
     def _heard(self, method: str, replies: Iterator[Message]) -> Iterable[Message]:
         """Return the replies one at a time, or, to a method that is the user's own, as Flower gives them."""
-        return (
-            self._strategy.mail.decoded(replies, f"{type(self._strategy).__name__}.{method}")
-            if self._strategy.changes(method)
-            else replies
-        )
+        if not self._strategy.changes(method):
+            return replies
+        return self._messenger.decoded(replies, f"{type(self._strategy).__name__}.{method}")
 
-    def _note(self, metrics: MetricRecord | None, book: dict[int, MetricRecord], round_: int) -> None:
+    def _aggregated(self, method: str, messages: list[Message], metrics: MetricRecord | None) -> None:
+        if messages:
+            self._messenger.log_failures(method)
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)
-            book[round_] = metrics
 
-    def _central(self, round_: int, arrays: ArrayRecord | None) -> Record | None:
-        if self._evaluate_fn is None:
-            return None
-        metrics = self._evaluate_fn(round_, self._strategy.arrays() if arrays is None else arrays)
+    def _tell_central(self, round_: int, model: Callable[[], ArrayRecord]) -> Record | None:
+        metrics = self._central(round_, model)
         if metrics is None:
             return None
         log(INFO, "Global evaluation: %s", metrics)
-        self._result.evaluate_metrics_serverapp[round_] = metrics
         return dict(metrics)

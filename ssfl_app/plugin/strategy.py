@@ -8,7 +8,7 @@ remainder (biases, norms) travel.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from logging import INFO
 from typing import Any, Literal, TypedDict, Unpack
@@ -19,19 +19,22 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic, Result, Strategy
 
+from ssfl_app.core.means import WeightedMean
 from ssfl_app.core.own_start import OwnStart
-from ssfl_app.plugin.aggregation import PositionalMean, common_metrics
+from ssfl_app.core.rounds import Record
 from ssfl_app.plugin.checked_reply import MOST, CheckedReply
 from ssfl_app.plugin.cohort import sample, wait_for
 from ssfl_app.plugin.discovery import Discovery
 from ssfl_app.plugin.inner import AsModel, AsVector, Form, aggregate_by, evaluate_by, inner_round_config
-from ssfl_app.plugin.messenger import Messenger
+from ssfl_app.plugin.messenger import NodeMessenger
+from ssfl_app.plugin.metrics import common_metrics
 from ssfl_app.plugin.mod import QUESTION
-from ssfl_app.plugin.rounds import Record, RoundLoop
+from ssfl_app.plugin.rounds import NodeRoundLoop
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.sparsity.values import VALUE_TYPES, check_values
+from ssfl_app.text import in_a_line
 
 MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -165,7 +168,7 @@ class SSFL(OwnStart):
             raise ValueError(f"most_examples is {most_examples}; it is a number above 0, at most {MOST}")
         self.history: list[Record] = []
         self.model: Vector = np.zeros(0, dtype=np.float32)
-        self._mail: Messenger | None = None
+        self._mail: NodeMessenger | None = None
         self.discovery = Discovery(
             density,
             scope,
@@ -185,7 +188,7 @@ class SSFL(OwnStart):
         self._cohort: list[int] = []
 
     @property
-    def mail(self) -> Messenger:
+    def mail(self) -> NodeMessenger:
         """The messages of this run.
 
         Raises
@@ -273,7 +276,7 @@ class SSFL(OwnStart):
         check_values(self.model)
         if self.discovery.density < 1:
             self.discovery.wanted.check(sheet.layout)
-        self._mail = Messenger(sheet, self._values, self.base.weighted_by_key, timeout, self._most_examples)
+        self._mail = NodeMessenger(sheet, self._values, self.base.weighted_by_key, timeout, self._most_examples)
         self._timeout = timeout
         self.history = []
         # The user's own objects, for the whole run: what a strategy changes in them stays, as under Flower.
@@ -282,7 +285,7 @@ class SSFL(OwnStart):
             ConfigRecord() if evaluate_config is None else evaluate_config,
         )
         with self.playing():
-            return RoundLoop(self, grid, configs, evaluate_fn).run(initial_arrays, num_rounds)
+            return NodeRoundLoop(self, self._mail, grid, configs, evaluate_fn).run(initial_arrays, num_rounds)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -313,19 +316,22 @@ class SSFL(OwnStart):
             The inner strategy returned no model.
         """
         size, answers = int(np.count_nonzero(self.mail.mask.transmitted)), list[CheckedReply]()
-        mean = PositionalMean(size, max(1, len(self._cohort))) if self.inner is None else None
-        for answer in self.mail.accepted_replies(replies):
+        mean = WeightedMean(size, max(1, len(self._cohort))) if self.inner is None else None
+
+        def take(answer: CheckedReply) -> None:
             if mean is not None:
                 mean.add(answer.values, answer.weight)
                 answer = answer.numbers()  # numbers only: server memory does not grow with the nodes
             answers.append(answer)
+
+        self.mail.receive(replies, take)
         contents, odd = common_metrics(answers)
         if self.inner is not None:  # it folds values and metrics of a reply together
-            self.mail.refuse(odd)
+            self._refuse(odd)
             answers = [answer for answer in answers if answer.node not in odd]
         else:
             self.mail.odd = odd
-        if not answers or not self.mail.enough(self.min_ok_fraction):
+        if not answers or not self.mail.report.enough(self.min_ok_fraction):
             return None, None
         if self.inner is not None:
             values, metrics = aggregate_by(self.inner, server_round, answers, self._form)
@@ -357,15 +363,20 @@ class SSFL(OwnStart):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the metrics of the good replies, aggregated as FedAvg does or as the inner strategy does."""
-        answers = list(self.mail.accepted_replies(replies))
+        answers = list[CheckedReply]()
+        self.mail.receive(replies, answers.append)
         contents, odd = common_metrics(answers)
-        self.mail.refuse(odd)
+        self._refuse(odd)
         if not contents:
             return None
         if self.inner is not None:
             good = [answer for answer in answers if answer.node not in odd]
             return evaluate_by(self.inner, server_round, good)
         return self.base.evaluate_metrics_aggr_fn(contents, self.base.weighted_by_key)
+
+    def _refuse(self, odd: Mapping[int, str]) -> None:
+        for node, reason in odd.items():
+            self.mail.report.refuse(node, in_a_line(reason))
 
     def arrays(self) -> ArrayRecord:
         """Return the model: dense arrays as `initial_arrays` were, dead weights exactly 0."""

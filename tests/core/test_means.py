@@ -139,6 +139,28 @@ def test_what_is_refused_leaves_the_mean_as_it_was(values, weight, error, messag
     assert mean.value().tobytes() == before
 
 
+@pytest.mark.parametrize("weights", [[60, 70, 80], [0.5, 2.25, 1e-3], [10**9, 3, 12_345_678], [2**39 + 1, 0.125, 7]])
+def test_means_with_any_positive_weights(weights: list[float]) -> None:
+    vectors = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
+    forward, backward = WeightedMean(50, 3), WeightedMean(50, 3)
+    for vector, weight in zip(vectors, weights, strict=True):
+        forward.add(vector, weight)
+    for vector, weight in reversed(list(zip(vectors, weights, strict=True))):
+        backward.add(vector, weight)
+    assert forward.value().tobytes() == backward.value().tobytes()
+    exact = np.average(vectors.astype(np.float64), axis=0, weights=weights)
+    np.testing.assert_allclose(forward.value(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mean_with_any_weights_refuses_nothing_and_no_weight() -> None:
+    with pytest.raises(ValueError, match="a mean of nothing"):
+        WeightedMean(3, 2).value()
+    with pytest.raises(ValueError, match="a weight is 0"):
+        WeightedMean(3, 2).add(np.zeros(3, np.float32), 0)
+    with pytest.raises(ValueError, match=r"a weight is 0\.5; it is a whole number"):
+        WeightedMean(3).add(np.zeros(3, np.float32), 0.5)
+
+
 def test_a_mean_of_nothing_is_refused():
     with pytest.raises(ValueError, match="a mean of nothing"):
         WeightedMean(2).value()

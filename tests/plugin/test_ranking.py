@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ssfl_app import SSFL, SparseMod, mask_gradients, sparse_mod
+from ssfl_app.core.means import WeightedMean
 from ssfl_app.locks import RunFailed
 from ssfl_app.plugin import discovery
-from ssfl_app.plugin.aggregation import PositionalMean
 from ssfl_app.plugin.ranking import MaskRule, top, within
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import NOTHING, TensorKind, TensorReport
@@ -542,7 +542,7 @@ def test_a_tie_of_tensors_that_no_mask_covers_is_refused_by_name() -> None:
 def test_many_opinions_on_ties_hold_few_means_and_their_order_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     alive, most = 0, 0
 
-    class Counted(PositionalMean):
+    class Counted(WeightedMean):
         def __init__(self, size: int, vectors: int) -> None:
             nonlocal alive, most
             super().__init__(size, vectors)
@@ -552,7 +552,7 @@ def test_many_opinions_on_ties_hold_few_means_and_their_order_does_not_count(mon
             nonlocal alive
             alive -= 1
 
-    monkeypatch.setattr(discovery, "PositionalMean", Counted)
+    monkeypatch.setattr(discovery, "WeightedMean", Counted)
     monkeypatch.setattr(discovery, "OPINIONS", 2)
     # Names are layers.0.weight, layers.0.bias, ... Each liar ties other layers, or all of them.
     lies = [[0, 1, 0, 3, 4, 5], [0, 1, 2, 3, 0, 5], [0, 1, 2, 3, 2, 5], [0, 1, 0, 3, 0, 5]]

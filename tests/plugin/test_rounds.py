@@ -31,7 +31,6 @@ from torch import nn
 
 from ssfl_app import SSFL, mask_gradients, sparse_mod
 from ssfl_app.locks import RunFailed
-from ssfl_app.plugin.aggregation import PositionalMean
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.layout import Layout
@@ -773,29 +772,6 @@ def test_a_bad_argument_is_named(arguments: dict[str, Any], reason: str) -> None
 def test_a_bad_model_is_refused_before_anything_is_sent(prunable: Any, arrays: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         SSFL(prunable=prunable).start(ForeignGrid(foreign_app()), ArrayRecord(arrays))
-
-
-# ---- the mean --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weights", [[60, 70, 80], [0.5, 2.25, 1e-3], [10**9, 3, 12_345_678], [2**39 + 1, 0.125, 7]])
-def test_means_with_any_positive_weights(weights: list[float]) -> None:
-    vectors = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
-    forward, backward = PositionalMean(50, 3), PositionalMean(50, 3)
-    for vector, weight in zip(vectors, weights, strict=True):
-        forward.add(vector, weight)
-    for vector, weight in reversed(list(zip(vectors, weights, strict=True))):
-        backward.add(vector, weight)
-    assert forward.value().tobytes() == backward.value().tobytes()
-    exact = np.average(vectors.astype(np.float64), axis=0, weights=weights)
-    np.testing.assert_allclose(forward.value(), exact, rtol=1e-5, atol=1e-6)
-
-
-def test_a_mean_refuses_nothing_and_no_weight() -> None:
-    with pytest.raises(ValueError, match="a mean of nothing"):
-        PositionalMean(3, 2).value()
-    with pytest.raises(ValueError, match="a weight is 0"):
-        PositionalMean(3, 2).add(np.zeros(3, np.float32), 0)
 
 
 def test_importing_the_package_imports_neither_torch_nor_flower() -> None:

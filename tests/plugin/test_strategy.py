@@ -225,7 +225,7 @@ def test_a_quorum_counts_those_that_were_asked() -> None:
     grid = ForeignGrid(foreign_app(), nodes=2)
     messages = strategy.mail.build_messages("train", 2, [1000, 1001], strategy.model, {}, {})
     strategy.mail.exchange(grid, messages, 0)  # and nobody listens
-    assert not strategy.mail.enough(0.5)
+    assert not strategy.mail.report.enough(0.5)
 
 
 def test_a_subclass_gets_the_model_and_its_config_reaches_the_question() -> None:
