@@ -223,6 +223,7 @@ class FlashJoint(Flash):
 
     name = "flash-joint"
     client = FlashJointClient
+    error_feedback_ok = False
 
     def aggregate(self, round_: int, replies: Iterable[Reply]) -> None:
         """Average weights, and layer densities if the mask changes; keep the largest weights of each layer."""
