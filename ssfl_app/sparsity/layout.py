@@ -45,7 +45,7 @@ class Layout:
         """Return the layout of a model's state."""
         shapes = {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
         norms = {
-            f"{path}.{name}"
+            f"{path}.{name}".removeprefix(".")
             for path, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, NORMS)
             for name in module._parameters
