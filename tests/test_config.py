@@ -95,6 +95,17 @@ def test_the_defaults_are_a_configuration_with_a_room_for_every_strategy():
     assert config.settings.sections["ssfl"].saliency_batch_size == 64
 
 
+def test_a_strategy_says_which_sections_its_two_halves_read() -> None:
+    read = {name: list(strategy.sections()) for name, strategy in REGISTRY.items()}
+    assert read["fedavg"] == read["random"] == []
+    assert read["ssfl"] == read["shuffled"] == ["ssfl"]
+    assert read["dpsgd-ft"] == ["gossip", "finetune"]
+    assert read["dispfl"] == ["dispfl", "gossip"]
+    assert read["prunefl"] == ["prunefl", "ssfl"]
+    assert read["local-saliency"] == ["local-mask", "ssfl"]
+    assert read["ditto"] == ["ditto"]  # the client alone reads it
+
+
 @pytest.mark.parametrize("strategy", REGISTRY)
 def test_every_strategy_runs_on_the_defaults(strategy):
     assert parse(defaults() | {"strategy": strategy}).strategy == strategy

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ssfl_app.sparsity.selection import largest
+from ssfl_app.sparsity.mask import largest
 
 SIZES = (10**6, 10**7, 10**8)
 REPEATS = 3
@@ -23,11 +23,11 @@ def child(size: int, density: float) -> dict[str, float]:
     rng, scores = np.random.default_rng(1), np.empty(size, dtype=np.float32)
     for start in range(0, size, 10**6):  # float64 of all of them at once would be the peak
         scores[start : start + 10**6] = rng.lognormal(-12, 3, min(10**6, size - start))
-    largest(scores[:1000], 10, "index")  # whatever NumPy loads on first use
+    largest(scores[:1000], 10)  # whatever NumPy loads on first use
     before, seconds = _peak(), []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        alive = largest(scores, int(density * size), "index")
+        alive = largest(scores, int(density * size))
         seconds.append(time.perf_counter() - began)
         assert np.count_nonzero(alive) == int(density * size)
         del alive

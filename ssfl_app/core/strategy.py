@@ -174,8 +174,20 @@ class SparseStrategy(OwnStart):
 
     def alive(self) -> int:
         """Return how many weights mask.density leaves alive; a strategy that leaves none is not made."""
-        wanted = self.settings.mask
-        return alive_count(self.layout, wanted.density, wanted.scope, wanted.min_per_layer)
+        return self.top_count(self.settings.mask.density)
+
+    def top_count(self, density: float) -> int:
+        """Return how many weights a ranking leaves alive at a density, with mask.scope and mask.min-per-layer.
+
+        Raises
+        ------
+        ConfigError
+            mask.min-per-layer reserves more.
+        """
+        try:
+            return alive_count(self.layout, density, self.settings.mask.scope, self.settings.mask.min_per_layer)
+        except ValueError as error:
+            raise ConfigError(f"mask.{error}") from error
 
     def before_training(self, ask: Query) -> None:
         """Find out what must be known before round 1. Default: nothing."""

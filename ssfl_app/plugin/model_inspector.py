@@ -14,13 +14,10 @@ from typing import Any
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import TensorKind, TensorReport, fingerprint, storage_key
-from ssfl_app.sparsity.layout import Vector
-
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+from ssfl_app.sparsity.layout import NORMS, Vector
 
 
 class ModelInspector:
@@ -159,7 +156,7 @@ class ModelInspector:
             owner = getattr(owner, "_modules", {}).get(part)
         if not isinstance(tensor, nn.Parameter):
             self._kinds[name] = TensorKind.UNTRAINED
-        elif isinstance(owner, _NORMS):
+        elif isinstance(owner, NORMS):
             self._kinds[name] = TensorKind.NORM
 
 

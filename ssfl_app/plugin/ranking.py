@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssfl_app.plugin.gradient_probe import starts_at_zero
-from ssfl_app.plugin.state_spec import StateSpec, direction_of
-from ssfl_app.sparsity.layout import Bits, Layout, Vector
-from ssfl_app.sparsity.mask import Mask, Scope, alive_count, keep_count, none_alive
-from ssfl_app.sparsity.selection import largest
+from ssfl_app.plugin.state_spec import StateSpec
+from ssfl_app.sparsity.layout import Bits, Layout, Vector, direction_of
+from ssfl_app.sparsity.mask import Mask, Scope, alive_count, keep_count, largest, none_alive
 
 _FIRST, _LAST = np.finfo(np.float32).max, np.finfo(np.float32).min
 
@@ -79,7 +78,7 @@ def top(sheet: StateSpec, model: Vector, scores: Vector, wanted: MaskRule, alone
         if wanted.scope == "global":
             size = span.stop - span.start
             kept = max(keep_count(wanted.density, size), min(wanted.min_per_layer, size))
-            best = largest(scores[span], kept, "index")
+            best = largest(scores[span], kept)
             scores[span], reserved[span] = _LAST, best
     for name, rows in _rows(sheet).items():
         span = layout.prunable_spans[name]

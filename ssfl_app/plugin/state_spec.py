@@ -19,7 +19,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 from flwr.common import log
 
-from ssfl_app.sparsity.layout import Layout, Vector
+from ssfl_app.sparsity.layout import Layout, Vector, is_prunable
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError, read_array
 
@@ -65,7 +65,8 @@ class StateSpec:
         arrays : ArrayRecord
             ``ArrayRecord(model.state_dict())``.
         prunable : iterable of str, optional
-            Names of the tensors to prune. Default: the matrices, see `_is_matrix`.
+            Names of the tensors to prune. Default: what `is_prunable` tells; the clients say which of these are
+            buffers or norms.
         keys : pair of str
             Names of the ArrayRecord and of the ConfigRecord in a message.
 
@@ -76,9 +77,10 @@ class StateSpec:
         """
         known = {name: array.numpy() for name, array in arrays.items()}
         tensors = tuple((name, array.shape, array.dtype.str) for name, array in known.items())
+        shapes = {name: array.shape for name, array in known.items()}
         real = {name for name, array in known.items() if array.dtype.kind == "f"}
         if prunable is None:
-            chosen = {name for name in real if _is_matrix(name, known)}
+            chosen = {name for name in real if is_prunable(name, shapes)}
         else:
             chosen = set(prunable)
             if wrong := sorted(chosen - real):
@@ -243,29 +245,6 @@ def _averaged(kind: str) -> bool:
 
 def _complex(kind: str) -> bool:
     return np.dtype(kind).kind == "c"
-
-
-def _is_matrix(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> bool:
-    """Return whether a floating tensor is one that a mask covers, as far as name and shape tell.
-
-    It has 2 dimensions or more, and more than one that is larger than 1 (a class token is a vector) unless it is
-    called a weight or by a number. The magnitudes of a weight norm are none. What else is no matrix (buffers, norms)
-    the clients say.
-    """
-    array = arrays[name]
-    if array.ndim < 2:
-        return False
-    if sum(size > 1 for size in array.shape) > 1:
-        return True
-    return direction_of(name, arrays) is None and ("weight" in name or name.isdigit())
-
-
-def direction_of(magnitude: str, names: Iterable[str]) -> str | None:
-    """Return the tensor whose rows a weight norm scales by `magnitude`, or None if it is no magnitude of any."""
-    for ending, other in ((".original0", ".original1"), ("_g", "_v")):
-        if magnitude.endswith(ending) and (direction := magnitude.removesuffix(ending) + other) in names:
-            return direction
-    return None
 
 
 def _check_fixed(name: str, array: npt.NDArray[Any], sent: npt.NDArray[Any]) -> None:

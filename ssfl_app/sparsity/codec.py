@@ -4,16 +4,15 @@ Law, for every codec: ``decode(encode(state, mask), layout, mask) == (mask.apply
 value type's stated error. The bytes of a message are the bytes of these arrays (`nbytes`); nothing computes a
 cost beside them.
 
-=============  =====================================  ==========================================
-codec          arrays                                 who must know the mask beforehand
-=============  =====================================  ==========================================
-Dense          values of all coordinates              nobody (the mask is not carried)
+===============  =====================================  ==========================================
+codec            arrays                                 who must know the mask beforehand
+===============  =====================================  ==========================================
+Dense            values of all coordinates              nobody (the mask is not carried)
 MaskedValues     values of alive + dense remainder      both ends: SSFL's training rounds
-BitmapAndValues        the same + 1 bit a prunable weight     nobody
-Indexed        the same + int32 index of each alive   nobody; less than a bitmap below density 1/32
-Csr            the same as scipy CSR, per tensor      nobody; the encoding that SSFL v1 states
+BitmapAndValues  the same + 1 bit a prunable weight     nobody
+Indexed          the same + int32 index of each alive   nobody; less than a bitmap below density 1/32
 BitmapOnly       1 bit a prunable weight                nobody; carries no values (FedPM)
-=============  =====================================  ==========================================
+===============  =====================================  ==========================================
 """
 
 import functools
@@ -222,59 +221,6 @@ class Indexed(Codec):
         return MaskedValues(self.values).decode(arrays, layout, Mask(layout, alive))
 
 
-class Csr(Codec):
-    """Compressed sparse rows by scipy: every prunable tensor as a matrix (out, rest).
-
-    The paper's first version states this encoding. An int32 column for every value costs as much as the value, so
-    at density 0.5 it saves nothing over dense; it is here so that those bytes can be compared.
-    """
-
-    name = "csr"
-
-    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
-        """Return "values" (alive of each tensor, then the dense remainder), "indices" and "indptr"."""
-        from scipy import sparse
-
-        shapes, flat = dict(layout.shapes), layout.flatten(state)
-        indices, indptr = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
-        for name, span in layout.prunable_spans.items():
-            # From the mask's coordinates: an alive weight that is exactly 0 is stored like any other.
-            rows, columns = np.nonzero(mask.alive[span].reshape(shapes[name][0], -1))
-            matrix = sparse.csr_matrix((np.ones(rows.size, np.float32), (rows, columns)), shape=_matrix(shapes[name]))
-            indices.append(matrix.indices.astype(np.int32))
-            indptr.append(matrix.indptr.astype(np.int32))
-        alive, rest = mask.transmitted & layout.is_prunable, ~layout.is_prunable
-        values = write_values(np.concatenate([flat[alive], flat[rest]]), self.values, self.rng)
-        return {**values, "indices": np.concatenate(indices), "indptr": np.concatenate(indptr)}
-
-    def allowed(self, layout: Layout) -> Allowed:
-        """Return the arrays that may be written."""
-        rows = sum(shape[0] + 1 for name, shape in layout.shapes if name in layout.prunable_spans)
-        tables = {"indices": (np.int32, layout.prunable_size), "indptr": (np.int32, rows)}
-        return {**super().allowed(layout), **tables}
-
-    def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
-        """Return the state and the mask that the sparsity structure tells."""
-        shapes = dict(layout.shapes)
-        rows = {name: _matrix(shapes[name])[0] + 1 for name in layout.prunable}
-        indptr = read_array(arrays, "indptr", np.int32, sum(rows.values()))
-        indices = read_array(arrays, "indices", np.int32, None)
-        alive, row, entry = np.zeros(layout.prunable_size, dtype=np.bool_), 0, 0
-        for name, span in layout.prunable_spans.items():
-            pointers = indptr[row : row + rows[name]]
-            columns = indices[entry : entry + max(0, int(pointers[-1]))]
-            alive[span] = _csr_pattern(name, pointers, columns, _matrix(shapes[name]))
-            row, entry = row + rows[name], entry + columns.size
-        if entry != indices.size:
-            raise PayloadError(f"indices has length {indices.size}; indptr accounts for {entry}")
-        carried = Mask(layout, alive)
-        values = read_values(arrays, self.values, carried.count + layout.size - layout.prunable_size)
-        flat = np.zeros(layout.size, dtype=np.float32)
-        flat[carried.transmitted & layout.is_prunable] = values[: carried.count]
-        flat[~layout.is_prunable] = values[carried.count :]
-        return layout.unflatten(flat), carried
-
-
 class BitmapOnly(Codec):
     """The bitmap alone. The decoded state is empty: what the bits mean is the algorithm's affair."""
 
@@ -297,7 +243,7 @@ class BitmapOnly(Codec):
         read_mask(arrays, layout)
 
 
-CODECS: dict[str, type[Codec]] = {c.name: c for c in (Dense, MaskedValues, BitmapAndValues, Indexed, Csr, BitmapOnly)}
+CODECS: dict[str, type[Codec]] = {c.name: c for c in (Dense, MaskedValues, BitmapAndValues, Indexed, BitmapOnly)}
 
 
 def read_mask(arrays: ArrayMap, layout: Layout) -> Mask:
@@ -317,22 +263,3 @@ def read_mask(arrays: ArrayMap, layout: Layout) -> Mask:
 
 def _allowed_bitmap(layout: Layout) -> Allowed:
     return {"mask": (np.uint8, -(-layout.prunable_size // 8))}
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0], int(np.prod(shape[1:], dtype=np.int64))
-
-
-def _csr_pattern(
-    name: str, pointers: npt.NDArray[np.int32], columns: npt.NDArray[np.int32], shape: tuple[int, int]
-) -> npt.NDArray[np.bool_]:
-    from scipy import sparse
-
-    # scipy trusts its inputs in places; what comes from a client is checked before it gets there.
-    rising = pointers[0] == 0 and pointers[-1] == columns.size and (pointers[1:] >= pointers[:-1]).all()
-    if not rising or (columns.size and (columns.min() < 0 or columns.max() >= shape[1])):
-        raise PayloadError(f"indices of {name} do not describe a matrix of shape {shape}")
-    matrix = sparse.csr_matrix((np.ones(columns.size, np.bool_), columns, pointers), shape=shape)
-    if not matrix.has_canonical_format:
-        raise PayloadError(f"indices of {name} are not sorted and unique in each row")
-    return np.asarray(matrix.toarray(), dtype=np.bool_).reshape(-1)

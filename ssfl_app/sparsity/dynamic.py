@@ -14,8 +14,7 @@ import numpy as np
 
 from ssfl_app.sparsity.densities import Counts
 from ssfl_app.sparsity.layout import Bits, Layout, Vector
-from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.selection import largest
+from ssfl_app.sparsity.mask import Mask, largest
 
 
 def random_mask(layout: Layout, counts: Counts, rng: np.random.Generator) -> Mask:
@@ -134,7 +133,7 @@ def _choose(layout: Layout, candidates: Bits, counts: Counts, by: Vector | np.ra
     for name, span in layout.prunable_spans.items():
         places = span.start + np.flatnonzero(candidates[span])
         if isinstance(by, np.ndarray):
-            chosen[places[largest(by[places], counts[name], "index")]] = True
+            chosen[places[largest(by[places], counts[name])]] = True
         else:
             chosen[by.choice(places, counts[name], replace=False, shuffle=False)] = True
     return chosen

@@ -6,7 +6,7 @@ A *state* is a dict from name to float32 tensor, in the order of the model's ``s
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,12 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 State = dict[str, torch.Tensor]
 Vector = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.bool_]
 Index = npt.NDArray[np.intp] | slice
 """Coordinates of a vector in rising order: their numbers, or all of them."""
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+"""Modules none of whose tensors is pruned."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Layout:
     shapes : tuple of (str, tuple of int)
         Every tensor of the state, in order.
     prunable : tuple of str
-        The tensors that a mask may name: weights of conv and linear layers, in the same order.
+        The tensors that a mask may name, in the same order: what `is_prunable` tells, but for norms and buffers.
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
@@ -40,13 +43,17 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module) -> "Layout":
         """Return the layout of a model's state."""
-        weights = {
-            f"{name}.weight" if name else "weight"
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Conv2d | nn.Linear)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
+        norms = {
+            f"{path}.{name}".removeprefix(".")
+            for path, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, NORMS)
+            for name in module._parameters
         }
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in state_of(model).items())
-        return cls(shapes, tuple(name for name, _ in shapes if name in weights))
+        weights = dict(model.named_parameters(remove_duplicate=False)).keys() - norms
+        return cls(
+            tuple(shapes.items()), tuple(name for name in shapes if name in weights and is_prunable(name, shapes))
+        )
 
     @cached_property
     def spans(self) -> dict[str, slice]:
@@ -118,6 +125,29 @@ class Layout:
         for name, span in self.prunable_spans.items():
             flat[span] = tensors[name].detach().reshape(-1).cpu().numpy()
         return flat
+
+
+def is_prunable(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether a floating tensor is one that a mask covers, as far as the names and shapes of a state tell.
+
+    It has 2 dimensions or more (weights of linear, convolutional and recurrent layers, embeddings), and more than one
+    that is larger than 1 (a class token is a vector) unless it is called a weight or by a number. The magnitudes of a
+    weight norm are none.
+    """
+    shape = shapes[name]
+    if len(shape) < 2:
+        return False
+    if sum(size > 1 for size in shape) > 1:
+        return True
+    return direction_of(name, shapes) is None and ("weight" in name or name.isdigit())
+
+
+def direction_of(magnitude: str, names: Iterable[str]) -> str | None:
+    """Return the tensor whose rows a weight norm scales by `magnitude`, or None if it is no magnitude of any."""
+    for ending, other in ((".original0", ".original1"), ("_g", "_v")):
+        if magnitude.endswith(ending) and (direction := magnitude.removesuffix(ending) + other) in names:
+            return direction
+    return None
 
 
 def state_of(model: nn.Module) -> State:

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 
 from ssfl_app.sparsity.layout import Bits, Layout, State, Vector
-from ssfl_app.sparsity.selection import largest
 
 Scope = Literal["global", "layer"]
 
@@ -31,19 +30,37 @@ def keep_count(density: float, size: int) -> int:
     return math.floor(Fraction(repr(float(density))) * size)
 
 
+def largest(scores: Vector, count: int) -> Bits:
+    """Return where the `count` largest of `scores`, shape (n,), are; of equal ones the first. No score is NaN."""
+    if not count:
+        return np.zeros(scores.size, dtype=np.bool_)
+    rank = scores.size - count
+    threshold = np.partition(scores, rank)[rank]
+    alive: Bits = scores > threshold
+    equal = np.flatnonzero(scores == threshold)
+    alive[equal[: count - int(np.count_nonzero(alive))]] = True
+    return alive
+
+
 def alive_count(layout: Layout, density: float, scope: Scope = "global", min_per_layer: int = 0) -> int:
     """Return how many coordinates `Mask.top` and `Mask.random` keep; they refuse to keep none.
 
     Raises
     ------
     ValueError
-        The density is out of range.
+        The density is out of range, or leaves fewer coordinates than `min_per_layer` reserves.
     """
+    spans = layout.prunable_spans.values()
+    least = [min(min_per_layer, span.stop - span.start) for span in spans]
     counts = [keep_count(density, span.stop - span.start) for span in _groups(layout, scope)]
     if scope == "layer":
-        spans = layout.prunable_spans.values()
-        counts = [max(c, min(min_per_layer, s.stop - s.start)) for c, s in zip(counts, spans, strict=True)]
-    return sum(counts)
+        return sum(map(max, counts, least))
+    total, reserved = sum(counts), sum(least)
+    if reserved > total:
+        raise ValueError(
+            f"min-per-layer is {min_per_layer}; it reserves {reserved} weights, and the density leaves {total}"
+        )
+    return total
 
 
 def none_alive(layout: Layout, density: float) -> str:
@@ -114,9 +131,8 @@ class Mask:
         scope: Scope = "global",
         *,
         min_per_layer: int = 0,
-        ties: Literal["index", "keep"] = "index",
     ) -> "Mask":
-        """Keep the coordinates with the largest scores.
+        """Keep the coordinates with the largest scores, and of equal ones the first.
 
         Parameters
         ----------
@@ -129,8 +145,6 @@ class Mask:
         min_per_layer : int
             Each layer keeps at least its best `min_per_layer` coordinates (or all it has). Global ranking
             can otherwise empty a layer at low densities. With scope "global" the total stays exact.
-        ties : {"index", "keep"}
-            Among equal scores at the threshold keep the lower index, or, as the papers' ">=" does, all.
 
         Raises
         ------
@@ -142,20 +156,18 @@ class Mask:
             raise ValueError(f"scores have shape {scores.shape}; this layout needs ({layout.prunable_size},)")
         if not np.isfinite(scores).all():
             raise ValueError(f"{np.count_nonzero(~np.isfinite(scores))} scores are NaN or Inf; all must be finite")
-        if ties not in ("index", "keep"):
-            raise ValueError(f"ties is {ties!r}; it is index or keep")
         total = alive_count(layout, density, scope, min_per_layer)
         if layout.prunable_size and not total:
             raise ValueError(none_alive(layout, density))
         if min_per_layer and scope == "global":
-            scores = _with_floor(layout, scores, min_per_layer, total)
+            scores = _with_floor(layout, scores, min_per_layer)
         alive = np.zeros(layout.prunable_size, dtype=np.bool_)
         for span in _groups(layout, scope):
             size = span.stop - span.start
             count = keep_count(density, size)
             if scope == "layer":
                 count = max(count, min(min_per_layer, size))
-            alive[span] = largest(scores[span], count, ties)
+            alive[span] = largest(scores[span], count)
         return cls(layout, alive)
 
     @classmethod
@@ -290,14 +302,9 @@ def _groups(layout: Layout, scope: Scope) -> list[slice]:
     raise ValueError(f"scope is {scope!r}; it is global or layer")
 
 
-def _with_floor(layout: Layout, scores: Vector, floor: int, total: int) -> Vector:
+def _with_floor(layout: Layout, scores: Vector, floor: int) -> Vector:
     # The reserved coordinates become unbeatable; the rest compete for what is left of the total.
     raised = scores.astype(np.float32, copy=True)
-    reserved = 0
     for span in layout.prunable_spans.values():
-        count = min(floor, span.stop - span.start)
-        raised[span][largest(scores[span], count, "index")] = np.inf
-        reserved += count
-    if reserved > total:
-        raise ValueError(f"min-per-layer {floor} reserves {reserved} weights; the density leaves {total}")
+        raised[span][largest(scores[span], min(floor, span.stop - span.start))] = np.inf
     return raised

@@ -226,6 +226,7 @@ class FlashJoint(Flash):
 
     name = "flash-joint"
     client = FlashJointClient
+    error_feedback_ok = False
 
     def aggregator(self, round_: int) -> Aggregator:
         """Average weights, and layer densities if the mask changes; keep the largest weights of each layer."""

@@ -48,8 +48,7 @@ from ssfl_app.core.robust import ScoreFold
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, read_mask
 from ssfl_app.sparsity.layout import Vector, load_state, state_of
-from ssfl_app.sparsity.mask import Mask, keep_count
-from ssfl_app.sparsity.selection import largest
+from ssfl_app.sparsity.mask import Mask, keep_count, largest
 from ssfl_app.sparsity.values import MAX_VALUE, Allowed, PayloadError, check_values, read_array
 from ssfl_app.strategies.shared.scoring import SsflOptions
 
@@ -87,9 +86,9 @@ def readjusted(mask: Mask, magnitudes: Vector, squares: Vector, share: float, mo
         Whether they are filled up whatever g^2 is.
     """
     kept = mask.count - keep_count(share, mask.count)
-    alive = largest(np.where(mask.alive, magnitudes, np.float32(-1)), kept, "index")
+    alive = largest(np.where(mask.alive, magnitudes, np.float32(-1)), kept)
     outside = np.flatnonzero(~alive)
-    order = outside[largest(squares[outside], min(outside.size, max(0, most - kept)), "index")]
+    order = outside[largest(squares[outside], min(outside.size, max(0, most - kept)))]
     if not target and order.size:
         order = order[np.argsort(-squares[order], kind="stable")]
         gains = squares[order].astype(np.float64)

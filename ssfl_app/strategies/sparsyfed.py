@@ -29,7 +29,6 @@ import numpy as np
 from ssfl_app.core.aggregation import Aggregator, ReplyZerosMean
 from ssfl_app.core.algorithm import (
     ClientAlgorithm,
-    ConfigError,
     FromSettings,
     MaskOptions,
     Metadata,
@@ -112,11 +111,7 @@ class SparsyFed(SparseStrategy):
 
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
-        layout, settings = self.layout, self.settings
-        try:
-            self._count = largest(layout, np.zeros(layout.prunable_size, dtype=np.float32), settings.mask).count
-        except ValueError as error:
-            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; {error}") from error
+        self._count = self.alive()
 
     def before_training(self, ask: Query) -> None:
         """Turn the initial weights, which are to be v, into w."""

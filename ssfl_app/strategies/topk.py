@@ -104,16 +104,12 @@ class Topk(SparseStrategy):
 
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
-        layout, settings, options = self.layout, self.settings, self.options
-        if options.of == "weights" and options.error_feedback:
+        if self.options.of == "weights" and self.options.error_feedback:
             raise ConfigError("topk.error-feedback is true; with topk.of 'weights' it is false")
-        if options.of == "update" and options.mean == "overlap":
+        if self.options.of == "update" and self.options.mean == "overlap":
             raise ConfigError("topk.mean is 'overlap'; with topk.of 'update' it is 'zeros'")
         self._dense = self.mask
-        try:
-            self._count = chosen(layout, np.zeros(layout.size, dtype=np.float32), settings.mask).count
-        except ValueError as error:
-            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; {error}") from error
+        self._count = self.alive()
 
     def mask_for(self, client: int) -> Mask:
         """Return the dense mask: whole models go down."""

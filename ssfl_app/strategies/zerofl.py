@@ -34,7 +34,6 @@ import numpy as np
 from ssfl_app.core.aggregation import Aggregator, ReplyZerosMean
 from ssfl_app.core.algorithm import (
     ClientAlgorithm,
-    ConfigError,
     FromSettings,
     Metadata,
     Payload,
@@ -65,13 +64,17 @@ class ZeroFlOptions(Section):
     r_mask: float = option("a fraction in [0, 1]", lambda value: 0 <= value <= 1)
 
 
+def sent_share(settings: Settings) -> float:
+    """Return which share of the prunable coordinates travels up."""
+    # As the decimals they are written as: in binary 0.7 + 0.1 is below 0.8.
+    shares = settings.mask.density, ZeroFlOptions.from_settings(settings).r_mask
+    return float(min(sum(Fraction(repr(share)) for share in shares), Fraction(1)))
+
+
 def sent_mask(layout: Layout, values: Vector, settings: Settings) -> Mask:
     """Return the mask of what travels up: the largest prunable coordinates of a vector of all coordinates."""
-    wanted, options = settings.mask, ZeroFlOptions.from_settings(settings)
-    # As the decimals they are written as: in binary 0.7 + 0.1 is below 0.8.
-    share = float(min(Fraction(repr(wanted.density)) + Fraction(repr(options.r_mask)), Fraction(1)))
-    scores = np.abs(values[layout.is_prunable])
-    return Mask.top(layout, scores, share, wanted.scope, min_per_layer=wanted.min_per_layer)
+    wanted, scores = settings.mask, np.abs(values[layout.is_prunable])
+    return Mask.top(layout, scores, sent_share(settings), wanted.scope, min_per_layer=wanted.min_per_layer)
 
 
 def used_mask(layout: Layout, state: State, density: float) -> Mask:
@@ -121,12 +124,8 @@ class ZeroFl(SparseStrategy):
 
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
-        layout, settings = self.layout, self.settings
         self._dense = self.mask
-        try:
-            self._count = sent_mask(layout, np.zeros(layout.size, dtype=np.float32), settings).count
-        except ValueError as error:
-            raise ConfigError(f"mask.min-per-layer is {settings.mask.min_per_layer}; {error}") from error
+        self._count = self.top_count(sent_share(self.settings))
 
     def alive(self) -> int:
         """Return how many weights compute, beside the first layer's."""

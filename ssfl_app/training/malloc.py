@@ -1,4 +1,4 @@
-"""Memory of a process that trains on a CPU: what a step gives back, the next step gets again.
+"""What the C library does with memory that a process frees: a process that trains keeps it, a server returns it.
 
 A training step frees the buffers that its next step needs. By its defaults glibc hands that memory back to the system
 after each step, or not, by what happens to lie behind it; coming back, every page costs a fault and is zeroed. Where
@@ -16,15 +16,30 @@ LARGEST = 32 * 2**20
 """Bytes of the largest buffers that are kept, the most that glibc allows. Larger ones still go back one by one."""
 
 
+LARGE_BLOCK = 4 * 2**20
+"""Bytes of the blocks, models and such, that a server returns at once."""
+
+
+def return_freed_memory() -> bool:
+    """Have this process return freed models to the system at once; return whether this C library can.
+
+    By default glibc keeps blocks of up to 32 MB for later once one of that size was freed, and a server that holds a
+    model of 45 MB at a time is seen to hold several. Setting the threshold also stops glibc from raising it.
+    """
+    return _set(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
 @functools.cache
 def keep_heap() -> bool:
     """Let this process keep memory that it frees, up to its peak; return whether this C library can.
 
-    For processes that train, not for a server, where what a message took is to go back. C libraries other than glibc
-    are left as they are.
+    For processes that train, not for a server, where what a message took is to go back.
     """
+    return _set(M_MMAP_THRESHOLD, LARGEST) and _set(M_TRIM_THRESHOLD, -1)
+
+
+def _set(option: int, value: int) -> bool:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc; not POSIX
+        return bool(ctypes.CDLL(None).mallopt(option, value))
+    except (AttributeError, OSError, TypeError):  # C libraries other than glibc are left as they are; not POSIX
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST)) and bool(mallopt(M_TRIM_THRESHOLD, -1))

@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
+from ssfl_app.sparsity.layout import NORMS, is_prunable
 from ssfl_app.sparsity.mask import keep_count
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -175,7 +176,10 @@ def bernoulli_weights(
 
 
 def originals(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return w of each prunable tensor by name, in the order of `Layout.prunable`, inside contexts and outside."""
+    """Return w of each prunable tensor by name, in the order of `Layout.prunable`, inside contexts and outside.
+
+    Of prunable tensors that are the weight of a module: no other can be computed with in another form here.
+    """
     return {name: _original(module) for name, module in _prunable(model).items()}
 
 
@@ -185,9 +189,14 @@ def _original(module: nn.Module) -> nn.Parameter:
 
 
 def _prunable(model: nn.Module) -> dict[str, nn.Module]:
-    # The rule of Layout.of. A parametrised layer is still a Conv2d or Linear.
-    named = ((f"{name}.weight" if name else "weight", module) for name, module in model.named_modules())
-    return {name: module for name, module in named if isinstance(module, nn.Conv2d | nn.Linear)}
+    named = {
+        f"{name}.weight" if name else "weight": module
+        for name, module in model.named_modules()
+        if not isinstance(module, NORMS)
+        and (module._parameters.get("weight") is not None or parametrize.is_parametrized(module, "weight"))
+    }
+    shapes = {name: tuple(_original(module).shape) for name, module in named.items()}
+    return {name: module for name, module in named.items() if is_prunable(name, shapes)}
 
 
 class _Effective(nn.Module):

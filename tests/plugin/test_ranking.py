@@ -22,6 +22,7 @@ from ssfl_app.plugin.ranking import MaskRule, top, within
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import NOTHING, TensorKind, TensorReport
 from ssfl_app.simulation.in_process import InlineGrid
+from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import keep_count
 from ssfl_app.sparsity.values import PayloadError
 from tests.plugin.test_rounds import changed
@@ -775,6 +776,17 @@ def test_large_matrices_that_stay_dense_are_a_warning_and_the_share_that_travels
     share = strategy.history[1]["density_all"]
     assert f"{100 * share:.1f} % of all coordinates travel" in said()
     assert share > 0.9
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Embedding(4, 3), nn.Conv1d(3, 2, 2), nn.Conv2d(3, 1, 1), nn.Linear(4, 1), nn.LSTM(2, 3), nn.BatchNorm1d(3)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_the_app_and_the_plug_in_prune_the_same_tensors(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), layer)
+    sheet = StateSpec.of(ArrayRecord(model.state_dict()), None, ("arrays", "config"))
+    assert sheet.prunable == Layout.of(model).prunable
 
 
 def test_names_by_position_are_pruned_by_their_dimensions() -> None:

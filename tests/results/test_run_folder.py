@@ -154,8 +154,9 @@ BAD_KEYS = [
     ("mask.density=0", "mask.density is 0.0; it is a fraction in (0, 1]"),
     (
         "mask.min-per-layer=100000",
-        "mask.min-per-layer is 100000; it is small enough for the 15107 alive weights in all",
+        "mask.min-per-layer is 100000; it reserves 120000 weights, and the density leaves 15107",
     ),
+    ("strategy='local-saliency' mask.min-per-layer=100000", "mask.min-per-layer is 100000; it reserves "),
     ("strategy='random' mask.min-per-layer=1", "mask.min-per-layer is 1; it is 0 with strategy random"),
     ("mask.density='a'", "mask.density is 'a'; it is a fraction in (0, 1] (float, not str)"),
     ("run.rounds=2.5", "run.rounds is 2.5; it is a number of at least 1 (int, not float)"),

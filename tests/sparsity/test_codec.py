@@ -5,10 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import sparse
 from torch import nn
 
-from ssfl_app.sparsity.codec import CODECS, BitmapAndValues, BitmapOnly, Csr, Dense, Indexed, MaskedValues, nbytes
+from ssfl_app.sparsity.codec import CODECS, BitmapAndValues, BitmapOnly, Dense, Indexed, MaskedValues, nbytes
 from ssfl_app.sparsity.layout import Layout, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import VALUE_TYPES
@@ -87,7 +86,7 @@ def test_what_is_encoded_is_allowed(name, values, world):
         assert array.size <= allowed[key][1]
 
 
-@pytest.mark.parametrize("codec", [BitmapAndValues, Indexed, Csr])
+@pytest.mark.parametrize("codec", [BitmapAndValues, Indexed])
 @given(worlds())
 @law
 def test_codecs_that_carry_the_mask_do_not_need_to_know_it(codec, world):
@@ -167,7 +166,6 @@ def test_bytes_by_hand(values, each, alive):
         MaskedValues: cost(alive + 77),
         BitmapAndValues: cost(alive + 77) + 313,
         Indexed: cost(alive + 77) + 4 * alive,
-        Csr: cost(alive + 77) + 4 * alive + 4 * (51 + 31),
         BitmapOnly: 313,
     }
     assert set(expected) == set(CODECS.values())
@@ -185,18 +183,3 @@ def test_bytes_of_resnet18_with_ten_classes():
     assert round(half / 1e6, 3) == 22.367
     assert mask.packed().nbytes == 1_395_544
     assert nbytes(Dense().encode(layout, state, mask)) == 44_695_848
-
-
-@given(worlds())
-@law
-def test_csr_is_that_of_scipy_when_no_alive_weight_is_zero(world):
-    layout, state, mask = world
-    ones = {name: torch.where(tensor == 0, torch.ones(()), tensor) for name, tensor in state.items()}
-    arrays, flat = Csr().encode(layout, ones, mask), masked(layout, ones, mask)
-    matrices = [
-        sparse.csr_matrix(flat[n].reshape(shape[0], -1)) for n, shape in layout.shapes if n in layout.prunable
-    ]
-    rest = [flat[name] for name, _ in layout.shapes if name not in layout.prunable]
-    assert np.array_equal(arrays["indptr"], np.concatenate([m.indptr for m in matrices]))
-    assert np.array_equal(arrays["indices"], np.concatenate([m.indices for m in matrices]))
-    assert np.array_equal(arrays["values"], np.concatenate([m.data for m in matrices] + rest))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from ssfl_app.sparsity.layout import Layout
-from ssfl_app.sparsity.mask import Mask, alive_count, keep_count
+from ssfl_app.sparsity.mask import Mask, alive_count, keep_count, largest
 
 law = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -74,19 +74,6 @@ def test_layer_scope_holds_the_same_in_every_layer(world, hundredths):
         assert set(np.flatnonzero(alive)) == best(own.tolist(), hundredths * own.size // 100)
 
 
-@given(scored(), HUNDREDTHS, st.sampled_from(["global", "layer"]))
-@law
-def test_keeping_ties_keeps_all_that_reach_the_threshold(world, hundredths, scope):
-    layout, scores = world
-    assume(alive_count(layout, hundredths / 100, scope))
-    mask = Mask.top(layout, scores, hundredths / 100, scope, ties="keep")
-    alives, owns = ([mask.alive], [scores]) if scope == "global" else (parts(layout, a) for a in (mask.alive, scores))
-    for alive, own in zip(alives, owns, strict=True):
-        count = hundredths * own.size // 100
-        expected = own >= sorted(own)[-count] if count else np.zeros(own.size, bool)
-        assert np.array_equal(alive, expected)
-
-
 @given(scored(), HUNDREDTHS, st.integers(0, 4))
 @law
 def test_a_floor_keeps_the_best_of_each_layer_and_the_exact_total(world, hundredths, floor):
@@ -95,7 +82,9 @@ def test_a_floor_keeps_the_best_of_each_layer_and_the_exact_total(world, hundred
     assume(total)
     reserved = sum(min(floor, size) for size in sizes(layout))
     if floor and reserved > total:
-        with pytest.raises(ValueError, match=f"min-per-layer {floor} reserves {reserved} weights.*leaves {total}"):
+        with pytest.raises(
+            ValueError, match=f"min-per-layer is {floor}; it reserves {reserved} weights.*leaves {total}"
+        ):
             Mask.top(layout, scores, hundredths / 100, min_per_layer=floor)
         return
     mask = Mask.top(layout, scores, hundredths / 100, min_per_layer=floor)
@@ -239,3 +228,19 @@ class TestAgainstTorchPrune:
         assert list(ours) == ["0.weight", "2.weight", "3.weight"]
         for i in (0, 2, 3):
             assert torch.equal(ours[f"{i}.weight"], model[i].weight_mask.bool())
+
+
+@pytest.mark.parametrize("kind", ["normal", "few", "rising", "falling"])
+@given(size=st.integers(0, 300), share=st.floats(0, 1), seed=st.integers(0, 99))
+@law
+def test_the_largest_are_those_of_a_stable_sort(kind, size, share, seed):
+    scores = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+    if kind == "few":
+        scores = scores.round()
+    if kind in ("rising", "falling"):
+        scores = np.sort(scores)[:: 1 if kind == "rising" else -1]
+    count, before = round(share * size), scores.copy()
+    assert np.flatnonzero(largest(scores, count)).tolist() == sorted(
+        np.argsort(-scores, kind="stable")[:count].tolist()
+    )
+    assert (scores == before).all()

@@ -231,7 +231,7 @@ def test_what_the_server_never_took_is_not_counted_as_sent() -> None:
     [
         ({"topk.error-feedback": True}, r"topk.error-feedback is true; with topk.of 'weights' it is false"),
         ({"topk.of": "update", "topk.mean": "overlap"}, r"topk.mean is 'overlap'; with topk.of 'update' it is"),
-        ({"mask.min-per-layer": 40}, "mask.min-per-layer is 40; .* reserves 4 weights; the density leaves 2"),
+        ({"mask.min-per-layer": 40}, "mask.min-per-layer is 40; it reserves 4 weights, and the density leaves 2"),
         ({"topk.of": "gradient"}, "topk.of is 'gradient'; it is one of weights, update"),
         ({"topk.mean": "plain"}, "topk.mean is 'plain'; it is one of zeros, overlap"),
         ({"topk.index": "csr"}, "topk.index is 'csr'; it is one of bitmap, int32"),

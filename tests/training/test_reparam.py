@@ -151,7 +151,23 @@ def test_a_model_that_is_one_layer_and_a_weight_that_two_layers_share():
     twice = nn.Sequential(layer := nn.Linear(2, 2), layer)
     with power_propagation(twice, {"0.weight": 2.0}), sparse_activations(twice, {"0.weight": 0.5}):
         twice(drawn(3, 2)).sum().backward()
-    assert Layout.of(twice).prunable == ("0.weight",)
+    assert Layout.of(twice).prunable == ("0.weight", "1.weight")  # as its state has them
+
+
+def test_contexts_and_layout_agree_on_what_is_prunable() -> None:
+    model = nn.Sequential(
+        nn.Embedding(5, 4),
+        nn.Conv1d(4, 3, 2),
+        nn.Conv3d(1, 1, 1),
+        nn.Linear(3, 1),
+        nn.GroupNorm(1, 3),
+        nn.PReLU(3),
+        nn.LayerNorm((2, 3)),
+        nn.BatchNorm1d(3, affine=False),
+        nn.Bilinear(2, 2, 2),
+    )
+    assert tuple(originals(model)) == Layout.of(model).prunable
+    assert Layout.of(model).prunable == ("0.weight", "1.weight", "2.weight", "3.weight", "8.weight")
 
 
 @pytest.mark.parametrize(

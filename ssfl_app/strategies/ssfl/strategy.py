@@ -29,7 +29,6 @@ import numpy.typing as npt
 
 from ssfl_app.core.algorithm import (
     ClientAlgorithm,
-    ConfigError,
     FromSettings,
     Payload,
     Query,
@@ -40,7 +39,7 @@ from ssfl_app.core.algorithm import (
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import State
-from ssfl_app.sparsity.mask import Mask, keep_count
+from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays, allowed_values
 from ssfl_app.strategies.shared.scoring import ScoringClient, SsflOptions
 from ssfl_app.strategies.ssfl.criteria import QUESTIONS, find_mask, score_weights, steps_of
@@ -104,17 +103,9 @@ class Ssfl(FixedMask):
 
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
-        layout, settings = self.layout, self.settings
-        floor = settings.mask.min_per_layer
-        reserved = sum(min(floor, span.stop - span.start) for span in layout.prunable_spans.values())
-        alive = keep_count(settings.mask.density, layout.prunable_size)
-        if reserved > alive:
-            raise ConfigError(
-                f"mask.min-per-layer is {floor}; it is small enough for the {alive} alive weights in all"
-            )
-        steps_of(settings)  # refuses steps where there are none
+        steps_of(self.settings)  # refuses steps where there are none
         self._initial: State = {}  # kept where a refresh may need it
-        self._refresher = MaskRefresh(self.options, settings.run.clients)
+        self._refresher = MaskRefresh(self.options, self.settings.run.clients)
 
     def before_training(self, ask: Query) -> None:
         """Find the mask at w0, unless dense rounds come first."""

@@ -124,7 +124,7 @@ class TestRefresh:
                 made = {name: tensor + 1 for name, tensor in made.items()}
             return made
 
-        monkeypatch.setattr(refresh, "lift", other)
+        monkeypatch.setattr(refresh, "reveal_dead_weights", other)
         odd = play(REFRESH)
         assert odd.bits() == plain.bits()
         more = odd.records[3]["bytes_discovery_down"] - plain.records[3]["bytes_discovery_down"]
