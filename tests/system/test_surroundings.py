@@ -181,7 +181,10 @@ def test_what_cannot_be_drawn_is_a_warning_at_every_door(
     monkeypatch.setattr(plots, "svg_bytes", broken)
     folder = write_run(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.toml").write_text("[compare]\n", encoding="utf-8")
+    (tmp_path / "runs" / "compare-sweep" / "runs").mkdir(parents=True)
     for words in (
+        ["compare", "sweep.toml", "--report-only"],
         ["partition", "-c", "run.clients=3"],
         ["study", "clients", str(folder)],
         ["study", "masks", "-c", "run.clients=2 ssfl.saliency-batch-size=8", "--batches", "1", "--repeats", "1"],
