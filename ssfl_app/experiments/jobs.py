@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class Job(NamedTuple):
 
     run: RunSpec
     home: Path
-    process: workers.Worker
+    process: BaseProcess
     errors: Path
 
 
@@ -126,7 +127,7 @@ def play(
                     home = homes / run.slug
                     running.append(start(_shared(run, at_once), home, engine, Path(work), folder / ".lock"))
                 time.sleep(0.05)
-                ended = [job for job in running if job.process.poll() is not None]
+                ended = [job for job in running if job.process.exitcode is not None]
                 for job in ended:
                     running.remove(job)
                     done += 1
@@ -204,11 +205,11 @@ def reason(job: Job) -> str:
     """Return why a run failed, in one line, or "" if it did not."""
     said = job.errors.read_text("locale", errors="replace")  # as the process shows it on a terminal
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    if job.process.poll() == 0 and state(job.run, job.home) == "finished":
+    if job.process.exitcode == 0 and state(job.run, job.home) == "finished":
         job.errors.unlink()
         return ""
     why = [line.removeprefix("ssfl: ") for line in lines if line.startswith("ssfl: ")] or lines[-1:]
-    return f"failed: {why[0] if why else f'exit code {job.process.poll()}, {job.errors}'}"
+    return f"failed: {why[0] if why else f'exit code {job.process.exitcode}, {job.errors}'}"
 
 
 def old_reason(home: Path) -> str:
@@ -223,7 +224,8 @@ def stop(jobs: Sequence[Job]) -> None:
         job.process.terminate()
     end = time.monotonic() + STOP_TIMEOUT
     for job in jobs:
-        if not job.process.wait(max(0.0, end - time.monotonic())):
+        job.process.join(max(0.0, end - time.monotonic()))
+        if job.process.exitcode is None:
             job.process.kill()
-            job.process.wait(STOP_TIMEOUT)
+            job.process.join(STOP_TIMEOUT)
         job.errors.unlink(missing_ok=True)

@@ -87,7 +87,8 @@ class Table:
     def markdown(self) -> list[str]:
         """Return the lines of a Markdown table whose columns are aligned in plain text too."""
         rows = [["\N{EN DASH}" if cell == NONE else cell for cell in row] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(self.headers, *rows, strict=True)]
+        # A rule of a colon alone is no rule, and the table no table.
+        widths = [max(2, *map(len, column)) for column in zip(self.headers, *rows, strict=True)]
 
         def line(row: Sequence[str]) -> str:
             sized = enumerate(zip(row, widths, strict=True))

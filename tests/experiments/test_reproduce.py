@@ -10,15 +10,16 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from ssfl_app import config as configuration
-from ssfl_app.cli import main
+from ssfl_app.cli.main import main
 from ssfl_app.data.readers import OWN, READERS
-from ssfl_app.experiments import jobs, reproduce, reproduce_rows, workers
+from ssfl_app.experiments import jobs, reproduce, reproduce_rows
 from ssfl_app.experiments.reproduce import Progress, ReproduceArgs, duration
 from ssfl_app.experiments.reproduce_rows import (
     Row,
@@ -337,13 +338,12 @@ def test_the_budget_goes_to_what_fits(tmp_path: Path, monkeypatch: pytest.Monkey
     class Ended:
         """Stands for the process of a run that is over."""
 
-        def poll(self) -> int:
-            return 0
+        exitcode = 0
 
     def played(run: RunSpec, home: Path, *_: object) -> jobs.Job:
         order.append(run.name)
         clock.now += known[run.name] or 30.0
-        return jobs.Job(run, home, cast(workers.Worker, Ended()), home)
+        return jobs.Job(run, home, cast(BaseProcess, Ended()), home)
 
     def play(budget: float) -> None:
         table = Progress({row.name: row for row in rows}, tmp_path, said.append)
@@ -400,7 +400,7 @@ def test_an_interrupt_leaves_the_table(
 def ssfl(monkeypatch: pytest.MonkeyPatch, *command: str) -> int:
     monkeypatch.setattr(sys, "argv", ["ssfl", *command])
     try:
-        main.main()
+        main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0

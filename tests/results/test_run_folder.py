@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from ssfl_app.cli import main
+from ssfl_app.cli.main import main
 from ssfl_app.config import merge
 from ssfl_app.results.checkpoint import path_of as checkpoint_of
 from ssfl_app.results.recorder import Recorder
@@ -33,7 +33,7 @@ def ssfl(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
         monkeypatch.setattr(sys, "argv", ["ssfl", *words])
         code = 0
         try:
-            main.main()
+            main()
         except SystemExit as end:
             code = int(end.code or 0)
         out, err = capsys.readouterr()

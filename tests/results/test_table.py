@@ -19,6 +19,11 @@ def test_markdown_is_aligned_and_writes_a_dash_for_no_value() -> None:
     ]
 
 
+def test_a_column_of_one_letter_has_a_rule_that_markdown_knows() -> None:
+    """CommonMark's tables need a hyphen: the column p of a comparison without a test was none, nor the table."""
+    assert Table(["a", "p"], [["x", NONE]], texts=1).markdown()[1] == "| -- | -: |"
+
+
 def test_html_marks_numbers_and_escapes_every_cell() -> None:
     lines = str(MADE.html()).splitlines()
     assert lines[0] == '<div class="card"><table>'
