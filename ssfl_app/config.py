@@ -21,6 +21,7 @@ from ssfl_app.options import ConfigError, Scalar, anything, at_least, build, cho
 from ssfl_app.partitions import PartitionOptions
 from ssfl_app.partitions.late import ShiftOptions
 from ssfl_app.strategies import REGISTRY
+from ssfl_app.text import command
 from ssfl_app.training.models import ModelOptions
 from ssfl_app.training.step import PRECISIONS
 from ssfl_app.training.trainer import LocalOptions
@@ -129,17 +130,20 @@ def _defaults() -> Flat:
     return flatten(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
 
 
-def read_file(path: Path) -> Flat:
-    """Return the keys of a TOML file; tables become dotted keys.
+def read_file(path: Path, *, sweep: bool = False) -> Flat:
+    """Return the keys of a TOML file; tables become dotted keys. A `sweep` may have a table ``[compare]``.
 
     A table ``[published]`` says what a paper reports of this configuration. It changes no run and is left out.
 
     Raises
     ------
     ConfigError
-        The file is missing or no TOML.
+        The file is missing or no TOML, or it is one for `ssfl compare`.
     """
-    return {key: value for key, value in read_toml(path).items() if not key.startswith("published.")}
+    found = {key: value for key, value in read_toml(path).items() if not key.startswith("published.")}
+    if not sweep and any(key.partition(".")[0] == "compare" for key in found):
+        raise ConfigError(f"CONFIG is {path}; this is a file for ssfl compare: {command('ssfl', 'compare', path)}")
+    return found
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from ssfl_app.locks import RunFailed, naming_memory
 from ssfl_app.options import ConfigError
 from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import Recorder, default_folder
-from ssfl_app.results.report import final_text, undone, write_report
+from ssfl_app.results.report import undone, write_report
+from ssfl_app.results.rows import summary_table
 from ssfl_app.results.run_folder import read_run
 from ssfl_app.runtime import Runtime, code_digest, get_runtime
 from ssfl_app.sparsity.layout import load_state
@@ -150,7 +151,7 @@ def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strateg
     if why := undone(lambda: write_report([read_run(recorder.folder)], recorder.folder / "report.html")):
         cure = command("ssfl", "report", recorder.folder)
         recorder.say(f"warning: report.html could not be made ({why}); to try again: {cure}")
-    recorder.say(final_text(summary, recorder.folder))
+    recorder.say(summary_table(summary, recorder.folder).text())
 
 
 def run_token(folder: Path) -> str:

@@ -108,15 +108,13 @@ def report(
     ] = None,
 ) -> None:
     """Compare runs: a table here, and one page with the plots."""
-    from rich.console import Console
-
-    from ssfl_app.results.report import compare_table, write_report
+    from ssfl_app.results.report import write_report
+    from ssfl_app.results.rows import compare_table
     from ssfl_app.results.run_folder import read_run
 
     runs = [read_run(folder) for folder in folders]
     page = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
-    console = Console()
-    Console(width=max(console.width, 140)).print(compare_table(runs))
+    compare_table(runs).print()
     write_report(runs, page)
     tell(f"page: {page.resolve()}")
 
@@ -128,8 +126,6 @@ def partition(
     out: Annotated[Path, typer.Option(help="PNG file.")] = Path("partition.png"),
 ) -> None:
     """Draw which client holds how many images of which class, as a table and a PNG."""
-    from rich.console import Console
-
     from ssfl_app import config as configuration
     from ssfl_app.results.plots import class_distribution
     from ssfl_app.results.report import partition_table, write_picture
@@ -143,7 +139,7 @@ def partition(
         tell(f"note: {note}")
     counts = shares.class_counts(data.train.labels.numpy(), data.classes)
     drawn = write_picture(out, lambda: class_distribution(counts, data.class_names))
-    Console().print(partition_table(counts, data.class_names))
+    partition_table(counts, data.class_names).print()
     tell(drawn)
 
 

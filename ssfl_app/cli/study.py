@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from matplotlib.figure import Figure
-    from rich.table import Table
 
     from ssfl_app.experiments.mask_study import MaskStudy
+    from ssfl_app.results.table import Table
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -38,8 +38,6 @@ def masks(
     out: Out = Path("runs/study"),
 ) -> None:
     """Measure how SSFL's mask nears the masks of the whole data, the more minibatches are in the mean score."""
-    from rich.console import Console
-
     from ssfl_app import config as configuration
     from ssfl_app.experiments.mask_study import read_batches, study_masks
     from ssfl_app.results import study_plots
@@ -54,8 +52,8 @@ def masks(
     )
     measured = study.batches, study.errors, study.clients, sizes, title
     _write(lambda: study_plots.mask_error(*measured), study.record(), out / "mask-error")
-    console = Console()
-    Console(width=max(console.width, 100)).print(_table(study))
+    tell("Mask error in %: mean (least to greatest)")
+    _table(study).print()
 
 
 @app.command()
@@ -86,15 +84,12 @@ def _write(draw: "Callable[[], Figure]", record: dict[str, Any], stem: Path) -> 
 
 
 def _table(study: "MaskStudy") -> "Table":
-    from rich import box
-    from rich.table import Table
+    from ssfl_app.results.table import Table
 
-    made = Table(title="Mask error in %: mean (least to greatest)", box=box.SIMPLE_HEAD, pad_edge=False)
-    named = (f"{mark} {name}" for mark, name in zip(("(a)", "(b)", "(a')"), study.errors, strict=True))
-    for header in ("n", *named):
-        made.add_column(header, justify="right", no_wrap=True)
+    names = [f"{mark} {name}" for mark, name in zip(("(a)", "(b)", "(a')"), study.errors, strict=True)]
     tables = [100 * measures["error"] for measures in study.errors.values()]
+    rows = []
     for column, n in enumerate(study.batches):
         cells = [table[:, column] for table in tables]
-        made.add_row(f"{n:,}", *(f"{c.mean():.2f} ({c.min():.2f} to {c.max():.2f})" for c in cells))
-    return made
+        rows.append([f"{n:,}", *(f"{c.mean():.2f} ({c.min():.2f} to {c.max():.2f})" for c in cells)])
+    return Table(["n", *names], rows, texts=0)

@@ -1,11 +1,17 @@
-"""A run of many: how it stands in its folder, and how it is started, ended and explained. Each is an `ssfl run`.
+"""Play many runs, each as `ssfl run` in a process of its own, for `ssfl compare` and `ssfl reproduce`.
 
-One that is finished is not played again, one that broke off is resumed, and one that was started with another
+A run that is finished is not played again, one that broke off is resumed, and one that was started with another
 configuration is an error: nothing is mixed and nothing is overwritten.
 """
 
+import math
+import os
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +22,19 @@ from ssfl_app.experiments import workers
 from ssfl_app.experiments.sweep_spec import TASK, RunSpec, difference
 from ssfl_app.options import ConfigError
 from ssfl_app.results.status import read_status
-from ssfl_app.runtime import check, check_at_once
+from ssfl_app.runtime import check, check_at_once, find_device
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
+from ssfl_app.text import tell
 
 STOP_TIMEOUT = 60.0  # an inline run ends when its clients are through with what they are at
+
+
+class Played(NamedTuple):
+    """What became of many runs: slug -> why it failed, and whether Ctrl-C ended them."""
+
+    failed: dict[str, str]
+    interrupted: bool
 
 
 class Job(NamedTuple):
@@ -28,7 +42,7 @@ class Job(NamedTuple):
 
     run: RunSpec
     home: Path
-    process: workers.Worker
+    process: BaseProcess
     errors: Path
 
 
@@ -53,6 +67,101 @@ def check_all(runs: Sequence[RunSpec]) -> None:
         if task(run) not in layouts:
             layouts[task(run)] = check(config)
         REGISTRY[config.strategy](ServerContext(layouts[task(run)], config.settings))
+
+
+def play(
+    runs: Sequence[RunSpec],
+    folder: Path,
+    engine: str,
+    say: Callable[[str], object],
+    result: Callable[[RunSpec, str], str],
+    *,
+    homes: Path,
+    at_once: int = 1,
+    budget: float = math.inf,
+    choose: Callable[[list[RunSpec], float], RunSpec] = lambda waiting, _: waiting[0],
+) -> Played:
+    """Play the runs that are not finished, until all are or the budget is over, or until Ctrl-C.
+
+    A run that the end of the budget cuts goes on from its checkpoint another time.
+
+    Parameters
+    ----------
+    runs : sequence of RunSpec
+        What is played.
+    folder, homes : Path
+        What the user named, and the folder that holds a run folder for each run.
+    engine : str
+        Of `ssfl run`.
+    say : callable
+        Is told in a line how far all have come.
+    result : callable
+        Returns what is told of a run that ended: of the run and why it failed, "" if it did not.
+    at_once : int
+        How many runs are played at the same time.
+    budget : float
+        Seconds.
+    choose : callable
+        Returns the next run: of those that wait and the seconds that are left.
+
+    Raises
+    ------
+    ConfigError
+        Another process is playing in this folder, or a run's folder holds another run.
+    """
+    waiting = [run for run in runs if state(run, homes / run.slug) != "finished"]
+    done, failed, running = len(runs) - len(waiting), dict[str, str](), list[Job]()
+    homes.mkdir(parents=True, exist_ok=True)
+    lock = locks.try_lock(folder / ".lock")
+    if lock is None:
+        raise ConfigError(
+            f"--out is {folder}; it is a folder that no other `ssfl compare` or `ssfl reproduce` is writing to"
+        )
+    end = time.monotonic() + budget
+    with lock, tempfile.TemporaryDirectory(prefix="ssfl-") as work:
+        try:
+            say(f"{done} of {len(runs)} runs are finished already: {folder}")
+            while running or (waiting and time.monotonic() < end):
+                while waiting and len(running) < at_once and (left := end - time.monotonic()) > 0:
+                    run = choose(waiting, left)
+                    waiting.remove(run)
+                    home = homes / run.slug
+                    running.append(start(_shared(run, at_once), home, engine, Path(work), folder / ".lock"))
+                time.sleep(0.05)
+                ended = [job for job in running if job.process.exitcode is not None]
+                for job in ended:
+                    running.remove(job)
+                    done += 1
+                    why = reason(job)
+                    failed |= {job.run.slug: why} if why else {}
+                    say(f"[{done}/{len(runs)}] {job.run.name}: {result(job.run, why)}")
+                if time.monotonic() >= end:
+                    stop(running)
+                    cut, running = running, []
+                    for job in cut:
+                        say(f"{job.run.name}: {result(job.run, '')}")
+        except KeyboardInterrupt:
+            return Played(failed, interrupted=True)
+        finally:
+            stop(running)
+    return Played(failed, interrupted=False)
+
+
+def finish(names: Sequence[str], total: int, *, interrupted: bool) -> None:
+    """Name the runs that failed; exit with 1 if there are any, or if Ctrl-C ended them."""
+    if names:
+        tell(f"ssfl: {len(names)} of {total} runs failed: {'; '.join(names)}", error=True)
+    if interrupted:
+        tell("ssfl: interrupted; the same command goes on where this one stopped", error=True)
+    if names or interrupted:
+        sys.exit(1)
+
+
+def _shared(run: RunSpec, at_once: int) -> RunSpec:
+    """Return a run that leaves the other jobs their share of the cores, unless it says how many clients at once."""
+    if at_once == 1 or run.flat["engine.concurrent"] or find_device(str(run.flat["run.device"])).type == "cuda":
+        return run
+    return replace(run, flat=run.flat | {"engine.concurrent": max(1, (os.cpu_count() or 1) // at_once)})
 
 
 def state(run: RunSpec, home: Path) -> str:
@@ -97,11 +206,11 @@ def reason(job: Job) -> str:
     """Return why a run failed, in one line, or "" if it did not."""
     said = job.errors.read_text("locale", errors="replace")  # as the process shows it on a terminal
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    if job.process.poll() == 0 and state(job.run, job.home) == "finished":
+    if job.process.exitcode == 0 and state(job.run, job.home) == "finished":
         job.errors.unlink()
         return ""
     why = [line.removeprefix("ssfl: ") for line in lines if line.startswith("ssfl: ")] or lines[-1:]
-    return f"failed: {why[0] if why else f'exit code {job.process.poll()}, {job.errors}'}"
+    return f"failed: {why[0] if why else f'exit code {job.process.exitcode}, {job.errors}'}"
 
 
 def old_reason(home: Path) -> str:
@@ -116,7 +225,8 @@ def stop(jobs: Sequence[Job]) -> None:
         job.process.terminate()
     end = time.monotonic() + STOP_TIMEOUT
     for job in jobs:
-        if not job.process.wait(max(0.0, end - time.monotonic())):
+        job.process.join(max(0.0, end - time.monotonic()))
+        if job.process.exitcode is None:
             job.process.kill()
-            job.process.wait(STOP_TIMEOUT)
+            job.process.join(STOP_TIMEOUT)
         job.errors.unlink(missing_ok=True)

@@ -60,7 +60,7 @@ def read_plan(files: Sequence[Path], overrides: Iterable[str]) -> SweepSpec:
     axes: list[str] = []
     baselines: dict[str, Path] = {}
     for path in files:
-        given = configuration.read_file(path)
+        given = configuration.read_file(path, sweep=True)
         asked = {key.removeprefix("compare."): given.pop(key) for key in list(given) if key.startswith("compare.")}
         if "baseline" in asked:
             baselines.setdefault(_strategy("compare.baseline", asked.pop("baseline")), path)

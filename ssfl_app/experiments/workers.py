@@ -1,4 +1,4 @@
-"""Processes that play one run each, for `ssfl compare`.
+"""Processes that play one run each, for `ssfl compare` and `ssfl reproduce`.
 
 A run of the inline engine is forked from a process that has everything imported: torch, Flower and the rest take
 longer to import than a small run to play. A run on Ray starts a SuperLink and actors of its own: a new process.
@@ -7,17 +7,17 @@ longer to import than a small run to play. A run on Ray starts a SuperLink and a
 import multiprocessing
 import os
 import pkgutil
-import subprocess
 import sys
 import tempfile
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
-from typing import Protocol
 
 from ssfl_app.simulation.processes import short_folder
 
 COMMAND = "ssfl_app.cli.main:main"
-"""What a worker starts, as pyproject.toml names it: the command `ssfl`, which lies above this floor."""
+"""What a worker starts, as pyproject.toml names it: the command `ssfl`, which no lower folder imports."""
 
 _PRELOADED = (
     "ssfl_app.cli.main",
@@ -32,58 +32,19 @@ _PRELOADED = (
 )
 
 
-class Worker(Protocol):
-    """A process that was started."""
-
-    def poll(self) -> int | None:
-        """Return the exit code, None while it runs."""
-
-    def terminate(self) -> None:
-        """Ask it to end."""
-
-    def kill(self) -> None:
-        """End it."""
-
-    def wait(self, timeout: float) -> bool:
-        """Wait for the end; return whether it came."""
-
-
-def start(engine: str, words: list[str], errors: Path, environment: dict[str, str]) -> Worker:
+def start(engine: str, words: list[str], errors: Path, environment: dict[str, str]) -> BaseProcess:
     """Start ``ssfl run`` with these words; what it says on stderr goes to the file `errors`.
 
     It has a session of its own: Ctrl-C is for the caller, who then asks it to end.
     """
-    command = ["run", "--engine", engine, *words]
-    return _Forked(command, errors, environment) if engine == "inline" else _Spawned(command, errors, environment)
-
-
-class _Spawned:
-    def __init__(self, command: list[str], errors: Path, environment: dict[str, str]) -> None:
-        with errors.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"import pkgutil; pkgutil.resolve_name('{COMMAND}')()", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # console.log in the run folder has it
-                stderr=stderr,
-                start_new_session=True,
-                env=os.environ | environment,
-            )
-
-    def poll(self) -> int | None:
-        return self._process.poll()
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def wait(self, timeout: float) -> bool:
-        try:
-            self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+    context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
+    if engine == "inline":
+        _shorten_sockets()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(_PRELOADED))
+    process = context.Process(target=_run, args=(["run", "--engine", engine, *words], str(errors), environment))
+    process.start()
+    return process
 
 
 def _shorten_sockets() -> None:
@@ -93,28 +54,6 @@ def _shorten_sockets() -> None:
         get_temp_dir()  # made at the first call, and the same from then on
     finally:
         tempfile.tempdir = usual
-
-
-class _Forked:
-    def __init__(self, command: list[str], errors: Path, environment: dict[str, str]) -> None:
-        _shorten_sockets()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(_PRELOADED))
-        self._process = context.Process(target=_run, args=(command, str(errors), environment))
-        self._process.start()
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def wait(self, timeout: float) -> bool:
-        self._process.join(timeout)
-        return self._process.exitcode is not None
 
 
 def _run(command: list[str], errors: str, environment: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """Many runs as one comparison: means over seeds with 95 % intervals, and paired tests against a baseline.
 
-A row is a strategy at a density, with one run a seed; a table holds the rows that agree on all further axes.
-Accuracies are fractions in [0, 1], sizes bytes. How it looks is the affair of `compare_page`.
+A row is a strategy at a density, with one run a seed; a group holds the rows that agree on all further axes.
+Accuracies are fractions in [0, 1], sizes bytes. `compare_page` says how it looks.
 """
 
 import math
@@ -93,7 +93,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class Group:
     """The rows that agree on `axes` (key -> value); `config` is the configuration of one of their runs."""
 
     axes: dict[str, Any]
@@ -156,32 +156,32 @@ def difference(row: Row, baseline: Row) -> Difference | None:
     return Difference(mean, p, len(common) > 1 and not any(apart), baseline.wanted)
 
 
-def tables(entries: Sequence[Entry], axes: Sequence[str], baseline: str) -> list[Table]:
-    """Return one table for each combination of values of `axes`, in the order of `entries`.
+def groups(entries: Sequence[Entry], axes: Sequence[str], baseline: str) -> list[Group]:
+    """Return one group for each combination of values of `axes`, in the order of `entries`.
 
     Rows are sorted by falling density, then as their strategies first appear. A row's difference is that to the
     `baseline` at the same density; a strategy without a density is compared with the largest one.
     """
-    made: dict[tuple[Any, ...], Table] = {}
+    made: dict[tuple[Any, ...], Group] = {}
     order: dict[str, int] = {}
     for entry in entries:
         values = {key: entry.config.get(key) for key in axes}
-        table = made.setdefault(tuple(values.values()), Table(values, entry.config, []))
+        group = made.setdefault(tuple(values.values()), Group(values, entry.config, []))
         strategy, wanted = str(entry.config["strategy"]), None if entry.dense else float(entry.config["mask.density"])
         order.setdefault(strategy, len(order))
-        row = next((row for row in table.rows if (row.strategy, row.wanted) == (strategy, wanted)), None)
+        row = next((row for row in group.rows if (row.strategy, row.wanted) == (strategy, wanted)), None)
         if row is None:
             row = Row(strategy, wanted)
-            table.rows.append(row)
+            group.rows.append(row)
         seed = int(entry.config["run.seed"])
         if entry.run is None:
             row.missing[seed] = entry.reason
         else:
             row.seeds[seed] = numbers(entry.run)
-    for table in made.values():
-        table.rows.sort(key=lambda row: (-row.density, order[row.strategy]))
-        for row in table.rows:
-            other = _baseline(row, table.rows, baseline)
+    for group in made.values():
+        group.rows.sort(key=lambda row: (-row.density, order[row.strategy]))
+        for row in group.rows:
+            other = _baseline(row, group.rows, baseline)
             row.difference = None if other is None else difference(row, other)
     return list(made.values())
 
@@ -196,12 +196,12 @@ def _baseline(row: Row, rows: Sequence[Row], baseline: str) -> Row | None:
     return next((other for other in theirs if other.wanted == row.wanted), None)
 
 
-def as_json(made: Sequence[Table], baseline: str, environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def as_json(made: Sequence[Group], baseline: str, environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return all numbers of a comparison: means, intervals, tests, and those of every seed."""
     content = []
-    for table in made:
+    for group in made:
         rows = []
-        for row in table.rows:
+        for row in group.rows:
             keys = next(iter(row.seeds.values()), {})
             estimates = {key: row.estimate(key) for key in keys}
             gap = row.difference
@@ -215,7 +215,7 @@ def as_json(made: Sequence[Table], baseline: str, environments: Sequence[Mapping
                     "missing": {str(seed): row.missing[seed] for seed in sorted(row.missing)},
                 }
             )
-        content.append({"axes": table.axes, "rows": rows})
+        content.append({"axes": group.axes, "rows": rows})
     places = [{key: value for key, value in place.items() if key != "time"} for place in environments]
     unique = [place for index, place in enumerate(places) if place not in places[:index]]
     return {"baseline": baseline, "tables": content, "environments": unique}

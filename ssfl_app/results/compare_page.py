@@ -4,16 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ssfl_app.results.compare import Difference, Estimate, Row, Table
-from ssfl_app.results.page import megabytes
+from ssfl_app.results.compare import Difference, Estimate, Group, Row
 from ssfl_app.results.plots import PALETTE, _figure, _finish, _plain
 from ssfl_app.results.run_folder import MB
+from ssfl_app.results.table import NONE, Table, megabytes, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NONE = "\N{EN DASH}"
 MARKERS = "osD^vP*X<>"
 CROWD = 24  # rows of a table that need a larger panel
 COSTS = ("MB down", "MB up", "peer MB", "image passes", "seconds")
@@ -31,7 +30,7 @@ TASK = ("data.name", "partition.name", "model.name", "run.clients", "run.rounds"
 
 
 def markdown(
-    made: Sequence[Table],
+    made: Sequence[Group],
     baseline: str,
     environments: Sequence[Mapping[str, Any]],
     title: str = "Comparison",
@@ -39,10 +38,10 @@ def markdown(
 ) -> str:
     """Return the Markdown file: a table for each combination of axes, the picture, notes, and where it was played."""
     lines = [f"# {title}", ""]
-    for table in made:
-        if table.axes:
-            lines += [f"## {_axes(table)}", ""]
-        lines += [_task(table), "", *grid(headers(baseline), [cells(row) for row in table.rows]), ""]
+    for group in made:
+        if group.axes:
+            lines += [f"## {_axes(group)}", ""]
+        lines += [_task(group), "", *Table(headers(baseline), [cells(row) for row in group.rows], 1).markdown(), ""]
     lines += [f"![Accuracy on own tests against bytes]({picture})", "", *_notes(made, baseline), ""]
     return "\n".join([*lines, _origin(made, environments), ""])
 
@@ -58,17 +57,16 @@ def cells(row: Row) -> list[str]:
     """Return a row of the table; one whose runs are all missing has the reason's first word in place of accuracy."""
     name = f"`{row.strategy}`"
     if not row.seeds:
-        wanted = NONE if row.wanted is None else f"{row.wanted:.3g}"
         reasons = sorted({reason.partition(":")[0] for reason in row.missing.values()})
-        return [name, wanted, NONE, NONE, ", ".join(reasons), *[NONE] * (4 + len(COSTS))]
+        return [name, shown(row.wanted, ".3g"), NONE, NONE, ", ".join(reasons), *[NONE] * (4 + len(COSTS))]
     if row.missing:
         name += f" ({len(row.seeds)} of {len(row.seeds) + len(row.missing)} seeds)"
     shares = [_accuracy(row.estimate(key)) for key in ("central", "global", "personal")]
     sizes = [megabytes(row.mean(key)) for key in ("down", "up")] + [megabytes(row.mean("peer") or None)]
-    counts = [_number(row.mean("image_passes"), ",.0f"), _number(row.mean("seconds"), ",.0f")]
-    densities = [_number(row.mean(key), ".3g") for key in ("density", "density_all")]
-    made = [name, *densities, _number(row.mean("trained_clients"), ".3g"), *shares, *_gap(row.difference)]
-    return [NONE if cell == "-" else cell for cell in (*made, *sizes, *counts)]
+    counts = [shown(row.mean("image_passes"), ",.0f"), shown(row.mean("seconds"), ",.0f")]
+    densities = [shown(row.mean(key), ".3g") for key in ("density", "density_all")]
+    clients = shown(row.mean("trained_clients"), ".3g")
+    return [name, *densities, clients, *shares, *_gap(row.difference), *sizes, *counts]
 
 
 def _accuracy(found: Estimate | None, form: str = ".1f") -> str:
@@ -85,33 +83,17 @@ def _gap(found: Difference | None) -> list[str]:
     return [_accuracy(found.estimate, "+.1f"), "same" if found.same else p]
 
 
-def _number(value: float | None, form: str) -> str:
-    return NONE if value is None else format(value, form)
+def _axes(group: Group) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in group.axes.items())
 
 
-def grid(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
-    """Return a Markdown table whose columns are aligned in plain text too; the first `texts` hold texts."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    rule = ["-" * width if i < texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-
-    def line(parts: Sequence[str]) -> str:
-        sized = enumerate(zip(parts, widths, strict=True))
-        return f"| {' | '.join(part.ljust(w) if i < texts else part.rjust(w) for i, (part, w) in sized)} |"
-
-    return [line(heads), line(rule), *map(line, rows)]
-
-
-def _axes(table: Table) -> str:
-    return ", ".join(f"{key} = {value}" for key, value in table.axes.items())
-
-
-def _task(table: Table) -> str:
-    data, partition, model, clients, rounds = (table.config.get(key) for key in TASK)
+def _task(group: Group) -> str:
+    data, partition, model, clients, rounds = (group.config.get(key) for key in TASK)
     return f"{data}, {partition} partition, {model}, {clients} clients, {rounds} rounds."
 
 
-def _notes(made: Sequence[Table], baseline: str) -> list[str]:
-    rows = [row for table in made for row in table.rows]
+def _notes(made: Sequence[Group], baseline: str) -> list[str]:
+    rows = [row for group in made for row in group.rows]
     notes = [GENERAL, GAP.format(baseline=baseline)]
     loose = [row for row in rows if row.wanted is None and row.difference is not None]
     largest = {row.difference.density for row in loose if row.difference}
@@ -126,9 +108,9 @@ def _notes(made: Sequence[Table], baseline: str) -> list[str]:
     looking = [row for row in rows if row.mean("validation_passes")]
     if looking:
         notes.append(f"{_names(looking)}: validates while training; these forward passes are not in image passes.")
-    for table in made:
-        for row in table.rows:
-            where = ", ".join([f"`{row.strategy}`", *_at(row), *([_axes(table)] if table.axes else [])])
+    for group in made:
+        for row in group.rows:
+            where = ", ".join([f"`{row.strategy}`", *_at(row), *([_axes(group)] if group.axes else [])])
             notes += [f"{where}, seed {seed}: {reason}." for seed, reason in sorted(row.missing.items())]
     return [f"- {note}" for note in notes]
 
@@ -141,8 +123,8 @@ def _names(rows: Sequence[Row]) -> str:
     return ", ".join(dict.fromkeys(f"`{row.strategy}`" for row in rows))
 
 
-def _origin(made: Sequence[Table], environments: Sequence[Mapping[str, Any]]) -> str:
-    rows = [row for table in made for row in table.rows]
+def _origin(made: Sequence[Group], environments: Sequence[Mapping[str, Any]]) -> str:
+    rows = [row for group in made for row in group.rows]
     seeds = sorted({seed for row in rows for seed in (*row.seeds, *row.missing)})
     parts = [f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} ({', '.join(map(str, seeds))})"]
     parts.append(f"{sum(len(row.seeds) for row in rows)} runs")
@@ -160,20 +142,20 @@ def origin(environments: Sequence[Mapping[str, Any]]) -> list[str]:
     return parts + ([days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"] if days else [])
 
 
-def picture(made: Sequence[Table], strategies: Sequence[str]) -> "Figure":
+def picture(made: Sequence[Group], strategies: Sequence[str]) -> "Figure":
     """Return accuracy on own tests against MB sent, a panel for each table; bars are 95 % intervals.
 
     `strategies` are all names, in the order of the legend; colours and markers go by it.
     """
-    crowded = max((len(table.rows) for table in made), default=0) > CROWD
+    crowded = max((len(group.rows) for group in made), default=0) > CROWD
     across = max(1, min(2 if crowded else 3, len(made)))
     down, width = max(1, math.ceil(len(made) / across)), (8.0 if crowded else 5.4) * across
     columns = max(1, min(len(strategies), int(13 * width) // (max(map(len, strategies), default=0) + 9)))
     legend = 0.25 * math.ceil(len(strategies) / columns)
     figure = _figure(max(7.0, width), (5.6 if crowded else 4.3) * down + legend)
     panels = figure.subplots(down, across, sharey=True, squeeze=False).flat
-    for axes, table in zip(panels, made, strict=False):
-        _panel(axes, table, strategies)
+    for axes, group in zip(panels, made, strict=False):
+        _panel(axes, group, strategies)
     for number, axes in enumerate(panels):
         axes.set_visible(number < len(made))
         axes.yaxis.label.set_visible(number % across == 0)
@@ -182,17 +164,17 @@ def picture(made: Sequence[Table], strategies: Sequence[str]) -> "Figure":
     # One legend for all panels: a strategy may have points in some of them only.
     pairs = [axes.get_legend_handles_labels() for axes in figure.axes]
     found = {label: handle for handles, labels in pairs for handle, label in zip(handles, labels, strict=True)}
-    shown = [name for name in map(_plain, strategies) if name in found]
-    if shown:
+    listed = [name for name in map(_plain, strategies) if name in found]
+    if listed:
         look = {"frameon": False, "fontsize": 9, "ncols": columns}
-        figure.legend([found[name] for name in shown], shown, loc="outside lower center", **look)
+        figure.legend([found[name] for name in listed], listed, loc="outside lower center", **look)
     return figure
 
 
-def _panel(axes: "Axes", table: Table, strategies: Sequence[str]) -> None:
+def _panel(axes: "Axes", group: Group, strategies: Sequence[str]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    rows = [(row, found) for row in table.rows if (found := row.estimate("own")) is not None]
+    rows = [(row, found) for row in group.rows if (found := row.estimate("own")) is not None]
     # A method that sends nothing has no place on a logarithmic axis: it stands at the left, with its 0 written there.
     nothing = min((_sent(row) for row, _ in rows if _sent(row)), default=1.0) / 2
     for index, name in enumerate(strategies):
@@ -213,7 +195,7 @@ def _panel(axes: "Axes", table: Table, strategies: Sequence[str]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    title = _plain(_axes(table)) if table.axes else "Accuracy against bytes; numbers are densities"
+    title = _plain(_axes(group)) if group.axes else "Accuracy against bytes; numbers are densities"
     _finish(axes, title, "MB down and up, with masks and discovery", "Accuracy on own tests (%)")
 
 

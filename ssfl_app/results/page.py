@@ -1,4 +1,4 @@
-"""The page of the HTML report: its template, its style, and how cells and numbers are written.
+"""The page of the HTML report: its template and its style.
 
 The template is a Python string because a Flower app bundle carries only ``*.py`` files.
 """
@@ -7,10 +7,8 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from ssfl_app.results.run_folder import MB
+from ssfl_app.results.table import Table
 from ssfl_app.text import printable
-
-NONE = "-"  # what a cell shows that has no value
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --page: #f6f8fa;
@@ -59,29 +57,6 @@ TEMPLATE = """<!doctype html>
 </head>
 <body>
 <main>
-{% macro grid(table) %}
-<div class="card"><table{% if table.pairs %} class="pairs"{% endif %}>
-{% if table.headers %}
-<thead><tr>
-{% for header in table.headers %}
-<th{% if table.numeric[loop.index0] %} class="number"{% endif %}>{{ header }}</th>
-{% endfor %}
-</tr></thead>
-{% endif %}
-<tbody>
-{% for row in table.rows %}
-<tr>
-{% for cell in row %}
-{% if loop.first %}
-<th scope="row"{% if table.numeric[0] %} class="number"{% endif %}>{{ cell }}</th>
-{% else %}
-<td{% if table.numeric[loop.index0] %} class="number"{% endif %}>{{ cell }}</td>
-{% endif %}
-{% endfor %}
-</tr>
-{% endfor %}
-</tbody></table></div>
-{% endmacro %}
 <header>
 <h1>{{ title }}</h1>
 <p class="soft">{{ subtitle }}</p>
@@ -103,10 +78,10 @@ TEMPLATE = """<!doctype html>
 {% if section.table %}
 {% if section.folded %}
 <details><summary>{{ section.folded }}</summary>
-{{ grid(section.table) }}
+{{ section.table.html() }}
 </details>
 {% else %}
-{{ grid(section.table) }}
+{{ section.table.html() }}
 {% endif %}
 {% endif %}
 </section>
@@ -117,17 +92,10 @@ TEMPLATE = """<!doctype html>
 """
 
 
-def table(headers: list[str], rows: list[list[str]], numeric: set[int] | None = None) -> dict[str, Any]:
-    """Return a table for the page: `numeric` columns are right-aligned; no headers make name-value pairs."""
-    columns = len(rows[0]) if rows else len(headers)
-    aligned = [column in (numeric or set()) for column in range(columns)]
-    return {"headers": headers, "rows": rows, "numeric": aligned, "pairs": not headers}
-
-
 def section(
     title: str,
     *,
-    content: dict[str, Any] | None = None,
+    content: Table | None = None,
     note: str = "",
     images: list[dict[str, str]] | None = None,
     folded: str = "",
@@ -149,29 +117,6 @@ def render(context: Mapping[str, Any]) -> str:
         finalize=lambda value: printable(value, keep="\n") if type(value) is str else value,
     )
     return environment.from_string(TEMPLATE).render(**context, style=Markup(STYLE))
-
-
-def shown(value: object, form: str = "") -> str:
-    """Return `value` in a format such as ",.1f", or "-" for None."""
-    return NONE if value is None else format(value, form)
-
-
-def percent(fraction: float | None) -> str:
-    """Return a fraction in percent, without the sign."""
-    return NONE if fraction is None else f"{100 * fraction:.2f}"
-
-
-def megabytes(size: float | None) -> str:
-    """Return bytes as MB of 10**6 with about three digits."""
-    if size is None:
-        return NONE
-    mb = size / MB
-    return f"{mb:,.1f}" if mb >= 100 else f"{mb:.2f}" if mb >= 1 or mb == 0 else f"{mb:.3g}"
-
-
-def ratio(dense: float | None, sent: float | None) -> str:
-    """Return how many times fewer bytes `sent` is than `dense`."""
-    return f"{dense / sent:.2f}" if dense and sent else NONE
 
 
 def data_uri(svg: bytes) -> str:

@@ -7,17 +7,13 @@ The numbers are those that a paper or its authors print, and are written nowhere
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ssfl_app import config as configuration
 from ssfl_app.options import anything, at_least, build, choice, option
-from ssfl_app.results.compare_page import NONE, grid, origin
-from ssfl_app.results.page import megabytes, percent
-from ssfl_app.results.report import rich_table
+from ssfl_app.results.compare_page import origin
 from ssfl_app.results.run_folder import CENTRAL, LOCAL, MB, PERSONAL, Run, evaluated, metadata
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ssfl_app.results.table import Table, megabytes, percent, shown
 
 METRICS = {
     "central": (CENTRAL, "the global model on all test images"),
@@ -39,7 +35,6 @@ HEADERS = (
 )
 PUBLISHED = "published"
 """The profile that leaves every row as its file has it."""
-TEXTS = 3  # the first columns; numbers follow
 # What may be changed without making another run of it; data.name has a warning of its own.
 _SAME_RUN = {
     *configuration.RESUME_MAY_CHANGE,
@@ -112,7 +107,7 @@ def first_line(published: Published) -> str:
     )
 
 
-def listing(rows: Sequence[tuple[str, Published]]) -> "Table":
+def listing(rows: Sequence[tuple[str, Published]]) -> Table:
     """Return the published numbers of the rows of a table, for the terminal."""
     cells = []
     for name, said in rows:
@@ -120,16 +115,16 @@ def listing(rows: Sequence[tuple[str, Published]]) -> "Table":
         cells.append(
             [name, said.source, said.profile, said.metric, *numbers, f"{said.minutes:g}" if said.minutes else "-"]
         )
-    return rich_table(["row", "source", "profile", "accuracy of", "%", "MB", "min"], cells, 4)
+    return Table(["row", "source", "profile", "accuracy of", "%", "MB", "min"], cells, 4)
 
 
-def overview(found: Mapping[str, Sequence[Published]]) -> "Table":
+def overview(found: Mapping[str, Sequence[Published]]) -> Table:
     """Return the tables that there are, with the sources of their rows, for the terminal."""
     rows = [
         [name, "; ".join(dict.fromkeys(said.source for said in published)), str(len(published))]
         for name, published in found.items()
     ]
-    return rich_table(["table", "sources", "rows"], rows, 2)
+    return Table(["table", "sources", "rows"], rows, 2)
 
 
 @dataclass(frozen=True)
@@ -164,19 +159,18 @@ def measured(line: Line) -> dict[str, Any]:
 
 
 def cells(line: Line) -> list[str]:
-    """Return the row of a line, under `HEADERS`."""
+    """Return the row of a line, under the headers of `table`."""
     found, said = measured(line), line.published
     minutes = None if found["seconds"] is None else found["seconds"] / 60
-    made = [
+    return [
         *(line.name, line.state, said.metric),
         percent(said.accuracy / 100 if said.accuracy else None),
         percent(found["accuracy"]),
-        NONE if found["round"] is None else str(found["round"]),
+        shown(found["round"]),
         megabytes(said.megabytes * MB if said.megabytes else None),
         megabytes(found["bytes_a_round"]),
-        NONE if minutes is None else f"{minutes:,.1f}" if minutes >= 0.1 else f"{minutes:.2g}",
+        shown(minutes, ",.1f" if minutes is None or minutes >= 0.1 else ".2g"),
     ]
-    return [NONE if cell == "-" else cell for cell in made]
 
 
 @dataclass(frozen=True)
@@ -189,9 +183,9 @@ class Page:
     lines: Sequence[Line]
 
 
-def table(page: Page) -> "Table":
-    """Return the table for the terminal."""
-    return rich_table([header.replace(" ", "\n", 1) for header in HEADERS], list(map(cells, page.lines)), TEXTS)
+def table(page: Page) -> Table:
+    """Return the table of a page."""
+    return Table(HEADERS, list(map(cells, page.lines)), 3)
 
 
 def warnings(page: Page) -> list[str]:
@@ -217,7 +211,7 @@ def markdown(page: Page) -> str:
     notes = [*NOTES, *(f"{line.name}: {line.published.note}" for line in lines if line.published.note)]
     places = origin([line.run.environment for line in lines if line.run is not None and line.run.environment])
     made = [f"# {page.title}", "", *(f"**{warning}**\n" for warning in warnings(page))]
-    made += [*grid(HEADERS, list(map(cells, lines)), TEXTS), "", *(f"- {note}" for note in notes), ""]
+    made += [*table(page).markdown(), "", *(f"- {note}" for note in notes), ""]
     return "\n".join([*made, *(["; ".join(places) + ".", ""] if places else [])])
 
 

@@ -1,8 +1,7 @@
-"""Tables for the terminal, the HTML report, and the picture and table of a partition."""
+"""The HTML report of runs, and the picture and table of a partition."""
 
-import io
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,44 +10,15 @@ from numpy.typing import ArrayLike
 from ssfl_app.files import write_bytes
 from ssfl_app.options import ConfigError
 from ssfl_app.results import page, plots
-from ssfl_app.results.page import NONE
-from ssfl_app.results.rows import COMPARE, ROUND, TEXT_COLUMNS, compare_rows, round_rows, summary_rows
+from ssfl_app.results.rows import compare_table, round_table, summary_table
 from ssfl_app.results.run_folder import KINDS, Run, failures, metadata, run_names, train_counts
-from ssfl_app.text import printable
+from ssfl_app.results.table import NONE, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 
-def compare_table(runs: Sequence[Run]) -> "Table":
-    """Return one row a run, for 130 columns or more; "x fewer than dense" counts training alone."""
-    return rich_table([header.replace(" ", "\n") for header in COMPARE], compare_rows(runs), TEXT_COLUMNS)
-
-
-def final_table(summary: Mapping[str, Any], folder: Path) -> "Table":
-    """Return the short table that ends a run: accuracy, density, bytes, failures, time and the folder."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    for name, value in [*summary_rows(summary), ["results", str(folder)]]:
-        made.add_row(Text(name, style="dim"), Text(printable(value), overflow="fold"))
-    return made
-
-
-def final_text(summary: Mapping[str, Any], folder: Path) -> str:
-    """Return `final_table` as plain text."""
-    from rich.console import Console
-
-    text = io.StringIO()
-    # Wide: a path that is broken over two lines cannot be copied.
-    Console(file=text, width=400).print(final_table(summary, folder))
-    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
-
-
-def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> "Table":
+def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> Table:
     """Return a table of images, classes held and largest class by client; `counts` has shape (K, C).
 
     Raises
@@ -63,7 +33,7 @@ def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> "Table":
         largest = f"{class_names[top]} ({100 * row[top] / total:.0f} %)" if total else NONE
         name = str(client) if client < len(array) else "all"
         rows.append([name, largest, f"{total:,}", f"{int((row > 0).sum())} of {len(row)}"])
-    return rich_table(["Client", "Largest class", "Images", "Classes"], rows, 2)
+    return Table(["Client", "Largest class", "Images", "Classes"], rows, 2)
 
 
 def write_picture(png: Path, draw: "Callable[[], Figure]") -> str:
@@ -116,15 +86,14 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
 
 
 def _single(run: Run) -> list[dict[str, Any]]:
-    rounds = page.table(list(ROUND), round_rows(run), set(range(len(ROUND))))
-    config = page.table([], [[key, str(value)] for key, value in sorted(run.config.items())])
-    environment = page.table([], [[key, str(value)] for key, value in run.environment.items()])
+    config = Table([], [[key, str(value)] for key, value in sorted(run.config.items())])
+    environment = Table([], [[key, str(value)] for key, value in run.environment.items()])
     dense = "" if run.layers else "There is no mask in this run folder, so there is no density by layer."
     notes = " ".join(filter(None, [_untested([run]), dense]))
     return [
-        page.section("Summary", content=page.table([], summary_rows(metadata(run)))),
+        page.section("Summary", content=summary_table(metadata(run))),
         page.section("Figures", images=_figures([run]), note=notes),
-        page.section("Rounds", content=rounds, folded=f"{len(run.rounds)} rounds"),
+        page.section("Rounds", content=round_table(run), folded=f"{len(run.rounds)} rounds"),
         _failure_section([run]),
         page.section("Configuration", content=config, folded=f"{len(run.config)} keys"),
         page.section("Environment", content=environment, folded=f"{len(run.environment)} entries"),
@@ -161,14 +130,13 @@ def _figure(caption: str, draw: "Callable[[], Figure]") -> dict[str, str]:
 
 
 def _several(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    numeric = set(range(TEXT_COLUMNS, len(COMPARE)))
     keys = sorted({key for run in runs for key in run.config} - {"run.out"})
     rows = [[key, *(str(run.config.get(key, NONE)) for run in runs)] for key in keys]
     differ = [row for row in rows if len(set(row[1:])) > 1]
-    options = page.table(["Key", *run_names(runs)], differ) if differ else None
+    options = Table(["Key", *run_names(runs)], differ) if differ else None
     note = "" if differ else "All runs have the same configuration."
     return [
-        page.section("Comparison", content=page.table(list(COMPARE), compare_rows(runs), numeric)),
+        page.section("Comparison", content=compare_table(runs)),
         page.section("Figures", images=_figures(runs), note=_untested(runs)),
         _failure_section(runs),
         page.section("Options that differ", content=options, note=note),
@@ -187,28 +155,10 @@ def _failure_section(runs: Sequence[Run]) -> dict[str, Any]:
         headers, rows = headers[:-1], [row[:-1] for row in rows]
     kinds = Counter(x.kind for _, x in found)
     line = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind] or kind != "notes")
-    return page.section(title, content=page.table(headers, rows), folded=line)
+    return page.section(title, content=Table(headers, rows), folded=line)
 
 
 def _unfinished(run: Run) -> str:
     planned = run.config.get("run.rounds", NONE)
     done = run.rounds[-1]["round"] if run.rounds else 0
     return f"{run.name} is unfinished: {done} of {planned} rounds were written; totals are of those rounds."
-
-
-def rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> "Table":
-    """Return a table for the terminal; the first `texts` columns are texts, the others numbers."""
-    # Cells are Text: a run named "[red]" would otherwise be read as markup.
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, header in enumerate(headers):
-        if index < texts:
-            made.add_column(header, overflow="fold")
-        else:  # a number that is cut short must show it, so the ellipsis stays
-            made.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        made.add_row(*(Text(printable(cell)) for cell in row))
-    return made

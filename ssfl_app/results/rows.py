@@ -1,13 +1,13 @@
-"""The rows of the tables about runs: what each column says, for the terminal and the HTML report alike."""
+"""The tables about runs: what each column says."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ssfl_app.results.page import NONE, megabytes, percent, ratio, shown
 from ssfl_app.results.run_folder import CENTRAL, LOCAL, MB, PERSONAL, Run, cumulative_mb, metadata, run_names
+from ssfl_app.results.table import NONE, Table, megabytes, percent, ratio, shown
 
-TEXT_COLUMNS = 4  # name, strategy, dataset and partition; numbers follow
-COMPARE = (
+_COMPARE = (
     *("Run", "Strategy", "Data", "Partition", "Density", "Seed", "Central %", "Local mean %"),
     *(
         "Personal %",
@@ -20,14 +20,14 @@ COMPARE = (
         "Seconds",
     ),
 )
-ROUND = (
+_ROUND = (
     *("Round", "Cohort", "OK", "Lost", "Refused", "Train loss", "Central loss", "Central %", "Local mean %"),
     *("Personal %", "MB down", "MB up", "MB so far", "Seconds"),
 )
 
 
-def compare_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Return one row a run, under the headers `COMPARE`."""
+def compare_table(runs: Sequence[Run]) -> Table:
+    """Return one row a run; "x fewer than dense" counts training alone."""
     rows = []
     for run, name in zip(runs, run_names(runs), strict=True):
         known = metadata(run)
@@ -40,11 +40,11 @@ def compare_rows(runs: Sequence[Run]) -> list[list[str]]:
         numbers += [megabytes(known["bytes_train_down"]), megabytes(known["bytes_train_up"]), fewer]
         numbers += [shown(known["lost_replies"]), shown(known["refused_replies"])]
         rows.append([*texts, *numbers, shown(known["seconds_total"], ",.1f")])
-    return rows
+    return Table(_COMPARE, rows, texts=4)
 
 
-def summary_rows(known: Mapping[str, Any]) -> list[list[str]]:
-    """Return (name, value) of what a summary says; "-" for a key that it lacks."""
+def summary_table(known: Mapping[str, Any], folder: Path | None = None) -> Table:
+    """Return the names and values of a summary, "-" for a key that it lacks; and where the results are."""
 
     def ask(key: str, form: str = ",") -> str:
         return shown(known.get(key), form)
@@ -80,11 +80,11 @@ def summary_rows(known: Mapping[str, Any]) -> list[list[str]]:
     for what in ("model", "mask"):
         if known.get(f"{what}_sha256"):
             rows.append([f"SHA-256 of the {what}", str(known[f"{what}_sha256"])])
-    return rows
+    return Table([], rows if folder is None else [*rows, ["results", str(folder)]])
 
 
-def round_rows(run: Run) -> list[list[str]]:
-    """Return one row a round, under the headers `ROUND`."""
+def round_table(run: Run) -> Table:
+    """Return one row a round."""
     rows = []
     for entry, so_far in zip(run.rounds, cumulative_mb(run), strict=True):
         sizes = [str(len(entry.get(key) or ())) for key in ("cohort", "ok", "lost", "refused")]
@@ -94,7 +94,7 @@ def round_rows(run: Run) -> list[list[str]]:
         up = sum(entry.get(f"bytes_{what}_up") or 0 for what in ("train", "discovery"))
         sent = [megabytes(down), megabytes(up), megabytes(so_far * MB)]
         rows.append([str(entry["round"]), *sizes, *losses, *shares, *sent, shown(entry.get("seconds"), ",.1f")])
-    return rows
+    return Table(_ROUND, rows, texts=0)
 
 
 def _sum(known: Mapping[str, Any], *keys: str) -> float | None:

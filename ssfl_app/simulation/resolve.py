@@ -16,7 +16,6 @@ from ssfl_app.runtime import check
 from ssfl_app.simulation.run_args import ENGINES, RunArgs
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.text import command
 
 
 def make_ready(config: Config, layout: Layout) -> Path:
@@ -47,10 +46,6 @@ def resolve(words: RunArgs) -> tuple[Config, Layout]:
     """
     nodes = words.nodes
     given = configuration.read_file(words.file) if words.file else {}
-    if any(key.partition(".")[0] == "compare" for key in given):
-        raise ConfigError(
-            f"CONFIG is {words.file}; this is a file for ssfl compare: {command('ssfl', 'compare', words.file)}"
-        )
     given |= configuration.read_overrides(words.overrides)
     if nodes is not None:
         if given.get("run.clients", nodes) != nodes:

@@ -10,15 +10,17 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from ssfl_app import config as configuration
 from ssfl_app.cli.main import main
 from ssfl_app.data.readers import OWN, READERS
-from ssfl_app.experiments import reproduce, reproduce_rows
-from ssfl_app.experiments.reproduce import ReproduceArgs, Stage, duration
+from ssfl_app.experiments import jobs, reproduce, reproduce_rows
+from ssfl_app.experiments.reproduce import Progress, ReproduceArgs, duration
 from ssfl_app.experiments.reproduce_rows import (
     Row,
     folder_of_configs,
@@ -28,7 +30,7 @@ from ssfl_app.experiments.reproduce_rows import (
     read_rows,
     tables,
 )
-from ssfl_app.experiments.sweep_spec import difference
+from ssfl_app.experiments.sweep_spec import RunSpec, difference
 from ssfl_app.options import ConfigError, flatten
 from ssfl_app.results.published import METRICS, first_line, read_published
 from ssfl_app.results.run_folder import metadata, read_run
@@ -218,7 +220,7 @@ def test_published_stands_beside_measured(played: tuple[Path, str, list[str]]) -
             if row["row"] in line and "finished" in line:
                 assert all(cell in line for cell in cells)
         assert sum(row["row"] in line and cells[1] in line for line in (*printed.splitlines(), *markdown)) == 2
-    assert said[0] == f"0 of 2 rows are finished already: {folder}"
+    assert said[0] == f"0 of 2 runs are finished already: {folder}"
     assert said[-1] == f"table: {folder / 'reproduce.md'}"
 
 
@@ -249,38 +251,34 @@ def test_what_is_finished_is_not_played_again(played: tuple[Path, str, list[str]
     folder = shutil.copytree(played[0], tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/summary.json")}
     _, said = quietly(words(folder))
-    assert said[0].startswith("2 of 2 rows are finished already")
+    assert said[0].startswith("2 of 2 runs are finished already")
     assert len(before) == 2
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/summary.json")} == before
     with pytest.raises(ConfigError, match=r"resnet50-ssfl holds another run: local\.lr is 0\.05; that run was"):
         quietly(words(folder, "local.lr=0.05"))
 
 
-def stage(folder: Path) -> Stage:
-    rows = read_rows("resnet50", "published", configuration.read_overrides([TINY]))
-    return Stage(rows, folder, "inline")
-
-
 def test_cost_is_that_of_measured_rounds(played: tuple[Path, str, list[str]], tmp_path: Path) -> None:
     folder = shutil.copytree(played[0], tmp_path / "out")
-    ssfl, dispfl = (there := stage(folder)).rows
-    assert there.cost(ssfl) == 0
+    rows = read_rows("resnet50", "published", configuration.read_overrides([TINY]))
+    there, (ssfl, dispfl) = Progress({row.name: row for row in rows}, folder, print), rows
+    assert there.cost(ssfl.run) == 0
     log = folder / "resnet50-ssfl" / "rounds.jsonl"
     rounds = [json.loads(line) for line in log.read_text().splitlines()]
     # Nothing of DisPFL: its images, all 1437 in each of two rounds, at SSFL's speed.
     shutil.rmtree(folder / "resnet50-dispfl")
     speed = sum(x["seconds"] for x in rounds[1:]) / sum(x["image_passes"] for x in rounds[1:])
-    assert there.cost(dispfl) == pytest.approx(2 * 1437 * speed)
+    assert there.cost(dispfl.run) == pytest.approx(2 * 1437 * speed)
     needs = duration(2 * 1437 * speed)
     assert there.line(dispfl).state == f"not played; needs about {needs} at the measured speed"
     # One round of SSFL is left: as long as the one before.
     log.write_text("".join(json.dumps(entry) + "\n" for entry in rounds[:2]))
     (folder / "resnet50-ssfl" / "summary.json").unlink()
-    assert there.cost(ssfl) == pytest.approx(rounds[1]["seconds"])
+    assert there.cost(ssfl.run) == pytest.approx(rounds[1]["seconds"])
     assert there.line(ssfl).state.startswith("partial: round 1 of 2; needs about ")
     # Nothing at all.
     shutil.rmtree(folder / "resnet50-ssfl")
-    assert there.cost(ssfl) is None
+    assert there.cost(ssfl.run) is None
     assert there.line(ssfl).state == "not played"
 
 
@@ -306,7 +304,7 @@ def test_a_row_that_the_budget_cuts_goes_on_to_the_same_model(
     more = "run.rounds=8"
     clock, log = Clock(), tmp_path / "out" / "flower-cifar10" / "rounds.jsonl"
     monkeypatch.setattr(clock, "over", lambda: log.exists() and log.read_bytes().count(b"\n") > 3)
-    monkeypatch.setattr(reproduce, "time", clock)
+    monkeypatch.setattr(jobs, "time", clock)
     quietly(words(tmp_path / "out", more, table="flower", budget="10m"))
     first, second = json.loads((tmp_path / "out" / "reproduce.json").read_text())["rows"]
     done = first["measured"]["rounds"]
@@ -317,7 +315,7 @@ def test_a_row_that_the_budget_cuts_goes_on_to_the_same_model(
     assert second["measured"]["accuracy"] is None
     assert not list((tmp_path / "out").glob("*.stderr"))
 
-    monkeypatch.setattr(reproduce, "time", time)
+    monkeypatch.setattr(jobs, "time", time)
     quietly(words(tmp_path / "out", more, table="flower"))
     assert [row["state"] for row in json.loads((tmp_path / "out" / "reproduce.json").read_text())["rows"]] == [
         "finished",
@@ -337,14 +335,28 @@ def test_the_budget_goes_to_what_fits(tmp_path: Path, monkeypatch: pytest.Monkey
     known = dict(zip((row.name for row in rows), (100.0, 10.0, None, 60.0), strict=True))
     clock, order, said = Clock(), list[str](), list[str]()
 
-    def played(_: Stage, row: Row, work: Path, end: float) -> None:
-        order.append(row.name)
-        clock.now = min(end, clock.now + (known[row.name] or 30.0))
+    class Ended:
+        """Stands for the process of a run that is over."""
 
-    monkeypatch.setattr(reproduce, "time", clock)
-    monkeypatch.setattr(Stage, "cost", lambda _, row: known[row.name])
-    monkeypatch.setattr(Stage, "_play", played)
-    Stage(rows, tmp_path, "inline").play(50.0, said.append)
+        exitcode = 0
+
+    def played(run: RunSpec, home: Path, *_: object) -> jobs.Job:
+        order.append(run.name)
+        clock.now += known[run.name] or 30.0
+        return jobs.Job(run, home, cast(BaseProcess, Ended()), home)
+
+    def play(budget: float) -> None:
+        table = Progress({row.name: row for row in rows}, tmp_path, said.append)
+        runs = [row.run for row in rows]
+        jobs.play(
+            runs, tmp_path, "inline", said.append, table.result, homes=tmp_path, budget=budget, choose=table.choose
+        )
+
+    monkeypatch.setattr(jobs, "time", clock)
+    monkeypatch.setattr(Progress, "cost", lambda _, run: known[run.slug])
+    monkeypatch.setattr(jobs, "start", played)
+    monkeypatch.setattr(jobs, "reason", lambda _: "")
+    play(50.0)
     # The second fits into 50 s and the third is not known; 10 s are left then, for a part of the first.
     names = [row.name for row in rows]
     assert order == [names[1], names[2], names[0]]
@@ -354,7 +366,7 @@ def test_the_budget_goes_to_what_fits(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     order.clear()
     clock.now = 0.0
-    Stage(rows, tmp_path, "inline").play(1.0, said.append)
+    play(1.0)
     assert order == [names[2]]  # something is always begun
 
 
@@ -362,7 +374,7 @@ def test_a_run_that_fails_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as end:
         quietly(words(tmp_path / "out", "local.lr=1e38 local.clip=0.0 run.rounds=1"))
     assert end.value.code == 1
-    assert capsys.readouterr().err == "ssfl: 2 of 2 runs failed: resnet50-ssfl, resnet50-dispfl\n"
+    assert capsys.readouterr().err == "ssfl: 2 of 2 runs failed: resnet50-ssfl; resnet50-dispfl\n"
     rows = json.loads((tmp_path / "out" / "reproduce.json").read_text())["rows"]
     assert all(row["state"].startswith("failed: the run failed: training in round 1: 0 of ") for row in rows)
 
@@ -373,7 +385,7 @@ def test_an_interrupt_leaves_the_table(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Stage, "_play", interrupt)
+    monkeypatch.setattr(jobs, "start", interrupt)
     with pytest.raises(SystemExit) as end:
         quietly(words(tmp_path / "out"))
     assert end.value.code == 1

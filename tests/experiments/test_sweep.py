@@ -11,8 +11,8 @@ import pytest
 import tomli_w
 from scipy import stats
 
+from ssfl_app import locks
 from ssfl_app.cli.main import main
-from ssfl_app.experiments import sweep
 from ssfl_app.experiments.sweep import CompareArgs, run_sweep
 from ssfl_app.experiments.sweep_spec import SweepSpec, read_plan
 from ssfl_app.options import ConfigError
@@ -21,8 +21,8 @@ from ssfl_app.results.compare import Entry, Estimate, Row, estimate
 from ssfl_app.results.compare_page import cells, headers, markdown, picture
 from ssfl_app.results.run_folder import metadata, read_run
 from ssfl_app.results.status import read_status
+from ssfl_app.results.table import NONE
 
-NONE = "\N{EN DASH}"
 TINY = """
 [run]
 clients = 4
@@ -99,7 +99,7 @@ def test_difference_is_the_paired_test_of_scipy_over_common_seeds(tmp_path: Path
     ours, theirs = {1: 0.90, 2: 0.92, 3: 0.97, 4: 0.1}, {1: 0.88, 2: 0.93, 3: 0.91, 5: 0.99}
     entries = [entry(tmp_path, "ssfl", seed, own=value) for seed, value in theirs.items()]
     entries += [entry(tmp_path, "random", seed, own=value) for seed, value in ours.items()]
-    (table,) = compare.tables(entries, [], "ssfl")
+    (table,) = compare.groups(entries, [], "ssfl")
     assert [row.strategy for row in table.rows] == ["ssfl", "random"]
     assert table.rows[0].difference is None
     found = table.rows[1].difference
@@ -124,14 +124,14 @@ def test_difference_is_the_paired_test_of_scipy_over_common_seeds(tmp_path: Path
 def test_difference_without_a_test(tmp_path: Path, ours: Sequence[float | None], gap: str, p: str) -> None:
     entries = [entry(tmp_path, "ssfl", seed, own=value) for seed, value in ((1, 0.8), (2, 0.7))]
     entries += [entry(tmp_path, "random", seed, own=value) for seed, value in enumerate(ours, 1)]
-    (table,) = compare.tables(entries, [], "ssfl")
+    (table,) = compare.groups(entries, [], "ssfl")
     assert column("Δ own tests vs SSFL", table.rows[1]) == gap
     assert column("p", table.rows[1]) == p
 
 
 def test_own_is_personal_where_a_method_has_it(tmp_path: Path) -> None:
     entries = [entry(tmp_path, own=0.8), entry(tmp_path, "ditto", own=0.6, personal_accuracy_mean=0.9)]
-    (table,) = compare.tables(entries, [], "ssfl")
+    (table,) = compare.groups(entries, [], "ssfl")
     row = table.rows[1]
     assert column("global on own tests %", row) == "60.0"
     assert column("personal on own tests %", row) == "90.0"
@@ -148,7 +148,7 @@ def test_rows_are_sorted_by_density_then_in_the_order_of_the_sweep(tmp_path: Pat
         for strategy in ("shuffled", "ssfl", "fedavg")
         if strategy != "fedavg" or density == 0.05
     ]
-    (table,) = compare.tables(entries, [], "ssfl")
+    (table,) = compare.groups(entries, [], "ssfl")
     assert [(row.strategy, row.wanted) for row in table.rows] == [
         ("fedavg", None),
         ("shuffled", 0.5),
@@ -166,7 +166,7 @@ def test_rows_are_sorted_by_density_then_in_the_order_of_the_sweep(tmp_path: Pat
 
 def test_row_by_hand(tmp_path: Path) -> None:
     new = {"trained_clients": 8, "cohort": 4, "image_passes": 12345, "validation_passes": 7, "bytes_peer": 9_000_000}
-    (table,) = compare.tables([entry(tmp_path, **new, density_all=0.25)], [], "ssfl")
+    (table,) = compare.groups([entry(tmp_path, **new, density_all=0.25)], [], "ssfl")
     # 3 + 0.5 MB down and 2 + 0.25 MB up; the 7 MB of evaluation are left out.
     accuracy = ["95.0", "90.0", NONE, NONE, NONE]
     assert cells(table.rows[0]) == ["`ssfl`", "0.1", "0.25", "8", *accuracy, "3.50", "2.25", "9.00", "12,345", "12"]
@@ -177,7 +177,7 @@ def test_row_by_hand(tmp_path: Path) -> None:
 
 
 def test_an_older_folder_says_less(tmp_path: Path) -> None:
-    (table,) = compare.tables([entry(tmp_path)], [], "ssfl")
+    (table,) = compare.groups([entry(tmp_path)], [], "ssfl")
     row = table.rows[0]
     # (90 alive + 100 that are never pruned) of 1000 parameters; the cohort is that of the configuration.
     assert [column(name, row) for name in ("of all params", "clients trained a round")] == ["0.19", "4"]
@@ -192,7 +192,7 @@ def test_a_table_for_each_combination_of_axes(tmp_path: Path) -> None:
         for partition in ("iid", "dirichlet")
         for strategy in ("ssfl", "random")
     ]
-    made = compare.tables(entries, ["partition.name"], "ssfl")
+    made = compare.groups(entries, ["partition.name"], "ssfl")
     text = markdown(made, "ssfl", [e.run.environment for e in entries if e.run], "mine", "picture.png")
     lines = text.splitlines()
     assert lines[0] == "# mine"
@@ -218,7 +218,7 @@ def test_missing_runs_are_rows_and_are_named(tmp_path: Path) -> None:
     whole = entry(tmp_path, "ssfl", 1)
     lost = Entry({**whole.config, "run.seed": 2}, dense=False, run=None, reason="failed: loss is NaN")
     other = Entry({**whole.config, "strategy": "random"}, dense=False, run=None, reason="failed: the disk is full")
-    made = compare.tables([whole, lost, other], [], "ssfl")
+    made = compare.groups([whole, lost, other], [], "ssfl")
     assert cells(made[0].rows[0])[0] == "`ssfl` (1 of 2 seeds)"
     assert cells(made[0].rows[1]) == ["`random`", "0.1", NONE, NONE, "failed", *[NONE] * 9]
     text = markdown(made, "ssfl", [])
@@ -233,7 +233,7 @@ def test_missing_runs_are_rows_and_are_named(tmp_path: Path) -> None:
 def test_picture_has_a_marker_for_each_row_even_for_a_method_that_sends_nothing(tmp_path: Path) -> None:
     sizes = ("train_down", "train_up", "discovery_down", "discovery_up")
     silent = entry(tmp_path, "random", own=0.7, **{f"bytes_{size}": 0 for size in sizes})
-    made = compare.tables([entry(tmp_path, "ssfl", 1, 0.1), entry(tmp_path, "ssfl", 1, 0.5), silent], [], "ssfl")
+    made = compare.groups([entry(tmp_path, "ssfl", 1, 0.1), entry(tmp_path, "ssfl", 1, 0.5), silent], [], "ssfl")
     (axes,) = picture(made, ["ssfl", "random"]).axes
     assert axes.get_xscale() == "log"
     shown = {str(line.get_label()): np.asarray(line.get_xydata()) for line in axes.lines}
@@ -412,7 +412,7 @@ def test_a_failed_run_is_named_and_the_others_are_compared(
 
 def test_two_sweeps_do_not_play_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with sweep.locks.locked(tmp_path / "out" / ".lock"), pytest.raises(ConfigError, match="no other `ssfl compare`"):
+    with locks.locked(tmp_path / "out" / ".lock"), pytest.raises(ConfigError, match="no other `ssfl compare`"):
         run_sweep(words(tmp_path, ""), lambda _: None)
 
 
@@ -459,6 +459,7 @@ def test_report_only_compares_what_is_there(
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert "not played" in out
+    assert f"picture: {tmp_path / 'runs' / 'compare-a' / 'comparison.png'}" in out
     assert (tmp_path / "runs" / "compare-a" / "comparison.md").read_text() in out
 
 

@@ -1,4 +1,3 @@
-import io
 import json
 import re
 from pathlib import Path
@@ -6,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
-from rich.console import Console
-from rich.table import Table
 from safetensors.numpy import save_file
 
 from ssfl_app.options import ConfigError
 from ssfl_app.results import plots, report
 from ssfl_app.results import run_folder as runs
+from ssfl_app.results.rows import compare_table, summary_table
 from ssfl_app.results.run_folder import Run, read_run
 
 CLASSES = ["cat", "dog", "owl"]
@@ -131,11 +129,6 @@ def run(tmp_path: Path) -> Run:
     return read_run(write_run(tmp_path / "first"))
 
 
-def cells(table: Table) -> list[list[str]]:
-    columns = [[str(cell) for cell in column.cells] for column in table.columns]
-    return [list(row) for row in zip(*columns, strict=True)]
-
-
 def test_run_reads_every_file(run: Run) -> None:
     assert run.config["run.rounds"] == 3
     assert run.config["strategy"] == "ssfl"
@@ -225,14 +218,14 @@ def test_broken_file_is_named(tmp_path: Path, name: str, content: str, said: str
 
 def test_compare_table_shows_hand_computed_numbers(run: Run) -> None:
     # Discovery 1.05 + 2 MB; dense 13.5 MB over 0.9 + 0.6 MB of training is 9 times as much.
-    (row,) = cells(report.compare_table([run]))
+    (row,) = compare_table([run]).rows
     assert " ".join(row) == "first ssfl digits dirichlet 0.1 1 93.41 81.23 - 3.05 0.9 0.6 9.00 1 1 7.5"
 
 
 def test_unfinished_run_is_totalled_from_its_rounds(tmp_path: Path) -> None:
     killed = read_run(write_run(tmp_path / "killed", finished=False))
     # Density is 12 of 120 weights; no summary says what dense training would have sent.
-    (row,) = cells(report.compare_table([killed]))
+    (row,) = compare_table([killed]).rows
     assert " ".join(row) == "killed (unfinished) ssfl digits dirichlet 0.1 1 50.00 - - 3.05 0.6 0.4 - 1 0 5.5"
     report.write_report([killed], tmp_path / "report.html")
     assert "killed is unfinished: 2 of 3 rounds were written" in (tmp_path / "report.html").read_text()
@@ -247,7 +240,7 @@ def test_run_killed_in_setup_still_gets_a_report(tmp_path: Path) -> None:
 
 
 def test_final_table_shows_bytes_against_dense() -> None:
-    rows = dict(cells(report.final_table(SUMMARY, Path("runs/x"))))
+    rows = dict(summary_table(SUMMARY, Path("runs/x")).rows)
     assert rows["accuracy, central test set"] == "93.41 %"
     assert rows["density"] == "0.1: 12 of 120 prunable weights alive; - of all 130 parameters"
     assert rows["training"] == "0.9 MB down, 0.6 MB up"
@@ -279,12 +272,12 @@ def write_personal(folder: Path, *, finished: bool) -> Run:
 
 def test_personal_models_and_work_are_shown(tmp_path: Path) -> None:
     run = write_personal(tmp_path / "personal", finished=True)
-    rows = dict(cells(report.final_table(runs.metadata(run), run.folder)))
+    rows = dict(summary_table(runs.metadata(run)).rows)
     assert rows["accuracy, personal models"] == "61.00 %"
     assert rows["density"] == "0.25: 12 of 120 prunable weights alive; 0.3 of all 130 parameters"
     assert rows["image passes"] == "264 in training, 20 forward only"
     assert rows["the same between peers"] == "8.00 MB without a server"
-    (row,) = cells(report.compare_table([run]))
+    (row,) = compare_table([run]).rows
     assert row[6:9] == ["93.41", "81.23", "61.00"]
     report.write_report([run], tmp_path / "report.html")
     assert "Personal %" in (tmp_path / "report.html").read_text()
@@ -311,7 +304,7 @@ def test_folder_of_an_older_version_says_less(run: Run) -> None:
     assert (known["image_passes"], known["validation_passes"], known["bytes_peer"]) == (None, None, 0)
     assert known["trained_clients"] == 2
     assert known["density_all"] == pytest.approx(22 / 130)  # 12 alive weights and the 10 that no mask covers
-    rows = dict(cells(report.final_table(known, run.folder)))
+    rows = dict(summary_table(known).rows)
     assert "accuracy, personal models" not in rows
     assert "the same between peers" not in rows
     assert rows["image passes"] == "-"
@@ -320,10 +313,7 @@ def test_folder_of_an_older_version_says_less(run: Run) -> None:
 
 def test_tables_print_names_that_look_like_markup(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "[red]x[bold]"))
-    console = Console(width=200, file=io.StringIO())
-    with console.capture() as capture:
-        console.print(report.compare_table([run]))
-    assert "[red]x[bold]" in capture.get()
+    assert "[red]x[bold]" in compare_table([run]).text()
 
 
 def test_the_same_plot_is_the_same_file(run: Run) -> None:
@@ -417,7 +407,7 @@ def test_partition_is_drawn_and_tabled(tmp_path: Path) -> None:
     png = tmp_path / "partition.png"
     assert report.write_picture(png, lambda: plots.class_distribution(COUNTS, CLASSES)) == f"picture: {png}"
     assert (tmp_path / "partition.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert cells(report.partition_table(COUNTS, CLASSES)) == [
+    assert report.partition_table(COUNTS, CLASSES).rows == [
         ["0", "cat (67 %)", "15", "2 of 3"],
         ["1", "dog (100 %)", "20", "1 of 3"],
         ["2", "owl (95 %)", "40", "3 of 3"],

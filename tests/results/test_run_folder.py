@@ -220,8 +220,6 @@ def test_bad_folders_and_files_give_one_line(ssfl: Run, tmp_path: Path) -> None:
     assert bad("missing.toml").startswith("ssfl: CONFIG is missing.toml; it is a TOML file")
     (tmp_path / "broken.toml").write_text("run = [")
     assert bad("broken.toml").startswith("ssfl: CONFIG is broken.toml; it is a TOML file")
-    (tmp_path / "sweep.toml").write_text('[compare]\nstrategies = ["ssfl"]\n')
-    assert bad("sweep.toml").endswith("sweep.toml; this is a file for ssfl compare: ssfl compare sweep.toml\n")
     assert bad("--resume", "nothing").startswith("ssfl: --resume is nothing; ")
     assert bad("--engine", "spark").startswith("ssfl: --engine is 'spark'; it is one of ray, inline")
     assert bad("--nodes", "5", "-c", "run.clients=6").startswith("ssfl: --nodes is 5; run.clients, 6, is the same")
@@ -229,6 +227,14 @@ def test_bad_folders_and_files_give_one_line(ssfl: Run, tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     assert "it is a new or empty folder" in bad("--out", "full")
     assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["thesis.txt"]
+
+
+def test_every_command_of_one_configuration_says_what_a_sweep_file_is_for(ssfl: Run, tmp_path: Path) -> None:
+    (tmp_path / "sweep.toml").write_text('[compare]\nstrategies = ["ssfl"]\n')
+    for words in (["run"], ["partition"], ["study", "masks"]):
+        code, _, err = ssfl(*words, "sweep.toml")
+        said = "ssfl: CONFIG is sweep.toml; this is a file for ssfl compare: ssfl compare sweep.toml\n"
+        assert (code, err) == (2, said)
 
 
 def test_a_run_resumes_with_its_own_configuration_only(ssfl: Run, tmp_path: Path) -> None:

@@ -181,7 +181,10 @@ def test_what_cannot_be_drawn_is_a_warning_at_every_door(
     monkeypatch.setattr(plots, "svg_bytes", broken)
     folder = write_run(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.toml").write_text("[compare]\n", encoding="utf-8")
+    (tmp_path / "runs" / "compare-sweep" / "runs").mkdir(parents=True)
     for words in (
+        ["compare", "sweep.toml", "--report-only"],
         ["partition", "-c", "run.clients=3"],
         ["study", "clients", str(folder)],
         ["study", "masks", "-c", "run.clients=2 ssfl.saliency-batch-size=8", "--batches", "1", "--repeats", "1"],
@@ -248,17 +251,17 @@ def test_a_run_that_fails_before_it_has_a_folder_is_one_line(
     monkeypatch.setattr(processes, "LONGEST_FOLDER", 2)
     monkeypatch.setattr(sys, "argv", ["ssfl", "run", "--engine", "ray", "--out", str(tmp_path / "r")])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli()
     assert ended.value.code == 2
     assert re.fullmatch(r"ssfl: TMPDIR is .*\n", capsys.readouterr().err)
     assert not (tmp_path / "r").exists()
 
 
 def test_a_fork_server_starts_under_a_long_tmpdir(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from ssfl_app.engine import workers\n"
+    code = "import sys; from pathlib import Path; from ssfl_app.experiments import workers\n"
     code += "workers._PRELOADED = ()\n"
     code += "job = workers.start('inline', ['--nonsense'], Path(sys.argv[1]) / 'errors', {})\n"
-    code += "print(job.wait(60), job.poll())"
+    code += "job.join(60); print(job.exitcode)"
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     done = subprocess.run(
@@ -270,7 +273,7 @@ def test_a_fork_server_starts_under_a_long_tmpdir(tmp_path: Path) -> None:
         check=False,
         timeout=100,
     )
-    assert done.stdout.split() == ["True", "2"], done.stderr
+    assert done.stdout.split() == ["2"], done.stderr
 
 
 @pytest.mark.slow
@@ -354,7 +357,7 @@ def ssfl(
     monkeypatch.setattr(sys, "argv", ["ssfl", *words])
     before, code = signal.getsignal(signal.SIGTERM), 0
     try:
-        cli.main()
+        cli()
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
