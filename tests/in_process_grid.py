@@ -1,5 +1,6 @@
 """The in-process engine with bad luck: random node ids, replies in random order, scripted faults."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +132,13 @@ class ScriptedGrid(InlineGrid):
     def work(self, message: Message) -> Message:
         return super()._answer(message)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ScriptedGrid":
+        """Copy what a finished run leaves; locks are nobody's to copy."""
+        copied = copy.copy(self)
+        for name in ("log", "sent", "got", "_contexts"):
+            setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
+        return copied
+
     def _answer(self, message: Message) -> Message | None:  # type: ignore[override]
         payload = decode_payload(message.content, unfolded=ANY)
         client = self.number(self.context(message))
@@ -161,6 +169,10 @@ class Played:
     states: list[State] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def own_copy(self) -> "Played":
+        """Return this run for one test, which may change what it likes; data and models to work with are shared."""
+        return copy.deepcopy(self, {id(shared): shared for shared in (self.runtime, self.runtime.model, self.layout)})
 
     def met(self, sites: Any) -> None:
         """See the clients."""
@@ -210,8 +222,7 @@ def play(
 
     Clients keep what they remember in `folder`, or in Flower's state without one. The run breaks off after round
     `until`. Nodes are started with `node_configs`, or are those of another `grid`; `prepare` sees the strategy before
-    it starts. A plain run (none of these, no faults) is played once and shared by the tests that ask for it again:
-    they only read it.
+    it starts. A plain run (none of these, no faults) is played once, and each test that asks for it gets a copy.
     """
     keys = MEMO.images | keys
     if not MEMO.enabled or faults or folder or until is not None or node_configs or grid or prepare:
@@ -221,7 +232,7 @@ def play(
         while len(MEMO.runs) >= MEMO.most:
             del MEMO.runs[next(iter(MEMO.runs))]
         MEMO.runs[asked] = _play(keys, luck, None, None, None)
-    return MEMO.runs[asked]
+    return MEMO.runs[asked].own_copy()
 
 
 @dataclass

@@ -21,7 +21,7 @@ from ssfl_app.runtime import Runtime, get_runtime
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.layout import State
 from ssfl_app.strategies import REGISTRY
-from tests.in_process_grid import SMALL, Where
+from tests.in_process_grid import MEMO, SMALL, Where
 
 Answers = Callable[[Message, RecordDict], list[Message]]
 """answers(message, good) returns what the grid hands over in place of the good answer; it may not exist yet."""
@@ -161,9 +161,9 @@ def _initial(recorded: Recorded) -> State:
 
 @functools.cache
 def record(name: str, *keys: tuple[str, Any]) -> Recorded:
-    """Play a run of three clients with real ones, once."""
+    """Play a run of three clients with real ones, once: all modules that ask for it are marked alike."""
     few: Flat = {"run.clients": 3, "run.cohort": 3, "run.rounds": 1, "local.batch-size": 64, "strategy": name}
-    flat = merge(SMALL, {**few, **dict(keys)})
+    flat = merge(SMALL, {**few, **MEMO.images, **dict(keys)})
     config, runtime = parse(flat), get_runtime(flat)
     grid = Recording(flat)
     strategy = made(runtime)

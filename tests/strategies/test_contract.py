@@ -14,7 +14,7 @@ from ssfl_app.core.strategy import ServerContext
 from ssfl_app.strategies import REGISTRY
 from tests.in_process_grid import Played, answer_error, play, tamper
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 # Keys under which a strategy learns the small task; the others do so in 4 rounds of 3 epochs.
 LEARNS: dict[str, dict[str, Any]] = {
@@ -50,8 +50,13 @@ EMERGENT: dict[str, tuple[float, float]] = {
 
 
 @pytest.fixture(scope="module", params=sorted(REGISTRY))
-def played(request: pytest.FixtureRequest) -> Played:
+def shared(request: pytest.FixtureRequest) -> Played:
     return play(base(request.param))
+
+
+@pytest.fixture
+def played(shared: Played) -> Played:
+    return shared.own_copy()
 
 
 def base(name: str) -> dict[str, Any]:

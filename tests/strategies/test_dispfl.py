@@ -31,7 +31,7 @@ def dispfl(**keys: Any) -> Played:
     return play(BASE | {"run.rounds": 2} | named)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def played() -> Played:
     return play(BASE)
 

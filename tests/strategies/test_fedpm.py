@@ -1,6 +1,5 @@
 """FedPM: bits go up, a Beta posterior counts them, and no weight ever changes its size."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,12 +27,7 @@ QUICK: Flat = {"strategy": "fedpm", "run.rounds": 1, "local.batch-size": 64}
 
 
 def played(**keys: Any) -> Played:
-    return _played(tuple((key.replace("__", ".").replace("_", "-"), value) for key, value in keys.items()))
-
-
-@functools.cache
-def _played(keys: tuple[tuple[str, Any], ...]) -> Played:
-    return play({**QUICK, **dict(keys)})
+    return play(QUICK | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
 
 
 def theta(run: Played) -> np.ndarray:

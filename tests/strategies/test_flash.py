@@ -30,12 +30,7 @@ ASKED = ("query.layer_densities", 0)
 
 
 def played(**keys: Any) -> Played:
-    return _played(tuple((key.replace("__", ".").replace("_", "-"), value) for key, value in keys.items()))
-
-
-@functools.cache
-def _played(keys: tuple[tuple[str, Any], ...]) -> Played:
-    return play({**QUICK, **dict(keys)})
+    return play(QUICK | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
 
 
 def joint(**keys: Any) -> Played:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.few
 BASE: Flat = {"strategy": "lotteryfl", "local.batch-size": 64, "lotteryfl.accuracy": 0.45}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def played() -> Played:
     return play(BASE)
 

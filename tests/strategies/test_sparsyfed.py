@@ -1,6 +1,5 @@
 """SparsyFed: dead weights stay dead by beta alone, and both ends compute with v."""
 
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +33,6 @@ SMALLEST = Layout((("0.weight", (1, 4)), ("0.bias", (1,))), ("0.weight",))
 ONE_STEP: Flat = {"local.batch-size": 10_000, "local.clip": 0.0, "local.lr": 0.5, "local.weight-decay": 0.01}
 
 
-@functools.cache
 def run(**keys: Any) -> Played:
     return play({"strategy": "sparsyfed", **{key.replace("__", ".").replace("_", "-"): v for key, v in keys.items()}})
 

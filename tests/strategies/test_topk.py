@@ -1,6 +1,5 @@
 """Top-k: what is chosen, what the server makes of it, and that error feedback loses nothing."""
 
-import functools
 import math
 from typing import Any
 
@@ -29,12 +28,10 @@ SMALLEST = Layout((("0.weight", (1, 4)), ("0.bias", (1,))), ("0.weight",))
 FEEDBACK: Flat = {"strategy": "topk", "topk.of": "update", "topk.error-feedback": True, "mask.density": 0.01}
 
 
-@functools.cache
 def topk(**keys: Any) -> Played:
     return play({"strategy": "topk", **{key.replace("__", ".").replace("_", "-"): v for key, v in keys.items()}})
 
 
-@functools.cache
 def fedavg() -> Played:
     return play({"strategy": "fedavg", "run.rounds": 1})
 

@@ -1,6 +1,5 @@
 """ZeroFL: what computes, what learns, and what travels in each of its three ways."""
 
-import functools
 import math
 from typing import Any
 
@@ -31,7 +30,6 @@ UPLINKS = ("top-weights", "top-weights-diff", "top-diff")
 SMALLEST = Layout((("0.weight", (1, 2)), ("1.weight", (1, 4)), ("1.bias", (1,))), ("0.weight", "1.weight"))
 
 
-@functools.cache
 def run(**keys: Any) -> Played:
     return play({"strategy": "zerofl", **{key.replace("__", ".").replace("_", "-"): v for key, v in keys.items()}})
 

@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in sor
     "ssfl-force": ("ssfl", {"ssfl.criterion": "force", "ssfl.steps": 2}),
     "ssfl-refresh": ("ssfl", {"ssfl.refresh": "scheduled", "ssfl.refresh-round": 2, "run.rounds": 2}),
     "ssfl-int8": ("ssfl", {"wire.up-values": "int8"}),
-    "local-layers": ("local-saliency", {"mask.scope": "layer", "mask.min-per-layer": 200}),
+    "local-layers": ("local-saliency", {"mask.scope": "layer", "mask.min-per-layer": 100}),
     "topk-int32": ("topk", {"topk.index": "int32", "topk.of": "update", "topk.error-feedback": True}),
     "zerofl-fp16": ("zerofl", {"wire.up-values": "fp16", "zerofl.uplink": "top-diff"}),
     "dispfl-bf16": ("dispfl", {"wire.up-values": "bf16", "wire.down-values": "bf16"}),
@@ -44,7 +44,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in sor
     "feddst-2": ("feddst", {"run.rounds": 2, "run.evaluate-every": 2}),  # masks rest in round 2
     "prunefl-early": ("prunefl", {"prunefl.every": 1}),
 }
-pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's: the server meets no NaN unprepared
+pytestmark = [
+    pytest.mark.narrow,
+    pytest.mark.filterwarnings("error::RuntimeWarning"),  # NumPy's: the server meets no NaN unprepared
+]
 
 FEW = {"prunefl.checks": 1, "flash.stage-epochs": 2, "flash.stage-clients": 1.0}
 

@@ -25,6 +25,8 @@ from ssfl_app.strategies import REGISTRY
 from tests.in_process_grid import Where
 from tests.system.test_fuzz import BOMB, CASES, fuzz, recorded
 
+pytestmark = pytest.mark.narrow
+
 # A client of each kind: what it is asked, which mask it keeps, and what it remembers.
 MINE = ["ssfl", "ssfl-refresh", "ssfl-grasp", "ssfl-force", "local-saliency", "random-local", "fedpm", "prunefl"]
 MINE += ["ditto", "fedfomo-2", "topk-int32", "lotteryfl", "flash-joint", "dispfl"]

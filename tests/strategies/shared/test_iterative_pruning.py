@@ -29,7 +29,7 @@ NAMES = sorted(BASES)
 BITMAP = -(-151072 // 8)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(params=NAMES)
 def played(request: pytest.FixtureRequest) -> Played:
     return play(BASES[request.param])
 
