@@ -59,9 +59,9 @@ ROOMS: dict[str, type] = {
 RESUME_MAY_CHANGE = ("run.out", "run.resume", "engine.actors", "engine.concurrent", "engine.graphs")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Config:
-    """A checked configuration; `flat` is what it was made from."""
+    """A checked configuration; `flat` is what it was made from. It is equal to itself only."""
 
     strategy: str
     settings: Settings
@@ -106,6 +106,12 @@ def parse(flat: Mapping[str, Any]) -> Config:
     own = {name: made[name] for s in REGISTRY.values() for name in s.sections}
     parts = {name: made[name] for name in ("data", "partition", "model", "engine")}
     return Config(strategy, Settings(**shared, own=own), **parts, flat=dict(flat))
+
+
+def with_out(config: Config, folder: Path) -> Config:
+    """Return the configuration with another run.out."""
+    settings = replace(config.settings, run=replace(config.settings.run, out=str(folder)))
+    return replace(config, settings=settings, flat=config.flat | {"run.out": str(folder)})
 
 
 def _fit_to_place(made: dict[str, Any], has_floor: bool) -> None:
