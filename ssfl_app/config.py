@@ -190,6 +190,11 @@ def read_overrides(texts: Iterable[str]) -> Flat:
     return flat
 
 
+def read_given(file: Path | None, overrides: Iterable[str] | None) -> Flat:
+    """Return the keys that a command line gives: those of a file, overridden by `read_overrides`."""
+    return (read_file(file) if file else {}) | read_overrides(overrides or [])
+
+
 def merge(*layers: Mapping[str, Scalar]) -> Flat:
     """Return the defaults overridden by `layers`, later ones first.
 

@@ -5,7 +5,6 @@ somebody else meanwhile.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import re
@@ -20,9 +19,6 @@ from typing import IO
 import psutil
 
 from ssfl_app.files import append
-
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also stops glibc from raising it
-_LARGE_BLOCK = 4 << 20
 
 # Without torch's statistics and its advice to all of its users.
 _MEMORY = re.compile(
@@ -108,16 +104,6 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         file.close()
-
-
-def return_freed_memory() -> None:
-    """Have the C library return freed models to the system at once (glibc; elsewhere nothing happens).
-
-    By default glibc keeps blocks of up to 32 MB for later once one of that size was freed, and a server that holds a
-    model of 45 MB at a time is seen to hold several.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def exit_with_parent() -> None:

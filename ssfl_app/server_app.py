@@ -35,6 +35,7 @@ from ssfl_app.sparsity.layout import load_state
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.text import command, tell
+from ssfl_app.training.malloc import return_freed_memory
 
 app = ServerApp()
 
@@ -52,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     locks.exit_with_parent()
     if engine_name(grid) != "inline":  # where clients train in this process, it would cost them time
-        locks.return_freed_memory()
+        return_freed_memory()
     with naming_memory(fewer_at_once(grid)):
         runtime = get_runtime(dict(context.run_config))
     config = runtime.config

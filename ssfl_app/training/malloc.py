@@ -1,4 +1,4 @@
-"""Memory of a process that trains on a CPU: what a step gives back, the next step gets again.
+"""What this process's C library does with freed memory: kept where a client trains, returned where the server works.
 
 A training step frees the buffers that its next step needs. By its defaults glibc hands that memory back to the system
 after each step, or not, by what happens to lie behind it; coming back, every page costs a fault and is zeroed. Where
@@ -10,7 +10,7 @@ import ctypes
 import functools
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""From malloc.h."""
+"""From malloc.h. Setting one also stops glibc from raising it."""
 
 LARGEST = 32 * 2**20
 """Bytes of the largest buffers that are kept, the most that glibc allows. Larger ones still go back one by one."""
@@ -23,8 +23,20 @@ def keep_heap() -> bool:
     For processes that train, not for a server, where what a message took is to go back. C libraries other than glibc
     are left as they are.
     """
+    return _set(M_MMAP_THRESHOLD, LARGEST) and _set(M_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> bool:
+    """Have blocks of 4 MB or more returned to the system when they are freed; return whether this C library can.
+
+    By default glibc keeps blocks of up to 32 MB for later once one of that size was freed, and a server that holds a
+    model of 45 MB at a time is seen to hold several.
+    """
+    return _set(M_MMAP_THRESHOLD, 4 << 20)
+
+
+def _set(option: int, value: int) -> bool:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return bool(ctypes.CDLL(None).mallopt(option, value))
     except (AttributeError, OSError, TypeError):  # not glibc; not POSIX
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
