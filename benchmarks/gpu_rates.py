@@ -235,7 +235,7 @@ def engine_rate(scale: Scale, data: Path | None, precision: str, at_once: int, d
     before and after and does not hide. `thread_seconds` adds up all threads.
     """
     from ssfl_app import client_app, server_app
-    from ssfl_app.config import merge, read_overrides
+    from ssfl_app.config import merge, parse, read_overrides
     from ssfl_app.simulation.in_process import run_inline
 
     rounds = scale.rounds
@@ -248,7 +248,7 @@ def engine_rate(scale: Scale, data: Path | None, precision: str, at_once: int, d
         out = Path(folder) / "run"
         config = merge(RECIPE, keys, read_overrides([scale.keys]), {"run.out": str(out)})
         began = time.monotonic()
-        run_inline(server_app.app, client_app.app, config)
+        run_inline(server_app.app, client_app.app, parse(config))
         wall = time.monotonic() - began
         records = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
         summary = json.loads((out / "summary.json").read_text())

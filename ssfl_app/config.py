@@ -60,9 +60,9 @@ ROOMS: dict[str, type] = {
 RESUME_MAY_CHANGE = ("run.out", "run.resume", "engine.actors", "engine.concurrent", "engine.graphs")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Config:
-    """A checked configuration; `flat` is what it was made from."""
+    """A checked configuration; `flat` is what it was made from. It is equal to itself only."""
 
     strategy: str
     settings: Settings
@@ -107,6 +107,12 @@ def parse(flat: Mapping[str, Any]) -> Config:
     sections = {name: made[name] for s in REGISTRY.values() for name in s.sections()}
     parts = {name: made[name] for name in ("data", "partition", "model", "engine")}
     return Config(strategy, Settings(**shared, sections=sections), **parts, flat=dict(flat))
+
+
+def with_out(config: Config, folder: Path) -> Config:
+    """Return the configuration with another run.out."""
+    settings = replace(config.settings, run=replace(config.settings.run, out=str(folder)))
+    return replace(config, settings=settings, flat=config.flat | {"run.out": str(folder)})
 
 
 def _fit_to_place(made: dict[str, Any], has_floor: bool) -> None:
@@ -186,6 +192,11 @@ def read_overrides(texts: Iterable[str]) -> Flat:
                 raise ConfigError(f"{key} is {value}; it is a TOML value, strings in quotes: '{value}'") from None
             rest = rest[match.end() :]
     return flat
+
+
+def read_given(file: Path | None, overrides: Iterable[str] | None) -> Flat:
+    """Return the keys that a command line gives: those of a file, overridden by `read_overrides`."""
+    return (read_file(file) if file else {}) | read_overrides(overrides or [])
 
 
 def merge(*layers: Mapping[str, Scalar]) -> Flat:

@@ -129,14 +129,25 @@ class Runtime:
 
 
 _OPENING = threading.Lock()
+_CHECKED: dict[Config, tuple[DataSet, Partition]] = {}
+"""What `check` loaded for the `get_runtime` that follows it in this process: one configuration's at the most."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `get_runtime` is asked for, as a key; `config` is that of `items`, if it was parsed already."""
+
+    items: tuple[tuple[str, Scalar], ...]
+    site: str
+    config: Config | None = field(compare=False)
 
 
 @functools.lru_cache(maxsize=2)
-def _open(items: tuple[tuple[str, Scalar], ...], site: str) -> Runtime:
-    config = configuration.parse(dict(items))
+def _open(asked: _Asked) -> Runtime:
+    config = asked.config or configuration.parse(dict(asked.items))
     torch.set_num_threads(config.engine.threads)
     device = find_device(config.settings.run.device)
-    images, partition = _load(config, site)
+    images, partition = _CHECKED.pop(config) if config in _CHECKED else _load(config, asked.site)
     images = _resident(images, device)
     model = _model(config, images, device)
     return Runtime(config, images, partition, model, Layout.of(model), _trainer(config, images, device))
@@ -166,13 +177,13 @@ def _resident(images: DataSet, device: torch.device) -> DataSet:
     return images.to(device)
 
 
-def get_runtime(flat: configuration.Flat, data_path: str = "") -> Runtime:
-    """Return the workshop of a configuration, made on first use and kept.
+def get_runtime(given: Config | configuration.Flat, data_path: str = "") -> Runtime:
+    """Return the runtime of a configuration, made on first use and kept.
 
     Parameters
     ----------
-    flat : dict
-        The run config.
+    given : Config or dict
+        The configuration, or the run config that it is to be parsed from.
     data_path : str
         Where a client says that the data lie on its machine: the shared set, or its own.
 
@@ -181,10 +192,11 @@ def get_runtime(flat: configuration.Flat, data_path: str = "") -> Runtime:
     ConfigError
         The configuration is bad, its data cannot be read, or there is no GPU where one is asked for.
     """
+    config, flat = (given, given.flat) if isinstance(given, Config) else (None, given)
     if flat.get("data.where") != "sites" and data_path:
-        flat = flat | {"data.path": data_path}
+        config, flat = None, flat | {"data.path": data_path}
     with _OPENING:  # by one thread, for all
-        return _open(tuple(sorted(flat.items())), data_path)
+        return _open(_Asked(tuple(sorted(flat.items())), data_path, config))
 
 
 def _load(config: Config, site: str) -> tuple[DataSet, Partition]:
@@ -248,8 +260,10 @@ def load_federation(config: Config) -> tuple[DataSet, Partition]:
     return images, split(config.partition, *labels, run.clients, run.seed, config.settings.shift)
 
 
-def check(config: Config) -> Layout:
+def check(config: Config, keep: bool = False) -> Layout:
     """Find out whether a configuration can be run, without building its model; return the model's layout.
+
+    With `keep` the data that were loaded for it wait for `get_runtime`.
 
     Raises
     ------
@@ -257,7 +271,10 @@ def check(config: Config) -> Layout:
         Its device, clients at once, data, partition or mask cannot be had.
     """
     check_at_once(config)
-    images, _ = _load(config, "")
+    images, partition = _load(config, "")
+    _CHECKED.clear()
+    if keep:
+        _CHECKED[config] = images, partition
     layout = Layout.of(models.outline(config.model, images.shape[0], images.classes))
     REGISTRY[config.strategy](ServerContext(layout, config.settings))
     return layout

@@ -280,7 +280,7 @@ def run():
     for words in ("engine.concurrent=6", more, all_train):
         rows[words] = said(f"run.clients=18 run.cohort=5 run.rounds=1 {words}")
     try:
-        run_inline(server_app.app, client_app.app, merge(SMALL, {"engine.concurrent": 5}))
+        run_inline(server_app.app, client_app.app, parse(merge(SMALL, {"engine.concurrent": 5})))
     except ConfigError as error:
         rows["api"] = str(error)
     return rows

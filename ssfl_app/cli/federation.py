@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ssfl_app.cli.arguments import ConfigFile, Out, Override, Resume
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 
@@ -143,12 +144,10 @@ def _option(folder: Path) -> str:
 
 @app.command()
 def run(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Keys that differ.")] = None,
-    override: Annotated[
-        list[str] | None, typer.Option("-c", "--config", metavar="KEY=VALUE", help="Further keys.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    config: ConfigFile = None,
+    override: Override = None,
+    out: Out = None,
+    resume: Resume = None,
     folder: Folder = DEFAULT,
 ) -> None:
     """Run a strategy on the nodes, as `ssfl run` does in simulation. Exit code: 0 finished, 1 failed, 2 bad input."""

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from packaging.requirements import Requirement
 
+from ssfl_app.cli.arguments import ConfigFile, Engine, Out, Override, Resume
 from ssfl_app.cli.federation import app as federation_app
 from ssfl_app.cli.study import app as study_app
 from ssfl_app.locks import RunFailed
@@ -26,25 +27,15 @@ app = typer.Typer(
 app.add_typer(study_app, name="study", help="Studies of the SSFL paper: masks, clients.")
 app.add_typer(federation_app, name="federation", help="Real SuperNodes: up, run, status, down; init, node, ...")
 
-ConfigFile = Annotated[
-    Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Keys that differ from the defaults.")
-]
-Override = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-c", "--config", metavar="KEY=VALUE", help="Further keys: \"strategy='random' mask.density=0.05\"."
-    ),
-]
-
 
 @app.command()
 def run(
     config: ConfigFile = None,
     override: Override = None,
     nodes: Annotated[int | None, typer.Option(help="Simulated SuperNodes; sets run.clients.")] = None,
-    engine: Annotated[str, typer.Option(help="inline: without Ray; ray: Flower's simulation.")] = "inline",
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    engine: Engine = "inline",
+    out: Out = None,
+    resume: Resume = None,
 ) -> None:
     """Run a strategy and write a run folder. Exit code: 0 finished, 1 failed or interrupted, 2 bad input."""
     from ssfl_app.simulation.command import run_command
@@ -58,7 +49,7 @@ def compare(
     files: Annotated[list[Path], typer.Argument(metavar="SWEEP.toml...", help="Configurations with [compare].")],
     override: Override = None,
     out: Annotated[Path | None, typer.Option(help="Folder. [default: runs/compare-<name of the file>]")] = None,
-    engine: Annotated[str, typer.Option(help="inline: without Ray; ray: Flower's simulation.")] = "inline",
+    engine: Engine = "inline",
     jobs: Annotated[int, typer.Option(help="Runs that are played at once.")] = 1,
     report_only: Annotated[bool, typer.Option("--report-only", help="Play nothing; compare what is there.")] = False,
 ) -> None:
@@ -80,7 +71,7 @@ def reproduce(
     ] = "published",
     override: Override = None,
     out: Annotated[Path | None, typer.Option(help="Folder. [default: runs/reproduce-<table>-<profile>]")] = None,
-    engine: Annotated[str, typer.Option(help="inline: without Ray; ray: Flower's simulation.")] = "inline",
+    engine: Engine = "inline",
     listed: Annotated[
         bool, typer.Option("--list", help="Play nothing; list the tables, or the rows of one.")
     ] = False,
@@ -131,8 +122,7 @@ def partition(
     from ssfl_app.results.report import partition_table, write_picture
     from ssfl_app.runtime import load_federation
 
-    given = configuration.read_file(config) if config else {}
-    flat = configuration.merge(given, configuration.read_overrides(override or []))
+    flat = configuration.merge(configuration.read_given(config, override))
     parsed = configuration.parse(flat | {"run.cohort": 1})  # cohorts have nothing to do with who holds what
     data, shares = load_federation(parsed)
     for note in data.notes:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssfl_app.cli.arguments import ConfigFile, Override
 from ssfl_app.text import tell
 
 if TYPE_CHECKING:
@@ -22,15 +23,8 @@ Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the picture an
 
 @app.command()
 def masks(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Keys that differ from the defaults.")
-    ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-c", "--config", metavar="KEY=VALUE", help='Further keys: "run.clients=100 mask.density=0.05".'
-        ),
-    ] = None,
+    config: ConfigFile = None,
+    override: Override = None,
     batches: Annotated[
         str, typer.Option(metavar="N,N,...", help="Numbers of minibatches in the mean score.")
     ] = "1,2,4,8,16,32,64,128,256",
@@ -42,8 +36,7 @@ def masks(
     from ssfl_app.experiments.mask_study import read_batches, study_masks
     from ssfl_app.results import study_plots
 
-    given = configuration.read_file(config) if config else {}
-    flat = configuration.merge(given, configuration.read_overrides(override or []))
+    flat = configuration.merge(configuration.read_given(config, override))
     study = study_masks(flat, read_batches(batches), repeats, lambda text: tell(text, error=True))
     sizes = {"cut": study.cut, "drawn": study.drawn}
     title = (

@@ -49,8 +49,7 @@ def run_on(federation: Federation, command: RunArgs) -> None:
 
 def _sizes(federation: Federation, command: RunArgs) -> list[str]:
     """Return run.clients and run.cohort as overrides, where the command does not set them."""
-    given = configuration.read_file(command.file) if command.file else {}
-    given |= configuration.read_overrides(command.overrides)
+    given = configuration.read_given(command.file, command.overrides)
     clients = int(given.get("run.clients", 0)) or len(federation.nodes)
     cohort = min(clients, int(configuration.defaults()["run.cohort"]))
     sizes = {"run.clients": clients, "run.cohort": cohort}

@@ -25,9 +25,9 @@ from ssfl_app.seeding import generator
 
 Indices = npt.NDArray[np.int64]
 Splitter = Callable[[Indices, int, "PartitionOptions", np.random.Generator], list[Indices]]
+"""splitter(labels (N,), K clients, options, generator) -> K arrays of indices into `labels`: every image once, no
+client without one. `split` has made sure that K <= N; all that is random is drawn from the generator."""
 
-# name -> function(labels (N,), clients, options, rng) -> one index array a client: all images, each once,
-# no client without one. `split` has already made sure that there is an image for every client.
 REGISTRY: dict[str, Splitter] = {
     "dirichlet": dirichlet.dirichlet,
     "dirichlet-class": dirichlet.dirichlet_class,

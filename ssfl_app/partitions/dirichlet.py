@@ -17,28 +17,13 @@ _NO_MASS = 1e-200
 def dirichlet(labels: Indices, clients: int, options: "PartitionOptions", rng: np.random.Generator) -> list[Indices]:
     """Deal images to clients of equal size, each with its own prior over the classes.
 
-    Client k draws a prior from Dir(alpha, ..., alpha) over the classes. All places of all clients are then
+    Each gets N // K images, the first N % K clients one more. Client k draws a prior from Dir(alpha, ..., alpha),
+    with alpha of the options, over the classes. All places of all clients are then
     filled in random order: a place takes an image of a class drawn from its client's prior, renormalised
     over the classes that have images left. (DisPFL redraws instead, which can take for ever: with alpha 0.3
     on CIFAR-10 a client was seen with 7e-8 of its prior on what was left.) A client whose prior has nothing
     on what is left draws in proportion to what is left. The last places take what there is, so a client's
     classes are near its prior, not equal to it.
-
-    Parameters
-    ----------
-    labels : int64 ndarray, shape (N,)
-        Class of each image.
-    clients : int
-        K <= N.
-    options : PartitionOptions
-        `alpha` is read.
-    rng : numpy.random.Generator
-        Source of the priors, the order and the draws.
-
-    Returns
-    -------
-    list of K int64 ndarrays
-        Indices into `labels`, N // K or N // K + 1 each (the first clients get the remainder).
 
     References
     ----------
@@ -86,22 +71,6 @@ def dirichlet_class(
 
     The shares of the clients in class c are a draw from Dir(alpha, ..., alpha) over the clients, rounded so
     that every image is used. A client left without an image takes one from the client that has the most.
-
-    Parameters
-    ----------
-    labels : int64 ndarray, shape (N,)
-        Class of each image.
-    clients : int
-        K <= N.
-    options : PartitionOptions
-        `alpha` is read.
-    rng : numpy.random.Generator
-        Source of the shares and of the order inside a class.
-
-    Returns
-    -------
-    list of K int64 ndarrays
-        Indices into `labels`, at least one each.
 
     References
     ----------

@@ -12,22 +12,5 @@ if TYPE_CHECKING:
 def iid(
     labels: npt.NDArray[np.int64], clients: int, options: "PartitionOptions", rng: np.random.Generator
 ) -> list[npt.NDArray[np.int64]]:
-    """Deal shuffled images in equal numbers; the first clients get the remainder.
-
-    Parameters
-    ----------
-    labels : int64 ndarray, shape (N,)
-        Only their number matters.
-    clients : int
-        K <= N.
-    options : PartitionOptions
-        Not used.
-    rng : numpy.random.Generator
-        Source of the shuffle.
-
-    Returns
-    -------
-    list of K int64 ndarrays
-        Indices into `labels`, N // K or N // K + 1 each.
-    """
+    """Deal shuffled images in equal numbers; the first clients get the remainder."""
     return list(np.array_split(rng.permutation(len(labels)), clients))

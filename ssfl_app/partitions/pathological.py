@@ -16,26 +16,10 @@ Indices = npt.NDArray[np.int64]
 def pathological(
     labels: Indices, clients: int, options: "PartitionOptions", rng: np.random.Generator
 ) -> list[Indices]:
-    """Give each client exactly n classes, all classes to equally many clients, every image to one.
+    """Give each client n = `options.classes` classes, all classes to equally many clients, every image to one.
 
     The published codes do otherwise: DisPFL hands the same image to several clients; the SSFL code lists
     all combinations of classes (1.7e13 of them for 10 of 100) and leaves some clients half empty.
-
-    Parameters
-    ----------
-    labels : int64 ndarray, shape (N,)
-        Class of each image.
-    clients : int
-        K.
-    options : PartitionOptions
-        `classes` is n.
-    rng : numpy.random.Generator
-        Source of the deal and of the order inside a class.
-
-    Returns
-    -------
-    list of K int64 ndarrays
-        Indices into `labels`. With classes of one size the clients' sizes are near equal.
 
     Raises
     ------

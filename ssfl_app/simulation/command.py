@@ -26,7 +26,7 @@ def run_command(words: RunArgs) -> None:
 
         config, _ = resolve(words)
         with telling(Path(config.settings.run.out), "run"):
-            run_inline(server_app.app, client_app.app, config.flat)
+            run_inline(server_app.app, client_app.app, config)
     else:
         from ssfl_app.simulation.prepared_run import prepare_run
         from ssfl_app.simulation.ray import Launch

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
 from ssfl_app.comm.node_config import SIMULATED
-from ssfl_app.config import Config, Flat, parse
+from ssfl_app.config import Config, Flat
 from ssfl_app.locks import naming_memory
 from ssfl_app.runtime import check_at_once, get_runtime, gpu_notes, most_at_once
 from ssfl_app.simulation.worker_pool import SERVER, call_client_app, crew, set_task_identity
@@ -159,7 +159,7 @@ class InlineGrid(Grid):
         return call_client_app(self._app, message, self._contexts[message.metadata.dst_node_id])
 
 
-def run_inline(server: ServerApp, client: ClientApp, config: Flat) -> None:
+def run_inline(server: ServerApp, client: ClientApp, config: Config) -> None:
     """Run both apps in this process.
 
     Raises
@@ -167,20 +167,20 @@ def run_inline(server: ServerApp, client: ClientApp, config: Flat) -> None:
     ConfigError, RunFailed
         What the ServerApp raises; engine.concurrent is more than this GPU is given; memory ran out.
     """
-    nodes = {1000 + i: i for i in range(int(config["run.clients"]))}
-    context = Context(run_id=1, node_id=SERVER, node_config={}, state=RecordDict(), run_config=dict(config))
-    check_at_once(parse(config))
+    nodes = {1000 + i: i for i in range(config.settings.run.clients)}
+    context = Context(run_id=1, node_id=SERVER, node_config={}, state=RecordDict(), run_config=dict(config.flat))
+    check_at_once(config)
     with naming_memory("try a smaller model or data set"):
-        shop = get_runtime(dict(config))  # before anything is forked: all processes share it
-    on_gpu = shop.trainer.device.type == "cuda"
-    at_once = clients_at_once(shop.config, shop.room() if on_gpu else None)
+        runtime = get_runtime(config)  # before anything is forked: all processes share it
+    on_gpu = runtime.trainer.device.type == "cuda"
+    at_once = clients_at_once(config, runtime.room() if on_gpu else None)
     where = "threads on a GPU" if on_gpu else "processes" if at_once > 1 else "this process"
     tell(f"engine inline: {at_once} client(s) at once, in {where}")
-    for note in gpu_notes(shop.config):
+    for note in gpu_notes(config):
         tell(note)
     with contextlib.ExitStack() as stack:
         app: Answer = client if on_gpu or at_once == 1 else stack.enter_context(crew(client, at_once))
-        grid = InlineGrid(app, config, nodes, concurrent=at_once)
+        grid = InlineGrid(app, config.flat, nodes, concurrent=at_once)
         stack.callback(grid.close)
         server(grid, context)
 

@@ -61,12 +61,12 @@ def resolve(words: RunArgs) -> tuple[Config, Layout]:
     config = configuration.parse(flat)
     if config.data.where == "sites" and words.engine in ENGINES:
         raise ConfigError("data.where is 'sites'; own data need real SuperNodes: ssfl federation run, or flwr run")
-    layout = check(config)
-    where = flat["run.out"] or default_folder(config.strategy, config.data.name)
-    folder = absolute("run.out", where)
+    folder = absolute("run.out", flat["run.out"] or default_folder(config.strategy, config.data.name))
+    config = configuration.with_out(config, folder)
+    layout = check(config, keep=words.engine == "inline")
     if words.resume is None:
         check_free(folder)
-    return configuration.parse(flat | {"run.out": str(folder)}), layout
+    return config, layout
 
 
 def absolute(key: str, path: object) -> Path:

@@ -10,7 +10,7 @@ import ctypes
 import functools
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""From malloc.h."""
+"""From malloc.h. Setting one also stops glibc from raising it."""
 
 LARGEST = 32 * 2**20
 """Bytes of the largest buffers that are kept, the most that glibc allows. Larger ones still go back one by one."""

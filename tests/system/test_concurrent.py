@@ -230,7 +230,7 @@ def test_more_at_once_than_is_safe_on_a_gpu_is_refused_by_name(monkeypatch, tmp_
         lambda: check_at_once(parse(flat)),
         lambda: resolve(RunArgs(tmp_path / "run.toml", [], None, "inline", tmp_path / "out", None)),
         lambda: check_all(plan.runs),
-        lambda: run_inline(None, None, flat),
+        lambda: run_inline(None, None, parse(flat)),
     ):
         with pytest.raises(ConfigError, match=rf"engine\.concurrent is \d+; on a GPU it is at most {most}:"):
             door()
@@ -330,7 +330,7 @@ def test_the_engine_ends_its_threads_with_the_run():
 
     before = threading.active_count()
     with pytest.raises(RunFailed, match="it is over"):
-        run_inline(server, echo(lambda node: node), merge(SMALL, {"engine.concurrent": 3}))
+        run_inline(server, echo(lambda node: node), parse(merge(SMALL, {"engine.concurrent": 3})))
     assert grids[0].concurrent == 3
     assert threading.active_count() == before
 
@@ -416,5 +416,5 @@ def test_the_inline_engine_forks_on_a_cpu():
         replies = grid.send_and_receive([letter(grid, node) for node in (1000, 1001, 1002)])
         assert os.getpid() not in {said(reply) for reply in replies}
 
-    run_inline(server, echo(lambda node: os.getpid()), merge(SMALL, {"engine.concurrent": 3}))
+    run_inline(server, echo(lambda node: os.getpid()), parse(merge(SMALL, {"engine.concurrent": 3})))
     assert grids[0].concurrent == 3

@@ -37,3 +37,4 @@ def test_glibc_takes_it() -> None:
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: object())
     assert malloc.keep_heap.__wrapped__() is False
+    assert malloc.return_freed_memory() is False
