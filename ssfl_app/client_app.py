@@ -1,4 +1,4 @@
-"""Flower's client door: a NumPyClient, served through the Message API.
+"""Flower's ClientApp: a NumPyClient, served through the Message API.
 
 `SparseClient` speaks NumPy: arrays in, arrays out. In a training round of SSFL these arrays are the alive values and
 nothing else. `serve` is the adapter that lets strategies of the Message API drive such a client.
@@ -63,7 +63,7 @@ class SparseClient(NumPyClient):
         }
 
     def fit(self, parameters: NDArrays, config: dict[str, Any]) -> tuple[NDArrays, int, dict[str, Any]]:
-        """Train, or answer ``config["question"]``; return arrays, samples and facts."""
+        """Train, or answer ``config["question"]``; return arrays, samples and metadata."""
         payload, trainer = _payload(parameters, config), self.rule.context.trainer
         passes, looks = trainer.passes, trainer.looks
         try:
@@ -76,7 +76,7 @@ class SparseClient(NumPyClient):
         return list(reply.arrays.values()), int(reply.metadata["samples"]), metadata
 
     def evaluate(self, parameters: NDArrays, config: dict[str, Any]) -> tuple[float, int, dict[str, Any]]:
-        """Test the model on this client's own test images; return loss, samples and facts."""
+        """Test the model on this client's own test images; return loss, samples and metadata."""
         passes = self.rule.context.trainer.passes
         try:
             metadata = self.rule.evaluate(_payload(parameters, config))
@@ -126,7 +126,7 @@ def serve(client: NumPyClient, message: Message, packer: PayloadEncoder | None =
 
 
 def handle(message: Message, context: Context) -> Message:
-    """Answer a message as the client that this node is. This is the one door through which errors leave a node.
+    """Answer a message as the client that this node is. Errors leave a node through here only.
 
     Raises
     ------

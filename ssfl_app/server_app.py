@@ -1,4 +1,4 @@
-"""Flower's server door: read the configuration, build the strategy, start it, and write the run folder."""
+"""Flower's ServerApp: reads the configuration, builds the strategy, starts it, and writes the run folder."""
 
 import contextlib
 import functools
@@ -106,7 +106,7 @@ def check_folder(folder: Path, flat: Flat) -> None:
 
 
 def conduct(grid: Grid, runtime: Runtime, recorder: Recorder, strategy: SparseStrategy) -> None:
-    """Play a run, new or resumed, from the first greeting to the report."""
+    """Play a run, new or resumed, from the handshake to the report."""
     config, run = runtime.config, runtime.config.settings.run
     strategy.callback = RecordingCallback(recorder, runtime)
     if not runtime.own:

@@ -1,4 +1,4 @@
-"""Folds of replies that an algorithm's `fold` can take. None depends on the order of arrival.
+"""Means of replies that an algorithm's `aggregate` can take. None depends on the order of arrival.
 
 ==============  =========================================================  =================================
 fold            of a coordinate                                            used by

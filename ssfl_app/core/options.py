@@ -1,4 +1,4 @@
-"""Options that every strategy shares, a frozen dataclass for each room of the configuration."""
+"""Options that every strategy shares, a frozen dataclass for each section of the configuration."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from ssfl_app.training.trainer import LocalOptions
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Keys of the room ``run``."""
+    """Keys of the section ``run``."""
 
     clients: int = at_least(1)
     cohort: int = at_least(1)
@@ -34,7 +34,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """Keys of the room ``mask``."""
+    """Keys of the section ``mask``."""
 
     density: float = fraction()
     scope: str = choice("global", "layer")
@@ -43,7 +43,7 @@ class MaskOptions:
 
 @dataclass(frozen=True)
 class WireOptions:
-    """Keys of the room ``wire``."""
+    """Keys of the section ``wire``."""
 
     down_values: str = choice(*VALUE_TYPES)
     up_values: str = choice(*VALUE_TYPES)
@@ -54,7 +54,7 @@ class WireOptions:
 
 @dataclass(frozen=True)
 class FailureOptions:
-    """Keys of the room ``failures``."""
+    """Keys of the section ``failures``."""
 
     min_ok_fraction: float = fraction()
     norm_factor: float = option("0 or a number of at least 1", lambda value: value == 0 or 1 <= value < math.inf)
@@ -62,7 +62,7 @@ class FailureOptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a strategy and its clients are told; `own` holds the rooms of single strategies by name."""
+    """The options of a strategy and its clients; `own` holds the sections of single strategies by name."""
 
     run: RunOptions
     mask: MaskOptions

@@ -1,4 +1,4 @@
-"""The course of a run: greet, set up, then rounds of training and evaluation, each told as one record."""
+"""Plays the rounds of a run: handshake, queries, training and evaluation; each round becomes one record."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ class Query(Protocol):
     ) -> Iterator[Reply]:
         """Yield the good replies as they come; take all of them.
 
-        Without a parcel the question is about the weights of this moment: it states their digest as the fact
+        Without a parcel the question is about the weights of this moment: it states their digest as the entry
         "weights", and a client that makes others from the seed asks for them. A parcel may state it as well.
         """
 
@@ -88,12 +88,12 @@ class RoundLoop:
     ----------
     strategy : _Algorithm
         Whose hooks are called.
-    post : Post
-        The strategy's post room.
+    post : Messenger
+        The strategy's messenger.
     grid : Grid
         Flower's.
     configs : pair of ConfigRecord
-        Further facts of training and evaluation messages.
+        Further metadata of training and evaluation messages.
     evaluate_fn : callable, optional
         Flower's central evaluation.
     """

@@ -1,8 +1,8 @@
-"""The server's half of an algorithm: hooks, whose defaults are FedAvg's.
+"""`SparseStrategy`, the server side of an algorithm: hooks whose defaults are FedAvg's.
 
 The base does once what Flower leaves open: cohorts that depend on (seed, round) only and are the same for every
-strategy, streamed folds, and going on after an interruption. The order of events is the affair of `course`, what
-crosses the wire that of `post`, and what a client does that of `rule`.
+strategy, streamed aggregation, and going on after an interruption. The round loop is in `rounds`, messages are
+in `ssfl_app.comm.messenger`, the client side is in `client`.
 """
 
 import functools
@@ -51,10 +51,10 @@ class SparseStrategy(Strategy):
     name : str
         In the registry, the configuration and all tables.
     client : type of ClientAlgorithm
-        The other half; its codecs are this half's codecs.
-    rooms : mapping
-        Configuration rooms that only this strategy has: name -> options dataclass.
-    everyone : bool
+        The client side; its codecs are those of the strategy.
+    sections : mapping
+        Sections of the configuration that only this strategy has: name -> options dataclass.
+    full_participation : bool
         Whether every client trains in every round, as peers without a server do.
     uses_density : bool
         Whether mask.density changes anything.
@@ -74,7 +74,7 @@ class SparseStrategy(Strategy):
     update_norms : dict of int to float
         Length of each update that came in the last round (`update_norm`), of refused ones too: with the default fold,
         or with failures.norm-factor.
-    watch : Watch or None
+    callback : RunCallback or None
         Sees the run go by.
     workbench, image_shape : nn.Module or None, tuple of int
         A model of this layout that the server may compute with, holding any weights, and (channels, height, width)
@@ -116,7 +116,7 @@ class SparseStrategy(Strategy):
         self.personal_accuracy: dict[int, float] = {}
         self.losses: dict[int, float] = {}
         self.update_norms: dict[int, float] = {}
-        self._next_round = 0  # 0: setup is still to come
+        self._next_round = 0  # 0: `before_training` is still to come
         self._encoded: tuple[State, Mask, Arrays] | None = None
         self._there: tuple[State, Mask, list[Vector]] | None = None  # what `state` has where replies carry values
         self._since = np.zeros(settings.run.clients, dtype=np.int64)  # client -> last round it answered well in
@@ -251,7 +251,7 @@ class SparseStrategy(Strategy):
         return range(self.settings.shift.present(self.settings.run.clients, round_))
 
     def state_dict(self) -> Arrays:
-        """Return all that `restore` needs, as flat arrays."""
+        """Return all that `load_state_dict` needs, as flat arrays."""
         kept: Arrays = {"state": self.layout.flatten(self.state), "mask": self.mask.packed(), "since": self._since}
         return kept if self._residual is None else kept | {"residual": self._residual}
 

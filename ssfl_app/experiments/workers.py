@@ -17,7 +17,7 @@ from typing import Protocol
 from ssfl_app.simulation.processes import short_folder
 
 COMMAND = "ssfl_app.cli.main:main"
-"""What a worker starts, as pyproject.toml names it: the command `ssfl`, which lies above this floor."""
+"""What a worker starts, as pyproject.toml names it: the command `ssfl`, which is in a higher folder."""
 
 _PRELOADED = (
     "ssfl_app.cli.main",

@@ -1,4 +1,4 @@
-"""The course of a run: discovery, then rounds of training and evaluation, each told as one record."""
+"""Plays the rounds of a run: discovery, training and evaluation; each round becomes one record."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator

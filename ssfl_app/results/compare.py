@@ -1,7 +1,7 @@
 """Many runs as one comparison: means over seeds with 95 % intervals, and paired tests against a baseline.
 
 A row is a strategy at a density, with one run a seed; a table holds the rows that agree on all further axes.
-Accuracies are fractions in [0, 1], sizes bytes. How it looks is the affair of `compare_page`.
+Accuracies are fractions in [0, 1], sizes bytes. `compare_page` says how it looks.
 """
 
 import math

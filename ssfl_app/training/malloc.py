@@ -1,4 +1,4 @@
-"""Memory of a process that trains on a CPU: what a step gives back, the next step gets again.
+"""Lets a process that trains on a CPU keep freed memory: what a step gives back, the next step gets again.
 
 A training step frees the buffers that its next step needs. By its defaults glibc hands that memory back to the system
 after each step, or not, by what happens to lie behind it; coming back, every page costs a fault and is zeroed. Where
