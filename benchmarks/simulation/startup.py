@@ -1,7 +1,7 @@
 """Start-up: what the command takes beside its rounds, `ssfl run` against a bare `flwr run` of the stock app.
 
 A bare run's ServerApp begins round 1 while Ray and its actors are still starting; `ssfl run` begins it when all
-clients have answered a handshake, Ray is up and its actors have imported torch. Both readings are recorded and judged:
+clients have answered a greeting, Ray is up and its actors have imported torch. Both readings are recorded and judged:
 the moment at which round 1 begins, and the end of round 1 less a typical round: by how much does everything that is
 not a round delay the rounds?
 """

@@ -9,8 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssfl_app.comm import handshake
-from ssfl_app.comm import membership
+from ssfl_app.comm import handshake, membership
 from ssfl_app.comm.handshake import Handshake, read_handshake
 from ssfl_app.comm.membership import Claim, ClientRegistry
 from ssfl_app.comm.payload import Payload, PayloadEncoder
