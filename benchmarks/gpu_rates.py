@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from ssfl_app.data import readers
-from ssfl_app.data.cache import Raw
+from ssfl_app.data.cache import ArrayDataset
 from ssfl_app.data.dataset import Images, Transform
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.models import ModelOptions, create
 from ssfl_app.training.trainer import LocalOptions, LocalTrainer
 
-RECIPE = {  # of the paper; the room local has its values by default
+RECIPE = {  # of the paper; the section local has its values by default
     "strategy": "ssfl",
     "data.name": "cifar10",
     "model.name": "resnet18",
@@ -155,7 +155,7 @@ def synthetic(scale: Scale) -> None:
         noise(scale.clients * scale.images, scale.side, 1),
         noise(20 * scale.clients, scale.side, 2),
     )
-    raw = Raw(train, labels, test, test_labels, tuple(f"class {i}" for i in range(10)), *MOMENTS)
+    raw = ArrayDataset(train, labels, test, test_labels, tuple(f"class {i}" for i in range(10)), *MOMENTS)
     readers.READERS["cifar10"] = lambda path, download, size: raw
 
 

@@ -1,4 +1,4 @@
-"""Flower's entry point of a client: a NumPyClient, which answers messages of the Message API.
+"""Flower's ClientApp: a NumPyClient, served through the Message API.
 
 `SparseClient` speaks NumPy: arrays in, arrays out. In a training round of SSFL these arrays are the alive values and
 nothing else. `serve` takes a message apart for it and writes its answer as one.
@@ -138,7 +138,7 @@ def serve(
 
 
 def handle(message: Message, context: Context) -> Message:
-    """Answer a message as the client that this node is. This is the one door through which errors leave a node.
+    """Answer a message as the client that this node is. Errors leave a node through here only.
 
     Raises
     ------

@@ -31,7 +31,7 @@ Flat = dict[str, Scalar]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Keys of the room ``engine``: how a run is executed.
+    """Keys of the section ``engine``: how a run is executed.
 
     Threads and precision change the bits of its results, the others never do.
     """
@@ -43,7 +43,7 @@ class EngineOptions:
     graphs: bool = anything("true or false")
 
 
-ROOMS: dict[str, type] = {
+SECTIONS: dict[str, type] = {
     "run": RunOptions,
     "mask": MaskOptions,
     "local": LocalOptions,
@@ -81,18 +81,18 @@ def parse(flat: Mapping[str, Any]) -> Config:
     ConfigError
         Unknown or missing key, wrong type, a value out of range, or values that do not fit together.
     """
-    rooms: dict[str, dict[str, Scalar]] = {name: {} for name in ROOMS}
+    tables: dict[str, dict[str, Scalar]] = {name: {} for name in SECTIONS}
     for key, value in flat.items():
         name, _, rest = key.partition(".")
         if key == "strategy":
             continue
-        if name not in rooms or not rest:
-            raise not_a_key(key, defaults(), f"keys are strategy and those of {', '.join(rooms)}")
-        rooms[name][rest] = value
+        if name not in tables or not rest:
+            raise not_a_key(key, defaults(), f"keys are strategy and those of {', '.join(tables)}")
+        tables[name][rest] = value
     strategy = flat.get("strategy")
     if not isinstance(strategy, str) or strategy not in REGISTRY:
         raise ConfigError(f"strategy is {strategy!r}; it is one of {', '.join(REGISTRY)}")
-    made: dict[str, Any] = {name: build(room, name, rooms[name]) for name, room in ROOMS.items()}
+    made: dict[str, Any] = {name: build(section, name, tables[name]) for name, section in SECTIONS.items()}
     run = made["run"]
     if run.cohort > run.clients:
         raise ConfigError(
@@ -116,7 +116,7 @@ def with_out(config: Config, folder: Path) -> Config:
 
 
 def _fit_to_place(made: dict[str, Any], has_floor: bool) -> None:
-    """Give options that depend on whose data are trained on their values: others' word is not one's own partition."""
+    """Give options that depend on where the data are their values: what a site says of itself may be false."""
     sites = made["data"].where == "sites"
     if made["ssfl"].score_fold == "auto":
         made["ssfl"] = replace(made["ssfl"], score_fold="normalised" if sites else "mean")
@@ -217,14 +217,14 @@ def merge(*layers: Mapping[str, Scalar]) -> Flat:
 
 
 def write_toml(flat: Mapping[str, Scalar]) -> str:
-    """Return the keys as TOML with a table per room."""
+    """Return the keys as TOML with a table per section."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
-        room, _, rest = key.partition(".")
+        section, _, rest = key.partition(".")
         if rest:
-            nested.setdefault(room, {})[rest] = value
+            nested.setdefault(section, {})[rest] = value
         else:
-            nested[room] = value
+            nested[section] = value
     return tomli_w.dumps(nested)
 
 

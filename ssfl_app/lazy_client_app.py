@@ -1,7 +1,7 @@
-"""The ClientApp that Flower loads: the client's door, which imports torch when the first message comes.
+"""The ClientApp that Flower loads; it imports torch when the first message comes.
 
-In a simulation Flower loads the ClientApp in the server's process and starts Ray after that, one after the other: the
-door opens at once, so Ray starts while the ServerApp imports torch.
+In a simulation Flower loads the ClientApp in the server's process and starts Ray after that, one after the other:
+this one loads at once, so Ray starts while the ServerApp imports torch.
 """
 
 import contextlib

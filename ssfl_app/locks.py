@@ -33,7 +33,7 @@ LATER = "SSFL_LATER"
 """Environment variable: a JSON file of further ones, which the launcher did not know yet when it started Flower."""
 
 REGISTERED = "SSFL_REGISTERED"
-"""Environment variable of a SuperLink: the file that says which node holds which place in a run."""
+"""Environment variable of a SuperLink: the file that says which node is which client in a run."""
 
 
 def try_lock(path: Path) -> IO[str] | None:

@@ -1,4 +1,4 @@
-"""Checked options: a frozen dataclass per room of the configuration, each field with what it allows.
+"""Checked options: a frozen dataclass per section of the configuration, each field with what it allows.
 
 The dataclasses carry types and ranges but no defaults: those are written once, in
 ``[tool.flwr.app.config]`` of ``pyproject.toml``.
@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 
 class PrivateError(ConfigError):
-    """Its text names what is a site's own affair, a file or a folder; `public` says the same without them."""
+    """Its text names files or folders of a site, which no server may see; `public` says the same without them."""
 
     def __init__(self, text: str, public: str) -> None:
         super().__init__(text, public)  # both: an exception that crosses to another process is made anew of these
@@ -41,7 +41,7 @@ class PrivateError(ConfigError):
 
     @property
     def public(self) -> str:
-        """What may be told to a server."""
+        """The text that a server may get."""
         return str(self.args[1])
 
 
@@ -100,17 +100,17 @@ def not_a_key(key: str, known: Collection[str], rule: str) -> ConfigError:
     return ConfigError(f"{key} is not a key; {f'did you mean {near[0]}?' if near else rule}")
 
 
-def build(room: type[T], name: str, values: Mapping[str, Scalar]) -> T:
-    """Return the options of one room from its keys, or say what is wrong with the first bad one.
+def build(section: type[T], name: str, values: Mapping[str, Scalar]) -> T:
+    """Return the options of one section from its keys, or say what is wrong with the first bad one.
 
     Parameters
     ----------
-    room : type
+    section : type
         A frozen dataclass whose fields were made by the functions above.
     name : str
-        The room's name in the configuration, e.g. ``"mask"``; "" for the top level.
+        The section's name in the configuration, e.g. ``"mask"``; "" for the top level.
     values : mapping
-        Kebab-case keys without the room's name.
+        Kebab-case keys without the section's name.
 
     Raises
     ------
@@ -118,12 +118,12 @@ def build(room: type[T], name: str, values: Mapping[str, Scalar]) -> T:
         Unknown or missing key, wrong type, or a value out of range.
     """
     prefix = f"{name}." if name else ""
-    known = {f.name.replace("_", "-"): f for f in fields(room)}  # type: ignore[arg-type]
+    known = {f.name.replace("_", "-"): f for f in fields(section)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
             names = [prefix + option for option in known]
             raise not_a_key(prefix + key, names, f"{name or 'the top level'} has {', '.join(known)}")
-    types = get_type_hints(room)
+    types = get_type_hints(section)
     made: dict[str, Any] = {}
     for key, spec in known.items():
         if key not in values:
@@ -138,4 +138,4 @@ def build(room: type[T], name: str, values: Mapping[str, Scalar]) -> T:
         if not spec.metadata["check"](value):
             raise ConfigError(f"{prefix}{key} is {value!r}; it is {spec.metadata['allowed']}")
         made[spec.name] = value
-    return room(**made)
+    return section(**made)

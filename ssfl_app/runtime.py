@@ -1,8 +1,8 @@
-"""What a process sets up once: data, partition, model. Both doors work with it.
+"""Sets up, once a process, what both apps work with: data, partition, model.
 
-In simulation one process serves many clients and many messages, so the workshop is kept between them; in deployment
+In simulation one process serves many clients and many messages, so the runtime is kept between them; in deployment
 each message has a fresh process and it is opened once there. Threads that serve clients at the same time share data
-and partition, and each has a bench of its own: what a message writes to.
+and partition, and each has a `WorkerState` of its own: what a message writes to.
 """
 
 import functools
@@ -50,7 +50,7 @@ class Runtime:
     """Data, partition, model and trainer of one configuration.
 
     Where each site has data of its own, `data` are those of this one, or the server's test set, and the one share of
-    `partition` is all of them. `model` and `trainer` are those of the thread that opened the workshop.
+    `partition` is all of them. `model` and `trainer` are those of the thread that made the runtime.
     """
 
     config: Config
@@ -66,7 +66,7 @@ class Runtime:
 
     @property
     def bench(self) -> WorkerState:
-        """The bench of the calling thread; it is made on first use and goes with its thread."""
+        """The worker state of the calling thread; it is made on first use and goes with its thread."""
         if not hasattr(self._threads, "bench"):
             device = self.trainer.device
             torch.set_num_threads(self.config.engine.threads)  # OpenMP keeps this number for each thread

@@ -1,4 +1,4 @@
-"""Arrays and facts in a safetensors file with a digest of both, so that damage is noticed when it is read back."""
+"""Writes arrays and metadata to a safetensors file with a digest of both, and reads them back unless damaged."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ class Damaged(ValueError):
 
 
 def write_sealed(path: Path, metadata: Mapping[str, Any], arrays: Arrays) -> None:
-    """Write facts, which JSON can hold, and arrays, atomically."""
+    """Write metadata, which JSON can hold, and arrays, atomically."""
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     write_atomically(path, lambda file: safe_numpy.save_file(whole, file, metadata=_metadata(metadata, whole)))
 
@@ -33,7 +33,7 @@ def sealed(metadata: Mapping[str, Any], arrays: Arrays) -> bytes:
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Return facts and arrays of a file.
+    """Return metadata and arrays of a file.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]
 
 
 def unsealed(content: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Return facts and arrays of the content of such a file.
+    """Return metadata and arrays of the content of such a file.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Flower's server door: read the configuration, build the strategy, start it, and write the run folder."""
+"""Flower's ServerApp: reads the configuration, builds the strategy, starts it, and writes the run folder."""
 
 import contextlib
 import functools

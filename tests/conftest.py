@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from ssfl_app.data.readers import READERS, Raw, digits
+from ssfl_app.data.readers import READERS, ArrayDataset, digits
 from ssfl_app.training import models
 
 torch.set_num_threads(1)
 
 
-def few_digits(path: str, download: bool, image_size: int) -> Raw:
+def few_digits(path: str, download: bool, image_size: int) -> ArrayDataset:
     """Read every second digit: a run costs half, and still learns something."""
     raw = digits(path, download, image_size)
     train, test = np.arange(0, len(raw.train), 2), np.arange(0, len(raw.test), 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssfl_app.config import (
-    ROOMS,
+    SECTIONS,
     defaults,
     first_clash,
     merge,
@@ -23,7 +23,7 @@ from ssfl_app.strategies import REGISTRY
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class Section:
     how_many: int = at_least(1)
     share: float = fraction()
     rate: float = above(0)
@@ -36,11 +36,11 @@ GOOD = {"how-many": 3, "share": 0.5, "rate": 0.1, "kind": "red", "on": True, "ev
 
 
 def test_a_room_is_built_of_its_keys():
-    assert build(Room, "room", GOOD) == Room(3, 0.5, 0.1, "red", True, 4)
+    assert build(Section, "zoo", GOOD) == Section(3, 0.5, 0.1, "red", True, 4)
 
 
 def test_a_whole_number_is_taken_for_a_float_and_becomes_one():
-    made = build(Room, "room", GOOD | {"how-many": 1, "share": 1, "rate": 2})  # the limits are allowed
+    made = build(Section, "zoo", GOOD | {"how-many": 1, "share": 1, "rate": 2})  # the limits are allowed
     assert (made.how_many, made.share, made.rate) == (1, 1.0, 2.0)
     assert type(made.share) is type(made.rate) is float
 
@@ -48,40 +48,40 @@ def test_a_whole_number_is_taken_for_a_float_and_becomes_one():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"colour": 1}, "room.colour is not a key; room has how-many, share, rate, kind, on, even"),
-        ({"how_many": 1}, "room.how_many is not a key; did you mean room.how-many?"),
-        ({"share": None}, "room.share is missing; it is a fraction in (0, 1]"),
-        ({"how-many": 0}, "room.how-many is 0; it is a number of at least 1"),
-        ({"how-many": 3.0}, "room.how-many is 3.0; it is a number of at least 1 (int, not float)"),
-        ({"how-many": True}, "room.how-many is True; it is a number of at least 1 (int, not bool)"),
-        ({"how-many": "3"}, "room.how-many is '3'; it is a number of at least 1 (int, not str)"),
-        ({"share": 0}, "room.share is 0.0; it is a fraction in (0, 1]"),
-        ({"share": 1.01}, "room.share is 1.01; it is a fraction in (0, 1]"),
-        ({"share": float("nan")}, "room.share is nan; it is a fraction in (0, 1]"),
-        ({"share": True}, "room.share is True; it is a fraction in (0, 1] (float, not bool)"),
-        ({"share": "0.5"}, "room.share is '0.5'; it is a fraction in (0, 1] (float, not str)"),
-        ({"rate": 0.0}, "room.rate is 0.0; it is a number above 0"),
-        ({"rate": [0.1]}, "room.rate is [0.1]; it is a number above 0 (float, not list)"),
-        ({"kind": "blue"}, "room.kind is 'blue'; it is one of red, green"),
-        ({"kind": 1}, "room.kind is 1; it is one of red, green (str, not int)"),
-        ({"on": 1}, "room.on is 1; it is true or false (bool, not int)"),
-        ({"even": 5}, "room.even is 5; it is an even number"),
+        ({"colour": 1}, "zoo.colour is not a key; zoo has how-many, share, rate, kind, on, even"),
+        ({"how_many": 1}, "zoo.how_many is not a key; did you mean zoo.how-many?"),
+        ({"share": None}, "zoo.share is missing; it is a fraction in (0, 1]"),
+        ({"how-many": 0}, "zoo.how-many is 0; it is a number of at least 1"),
+        ({"how-many": 3.0}, "zoo.how-many is 3.0; it is a number of at least 1 (int, not float)"),
+        ({"how-many": True}, "zoo.how-many is True; it is a number of at least 1 (int, not bool)"),
+        ({"how-many": "3"}, "zoo.how-many is '3'; it is a number of at least 1 (int, not str)"),
+        ({"share": 0}, "zoo.share is 0.0; it is a fraction in (0, 1]"),
+        ({"share": 1.01}, "zoo.share is 1.01; it is a fraction in (0, 1]"),
+        ({"share": float("nan")}, "zoo.share is nan; it is a fraction in (0, 1]"),
+        ({"share": True}, "zoo.share is True; it is a fraction in (0, 1] (float, not bool)"),
+        ({"share": "0.5"}, "zoo.share is '0.5'; it is a fraction in (0, 1] (float, not str)"),
+        ({"rate": 0.0}, "zoo.rate is 0.0; it is a number above 0"),
+        ({"rate": [0.1]}, "zoo.rate is [0.1]; it is a number above 0 (float, not list)"),
+        ({"kind": "blue"}, "zoo.kind is 'blue'; it is one of red, green"),
+        ({"kind": 1}, "zoo.kind is 1; it is one of red, green (str, not int)"),
+        ({"on": 1}, "zoo.on is 1; it is true or false (bool, not int)"),
+        ({"even": 5}, "zoo.even is 5; it is an even number"),
     ],
 )
 def test_what_is_wrong_with_a_key_is_said_in_one_line(change, message):
     values = {key: value for key, value in (GOOD | change).items() if value is not None}
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        build(Room, "room", values)
+        build(Section, "zoo", values)
 
 
 def test_the_top_level_has_no_name():
     with pytest.raises(ConfigError, match=re.escape("colour is not a key; the top level has how-many, share")):
-        build(Room, "", GOOD | {"colour": 1})
+        build(Section, "", GOOD | {"colour": 1})
 
 
 def test_a_whole_number_too_large_for_a_float_is_refused():
-    with pytest.raises(ConfigError, match=r"room\.rate is"):
-        build(Room, "room", GOOD | {"rate": 10**400})
+    with pytest.raises(ConfigError, match=r"zoo\.rate is"):
+        build(Section, "zoo", GOOD | {"rate": 10**400})
 
 
 def test_the_defaults_are_a_configuration_with_a_room_for_every_strategy():
@@ -113,15 +113,15 @@ def test_every_strategy_runs_on_the_defaults(strategy):
 
 def test_every_default_stands_in_pyproject_and_nowhere_else():
     keys = {"strategy"}
-    for name, room in ROOMS.items():
-        for spec in dataclasses.fields(room):
+    for name, section in SECTIONS.items():
+        for spec in dataclasses.fields(section):
             assert spec.default is dataclasses.MISSING, f"{name}.{spec.name}"
             assert spec.default_factory is dataclasses.MISSING, f"{name}.{spec.name}"
             assert spec.metadata["allowed"], f"{name}.{spec.name}"
             keys.add(f"{name}.{spec.name}".replace("_", "-"))
     assert set(defaults()) == keys
     table = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    assert {f"{name}.{key}" for name in ROOMS for key in table[name]} | {"strategy"} == keys
+    assert {f"{name}.{key}" for name in SECTIONS for key in table[name]} | {"strategy"} == keys
     assert (app_folder() / "pyproject.toml").samefile(Path(__file__).parents[1] / "pyproject.toml")
 
 

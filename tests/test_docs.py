@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from ssfl_app import partitions
-from ssfl_app.config import ROOMS as SECTIONS
-from ssfl_app.config import defaults
+from ssfl_app.config import SECTIONS, defaults
 from ssfl_app.core.robust import FOLDS
 from ssfl_app.data.readers import OWN, READERS
 from ssfl_app.sparsity.values import VALUE_TYPES
@@ -19,7 +18,10 @@ from ssfl_app.training import models
 from ssfl_app.training.step import PRECISIONS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *(page for f in ("docs", "deploy", "examples") for page in sorted((ROOT / f).rglob("*.md"))),
+]
 FOLDERS = ("ssfl_app", "tests", "benchmarks", "configs", "deploy", "docs", "examples")
 FILES = [
     file.relative_to(ROOT).as_posix()
@@ -30,8 +32,11 @@ FILES = [
 
 def code_of(page: Path) -> list[str]:
     """What stands between backticks, outside of blocks of code."""
-    prose = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return re.findall(r"`([^`\n]+)`", prose)
+    return re.findall(r"`([^`\n]+)`", prose_of(page))
+
+
+def prose_of(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 class Source:
@@ -86,6 +91,8 @@ def source() -> Source:
     return Source()
 
 
+FEW = "few-digits"  # of tests/conftest.py
+
 # What Flower, torch and others call their own.
 FOREIGN = {
     *("PushMessages", "PushObject", "ArrayChunk", "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES", "add_messages_to_queue"),
@@ -95,16 +102,15 @@ FOREIGN = {
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_names_exist(page: Path, source: Source) -> None:
-    made = set(re.findall(r"^All of it is one file, `(.*?)`", page.read_text("utf-8"), re.MULTILINE))  # by a recipe
-    assert [name for name in code_of(page) if name not in FOREIGN | made and not exists(name, source)] == []
+    assert [name for name in code_of(page) if name not in FOREIGN and not exists(name, source)] == []
 
 
 def exists(name: str, source: Source) -> bool:
-    if re.fullmatch(r"[\w./<>-]+\.(py|toml|md|c|svg|png|ya?ml|json|jsonl|html|log|safetensors)", name):
+    if any(f"/{file}".endswith(f"/{name}") for file in FILES):
+        return True
+    if re.fullmatch(r"[\w./<>-]+\.(py|toml|md|txt|c|svg|png|ya?ml|json|jsonl|html|log|safetensors)", name):
         last = name.rpartition("/")[2]
-        if last in source.strings or re.match(r"\d+|<", last):  # what a run writes
-            return True
-        return any(f"/{file}".endswith(f"/{name}") for file in FILES)
+        return last in source.strings or re.match(r"\d+|<", last) is not None  # what a run writes
     section, _, key = name.partition(".")
     if section in SECTIONS and re.fullmatch(r"[a-z-]+", key):
         return name in defaults()
@@ -121,10 +127,23 @@ def exists(name: str, source: Source) -> bool:
     return known and all(part in source.words | source.modules.keys() for part in before)
 
 
+def test_every_promise_names_tests_that_exist() -> None:
+    """A file below tests/ and a name in it; a name without a file is in the file before it."""
+    tests = {file.relative_to(ROOT / "tests").as_posix(): file for file in (ROOT / "tests").rglob("test_*.py")}
+    found = re.findall(r"((?:\w+/)*test_\w+\.py)?(?:::(\w+))?", (ROOT / "docs" / "security.md").read_text("utf-8"))
+    file, missing = "", []
+    for named, name in found:
+        file = named or file
+        if (named or name) and (file not in tests or f" {name}" not in tests[file].read_text("utf-8")):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+    assert sum(bool(name) for _, name in found) > 70
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     broken = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
         if link.startswith("http"):
             continue
         target, _, anchor = link.partition("#")
@@ -164,7 +183,7 @@ def test_the_table_of_options_has_every_key() -> None:
 def test_readme_names_what_can_be_chosen() -> None:
     keys = {first.strip("`"): text for first, text in table("Configuration")}
     for section, key, names in (
-        ("data", "name", [*(name for name in READERS if name != "few-digits"), *OWN]),
+        ("data", "name", [*(name for name in READERS if name != FEW), *OWN]),
         ("partition", "name", partitions.REGISTRY),
         ("model", "name", models.REGISTRY),
         ("run", "fold", FOLDS),
@@ -189,10 +208,8 @@ def test_comments_of_the_defaults_name_every_choice() -> None:
             allowed = options[match[1]].metadata["allowed"]
             if match[2] and allowed.startswith("one of "):
                 names = match[2].split(":")[0].split(";")[0].split(" | ")
-                wanted = [
-                    name for name in allowed.removeprefix("one of ").split(", ") if name != "few-digits"
-                ]  # of conftest
-                assert [name.split()[0] for name in names] == wanted, line
+                wanted = allowed.removeprefix("one of ").split(", ")
+                assert [name.split()[0] for name in names] == [name for name in wanted if name != FEW], line
                 seen.add(f"{section}.{match[1]}")
     assert {"data.name", "model.name", "partition.name", "ssfl.criterion", "wire.down-values"} <= seen
 

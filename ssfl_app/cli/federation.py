@@ -32,7 +32,7 @@ Folder = Annotated[Path, typer.Option("--dir", help="Folder of the federation: c
 Port = Annotated[int, typer.Option(help="Of the SuperLink, for nodes.", min=1, max=65535)]
 ControlPort = Annotated[int, typer.Option(help="Of Flower itself, on 127.0.0.1 only.", min=1, max=65535)]
 DEFAULT = Path("federation")
-ONLINE_TIMEOUT = 150.0  # seconds; Flower refuses a node for a minute after it ended without a word
+ONLINE_TIMEOUT = 150.0  # seconds; Flower refuses a node for a minute after it ended without signing off
 Days = Annotated[
     int | None, typer.Option(help="How long the SuperLink's certificate is valid. [default: 365]", min=1, max=36500)
 ]
@@ -192,7 +192,7 @@ def keep(folder: Folder = DEFAULT) -> None:
 
 @app.command(hidden=True)
 def front(bind: Annotated[str, typer.Option()], folder: Folder = DEFAULT) -> None:
-    """Serve nodes in the foreground; the keeper starts this beside the SuperLink."""
+    """Serve nodes in the foreground; the supervisor starts this beside the SuperLink."""
     from ssfl_app.deployment.federation import read
     from ssfl_app.deployment.front import serve
 

@@ -11,17 +11,17 @@ from ssfl_app.files import check_regular, write_bytes
 _DIGEST = 16  # characters of a mask's digest
 
 
-class ShelfError(OSError):
+class ClientStateError(OSError):
     """What a client keeps cannot be read or written: its disk is full or broken."""
 
 
 @contextmanager
-def on_shelf() -> Iterator[None]:
-    """Raise ShelfError for an error of the file system inside: a reply carries the name of its class."""
+def client_state_errors() -> Iterator[None]:
+    """Raise ClientStateError for an error of the file system inside: a reply carries the name of its class."""
     try:
         yield
     except OSError as error:
-        raise ShelfError(str(error)) from error
+        raise ClientStateError(str(error)) from error
 
 
 class Versions(Protocol):

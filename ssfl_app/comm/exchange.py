@@ -1,7 +1,7 @@
 """One exchange of messages: push to many clients, pull their replies one at a time, lose nothing silently.
 
 Stands in for Flower's `Grid.send_and_receive`, which holds every reply until the last one is there and sleeps
-up to 3 s between polls. Here at most one reply is in our hands, so server memory does not grow with the number
+up to 3 s between polls. Here at most one reply is in memory, so server memory does not grow with the number
 of clients, and every client ends up in exactly one of three lists: ok, lost, refused.
 """
 
@@ -17,7 +17,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from ssfl_app.comm.client_files import ShelfError
+from ssfl_app.comm.client_files import ClientStateError
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.comm.pulling import BrokenOff, Puller
 from ssfl_app.locks import RunFailed, memory_ran_out
@@ -195,7 +195,7 @@ class MessageExchange:
         ------
         RunFailed
             A Ray actor died, and Flower would go on feeding most later messages to the dead one. Or this machine ran
-            out of memory or disk in simulation: a mean over those clients that happened to fit is nobody's.
+            out of memory or disk in simulation: a mean over those clients that happened to fit means nothing.
         """
         while (self._waiting or self._queue) and time.monotonic() < self._end:
             looked, got = time.monotonic(), False
@@ -240,7 +240,7 @@ class MessageExchange:
         except (ValueError, TypeError, LookupError, AttributeError, DecodeError) as error:
             if is_simulation(self._grid):
                 raise
-            # Flower builds a message from the objects that a node uploaded, and these are the node's word.
+            # Flower builds a message from the objects that a node uploaded, which may be anything.
             client = self._waiting.pop(message_id)
             self.report.refuse(client, in_a_line(f"no message: {type(error).__name__}: {error}"))
         return []
@@ -256,7 +256,7 @@ class MessageExchange:
             )
         if is_simulation(self._grid) and (what := memory_ran_out(reason)):
             raise RunFailed(f"client {client}: {what}: {fewer_at_once(self._grid)}")
-        if ShelfError.__name__ in reason and is_simulation(self._grid):
+        if ClientStateError.__name__ in reason and is_simulation(self._grid):
             raise RunFailed(f"client {client}: {line}")
         if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
             self.report.refuse(client, f"raised: {line}")

@@ -1,6 +1,6 @@
-"""The greeting: ``query.hello``, asked until a node answers or the time is over, and what counts as an answer.
+"""Asks each node who it is, ``query.hello``, until it answers or the time is over, and checks the answers.
 
-A hello that got lost costs seconds, not the run. Nor does a malformed answer end it: that node is set aside by name.
+A lost question costs seconds, not the run. Nor does a malformed answer end it: that node is set aside by name.
 """
 
 import time
@@ -22,15 +22,15 @@ from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.text import cause, quoted
 
 RETRY = 5.0
-"""Seconds between two hellos to a node whose answer was an error of Flower's."""
+"""Seconds between two handshakes with a node whose answer was an error of Flower's."""
 
 TRY = 90.0
-"""Seconds after which a silent node is asked again; an answer to the earlier hello still counts.
+"""Seconds after which a silent node is asked again; an answer to the earlier one still counts.
 
-Longer than the minute in which Flower notices that a node is gone: a busy node would work off each hello in turn."""
+Longer than the minute in which Flower notices that a node is gone: a busy node would answer each of them in turn."""
 
 MOST_BYTES = 2**20
-"""Bytes of all facts of a hello."""
+"""Bytes of all metadata of a handshake."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read_handshake(node: int, reply: Message) -> Handshake:
         raise PayloadError("it has neither content nor an error")
     metadata = decode_metadata(reply.content)
     if sum(len(name) + len(str(value)) for name, value in metadata.items()) > MOST_BYTES:
-        raise PayloadError(f"the hello is larger than {MOST_BYTES} characters")
+        raise PayloadError(f"the handshake is larger than {MOST_BYTES} characters")
     number, name = metadata.get("client"), metadata.get("name", "")
     for key in ("code", "device"):
         text = metadata.get(key)
@@ -81,7 +81,7 @@ def read_handshake(node: int, reply: Message) -> Handshake:
 
 
 class HandshakePoller:
-    """Says hello to nodes until each has answered.
+    """Asks nodes who they are until each has answered.
 
     Attributes
     ----------
@@ -117,7 +117,7 @@ class HandshakePoller:
         return {node for message_id, node in self._waiting.items() if self._puller.begun(message_id)} - self.answered
 
     def ask(self, nodes: Iterable[int]) -> None:
-        """Say hello to the connected nodes that are due: new, back again, or without an answer for too long."""
+        """Ask the connected nodes that are due: new, back again, or without an answer for too long."""
         now, there = time.monotonic(), set(nodes)
         for node in set(self._asked) - there:  # it may come back, and what it was working on is gone
             del self._asked[node]
@@ -162,7 +162,7 @@ class HandshakePoller:
                 good.append(read_handshake(node, reply))
                 self._settle(node)
             except PayloadError as error:
-                self._settle(node, f"its hello is malformed: {cause(str(error))}")
+                self._settle(node, f"its handshake is malformed: {cause(str(error))}")
         return good
 
     def _pull(self, message_id: str, node: int) -> Message | None:
@@ -174,11 +174,11 @@ class HandshakePoller:
             del self._waiting[message_id]
             self.lost[node] = str(error)
         except (ValueError, TypeError, LookupError, AttributeError, DecodeError) as error:
-            # Flower builds a message from the objects that a node uploaded, and these are the node's word.
+            # Flower builds a message from the objects that a node uploaded, which may be anything.
             del self._waiting[message_id]
             ours = isinstance(error, PayloadError)
             why = cause(str(error)) if ours else f"Flower cannot read it ({type(error).__name__})"
-            self._settle(node, f"its hello is no message: {why}")
+            self._settle(node, f"its handshake is no message: {why}")
         return None
 
     def _settle(self, node: int, odd: str = "") -> None:
@@ -189,7 +189,7 @@ class HandshakePoller:
 
     def _sort(self, node: int, code: int, reason: str) -> None:
         if code == ErrorCode.UNKNOWN and is_simulation(self._grid):
-            raise RunFailed(f"a Ray actor died at the greeting ({reason}). Most often it ran out of memory")
+            raise RunFailed(f"a Ray actor died at the handshake ({reason}). Most often it ran out of memory")
         if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
             self._settle(node)
             self.raised[node] = f"raised: {reason}"

@@ -1,10 +1,10 @@
-"""The roster: which client each node is, and who took whose place.
+"""Keeps which client each node is, and lets nodes leave, come back and replace others.
 
-What one node says never ends the run: a node that cannot start, claims a place that is another's, runs other code or
-holds other images is set aside by name, and the run goes on if the places fill without it. A place that the keeper of
-the SuperLink gave to a node's key (`bound`) is that node's. Any other is held by whoever came first, who gets it back
-from whoever took it in between. Sites with data of their own have names; their numbers are the ranks of the names,
-whatever Flower's node ids are and whoever came first.
+What one node says never ends the run: a node that cannot start, claims another node's client, runs other code or
+holds other images is set aside by name, and the run goes on if all clients are found without it. A client that the
+operator of the SuperLink bound to a node's key (`bound`) is that node's. Any other belongs to whoever came first, who
+gets it back from whoever took it in between. Sites with data of their own have names; their numbers are the ranks of
+the names, whatever Flower's node ids are and whoever came first.
 """
 
 import time
@@ -25,17 +25,17 @@ SIMULATED_NODES_APPEAR = 5.0
 """Seconds after which all simulated nodes are there: Flower registers them together, before its actors start."""
 
 PATIENCE = 10.0
-"""Seconds after which people are told whom a run waits for."""
+"""Seconds after which a line says whom a run waits for."""
 
 REJOIN_TIMEOUT = 15.0
 """Seconds that a round waits for nodes that may take the place of others."""
 
 MOST_WARNINGS = 50
-"""Lines about nodes without a place in a run. Who takes a place, or gives it back, is always told."""
+"""Lines about nodes that are no client of a run. Who replaces a client's node, or comes back, is always said."""
 
 
 class ClientRegistry:
-    """Who is who: which node each client lives on, and what it said of itself.
+    """Which node each client lives on, and what it said of itself.
 
     Parameters
     ----------
@@ -54,9 +54,9 @@ class ClientRegistry:
         Names of the sites of a run that is resumed, by client; empty: whoever comes.
     bound : callable
         Returns place -> id of the only node that may hold it, of the places that are bound to a node's key. Asked at
-        the greeting and whenever nodes are gone: keys may be registered in between.
+        the handshake and whenever nodes are gone: keys may be registered in between.
     misfit : callable
-        misfit(hello) returns why a node cannot be in this run whatever its place, None if it can.
+        misfit(handshake) returns why a node cannot be in this run whatever its place, None if it can.
     say : callable
         Tells people a line.
     """
@@ -66,14 +66,14 @@ class ClientRegistry:
         self.names: dict[int, str] = {}
         self.expected: tuple[str, ...] = ()
         self.bound: Callable[[], Mapping[Claim, int]] = dict
-        self.misfit: Callable[[Handshake], str | None] = lambda hello: None
+        self.misfit: Callable[[Handshake], str | None] = lambda handshake: None
         self.say: Callable[[str], None] = lambda line: None
         self._clients, self._join_timeout = clients, join_timeout
         self._metadata: dict[int, Metadata] = {}
         self._first: dict[int, tuple[int, Metadata]] = {}  # client -> the node that held its place first
         self._said: set[str] = set()
 
-    # ---- the greeting ------------------------------------------------------------------------
+    # ---- the handshake -----------------------------------------------------------------------
 
     def wait_for_clients(self, grid: Grid) -> dict[int, Metadata]:
         """Wait until every client is connected, and return what each says of itself.
@@ -93,12 +93,12 @@ class ClientRegistry:
             there = set(grid.get_node_ids())
             seen |= there
             poller.ask(there)
-            for hello in poller.hear():
-                reason = self._stranger(hello, bound) or self.misfit(hello)
+            for handshake in poller.hear():
+                reason = self._stranger(handshake, bound) or self.misfit(handshake)
                 if reason is None:
-                    heard[hello.node] = hello
+                    heard[handshake.node] = handshake
                 else:
-                    poller.odd[hello.node] = reason
+                    poller.odd[handshake.node] = reason
             met, aside = self._seats(heard, there, bound)
             reasons = {**poller.reasons(), **aside}
             coming = poller.uploading() | set(poller.lost)
@@ -122,19 +122,19 @@ class ClientRegistry:
             time.sleep(SIMULATION_POLL if is_simulation(grid) else DEPLOYMENT_POLL)
 
     def holding(self, client: int) -> DataSummary | None:
-        """Return what a client said at the greeting that it holds; None if it did not say."""
+        """Return what a client said at the handshake that it holds; None if it did not say."""
         metadata = self._metadata.get(client, {})
         return read_data_summary(metadata) if "classes" in metadata else None
 
-    def _stranger(self, hello: Handshake, bound: Mapping[Claim, int]) -> str | None:
+    def _stranger(self, handshake: Handshake, bound: Mapping[Claim, int]) -> str | None:
         """Return why the place that a node claims cannot be its own, whoever else is there."""
-        place, claim = hello.place, _claim(hello)
-        if bound.get(place, hello.node) != hello.node:
+        place, claim = handshake.place, _claim(handshake)
+        if bound.get(place, handshake.node) != handshake.node:
             return f"{claim}, whose key is that of node {bound[place]}"
-        own = [other for other, node in bound.items() if node == hello.node]
+        own = [other for other, node in bound.items() if node == handshake.node]
         if own and place not in own:
             return f"{claim}, and its key is that of {_called(own[0])}"
-        if hello.name and self.expected and hello.name not in self.expected:
+        if handshake.name and self.expected and handshake.name not in self.expected:
             return f"{claim}; the sites of the run that is resumed are {_listed(self.expected)}"
         return None
 
@@ -144,12 +144,14 @@ class ClientRegistry:
         """Return who holds each place, and which nodes hold none and why: the first one of those that are there."""
         met: dict[Claim, Handshake] = {}
         aside: dict[int, str] = {}
-        for hello in sorted(heard.values(), key=lambda hello: hello.node not in there):  # stable: else as they came
-            if hello.number is not None and hello.number >= self._clients:
-                aside[hello.node] = f"{_claim(hello)}, run.clients is {self._clients}"
-            elif (holder := met.setdefault(hello.place, hello)) is not hello:
-                key = "name" if hello.name else "partition-id"
-                aside[hello.node] = f"{_claim(hello)}, which node {holder.node} is; each needs its own {key}"
+        for handshake in sorted(
+            heard.values(), key=lambda handshake: handshake.node not in there
+        ):  # stable: else as they came
+            if handshake.number is not None and handshake.number >= self._clients:
+                aside[handshake.node] = f"{_claim(handshake)}, run.clients is {self._clients}"
+            elif (holder := met.setdefault(handshake.place, handshake)) is not handshake:
+                key = "name" if handshake.name else "partition-id"
+                aside[handshake.node] = f"{_claim(handshake)}, which node {holder.node} is; each needs its own {key}"
         # Not those who came first: chance would say which ones take part. Nor do strangers crowd registered ones out.
         names = sorted((place for place in met if isinstance(place, str)), key=lambda name: (name not in bound, name))
         for name in names[self._clients :]:
@@ -159,7 +161,7 @@ class ClientRegistry:
 
     def _all_met(self, met: Mapping[Claim, Handshake], more_may_come: bool) -> bool:
         """Return whether all clients are there; number them."""
-        numbers = {place: hello for place, hello in met.items() if isinstance(place, int)}
+        numbers = {place: handshake for place, handshake in met.items() if isinstance(place, int)}
         names = sorted(place for place in met if isinstance(place, str))
         # A site that is connected already must be counted, else chance would say which ones take part.
         if len(numbers) < self._clients and (len(names) < self._clients or more_may_come):
@@ -167,9 +169,9 @@ class ClientRegistry:
         by_name = len(numbers) < self._clients
         found = [met[name] for name in names] if by_name else [numbers[i] for i in range(self._clients)]
         self.names = dict(enumerate(names)) if by_name else {}
-        self.nodes = {client: hello.node for client, hello in enumerate(found)}
-        self._metadata = {client: hello.metadata for client, hello in enumerate(found)}
-        self._first = {client: (hello.node, hello.metadata) for client, hello in enumerate(found)}
+        self.nodes = {client: handshake.node for client, handshake in enumerate(found)}
+        self._metadata = {client: handshake.metadata for client, handshake in enumerate(found)}
+        self._first = {client: (handshake.node, handshake.metadata) for client, handshake in enumerate(found)}
         return True
 
     def _tell(self, reasons: Mapping[int, str]) -> None:
@@ -227,15 +229,17 @@ class ClientRegistry:
         poller = HandshakePoller(grid, end)
         while gone and poller.silent(new) and time.monotonic() < end:
             poller.ask(new)
-            for hello in poller.hear():
-                before = self.nodes.get(self._client(hello))
-                reason = self._stranger(hello, bound) or self._takes_over(hello, gone)
+            for handshake in poller.hear():
+                before = self.nodes.get(self._client(handshake))
+                reason = self._stranger(handshake, bound) or self._takes_over(handshake, gone)
                 if reason:
-                    poller.odd[hello.node] = reason
+                    poller.odd[handshake.node] = reason
                 else:
-                    back.append(client := self._client(hello))
+                    back.append(client := self._client(handshake))
                     gone.discard(client)
-                    self._warn(f"{_called(hello.place)}: node {before} is gone and node {hello.node} takes its place")
+                    self._warn(
+                        f"{_called(handshake.place)}: node {before} is gone and node {handshake.node} takes its place"
+                    )
             if gone and poller.silent(new):
                 time.sleep(DEPLOYMENT_POLL)
         return sorted(set(back)), poller.reasons()
@@ -243,21 +247,21 @@ class ClientRegistry:
     def _place(self, client: int) -> Claim:
         return self.names.get(client, client)
 
-    def _client(self, hello: Handshake) -> int:
+    def _client(self, handshake: Handshake) -> int:
         """Return the number of the place that a node claims; -1 if the run has no such place."""
-        if hello.number is not None:
-            return hello.number if hello.number in self.nodes and not self.names else -1
-        return next((client for client, name in self.names.items() if name == hello.name), -1)
+        if handshake.number is not None:
+            return handshake.number if handshake.number in self.nodes and not self.names else -1
+        return next((client for client, name in self.names.items() if name == handshake.name), -1)
 
-    def _takes_over(self, hello: Handshake, gone: set[int]) -> str | None:
+    def _takes_over(self, handshake: Handshake, gone: set[int]) -> str | None:
         """Let a node take the place it claims, or return why it cannot."""
-        client, claim = self._client(hello), _claim(hello)
+        client, claim = self._client(handshake), _claim(handshake)
         if client not in gone:
             return f"{claim}: " + ("its node is still there" if client in self.nodes else "there is no such client")
         for key in ("code", "classes", "shape"):
-            if hello.metadata.get(key) != self._metadata[client].get(key):
+            if handshake.metadata.get(key) != self._metadata[client].get(key):
                 return f"{claim}, with another {key} than before"
-        self.nodes[client], self._metadata[client] = hello.node, hello.metadata
+        self.nodes[client], self._metadata[client] = handshake.node, handshake.metadata
         return None
 
 
@@ -265,8 +269,8 @@ def _called(place: Claim) -> str:
     return f"site {place!r}" if isinstance(place, str) else f"client {place}"
 
 
-def _claim(hello: Handshake) -> str:
-    return f"says that it is {_called(hello.place)}"
+def _claim(handshake: Handshake) -> str:
+    return f"says that it is {_called(handshake.place)}"
 
 
 def _listed(words: Iterable[str], between: str = ", ") -> str:

@@ -1,4 +1,4 @@
-"""Messengers: what a message carries beside its model, the exchange of messages, and which replies are good ones.
+"""Builds the messages of a round, exchanges them, and refuses bad replies by name.
 
 Mask protocol: the mask goes down once per client, as a bitmap with the first message that needs it. Every message
 carries the digest of (names, shapes, mask). A client that does not hold that mask (restarted, joined late)

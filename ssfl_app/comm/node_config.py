@@ -8,9 +8,9 @@
 | ``least-batch=64`` | with either: images that an answer of scores, gradients or a model is made of; else 32 |
 | ``server-data-path=true`` | with the first: a shared set may be read where ``data.path`` of the run says |
 
-Loss and accuracy on the test images leave the node whatever ``least-batch`` is; so do the counts of the greeting.
+Loss and accuracy on the test images leave the node whatever ``least-batch`` is; so do the counts of the handshake.
 
-The node's operator says them, and no server can: a run and its messages are the server's word, these are not.
+The node's operator sets them, and no server can: a run and its messages come from the server, these do not.
 
 Examples
 --------

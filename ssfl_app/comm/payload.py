@@ -1,7 +1,7 @@
-"""Payload, and the only translation to and from Flower records.
+"""Translates payloads to and from Flower records; nothing else does.
 
 On the wire a message is a `RecordDict` of two records: "arrays" with one Flower `Array` per flat array of the
-codec, and "facts", a `ConfigRecord` of a few scalars. The arrays hold raw little-endian bytes under a serial
+codec, and "facts", a `ConfigRecord` with the metadata. The arrays hold raw little-endian bytes under a serial
 type of our own: no 128-byte ``.npy`` header each, no copy to read them, and Flower refuses to misread them.
 
 Bytes of type uint8, bitmaps above all, can travel deflated: their layers have densities of their own, and far from
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
-from ssfl_app.comm.client_files import Files, MaskFile, Versions, content_of, on_shelf
+from ssfl_app.comm.client_files import Files, MaskFile, Versions, client_state_errors, content_of
 from ssfl_app.files import write_bytes
 from ssfl_app.seal import Damaged, sealed, unsealed
 from ssfl_app.sparsity.codec import nbytes
@@ -36,7 +36,7 @@ _MEMORY, _PERSONAL = "ssfl", "ssfl-personal"
 
 @dataclass(frozen=True)
 class Payload:
-    """What one message carries: flat arrays, which are paid for, and facts, a few scalars beside them."""
+    """What one message carries: flat arrays, which are counted, and metadata, a few scalars beside them."""
 
     arrays: Arrays = field(default_factory=dict)
     metadata: Metadata = field(default_factory=dict)
@@ -58,7 +58,7 @@ def shared_buffers(arrays: Arrays) -> Arrays:
 
 
 class PayloadEncoder:
-    """Writes parcels as records; an array that many parcels share becomes one buffer, however many they are.
+    """Writes payloads as records; an array that many payloads share is serialised once.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class PayloadEncoder:
         self._done: dict[int, tuple[npt.NDArray[Any], Array]] = {}
 
     def record(self, payload: Payload) -> RecordDict:
-        """Return the parcel as Flower records."""
+        """Return the payload as Flower records."""
         arrays = ArrayRecord({name: self._array(array) for name, array in payload.arrays.items()})
         return RecordDict({"arrays": arrays, "facts": ConfigRecord(dict(payload.metadata))})
 
@@ -132,7 +132,7 @@ def decode_arrays(record: RecordDict, allowed: Allowed | None = None, unfolded: 
 
 
 def decode_metadata(record: RecordDict) -> Metadata:
-    """Return the facts of a message, and look at none of its arrays.
+    """Return the metadata of a message, and look at none of its arrays.
 
     Raises
     ------
@@ -220,7 +220,7 @@ class ClientState:
 
     Raises
     ------
-    ShelfError
+    ClientStateError
         Each of its methods, where the file system fails.
     """
 
@@ -247,7 +247,7 @@ class ClientState:
             return None if content is None else np.frombuffer(content, dtype=np.uint8)
         return np.frombuffer(bytes(held["mask"]), dtype=np.uint8)  # type: ignore[arg-type]
 
-    @on_shelf()
+    @client_state_errors()
     def keep(self, digest: str, bitmap: npt.NDArray[np.uint8]) -> None:
         """Keep a mask; it replaces the one before."""
         if self._mask is not None:
@@ -260,7 +260,7 @@ class ClientState:
             return
         self._state[_MEMORY] = ConfigRecord({"digest": digest, "mask": bitmap.tobytes()})
 
-    @on_shelf()
+    @client_state_errors()
     def load(self, since: int) -> Arrays | None:
         """Return the personal state of the last round that the server accepted, or None if there is none.
 
@@ -291,10 +291,10 @@ class ClientState:
         return None
 
     def _note(self, text: str) -> None:
-        if text not in self.notes:  # a client may recall more than once for one message
+        if text not in self.notes:  # a client may load its state more than once for one message
             self.notes.append(text)
 
-    @on_shelf()
+    @client_state_errors()
     def save(self, round_: int, arrays: Arrays, back_to: int) -> None:
         """Keep the personal state made in a round, and what is needed to go back to round `back_to`."""
         self._personal.write(round_, sealed({"round": round_}, arrays))

@@ -1,4 +1,4 @@
-"""The client's half of an algorithm: three verbs, whose defaults are FedAvg's."""
+"""`ClientAlgorithm`, the client side of an algorithm: three methods whose defaults are FedAvg's."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,9 +33,9 @@ class ClientContext:
     """Where a client works: its number, the options of the run, its model, images and memory.
 
     `model` is a workbench that other clients of the same process use too: every verb loads its state first.
-    `share` holds the indices of its training and test images in `data`.
-    `initial` makes the initial weights from the seed; `dense` is the mask under which everything is alive.
-    `masks` keeps unpacked masks by digest; whether the client *holds* a mask is `memory`'s affair alone.
+    `indices` are those of its training and test images in `data`.
+    `initial_state` makes the initial weights from the seed; `dense` is the mask under which everything is alive.
+    `masks` keeps unpacked masks by digest; only `memory` says whether the client *holds* a mask.
     `least_batch`: of fewer images no answer is made, except loss and accuracy on the test images.
     """
 
@@ -120,7 +120,7 @@ class ClientAlgorithm:
         How the model travels, unless `codec_down` or `codec_up` say otherwise; the server reads them from here too,
         so both ends agree.
     questions : tuple of str
-        What `setup` can be asked.
+        What `answer_query` answers.
     remembers : bool
         Whether the client keeps personal state (`load_client_state`, `save_client_state`).
     """
@@ -244,11 +244,11 @@ class ClientAlgorithm:
         return generator(self.settings.run.seed, "rounding-up", payload.round, self.context.client_id)
 
     def metadata(self, payload: Payload, loss: float) -> Metadata:
-        """Return the facts of an answer to a training message."""
+        """Return the metadata of an answer to a training message."""
         return {"samples": len(self.context.train), "loss": loss, "digest": payload.metadata["digest"]}
 
     def tested(self, payload: Payload, name: str = "accuracy") -> Metadata:
-        """Return the facts of an answer to an evaluation message, the workbench's accuracy as `name`."""
+        """Return the metadata of an answer to an evaluation message, the workbench's accuracy as `name`."""
         metadata: Metadata = {"samples": len(self.context.test), "digest": payload.metadata["digest"]}
         if len(self.context.test):
             metadata["loss"], metadata[name] = self.context.trainer.evaluate(self.context.model, self.context.test)

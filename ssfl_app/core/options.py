@@ -62,7 +62,7 @@ class FailureOptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a strategy and its clients are told; `sections` has the options of single strategies by name."""
+    """The options of a strategy and its clients; `sections` has those of single strategies by name."""
 
     run: RunOptions
     mask: MaskOptions

@@ -1,4 +1,4 @@
-"""Folds in which one liar of many has a bounded say, and files in which replies wait until all are there.
+"""Robust means, in which one lying client has a bounded influence, and files in which replies wait for the last one.
 
 A mean can be streamed; a median, or a choice among replies, cannot. So replies wait in a temporary file that has no
 name (in TMPDIR; it is gone with its process), and are folded a block of coordinates at a time. No fold depends on the
@@ -14,7 +14,7 @@ krum           the one vector whose n - f - 2 nearest others are   Blanchard, El
                closest, f = floor(trim n)                          "Machine learning with adversaries", NeurIPS 2017
 =============  ==================================================  ===============================================
 
-All three are unweighted, as published: a weight would be the liar's word again.
+All three are unweighted, as published: the weight would be what the liar says.
 
 Departures: where so few answer that n - f - 2 is below 1, krum looks at the one nearest other vector.
 """

@@ -1,4 +1,4 @@
-"""The round loop: wait for clients, set up, then train and evaluate round by round, each told as one record."""
+"""Plays the rounds of a run: handshake, queries, training and evaluation; each round becomes one record."""
 
 import functools
 import math
@@ -33,7 +33,7 @@ class Query(Protocol):
     ) -> None:
         """Hand each good reply to `take` when it comes.
 
-        Without a parcel the question is about the weights of this moment: it states their digest as the fact
+        Without a parcel the question is about the weights of this moment: it states their digest as the entry
         "weights", and a client that makes others from the seed asks for them. A parcel may state it as well.
         """
 

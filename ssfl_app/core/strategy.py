@@ -1,8 +1,8 @@
-"""The server's half of an algorithm: hooks, whose defaults are FedAvg's.
+"""`SparseStrategy`, the server side of an algorithm: hooks whose defaults are FedAvg's.
 
 The base does once what Flower leaves open: cohorts that depend on (seed, round) only and are the same for every
-strategy, streamed folds, and going on after an interruption. The order of events is the affair of `course`, what
-crosses the wire that of `post`, and what a client does that of `rule`.
+strategy, streamed aggregation, and going on after an interruption. The round loop is in `rounds`, messages are
+in `ssfl_app.comm.messenger`, the client side is in `client`.
 """
 
 import functools
@@ -86,8 +86,8 @@ class SparseStrategy(OwnStart):
     name : str
         In the registry, the configuration and all tables.
     client : type of ClientAlgorithm
-        The other half; its codecs are this half's codecs.
-    everyone : bool
+        The client side; its codecs are those of the strategy.
+    full_participation : bool
         Whether every client trains in every round, as peers without a server do.
     uses_density : bool
         Whether mask.density changes anything.
@@ -145,7 +145,7 @@ class SparseStrategy(OwnStart):
         self.personal_accuracy: dict[int, float] = {}
         self.losses: dict[int, float] = {}
         self.update_norms: dict[int, float] = {}
-        self._next_round = 0  # 0: setup is still to come
+        self._next_round = 0  # 0: `before_training` is still to come
         self._encoded: tuple[State, Mask, Arrays] | None = None
         self._there: tuple[State, Mask, list[Vector]] | None = None  # what `state` has where replies carry values
         self._since = np.zeros(settings.run.clients, dtype=np.int64)  # client -> last round it answered well in
@@ -304,7 +304,7 @@ class SparseStrategy(OwnStart):
         return range(self.settings.shift.present(self.settings.run.clients, round_))
 
     def state_dict(self) -> Arrays:
-        """Return all that `restore` needs, as flat arrays."""
+        """Return all that `load_state_dict` needs, as flat arrays."""
         kept: Arrays = {"state": self.layout.flatten(self.state), "mask": self.mask.packed(), "since": self._since}
         return kept if self._residual is None else kept | {"residual": self._residual}
 

@@ -1,4 +1,4 @@
-"""What an answer must be before an algorithm sees it."""
+"""Checks answers before an algorithm sees them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,7 +39,7 @@ def check_tested(client: int, payload: Payload) -> None:
 
 
 def stored(arrays: Mapping[str, npt.NDArray[Any]], name: str, dtype: str, size: int) -> npt.NDArray[Any]:
-    """Return an array of a snapshot.
+    """Return an array of a checkpoint.
 
     Raises
     ------

@@ -35,7 +35,7 @@ _PLACE = 10  # hex digits at the start of a name that say where the data lie, be
 
 
 @dataclass(frozen=True)
-class Raw:
+class ArrayDataset:
     """A data set as arrays.
 
     Attributes
@@ -81,7 +81,7 @@ class Wanted:
     test_only: bool = False
 
 
-def cached(key: tuple[str | int, ...], files: Sequence[Path], read: Callable[[], Raw]) -> Raw:
+def cached(key: tuple[str | int, ...], files: Sequence[Path], read: Callable[[], ArrayDataset]) -> ArrayDataset:
     """Return what `read` makes of `files`, from the cache if it is there.
 
     The arrays of a cached data set are private maps of the cache's files: processes share the pages, and
@@ -162,17 +162,17 @@ def _name(key: tuple[str | int, ...], files: Sequence[Path]) -> str:
     return parts[0][:_PLACE] + parts[1][:10] + parts[2][:12]
 
 
-def _open_entry(entry: Path) -> Raw:
+def _open_entry(entry: Path) -> ArrayDataset:
     if entry.stat().st_uid != os.getuid():
         raise OSError(f"{entry} belongs to another account")
     # "c" is copy on write: torch warns about the read-only arrays of "r".
     arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in _ARRAYS}
     metadata = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
     names, mean, std, notes = (tuple(metadata[name]) for name in _FACTS)
-    return Raw(**arrays, class_names=names, mean=mean, std=std, notes=notes)
+    return ArrayDataset(**arrays, class_names=names, mean=mean, std=std, notes=notes)
 
 
-def _store(entry: Path, raw: Raw) -> None:
+def _store(entry: Path, raw: ArrayDataset) -> None:
     """Write an entry beside its place, move it there in one step, and drop those of what the files were before."""
     with suppress(FileExistsError):
         entry.parent.parent.mkdir(parents=True, exist_ok=True)

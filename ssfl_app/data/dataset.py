@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ssfl_app.data.cache import Raw, Wanted
+from ssfl_app.data.cache import ArrayDataset, Wanted
 from ssfl_app.data.readers import OWN, READERS, read_site_data, unseen
 from ssfl_app.data.summary import CLASS_NAME, DataSummary, odd_name
 from ssfl_app.data.transform import Transform as Transform
@@ -25,7 +25,7 @@ MIRRORED = ("cifar10", "cifar100", "tiny-imagenet")
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The room ``data`` of the configuration.
+    """The section ``data`` of the configuration.
 
     Attributes
     ----------
@@ -193,7 +193,7 @@ def load_central(options: DataOptions) -> DataSet:
     return _data_set(options, unseen(options.named, options.channels, options.image_size))
 
 
-def _data_set(options: DataOptions, raw: Raw) -> DataSet:
+def _data_set(options: DataOptions, raw: ArrayDataset) -> DataSet:
     augment = options.augment
     if augment == "auto":
         augment = "crop-flip" if options.name in MIRRORED else "none"
@@ -203,7 +203,7 @@ def _data_set(options: DataOptions, raw: Raw) -> DataSet:
     return DataSet(options.name, train, test, raw.class_names, Transform(raw.mean, raw.std, augment), notes)
 
 
-def _class_notes(options: DataOptions, raw: Raw) -> tuple[str, ...]:
+def _class_notes(options: DataOptions, raw: ArrayDataset) -> tuple[str, ...]:
     """Return what is odd about the classes of a data set that is dealt; a site may lack some."""
     present, there = len(np.unique(raw.train_labels)), len(raw.class_names)
     if options.where != "shared" or present == there > 1:

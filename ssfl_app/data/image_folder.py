@@ -1,4 +1,4 @@
-"""Which images lie under <root>/<class>/, with their classes: `ImageFolder` without importing torchvision."""
+"""Lists the images under <root>/<class>/ with their classes: `ImageFolder` without importing torchvision."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Encoded images, of whatever depth and mode, to arrays of bytes.
+"""Decodes images, of whatever depth and mode, to arrays of bytes.
 
 | what the file holds | what is made of it |
 |---|---|

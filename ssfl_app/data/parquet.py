@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ssfl_app.data.cache import Labels, Raw, Wanted, cached
+from ssfl_app.data.cache import ArrayDataset, Labels, Wanted, cached
 from ssfl_app.data.image_folder import hidden
 from ssfl_app.data.images import decode, measure
 from ssfl_app.data.unreadable import check_names, check_regular, one_line, unreadable
@@ -47,7 +47,7 @@ class _Shard:
     names: tuple[str, ...]
 
 
-def read_parquet(path: str, root: Path, image_size: int, wanted: Wanted) -> Raw:
+def read_parquet(path: str, root: Path, image_size: int, wanted: Wanted) -> ArrayDataset:
     """Read all parquet files of a folder by the part that each name says; mean and std are measured.
 
     Parameters
@@ -80,7 +80,7 @@ def read_parquet(path: str, root: Path, image_size: int, wanted: Wanted) -> Raw:
         for index, file in enumerate(parts[part]):
             check_regular(path, file, file.name, f"{part} file {index}")
 
-    def read() -> Raw:
+    def read() -> ArrayDataset:
         import pyarrow as pa
 
         try:
@@ -101,7 +101,7 @@ def read_parquet(path: str, root: Path, image_size: int, wanted: Wanted) -> Raw:
                 f"its files cannot be read ({one_line(error)}), it is {_WHAT}",
                 f"its files cannot be read ({type(error).__name__}), it is {_WHAT}",
             ) from error
-        return Raw(pixels[0], labels[0], pixels[1], labels[1], names, *measure(pixels[0]), (*notes, *seen))
+        return ArrayDataset(pixels[0], labels[0], pixels[1], labels[1], names, *measure(pixels[0]), (*notes, *seen))
 
     of_images = (image_size, wanted.channels, wanted.label_column)
     return cached(

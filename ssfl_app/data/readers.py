@@ -1,7 +1,7 @@
-"""Where data sets come from: one reader a source, each giving the same arrays.
+"""Reads data sets: one reader a source, each giving the same arrays.
 
-A reader is a function ``(path, download, image_size) -> Raw``, named in `READERS`. Folders of a user's own files are
-read by `own`. All raise ConfigError.
+A reader is a function ``(path, download, image_size) -> ArrayDataset``, named in `READERS`. Folders of a user's
+own files are read by `read_site_data`. All raise ConfigError.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssfl_app.data.cache import Raw, Wanted, cached
+from ssfl_app.data.cache import ArrayDataset, Wanted, cached
 from ssfl_app.data.image_folder import Files, Left, hidden, image_folder, left_out
 from ssfl_app.data.images import decode, measure
 from ssfl_app.data.parquet import read_parquet
@@ -64,10 +64,10 @@ def _own_size(name: str, image_size: int) -> None:
         raise ConfigError(f"data.image-size is {image_size}; {name} is used as it is, with 0")
 
 
-def digits(path: str, download: bool, image_size: int) -> Raw:
+def digits(path: str, download: bool, image_size: int) -> ArrayDataset:
     """Read scikit-learn's digits, (1, 8, 8), split 80/20 with equal class shares; nothing is downloaded."""
     _own_size("digits", image_size)
-    if path:  # or a forgotten data.name would train on these without a word
+    if path:  # or a forgotten data.name would train on these unnoticed
         rule = "data.name is digits; it reads no data.path"
         raise PrivateError(f"{rule}, which is {path!r}", rule)
     # Through the cache: to import scikit-learn takes a second, and a real SuperNode starts a process a message.
@@ -78,7 +78,7 @@ def digits(path: str, download: bool, image_size: int) -> Raw:
     return replace(raw, train=train, test=test)
 
 
-def _digits() -> Raw:
+def _digits() -> ArrayDataset:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -87,10 +87,10 @@ def _digits() -> Raw:
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     names = tuple(str(name) for name in bunch.target_names)
-    return Raw(pixels[train], labels[train], pixels[test], labels[test], names, *measure(pixels[train]))
+    return ArrayDataset(pixels[train], labels[train], pixels[test], labels[test], names, *measure(pixels[train]))
 
 
-def _cifar(kind: str, path: str, download: bool, image_size: int) -> Raw:
+def _cifar(kind: str, path: str, download: bool, image_size: int) -> ArrayDataset:
     from torchvision import datasets
 
     _own_size(kind.lower(), image_size)
@@ -104,30 +104,30 @@ def _cifar(kind: str, path: str, download: bool, image_size: int) -> Raw:
         ) from error
     train, test = (np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)) for part in parts)
     labels = (np.array(part.targets, dtype=np.int64) for part in parts)
-    return Raw(train, next(labels), test, next(labels), tuple(parts[0].classes), *_CIFAR_MOMENTS[kind])
+    return ArrayDataset(train, next(labels), test, next(labels), tuple(parts[0].classes), *_CIFAR_MOMENTS[kind])
 
 
-def cifar10(path: str, download: bool, image_size: int) -> Raw:
+def cifar10(path: str, download: bool, image_size: int) -> ArrayDataset:
     """Read torchvision's CIFAR-10, (3, 32, 32), with the published mean and std."""
     return _cifar("CIFAR10", path, download, image_size)
 
 
-def cifar100(path: str, download: bool, image_size: int) -> Raw:
+def cifar100(path: str, download: bool, image_size: int) -> ArrayDataset:
     """Read torchvision's CIFAR-100, (3, 32, 32), with the published mean and std."""
     return _cifar("CIFAR100", path, download, image_size)
 
 
 def _read_files(
     key: str, path: str, size: int, parts: Sequence[Files], names: tuple[str, ...], channels: int = 0
-) -> Raw:
+) -> ArrayDataset:
     """Return the images of (file, class) lists for training and test, through the cache."""
 
-    def read() -> Raw:
+    def read() -> ArrayDataset:
         root = Path(path).expanduser()
         called = [(len(part), _called(root, name, part)) for name, part in zip(("train", "test"), parts, strict=True)]
         (train, test), notes = decode(path, called, size, channels)
         labels = [np.array([label for _, label in part], dtype=np.int64) for part in parts]
-        return Raw(train, labels[0], test, labels[1], names, *measure(train), notes)
+        return ArrayDataset(train, labels[0], test, labels[1], names, *measure(train), notes)
 
     files = [file for part in parts for file, _ in part]
     return cached((key, str(Path(path).resolve()), size, channels, *names), files, read)
@@ -141,7 +141,7 @@ def _called(root: Path, name: str, part: Files) -> Iterator[tuple[str, str, Path
         yield str(file.relative_to(root)), f"image {counts[label]} of {name}/<class {label}>", file
 
 
-def _own_folder(path: str, root: Path, image_size: int, wanted: Wanted) -> Raw:
+def _own_folder(path: str, root: Path, image_size: int, wanted: Wanted) -> ArrayDataset:
     what = _SHAPES["folder"]
     tests = [root / name for name in ("test", "val") if is_folder(path, root / name, name)]
     trains = [root / "train"] if is_folder(path, root / "train", "train") else tests[:1] if wanted.test_only else []
@@ -157,7 +157,7 @@ def _own_folder(path: str, root: Path, image_size: int, wanted: Wanted) -> Raw:
     return replace(raw, notes=(*left_out(left), *raw.notes))
 
 
-def read_site_data(name: str, path: str, image_size: int, wanted: Wanted) -> Raw:
+def read_site_data(name: str, path: str, image_size: int, wanted: Wanted) -> ArrayDataset:
     """Read a user's own files, in one of the formats `OWN`; mean and std are measured.
 
     parquet: see `ssfl_app.data.parquet`. folder: <path>/train/<class>/* and <path>/test/<class>/* (or val).
@@ -171,7 +171,7 @@ def read_site_data(name: str, path: str, image_size: int, wanted: Wanted) -> Raw
     return (read_parquet if name == "parquet" else _own_folder)(path, root, image_size, wanted)
 
 
-def unseen(classes: tuple[str, ...], channels: int, image_size: int) -> Raw:
+def unseen(classes: tuple[str, ...], channels: int, image_size: int) -> ArrayDataset:
     """Return a data set without images, of which only classes and shape are known.
 
     Raises
@@ -186,10 +186,10 @@ def unseen(classes: tuple[str, ...], channels: int, image_size: int) -> Raw:
                 "data.classes, data.channels and data.image-size: give all three"
             )
     pixels, labels = np.empty((0, channels, image_size, image_size), np.uint8), np.empty(0, np.int64)
-    return Raw(pixels, labels, pixels, labels, classes, (0.0,) * channels, (1.0,) * channels)
+    return ArrayDataset(pixels, labels, pixels, labels, classes, (0.0,) * channels, (1.0,) * channels)
 
 
-def tiny_imagenet(path: str, download: bool, image_size: int) -> Raw:
+def tiny_imagenet(path: str, download: bool, image_size: int) -> ArrayDataset:
     """Read Tiny-ImageNet (200 classes, (3, 64, 64)); its labelled val images are the test images.
 
     Mean and std are 0.5, as in the published training scripts.
@@ -229,7 +229,7 @@ def _tiny_test(path: str, root: Path, wnids: tuple[str, ...]) -> list[tuple[Path
         raise unreadable(path, f"{what} cannot be used ({one_line(error)})", f"{what} cannot be used") from error
 
 
-READERS: dict[str, Callable[[str, bool, int], Raw]] = {
+READERS: dict[str, Callable[[str, bool, int], ArrayDataset]] = {
     "digits": digits,
     "cifar10": cifar10,
     "cifar100": cifar100,

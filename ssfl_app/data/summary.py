@@ -1,4 +1,4 @@
-"""What a client holds, as it says at the greeting, and whether two clients can be in one federation."""
+"""Sums up what a client holds, as it says at the handshake, and checks that clients fit into one federation."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class DataSummary:
         labels: npt.NDArray[np.int64],
         test_images: int,
     ) -> "DataSummary":
-        """Return the holding of training images with these labels, shape (N,)."""
+        """Return the summary of training images with these labels, shape (N,)."""
         counts = np.bincount(labels, minlength=len(class_names))
         return cls(class_names, shape, tuple(int(count) for count in counts), test_images)
 

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: the whole text for whoever has it on disk, one without names for a server."""
+"""Says what is wrong with a data set: the whole text for whoever has it on disk, one without names for a server."""
 
 import stat
 from collections.abc import Sequence

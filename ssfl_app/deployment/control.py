@@ -1,4 +1,4 @@
-"""What is asked of a federation's SuperLink: registrations, who is online; by Flower's own command `flwr`."""
+"""Asks a federation's SuperLink to register nodes and who is online, by Flower's own command `flwr`."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ def control(federation: Federation, *words: str) -> Any:
 def register(federation: Federation) -> None:
     """Register the nodes' public keys with the SuperLink, unless that was done already, and write who is who.
 
-    A node's place in a run is its name, for a site with data of its own, and its partition of a shared data set, if
+    A node's client in a run is its name, for a site with data of its own, and its partition of a shared data set, if
     `ssfl federation up` gave it one.
 
     Raises

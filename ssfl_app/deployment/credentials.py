@@ -1,4 +1,4 @@
-"""What an authenticated federation needs: a certificate authority, the SuperLink's certificate, and a key a node.
+"""Makes what an authenticated federation needs: a certificate authority, the SuperLink's certificate, a key a node.
 
 The folder of a federation::
 

@@ -4,10 +4,10 @@ Its folder, which is its account's alone, holds the credentials (`credentials`),
 each process::
 
     superlink/  state.db superlink.log flwr/      flwr/ is FLWR_HOME
-    superlink/  front.log                         of the front (`federation_front`) that nodes reach
+    superlink/  front.log                         of the front (`front`) that nodes reach
     nodes/<name>/  node.log flwr/ state/          state/: masks and personal models that outlive the process
     control/config.toml                           for `flwr ...` with FLWR_HOME=control
-    registered.json                               which node holds which place in a run
+    registered.json                               which node is which client in a run
 
 `federation_services` runs the processes, `federation_control` asks the SuperLink, `federation_run` plays a run on it,
 `federation_status` shows how it stands.
@@ -34,7 +34,7 @@ VALID = timedelta(days=365)
 """How long a SuperLink's certificate is valid unless somebody says otherwise."""
 
 SERVICES = ("superlink", "front")
-"""What the keeper runs beside the nodes; no node is called that."""
+"""What the supervisor runs beside the nodes; no node is called that."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Federation:
 
     @property
     def registered(self) -> Path:
-        """Which node holds which place in a run; `federation_control.register` writes it, the ServerApp reads it."""
+        """Which node is which client in a run; `control.register` writes it, the ServerApp reads it."""
         return self.folder / "registered.json"
 
     @property

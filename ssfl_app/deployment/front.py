@@ -27,7 +27,7 @@ PATIENCE = 60.0
 take for its answer; nodes themselves give up after 30."""
 
 CONNECTIONS = 1000
-"""Connections at once; each has at most one more to Flower. A node has two or three; whoever is one too many is told
+"""Connections at once; each has at most one more to Flower. A node has two or three; the next one is asked
 to come again (503)."""
 
 QUIET = 60.0
@@ -155,7 +155,7 @@ class Seldom(logging.Filter):
         self._held: dict[tuple[str, int], int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a record is told."""
+        """Return whether a record is logged."""
         if record.levelno < logging.WARNING:
             return True
         kind, now = (record.pathname, record.lineno), time.monotonic()
@@ -168,7 +168,7 @@ class Seldom(logging.Filter):
         return True
 
 
-class Door(H11Protocol):
+class FrontProtocol(H11Protocol):
     """A connection that ends if it does not bring a whole request head, or does not take its answer, in time.
 
     Uvicorn would wait for ever for both.
@@ -239,7 +239,7 @@ def server(home: Path, bind: str, port: int, inner: int) -> uvicorn.Server:
         port=port,
         ssl_certfile=home / "server.pem",
         ssl_keyfile=str(home / "server.key"),
-        http=Door,  # h11 is strict about what a request is, and bounds its head
+        http=FrontProtocol,  # h11 is strict about what a request is, and bounds its head
         loop="asyncio",
         ws="none",
         lifespan="off",

@@ -1,4 +1,4 @@
-"""The processes of a federation, and who keeps them alive.
+"""Describes the processes of a federation and starts them under a supervisor.
 
 `ssfl federation up` has one process keep the SuperLink, its front and all nodes of this machine alive (`keep_all`);
 on hosts `superlink` does that for the first two, and `node` for a node.
@@ -54,7 +54,7 @@ def superlink_service(federation: Federation) -> Service:
     command += ["--ssl-ca-certfile", str(home / "ca.crt"), "--ssl-certfile", str(home / "server.pem")]
     command += ["--ssl-keyfile", str(home / "server.key"), "--database", str(home / "state.db")]
     command += ["--disable-runtime-dependency-installation"]
-    # The ServerApp, a descendant, reads there which node holds which place.
+    # The ServerApp, a descendant, reads there which node is which client.
     variables = environment(home / "flwr", **{locks.REGISTERED: str(federation.registered)})
     return Service("superlink", command, home, variables, home / "superlink.log")
 
@@ -141,7 +141,7 @@ def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -
     lock = locks.try_lock(federation.lock)
     if lock is None:
         raise ConfigError(f"--dir is {federation.folder}; its federation is up already")
-    keeper = Supervisor(federation.state)
+    supervisor = Supervisor(federation.state)
     try:
         check_port("127.0.0.1", federation.control_port, "the control port")
         check_port(bind, federation.port, "the port for nodes")
@@ -150,13 +150,13 @@ def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -
         here = f"[{here}]" if ":" in here else here
         addresses = federation.control_address, f"{here}:{federation.port}"
         for service, address, answer in zip((first, front), addresses, (200, 404), strict=True):
-            keeper.add([service])
+            supervisor.add([service])
             if service.process is not None:
                 wait_until_healthy(service.process, address, service.log, authority, answer)
-        keeper.add(then())
-        keeper.run()
+        supervisor.add(then())
+        supervisor.run()
     finally:
-        keeper.close()
+        supervisor.close()
         lock.close()
 
 
@@ -180,9 +180,9 @@ def keep_superlink(federation: Federation, bind: str) -> None:
 
 def keep_node(service: Service) -> None:
     """Keep the SuperNode of a host alive until SIGTERM or SIGINT."""
-    keeper = Supervisor(service.cwd / "running.json")
+    supervisor = Supervisor(service.cwd / "running.json")
     try:
-        keeper.add([service])
-        keeper.run()
+        supervisor.add([service])
+        supervisor.run()
     finally:
-        keeper.close()
+        supervisor.close()

@@ -1,4 +1,4 @@
-"""How a federation on this machine stands, and its end."""
+"""Reports how a federation on this machine stands, and ends it."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from ssfl_app.simulation.processes import STOP_TIMEOUT, end_families
 
 
 def services(federation: Federation) -> dict[str, dict[str, Any]]:
-    """Return what the keeper says of each service: its process id, None while it is down, and its restarts."""
+    """Return what the supervisor says of each service: its process id, None while it is down, and its restarts."""
     try:
         return dict(json.loads(federation.state.read_bytes())["services"])
     except (OSError, ValueError, KeyError):
@@ -64,12 +64,12 @@ def complaint(log: Path) -> str:
 
 
 def stop(federation: Federation) -> int:
-    """End the keeper and all it started, and what a killed keeper left; return how many processes that were."""
+    """End the supervisor and all it started, and what a killed one left; return how many processes that were."""
     before = _members(federation)
-    keepers = [p for p in before if "keep" in _words(p)]
-    for keeper in keepers:
-        keeper.terminate()
-    psutil.wait_procs(keepers, 2 * STOP_TIMEOUT)
+    supervisors = [p for p in before if "keep" in _words(p)]
+    for supervisor in supervisors:
+        supervisor.terminate()
+    psutil.wait_procs(supervisors, 2 * STOP_TIMEOUT)
     # All other processes' command lines name a file of this folder, or descend from one that does.
     end_families([process.pid for process in _members(federation)])
     end = time.monotonic() + STOP_TIMEOUT
@@ -80,18 +80,18 @@ def stop(federation: Federation) -> int:
 
 
 def _members(federation: Federation) -> list[psutil.Process]:
-    """Return the processes of this federation: those of Flower and of the keeper, and their descendants."""
+    """Return the processes of this federation: those of Flower and of the supervisor, and their descendants."""
     found: dict[int, psutil.Process] = {}
     home = str(federation.folder)
     for process in psutil.process_iter():
         words = _words(process)
         ours = any(word == home or word.startswith(home + os.sep) for word in words)
         programs = {Path(word).name for word in words[:2]}
-        keeper = "ssfl_app" in words and not {"keep", "front"}.isdisjoint(words)
+        supervisor = "ssfl_app" in words and not {"keep", "front"}.isdisjoint(words)
         if (
             process.pid == os.getpid()
             or not ours
-            or not (keeper or programs & {"flower-superlink", "flower-supernode"})
+            or not (supervisor or programs & {"flower-superlink", "flower-supernode"})
         ):
             continue
         for member in [process, *_children(process)]:

@@ -1,4 +1,4 @@
-"""Keeps services alive: a SuperLink or SuperNode that ends is started again, until the keeper is told to stop.
+"""Keeps services alive: a SuperLink or SuperNode that ends is started again, until a signal says stop.
 
 Flower refuses a SuperNode that comes back within a minute of a crash, since it still counts as online, and the node
 ends; so a service is tried again and again, a little later each time.
@@ -84,7 +84,7 @@ class Service:
 
     def _note(self, text: str) -> None:
         with self.log.open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} keeper: {text}\n")
+            file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} supervisor: {text}\n")
 
 
 class Supervisor:
@@ -118,7 +118,7 @@ class Supervisor:
             self._write()
 
     def run(self) -> None:
-        """Keep the services alive until told to stop."""
+        """Keep the services alive until a signal ends that."""
         while not self._stopping:
             self.look()
             time.sleep(TICK)

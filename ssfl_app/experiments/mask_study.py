@@ -114,7 +114,7 @@ class Scorer:
 
     Parameters
     ----------
-    workshop : Runtime
+    runtime : Runtime
         Its model is a workbench: it has the initial weights from now on.
     batch_size : int
         Images of a minibatch of SSFL.

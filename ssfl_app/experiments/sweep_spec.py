@@ -18,11 +18,11 @@ from ssfl_app.config import Flat
 from ssfl_app.options import ConfigError, not_a_key
 from ssfl_app.strategies import REGISTRY
 
-# Keys with a list of their own in [compare], and keys that are the affair of `ssfl compare`.
+# Keys with a list of their own in [compare], and keys that `ssfl compare` sets itself.
 _LISTS = {"strategy": "strategies", "run.seed": "seeds", "mask.density": "densities"}
 OURS = ("run.out", "run.resume")
 _NO_AXES = (*_LISTS, *configuration.RESUME_MAY_CHANGE)
-TASK = ("data", "partition", "model", "shift")  # rooms: runs that differ here are never rows of one table
+TASK = ("data", "partition", "model", "shift")  # sections: runs that differ here are never rows of one table
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from ssfl_app.simulation.processes import short_folder
 
 COMMAND = "ssfl_app.cli.main:main"
-"""What a worker starts, as pyproject.toml names it: the command `ssfl`, which no lower folder imports."""
+"""What a worker starts, as pyproject.toml names it: the command `ssfl`, which is in a higher folder."""
 
 _PRELOADED = (
     "ssfl_app.cli.main",

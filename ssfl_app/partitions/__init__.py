@@ -1,4 +1,4 @@
-"""Who holds which images: a data set dealt to the clients of a federation.
+"""Deals a data set to the clients of a federation: who holds which images.
 
 A partition is one function in one file, named in `REGISTRY`. It deals the training images; the test images
 follow the clients' training classes (`ssfl_app.partitions.matched`).
@@ -38,7 +38,7 @@ REGISTRY: dict[str, Splitter] = {
 
 @dataclass(frozen=True)
 class PartitionOptions:
-    """The room ``partition`` of the configuration.
+    """The section ``partition`` of the configuration.
 
     Attributes
     ----------

@@ -22,7 +22,7 @@ Split = Callable[[Indices, Indices, int], tuple[Shares, Shares]]
 
 @dataclass(frozen=True)
 class ShiftOptions:
-    """Keys of the room ``shift``; round 0: nobody joins late."""
+    """Keys of the section ``shift``; round 0: nobody joins late."""
 
     round: int = at_least(0)
     clients: int = at_least(1)

@@ -1,4 +1,4 @@
-"""`sparse_mod`: the client's half. Masked values <-> the dense arrays that an unmodified train function knows.
+"""`sparse_mod`, the client side: Masked values <-> the dense arrays that an unmodified train function knows.
 
 On the wire an SSFL message holds "arrays" (one flat vector of values; with the first message of a mask also the
 bitmap and the sheet), "facts" (a few scalars, see `FACTS`) and "config" (the user's own). The mod gives the user's

@@ -1,4 +1,4 @@
-"""The round loop of a run in somebody else's app: discovery, then rounds, each told as one record."""
+"""Plays the rounds of a run: discovery, training and evaluation; each round becomes one record."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator

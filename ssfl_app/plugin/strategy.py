@@ -1,4 +1,4 @@
-"""`SSFL`, the server's half: in the place of FedAvg, with its arguments, started the same way.
+"""`SSFL`, the server side: in the place of FedAvg, with its arguments, started the same way.
 
 Ohib et al., "SSFL: Discovering Sparse Unified Subnetworks at Initialization for Efficient Federated Learning", TMLR
 2026, arXiv 2405.09037, algorithm 1: ask all clients for ``|g * w|`` at the common initial weights, average by

@@ -1,4 +1,4 @@
-"""The Flower app that a launcher hands to `flwr run`, what it says meanwhile, and how it ended."""
+"""Hands a Flower app to `flwr run`, follows what it says, and finds out how it ended."""
 
 import contextlib
 import shutil
@@ -14,7 +14,7 @@ from ssfl_app.results.status import read_status
 from ssfl_app.simulation.processes import cause_in_log, words_of
 
 FULL = 1_000_000
-"""Bytes of room in a run folder below which its disk counts as full: not even the reason of a failure fits."""
+"""Free bytes of a run folder below which its disk counts as full: not even the reason of a failure fits."""
 
 LAST_WORDS = 3.0
 """Seconds that Flower's command gets to bring the traceback of a failed run to its log."""

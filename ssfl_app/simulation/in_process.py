@@ -1,8 +1,8 @@
 """The in-process engine: the same ServerApp and ClientApp without Ray, SuperLink or FAB.
 
 For tests, debugging and one machine: several clients are trained at once in threads that share a GPU, or in forks of
-this process (`crew`) that share its data: `engine.concurrent`. It gives the same digits as Ray: clients draw from
-generators that name seed, round and client, and the server's sums do not depend on the order of replies.
+this process (`worker_pool`) that share its data: `engine.concurrent`. It gives the same digits as Ray: clients draw
+from generators that name seed, round and client, and the server's sums do not depend on the order of replies.
 """
 
 import contextlib

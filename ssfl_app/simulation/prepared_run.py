@@ -1,4 +1,4 @@
-"""What the launcher of a run on Ray must know of it, found out in a process that imports torch for it and is gone."""
+"""Finds out what the launcher of a run on Ray must know of it, in a process that imports torch for that and ends."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""The launcher: `flwr run` on a SuperLink of its own, as a command that tells the truth in its exit code.
+"""Runs `flwr run` on a SuperLink of its own, with an exit code that says how the run ended.
 
 What plain ``flwr run`` leaves to its user, and is done here:
 

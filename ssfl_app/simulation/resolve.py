@@ -1,4 +1,4 @@
-"""The words of `ssfl run` as a configuration that was checked as far as that can be done before anything starts."""
+"""Turns the arguments of `ssfl run` into a configuration, checked as far as possible before anything starts."""
 
 import sys
 from collections.abc import Iterable

@@ -10,7 +10,7 @@ ENGINES = ("ray", "inline")
 
 @dataclass(frozen=True)
 class RunArgs:
-    """The words of `ssfl run`; `engine` is one of `ENGINES`, or "deployment" for `ssfl federation run`."""
+    """The arguments of `ssfl run`; `engine` is one of `ENGINES`, or "deployment" for `ssfl federation run`."""
 
     file: Path | None
     overrides: list[str]

@@ -222,7 +222,7 @@ class Indexed(Codec):
 
 
 class BitmapOnly(Codec):
-    """The bitmap alone. The decoded state is empty: what the bits mean is the algorithm's affair."""
+    """The bitmap alone. The decoded state is empty: the algorithm says what the bits mean."""
 
     name = "bits-only"
 

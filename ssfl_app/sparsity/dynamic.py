@@ -1,4 +1,4 @@
-"""Evolve: masks that move while a model trains. Coordinates die (`fire`), others come back (`regrow`).
+"""Moves masks while a model trains: coordinates die (`drop`), others come alive (`grow`).
 
 Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", Nature Comm. 2018
 (random regrowth); Evci et al., "Rigging the lottery", ICML 2020 (regrowth by gradient, cosine decay); per client in

@@ -1,4 +1,4 @@
-"""What training on a GPU needs: streams that are not shared, waiting without spinning, room in memory."""
+"""What training on a GPU needs: streams that are not shared, waiting without spinning, free memory."""
 
 import threading
 import weakref

@@ -110,7 +110,7 @@ SHRINKS = dict.fromkeys(REGISTRY, 4) | {"cnn": 1, "resnet18": 8, "resnet50": 8}
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Keys of the room ``model``."""
+    """Keys of the section ``model``."""
 
     name: str = choice(*REGISTRY)
     norm: str = choice(*NORMS)

@@ -24,7 +24,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 @dataclass(frozen=True)
 class LocalOptions:
-    """Keys of the room ``local``: plain SGD on a client."""
+    """Keys of the section ``local``: plain SGD on a client."""
 
     epochs: int = at_least(1)
     batch_size: int = at_least(1)

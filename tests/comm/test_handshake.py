@@ -1,4 +1,4 @@
-"""The greeting: lost and malformed hellos, nodes that come, go and come back under another id."""
+"""The handshake: lost and malformed ones, nodes that come, go and come back under another id."""
 
 import itertools
 from typing import Any
@@ -9,8 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssfl_app.comm import handshake as greeting
-from ssfl_app.comm import membership
+from ssfl_app.comm import handshake, membership
 from ssfl_app.comm.handshake import Handshake, read_handshake
 from ssfl_app.comm.membership import Claim, ClientRegistry
 from ssfl_app.comm.payload import Payload, PayloadEncoder
@@ -37,8 +36,8 @@ ONE: Flat = {"run.rounds": 1, "run.clients": 4, "run.cohort": 4, "strategy": "fe
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(greeting, "RETRY", 0.05)
-    monkeypatch.setattr(greeting, "TRY", 0.3)
+    monkeypatch.setattr(handshake, "RETRY", 0.05)
+    monkeypatch.setattr(handshake, "TRY", 0.3)
     monkeypatch.setattr(membership, "REJOIN_TIMEOUT", 2.0)
     monkeypatch.setattr(membership, "DEPLOYMENT_POLL", 0.01)
     monkeypatch.setattr("ssfl_app.comm.exchange.DEPLOYMENT_POLL", 0.01)
@@ -72,24 +71,24 @@ def meet(grid: ScriptedGrid, bound: dict[Claim, int] | None = None, **keys: Any)
 
 
 said: list[str] = []
-"""What people were told at the last greeting."""
+"""What people were told at the last handshake."""
 
 
 def grid(faults: dict[Any, Fault] | None = None, configs: list[Flat] | None = None) -> ScriptedGrid:
-    get_runtime(merge(SMALL, ONE))  # seconds, which the first hello would seem to be lost in
+    get_runtime(merge(SMALL, ONE))  # seconds, which the first handshake would seem to be lost in
     return ScriptedGrid(merge(SMALL, ONE), 0, faults, configs)
 
 
 @pytest.mark.parametrize("fault", [answer_error(5), answer_error(1), keep_silent], ids=["gone", "import", "silent"])
-def test_a_lost_hello_is_said_again(fault: Fault) -> None:
+def test_a_lost_handshake_is_asked_again(fault: Fault) -> None:
     flaky = grid({("query.hello", 0, 2): times(2, fault)})
     assert sorted(meet(flaky).nodes) == [0, 1, 2, 3]
     assert [where[2] for where in flaky.log].count(2) == 3
     assert [where[2] for where in flaky.log].count(1) == 1
 
 
-def test_hellos_are_not_said_more_often_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(greeting, "RETRY", 0.2)
+def test_handshakes_are_not_asked_more_often_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshake, "RETRY", 0.2)
     flaky = grid({("query.hello", 0, 2): answer_error(5)})
     with pytest.raises(RunFailed, match=r"3 of 4 clients joined .* missing: 2 \(node \d+ Flower error 5: scripted\)"):
         meet(flaky, join_timeout=1.0)
@@ -97,7 +96,7 @@ def test_hellos_are_not_said_more_often_than_they_may(monkeypatch: pytest.Monkey
 
 
 class SlowGrid(ScriptedGrid):
-    """The node that is asked first answers its first hello only after it was asked again, and no later one."""
+    """The node that is asked first answers its first handshake only after it was asked again, and no later one."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -115,14 +114,14 @@ class SlowGrid(ScriptedGrid):
         return super().pull_messages([i for i in message_ids if i not in blocked])
 
 
-def test_an_answer_to_an_earlier_hello_counts() -> None:
+def test_an_answer_to_an_earlier_handshake_counts() -> None:
     slow = SlowGrid(merge(SMALL, ONE))
     assert sorted(meet(slow).nodes) == [0, 1, 2, 3]
     assert len(slow.poller) > 4
 
 
 def test_a_node_that_leaves_and_comes_back_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(greeting, "TRY", 1000.0)
+    monkeypatch.setattr(handshake, "TRY", 1000.0)
     shaky = grid({("query.hello", 0, 2): times(1, keep_silent)})
     node = next(n for n, c in shaky._contexts.items() if shaky.number(c) == 2)
     asked = itertools.count()
@@ -152,7 +151,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("fault", "reason"), BAD, ids=[reason for _, reason in BAD])
-def test_a_malformed_hello_sets_that_node_aside_by_name(fault: Fault, reason: str) -> None:
+def test_a_malformed_handshake_sets_that_node_aside_by_name(fault: Fault, reason: str) -> None:
     odd = grid({("query.hello", 0, 2): fault})
     with pytest.raises(RunFailed, match=r"3 of 4 clients joined; missing: 2") as caught:
         meet(odd)  # no other node comes in simulation: it is not waited for
@@ -190,18 +189,18 @@ def records(draw: Any) -> RecordDict:
 
 @settings(max_examples=150, deadline=None)
 @given(records())
-def test_whatever_a_node_sends_is_a_hello_or_is_refused(record: RecordDict) -> None:
+def test_whatever_a_node_sends_is_a_handshake_or_is_refused(record: RecordDict) -> None:
     asked = Message(RecordDict(), 5, "query.hello")
     try:
         hello = read_handshake(5, Message(record, reply_to=asked))
-    except PayloadError:  # the only way out besides a hello
+    except PayloadError:  # the only way out besides a handshake
         return
     assert isinstance(hello, Handshake)
     assert (hello.number is None) is bool(hello.name)
     assert isinstance(hello.metadata["code"], str)
 
 
-def test_a_good_hello_is_read() -> None:
+def test_a_good_handshake_is_read() -> None:
     asked = Message(RecordDict(), 5, "query.hello")
     read = read_handshake(5, Message(PayloadEncoder().record(Payload(metadata=GOOD)), reply_to=asked))
     assert (read.number, read.name, read.place) == (1, "", 1)
@@ -247,7 +246,7 @@ HOSTILE = {
         "says that it is site 'extra', and its key is that of client 4",
     ),
     "an exception": (answer_error(2, "Traceback\nOSError: no"), "raised: OSError: no"),
-    "nonsense": (pose(0, code=3), "its hello is malformed: code is 3; it is one line of at most 64 characters"),
+    "nonsense": (pose(0, code=3), "its handshake is malformed: code is 3; it is one line of at most 64 characters"),
 }
 
 

@@ -126,7 +126,7 @@ def repeated(body: bytes) -> bytes:
     (lambda body: b"7", r"the reply is no message: Flower cannot read it \(TypeError\)"),
 ])  # fmt: skip
 def test_bytes_that_are_no_message_are_refused_and_the_others_count(body: Any, reason: str) -> None:
-    """A chunk that stands in an array a thousand times, JSON of any depth: of a round, and of the greeting."""
+    """A chunk that stands in an array a thousand times, JSON of any depth: of a round, and of the handshake."""
 
     def answer(message: Message, context: Any) -> Message:
         values = np.full(8192, message.metadata.dst_node_id, np.float32)  # no object of two replies
@@ -216,7 +216,7 @@ def test_a_round_ends_in_its_time_whatever_a_node_uploads() -> None:
     assert records[1]["seconds"] < 10 + 5
 
 
-def test_a_greeting_ends_in_its_time_and_names_the_node_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_handshake_ends_in_its_time_and_names_the_node_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     inner = DeploymentGrid(merge(SMALL, KEYS))
     stuck = next(n for n, c in inner._contexts.items() if inner.number(c) == 1)
     grid = Uploading(inner, uploads_of(stuck, "query.hello", never))

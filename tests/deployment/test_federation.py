@@ -74,7 +74,7 @@ def test_a_federation_is_its_accounts_alone_whatever_the_umask_is(
     node_service(folder / "nodes" / "a", federation.address, "name='a' data-path='/a'", 9094)
     found = [folder, *folder.rglob("*")]
     assert {path.name for path in found} >= {"ca.key", "server.key", "key", "registered.json", "flwr"}
-    # Before a process is started; the keeper's are its children and have its umask, 077.
+    # Before a process is started; the supervisor's are its children and have its umask, 077.
     for path in found:
         if path.is_dir():
             assert stat.S_IMODE(path.stat().st_mode) == 0o700, path
@@ -83,7 +83,7 @@ def test_a_federation_is_its_accounts_alone_whatever_the_umask_is(
     assert os.umask(0) == 0  # and the shell's umask is as it was
 
 
-def test_what_the_keeper_starts_writes_for_its_account_alone(
+def test_what_the_supervisor_starts_writes_for_its_account_alone(
     open_umask: None, made: house.Federation, ssfl: Ssfl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -278,7 +278,7 @@ def test_up_names_a_port_in_use_and_takes_another_one(
     free = [free_port() for _ in range(2)]
     for choice in (["--port", str(free[0])], [], ["--port", str(free[1])], []):
         code, said = ssfl(*words, *choice)
-        assert (code, "the federation ended" in said) == (1, True)  # its keeper is the one above
+        assert (code, "the federation ended" in said) == (1, True)  # its supervisor is the one above
     assert started == [free[0], free[0], free[1], free[1]]
     with socket.create_server(("127.0.0.1", free[1])):
         assert ssfl(*words)[0] == 2

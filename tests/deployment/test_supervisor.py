@@ -1,4 +1,4 @@
-"""The keeper: what ends is started again, later each time; what gives up is ended first."""
+"""The supervisor: what ends is started again, later each time; what gives up is ended first."""
 
 import os
 import signal
@@ -73,7 +73,7 @@ def test_what_gives_up_without_ending_is_ended_and_started_again(service: Callab
     assert it.read >= it.log.read_bytes().index(b"I give up\n") + 10  # what the first one said counts no more
 
 
-def test_a_keeper_stops_what_it_keeps_and_says_what_runs(service: Callable[..., Service], tmp_path: Path) -> None:
+def test_a_supervisor_stops_what_it_keeps_and_says_what_runs(service: Callable[..., Service], tmp_path: Path) -> None:
     state = tmp_path / "running.json"
     code = (
         "from pathlib import Path; from ssfl_app.deployment.supervisor import Supervisor, Service; import os, sys; "

@@ -1,4 +1,4 @@
-"""The server's half of methods in which every client has a mask of its own."""
+"""The server side of methods in which every client has a mask of its own."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Criteria: how the one global mask of SSFL is chosen. Both halves: `discover` on the server, `answer` on a client.
+"""Chooses the one global mask of SSFL: `find_mask` is the server side, `score_weights` the client side.
 
 ==============  ======================================  =====================================================
 ssfl.criterion  weights that stay                       what a client is asked for, and its bytes (down, up)
@@ -98,16 +98,16 @@ def find_mask(
     Parameters
     ----------
     strategy : SparseStrategy
-        Its settings have the section ``ssfl``; its client hands `QUESTIONS` to `answer`.
-    ask : Ask
-        Of `setup` or `prepare`.
+        Its settings have the section ``ssfl``; its client hands `QUESTIONS` to `score_weights`.
+    ask : Query
+        Of `before_training` or `before_round`.
     clients : iterable of int
         Who is asked, in every exchange.
     state : State, optional
         The weights w that are scored; default `strategy.state`, which clients make from the seed or ask for.
     carry : Payload, optional
         What every question takes along so that a client can make `state`; default, with a `state`: all of it, as
-        `Dense` writes it, 4 bytes a coordinate, which `answer` then reads by itself.
+        `Dense` writes it, 4 bytes a coordinate, which `score_weights` then reads by itself.
 
     Raises
     ------

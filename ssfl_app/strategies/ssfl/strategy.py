@@ -67,7 +67,7 @@ class SaliencyClient(ScoringClient, MaskedClient):
 
 
 class FixedMask(SparseStrategy):
-    """FedAvg inside a mask that `setup` finds."""
+    """FedAvg inside a mask that `before_training` finds."""
 
     client = MaskedClient
     error_feedback_ok = True
