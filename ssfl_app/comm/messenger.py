@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -79,15 +79,7 @@ class PendingMessage:
     config: Mapping[str, Any] | None = None
 
 
-class Replied(Protocol):
-    """What every checked reply has."""
-
-    @property
-    def metadata(self) -> Metadata:
-        """What it says beside its arrays."""
-
-
-R = TypeVar("R", bound=Replied)
+R = TypeVar("R")  # a checked reply
 
 
 class Messenger:
@@ -170,14 +162,13 @@ class Messenger:
     # ---- in ----------------------------------------------------------------------------------
 
     def _receive(self, read: Callable[[int, Message], R], take: Callable[[R], None], message: Message) -> None:
-        """Hand a good reply to `take`; refuse another one by name."""
+        """Hand a good reply to `take`; refuse another one by name. `read` raises PayloadError or accepts it."""
         client = self._client_of.pop(message.metadata.reply_to_message_id)
         try:
             reply = read(client, message)
         except PayloadError as error:
             self.report.refuse(client, str(error))
             return
-        self.report.accept(client, reply.metadata)
         take(reply)
 
     def _opened(self, client: int, message: Message, allowed: Allowed) -> Payload:
@@ -339,6 +330,7 @@ class ClientMessenger(Messenger):
         check(client, payload)
         if pending.mask is not None:
             self.mark_mask_held(client, pending.mask)
+        self.report.accept(client, metadata)
         return Reply(client, payload.arrays, metadata, int(metadata["samples"]))
 
 

@@ -114,24 +114,16 @@ class RoundLoop(Generic[S, M]):
         """Return what a method is given as the model. Default: nothing, the strategy has its own."""
         return ArrayRecord()
 
-    def _sampled(self, method: str, messages: list[Message]) -> None:
-        """See the messages that a method made. Default: look away."""
-
     def _heard(self, method: str, replies: Iterator[Message]) -> Iterable[Message]:
         """Return the replies as a method is given them. Default: one at a time."""
         return replies
-
-    def _aggregated(self, method: str, messages: list[Message], metrics: MetricRecord | None) -> None:
-        """See what a method made of the replies. Default: look away."""
 
     def _training(self, round_: int, reply_bytes: int) -> tuple[ArrayRecord | None, MetricRecord | None, Record]:
         """Have clients train; return arrays, metrics, and how many messages and bytes that took."""
         given, strategy = self._given("configure_train"), self._strategy
         messages = list(strategy.configure_train(round_, given, self._configs[0], self._grid))
-        self._sampled("configure_train", messages)
         replies = self._messenger.exchange(self._grid, messages, reply_bytes)
         arrays, metrics = strategy.aggregate_train(round_, self._heard("aggregate_train", replies))
-        self._aggregated("aggregate_train", messages, metrics)
         if metrics is not None:
             self._result.train_metrics_clientapp[round_] = metrics
         report = self._messenger.report
@@ -150,10 +142,8 @@ class RoundLoop(Generic[S, M]):
         messages = list(strategy.configure_evaluate(round_, given, self._configs[1], self._grid))
         if not messages:
             return False, None
-        self._sampled("configure_evaluate", messages)
         replies = self._heard("aggregate_evaluate", self._messenger.exchange(self._grid, messages, 0))
         metrics = strategy.aggregate_evaluate(round_, replies)
-        self._aggregated("aggregate_evaluate", messages, metrics)
         if metrics is not None:
             self._result.evaluate_metrics_clientapp[round_] = metrics
         return True, metrics

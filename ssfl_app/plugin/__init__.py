@@ -13,9 +13,10 @@ module             what
 `seen`             what a client tells of the model: which tensors are one, and which are no weights
 `ranking`          from mean scores to the mask
 `legacy`           Message API <-> what an old-style NumPyClient takes
-`mail`, `answer`   the server's messages to nodes, resent with the mask to a node that lost it; checked answers
-`folding`, `inner` what the replies of a round become: a streamed mean, or what another Flower strategy makes of them
-`course`           the order of events, and the record of each round
+`messenger`        the server's messages to nodes, resent with the mask to a node that lost it; checked answers
+`metrics`          which metrics all replies of a round have
+`inner`            what another Flower strategy makes of the replies of a round
+`rounds`           the round loop, and the record of each round
 `discovery`        round 0: the question for saliency, and the mask
 `cohort`           who takes part
 =================  ==========================================================================================

@@ -67,7 +67,7 @@ class Discovery:
 
     def find(
         self,
-        mail: NodeMessenger,
+        messenger: NodeMessenger,
         grid: Grid,
         nodes: list[int],
         model: Vector,
@@ -93,11 +93,11 @@ class Discovery:
         ValueError
             The density keeps nothing.
         """
-        layout = mail.sheet.layout
+        layout = messenger.sheet.layout
         means, said, by = dict[Ties, WeightedMean](), dict[int, TensorReport](), dict[int, str]()
         answers: list[CheckedReply] | None = [] if inner is not None and is_robust(inner) else None
         asked: Metadata = {"batches": self.batches, "weighting": self.weighting}
-        messages = mail.build_messages("saliency", 0, nodes, model, config, asked)
+        messages = messenger.build_messages("saliency", 0, nodes, model, config, asked)
 
         def take(answer: CheckedReply) -> None:
             if not answer.values.any():
@@ -114,8 +114,8 @@ class Discovery:
                 answers.append(answer)
             said[answer.node], by[answer.node] = answer.seen, str(answer.metadata["scored-by"])
 
-        mail.receive(mail.exchange(grid, messages, 4 * layout.prunable_size), take)
-        ties = _usual_ties(said, mail)
+        messenger.receive(messenger.exchange(grid, messages, 4 * layout.prunable_size), take)
+        ties = _usual_ties(said, messenger)
         if answers is None and said and ties not in means:
             raise RunFailed(
                 f"the clients tell {len({seen.ties for seen in said.values()})} different things about which tensors "
@@ -124,12 +124,12 @@ class Discovery:
             )
         said = {node: seen for node, seen in said.items() if seen.ties == ties}
         scored_by = Counter(by[node] for node in said)
-        record |= mail.names()
+        record |= messenger.names()
         record["scored_by"] = dict(sorted(scored_by.items()))
-        record["bytes_discovery_down"] = mail.report.down + mail.report.mask_down
-        record["bytes_discovery_up"] = mail.report.up
-        mail.log_failures("discovery")
-        mail.require(self.min_ok_fraction, "the question for saliency")
+        record["bytes_discovery_down"] = messenger.report.down + messenger.report.mask_down
+        record["bytes_discovery_up"] = messenger.report.up
+        messenger.log_failures("discovery")
+        messenger.require(self.min_ok_fraction, "the question for saliency")
         scores, record["score_fold"] = np.zeros(layout.prunable_size, dtype=np.float32), "mean"
         if answers and inner is not None:
             good = [_comparable(answer, layout, model) for answer in answers if answer.node in said]
@@ -142,7 +142,7 @@ class Discovery:
         dense = self._dense(layout, said) | (
             {} if compare else dict.fromkeys(unscorable(layout, model, scores), _ZERO)
         )
-        sheet, model, scores = _settled(mail.sheet, model, scores, ties, dense)
+        sheet, model, scores = _settled(messenger.sheet, model, scores, ties, dense)
         if not sheet.prunable:
             raise RunFailed(f"no tensor is left to prune: {dense}; name some by prunable=[...]")
         alone = {} if compare else within(sheet.layout, model, scores)
@@ -177,7 +177,7 @@ _LARGE = 0.05
 """Share of all coordinates from which on a matrix that stays dense is worth a warning."""
 
 
-def _usual_ties(said: Mapping[int, TensorReport], mail: NodeMessenger) -> Ties:
+def _usual_ties(said: Mapping[int, TensorReport], messenger: NodeMessenger) -> Ties:
     """Return what most clients say about tied tensors, and refuse the others; of equally many it is who says less.
 
     Parameters
@@ -190,7 +190,7 @@ def _usual_ties(said: Mapping[int, TensorReport], mail: NodeMessenger) -> Ties:
     for node, seen in said.items():
         if seen.ties != usual:
             tied = f"ties {_pairs(seen.ties)}; {counts[usual]} of {len(said)} clients tie {_pairs(usual)}"
-            mail.report.refuse(node, in_a_line(tied))
+            messenger.report.refuse(node, in_a_line(tied))
     return usual
 
 

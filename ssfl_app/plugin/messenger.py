@@ -211,6 +211,7 @@ class NodeMessenger(Messenger):
         values, weight = self._vector(payload), weight_of(weight, self._most)
         if self._kind != "saliency":
             self._holds[node] = str(metadata["digest"])
+        self.report.accept(node, {})
         return CheckedReply(node, values, weight, records, name, metadata, message, seen)
 
     def _allowed(self) -> Allowed:

@@ -89,11 +89,12 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
         log(INFO, "\t└──> %s of %s prunable weights stay alive", mask.count, mask.alive.size)
 
     def _train(self, round_: int) -> Record:
-        mail, mask = self._messenger, self._messenger.mask
+        mask = self._messenger.mask
         carried = int(np.count_nonzero(mask.transmitted))
         arrays, metrics, counts = self._training(round_, 4 * carried)
+        self._tell_metrics("aggregate_train", metrics)
         return {
-            **mail.names(),
+            **self._messenger.names(),
             "aggregated": arrays is not None,
             "metrics": dict(metrics or {}),
             **counts,
@@ -105,6 +106,7 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
         sent, metrics = self._evaluation(round_)
         if not sent:
             return {"bytes_evaluate_down": 0}
+        self._tell_metrics("aggregate_evaluate", metrics)
         return {
             **{f"evaluate_{name}": value for name, value in self._messenger.names().items()},
             "evaluate_metrics": dict(metrics or {}),
@@ -116,18 +118,16 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
         """Return the model for a method that is the user's own: `SSFL`'s own read none."""
         return self._strategy.arrays() if self._strategy.changes(method) else ArrayRecord()
 
-    def _sampled(self, method: str, messages: list[Message]) -> None:
-        if messages:
-            log(INFO, "%s: Sampled %s nodes", method, len(messages))
-
     def _heard(self, method: str, replies: Iterator[Message]) -> Iterable[Message]:
         """Return the replies one at a time, or, to a method that is the user's own, as Flower gives them."""
+        if asked := self._messenger.report.asked:
+            log(INFO, "%s: Sampled %s nodes", method.replace("aggregate", "configure"), asked)
         if not self._strategy.changes(method):
             return replies
         return self._messenger.decoded(replies, f"{type(self._strategy).__name__}.{method}")
 
-    def _aggregated(self, method: str, messages: list[Message], metrics: MetricRecord | None) -> None:
-        if messages:
+    def _tell_metrics(self, method: str, metrics: MetricRecord | None) -> None:
+        if self._messenger.report.asked:
             self._messenger.log_failures(method)
         if metrics is not None:
             log(INFO, "\t└──> Aggregated MetricRecord: %s", metrics)

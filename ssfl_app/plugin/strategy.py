@@ -100,7 +100,7 @@ class SSFL(OwnStart):
     history : list of dict
         One record a round, round 0 is discovery: who answered (`ok`), who was `lost` or `refused` and why, bytes of
         encoded arrays, metrics, density, seconds.
-    mail : Mail
+    messenger : NodeMessenger
         Who holds what, and the exchange that is going on; its `mask` is the one in use. Once the strategy was
         started.
     model : array of float32
@@ -168,7 +168,7 @@ class SSFL(OwnStart):
             raise ValueError(f"most_examples is {most_examples}; it is a number above 0, at most {MOST}")
         self.history: list[Record] = []
         self.model: Vector = np.zeros(0, dtype=np.float32)
-        self._mail: NodeMessenger | None = None
+        self._messenger: NodeMessenger | None = None
         self.discovery = Discovery(
             density,
             scope,
@@ -188,7 +188,7 @@ class SSFL(OwnStart):
         self._cohort: list[int] = []
 
     @property
-    def mail(self) -> NodeMessenger:
+    def messenger(self) -> NodeMessenger:
         """The messages of this run.
 
         Raises
@@ -196,14 +196,14 @@ class SSFL(OwnStart):
         RuntimeError
             `start` was not called yet.
         """
-        if self._mail is None:
+        if self._messenger is None:
             raise RuntimeError("SSFL was not started; call start() first")
-        return self._mail
+        return self._messenger
 
     @property
     def mask(self) -> Mask:
         """The mask in use: the dense one, until discovery is over."""
-        return self.mail.mask
+        return self.messenger.mask
 
     def changes(self, method: str) -> bool:
         """Return whether a method of `SSFL` was replaced by the user's."""
@@ -212,7 +212,9 @@ class SSFL(OwnStart):
     @property
     def _form(self) -> Form:
         mask = self.mask
-        return AsModel(self.mail.sheet, mask) if self._named else AsVector(int(np.count_nonzero(mask.transmitted)))
+        return (
+            AsModel(self.messenger.sheet, mask) if self._named else AsVector(int(np.count_nonzero(mask.transmitted)))
+        )
 
     def question_config(self, config: ConfigRecord, grid: Grid) -> ConfigRecord:
         """Return the config of the question for saliency: the one of round 1, marked by `QUESTION`.
@@ -222,7 +224,7 @@ class SSFL(OwnStart):
         """
         told: Any = ConfigRecord({**config, "server-round": 1})
         if self.inner is not None or self.changes("configure_train"):
-            shared = {id(each): each for each in (self._mail, self.model, self.history)}
+            shared = {id(each): each for each in (self._messenger, self.model, self.history)}
             try:
                 trial = copy.deepcopy(self, shared)
             except Exception:  # it holds a file, a lock, a connection
@@ -276,7 +278,7 @@ class SSFL(OwnStart):
         check_values(self.model)
         if self.discovery.density < 1:
             self.discovery.wanted.check(sheet.layout)
-        self._mail = NodeMessenger(sheet, self._values, self.base.weighted_by_key, timeout, self._most_examples)
+        self._messenger = NodeMessenger(sheet, self._values, self.base.weighted_by_key, timeout, self._most_examples)
         self._timeout = timeout
         self.history = []
         # The user's own objects, for the whole run: what a strategy changes in them stays, as under Flower.
@@ -285,7 +287,7 @@ class SSFL(OwnStart):
             ConfigRecord() if evaluate_config is None else evaluate_config,
         )
         with self.playing():
-            return NodeRoundLoop(self, self._mail, grid, configs, evaluate_fn).run(initial_arrays, num_rounds)
+            return NodeRoundLoop(self, self._messenger, grid, configs, evaluate_fn).run(initial_arrays, num_rounds)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -303,7 +305,7 @@ class SSFL(OwnStart):
                 self.inner.configure_train, server_round, given, config, grid, base.configrecord_key
             )
         self._cohort = nodes
-        return self.mail.build_messages("train", server_round, nodes, self.model, config, {})
+        return self.messenger.build_messages("train", server_round, nodes, self.model, config, {})
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -315,7 +317,7 @@ class SSFL(OwnStart):
         RunFailed
             The inner strategy returned no model.
         """
-        size, answers = int(np.count_nonzero(self.mail.mask.transmitted)), list[CheckedReply]()
+        size, answers = int(np.count_nonzero(self.messenger.mask.transmitted)), list[CheckedReply]()
         mean = WeightedMean(size, max(1, len(self._cohort))) if self.inner is None else None
 
         def take(answer: CheckedReply) -> None:
@@ -324,14 +326,14 @@ class SSFL(OwnStart):
                 answer = answer.numbers()  # numbers only: server memory does not grow with the nodes
             answers.append(answer)
 
-        self.mail.receive(replies, take)
+        self.messenger.receive(replies, take)
         contents, odd = common_metrics(answers)
         if self.inner is not None:  # it folds values and metrics of a reply together
             self._refuse(odd)
             answers = [answer for answer in answers if answer.node not in odd]
         else:
-            self.mail.odd = odd
-        if not answers or not self.mail.report.enough(self.min_ok_fraction):
+            self.messenger.odd = odd
+        if not answers or not self.messenger.report.enough(self.min_ok_fraction):
             return None, None
         if self.inner is not None:
             values, metrics = aggregate_by(self.inner, server_round, answers, self._form)
@@ -341,7 +343,7 @@ class SSFL(OwnStart):
             metrics = self.base.train_metrics_aggr_fn(contents, self.base.weighted_by_key)
         if values is None:
             return None, metrics
-        self.model = self.mail.sheet.spread(values, self.mail.mask)
+        self.model = self.messenger.sheet.spread(values, self.messenger.mask)
         return self.arrays(), metrics
 
     def configure_evaluate(
@@ -359,12 +361,12 @@ class SSFL(OwnStart):
             config = inner_round_config(
                 self.inner.configure_evaluate, server_round, given, config, grid, base.configrecord_key
             )
-        return self.mail.build_messages("evaluate", server_round, nodes, self.model, config, {})
+        return self.messenger.build_messages("evaluate", server_round, nodes, self.model, config, {})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the metrics of the good replies, aggregated as FedAvg does or as the inner strategy does."""
         answers = list[CheckedReply]()
-        self.mail.receive(replies, answers.append)
+        self.messenger.receive(replies, answers.append)
         contents, odd = common_metrics(answers)
         self._refuse(odd)
         if not contents:
@@ -376,8 +378,8 @@ class SSFL(OwnStart):
 
     def _refuse(self, odd: Mapping[int, str]) -> None:
         for node, reason in odd.items():
-            self.mail.report.refuse(node, in_a_line(reason))
+            self.messenger.report.refuse(node, in_a_line(reason))
 
     def arrays(self) -> ArrayRecord:
         """Return the model: dense arrays as `initial_arrays` were, dead weights exactly 0."""
-        return self.mail.sheet.dense(self.model)
+        return self.messenger.sheet.dense(self.model)

@@ -216,16 +216,16 @@ def test_what_a_subclass_makes_of_a_reply_counts() -> None:
 def test_a_quorum_counts_those_that_were_asked() -> None:
     class Deaf(SSFL):
         def aggregate_train(self, server_round: int, replies: Any) -> Any:
-            self.mail.report.ok.clear()  # as if nobody's answer had been looked at
+            self.messenger.report.ok.clear()  # as if nobody's answer had been looked at
             return super().aggregate_train(server_round, [])
 
     with pytest.raises(RunFailed, match=r"training in round 1: 0 of 2 nodes answered well"):
         told(Deaf(density=0.5))
     strategy, _ = told(SSFL(density=0.5), rounds=1)
     grid = ForeignGrid(foreign_app(), nodes=2)
-    messages = strategy.mail.build_messages("train", 2, [1000, 1001], strategy.model, {}, {})
-    strategy.mail.exchange(grid, messages, 0)  # and nobody listens
-    assert not strategy.mail.report.enough(0.5)
+    messages = strategy.messenger.build_messages("train", 2, [1000, 1001], strategy.model, {}, {})
+    strategy.messenger.exchange(grid, messages, 0)  # and nobody listens
+    assert not strategy.messenger.report.enough(0.5)
 
 
 def test_a_subclass_gets_the_model_and_its_config_reaches_the_question() -> None:
