@@ -345,7 +345,7 @@ def test_an_entry_of_another_account_is_not_read(shards, cache, monkeypatch):
 def ssfl(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["ssfl", *words])
     with pytest.raises(SystemExit) as ended:
-        main.main()
+        main()
     assert not ended.value.code
     return capsys.readouterr().out
 

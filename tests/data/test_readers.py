@@ -491,7 +491,7 @@ def test_sites_of_a_trial_federation_are_refused_by_the_words_that_name_them(
     sites = [part for word in words for part in ("--site", word)]
     monkeypatch.setattr(sys, "argv", ["ssfl", "federation", "up", "--dir", str(tmp_path / "made"), *sites])
     with pytest.raises(SystemExit) as ended:
-        main.main()
+        main()
     assert ended.value.code == 2
     assert f"--site is {words[-1]!r}" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
@@ -505,7 +505,7 @@ def test_a_new_certificate_needs_the_key_of_the_authority_and_is_for_the_same_ho
     def ssfl(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["ssfl", "federation", *words, "--dir", str(made)])
         with pytest.raises(SystemExit) as ended:
-            main.main()
+            main()
         out, err = capsys.readouterr()
         return int(ended.value.code or 0), out + err
 

@@ -36,7 +36,7 @@ def ssfl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["ssfl", "federation", *words])
         with pytest.raises(SystemExit) as ended:
-            main.main()
+            main()
         out, err = capsys.readouterr()
         return int(ended.value.code or 0), out + err
 

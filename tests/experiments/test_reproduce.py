@@ -388,7 +388,7 @@ def test_an_interrupt_leaves_the_table(
 def ssfl(monkeypatch: pytest.MonkeyPatch, *command: str) -> int:
     monkeypatch.setattr(sys, "argv", ["ssfl", *command])
     try:
-        main.main()
+        main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0

@@ -439,7 +439,7 @@ def test_bad_commands_give_one_line_and_write_nothing(
     monkeypatch.setattr(sys, "argv", ["ssfl", "compare", *options])
     (tmp_path / "a.toml").write_text("")
     with pytest.raises(SystemExit) as end:
-        main.main()
+        main()
     assert end.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith(f"ssfl: {said}")
@@ -455,7 +455,7 @@ def test_report_only_compares_what_is_there(
     (tmp_path / "runs" / "compare-a" / "runs").mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["ssfl", "compare", "a.toml", "--report-only"])
     with pytest.raises(SystemExit) as end:
-        main.main()
+        main()
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert "not played" in out

@@ -33,7 +33,7 @@ def ssfl(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
         monkeypatch.setattr(sys, "argv", ["ssfl", *words])
         code = 0
         try:
-            main.main()
+            main()
         except SystemExit as end:
             code = int(end.code or 0)
         out, err = capsys.readouterr()

@@ -41,7 +41,7 @@ def ssfl_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     argv, sys.argv = sys.argv, ["ssfl", "report", os.fspath(folder)]
     terminated = signal.getsignal(signal.SIGTERM)
     try:
-        main.main()
+        main()
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)

@@ -42,7 +42,7 @@ def ssfl(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
         patch.setattr(sys, "argv", ["ssfl", *words])
         patch.setattr("signal.signal", lambda *_: None)
         try:
-            main.main()
+            main()
         except SystemExit as end:
             return int(end.code or 0)
         return 0

@@ -248,7 +248,7 @@ def test_a_run_that_fails_before_it_has_a_folder_is_one_line(
     monkeypatch.setattr(processes, "LONGEST_FOLDER", 2)
     monkeypatch.setattr(sys, "argv", ["ssfl", "run", "--engine", "ray", "--out", str(tmp_path / "r")])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli()
     assert ended.value.code == 2
     assert re.fullmatch(r"ssfl: TMPDIR is .*\n", capsys.readouterr().err)
     assert not (tmp_path / "r").exists()
@@ -354,7 +354,7 @@ def ssfl(
     monkeypatch.setattr(sys, "argv", ["ssfl", *words])
     before, code = signal.getsignal(signal.SIGTERM), 0
     try:
-        cli.main()
+        cli()
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
