@@ -41,7 +41,7 @@ def child(words: list[str], said: Path, **variables: str) -> int:
     os.dup2(handle, 2)
     sys.argv = ["ssfl", *words]
     try:
-        cli.main()
+        cli()
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
