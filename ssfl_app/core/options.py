@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from ssfl_app.core.robust import FOLDS
-from ssfl_app.options import above, anything, at_least, choice, fraction, option
+from ssfl_app.options import ConfigError, above, anything, at_least, choice, fraction, option
 from ssfl_app.partitions.late import ShiftOptions
 from ssfl_app.sparsity.values import VALUE_TYPES
 from ssfl_app.training.trainer import LocalOptions
+
+# What a strategy's file needs for options of its own.
+__all__ = ["FailureOptions", "FromSettings", "MaskOptions", "RunOptions", "Section", "Settings", "WireOptions"]
+__all__ += ["ConfigError", "above", "anything", "at_least", "choice", "fraction", "option"]
 
 
 @dataclass(frozen=True)

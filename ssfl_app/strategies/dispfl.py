@@ -35,20 +35,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    Metadata,
-    Payload,
-    Query,
-    Reply,
-    Section,
-    ServerContext,
-    anything,
-    check_number,
-    choice,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, Query, Reply, ServerContext
+from ssfl_app.core.options import FromSettings, Section, anything, choice
 from ssfl_app.core.robust import distance, there
+from ssfl_app.core.validation import check_number
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, nbytes, read_mask
 from ssfl_app.sparsity.densities import Counts, erk, uniform

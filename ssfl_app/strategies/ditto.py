@@ -20,18 +20,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    Images,
-    Metadata,
-    Payload,
-    Section,
-    Settings,
-    SparseStrategy,
-    anything,
-    at_least,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Images, Metadata, Payload, SparseStrategy
+from ssfl_app.core.options import FromSettings, Section, Settings, anything, at_least
 from ssfl_app.sparsity.layout import State, load_state, state_of
 from ssfl_app.strategies.shared.fine_tuning import held_out, held_out_of
 

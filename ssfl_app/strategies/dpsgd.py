@@ -24,7 +24,8 @@ server took. A lossy wire.up-values rounds a client's own model in its mean as w
 """
 
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.algorithm import ClientAlgorithm, FromSettings, Metadata, Payload, shared_buffers
+from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, shared_buffers
+from ssfl_app.core.options import FromSettings
 from ssfl_app.sparsity.layout import load_state, state_of
 from ssfl_app.sparsity.values import Arrays
 from ssfl_app.strategies.shared.fine_tuning import FineTuningClient

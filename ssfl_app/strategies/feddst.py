@@ -31,20 +31,9 @@ import torch
 from torch import nn
 
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    Payload,
-    Query,
-    Reply,
-    Section,
-    ServerContext,
-    Settings,
-    SparseStrategy,
-    at_least,
-    fraction,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, Reply, ServerContext, SparseStrategy
 from ssfl_app.core.means import OverlapMean
+from ssfl_app.core.options import FromSettings, Section, Settings, at_least, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, Codec, MaskedValues, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled

@@ -32,22 +32,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    Images,
-    Metadata,
-    Payload,
-    Reply,
-    Section,
-    ServerContext,
-    Settings,
-    anything,
-    at_least,
-    fraction,
-    option,
-    shared_buffers,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Images, Metadata, Payload, Reply, ServerContext, shared_buffers
+from ssfl_app.core.options import FromSettings, Section, Settings, anything, at_least, fraction, option
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Dense
 from ssfl_app.sparsity.layout import Vector, load_state, state_of

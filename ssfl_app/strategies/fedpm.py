@@ -33,22 +33,17 @@ import torch
 from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.algorithm import (
     ClientAlgorithm,
-    ConfigError,
-    FromSettings,
     Metadata,
     Payload,
     Query,
     Reply,
-    Section,
     ServerContext,
     SparseStrategy,
-    above,
-    at_least,
-    choice,
-    density_pair,
     shared_buffers,
-    stored,
 )
+from ssfl_app.core.options import ConfigError, FromSettings, Section, above, at_least, choice
+from ssfl_app.core.strategy import density_pair
+from ssfl_app.core.validation import stored
 from ssfl_app.seeding import generator, torch_generator
 from ssfl_app.sparsity.codec import BitmapOnly, LinearCodec, read_mask
 from ssfl_app.sparsity.layout import Bits, Layout, State, load_state, state_of

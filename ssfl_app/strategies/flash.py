@@ -29,19 +29,9 @@ from fractions import Fraction
 import numpy as np
 
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    Payload,
-    Query,
-    Reply,
-    Section,
-    Settings,
-    SparseStrategy,
-    at_least,
-    fraction,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, Reply, SparseStrategy
 from ssfl_app.core.means import WeightedMean
+from ssfl_app.core.options import FromSettings, Section, Settings, at_least, fraction
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, Codec, MaskedValues, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled

@@ -21,17 +21,8 @@ layer). A client that was lost before it told its mask gets the random one.
 from dataclasses import dataclass
 
 from ssfl_app.core.aggregation import Aggregator, ReplyOverlapMean, ReplyZerosMean
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    Metadata,
-    Payload,
-    Query,
-    Reply,
-    Section,
-    Settings,
-    choice,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, Query, Reply
+from ssfl_app.core.options import FromSettings, Section, Settings, choice
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapOnly, MaskedValues, read_mask
 from ssfl_app.sparsity.layout import Layout

@@ -27,7 +27,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.core.algorithm import FromSettings, Payload, Query, Section, at_least, fraction, stored
+from ssfl_app.core.algorithm import Payload, Query
+from ssfl_app.core.options import FromSettings, Section, at_least, fraction
+from ssfl_app.core.validation import stored
 from ssfl_app.sparsity.layout import State, load_state, state_digest
 from ssfl_app.sparsity.values import Arrays, PayloadError
 from ssfl_app.strategies.shared.iterative_pruning import IterativePruning, IterativePruningClient

@@ -30,20 +30,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssfl_app.core.aggregation import Aggregator, ReplyMean
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    Payload,
-    Query,
-    Reply,
-    Section,
-    Settings,
-    SparseStrategy,
-    at_least,
-    choice,
-    fraction,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, Reply, SparseStrategy
 from ssfl_app.core.means import WeightedMean
+from ssfl_app.core.options import FromSettings, Section, Settings, at_least, choice, fraction
 from ssfl_app.core.robust import ScoreFold
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, read_mask

@@ -27,21 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssfl_app.core.aggregation import Aggregator, ReplyZerosMean
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    MaskOptions,
-    Metadata,
-    Payload,
-    Query,
-    Section,
-    ServerContext,
-    Settings,
-    SparseStrategy,
-    anything,
-    at_least,
-    choice,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, Query, ServerContext, SparseStrategy
+from ssfl_app.core.options import FromSettings, MaskOptions, Section, Settings, anything, at_least, choice
 from ssfl_app.sparsity.codec import BitmapAndValues, read_mask
 from ssfl_app.sparsity.dynamic import layer_densities
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from ssfl_app.core.algorithm import FromSettings, Payload, Section, at_least, fraction
+from ssfl_app.core.algorithm import Payload
+from ssfl_app.core.options import FromSettings, Section, at_least, fraction
 from ssfl_app.sparsity.layout import load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies.shared.iterative_pruning import IterativePruning, IterativePruningClient

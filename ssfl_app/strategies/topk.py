@@ -24,20 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssfl_app.core.aggregation import Aggregator, ReplyOverlapMean, ReplyZerosMean
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    ConfigError,
-    FromSettings,
-    MaskOptions,
-    Payload,
-    Reply,
-    Section,
-    ServerContext,
-    Settings,
-    SparseStrategy,
-    anything,
-    choice,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Reply, ServerContext, SparseStrategy
+from ssfl_app.core.options import ConfigError, FromSettings, MaskOptions, Section, Settings, anything, choice
 from ssfl_app.core.robust import distance
 from ssfl_app.sparsity.codec import BitmapAndValues, Codec, Indexed
 from ssfl_app.sparsity.layout import Layout, Vector, state_of

@@ -32,20 +32,8 @@ from fractions import Fraction
 import numpy as np
 
 from ssfl_app.core.aggregation import Aggregator, ReplyZerosMean
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    Metadata,
-    Payload,
-    Query,
-    Reply,
-    Section,
-    ServerContext,
-    Settings,
-    SparseStrategy,
-    choice,
-    option,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, Query, Reply, ServerContext, SparseStrategy
+from ssfl_app.core.options import FromSettings, Section, Settings, choice, option
 from ssfl_app.core.robust import distance
 from ssfl_app.sparsity.codec import BitmapAndValues, read_mask
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.core.algorithm import ServerContext, SparseStrategy, density_pair
+from ssfl_app.core.algorithm import ServerContext, SparseStrategy
+from ssfl_app.core.strategy import density_pair
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays
 

@@ -2,17 +2,8 @@
 
 from dataclasses import dataclass
 
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    Images,
-    Metadata,
-    Payload,
-    Section,
-    Settings,
-    at_least,
-    choice,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Images, Metadata, Payload
+from ssfl_app.core.options import FromSettings, Section, Settings, at_least, choice
 from ssfl_app.seeding import generator
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.algorithm import Query, Reply, Section, ServerContext, Settings, SparseStrategy, at_least, choice
+from ssfl_app.core.algorithm import Query, Reply, ServerContext, SparseStrategy
+from ssfl_app.core.options import Section, Settings, at_least, choice
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Dense
 from ssfl_app.sparsity.layout import Vector

@@ -5,18 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    Images,
-    Section,
-    Settings,
-    above,
-    at_least,
-    choice,
-    fraction,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Images
 from ssfl_app.core.means import WeightedMean
+from ssfl_app.core.options import FromSettings, Section, Settings, above, at_least, choice, fraction
 from ssfl_app.core.robust import SCORE_FOLDS
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import State, Vector, load_state, state_of

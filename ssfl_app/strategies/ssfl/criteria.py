@@ -39,7 +39,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from ssfl_app.core.algorithm import ClientAlgorithm, ConfigError, Payload, Query, Reply, Settings, SparseStrategy
+from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, Reply, SparseStrategy
+from ssfl_app.core.options import ConfigError, Settings
 from ssfl_app.core.robust import ScoreFold
 from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest

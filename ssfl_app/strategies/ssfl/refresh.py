@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ssfl_app.core.algorithm import ClientAlgorithm, Need, Payload, stored
+from ssfl_app.core.algorithm import ClientAlgorithm, Need, Payload
+from ssfl_app.core.validation import stored
 from ssfl_app.sparsity.codec import MaskedValues, read_mask
 from ssfl_app.sparsity.layout import State, state_digest
 from ssfl_app.sparsity.mask import Mask

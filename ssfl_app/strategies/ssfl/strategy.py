@@ -27,15 +27,9 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ssfl_app.core.algorithm import (
-    ClientAlgorithm,
-    FromSettings,
-    Payload,
-    Query,
-    ServerContext,
-    SparseStrategy,
-    stored,
-)
+from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, ServerContext, SparseStrategy
+from ssfl_app.core.options import FromSettings
+from ssfl_app.core.validation import stored
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import State
