@@ -14,6 +14,7 @@ import typer
 from ssfl_app.cli.arguments import ConfigFile, Out, Override, Resume
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
+from ssfl_app.text import tell
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -162,13 +163,12 @@ def run(
 @app.command()
 def status(folder: Folder = DEFAULT) -> None:
     """Show processes and nodes. Exit code: 0 all nodes online, 1 not all, 2 bad input, 3 nothing is running."""
-    from rich.console import Console
-
     from ssfl_app.deployment.federation import read
     from ssfl_app.deployment.status import overview
 
-    table, well = overview(read(_folder(folder)))
-    Console().print(table)
+    title, table, well = overview(read(_folder(folder)))
+    tell(title)
+    table.print()
     raise typer.Exit(3 if well is None else int(not well))  # as systemctl has it
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.table import Table
 
 from ssfl_app.deployment.control import is_up, node_id, nodes
 from ssfl_app.deployment.federation import SERVICES, Federation
 from ssfl_app.locks import RunFailed
+from ssfl_app.results.table import NONE, Table
 from ssfl_app.simulation.processes import STOP_TIMEOUT, end_families
 
 
@@ -24,8 +24,8 @@ def services(federation: Federation) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def overview(federation: Federation) -> tuple[Table, bool | None]:
-    """Return a table of processes and nodes, and whether all are well; None: nothing is running."""
+def overview(federation: Federation) -> tuple[str, Table, bool | None]:
+    """Return a title, a table of processes and nodes, and whether all are well; None: nothing is running."""
     up, known = is_up(federation), services(federation)
     online: dict[str, str] = {}
     if up:
@@ -33,10 +33,7 @@ def overview(federation: Federation) -> tuple[Table, bool | None]:
             online = {node["node-id"]: node["status"] for node in nodes(federation)}
         except RunFailed as error:
             online = {"": str(error)}
-    table = Table(title=f"{federation.folder}: {'up' if up else 'not running'}, SuperLink at {federation.address}")
-    for column in ("service", "process", "restarts", "as the SuperLink sees it", "node-config"):
-        table.add_column(column)
-    stands = []
+    stands, rows = [], []
     for name, config in [
         *((name, "") for name in SERVICES),
         *((node.name, node.config) for node in federation.nodes),
@@ -48,8 +45,10 @@ def overview(federation: Federation) -> tuple[Table, bool | None]:
         elif seen not in ("", "online"):
             seen = ": ".join(filter(None, [seen, complaint(federation.folder / "nodes" / name / "node.log")]))
         stands.append(seen == "online" or (name in SERVICES and bool(service.get("pid"))))
-        table.add_row(name, str(service.get("pid") or "-"), str(service.get("restarts", "-")), seen, config)
-    return table, all(stands) if up else None
+        rows.append([name, str(service.get("pid") or NONE), str(service.get("restarts", NONE)), seen, config])
+    title = f"{federation.folder}: {'up' if up else 'not running'}, SuperLink at {federation.address}"
+    table = Table(["service", "process", "restarts", "as the SuperLink sees it", "node-config"], rows)
+    return title, table, all(stands) if up else None
 
 
 def complaint(log: Path) -> str:

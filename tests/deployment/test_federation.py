@@ -288,7 +288,17 @@ def test_up_names_a_port_in_use_and_takes_another_one(
 def test_a_federation_that_is_down_is_not_running_whatever_old_logs_say(made: house.Federation, ssfl: Ssfl) -> None:
     (made.folder / "nodes" / "a" / "node.log").write_text("ERROR: [code: 203] Connection attempt failed\n")
     code, said = ssfl("status", "--dir", str(made.folder))
-    assert (code, said.count("│ not running "), "code: 203" in said) == (3, 2, False)
+    assert (code, said.count(" not running "), "code: 203" in said) == (3, 2, False)
+
+
+def test_a_node_config_is_shown_as_it_is(made: house.Federation, ssfl: Ssfl) -> None:
+    """`status` read square brackets as markup, and broke what did not fit into 80 columns."""
+    path = made.folder / "federation.json"
+    known = json.loads(path.read_text())
+    odd = "data-path='/data/[red]/" + "x" * 20 + "'"
+    known["nodes"][0]["config"] = odd
+    path.write_text(json.dumps(known))
+    assert odd in ssfl("status", "--dir", str(made.folder))[1]
 
 
 # ---- where it listens, who is who ---------------------------------------------------------------
