@@ -25,7 +25,7 @@ SMALL: Flat = {
     "run.clients": 6,
     "run.cohort": 4,
     "run.rounds": 3,
-    "run.round-timeout": 30.0,
+    "run.round-timeout": 120.0,
     "mask.density": 0.2,
     "local.epochs": 1,
     "local.batch-size": 32,
