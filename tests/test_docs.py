@@ -63,7 +63,9 @@ class Source:
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 attributes = self.classes[node.name]
-                self.bases[node.name] |= {base.id for base in node.bases if isinstance(base, ast.Name)}
+                self.bases[node.name] |= {
+                    part.id for base in node.bases for part in ast.walk(base) if isinstance(part, ast.Name)
+                }
                 for part in ast.walk(node):
                     attributes |= _defined(part)
                     if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store):
