@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import (
 
 from ssfl_app import SSFL
 from ssfl_app.config import merge, parse
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.runtime import get_runtime
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.strategies import REGISTRY
@@ -36,7 +37,7 @@ def ours(name: str) -> tuple[Strategy, ArrayRecord]:
     """Return a strategy of the app, or the plug-in's, and initial arrays for it."""
     config = parse(merge(SMALL, {"strategy": "ssfl" if name == "SSFL" else name}))
     runtime = get_runtime(config.flat)
-    strategy: Strategy = SSFL() if name == "SSFL" else REGISTRY[name](runtime.layout, config.settings)
+    strategy: Strategy = SSFL() if name == "SSFL" else REGISTRY[name](ServerContext(runtime.layout, config.settings))
     return strategy, ArrayRecord(runtime.initial_state())
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from ssfl_app import config as configuration
 from ssfl_app.cli.main import main
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.data.readers import OWN, READERS
 from ssfl_app.experiments import jobs, reproduce, reproduce_rows
 from ssfl_app.experiments.reproduce import Progress, ReproduceArgs, duration
@@ -120,7 +121,7 @@ def test_every_strategy_takes_every_model_that_it_is_played_with() -> None:
         combinations[config.strategy, seen.size] = seen, config.settings
     assert len(combinations) > 30
     for (strategy, _), (seen, settings) in combinations.items():
-        assert REGISTRY[strategy](seen, settings).layout is seen
+        assert REGISTRY[strategy](ServerContext(seen, settings)).layout is seen
 
 
 @pytest.mark.parametrize("name", FILES)

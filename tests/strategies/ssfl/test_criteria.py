@@ -25,7 +25,8 @@ from ssfl_app.sparsity.layout import Layout, load_state
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import balanced_batch, flow_net, grasp, pooled_snip, synflow
 from ssfl_app.strategies import REGISTRY
-from ssfl_app.strategies.ssfl.criteria import CRITERIA, QUESTIONS, find_mask
+from ssfl_app.strategies.shared.scoring import CRITERIA
+from ssfl_app.strategies.ssfl.criteria import QUESTIONS, find_mask
 from ssfl_app.strategies.ssfl.strategy import Ssfl
 from ssfl_app.training.trainer import LocalOptions, LocalTrainer
 from tests import oracles
