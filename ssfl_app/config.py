@@ -54,7 +54,7 @@ SECTIONS: dict[str, type] = {
     "partition": PartitionOptions,
     "model": ModelOptions,
     "engine": EngineOptions,
-} | {name: room for strategy in REGISTRY.values() for name, room in strategy.sections().items()}
+} | {name: section for strategy in REGISTRY.values() for name, section in strategy.sections().items()}
 
 # What may differ between a run and its continuation.
 RESUME_MAY_CHANGE = ("run.out", "run.resume", "engine.actors", "engine.concurrent", "engine.graphs")

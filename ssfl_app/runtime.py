@@ -62,19 +62,19 @@ class Runtime:
     _threads: threading.local = field(default_factory=threading.local)
 
     def __post_init__(self) -> None:
-        self._threads.bench = WorkerState(self.model, self.trainer)
+        self._threads.state = WorkerState(self.model, self.trainer)
 
     @property
-    def bench(self) -> WorkerState:
+    def worker_state(self) -> WorkerState:
         """The worker state of the calling thread; it is made on first use and goes with its thread."""
-        if not hasattr(self._threads, "bench"):
+        if not hasattr(self._threads, "state"):
             device = self.trainer.device
             torch.set_num_threads(self.config.engine.threads)  # OpenMP keeps this number for each thread
             if device.type == "cuda":  # all that this thread does on the GPU, beside what others do there
                 torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
             model, trainer = _model(self.config, self.data, device), _trainer(self.config, self.data, device)
-            self._threads.bench = WorkerState(model, trainer)
-        return self._threads.bench  # type: ignore[no-any-return]
+            self._threads.state = WorkerState(model, trainer)
+        return self._threads.state  # type: ignore[no-any-return]
 
     @functools.cached_property
     def dense(self) -> Mask:
@@ -86,8 +86,8 @@ class Runtime:
         shape, seed = self.data.shape, self.config.settings.run.seed
         return state_of(models.create(self.config.model, shape[0], self.data.classes, seed))
 
-    def room(self) -> int:
-        """Return how many clients the free memory of the GPU has room for, by an estimate; at least one."""
+    def fitting_clients(self) -> int:
+        """Return how many clients the free memory of the GPU holds at once, by an estimate; at least one."""
         outline = models.outline(self.config.model, self.data.shape[0], self.data.classes)
         need = memory_need(outline, self.data.shape, self.config.settings.local.batch_size)
         return max(1, torch.cuda.mem_get_info(self.trainer.device)[0] // need)
@@ -109,21 +109,21 @@ class Runtime:
         return self.data.holding(*self.share(client))
 
     def rule(self, client: int, memory: ClientState, least_batch: int = 1) -> ClientAlgorithm:
-        """Return the client's half of the strategy at one client's site; see `Place.least_batch`."""
-        bench = self.bench
+        """Return the client side of the strategy for one client; see `NodeConfig.least_batch`."""
+        state = self.worker_state
         site = ClientContext(
             client_id=client,
             settings=self.config.settings,
-            model=bench.model,
+            model=state.model,
             layout=self.layout,
-            trainer=bench.trainer,
+            trainer=state.trainer,
             data=self.data,
             indices=self.share(client),
             memory=memory,
             least_batch=least_batch,
             initial_state=self.initial_state,
             dense=self.dense,
-            masks=bench.masks,
+            masks=state.masks,
         )
         return REGISTRY[self.config.strategy].client(site)
 

@@ -125,7 +125,7 @@ def server_context(grid: Grid, runtime: Runtime, callback: "RecordingCallback") 
 
 
 def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strategy: SparseStrategy) -> None:
-    """Play a run, new or resumed, from the first greeting to the report."""
+    """Play a run, new or resumed, from the handshake to the report."""
     config, run, recorder = runtime.config, runtime.config.settings.run, callback.recorder
     registry = strategy.messenger.registry
     registry.say, registry.misfit = recorder.say, functools.partial(misfit, runtime)

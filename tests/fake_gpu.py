@@ -270,7 +270,7 @@ def run():
         fake.limit(80 << 30)
         used = (80 << 30) - torch.cuda.mem_get_info()[0]
         fake.limit(used + int((clients + 0.5) * need))
-        rows["at_once"][clients] = clients_at_once(shop.config, shop.room())
+        rows["at_once"][clients] = clients_at_once(shop.config, shop.fitting_clients())
     fake.limit(80 << 30)
     for precision in ("fp32", "tf32"):
         config = parse(whole | {"engine.precision": precision})

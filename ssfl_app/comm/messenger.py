@@ -44,7 +44,7 @@ WITH_MASK = ("mask", "sheet", "fixed")
 """Arrays that go down once per client, beside the mask or with it; their bytes are counted apart."""
 
 Check = Callable[[int, Payload], None]
-"""check(client, parcel) raises PayloadError on an answer that an algorithm must not see."""
+"""check(client, payload) raises PayloadError on an answer that an algorithm must not see."""
 
 Outgoing = tuple[int, Payload, Mask | None]
 """Client, what it is sent, and the mask that is encoded under; None for a question."""
@@ -212,7 +212,7 @@ class ClientMessenger(Messenger):
     registry : ClientRegistry
         Who is who.
     dealt : callable or None
-        What the server knows that it deals to a client; None: a client holds what it said at the greeting.
+        What the server knows that it deals to a client; None: a client holds what it said in the handshake.
     work : callable
         Most images that go through the model of a client which holds so many, each as often as it is used, for one
         message.

@@ -1,1 +1,1 @@
-"""What every algorithm stands on: its server half, its client half, the rounds, and the aggregation of replies."""
+"""What every algorithm stands on: its server side, its client side, the rounds, and the aggregation of replies."""

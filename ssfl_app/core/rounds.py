@@ -33,8 +33,8 @@ class Query(Protocol):
     ) -> None:
         """Hand each good reply to `take` when it comes.
 
-        Without a parcel the question is about the weights of this moment: it states their digest as the entry
-        "weights", and a client that makes others from the seed asks for them. A parcel may state it as well.
+        Without a payload the question is about the weights of this moment: it states their digest as the entry
+        "weights", and a client that makes others from the seed asks for them. A payload may state it as well.
         """
 
 

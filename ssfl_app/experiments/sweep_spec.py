@@ -84,8 +84,8 @@ def difference(run: RunSpec, theirs: Mapping[str, Any]) -> str | None:
 
 
 def _matters(run: RunSpec) -> Flat:
-    rooms = {room for strategy in REGISTRY.values() for room in strategy.sections()}
-    foreign = rooms - set(REGISTRY[str(run.flat["strategy"])].sections())
+    sections = {name for strategy in REGISTRY.values() for name in strategy.sections()}
+    foreign = sections - set(REGISTRY[str(run.flat["strategy"])].sections())
     unseen = ("mask.density",) if run.dense else ()
     return {k: v for k, v in run.flat.items() if k.partition(".")[0] not in foreign and k not in unseen}
 

@@ -3,17 +3,18 @@
 =================  ==========================================================================================
 module             what
 =================  ==========================================================================================
-`strategy`         `SSFL`, the server's half: takes FedAvg's arguments and starts like FedAvg
-`mod`              `sparse_mod` and `sparse_numpy_mod`, the client's half: masked values <-> the dense arrays of an
+`strategy`         `SSFL`, the server side: takes FedAvg's arguments and starts like FedAvg
+`mod`              `sparse_mod` and `sparse_numpy_mod`, the client side: masked values <-> the dense arrays of an
                    unmodified train function
 `gradients`        `mask_gradients`, one optional line in a foreign training loop
-`sheet`            what both ends know of a foreign state dict: names, shapes, types, order, what is pruned
-`question`         how the mod reads saliency out of somebody else's train function
-`sight`            which of an optimizer's parameters is which tensor of the model
-`seen`             what a client tells of the model: which tensors are one, and which are no weights
+`state_spec`       what both ends know of a foreign state dict: names, shapes, types, order, what is pruned
+`gradient_probe`   how the mod reads saliency out of somebody else's train function
+`model_inspector`  which of an optimizer's parameters is which tensor of the model
+`tensor_report`    what a client tells of the model: which tensors are one, and which are no weights
 `ranking`          from mean scores to the mask
 `legacy`           Message API <-> what an old-style NumPyClient takes
-`messenger`        the server's messages to nodes, resent with the mask to a node that lost it; checked answers
+`messenger`        the server's messages to nodes, resent with the mask to a node that lost it
+`checked_reply`    one checked answer of a node
 `metrics`          which metrics all replies of a round have
 `inner`            what another Flower strategy makes of the replies of a round
 `rounds`           the round loop, and the record of each round

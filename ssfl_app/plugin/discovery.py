@@ -182,7 +182,7 @@ def _usual_ties(said: Mapping[int, TensorReport], messenger: NodeMessenger) -> T
 
     Parameters
     ----------
-    said : mapping of int to Seen
+    said : mapping of int to TensorReport
         By node, of those who saw something.
     """
     counts = Counter(seen.ties for seen in said.values())

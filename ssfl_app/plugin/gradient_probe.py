@@ -52,8 +52,8 @@ class GradientProbe:
     Notes
     -----
     A parameter of an optimizer is recognised by its values, which must be exactly those that were sent, and by its
-    name in the module that holds it (`Sight`). Gradients are taken as the optimizer gets them: after clipping and
-    unscaling.
+    name in the module that holds it (`ModelInspector`). Gradients are taken as the optimizer gets them: after
+    clipping and unscaling.
     """
 
     def __init__(self, sheet: StateSpec, weights: Vector, batches: int, leave: bool) -> None:

@@ -173,7 +173,7 @@ def run_inline(server: ServerApp, client: ClientApp, config: Config) -> None:
     with naming_memory("try a smaller model or data set"):
         runtime = get_runtime(config)  # before anything is forked: all processes share it
     on_gpu = runtime.trainer.device.type == "cuda"
-    at_once = clients_at_once(config, runtime.room() if on_gpu else None)
+    at_once = clients_at_once(config, runtime.fitting_clients() if on_gpu else None)
     where = "threads on a GPU" if on_gpu else "processes" if at_once > 1 else "this process"
     tell(f"engine inline: {at_once} client(s) at once, in {where}")
     for note in gpu_notes(config):
@@ -185,14 +185,14 @@ def run_inline(server: ServerApp, client: ClientApp, config: Config) -> None:
         server(grid, context)
 
 
-def clients_at_once(config: Config, room: int | None = None) -> int:
+def clients_at_once(config: Config, fitting: int | None = None) -> int:
     """Return how many clients the inline engine trains at once.
 
-    On a GPU by default as many as train in a round and have `room` there. On a CPU (`room` is None) a core each;
+    On a GPU by default as many as train in a round and fit there (`fitting`). On a CPU (None) a core each;
     where processes cannot safely be forked (not on Linux), that is one.
     """
     wanted = config.engine.concurrent
-    if room is not None:
-        return wanted or min(most_at_once(config), room)
+    if fitting is not None:
+        return wanted or min(most_at_once(config), fitting)
     cores = (os.cpu_count() or 1) if sys.platform == "linux" else 1
     return min(wanted or cores, config.settings.run.clients)

@@ -115,7 +115,7 @@ def _lines(keys: Iterable[str]) -> str:
     usual = configuration.defaults()
     said = []
     for key in keys:
-        room, _, name = key.rpartition(".")
+        section, _, name = key.rpartition(".")
         line = tomli_w.dumps({name: usual[key]}).strip()
-        said.append(f"the line {line} {f'to [{room}]' if room else 'on top'}")
+        said.append(f"the line {line} {f'to [{section}]' if section else 'on top'}")
     return ", ".join(said)

@@ -1,4 +1,4 @@
-"""The algorithms: one file each, server and client half together."""
+"""The algorithms: one file each, server and client side together."""
 
 from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.strategies.dispfl import DisPfl

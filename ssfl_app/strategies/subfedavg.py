@@ -87,7 +87,7 @@ def mean_distance(one: Mask, other: Mask) -> float:
 
 
 class SubFedAvg(IterativePruning):
-    """The server's half is that of all shrinking masks."""
+    """The server side is that of iterative pruning."""
 
     name = "subfedavg"
     client = SubFedAvgClient

@@ -171,22 +171,22 @@ def test_each_thread_has_a_bench_and_shares_the_data():
     found = {}
 
     def look(name):
-        found[name] = (shop.bench, shop.bench, torch.get_num_threads())
+        found[name] = (shop.worker_state, shop.worker_state, torch.get_num_threads())
 
     threads = [threading.Thread(target=look, args=(name,)) for name in "ab"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert shop.bench.model is shop.model
-    assert shop.bench.trainer is shop.trainer
+    assert shop.worker_state.model is shop.model
+    assert shop.worker_state.trainer is shop.trainer
     (a, again, ones), (b, _, _) = found["a"], found["b"]
     assert a is again
     assert ones == shop.config.engine.threads
-    assert len({id(bench.model) for bench in (a, b, shop.bench)}) == 3
-    assert len({id(bench.trainer) for bench in (a, b, shop.bench)}) == 3
-    assert len({id(bench.masks) for bench in (a, b, shop.bench)}) == 3
-    weights = [list(bench.model.state_dict().values()) for bench in (a, b)]
+    assert len({id(state.model) for state in (a, b, shop.worker_state)}) == 3
+    assert len({id(state.trainer) for state in (a, b, shop.worker_state)}) == 3
+    assert len({id(state.masks) for state in (a, b, shop.worker_state)}) == 3
+    weights = [list(state.model.state_dict().values()) for state in (a, b)]
     assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
 
 

@@ -84,7 +84,7 @@ def steps_of(settings: Settings) -> int:
     return options.steps or STEPS.get(options.criterion, 1)
 
 
-# ---- the server's half ---------------------------------------------------------------------------
+# ---- the server side -----------------------------------------------------------------------------
 
 
 def find_mask(
@@ -258,7 +258,7 @@ _RULES: Mapping[str, Callable[[_ScoreCollector], Mask]] = {
 }
 
 
-# ---- the client's half ---------------------------------------------------------------------------
+# ---- the client side -----------------------------------------------------------------------------
 
 
 def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state: State | None = None) -> Payload:
