@@ -105,8 +105,8 @@ class SparseStrategy(OwnStart):
     losses : dict of int to float
         Training loss of each client that answered well in the last round.
     update_norms : dict of int to float
-        Length of each update that came in the last round (`update_norm`), of refused ones too: with the default fold,
-        or with failures.norm-factor.
+        Length of each update that came in the last round (`update_norm`), of refused ones too: with the default
+        aggregator, or with failures.norm-factor.
     """
 
     name: ClassVar[str]
@@ -148,8 +148,8 @@ class SparseStrategy(OwnStart):
         self._next_round = 0  # 0: `before_training` is still to come
         self._encoded: tuple[State, Mask, Arrays] | None = None
         self._there: tuple[State, Mask, list[Vector]] | None = None  # what `state` has where replies carry values
-        self._since = np.zeros(settings.run.clients, dtype=np.int64)  # client -> last round it answered well in
-        self._folded = 0  # the round that made `state`
+        self._last_accepted = np.zeros(settings.run.clients, dtype=np.int64)  # client -> its last good round
+        self._made_in_round = 0  # the round that made `state`
         self._residual: Vector | None = None  # what rounding took from the models sent before this one
         self._lost: Vector | None = None  # and from this one
         if settings.wire.error_feedback and not self.error_feedback_ok:
@@ -157,7 +157,7 @@ class SparseStrategy(OwnStart):
                 f"wire.error-feedback is true; it is false with strategy {self.name}, where clients have masks, "
                 "models or memories of their own"
             )
-        if settings.run.fold != "mean" and not self._folds_as_ever():
+        if settings.run.fold != "mean" and not self._has_default_aggregator():
             raise ConfigError(
                 f"run.fold is {settings.run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of "
                 "its own"
@@ -268,7 +268,7 @@ class SparseStrategy(OwnStart):
         """Return the weight of a reply in the mean of a round: its samples, or 1."""
         return reply.samples if self.settings.run.weighting == "samples" else 1
 
-    def _folds_as_ever(self) -> bool:
+    def _has_default_aggregator(self) -> bool:
         return type(self).aggregator is SparseStrategy.aggregator
 
     def codec_down(self, round_: int) -> Codec:
@@ -283,7 +283,7 @@ class SparseStrategy(OwnStart):
         # By the round that made the model, not the one it is sent in: that is the same when a run goes on.
         if self.settings.wire.rounding == "nearest":
             return None
-        return generator(self.settings.run.seed, "rounding-down", self._folded)
+        return generator(self.settings.run.seed, "rounding-down", self._made_in_round)
 
     def decoded(self, reply: Reply) -> tuple[Vector, Mask]:
         """Return the model of a reply, float32, shape (layout.size,), 0 where nothing was sent, and its mask."""
@@ -305,7 +305,11 @@ class SparseStrategy(OwnStart):
 
     def state_dict(self) -> Arrays:
         """Return all that `load_state_dict` needs, as flat arrays."""
-        kept: Arrays = {"state": self.layout.flatten(self.state), "mask": self.mask.packed(), "since": self._since}
+        kept: Arrays = {
+            "state": self.layout.flatten(self.state),
+            "mask": self.mask.packed(),
+            "since": self._last_accepted,
+        }
         return kept if self._residual is None else kept | {"residual": self._residual}
 
     def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -318,16 +322,16 @@ class SparseStrategy(OwnStart):
         """
         self.state = self.layout.unflatten(stored(arrays, "state", "float32", self.layout.size))
         self.mask = Mask.unpack(self.layout, np.asarray(arrays["mask"], dtype=np.uint8))
-        self._since = stored(arrays, "since", "int64", self.settings.run.clients).copy()
-        if not ((self._since >= 0) & (self._since <= round_)).all():
+        self._last_accepted = stored(arrays, "since", "int64", self.settings.run.clients).copy()
+        if not ((self._last_accepted >= 0) & (self._last_accepted <= round_)).all():
             raise ValueError(f"array 'since' has rounds beyond 0 to {round_}")
         if "residual" in arrays:
             self._residual = stored(arrays, "residual", "float32", self.layout.size)
-        self._next_round, self._folded = round_ + 1, round_
+        self._next_round, self._made_in_round = round_ + 1, round_
 
-    def _letter(self, client: int, payload: Payload) -> Outgoing:
+    def _outgoing(self, client: int, payload: Payload) -> Outgoing:
         stateful = self.client.stateful or self.settings.wire.error_feedback
-        since = {"since": int(self._since[client])} if stateful else {}
+        since = {"since": int(self._last_accepted[client])} if stateful else {}
         return client, Payload(payload.arrays, {**since, **payload.metadata}), self.mask_for(client)
 
     # ---- Flower's interface ------------------------------------------------------------------
@@ -338,12 +342,12 @@ class SparseStrategy(OwnStart):
         """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
         self.check_playing()
         payloads = (
-            self._letter(client, self.train_payload(server_round, client)) for client in self.cohort(server_round)
+            self._outgoing(client, self.train_payload(server_round, client)) for client in self.cohort(server_round)
         )
         return self.messenger.build_messages("train", server_round, payloads, config)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]:
-        """Fold the replies into `self.state` and return their mean loss; refuse bad ones by name.
+        """Aggregate the replies into `self.state` and return their mean loss; refuse bad ones by name.
 
         Raises
         ------
@@ -360,7 +364,7 @@ class SparseStrategy(OwnStart):
 
         def take(reply: Reply) -> None:
             seen[reply.client] = (reply.samples, float(reply.metadata["loss"]))
-            if failures.norm_factor or self._folds_as_ever():
+            if failures.norm_factor or self._has_default_aggregator():
                 norm = self.update_norm(reply)
                 if norm is not None:
                     self.update_norms[reply.client] = norm
@@ -370,10 +374,10 @@ class SparseStrategy(OwnStart):
         self.messenger.receive(replies, self.answers(server_round), self.check_trained, take, share, what)
         self._there = None  # before a vector is made of the sums
         aggregator.finish()
-        self._folded, self._residual, self._lost = server_round, self._lost, None
+        self._made_in_round, self._residual, self._lost = server_round, self._lost, None
         for client in self.messenger.report.refused:  # beside the other replies, after it was seen
             seen.pop(client, None)
-        self._since[list(seen)] = server_round
+        self._last_accepted[list(seen)] = server_round
         self.losses = {client: loss for client, (_, loss) in sorted(seen.items())}
         # fsum is exact before it rounds, so the order of arrival does not show here either.
         samples = sum(n for n, _ in seen.values())
@@ -387,7 +391,7 @@ class SparseStrategy(OwnStart):
         run = self.settings.run
         if server_round % run.evaluate_every and server_round != run.rounds:
             return []
-        payloads = (self._letter(client, self.eval_payload(server_round, client)) for client in range(run.clients))
+        payloads = (self._outgoing(client, self.eval_payload(server_round, client)) for client in range(run.clients))
         return self.messenger.build_messages("evaluate", server_round, payloads, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -425,7 +429,7 @@ class SparseStrategy(OwnStart):
     ) -> Result:
         """Run the algorithm; arguments and result are those of Flower's `Strategy.start`.
 
-        Continues where `restore` left off; then `initial_arrays` is not read. `timeout` is not read either:
+        Continues where `load_state_dict` left off; then `initial_arrays` is not read. `timeout` is not read either:
         it is run.round-timeout of the settings.
 
         Raises
@@ -447,7 +451,7 @@ class SparseStrategy(OwnStart):
         check_samples(payload, MAX_WEIGHT // self.settings.run.clients)
 
     def check_trained(self, client: int, payload: Payload) -> None:
-        """Raise PayloadError unless `fold` may see this reply. Default: loss, samples and the model that came up."""
+        """Raise PayloadError unless an aggregator may see this reply. Default: loss, samples and the model."""
         check_number(payload, "loss")
         self.check_samples(payload)
         self.codec_up(payload.round).check(payload.arrays, self.layout, self.mask_for(client))

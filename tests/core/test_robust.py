@@ -311,7 +311,7 @@ def test_an_update_that_is_too_long_is_refused_by_name_as_if_it_had_not_come(nam
     assert lie.bits() == lost.bits()
     for key in ("train_loss", "image_passes", "personal_accuracy_mean"):
         assert lie.records[2][key] == lost.records[2][key]
-    assert lie.strategy._since.tolist() == lost.strategy._since.tolist()
+    assert lie.strategy._last_accepted.tolist() == lost.strategy._last_accepted.tolist()
 
 
 def test_of_two_replies_the_long_one_is_refused() -> None:
