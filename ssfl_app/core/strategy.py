@@ -36,7 +36,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, LinearCodec, MaskedValues
 from ssfl_app.sparsity.layout import Layout, State, Vector
-from ssfl_app.sparsity.mask import Mask, alive_count, none_alive
+from ssfl_app.sparsity.mask import Mask, alive_count, check_floor, none_alive
 from ssfl_app.sparsity.values import Allowed, Arrays
 
 
@@ -146,7 +146,7 @@ class SparseStrategy(OwnStart):
         self.losses: dict[int, float] = {}
         self.update_norms: dict[int, float] = {}
         self._next_round = 0  # 0: `before_training` is still to come
-        self._encoded: tuple[State, Mask, Arrays] | None = None
+        self._encoded: tuple[State, Mask, type[Codec], Arrays] | None = None
         self._there: tuple[State, Mask, list[Vector]] | None = None  # what `state` has where replies carry values
         self._last_accepted = np.zeros(settings.run.clients, dtype=np.int64)  # client -> its last good round
         self._made_in_round = 0  # the round that made `state`
@@ -174,7 +174,10 @@ class SparseStrategy(OwnStart):
 
     def alive(self) -> int:
         """Return how many weights mask.density leaves alive; a strategy that leaves none is not made."""
-        return self.top_count(self.settings.mask.density)
+        return self._alive_count(self.settings.mask.density)
+
+    def _alive_count(self, density: float) -> int:
+        return alive_count(self.layout, density, self.settings.mask.scope, self.settings.mask.min_per_layer)
 
     def top_count(self, density: float) -> int:
         """Return how many weights a ranking leaves alive at a density, with mask.scope and mask.min-per-layer.
@@ -185,9 +188,10 @@ class SparseStrategy(OwnStart):
             mask.min-per-layer reserves more.
         """
         try:
-            return alive_count(self.layout, density, self.settings.mask.scope, self.settings.mask.min_per_layer)
+            check_floor(self.layout, density, self.settings.mask.scope, self.settings.mask.min_per_layer)
         except ValueError as error:
             raise ConfigError(f"mask.{error}") from error
+        return self._alive_count(density)
 
     def before_training(self, ask: Query) -> None:
         """Find out what must be known before round 1. Default: nothing."""
@@ -197,15 +201,14 @@ class SparseStrategy(OwnStart):
 
     def train_payload(self, round_: int, client: int) -> Payload:
         """Return what goes down to this client. Default: the global model under `mask_for`, encoded once a mask."""
-        memo, mask = self._encoded, self.mask_for(client)
-        if memo is None or memo[0] is not self.state or memo[1] is not mask:
+        memo, mask, codec = self._encoded, self.mask_for(client), self.codec_down(round_)
+        if memo is None or memo[0] is not self.state or memo[1] is not mask or memo[2] is not type(codec):
             self._encoded = memo = None  # the old one goes before the new one comes
-            self._encoded = memo = (self.state, mask, shared_buffers(self._written(round_, mask)))
-        return Payload(memo[2])
+            self._encoded = memo = (self.state, mask, type(codec), shared_buffers(self._written(codec, mask)))
+        return Payload(memo[3])
 
-    def _written(self, round_: int, mask: Mask) -> Arrays:
+    def _written(self, codec: Codec, mask: Mask) -> Arrays:
         """Return the global model as it goes down."""
-        codec = self.codec_down(round_)
         if not self.settings.wire.error_feedback:
             return codec.encode(self.layout, self.state, mask)
         # A model is encoded twice where a run goes on: it makes up for the same residual again and leaves the same.

@@ -199,6 +199,7 @@ def start(run: RunSpec, home: Path, engine: str, work: Path, lock: Path) -> Job:
     file.write_text(configuration.write_toml(run.flat), "utf-8")
     words = ["--resume", str(home)] if state(run, home) == "unfinished" else [str(file), "--out", str(home)]
     errors = home.with_name(f"{run.slug}.stderr")
+    errors.touch()  # it is read even if the process dies before it writes
     return Job(run, home, workers.start(engine, words, errors, {locks.LAUNCHER: str(lock)}), errors)
 
 

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.options import ConfigError, choice, option
+from ssfl_app.options import ConfigError, choice
 from ssfl_app.partitions import dirichlet, iid, matched, pathological
 from ssfl_app.partitions.late import ShiftOptions, split_groups
+from ssfl_app.partitions.options import SplitOptions
 from ssfl_app.seeding import generator
 
 Indices = npt.NDArray[np.int64]
-Splitter = Callable[[Indices, int, "PartitionOptions", np.random.Generator], list[Indices]]
+Splitter = Callable[[Indices, int, SplitOptions, np.random.Generator], list[Indices]]
 """splitter(labels (N,), K clients, options, generator) -> K arrays of indices into `labels`: every image once, no
 client without one. `split` has made sure that K <= N; all that is random is drawn from the generator."""
 
@@ -37,23 +38,10 @@ REGISTRY: dict[str, Splitter] = {
 
 
 @dataclass(frozen=True)
-class PartitionOptions:
-    """The section ``partition`` of the configuration.
-
-    Attributes
-    ----------
-    name : str
-        A key of `REGISTRY`.
-    alpha : float
-        Concentration of both Dirichlet partitions: near 0 a client sees one class, large is uniform.
-    classes : int
-        Classes a client of the pathological partition.
-    """
+class PartitionOptions(SplitOptions):
+    """The section ``partition`` of the configuration: `SplitOptions` with a name that exists."""
 
     name: str = choice(*REGISTRY)
-    # The bound keeps infinity out, and sums of gamma draws within float64.
-    alpha: float = option("a number above 0 and at most 1e6", lambda value: 0 < value <= 1e6)
-    classes: int = option("a number of at least 1", lambda value: value >= 1)
 
 
 @dataclass(frozen=True)

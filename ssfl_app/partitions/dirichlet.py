@@ -1,12 +1,9 @@
 """Label skew by Dirichlet draws: clients of one size (`dirichlet`) or of any (`dirichlet_class`)."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from ssfl_app.partitions import PartitionOptions
+from ssfl_app.partitions.options import SplitOptions
 
 Indices = npt.NDArray[np.int64]
 
@@ -14,7 +11,7 @@ Indices = npt.NDArray[np.int64]
 _NO_MASS = 1e-200
 
 
-def dirichlet(labels: Indices, clients: int, options: "PartitionOptions", rng: np.random.Generator) -> list[Indices]:
+def dirichlet(labels: Indices, clients: int, options: SplitOptions, rng: np.random.Generator) -> list[Indices]:
     """Deal images to clients of equal size, each with its own prior over the classes.
 
     Each gets N // K images, the first N % K clients one more. Client k draws a prior from Dir(alpha, ..., alpha),
@@ -64,9 +61,7 @@ def _draw_classes(
     return drawn
 
 
-def dirichlet_class(
-    labels: Indices, clients: int, options: "PartitionOptions", rng: np.random.Generator
-) -> list[Indices]:
+def dirichlet_class(labels: Indices, clients: int, options: SplitOptions, rng: np.random.Generator) -> list[Indices]:
     """Deal each class by its own Dirichlet draw over the clients: sizes and classes both differ.
 
     The shares of the clients in class c are a draw from Dir(alpha, ..., alpha) over the clients, rounded so

@@ -1,21 +1,15 @@
 """The pathological partition: every client holds the same small number of classes."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.options import ConfigError
-
-if TYPE_CHECKING:
-    from ssfl_app.partitions import PartitionOptions
+from ssfl_app.partitions.options import SplitOptions
 
 Indices = npt.NDArray[np.int64]
 
 
-def pathological(
-    labels: Indices, clients: int, options: "PartitionOptions", rng: np.random.Generator
-) -> list[Indices]:
+def pathological(labels: Indices, clients: int, options: SplitOptions, rng: np.random.Generator) -> list[Indices]:
     """Give each client n = `options.classes` classes, all classes to equally many clients, every image to one.
 
     The published codes do otherwise: DisPFL hands the same image to several clients; the SSFL code lists

@@ -127,6 +127,9 @@ class NodeMessenger(Messenger):
     def exchange(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `build_messages` made; return the replies, of about this size, as they come."""
         self.odd, self._decoded = {}, {}
+        # A subclass of SSFL may address messages to other nodes; what was written is the same for all.
+        pending = next(iter(self._pending.values()))
+        self._pending = {message.metadata.dst_node_id: pending for message in messages}
         return super().exchange(grid, messages, reply_bytes)
 
     # ---- in ----------------------------------------------------------------------------------

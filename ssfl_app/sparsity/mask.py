@@ -48,19 +48,23 @@ def alive_count(layout: Layout, density: float, scope: Scope = "global", min_per
     Raises
     ------
     ValueError
-        The density is out of range, or leaves fewer coordinates than `min_per_layer` reserves.
+        The density is out of range.
     """
-    spans = layout.prunable_spans.values()
-    least = [min(min_per_layer, span.stop - span.start) for span in spans]
     counts = [keep_count(density, span.stop - span.start) for span in _groups(layout, scope)]
-    if scope == "layer":
-        return sum(map(max, counts, least))
-    total, reserved = sum(counts), sum(least)
+    return sum(map(max, counts, _reserved(layout, min_per_layer)) if scope == "layer" else counts)
+
+
+def check_floor(layout: Layout, density: float, scope: Scope, min_per_layer: int) -> None:
+    """Raise ValueError unless a ranking at a density leaves as many coordinates alive as `min_per_layer` reserves."""
+    total, reserved = alive_count(layout, density, scope, min_per_layer), sum(_reserved(layout, min_per_layer))
     if reserved > total:
         raise ValueError(
             f"min-per-layer is {min_per_layer}; it reserves {reserved} weights, and the density leaves {total}"
         )
-    return total
+
+
+def _reserved(layout: Layout, min_per_layer: int) -> list[int]:
+    return [min(min_per_layer, span.stop - span.start) for span in layout.prunable_spans.values()]
 
 
 def none_alive(layout: Layout, density: float) -> str:
@@ -156,8 +160,8 @@ class Mask:
             raise ValueError(f"scores have shape {scores.shape}; this layout needs ({layout.prunable_size},)")
         if not np.isfinite(scores).all():
             raise ValueError(f"{np.count_nonzero(~np.isfinite(scores))} scores are NaN or Inf; all must be finite")
-        total = alive_count(layout, density, scope, min_per_layer)
-        if layout.prunable_size and not total:
+        check_floor(layout, density, scope, min_per_layer)
+        if layout.prunable_size and not alive_count(layout, density, scope, min_per_layer):
             raise ValueError(none_alive(layout, density))
         if min_per_layer and scope == "global":
             scores = _with_floor(layout, scores, min_per_layer)

@@ -117,6 +117,10 @@ class LocalSaliency(RandomLocal):
     name = "local-saliency"
     client = LocalSaliencyClient
 
+    def alive(self) -> int:
+        """Return how many weights each client's ranking leaves alive; refuse a floor that it cannot hold."""
+        return self.top_count(self.settings.mask.density)
+
     def before_training(self, ask: Query) -> None:
         """Ask every client for its mask."""
         super().before_training(ask)

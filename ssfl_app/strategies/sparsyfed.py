@@ -98,7 +98,7 @@ class SparsyFed(SparseStrategy):
 
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
-        self._count = self.alive()
+        self._count = self.top_count(self.settings.mask.density)
 
     def before_training(self, ask: Query) -> None:
         """Turn the initial weights, which are to be v, into w."""

@@ -97,7 +97,7 @@ class Topk(SparseStrategy):
         if self.options.of == "update" and self.options.mean == "overlap":
             raise ConfigError("topk.mean is 'overlap'; with topk.of 'update' it is 'zeros'")
         self._dense = self.mask
-        self._count = self.alive()
+        self._count = self.top_count(self.settings.mask.density)
 
     def mask_for(self, client: int) -> Mask:
         """Return the dense mask: whole models go down."""

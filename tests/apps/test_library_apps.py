@@ -112,7 +112,7 @@ def test_lightning(batches: int, tmp_path: Path) -> None:
 def quick_collections() -> Iterator[None]:
     """Have the collections that accelerate asks for pass over what is imported already: a second each."""
     gc.collect()
-    gc.shared_buffers()
+    gc.freeze()
     yield
     gc.unfreeze()
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from scipy import stats
 
 from ssfl_app import locks
 from ssfl_app.cli.main import main
+from ssfl_app.experiments import jobs, workers
 from ssfl_app.experiments.sweep import CompareArgs, run_sweep
 from ssfl_app.experiments.sweep_spec import SweepSpec, read_plan
 from ssfl_app.options import ConfigError
@@ -408,6 +411,17 @@ def test_a_failed_run_is_named_and_the_others_are_compared(
     assert [" failed " in row for row in rows] == [False, True]
     assert "- `random`, density 0.1, seed 1: failed: the run failed: training in round 1: 0 of 2 clients" in written
     assert [line for line in said if line.startswith("[") and "random density 0.1 seed 1: failed: " in line]
+
+
+def test_a_process_that_dies_before_it_says_anything_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (run,) = read_plan(words(tmp_path, '[compare]\nstrategies = ["fedavg"]\n').files, []).runs
+    dead = multiprocessing.get_context("fork").Process(target=os._exit, args=(9,))
+    monkeypatch.setattr(workers, "start", lambda *_: dead.start() or dead)
+    job = jobs.start(run, tmp_path / "home", "ray", tmp_path, tmp_path / ".lock")
+    dead.join()
+    assert jobs.reason(job) == f"failed: exit code 9, {job.errors}"
 
 
 def test_two_sweeps_do_not_play_in_one_folder(tmp_path: Path) -> None:

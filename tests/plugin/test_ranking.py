@@ -285,6 +285,13 @@ def test_the_total_is_exact_whatever_is_ranked_within_itself() -> None:
         assert [n for _, n, _ in floor.layers()] == [max(2, keep_count(density, n)) for n in (21, 25, 22)]
 
 
+def test_a_floor_is_counted_where_discovery_has_said_what_is_dense() -> None:
+    """Norms and frozen matrices count before it, and reserve nothing after it: no refusal can be had from both."""
+    arrays = {"big": np.ones((100, 100)), **{f"small{i}": np.ones((10, 10)) for i in range(20)}}
+    sheet = StateSpec.of(ArrayRecord({n: Array(a.astype(np.float32)) for n, a in arrays.items()}), None, ())
+    MaskRule(0.05, "global", 100).check(sheet.layout)
+
+
 # ---- one tensor with two names ---------------------------------------------------------------------
 
 

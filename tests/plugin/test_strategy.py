@@ -303,6 +303,25 @@ def test_the_question_has_the_config_that_the_inner_strategy_writes_for_round_1(
     assert [config["lr"] for config in seen] == [0.1] * 4
 
 
+class Readdressed(SSFL):
+    """Sends what one node should train on to another one."""
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: Any, grid: Any) -> Any:
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        if server_round == 1:
+            (spare,) = {*grid.get_node_ids()} - {message.metadata.dst_node_id for message in messages}
+            messages[0].metadata.dst_node_id = spare
+        return messages
+
+
+def test_a_subclass_may_send_to_another_node_than_was_sampled() -> None:
+    seen: list[dict[str, Any]] = []
+    strategy = Readdressed(density=0.5, fraction_train=0.5, min_train_nodes=1)
+    told(strategy, noting(seen), rounds=1)
+    assert len(seen) == 3  # two scored, one trained
+    assert strategy.history[1]["lost"] == strategy.history[1]["refused"] == {}
+
+
 class Halve(FedAvg):
     """Halves the learning rate in the config it was given, as Flower's own example does."""
 

@@ -46,7 +46,7 @@ def per_layer(mask: Mask) -> list[int]:
 
 def fold(*clients: tuple[list[float], int]) -> FedDst:
     """Fold answers of two classes: eight weights, None where dead, and a number of images."""
-    strategy = FedDst(TINY, parse(merge(SMALL, {"strategy": "feddst", "mask.density": 0.5})).settings)
+    strategy = FedDst(ServerContext(TINY, parse(merge(SMALL, {"strategy": "feddst", "mask.density": 0.5})).settings))
     strategy.before_round(1, None)  # type: ignore[arg-type]
     replies = []
     for client, (values, samples) in enumerate(clients):

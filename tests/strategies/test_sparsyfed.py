@@ -15,6 +15,7 @@ from torch.nn import functional
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import ClientState, Payload
 from ssfl_app.config import Flat, merge, parse
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import Runtime, get_runtime
 from ssfl_app.sparsity.codec import BitmapAndValues
@@ -196,7 +197,7 @@ def test_spectral_exponents_keep_dead_weights_dead_and_draw_nothing() -> None:
 def test_the_fold_by_hand() -> None:
     """Of 4 samples 1 is a client's that sent (4, 2, -, -) and 3 are one's that sent (8, -, -4, -)."""
     settings = parse(merge(SMALL, {"strategy": "sparsyfed", "mask.density": 0.5})).settings
-    strategy, replies = SparsyFed(SMALLEST, settings), []
+    strategy, replies = SparsyFed(ServerContext(SMALLEST, settings)), []
     for client, samples, weights, bias in ((0, 1, [4.0, 2, 0, 0], 1.0), (1, 3, [8.0, 0, -4, 0], 5.0)):
         state = {"0.weight": torch.tensor([weights]), "0.bias": torch.tensor([bias])}
         arrays = BitmapAndValues().encode(SMALLEST, state, Mask(SMALLEST, np.array(weights) != 0))
@@ -265,4 +266,4 @@ def test_a_reply_of_another_density_is_refused() -> None:
 )
 def test_options_that_do_not_fit_are_refused_before_the_run(keys: Flat, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SparsyFed(SMALLEST, parse(merge(SMALL, {"strategy": "sparsyfed"}, keys)).settings)
+        SparsyFed(ServerContext(SMALLEST, parse(merge(SMALL, {"strategy": "sparsyfed"}, keys)).settings))

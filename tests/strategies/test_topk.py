@@ -11,6 +11,7 @@ from flwr.app import Context, RecordDict
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import ClientState, Payload
 from ssfl_app.config import Flat, merge, parse
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import Runtime, get_runtime
 from ssfl_app.sparsity.codec import BitmapAndValues, Dense, Indexed
@@ -37,13 +38,15 @@ def fedavg() -> Played:
 
 
 def server(keys: Flat) -> Topk:
-    return Topk(SMALLEST, parse(merge(SMALL, {"strategy": "topk", "mask.density": 0.5}, keys)).settings)
+    return Topk(
+        ServerContext(SMALLEST, parse(merge(SMALL, {"strategy": "topk", "mask.density": 0.5}, keys)).settings)
+    )
 
 
 def reply(client: int, samples: int, weights: list[float], bias: float) -> Reply:
     state = {"0.weight": torch.tensor([weights]), "0.bias": torch.tensor([bias])}
     mask = Mask(SMALLEST, np.array(weights) != 0)
-    return Reply(client, BitmapAndValues().encode(SMALLEST, state, mask), {}, samples)
+    return Reply(client, BitmapAndValues().encode(SMALLEST, state, mask), {"round": 1}, samples)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch.nn import functional
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import ClientState, Payload
 from ssfl_app.config import Flat, merge, parse
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import Runtime, get_runtime
 from ssfl_app.sparsity.codec import BitmapAndValues, Dense
@@ -190,7 +191,7 @@ def test_the_fold_by_hand(uplink: str, wanted: list[float], used: list[float]) -
 
 def server(keys: Flat) -> ZeroFl:
     settings: Flat = {"strategy": "zerofl", "mask.density": 0.5}
-    return ZeroFl(SMALLEST, parse(merge(SMALL, settings, keys)).settings)
+    return ZeroFl(ServerContext(SMALLEST, parse(merge(SMALL, settings, keys)).settings))
 
 
 def test_the_model_goes_down_whole_and_once_for_all() -> None:

@@ -101,6 +101,10 @@ class Ssfl(FixedMask):
         self._initial: State = {}  # kept where a refresh may need it
         self._refresher = MaskRefresh(self.options, self.settings.run.clients)
 
+    def alive(self) -> int:
+        """Return how many weights the ranking leaves alive; refuse a floor that it cannot hold."""
+        return self.top_count(self.settings.mask.density)
+
     def before_training(self, ask: Query) -> None:
         """Find the mask at w0, unless dense rounds come first."""
         if self.options.refresh != "never":

@@ -1,0 +1,25 @@
+"""What a partition reads of the section ``partition``."""
+
+from dataclasses import dataclass
+
+from ssfl_app.options import anything, option
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """The fields that a splitter may read; `PartitionOptions` adds which names there are.
+
+    Attributes
+    ----------
+    name : str
+        A key of `ssfl_app.partitions.REGISTRY`.
+    alpha : float
+        Concentration of both Dirichlet partitions: near 0 a client sees one class, large is uniform.
+    classes : int
+        Classes a client of the pathological partition.
+    """
+
+    name: str = anything("the name of a partition")
+    # The bound keeps infinity out, and sums of gamma draws within float64.
+    alpha: float = option("a number above 0 and at most 1e6", lambda value: 0 < value <= 1e6)
+    classes: int = option("a number of at least 1", lambda value: value >= 1)
