@@ -113,7 +113,7 @@ class SparseClient(NumPyClient):
 def serve(
     client: SparseClient, message: Message, metadata: Metadata, encoder: PayloadEncoder, unfolded: int
 ) -> Message:
-    """Have a client answer a message whose facts are `metadata`.
+    """Have a client answer a message whose metadata are `metadata`.
 
     ``query.hello`` asks for properties, ``query.<question>`` and ``train`` call `fit`, ``evaluate`` calls
     `evaluate`. The round and the digest go back as they came, so that the server can tell what was answered.

@@ -257,10 +257,10 @@ class RecordingCallback:
         self._write_clients(known)
 
     def _write_clients(self, known: Mapping[str, Mapping[str, float]]) -> None:
-        shop, clients = self.runtime, []
-        for client in range(shop.config.settings.run.clients):
+        runtime, clients = self.runtime, []
+        for client in range(runtime.config.settings.run.clients):
             metadata = self._sites.get(client, {})
-            held = read_data_summary(metadata) if shop.own else shop.holding(client)
+            held = read_data_summary(metadata) if runtime.own else runtime.holding(client)
             clients.append(
                 {
                     "client": client,
@@ -270,7 +270,7 @@ class RecordingCallback:
                     **{name: known.get(name, {}).get(str(client)) for name in ("accuracy", "personal_accuracy")},
                 }
             )
-        names = list(shop.data.class_names)
+        names = list(runtime.data.class_names)
         write_json(self.recorder.folder / "clients.json", {"class_names": names, "clients": clients})
 
 

@@ -5,7 +5,7 @@ carries the digest of (names, shapes, mask). A client that does not hold that ma
 answers "need mask" and gets the message again with the mask: no exception, no lost round. Initial weights work the
 same way: a question names their digest, and a client that makes others from the seed asks for them.
 
-Refusal: an answer that is for another round or digest, or whose arrays and facts are not what they must be, is
+Refusal: an answer that is for another round or digest, or whose arrays and metadata are not what they must be, is
 refused by name and counted. It never reaches an algorithm.
 """
 
@@ -264,7 +264,7 @@ class ClientMessenger(Messenger):
     ) -> list[Message]:
         """Return one message of Flower's type `kind` per client.
 
-        `config` holds further facts. `attachments` are made and sent to clients that ask for them.
+        `config` holds further metadata. `attachments` are made and sent to clients that ask for them.
         """
         self._forget()
         # Packed when the first client needs it, and the same array for all, so that it is serialised once.

@@ -119,9 +119,9 @@ class ClientAlgorithm:
     down, up : type of Codec
         How the model travels, unless `codec_down` or `codec_up` say otherwise; the server reads them from here too,
         so both ends agree.
-    questions : tuple of str
+    query_types : tuple of str
         What `answer_query` answers.
-    remembers : bool
+    stateful : bool
         Whether the client keeps personal state (`load_client_state`, `save_client_state`).
     """
 

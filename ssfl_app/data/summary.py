@@ -52,7 +52,7 @@ class DataSummary:
         return cls(class_names, shape, tuple(int(count) for count in counts), test_images)
 
     def metadata(self) -> dict[str, str | int]:
-        """Return the facts of a hello: names a line each, numbers with commas between them."""
+        """Return the metadata of a handshake: names a line each, numbers with commas between them."""
         return {
             "classes": "\n".join(self.class_names),
             "shape": ",".join(map(str, self.shape)),
@@ -68,7 +68,7 @@ def read_data_summary(metadata: Mapping[str, object]) -> DataSummary:
     Raises
     ------
     PayloadError
-        A fact is missing or is not what `DataSummary.facts` writes.
+        An entry is missing or is not what `DataSummary.metadata` writes.
     """
     names = metadata.get("classes")
     if not isinstance(names, str) or not names:

@@ -132,8 +132,10 @@ class Scorer:
 
     def gradient(self, images: Indices) -> Vector:
         """Return dL/dw of the mean loss over some training images, shape (prunable,)."""
-        shop = self._runtime
-        return shop.layout.flatten_prunable(shop.trainer.gradient(shop.model, shop.data.train.take(images)))
+        runtime = self._runtime
+        return runtime.layout.flatten_prunable(
+            runtime.trainer.gradient(runtime.model, runtime.data.train.take(images))
+        )
 
     def score(self, gradient: Vector) -> Vector:
         """Return |g * w|, shape (prunable,)."""

@@ -75,7 +75,7 @@ class Discovery:
         record: dict[str, Any],
         inner: FedAvg | None = None,
     ) -> tuple[StateSpec, Mask]:
-        """Ask the nodes for scores; return the mask of the highest mean score (SSFL, eq. 6 and 7) and its sheet.
+        """Ask the nodes for scores; return the mask of the highest mean score (SSFL, eq. 6 and 7) and its spec.
 
         With a robust inner strategy it folds the scores instead, which then wait for each other in memory.
 
@@ -93,7 +93,7 @@ class Discovery:
         ValueError
             The density keeps nothing.
         """
-        layout = messenger.sheet.layout
+        layout = messenger.spec.layout
         means, said, by = dict[Ties, WeightedMean](), dict[int, TensorReport](), dict[int, str]()
         answers: list[CheckedReply] | None = [] if inner is not None and is_robust(inner) else None
         asked: Metadata = {"batches": self.batches, "weighting": self.weighting}
@@ -142,15 +142,15 @@ class Discovery:
         dense = self._dense(layout, said) | (
             {} if compare else dict.fromkeys(unscorable(layout, model, scores), _ZERO)
         )
-        sheet, model, scores = _settled(messenger.sheet, model, scores, ties, dense)
-        if not sheet.prunable:
+        spec, model, scores = _settled(messenger.spec, model, scores, ties, dense)
+        if not spec.prunable:
             raise RunFailed(f"no tensor is left to prune: {dense}; name some by prunable=[...]")
-        alone = {} if compare else within(sheet.layout, model, scores)
-        mask = top(sheet, model, scores, self.wanted, alone)
+        alone = {} if compare else within(spec.layout, model, scores)
+        mask = top(spec, model, scores, self.wanted, alone)
         record |= {"density": mask.density, "layers": {name: alive / size for name, alive, size in mask.layers()}}
         record |= {"ties": dict(ties), "within": alone, "dense": dense}
-        _tell(sheet, mask, record)
-        return sheet, mask
+        _tell(spec, mask, record)
+        return spec, mask
 
     def _dense(self, layout: Layout, said: Mapping[int, TensorReport]) -> dict[str, str]:
         """Return which tensors most clients call no weights, and what they are.
@@ -221,18 +221,18 @@ def _comparable(answer: CheckedReply, layout: Layout, model: Vector) -> CheckedR
 
 
 def _settled(
-    sheet: StateSpec, model: Vector, scores: Vector, ties: Ties, dense: Mapping[str, str]
+    spec: StateSpec, model: Vector, scores: Vector, ties: Ties, dense: Mapping[str, str]
 ) -> tuple[StateSpec, Vector, Vector]:
-    """Return sheet, model and scores with one name a tensor and without those that stay dense."""
+    """Return spec, model and scores with one name a tensor and without those that stay dense."""
     if not ties and not dense:
-        return sheet, model, scores
-    old, new = sheet.layout, sheet.settled(ties, dense)
+        return spec, model, scores
+    old, new = spec.layout, spec.settled(ties, dense)
     first, parts = dict(ties), dict[str, Vector]()
     for name in old.prunable:  # of the names of one tensor the first prunable one has the scores
         parts.setdefault(first.get(name, name), scores[old.prunable_spans[name]])
     kept = [parts[name] for name in new.prunable]
     scores = np.concatenate(kept) if kept else np.zeros(0, dtype=np.float32)
-    return new, new.narrowed(model, sheet), scores
+    return new, new.narrowed(model, spec), scores
 
 
 def _cause(layout: Layout, model: Vector) -> str:
@@ -246,9 +246,9 @@ def _cause(layout: Layout, model: Vector) -> str:
     )
 
 
-def _tell(sheet: StateSpec, mask: Mask, record: Mapping[str, Any]) -> None:
+def _tell(spec: StateSpec, mask: Mask, record: Mapping[str, Any]) -> None:
     """Log what is special about this mask, and warn of what a user may not want."""
-    layout = sheet.layout
+    layout = spec.layout
     share = np.count_nonzero(mask.transmitted) / max(1, mask.transmitted.size)
     log(INFO, "\t> %.1f %% of all coordinates travel", 100 * share)
     if ties := record["ties"]:

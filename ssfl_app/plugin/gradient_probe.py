@@ -39,7 +39,7 @@ class GradientProbe:
 
     Parameters
     ----------
-    sheet : StateSpec
+    spec : StateSpec
         Of the weights.
     weights : array of float32, shape (layout.size,)
         What the function is given.
@@ -56,11 +56,11 @@ class GradientProbe:
     clipping and unscaling.
     """
 
-    def __init__(self, sheet: StateSpec, weights: Vector, batches: int, leave: bool) -> None:
-        layout = sheet.layout
+    def __init__(self, spec: StateSpec, weights: Vector, batches: int, leave: bool) -> None:
+        layout = spec.layout
         self._layout, self._batches, self._leave = layout, batches, leave
         shapes, scales = dict(layout.shapes), scales_of(layout, weights)
-        self._sight = ModelInspector(sheet, weights)
+        self._sight = ModelInspector(spec, weights)
         self._weights = {name: scales[layout.spans[name]].reshape(shapes[name]) for name in layout.prunable}
         self._sums = {name: np.zeros(shapes[name], dtype=np.float64) for name in layout.prunable}
         self._counts = dict.fromkeys(layout.prunable, 0)

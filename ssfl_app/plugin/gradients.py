@@ -26,7 +26,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @contextmanager
-def working_under(mask: Mask | None) -> Iterator[None]:
+def under_mask(mask: Mask | None) -> Iterator[None]:
     """Make `mask` the one that `active_mask` returns; None: there is none."""
     token = _CURRENT.set(mask)
     try:

@@ -71,16 +71,16 @@ class AsVector:
 class AsModel:
     """The model's arrays under their names, dead weights 0."""
 
-    sheet: StateSpec
+    spec: StateSpec
     mask: Mask
 
     def arrays(self, values: Vector) -> ArrayRecord:
         """Return the whole model."""
-        return self.sheet.dense(self.sheet.spread(values, self.mask))
+        return self.spec.dense(self.spec.spread(values, self.mask))
 
     def values(self, arrays: ArrayRecord) -> Vector:
         """Return the carried values of a whole model; what became of dead weights and of fixed arrays is dropped."""
-        return self.sheet.flatten(arrays, fixed_too=False)[self.mask.transmitted]
+        return self.spec.flatten(arrays, fixed_too=False)[self.mask.transmitted]
 
 
 def inner_round_config(

@@ -1,6 +1,6 @@
 """The server's messages to nodes, and which replies are good ones.
 
-The mask goes down once per node, with the sheet, in the first message that needs it (`Messenger` says how). A reply
+The mask goes down once per node, with the spec, in the first message that needs it (`Messenger` says how). A reply
 whose arrays or numbers are not what they must be is refused by node and reason; it never reaches the mean.
 """
 
@@ -46,7 +46,7 @@ class NodeMessenger(Messenger):
 
     Parameters
     ----------
-    sheet : StateSpec
+    spec : StateSpec
         Of the model.
     values : str
         Value type of training and evaluation messages, both ways.
@@ -66,10 +66,10 @@ class NodeMessenger(Messenger):
     """
 
     def __init__(
-        self, sheet: StateSpec, values: str, weight_key: str, timeout: float, most_examples: float = MOST
+        self, spec: StateSpec, values: str, weight_key: str, timeout: float, most_examples: float = MOST
     ) -> None:
         super().__init__(timeout)
-        self.sheet, self.mask = sheet, Mask.dense(sheet.layout)
+        self.spec, self.mask = spec, Mask.dense(spec.layout)
         self._values, self._weight_key, self._most = values, weight_key, most_examples
         self.odd: dict[int, str] = {}
         self._kind: Kind = "train"
@@ -102,9 +102,9 @@ class NodeMessenger(Messenger):
         metadata : dict
             Beside the usual ones.
         """
-        mask = Mask.dense(self.sheet.layout) if kind == "saliency" else self.mask
+        mask = Mask.dense(self.spec.layout) if kind == "saliency" else self.mask
         values = "fp32" if kind == "saliency" else self._values
-        digest = self.sheet.digest_under(mask)
+        digest = self.spec.digest_under(mask)
         told: Metadata = {"ssfl": kind, "round": round_, "digest": digest, "values": values}
         self._forget()
         self._kind = kind
@@ -112,7 +112,7 @@ class NodeMessenger(Messenger):
         self._sent = {**told, "weight-key": self._weight_key, **metadata}
         payload = Payload(shared_buffers(write_values(model[mask.transmitted], values)), self._sent)
         bitmap = {} if mask.count == mask.alive.size else {"mask": mask.packed()}  # everybody knows the dense one
-        once = shared_buffers({**bitmap, **self.sheet.written()})
+        once = shared_buffers({**bitmap, **self.spec.written()})
         pending = PendingMessage(
             "evaluate" if kind == "evaluate" else "train",
             payload,
@@ -164,7 +164,7 @@ class NodeMessenger(Messenger):
         for answer in answers:
             content = RecordDict(dict(answer.records))
             if self._kind == "train":
-                content[self.sheet.keys[0]] = self.sheet.dense(self.sheet.spread(answer.values, self.mask))
+                content[self.spec.keys[0]] = self.spec.dense(self.spec.spread(answer.values, self.mask))
             assert answer.message is not None
             answer.message.content = content
             self._decoded[answer.message.metadata.reply_to_message_id] = answer.numbers()
@@ -178,7 +178,7 @@ class NodeMessenger(Messenger):
             name, metrics = metrics_of(records)
             weight = weight_of(metrics.get(self._weight_key), self._most)
             if self._kind == "train":
-                values = self.sheet.flatten(only(content, ArrayRecord))[self.mask.transmitted]
+                values = self.spec.flatten(only(content, ArrayRecord))[self.mask.transmitted]
                 check_values(values)
         except Untied as error:
             one, other = error.names
@@ -210,7 +210,7 @@ class NodeMessenger(Messenger):
             if self._weight_key not in metrics:
                 raise PayloadError(f"no metric {self._weight_key!r} among {sorted(metrics)}; it weighs the reply")
             weight = metrics[self._weight_key]
-        seen = NOTHING if self._model is None else TensorReport.read(payload.arrays, self.sheet, self._model)
+        seen = NOTHING if self._model is None else TensorReport.read(payload.arrays, self.spec, self._model)
         values, weight = self._vector(payload), weight_of(weight, self._most)
         if self._kind != "saliency":
             self._holds[node] = str(metadata["digest"])
@@ -221,7 +221,7 @@ class NodeMessenger(Messenger):
         """Return the arrays that an answer may have."""
         if self._kind == "evaluate":
             return {}
-        seen = TensorReport.allowed(self.sheet) if self._kind == "saliency" else {}
+        seen = TensorReport.allowed(self.spec) if self._kind == "saliency" else {}
         return {**allowed_values(str(self._sent["values"]), self._carried()), **seen}
 
     def _carried(self) -> int:

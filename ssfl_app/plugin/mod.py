@@ -1,7 +1,7 @@
 """`sparse_mod`, the client side: Masked values <-> the dense arrays that an unmodified train function knows.
 
 On the wire an SSFL message holds "arrays" (one flat vector of values; with the first message of a mask also the
-bitmap and the sheet), "facts" (a few scalars, see `FACTS`) and "config" (the user's own). The mod gives the user's
+bitmap and the spec), "facts" (a few scalars, see `METADATA`) and "config" (the user's own). The mod gives the user's
 function a message with a complete state dict under the names it expects, and packs the alive values of the reply.
 Records of the reply that hold no arrays pass through under their names, so that mods in front of this one find the
 metrics; "reply.<name>" is what those are called whose names are taken.
@@ -21,7 +21,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from ssfl_app.comm.payload import Metadata, Payload, PayloadEncoder, decode_payload
 from ssfl_app.plugin.gradient_probe import GradientProbe, difference_scores, own_scores
-from ssfl_app.plugin.gradients import working_under
+from ssfl_app.plugin.gradients import under_mask
 from ssfl_app.plugin.legacy import as_message_api, only
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import changed_together, check_untied, told_together
@@ -30,12 +30,12 @@ from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import read_values, write_values
 
-FACTS = ("ssfl", "round", "digest", "values", "weight-key", "batches", "weighting")
+METADATA = ("ssfl", "round", "digest", "values", "weight-key", "batches", "weighting")
 """Of a message down: its kind ("train", "evaluate", "saliency"), the round, what both ends share, the value type,
 which metric counts examples; and, of a question, how many minibatches and how a client's scores are weighed."""
 
 STATE = "ssfl-plugin"
-"""Record of Flower's `Context.state` that holds a node's mask (packed), sheet and their digest."""
+"""Record of Flower's `Context.state` that holds a node's mask (packed), the spec and their digest."""
 
 SCORED_BY = ("own", "scores", "gradient", "difference")
 """How a node may say that it found its scores; "own" are gradients that a function of the user tells."""
@@ -106,12 +106,12 @@ class SparseMod:
         context: Context,
         inner: ClientAppCallable,
         payload: Payload,
-        sheet: StateSpec,
+        spec: StateSpec,
         mask: Mask,
     ) -> Message:
         """Answer with a score for each prunable weight."""
-        weights, metadata = _values(payload, sheet, mask), payload.metadata
-        dense = _dense(message, sheet, weights)
+        weights, metadata = _values(payload, spec, mask), payload.metadata
+        dense = _dense(message, spec, weights)
         counted = metadata["weighting"] == "samples"
         # The function runs for its gradients only: whatever it notes in its state has not happened.
         context = copy.copy(context)
@@ -120,12 +120,12 @@ class SparseMod:
         if self._saliency is not None:
             told = self._saliency(dense, context)
             told, samples = told if isinstance(told, tuple) else (told, None)
-            seen = told_together(sheet.layout, weights, told)
-            scores = own_scores(sheet.layout, weights, told, self._gradients, seen.ties)
+            seen = told_together(spec.layout, weights, told)
+            scores = own_scores(spec.layout, weights, told, self._gradients, seen.ties)
             by = "own" if self._gradients else "scores"
         else:
             reply: Message | None = None
-            with working_under(None), GradientProbe(sheet, weights, int(metadata["batches"]), not counted) as watch:
+            with under_mask(None), GradientProbe(spec, weights, int(metadata["batches"]), not counted) as watch:
                 reply = inner(dense, context)
             if reply is not None and reply.has_error():
                 return reply
@@ -137,31 +137,31 @@ class SparseMod:
             if watch.stepped or reply is None:
                 scores, seen, by = watch.scores(), watch.seen, "gradient"
             else:
-                trained = sheet.flatten(only(reply.content, ArrayRecord))
-                scores, by = difference_scores(sheet.layout, weights, trained), "difference"
-                seen = changed_together(sheet.layout, weights, trained)
+                trained = spec.flatten(only(reply.content, ArrayRecord))
+                scores, by = difference_scores(spec.layout, weights, trained), "difference"
+                seen = changed_together(spec.layout, weights, trained)
         answer: Metadata = {"round": metadata["round"], "digest": metadata["digest"], "scored-by": by}
         if counted:
             if samples is None:
                 raise ValueError("the mean of scores is weighted by samples: return (arrays, number of examples)")
             answer["samples"] = samples
-        return _answer(message, Payload({**write_values(scores, "fp32"), **seen.written(sheet)}, answer))
+        return _answer(message, Payload({**write_values(scores, "fp32"), **seen.written(spec)}, answer))
 
 
 def _work(
-    message: Message, context: Context, inner: ClientAppCallable, payload: Payload, sheet: StateSpec, mask: Mask
+    message: Message, context: Context, inner: ClientAppCallable, payload: Payload, spec: StateSpec, mask: Mask
 ) -> Message:
     """Have the user's function train or evaluate, and pack what it returns."""
     metadata = payload.metadata
-    given = _values(payload, sheet, mask)
-    with working_under(mask):
-        reply = inner(_dense(message, sheet, given), context)
+    given = _values(payload, spec, mask)
+    with under_mask(mask):
+        reply = inner(_dense(message, spec, given), context)
     if reply.has_error():
         return reply
     arrays = {}
     if metadata["ssfl"] == "train":
-        flat = sheet.flatten(only(reply.content, ArrayRecord))
-        check_untied(sheet.layout, given, flat)
+        flat = spec.flatten(only(reply.content, ArrayRecord))
+        check_untied(spec.layout, given, flat)
         arrays = write_values(flat[mask.transmitted], str(metadata["values"]))
     record = PayloadEncoder().record(Payload(arrays, {"round": metadata["round"], "digest": metadata["digest"]}))
     for name, own in reply.content.items():
@@ -172,7 +172,7 @@ def _work(
 
 
 def _known(payload: Payload, context: Context) -> tuple[StateSpec, Mask] | None:
-    """Return sheet and mask that the message needs, from itself or from the node's memory; None if it lost them."""
+    """Return spec and mask that the message needs, from itself or from the node's memory; None if it lost them."""
     digest, held = payload.metadata["digest"], context.state.get(STATE)
     if "sheet" not in payload.arrays:
         if not isinstance(held, ConfigRecord) or held["digest"] != digest:
@@ -181,29 +181,29 @@ def _known(payload: Payload, context: Context) -> tuple[StateSpec, Mask] | None:
         arrays: Mapping[str, Any] = {name: np.frombuffer(value, np.uint8) for name, value in told.items()}
     else:
         arrays = payload.arrays
-    sheet = StateSpec.read(arrays)
-    mask = Mask.unpack(sheet.layout, arrays["mask"]) if "mask" in arrays else Mask.dense(sheet.layout)
+    spec = StateSpec.read(arrays)
+    mask = Mask.unpack(spec.layout, arrays["mask"]) if "mask" in arrays else Mask.dense(spec.layout)
     if arrays is payload.arrays:
-        if sheet.digest_under(mask) != digest:
-            raise ValueError(f"sheet and mask have digest {sheet.digest_under(mask)}; the message says {digest!r}")
+        if spec.digest_under(mask) != digest:
+            raise ValueError(f"spec and mask have digest {spec.digest_under(mask)}; the message says {digest!r}")
         if payload.metadata["ssfl"] != "saliency":
             kept = {name: arrays[name].tobytes() if name in arrays else b"" for name in ("sheet", "fixed", "mask")}
             context.state[STATE] = ConfigRecord({"digest": digest, **kept})
-    return sheet, mask
+    return spec, mask
 
 
-def _values(payload: Payload, sheet: StateSpec, mask: Mask) -> Vector:
+def _values(payload: Payload, spec: StateSpec, mask: Mask) -> Vector:
     """Return the model of a message, float32, shape (layout.size,), dead weights at 0."""
-    size = int(np.count_nonzero(MaskedValues().positions(sheet.layout, mask)))
-    return sheet.spread(read_values(payload.arrays, str(payload.metadata["values"]), size), mask)
+    size = int(np.count_nonzero(MaskedValues().positions(spec.layout, mask)))
+    return spec.spread(read_values(payload.arrays, str(payload.metadata["values"]), size), mask)
 
 
-def _dense(message: Message, sheet: StateSpec, flat: Vector) -> Message:
+def _dense(message: Message, spec: StateSpec, flat: Vector) -> Message:
     """Return the message that the user's function expects. A copy: other mods may hold the one that came."""
-    arrays_key, config_key = sheet.keys
+    arrays_key, config_key = spec.keys
     config: Any = message.content.get("config")
     dense = copy.copy(message)
-    dense.content = RecordDict({arrays_key: sheet.dense(flat), config_key: ConfigRecord(dict(config or {}))})
+    dense.content = RecordDict({arrays_key: spec.dense(flat), config_key: ConfigRecord(dict(config or {}))})
     return dense
 
 

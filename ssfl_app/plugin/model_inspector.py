@@ -25,7 +25,7 @@ class ModelInspector:
 
     Parameters
     ----------
-    sheet : StateSpec
+    spec : StateSpec
         Of the model that was sent.
     weights : array of float32, shape (layout.size,)
         What was sent. A parameter that does not hold exactly these values is not one of the model's.
@@ -41,14 +41,14 @@ class ModelInspector:
         Its methods: two tensors share memory, and are not of one shape, or not one parameter.
     """
 
-    def __init__(self, sheet: StateSpec, weights: Vector) -> None:
-        self._layout, self.unsure = sheet.layout, set[str]()
-        self._sheet = sheet
-        self._shapes = dict(sheet.layout.shapes)
+    def __init__(self, spec: StateSpec, weights: Vector) -> None:
+        self._layout, self.unsure = spec.layout, set[str]()
+        self._spec = spec
+        self._shapes = dict(spec.layout.shapes)
         self._alike: dict[bytes, list[str]] = {}
-        for name, span in sheet.layout.spans.items():
+        for name, span in spec.layout.spans.items():
             self._alike.setdefault(fingerprint(weights[span].reshape(self._shapes[name])), []).append(name)
-        spans = {name: weights[sheet.layout.spans[name]] for name in sheet.layout.prunable}
+        spans = {name: weights[spec.layout.spans[name]] for name in spec.layout.prunable}
         self._flat = {name for name, values in spans.items() if (values == values[:1]).all()}  # one number all over
         # Parameters are kept, so that an id is not given to another one.
         self._known: dict[int, tuple[torch.Tensor, str | None]] = {}
@@ -125,11 +125,11 @@ class ModelInspector:
     def _model(self, books: "Books") -> tuple[int, dict[str, str]]:
         """Return which of the modules is the one whose state dict was sent, and its keys' names there."""
         best, names = 0, dict[str, str]()
-        sent = [shape for _, shape, _ in self._sheet.tensors]
+        sent = [shape for _, shape, _ in self._spec.tensors]
         for number, (_, book) in enumerate(books):
             same = {key: key for key, tensor in book.items() if self._shapes.get(key) == _real_shape(tensor)}
             if not same and [tuple(tensor.shape) for tensor in book.values()] == sent:  # as get_weights has them
-                pairs = zip(book, (name for name, _, _ in self._sheet.tensors), strict=True)
+                pairs = zip(book, (name for name, _, _ in self._spec.tensors), strict=True)
                 same = {key: name for key, name in pairs if name in self._shapes}
             if len(same) > len(names):
                 best, names = number, same

@@ -51,7 +51,7 @@ def within(layout: Layout, model: Vector, scores: Vector) -> dict[str, str]:
     return dict.fromkeys(zero, "gradient") | dict.fromkeys(silent, "magnitude")
 
 
-def top(sheet: StateSpec, model: Vector, scores: Vector, wanted: MaskRule, alone: Mapping[str, str]) -> Mask:
+def top(spec: StateSpec, model: Vector, scores: Vector, wanted: MaskRule, alone: Mapping[str, str]) -> Mask:
     """Return the mask of the highest scores.
 
     Parameters
@@ -68,7 +68,7 @@ def top(sheet: StateSpec, model: Vector, scores: Vector, wanted: MaskRule, alone
     ValueError
         A density that keeps nothing, or less than `min_per_layer` or the rows of a weight norm need.
     """
-    layout = sheet.layout
+    layout = spec.layout
     wanted.check(layout)
     scores, reserved = scores.copy(), np.zeros(scores.size, dtype=np.bool_)
     for name, by in alone.items():
@@ -80,7 +80,7 @@ def top(sheet: StateSpec, model: Vector, scores: Vector, wanted: MaskRule, alone
             kept = max(keep_count(wanted.density, size), min(wanted.min_per_layer, size))
             best = largest(scores[span], kept)
             scores[span], reserved[span] = _LAST, best
-    for name, rows in _rows(sheet).items():
+    for name, rows in _rows(spec).items():
         span = layout.prunable_spans[name]
         best = _best_of(scores[span], rows)
         reserved[span] |= best
@@ -90,7 +90,7 @@ def top(sheet: StateSpec, model: Vector, scores: Vector, wanted: MaskRule, alone
     if wanted.scope == "global" and (need := int(np.count_nonzero(reserved))) > keep_count(
         wanted.density, layout.prunable_size
     ):
-        raise ValueError(_too_few(wanted, f"{[*alone, *_rows(sheet)]}", need))
+        raise ValueError(_too_few(wanted, f"{[*alone, *_rows(spec)]}", need))
     scores[reserved] = _FIRST
     return Mask.top(layout, scores, wanted.density, wanted.scope, min_per_layer=wanted.min_per_layer)
 
@@ -99,15 +99,15 @@ def _too_few(wanted: MaskRule, what: str, need: int) -> str:
     return f"density is {wanted.density}; it leaves less than the {need} weights that {what} needs, so raise it"
 
 
-def _rows(sheet: StateSpec) -> dict[str, tuple[Sequence[int], int | None]]:
+def _rows(spec: StateSpec) -> dict[str, tuple[Sequence[int], int | None]]:
     """Return for each direction of a weight norm its shape and the axis of its rows (None: one in all).
 
     A row without a weight would be 0/0.
     """
-    shapes, found = dict(sheet.layout.shapes), dict[str, tuple[Sequence[int], int | None]]()
+    shapes, found = dict(spec.layout.shapes), dict[str, tuple[Sequence[int], int | None]]()
     for name, shape in shapes.items():
         direction = direction_of(name, shapes)
-        if direction is not None and direction in sheet.layout.prunable:
+        if direction is not None and direction in spec.layout.prunable:
             axis = next((axis for axis, size in enumerate(shape) if size > 1), None)
             found[direction] = (shapes[direction], axis)
     return found

@@ -72,7 +72,7 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
         log(INFO, "[DISCOVERY]")
         config = strategy.question_config(self._configs[0], self._grid)
         nodes = strategy.sample(self._grid, "saliency", 0, strategy.discovery.share, strategy.base.min_train_nodes)
-        sheet, mask = strategy.discovery.find(
+        spec, mask = strategy.discovery.find(
             self._messenger, self._grid, nodes, strategy.model, config, record, strategy.inner
         )
         if len(record["scored_by"]) > 1:
@@ -82,8 +82,8 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
                 "where a client trains without a torch optimizer, or without data, say SparseMod(saliency=...)",
                 ", ".join(f"{count} by {how}" for how, count in record["scored_by"].items()),
             )
-        strategy.model = sheet.narrowed(strategy.model, self._messenger.sheet)
-        self._messenger.sheet, self._messenger.mask = sheet, mask
+        strategy.model = spec.narrowed(strategy.model, self._messenger.spec)
+        self._messenger.spec, self._messenger.mask = spec, mask
         strategy.model[~mask.transmitted] = 0
         record["seconds"] = time.monotonic() - start
         log(INFO, "\t└──> %s of %s prunable weights stay alive", mask.count, mask.alive.size)

@@ -3,7 +3,7 @@
 A state dict that is not ours holds more than float32 tensors. Floating tensors of any width are averaged; they travel
 as one flat float32 vector and get their own type back; a complex number is two reals. Everything else
 (``num_batches_tracked``, index tables) is *fixed*: it stays what it was in the server's initial arrays, travels once
-with this sheet, and is never averaged. A tensor with several names (*ties*) travels once, under the first of them.
+with this spec, and is never averaged. A tensor with several names (*ties*) travels once, under the first of them.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class StateSpec:
 
     @classmethod
     def of(cls, arrays: ArrayRecord, prunable: Iterable[str] | None, keys: tuple[str, str]) -> "StateSpec":
-        """Return the sheet of a model.
+        """Return the spec of a model.
 
         Parameters
         ----------
@@ -95,7 +95,7 @@ class StateSpec:
         return cls(tensors, tuple(name for name in known if name in chosen), keys, fixed)
 
     def settled(self, ties: Iterable[tuple[str, str]], dense: Iterable[str]) -> "StateSpec":
-        """Return the sheet under which tensors travel once, whatever their names, and some are not pruned after all.
+        """Return the spec under which tensors travel once, whatever their names, and some are not pruned after all.
 
         Parameters
         ----------
@@ -110,7 +110,7 @@ class StateSpec:
         return replace(self, ties=tuple(first.items()), prunable=tuple(name for name in names if name in chosen))
 
     def narrowed(self, flat: Vector, wider: "StateSpec") -> Vector:
-        """Return the vector of this sheet of a vector of the one that it was settled from."""
+        """Return the vector of this spec of a vector of the one that it was settled from."""
         if self.layout.size == wider.layout.size:
             return flat
         return np.concatenate([flat[wider.layout.spans[name]] for name, _ in self.layout.shapes])
@@ -130,22 +130,22 @@ class StateSpec:
         return hashlib.sha256(self._text() + self.fixed).hexdigest()[:16]
 
     def digest_under(self, mask: Mask) -> str:
-        """Return what both ends must share to exchange values: 16 hex digits over the sheet and a mask."""
+        """Return what both ends must share to exchange values: 16 hex digits over the spec and a mask."""
         return hashlib.sha256((self.digest + mask.digest).encode()).hexdigest()[:16]
 
-    # ---- the sheet on the wire ----------------------------------------------------------------
+    # ---- the spec on the wire ----------------------------------------------------------------
 
     def _text(self) -> bytes:
         return json.dumps([self.tensors, self.prunable, self.keys, self.ties]).encode()
 
     def written(self) -> Arrays:
-        """Return the sheet as flat arrays of bytes, which are counted like all others."""
+        """Return the spec as flat arrays of bytes, which are counted like all others."""
         text = {"sheet": np.frombuffer(self._text(), dtype=np.uint8)}
         return text | ({"fixed": np.frombuffer(self.fixed, dtype=np.uint8)} if self.fixed else {})
 
     @classmethod
     def read(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> "StateSpec":
-        """Return the sheet that `written` wrote.
+        """Return the spec that `written` wrote.
 
         Raises
         ------
@@ -159,7 +159,7 @@ class StateSpec:
             pairs = tuple((str(name), str(first)) for name, first in ties)
             return cls(rows, tuple(prunable), (keys[0], keys[1]), fixed, pairs)
         except (TypeError, ValueError, IndexError) as error:
-            raise PayloadError(f"a sheet cannot be read: {error}") from error
+            raise PayloadError(f"a spec cannot be read: {error}") from error
 
     # ---- a model <-> one vector --------------------------------------------------------------
 
@@ -177,7 +177,7 @@ class StateSpec:
         Untied
             Names of one tensor have different arrays.
         ValueError
-            Names or shapes are not those of this sheet, or a table that is not averaged was changed.
+            Names or shapes are not those of this spec, or a table that is not averaged was changed.
         """
         names = [name for name, _, _ in self.tensors]
         if set(arrays) != set(names):

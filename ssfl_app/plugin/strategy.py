@@ -213,7 +213,7 @@ class SSFL(OwnStart):
     def _form(self) -> Form:
         mask = self.mask
         return (
-            AsModel(self.messenger.sheet, mask) if self._named else AsVector(int(np.count_nonzero(mask.transmitted)))
+            AsModel(self.messenger.spec, mask) if self._named else AsVector(int(np.count_nonzero(mask.transmitted)))
         )
 
     def question_config(self, config: ConfigRecord, grid: Grid) -> ConfigRecord:
@@ -273,12 +273,12 @@ class SSFL(OwnStart):
         """
         log(INFO, "Starting %s strategy: %d rounds", type(self).__name__, num_rounds)
         self.summary()
-        sheet = StateSpec.of(initial_arrays, self._prunable, (self.base.arrayrecord_key, self.base.configrecord_key))
-        self.model = sheet.flatten(initial_arrays)
+        spec = StateSpec.of(initial_arrays, self._prunable, (self.base.arrayrecord_key, self.base.configrecord_key))
+        self.model = spec.flatten(initial_arrays)
         check_values(self.model)
         if self.discovery.density < 1:
-            self.discovery.wanted.check(sheet.layout)
-        self._messenger = NodeMessenger(sheet, self._values, self.base.weighted_by_key, timeout, self._most_examples)
+            self.discovery.wanted.check(spec.layout)
+        self._messenger = NodeMessenger(spec, self._values, self.base.weighted_by_key, timeout, self._most_examples)
         self._timeout = timeout
         self.history = []
         # The user's own objects, for the whole run: what a strategy changes in them stays, as under Flower.
@@ -343,7 +343,7 @@ class SSFL(OwnStart):
             metrics = self.base.train_metrics_aggr_fn(contents, self.base.weighted_by_key)
         if values is None:
             return None, metrics
-        self.model = self.messenger.sheet.spread(values, self.messenger.mask)
+        self.model = self.messenger.spec.spread(values, self.messenger.mask)
         return self.arrays(), metrics
 
     def configure_evaluate(
@@ -382,4 +382,4 @@ class SSFL(OwnStart):
 
     def arrays(self) -> ArrayRecord:
         """Return the model: dense arrays as `initial_arrays` were, dead weights exactly 0."""
-        return self.messenger.sheet.dense(self.model)
+        return self.messenger.spec.dense(self.model)

@@ -43,13 +43,13 @@ class TensorReport:
     kinds: Mapping[str, TensorKind]
 
     @staticmethod
-    def allowed(sheet: StateSpec) -> Allowed:
+    def allowed(spec: StateSpec) -> Allowed:
         """Return the arrays that `written` may give."""
-        return {"same": (np.int32, len(sheet.layout.shapes)), "kinds": (np.uint8, len(sheet.layout.prunable))}
+        return {"same": (np.int32, len(spec.layout.shapes)), "kinds": (np.uint8, len(spec.layout.prunable))}
 
-    def written(self, sheet: StateSpec) -> Arrays:
+    def written(self, spec: StateSpec) -> Arrays:
         """Return it as flat arrays: the place of each floating tensor's first name, and a kind per prunable one."""
-        arrays, layout, first = Arrays(), sheet.layout, dict(self.ties)
+        arrays, layout, first = Arrays(), spec.layout, dict(self.ties)
         if first:
             places = {name: place for place, (name, _) in enumerate(layout.shapes)}
             arrays["same"] = np.array([places[first.get(name, name)] for name in places], dtype=np.int32)
@@ -59,7 +59,7 @@ class TensorReport:
         return arrays
 
     @classmethod
-    def read(cls, arrays: Mapping[str, npt.NDArray[Any]], sheet: StateSpec, model: Vector) -> "TensorReport":
+    def read(cls, arrays: Mapping[str, npt.NDArray[Any]], spec: StateSpec, model: Vector) -> "TensorReport":
         """Return what `written` wrote, whoever says so.
 
         Parameters
@@ -73,10 +73,10 @@ class TensorReport:
             It is malformed, or tensors that are said to be one have other shapes, types or initial values, or none
             of them is prunable.
         """
-        layout, ties, kinds = sheet.layout, dict[str, str](), dict[str, TensorKind]()
+        layout, ties, kinds = spec.layout, dict[str, str](), dict[str, TensorKind]()
         if "same" in arrays:
             same = read_array(arrays, "same", np.int32, len(layout.shapes)).tolist()
-            types = {name: (shape, kind) for name, shape, kind in sheet.tensors}
+            types = {name: (shape, kind) for name, shape, kind in spec.tensors}
             names = [name for name, _ in layout.shapes]
             for place, first in enumerate(same):
                 if first == place:

@@ -166,7 +166,7 @@ class Recorder:
 
         Parameters
         ----------
-        facts : dict
+        metadata : dict
             What the recorder cannot know: strategy, dataset, engine and so on. It comes first.
         """
         write_atomically(self.folder / "model.safetensors", lambda f: safe_torch.save_file(_whole(state), f))

@@ -23,11 +23,11 @@ from ssfl_app.comm.node_config import SIMULATED
 from ssfl_app.config import Config, Flat
 from ssfl_app.locks import naming_memory
 from ssfl_app.runtime import check_at_once, get_runtime, gpu_notes, most_at_once
-from ssfl_app.simulation.worker_pool import SERVER, call_client_app, crew, set_task_identity
+from ssfl_app.simulation.worker_pool import SERVER, call_client_app, pool, set_task_identity
 from ssfl_app.text import tell
 
 Answer = Callable[[Message, Context], Message]
-"""What a node does with a message: a ClientApp, or a crew of processes that are one."""
+"""What a node does with a message: a ClientApp, or a pool of processes that are one."""
 
 
 class InlineGrid(Grid):
@@ -179,7 +179,7 @@ def run_inline(server: ServerApp, client: ClientApp, config: Config) -> None:
     for note in gpu_notes(config):
         tell(note)
     with contextlib.ExitStack() as stack:
-        app: Answer = client if on_gpu or at_once == 1 else stack.enter_context(crew(client, at_once))
+        app: Answer = client if on_gpu or at_once == 1 else stack.enter_context(pool(client, at_once))
         grid = InlineGrid(app, config.flat, nodes, concurrent=at_once)
         stack.callback(grid.close)
         server(grid, context)

@@ -41,7 +41,7 @@ def call_client_app(app: Callable[[Message, Context], Message], message: Message
 
 
 class WorkerPool:
-    """Answers messages as a ClientApp does, in one of several processes; made by `crew`."""
+    """Answers messages as a ClientApp does, in one of several processes; made by `pool`."""
 
     def __init__(self, connections: list[Connection]) -> None:
         self._idle: SimpleQueue[Connection] = SimpleQueue()
@@ -72,7 +72,7 @@ class WorkerPool:
 
 
 @contextmanager
-def crew(app: ClientApp, size: int) -> Iterator[WorkerPool]:
+def pool(app: ClientApp, size: int) -> Iterator[WorkerPool]:
     """Fork `size` processes that are this app, and end them."""
     context, connections = multiprocessing.get_context("fork"), list[Connection]()
     processes = []

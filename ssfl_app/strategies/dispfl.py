@@ -184,7 +184,7 @@ class DisPfl(ClientMasks):
         return self._consensus
 
     def state_dict(self) -> Arrays:
-        """Return all that `restore` needs: the models too."""
+        """Return all that `load_state_dict` needs: the models too."""
         models = {f"model/{k}/{n}": array for k, arrays in enumerate(self.models) for n, array in arrays.items()}
         return super().state_dict() | models
 

@@ -179,7 +179,7 @@ class FedFomo(PeerModelServer):
             raise PayloadError("preference must be finite")
 
     def state_dict(self) -> Arrays:
-        """Return all that `restore` needs: the preferences too."""
+        """Return all that `load_state_dict` needs: the preferences too."""
         return super().state_dict() | {"preferences": self.preferences.ravel()}
 
     def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -210,7 +210,7 @@ class FedPm(SparseStrategy):
         return density_pair(self.network)
 
     def state_dict(self) -> Arrays:
-        """Return all that `restore` needs: the signs and the posterior too."""
+        """Return all that `load_state_dict` needs: the signs and the posterior too."""
         posterior = {"ones": self.ones, "masks": np.array([self.masks], dtype=np.int64)}
         return super().state_dict() | posterior | {"signs": self.signs.packed()}
 

@@ -84,7 +84,7 @@ class LotteryFl(IterativePruning):
         return Payload(super().train_payload(round_, client).arrays, {"weights": self._weights})
 
     def state_dict(self) -> Arrays:
-        """Return all that `restore` needs: the digest too."""
+        """Return all that `load_state_dict` needs: the digest too."""
         return super().state_dict() | {"weights": np.frombuffer(bytes.fromhex(self._weights), dtype=np.uint8)}
 
     def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

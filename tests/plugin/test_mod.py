@@ -15,7 +15,7 @@ from torch import nn
 
 from ssfl_app import SSFL, SparseMod, mask_gradients, sparse_mod, sparse_numpy_mod
 from ssfl_app.comm.exchange import RunFailed
-from ssfl_app.plugin.gradients import working_under
+from ssfl_app.plugin.gradients import under_mask
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
@@ -311,7 +311,7 @@ def test_mask_gradients_zeroes_the_dead_ones_only(explicit: bool, wrap: Any) -> 
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, -1.0)
     model[0].weight.grad[0, 0] = torch.nan  # type: ignore[union-attr,index]
-    with working_under(None if explicit else mask):
+    with under_mask(None if explicit else mask):
         mask_gradients(wrap(model), mask if explicit else None)
     for name, alive in mask.tensors().items():
         gradient = model.get_parameter(name).grad

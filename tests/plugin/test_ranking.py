@@ -274,22 +274,22 @@ def test_the_total_is_exact_whatever_is_ranked_within_itself() -> None:
         sizes = {"a.weight": (7, 3), "b.weight": (5, 5), "c.weight": (11, 2)}
         arrays = {n: rng.normal(size=shape).astype(np.float32) for n, shape in sizes.items()}
         arrays["b.weight"][:] = 0
-        sheet = StateSpec.of(ArrayRecord({n: Array(a) for n, a in arrays.items()}), None, ("a", "c"))
+        spec = StateSpec.of(ArrayRecord({n: Array(a) for n, a in arrays.items()}), None, ("a", "c"))
         model = np.concatenate([a.reshape(-1) for a in arrays.values()])
         scores = np.abs(rng.normal(size=68)).astype(np.float32)
         scores[:21] = 0
-        alone = within(sheet.layout, model, scores)
+        alone = within(spec.layout, model, scores)
         assert alone == {"b.weight": "gradient", "a.weight": "magnitude"}
-        assert top(sheet, model, scores, MaskRule(density, "global", 0), alone).count == keep_count(density, 68)
-        floor = top(sheet, model, scores, MaskRule(density, "layer", 2), alone)
+        assert top(spec, model, scores, MaskRule(density, "global", 0), alone).count == keep_count(density, 68)
+        floor = top(spec, model, scores, MaskRule(density, "layer", 2), alone)
         assert [n for _, n, _ in floor.layers()] == [max(2, keep_count(density, n)) for n in (21, 25, 22)]
 
 
 def test_a_floor_is_counted_where_discovery_has_said_what_is_dense() -> None:
     """Norms and frozen matrices count before it, and reserve nothing after it: no refusal can be had from both."""
     arrays = {"big": np.ones((100, 100)), **{f"small{i}": np.ones((10, 10)) for i in range(20)}}
-    sheet = StateSpec.of(ArrayRecord({n: Array(a.astype(np.float32)) for n, a in arrays.items()}), None, ())
-    MaskRule(0.05, "global", 100).check(sheet.layout)
+    spec = StateSpec.of(ArrayRecord({n: Array(a.astype(np.float32)) for n, a in arrays.items()}), None, ())
+    MaskRule(0.05, "global", 100).check(spec.layout)
 
 
 # ---- one tensor with two names ---------------------------------------------------------------------
@@ -539,12 +539,12 @@ def test_tied_tensors_without_names_are_masked_in_the_clients(make: Make) -> Non
 
 def test_a_tie_of_tensors_that_no_mask_covers_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
-    sheet = StateSpec.of(ArrayRecord(model.state_dict()), None, ("arrays", "config"))
-    names = [name for name, _ in sheet.layout.shapes]
+    spec = StateSpec.of(ArrayRecord(model.state_dict()), None, ("arrays", "config"))
+    names = [name for name, _ in spec.layout.shapes]
     same = np.arange(len(names), dtype=np.int32)
     same[names.index("2.weight")] = names.index("1.weight")
     with pytest.raises(PayloadError, match=r"2.weight is tied to 1.weight; no name of that tensor is prunable"):
-        TensorReport.read({"same": same}, sheet, sheet.flatten(ArrayRecord(model.state_dict())))
+        TensorReport.read({"same": same}, spec, spec.flatten(ArrayRecord(model.state_dict())))
 
 
 def test_many_opinions_on_ties_hold_few_means_and_their_order_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -792,13 +792,13 @@ def test_large_matrices_that_stay_dense_are_a_warning_and_the_share_that_travels
 )
 def test_the_app_and_the_plug_in_prune_the_same_tensors(layer: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(2, 2), layer)
-    sheet = StateSpec.of(ArrayRecord(model.state_dict()), None, ("arrays", "config"))
-    assert sheet.prunable == Layout.of(model).prunable
+    spec = StateSpec.of(ArrayRecord(model.state_dict()), None, ("arrays", "config"))
+    assert spec.prunable == Layout.of(model).prunable
 
 
 def test_names_by_position_are_pruned_by_their_dimensions() -> None:
-    sheet = StateSpec.of(ArrayRecord([np.ones((3, 8)), np.ones(3), np.ones((1, 3))]), None, ("a", "c"))
-    assert sheet.prunable == ("0", "2")
+    spec = StateSpec.of(ArrayRecord([np.ones((3, 8)), np.ones(3), np.ones((1, 3))]), None, ("a", "c"))
+    assert spec.prunable == ("0", "2")
     with pytest.raises(TypeError, match="prunable is '0'; it is a list of names"):
         SSFL(prunable="0")
 
@@ -857,8 +857,8 @@ def test_complex_arrays_come_back_as_they_were(kind: str) -> None:
     record = ArrayRecord(
         {"w": Array(array), "a.weight": Array(np.ones((2, 2), np.float32)), "s": Array(np.array(array[0, 1]))}
     )
-    sheet = StateSpec.of(record, None, ("a", "c"))
-    back = sheet.dense(sheet.flatten(record))
+    spec = StateSpec.of(record, None, ("a", "c"))
+    back = spec.dense(spec.flatten(record))
     assert all(back[name].numpy().dtype == kind for name in "ws")
     np.testing.assert_array_equal(back["w"].numpy(), array)
     np.testing.assert_array_equal(back["s"].numpy(), array[0, 1])
@@ -886,25 +886,25 @@ def test_a_table_that_comes_back_changed_is_refused_and_a_counter_is_told(said: 
 
 
 def test_a_sheet_with_ties_is_the_same_behind_the_wire() -> None:
-    sheet = StateSpec.of(ArrayRecord(Language().state_dict()), None, ("arrays", "config"))
-    settled = sheet.settled((("lm_head.weight", "wte.weight"),), ["mid.weight"])
+    spec = StateSpec.of(ArrayRecord(Language().state_dict()), None, ("arrays", "config"))
+    settled = spec.settled((("lm_head.weight", "wte.weight"),), ["mid.weight"])
     assert settled.prunable == ("wte.weight",)
     assert [name for name, _ in settled.layout.shapes] == ["wte.weight", "mid.weight", "mid.bias"]
     again = StateSpec.read(settled.written())
     assert again == settled
-    assert again.digest != sheet.digest
+    assert again.digest != spec.digest
     text = json.dumps([settled.tensors, settled.prunable, settled.keys, 7]).encode()
     with pytest.raises(PayloadError, match="a sheet cannot be read"):
         StateSpec.read({"sheet": np.frombuffer(text, np.uint8)})
 
 
 def test_what_a_client_tells_is_the_same_behind_the_wire_and_mostly_nothing() -> None:
-    sheet = StateSpec.of(ArrayRecord(Language().state_dict()), None, ("arrays", "config"))
-    model = sheet.flatten(ArrayRecord(Language().state_dict()))
-    assert NOTHING.written(sheet) == {}
+    spec = StateSpec.of(ArrayRecord(Language().state_dict()), None, ("arrays", "config"))
+    model = spec.flatten(ArrayRecord(Language().state_dict()))
+    assert NOTHING.written(spec) == {}
     seen = TensorReport((("lm_head.weight", "wte.weight"),), {"mid.weight": TensorKind.NORM})
-    written = seen.written(sheet)
+    written = seen.written(spec)
     assert written["same"].tolist() == [0, 1, 2, 0]
-    assert TensorReport.read(written, sheet, model) == seen
+    assert TensorReport.read(written, spec, model) == seen
     with pytest.raises(PayloadError, match="kinds has the value 9; it is at most 2"):
-        TensorReport.read({"kinds": np.full(3, 9, np.uint8)}, sheet, model)
+        TensorReport.read({"kinds": np.full(3, 9, np.uint8)}, spec, model)

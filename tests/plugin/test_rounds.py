@@ -707,9 +707,9 @@ def test_a_sheet_gives_back_names_shapes_types_order_and_fixed_arrays() -> None:
         "b.bias": np.full(3, 0.5, np.float32),
     }
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-    sheet = StateSpec.of(record, None, ("arrays", "config"))
-    again = StateSpec.read(sheet.written())
-    assert again == sheet
+    spec = StateSpec.of(record, None, ("arrays", "config"))
+    again = StateSpec.read(spec.written())
+    assert again == spec
     assert again.prunable == ("a.weight", "b.weight")
     back = again.dense(again.flatten(record))
     assert list(back) == list(arrays)

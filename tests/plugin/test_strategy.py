@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from ssfl_app import SSFL, active_mask, mask_gradients, sparse_mod
 from ssfl_app.locks import RunFailed
-from ssfl_app.plugin.gradients import working_under
+from ssfl_app.plugin.gradients import under_mask
 from ssfl_app.plugin.mod import QUESTION
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.layout import Layout
@@ -569,7 +569,7 @@ def masked(model: nn.Module, whole: nn.Module | None = None, **arguments: Any) -
     mask = mask_of(whole or model)
     for parameter in (whole or model).parameters():
         parameter.grad = torch.ones_like(parameter)
-    with working_under(mask):
+    with under_mask(mask):
         mask_gradients(model, **arguments)
     return mask
 

@@ -26,7 +26,7 @@ from ssfl_app.simulation.command import run_command
 from ssfl_app.simulation.in_process import InlineGrid, clients_at_once, run_inline
 from ssfl_app.simulation.resolve import resolve
 from ssfl_app.simulation.run_args import RunArgs
-from ssfl_app.simulation.worker_pool import crew
+from ssfl_app.simulation.worker_pool import pool
 from tests.in_process_grid import SMALL, play
 
 
@@ -260,7 +260,7 @@ def without_room(error):
 @pytest.mark.parametrize("processes", [False, True])
 def test_a_client_without_memory_ends_the_run_and_names_the_cure(grid, processes, error):
     """Never a mean over the clients that happened to fit."""
-    with crew(echo(without_room(error)), 3) if processes else nullcontext() as app:
+    with pool(echo(without_room(error)), 3) if processes else nullcontext() as app:
         here = grid(without_room(error), 3)
         here._app = app or here._app
         exchange = MessageExchange(here, 10.0)
@@ -344,7 +344,7 @@ def test_processes_give_the_bits_of_one_client_after_the_other(tmp_path, strateg
     alone = play(keys)
     nodes, config = {1000 + i: i for i in range(SMALL["run.clients"])}, merge(SMALL, keys)
     get_runtime(config)
-    with crew(client_app.app, 3) as app:
+    with pool(client_app.app, 3) as app:
         grid = InlineGrid(app, config, nodes, concurrent=3)
         try:
             # Without a folder a client keeps its mask or its model in its node's state, which crosses the pipe.
@@ -364,7 +364,7 @@ def test_a_process_that_raises_is_a_clients_failure_and_one_that_dies_is_the_run
         return os.getpid()
 
     before = {child.pid for child in psutil.Process().children()}
-    with crew(echo(work), 2) as app:
+    with pool(echo(work), 2) as app:
         grid = InlineGrid(app, {}, {i: i for i in range(1, 7)}, concurrent=2)
         try:
             (bad,) = grid.send_and_receive([letter(grid, 1)])
@@ -381,7 +381,7 @@ def test_a_process_that_raises_is_a_clients_failure_and_one_that_dies_is_the_run
 
 
 def test_nobody_waits_for_processes_that_are_all_dead():
-    with crew(echo(lambda node: os._exit(1)), 2) as app:
+    with pool(echo(lambda node: os._exit(1)), 2) as app:
         grid = InlineGrid(app, {}, {i: i for i in range(1, 7)}, concurrent=2)
         try:
             with pytest.raises(RunFailed, match="a process that trains clients died"):
@@ -395,9 +395,9 @@ def test_processes_end_with_the_one_that_made_them(tmp_path):
 import os, time
 from pathlib import Path
 from flwr.clientapp import ClientApp
-from ssfl_app.simulation.worker_pool import crew
+from ssfl_app.simulation.worker_pool import pool
 import psutil
-with crew(ClientApp(), 3):
+with pool(ClientApp(), 3):
     Path({str(tmp_path / "pids")!r}).write_text(" ".join(str(c.pid) for c in psutil.Process().children()))
     os.kill(os.getpid(), 9)
 """

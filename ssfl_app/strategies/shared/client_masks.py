@@ -28,7 +28,7 @@ class ClientMasks(SparseStrategy):
         return density_pair(*self.masks)
 
     def state_dict(self) -> Arrays:
-        """Return all that `restore` needs: the masks too."""
+        """Return all that `load_state_dict` needs: the masks too."""
         return super().state_dict() | {f"mask/{k}": mask.packed() for k, mask in enumerate(self.masks)}
 
     def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -109,7 +109,7 @@ class PeerModelServer(SparseStrategy):
         return total.astype(np.float32)
 
     def state_dict(self) -> Arrays:
-        """Return all that `restore` needs: the models too."""
+        """Return all that `load_state_dict` needs: the models too."""
         models = {"first": self._first, **{str(client): self._last[client] for client in self.heard}}
         return super().state_dict() | {
             f"model/{k}/{name}": a for k, model in models.items() for name, a in model.items()

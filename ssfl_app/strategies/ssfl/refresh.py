@@ -78,7 +78,7 @@ class MaskRefresh:
         return math.fsum(new) / len(new) > self.options.refresh_drift * math.fsum(before) / len(before)
 
     def query(self, mask: Mask, trained: State, initial: State) -> "RefreshQuery":
-        """Return what clients are asked: scores at the lifted weights, which they can make from the parcel."""
+        """Return what clients are asked: scores at the lifted weights, which they can make from the payload."""
         lifted = reveal_dead_weights(mask, trained, initial)
         arrays = {"alive": MaskedValues().encode(mask.layout, trained, mask)["values"], "held": mask.packed()}
         return RefreshQuery(lifted, Payload(arrays, {"weights": state_digest(mask.layout, lifted)}))
@@ -89,7 +89,7 @@ class MaskRefresh:
         return {"initial": lifted, "zero": trained, "restart": initial}[self.options.refresh_weights]
 
     def state_dict(self) -> Arrays:
-        """Return what `restore` needs."""
+        """Return what `load_state_dict` needs."""
         return {
             "refresh/done": np.array([self.done], dtype=np.uint8),
             "refresh/trained": self._trained,

@@ -78,12 +78,12 @@ class FixedMask(SparseStrategy):
 
         Parameters
         ----------
-        ask : Ask
+        ask : Query
             Asks clients.
         round_ : int
             Before which it is wanted; 0: before the first.
         state, carry : State, Payload, optional
-            The weights it is about, if they are not the initial ones, and how clients get at them (`discover`).
+            The weights it is about, if they are not the initial ones, and how clients get at them (`find_mask`).
         """
         raise NotImplementedError
 
@@ -129,7 +129,7 @@ class Ssfl(FixedMask):
             self.mask = mask
 
     def state_dict(self) -> Arrays:
-        """Return all that `restore` needs."""
+        """Return all that `load_state_dict` needs."""
         initial = {"initial": self.layout.flatten(self._initial)} if self._initial else {}
         return super().state_dict() | initial | self._refresher.state_dict()
 
