@@ -45,7 +45,7 @@ ALSO: dict[str, Flat] = {
     # A majority of bits is tested, not one draw of them, in which one client's noise costs half of what was learnt.
     "fedpm": {"fedpm.evaluate": "threshold", "local.epochs": 3, **WHOLE},
     # After one epoch of few images their models have learnt so little that one client's absence shows.
-    **{name: {"local.epochs": 3} for name in ("lotteryfl", "random", "sparsyfed")},
+    **{name: {"local.epochs": 3} for name in ("flash-joint", "lotteryfl", "random", "sparsyfed")},
     "random-local": {"local.epochs": 5},
     # Honest clients that mix peers' models in move by very different lengths, 1 to 4 times the median; and their own
     # models must have settled, or one client's absence moves them as much as a lie would.
