@@ -159,7 +159,7 @@ class StateSpec:
             pairs = tuple((str(name), str(first)) for name, first in ties)
             return cls(rows, tuple(prunable), (keys[0], keys[1]), fixed, pairs)
         except (TypeError, ValueError, IndexError) as error:
-            raise PayloadError(f"a spec cannot be read: {error}") from error
+            raise PayloadError(f"a sheet cannot be read: {error}") from error
 
     # ---- a model <-> one vector --------------------------------------------------------------
 
