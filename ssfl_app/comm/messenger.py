@@ -202,15 +202,10 @@ class ClientMessenger(Messenger):
         Whether clients must be given the mask to read a message: the codec down is `MaskedValues`.
     bitmaps : str
         As `PayloadEncoder` has it.
-
-    Attributes
-    ----------
     folder : Path or None
         Where simulated clients keep their files.
     token : str or None
         What real clients call this run in the names of their files.
-    registry : ClientRegistry
-        Who is who.
     dealt : callable or None
         What the server knows that it deals to a client; None: a client holds what it said in the handshake.
     work : callable
@@ -219,29 +214,24 @@ class ClientMessenger(Messenger):
     """
 
     def __init__(
-        self, registry: ClientRegistry, timeout: float, *, mask_travels: bool, bitmaps: str = "plain"
+        self,
+        registry: ClientRegistry,
+        timeout: float,
+        *,
+        mask_travels: bool,
+        bitmaps: str = "plain",
+        folder: Path | None = None,
+        token: str | None = None,
+        dealt: Callable[[int], DataSummary] | None = None,
+        work: Callable[[int], int] = lambda images: MOST_WORK,
     ) -> None:
         super().__init__(timeout, bitmaps)
-        self.folder: Path | None = None
-        self.token: str | None = None
-        self.registry = registry
-        self.dealt: Callable[[int], DataSummary] | None = None
-        self.work: Callable[[int], int] = lambda images: MOST_WORK
+        self.registry, self.folder, self.token, self.dealt, self.work = registry, folder, token, dealt, work
         self._mask_travels = mask_travels
 
     def node_of(self, client: int) -> int:
         """Return the node that holds a client's place."""
         return self.registry.nodes[client]
-
-    def wait_for_clients(self, grid: Grid) -> dict[int, Metadata]:
-        """Wait until every client is connected, and return what each says of itself.
-
-        Raises
-        ------
-        RunFailed
-            As `ClientRegistry.wait_for_clients` does.
-        """
-        return self.registry.wait_for_clients(grid)
 
     def readmit(self, grid: Grid) -> dict[str, Any]:
         """Let nodes that were set up anew take their old places; return what a round's record says of it."""

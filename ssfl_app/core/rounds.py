@@ -197,7 +197,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         RunFailed
             Clients are missing, too few answered, or Ray lost an actor.
         """
-        sites = self._messenger.wait_for_clients(self._grid)
+        sites = self._messenger.registry.wait_for_clients(self._grid)
         if self._strategy.callback is not None:
             self._strategy.callback.met(sites)
         if first == 0:

@@ -133,13 +133,11 @@ class SparseStrategy(OwnStart):
             run.round_timeout,
             mask_travels=issubclass(self.client.down, MaskedValues),
             bitmaps=wire.bitmaps,
+            folder=context.folder,
+            token=context.token,
+            dealt=context.dealt,
+            work=functools.partial(self.client.work, settings),
         )
-        self.messenger.folder, self.messenger.token, self.messenger.dealt = (
-            context.folder,
-            context.token,
-            context.dealt,
-        )
-        self.messenger.work = functools.partial(self.client.work, settings)
         self.peer_bytes = 0
         self.accuracy: dict[int, float] = {}
         self.personal_accuracy: dict[int, float] = {}

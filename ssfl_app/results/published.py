@@ -95,18 +95,6 @@ def read_published(path: Path) -> Published | None:
     return build(Published, "published", NOT_PUBLISHED | found) if found else None
 
 
-def first_line(published: Published) -> str:
-    """Return the comment that the file of a published number begins with."""
-    said = f"{published.accuracy:g} %" if published.accuracy else "no number"
-    size = f"; {published.megabytes:g} MB a round" if published.megabytes else ""
-    time = f"about {published.minutes:g}" if published.minutes else "not measured here"
-    where = published.hardware or "not stated"
-    return (
-        f"# Published: {said} ({published.source}; {METRICS[published.metric][1]}){size}. "
-        f"Hardware: {where}. Minutes: {time}."
-    )
-
-
 def listing(rows: Sequence[tuple[str, Published]]) -> Table:
     """Return the published numbers of the rows of a table, for the terminal."""
     cells = []

@@ -33,7 +33,7 @@ from ssfl_app.experiments.reproduce_rows import (
 )
 from ssfl_app.experiments.sweep_spec import RunSpec, difference
 from ssfl_app.options import ConfigError, flatten
-from ssfl_app.results.published import METRICS, first_line, read_published
+from ssfl_app.results.published import METRICS, Published, read_published
 from ssfl_app.results.run_folder import metadata, read_run
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
@@ -60,6 +60,18 @@ TINY = (
     "local.batch-size=64 run.checkpoint-every=1 run.device='cpu'"
 )
 PARAMETERS, PRUNABLE = 151_402, 151_072  # of that cnn
+
+
+def first_line(published: Published) -> str:
+    """Return the comment that the file of a published number begins with."""
+    said = f"{published.accuracy:g} %" if published.accuracy else "no number"
+    size = f"; {published.megabytes:g} MB a round" if published.megabytes else ""
+    time = f"about {published.minutes:g}" if published.minutes else "not measured here"
+    where = published.hardware or "not stated"
+    return (
+        f"# Published: {said} ({published.source}; {METRICS[published.metric][1]}){size}. "
+        f"Hardware: {where}. Minutes: {time}."
+    )
 
 
 def words(out: Path, *overrides: str, table: str = "resnet50", budget: str = "none") -> ReproduceArgs:
