@@ -21,8 +21,7 @@ from ssfl_app.comm.payload import Metadata
 from ssfl_app.config import Flat, first_clash, read_file
 from ssfl_app.core.rounds import Record
 from ssfl_app.core.strategy import ServerContext, SparseStrategy
-from ssfl_app.data.summary import difference as unlike
-from ssfl_app.data.summary import other_images, read_data_summary
+from ssfl_app.data.summary import mismatch, other_images, read_data_summary
 from ssfl_app.files import check_regular, write_bytes, write_json
 from ssfl_app.locks import RunFailed, naming_memory
 from ssfl_app.options import ConfigError
@@ -294,7 +293,7 @@ def misfit(runtime: Runtime, hello: Handshake) -> str | None:
     except PayloadError as error:
         return str(error)
     dealt = runtime.holding(number)
-    return unlike(who, held, "the server", dealt) or (None if runtime.own else other_images(who, held, dealt))
+    return mismatch(who, held, "the server", dealt) or (None if runtime.own else other_images(who, held, dealt))
 
 
 def bound_places(own: bool) -> dict[Claim, int]:

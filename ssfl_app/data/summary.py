@@ -102,7 +102,7 @@ def _numbers(metadata: Mapping[str, object], name: str, count: int) -> tuple[int
     return tuple(map(int, words))
 
 
-def difference(one: str, first: DataSummary, other: str, second: DataSummary) -> str | None:
+def mismatch(one: str, first: DataSummary, other: str, second: DataSummary) -> str | None:
     """Return, as a sentence, why two cannot be in one federation, and the cure; None if they can.
 
     Parameters

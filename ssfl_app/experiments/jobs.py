@@ -19,7 +19,7 @@ from ssfl_app import config as configuration
 from ssfl_app import locks
 from ssfl_app.core.strategy import ServerContext
 from ssfl_app.experiments import workers
-from ssfl_app.experiments.sweep_spec import TASK, RunSpec, difference
+from ssfl_app.experiments.sweep_spec import TASK, RunSpec, run_clash
 from ssfl_app.options import ConfigError
 from ssfl_app.results.status import read_status
 from ssfl_app.runtime import check, check_at_once, find_device
@@ -174,7 +174,7 @@ def state(run: RunSpec, home: Path) -> str:
     """
     if not (home / "config.toml").is_file():
         return "new"
-    clash = difference(run, configuration.read_file(home / "config.toml"))
+    clash = run_clash(run, configuration.read_file(home / "config.toml"))
     if clash is not None:
         raise ConfigError(f"{home} holds another run: {clash}; --out names another folder, or remove this one")
     finished = read_status(home).get("status") == "finished" and (home / "summary.json").is_file()

@@ -75,7 +75,7 @@ def read_plan(files: Sequence[Path], overrides: Iterable[str]) -> SweepSpec:
     return SweepSpec(pooled, _axes(pooled, axes), next(iter(baselines), "ssfl"))
 
 
-def difference(run: RunSpec, theirs: Mapping[str, Any]) -> str | None:
+def run_clash(run: RunSpec, theirs: Mapping[str, Any]) -> str | None:
     """Return, as a sentence, the first key by which `theirs` is another run; None if none is.
 
     Keys that this strategy does not look at are left out: options of other strategies, and mask.density if dense.
@@ -147,7 +147,7 @@ def _pool(runs: dict[str, RunSpec], run: RunSpec, path: Path) -> None:
     for slug in (run.slug, f"{run.slug}-{path.stem}"):
         if slug not in runs:
             runs[slug] = replace(run, slug=slug)
-        clash = difference(run, runs[slug].flat)
+        clash = run_clash(run, runs[slug].flat)
         if clash is None:
             return
     raise ConfigError(f"{path}: there are two runs {run.slug}; {clash}")

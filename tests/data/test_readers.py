@@ -18,7 +18,7 @@ from ssfl_app.config import Flat, merge, parse
 from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.data.dataset import load_central, load_own
 from ssfl_app.data.readers import digits
-from ssfl_app.data.summary import DataSummary, difference, read_data_summary
+from ssfl_app.data.summary import DataSummary, mismatch, read_data_summary
 from ssfl_app.deployment import credentials
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
@@ -185,8 +185,8 @@ DIFFERENT = [
 
 @pytest.mark.parametrize(("other", "words"), DIFFERENT, ids=[words for _, words in DIFFERENT])
 def test_a_difference_names_both_sides_and_the_cure(other: DataSummary, words: str) -> None:
-    assert words in str(difference("a", holding(), "b", other))
-    assert difference("a", holding(), "b", holding(counts=(0, 7), test_images=9)) is None
+    assert words in str(mismatch("a", holding(), "b", other))
+    assert mismatch("a", holding(), "b", holding(counts=(0, 7), test_images=9)) is None
     assert read_data_summary(other.metadata()) == other
 
 

@@ -31,7 +31,7 @@ from ssfl_app.experiments.reproduce_rows import (
     read_rows,
     tables,
 )
-from ssfl_app.experiments.sweep_spec import RunSpec, difference
+from ssfl_app.experiments.sweep_spec import RunSpec, run_clash
 from ssfl_app.options import ConfigError, flatten
 from ssfl_app.results.published import METRICS, Published, read_published
 from ssfl_app.results.run_folder import metadata, read_run
@@ -142,7 +142,7 @@ def test_a_file_agrees_with_its_profile(name: str) -> None:
     profiled = dict(row.run.flat) | layer(row.published.profile, row.run.flat, name)
     if row.run.flat["partition.name"] == "pathological":
         profiled["partition.alpha"] = row.run.flat["partition.alpha"]  # of no matter there
-    assert difference(row.run, profiled) is None
+    assert run_clash(row.run, profiled) is None
 
 
 def test_sizes_of_table_1_are_those_of_ten_models() -> None:
