@@ -78,7 +78,7 @@ class WorkerState:
 
     def model(self, norm: str = "group", name: str = "", last: bool = False) -> torch.nn.Module:
         """Return a model with the same weights each time; `last`: channels last."""
-        model = create(ModelOptions(name or self.scale.model, norm), 3, 10, seed=1).to(self.device)
+        model = create(ModelOptions(name or self.scale.model, norm), (3, 8, 8), 10, seed=1).to(self.device)
         return model.to(memory_format=torch.channels_last if last else torch.preserve_format)
 
     def trainer(self, steps: str, precision: str, **changes: float) -> LocalTrainer:

@@ -22,7 +22,6 @@ from ssfl_app.core.client import ClientAlgorithm, Need
 from ssfl_app.options import ConfigError, PrivateError
 from ssfl_app.runtime import code_digest, get_runtime, gpu_is_hidden
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.strategies import REGISTRY
 from ssfl_app.text import quoted, tell
 from ssfl_app.training.malloc import keep_heap
 
@@ -41,6 +40,8 @@ class SparseClient(NumPyClient):
         With the context of this client.
     name : str
         Of a site with data of its own; "": the client goes by its number.
+    modules : tuple of str
+        Foreign ones that it works with: its code is the server's if these are too.
 
     Attributes
     ----------
@@ -49,9 +50,10 @@ class SparseClient(NumPyClient):
         those of what it returns.
     """
 
-    def __init__(self, algorithm: ClientAlgorithm, name: str = "") -> None:
+    def __init__(self, algorithm: ClientAlgorithm, name: str = "", modules: tuple[str, ...] = ()) -> None:
         self.algorithm = algorithm
         self.name = name
+        self.modules = modules
         self.array_names: tuple[str, ...] = ()
         self._parameters: NDArrays = []
 
@@ -63,7 +65,7 @@ class SparseClient(NumPyClient):
             **context.data.holding(*context.indices).metadata(),
             "device": str(context.trainer.device),
             "gpu-is-hidden": gpu_is_hidden(),
-            "code": code_digest(),
+            "code": code_digest(self.modules),
         }
 
     def get_parameters(self, config: Metadata) -> NDArrays:
@@ -196,7 +198,7 @@ def _answer(message: Message, context: Context) -> Message:
     if runtime.trainer.device.type == "cpu":
         keep_heap()
     memory = ClientState(context, number) if hello else memory_of(context, place, number, metadata)
-    client = SparseClient(runtime.rule(number, memory, place.least_batch), place.name)
+    client = SparseClient(runtime.rule(number, memory, place.least_batch), place.name, runtime.modules)
     bitmap, encoder = -(-runtime.layout.prunable_size // 8), PayloadEncoder(runtime.config.settings.wire.bitmaps)
     return serve(client, message, metadata, encoder, MOST_BITMAPS * bitmap)
 
@@ -238,8 +240,16 @@ def memory_of(context: Context, place: NodeConfig, number: int, metadata: Metada
     return ClientState(context, number, place.state_path / token / place.name, survives=True)
 
 
-app = ClientApp()
+class OpenClientApp(ClientApp):
+    """Answers any question: which ones there are is known when the message names the strategy."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a message."""
+        if message.metadata.message_type.startswith("query."):
+            return handle(message, context)
+        return super().__call__(message, context)
+
+
+app = OpenClientApp()
 app.train()(handle)
 app.evaluate()(handle)
-for _question in ("hello", *sorted({q for s in REGISTRY.values() for q in s.client.query_types})):
-    app.query(_question)(handle)

@@ -1,27 +1,30 @@
 """The configuration: flat dotted keys -> frozen dataclasses, or one line that says what is wrong.
 
-Defaults are written once, in ``[tool.flwr.app.config]`` of ``pyproject.toml``; Flower hands them to both apps
-merged with the user's overrides, and the command line reads the same table.
+A key that is missing has the default of its field. Only the sections that the chosen strategy reads are checked.
 """
 
 import functools
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from ssfl_app.core.options import FailureOptions, MaskOptions, RunOptions, Settings, WireOptions
+from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.data.dataset import DataOptions
-from ssfl_app.files import app_folder
-from ssfl_app.options import ConfigError, Scalar, anything, at_least, build, choice, flatten, not_a_key
+from ssfl_app.data.readers import READERS
+from ssfl_app.options import ConfigError, Scalar, anything, at_least, build, choice, flatten, keys_of, not_a_key
+from ssfl_app.partitions import REGISTRY as PARTITIONS
 from ssfl_app.partitions import PartitionOptions
 from ssfl_app.partitions.late import ShiftOptions
+from ssfl_app.registry import Registry, Unknown
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.text import command
+from ssfl_app.training.models import REGISTRY as MODELS
 from ssfl_app.training.models import ModelOptions
 from ssfl_app.training.step import PRECISIONS
 from ssfl_app.training.trainer import LocalOptions
@@ -36,14 +39,18 @@ class EngineOptions:
     Threads and precision change the bits of its results, the others never do.
     """
 
-    actors: int = at_least(0)
-    concurrent: int = at_least(0)
-    threads: int = at_least(1)
-    precision: str = choice(*PRECISIONS)
-    graphs: bool = anything("true or false")
+    actors: int = at_least(0, 0, "Ray actors; 0: one a core")
+    concurrent: int = at_least(
+        0, 0, "clients the inline engine trains at once; 0: a core each, or on a GPU the cohort up to 16"
+    )
+    threads: int = at_least(1, 1, "torch threads a client; more makes no two machines agree on the bits")
+    precision: str = choice(*PRECISIONS, about="of a GPU; bf16: in training, tf32 in the rest; a CPU has fp32")
+    graphs: bool = anything(
+        "true or false", True, "a GPU replays training steps as CUDA graphs; no effect on the CPU"
+    )
 
 
-SECTIONS: dict[str, type] = {
+SHARED: dict[str, type] = {
     "run": RunOptions,
     "mask": MaskOptions,
     "local": LocalOptions,
@@ -54,7 +61,23 @@ SECTIONS: dict[str, type] = {
     "partition": PartitionOptions,
     "model": ModelOptions,
     "engine": EngineOptions,
-} | {name: section for strategy in REGISTRY.values() for name, section in strategy.sections().items()}
+}
+"""Sections that every strategy reads."""
+
+BUILTIN = SHARED | {name: section for strategy in REGISTRY.values() for name, section in strategy.sections().items()}
+"""Sections of the table in pyproject.toml."""
+
+_FREE = tuple(
+    f"{name}.{spec.name}." for name, kind in SHARED.items() for spec in fields(kind) if "free" in spec.metadata
+)
+
+NAMED: dict[str, Registry[Any]] = {
+    "strategy": REGISTRY,
+    "model.name": MODELS,
+    "data.name": READERS,
+    "partition.name": PARTITIONS,
+}
+"""Keys whose values may be foreign: `ssfl_app.registry`."""
 
 # What may differ between a run and its continuation.
 RESUME_MAY_CHANGE = ("run.out", "run.resume", "engine.actors", "engine.concurrent", "engine.graphs")
@@ -73,26 +96,45 @@ class Config:
     flat: Flat
 
 
-def parse(flat: Mapping[str, Any]) -> Config:
-    """Return the checked configuration of flat dotted keys.
+def find_strategy(value: object, key: str = "strategy") -> type[SparseStrategy]:
+    """Return the strategy that `key` names.
 
     Raises
     ------
     ConfigError
-        Unknown or missing key, wrong type, a value out of range, or values that do not fit together.
+        There is none of this name.
     """
-    tables: dict[str, dict[str, Scalar]] = {name: {} for name in SECTIONS}
+    if not isinstance(value, str):
+        raise ConfigError(f"{key} is {value!r}; it is one of {', '.join(REGISTRY)}")
+    try:
+        return REGISTRY[value]
+    except Unknown as error:
+        raise error.about(key, value) from error
+
+
+def foreign_modules(flat: Mapping[str, Scalar]) -> list[str]:
+    """Return the modules of all that a configuration names and this package does not bring, sorted."""
+    return sorted({NAMED[key].module_of(str(flat[key])) for key in NAMED if key in flat} - {""})
+
+
+def parse(flat: Mapping[str, Any]) -> Config:
+    """Return the checked configuration of flat dotted keys; those that are missing have their defaults.
+
+    Raises
+    ------
+    ConfigError
+        Unknown key, wrong type, a value out of range, or values that do not fit together.
+    """
+    flat = merge(flat)
+    kind = find_strategy(flat["strategy"])
+    own = kind.sections()
+    read = SHARED | own
+    tables: dict[str, dict[str, Scalar]] = {name: {} for name in read}
     for key, value in flat.items():
         name, _, rest = key.partition(".")
-        if key == "strategy":
-            continue
-        if name not in tables or not rest:
-            raise not_a_key(key, defaults(), f"keys are strategy and those of {', '.join(tables)}")
-        tables[name][rest] = value
-    strategy = flat.get("strategy")
-    if not isinstance(strategy, str) or strategy not in REGISTRY:
-        raise ConfigError(f"strategy is {strategy!r}; it is one of {', '.join(REGISTRY)}")
-    made: dict[str, Any] = {name: build(section, name, tables[name]) for name, section in SECTIONS.items()}
+        if name in read:
+            tables[name][rest] = value
+    made: dict[str, Any] = {name: build(section, name, tables[name]) for name, section in read.items()}
     run = made["run"]
     if run.cohort > run.clients:
         raise ConfigError(
@@ -102,11 +144,11 @@ def parse(flat: Mapping[str, Any]) -> Config:
     made["data"].check()
     if made["data"].where == "sites" and made["shift"].round:
         raise ConfigError(f"shift.round is {made['shift'].round}; it is 0 with data.where 'sites'")
-    _fit_to_place(made, REGISTRY[strategy].has_floor)
+    _fit_to_place(made, kind.has_floor)
     shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures", "shift")}
-    sections = {name: made[name] for s in REGISTRY.values() for name in s.sections()}
     parts = {name: made[name] for name in ("data", "partition", "model", "engine")}
-    return Config(strategy, Settings(**shared, sections=sections), **parts, flat=dict(flat))
+    settings = Settings(**shared, sections={name: made[name] for name in own})
+    return Config(str(flat["strategy"]), settings, **parts, flat=flat)
 
 
 def with_out(config: Config, folder: Path) -> Config:
@@ -118,22 +160,49 @@ def with_out(config: Config, folder: Path) -> Config:
 def _fit_to_place(made: dict[str, Any], has_floor: bool) -> None:
     """Give options that depend on where the data are their values: what a site says of itself may be false."""
     sites = made["data"].where == "sites"
-    if made["ssfl"].score_fold == "auto":
+    if "ssfl" in made and made["ssfl"].score_fold == "auto":
         made["ssfl"] = replace(made["ssfl"], score_fold="normalised" if sites else "mean")
     if made["mask"].min_per_layer == -1:
         made["mask"] = replace(made["mask"], min_per_layer=int(sites and has_floor))
 
 
-def defaults() -> Flat:
-    """Return the default configuration, from pyproject.toml of the checkout or the installed wheel."""
-    return dict(_defaults())
-
-
 @functools.cache
-def _defaults() -> Flat:
+def _defaults(strategy: str) -> Flat:
     # Kept: a table of many runs merges it for each of them.
-    text = (app_folder() / "pyproject.toml").read_text("utf-8")
-    return flatten(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
+    found: dict[str, Any] = {key: spec.default for key, spec in [*keys(), *keys(strategy)]}
+    return {"strategy": "ssfl", **found}
+
+
+def defaults(strategy: object = "ssfl") -> Flat:
+    """Return the default configuration, with the options of all built-in strategies and of this one."""
+    return dict(_defaults(str(strategy)))
+
+
+def complete(flat: Mapping[str, Any]) -> Flat:
+    """Return a configuration with the defaults of what it lacks: one that an older version wrote has fewer keys."""
+    return {**defaults(flat.get("strategy", "ssfl")), **flat}
+
+
+def keys(strategy: str = "") -> list[tuple[str, "Field[Any]"]]:
+    """Return the keys that a strategy reads, or all that are built in, with the fields that describe them."""
+    sections = SHARED | find_strategy(strategy).sections() if strategy else BUILTIN
+    return [pair for name, section in sections.items() for pair in keys_of(section, name)]
+
+
+def table() -> str:
+    """Return the table of all keys that Flower needs in ``pyproject.toml``: defaults, and what they mean."""
+    lines = ["[tool.flwr.app.config]", 'strategy = "ssfl"               # one of those that README lists']
+    for name, section in BUILTIN.items():
+        lines += ["", f"[tool.flwr.app.config.{name}]"]
+        for key, spec in keys_of(section, name):
+            line = tomli_w.dumps({key.partition(".")[2]: spec.default}).strip()
+            lines.append(f"{line:<31} # {meaning(spec)}".rstrip(" #"))
+    return "\n".join(lines) + "\n"
+
+
+def meaning(spec: "Field[Any]") -> str:
+    """Return what a key means, with the values that there are."""
+    return ": ".join(part for part in (" | ".join(spec.metadata["names"]), spec.metadata["about"]) if part)
 
 
 def read_file(path: Path, *, sweep: bool = False) -> Flat:
@@ -207,29 +276,37 @@ def merge(*layers: Mapping[str, Scalar]) -> Flat:
     ConfigError
         A layer names a key that does not exist.
     """
-    merged = defaults()
-    for layer in layers:
-        for key, value in layer.items():
-            if key not in merged:
-                raise not_a_key(key, merged, "README lists them")
-            merged[key] = value
+    given = {key: value for layer in layers for key, value in layer.items()}
+    find_strategy(given.get("strategy", "ssfl"))
+    merged = complete(given)
+    known = defaults(merged["strategy"])
+    for key in given:
+        if key not in known and not key.startswith(_FREE):
+            sections = dict.fromkeys(key.partition(".")[0] for key in known if "." in key)
+            raise not_a_key(key, known, f"keys are strategy and those of {', '.join(sections)}")
     return merged
+
+
+def nested(flat: Mapping[str, Scalar]) -> dict[str, Any]:
+    """Return the keys as tables, as TOML has them."""
+    found: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, last = key.split(".")
+        table = found
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[last] = value
+    return found
 
 
 def write_toml(flat: Mapping[str, Scalar]) -> str:
     """Return the keys as TOML with a table per section."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        section, _, rest = key.partition(".")
-        if rest:
-            nested.setdefault(section, {})[rest] = value
-        else:
-            nested[section] = value
-    return tomli_w.dumps(nested)
+    return tomli_w.dumps(nested(flat))
 
 
 def first_clash(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str | None:
     """Return, as a sentence, the first of our keys by which this is another run than theirs; None if none is."""
+    theirs = complete(theirs)
     for key, value in sorted(ours.items()):
         if not key.startswith(RESUME_MAY_CHANGE) and value != theirs.get(key):
             return f"{key} is {value!r}; that run was started with {theirs.get(key)!r}"

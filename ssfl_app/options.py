@@ -1,14 +1,14 @@
 """Checked options: a frozen dataclass per section of the configuration, each field with what it allows.
 
-The dataclasses carry types and ranges but no defaults: those are written once, in
-``[tool.flwr.app.config]`` of ``pyproject.toml``.
+A field has a type, what is allowed, its default and what it means, and nothing else has them. The table
+``[tool.flwr.app.config]`` of ``pyproject.toml``, which Flower needs, is made of the fields: ``ssfl keys --toml``.
 
 Examples
 --------
 >>> from dataclasses import dataclass
 >>> @dataclass(frozen=True)
 ... class MaskOptions:
-...     density: float = option("a fraction in (0, 1]", lambda x: 0 < x <= 1)
+...     density: float = option("a fraction in (0, 1]", lambda x: 0 < x <= 1, 0.1)
 >>> build(MaskOptions, "mask", {"density": 1.7})
 Traceback (most recent call last):
 ...
@@ -16,8 +16,8 @@ ssfl_app.options.ConfigError: mask.density is 1.7; it is a fraction in (0, 1]
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import field, fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
@@ -39,40 +39,67 @@ class PrivateError(ConfigError):
         """Return the whole text."""
         return str(self.args[0])
 
+    def about(self, key: str, value: object) -> "PrivateError":
+        """Return the error whose texts begin with the key that has this value."""
+        return PrivateError(*(f"{key} is {value!r}; {text}" for text in self.args))
+
     @property
     def public(self) -> str:
         """The text that a server may get."""
         return str(self.args[1])
 
 
-def option(allowed: str, check: Callable[[Any], bool]) -> Any:
-    """Return a dataclass field whose value must pass `check`; `allowed` completes "it is ..."."""
-    return field(metadata={"allowed": allowed, "check": check})
+def option(
+    allowed: str, check: Callable[[Any], object], default: Any = MISSING, about: str = "", names: Sequence[str] = ()
+) -> Any:
+    """Return a dataclass field of the configuration.
+
+    Parameters
+    ----------
+    allowed : str
+        Completes "it is ...".
+    check : callable
+        Whether a value is allowed; it may say why not by a ConfigError whose text completes "it is ...".
+    default : optional
+        Where there is none the key must be given.
+    about : str
+        What the key means, for `ssfl keys` and the table in ``pyproject.toml``.
+    names : sequence of str
+        The values that there are, if they can be listed.
+    """
+    metadata = {"allowed": allowed, "check": check, "about": about, "names": tuple(names)}
+    return field(default=default, metadata=metadata)
 
 
-def at_least(low: float) -> Any:
+def at_least(low: float, default: Any = MISSING, about: str = "") -> Any:
     """Return a field for a finite number >= `low`."""
-    return option(f"a number of at least {low}", lambda value: low <= value < math.inf)
+    return option(f"a number of at least {low}", lambda value: low <= value < math.inf, default, about)
 
 
-def above(low: float) -> Any:
+def above(low: float, default: Any = MISSING, about: str = "") -> Any:
     """Return a field for a finite number > `low`."""
-    return option(f"a number above {low}", lambda value: low < value < math.inf)
+    return option(f"a number above {low}", lambda value: low < value < math.inf, default, about)
 
 
-def fraction() -> Any:
+def fraction(default: Any = MISSING, about: str = "") -> Any:
     """Return a field for a number in (0, 1]."""
-    return option("a fraction in (0, 1]", lambda value: 0 < value <= 1)
+    return option("a fraction in (0, 1]", lambda value: 0 < value <= 1, default, about)
 
 
-def choice(*names: str) -> Any:
-    """Return a field for one of `names`."""
-    return option("one of " + ", ".join(names), lambda value: value in names)
+def choice(*names: str, about: str = "") -> Any:
+    """Return a field for one of `names`; the first is the default."""
+    return option("one of " + ", ".join(names), lambda value: value in names, names[0], about, names)
 
 
-def anything(what: str) -> Any:
+def anything(what: str, default: Any = MISSING, about: str = "") -> Any:
     """Return a field whose type is the only thing checked."""
-    return option(what, lambda _: True)
+    return option(what, lambda _: True, default, about)
+
+
+def free(about: str = "") -> Any:
+    """Return a field for further keys of a section, ``model.options.width``, that somebody else's code reads."""
+    metadata = {"allowed": "keys of your own", "free": True, "about": about, "names": ()}
+    return field(default_factory=dict, metadata=metadata)
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -119,23 +146,39 @@ def build(section: type[T], name: str, values: Mapping[str, Scalar]) -> T:
     """
     prefix = f"{name}." if name else ""
     known = {f.name.replace("_", "-"): f for f in fields(section)}  # type: ignore[arg-type]
+    inner = {key: {} for key, spec in known.items() if "free" in spec.metadata}  # type: dict[str, dict[str, Scalar]]
     for key in values:
-        if key not in known:
+        first, _, rest = key.partition(".")
+        if first in inner and rest:
+            inner[first][rest] = values[key]
+        elif key not in known or key in inner:
             names = [prefix + option for option in known]
             raise not_a_key(prefix + key, names, f"{name or 'the top level'} has {', '.join(known)}")
     types = get_type_hints(section)
-    made: dict[str, Any] = {}
-    for key, spec in known.items():
-        if key not in values:
-            raise ConfigError(f"{prefix}{key} is missing; it is {spec.metadata['allowed']}")
-        value: Any = values[key]
+    made: dict[str, Any] = {spec.name: inner[key] for key, spec in known.items() if key in inner}
+    for key in [key for key in known if key not in inner]:
+        spec, allowed = known[key], known[key].metadata["allowed"]
+        value: Any = values.get(key, spec.default)
+        if value is MISSING:
+            raise ConfigError(f"{prefix}{key} is missing; it is {allowed}")
         kind = str if get_origin(types[spec.name]) is Literal else types[spec.name]
         if kind is float and type(value) is int and abs(value) <= 2**53:
             value = float(value)
         if type(value) is not kind:
             types_ = f"{kind.__name__}, not {type(value).__name__}"
-            raise ConfigError(f"{prefix}{key} is {value!r}; it is {spec.metadata['allowed']} ({types_})")
-        if not spec.metadata["check"](value):
-            raise ConfigError(f"{prefix}{key} is {value!r}; it is {spec.metadata['allowed']}")
+            raise ConfigError(f"{prefix}{key} is {value!r}; it is {allowed} ({types_})")
+        try:
+            well = spec.metadata["check"](value)
+        except PrivateError as error:
+            raise error.about(f"{prefix}{key}", value) from error
+        if not well:
+            raise ConfigError(f"{prefix}{key} is {value!r}; it is {allowed}")
         made[spec.name] = value
     return section(**made)
+
+
+def keys_of(section: type, name: str) -> Iterator[tuple[str, "Field[Any]"]]:
+    """Yield the keys of a section, dotted, with their fields; not those that are free."""
+    for spec in fields(section):
+        if "free" not in spec.metadata:
+            yield f"{name}.{spec.name}".replace("_", "-"), spec

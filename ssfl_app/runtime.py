@@ -27,6 +27,7 @@ from ssfl_app.data.dataset import DataSet
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Indices, Partition, split
+from ssfl_app.registry import sources
 from ssfl_app.sparsity.layout import Layout, State, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
@@ -76,6 +77,11 @@ class Runtime:
             self._threads.state = WorkerState(model, trainer)
         return self._threads.state  # type: ignore[no-any-return]
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules of what the configuration names and this package does not bring."""
+        return tuple(configuration.foreign_modules(self.config.flat))
+
     @functools.cached_property
     def dense(self) -> Mask:
         """The mask under which everything is alive."""
@@ -84,11 +90,11 @@ class Runtime:
     def initial_state(self) -> State:
         """Return the weights that a run starts from: those of the seed, on the CPU."""
         shape, seed = self.data.shape, self.config.settings.run.seed
-        return state_of(models.create(self.config.model, shape[0], self.data.classes, seed))
+        return state_of(models.create(self.config.model, shape, self.data.classes, seed))
 
     def fitting_clients(self) -> int:
         """Return how many clients the free memory of the GPU holds at once, by an estimate; at least one."""
-        outline = models.outline(self.config.model, self.data.shape[0], self.data.classes)
+        outline = models.outline(self.config.model, self.data.shape, self.data.classes)
         need = memory_need(outline, self.data.shape, self.config.settings.local.batch_size)
         return max(1, torch.cuda.mem_get_info(self.trainer.device)[0] // need)
 
@@ -154,7 +160,7 @@ def _open(asked: _Asked) -> Runtime:
 
 
 def _model(config: Config, images: DataSet, device: torch.device) -> nn.Module:
-    model = models.create(config.model, images.shape[0], images.classes, config.settings.run.seed).to(device)
+    model = models.create(config.model, images.shape, images.classes, config.settings.run.seed).to(device)
     if device.type == "cuda" and not any(isinstance(module, nn.GroupNorm) for module in model.modules()):
         # The layout of the convolutions that are fast there. Torch's GroupNorm would change it back, and forth.
         model = model.to(memory_format=torch.channels_last)
@@ -275,7 +281,7 @@ def check(config: Config, keep: bool = False) -> Layout:
     _CHECKED.clear()
     if keep:
         _CHECKED[config] = images, partition
-    layout = Layout.of(models.outline(config.model, images.shape[0], images.classes))
+    layout = Layout.of(models.outline(config.model, images.shape, images.classes))
     REGISTRY[config.strategy](ServerContext(layout, config.settings))
     return layout
 
@@ -342,13 +348,17 @@ def gpu_is_hidden() -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def code_digest() -> str:
-    """Return the first 16 hex digits of the SHA-256 over this package's source files.
+def code_digest(modules: tuple[str, ...] = ()) -> str:
+    """Return the first 16 hex digits of the SHA-256 over the source files of this package and of foreign `modules`.
 
     Server and clients compare it: Flower can run the two from different checkouts without a word.
     """
     package = Path(str(resources.files("ssfl_app")))
     digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py"), key=lambda f: f.relative_to(package).as_posix()):
-        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    files = {file.relative_to(package).as_posix(): file for file in package.rglob("*.py")}
+    foreign: dict[str, Path] = {}
+    for module in modules:
+        foreign = sources(module, foreign)
+    for name, file in [*sorted(files.items()), *sorted(foreign.items())]:
+        digest.update(name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]

@@ -280,9 +280,10 @@ def misfit(runtime: Runtime, hello: Handshake) -> str | None:
     data set is another one.
     """
     metadata, who = hello.metadata, hello.name or f"client {hello.number}"
-    if metadata.get("code") != code_digest():
+    code = code_digest(runtime.modules)
+    if metadata.get("code") != code:
         return (
-            f"runs other code ({metadata.get('code')!r}) than the server ({code_digest()!r}): install the same "
+            f"runs other code ({metadata.get('code')!r}) than the server ({code!r}): install the same "
             "version on both, or start Flower's SuperLink from another folder"
         )
     number = hello.number or 0

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssfl_app.data.readers import READERS, ArrayDataset, digits
+from ssfl_app.data import dataset
+from ssfl_app.data.readers import ArrayDataset, digits
 from ssfl_app.training import models
 
 torch.set_num_threads(1)
@@ -33,7 +34,7 @@ def few_digits(path: str, download: bool, image_size: int) -> ArrayDataset:
     )
 
 
-READERS["few-digits"] = few_digits  # before `ssfl_app.data.dataset` is imported, which lists them
+dataset.READERS["few-digits"] = few_digits
 
 
 def narrow_cnn(channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Module:
@@ -70,7 +71,7 @@ def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
         patch.setattr(MEMO, "images", FEW if marks & {"few", "narrow"} else {})
         if "narrow" in marks:
             # The names of models are fixed where the options are defined, so that this one has the wide one's name.
-            patch.setitem(models.REGISTRY, "cnn", narrow_cnn)
+            patch.setitem(models.REGISTRY, "cnn", models.of_images(narrow_cnn))
             patch.setattr(MEMO, "runs", {})
             runtime._open.cache_clear()
         yield

@@ -53,7 +53,7 @@ def images(count, side=32):
 
 
 def network(name, norm="group"):
-    return create(ModelOptions(name, norm), 3, 10, 1).to(GPU)
+    return create(ModelOptions(name, norm), (3, 8, 8), 10, 1).to(GPU)
 
 
 def fit(run, model, data, mask=None):
@@ -193,7 +193,7 @@ def memory():
         fit(run, model, data)
         run.evaluate(model, data)
         run.gradient(model, data.take(np.arange(64)))
-        need = memory_need(outline(ModelOptions(name, "group"), 3, 10), (3, 32, 32), 16)
+        need = memory_need(outline(ModelOptions(name, "group"), (3, 8, 8), 10), (3, 32, 32), 16)
         rows.append([name, torch.cuda.memory_reserved() - before, need])
         del run, model, data
     return rows
@@ -264,7 +264,7 @@ def run():
     whole = merge(SMALL, {"run.clients": 40, "run.cohort": 30, "model.name": "resnet18", "run.rounds": 1})
     shop = get_runtime(whole)
     rows["connections"] = os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
-    need = memory_need(outline(ModelOptions("resnet18", "group"), 1, 10), shop.data.shape, 32)
+    need = memory_need(outline(ModelOptions("resnet18", "group"), (1, 8, 8), 10), shop.data.shape, 32)
     rows["at_once"] = {}
     for clients in (1, 5, 100):
         fake.limit(80 << 30)

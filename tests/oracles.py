@@ -21,7 +21,7 @@ State = dict[str, torch.Tensor]
 def initial_weights(runtime: Runtime) -> State:
     """Return w0."""
     config, shape = runtime.config, runtime.data.shape
-    model = models.create(config.model, shape[0], runtime.data.classes, config.settings.run.seed)
+    model = models.create(config.model, shape, runtime.data.classes, config.settings.run.seed)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 

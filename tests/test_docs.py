@@ -3,15 +3,14 @@
 import ast
 import re
 from collections import defaultdict
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from ssfl_app import partitions
-from ssfl_app.config import SECTIONS, defaults
+from ssfl_app.config import BUILTIN, defaults
 from ssfl_app.core.robust import FOLDS
-from ssfl_app.data.readers import OWN, READERS
+from ssfl_app.data.readers import READERS
 from ssfl_app.sparsity.values import VALUE_TYPES
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.training import models
@@ -114,7 +113,7 @@ def exists(name: str, source: Source) -> bool:
         last = name.rpartition("/")[2]
         return last in source.strings or re.match(r"\d+|<", last) is not None  # what a run writes
     section, _, key = name.partition(".")
-    if section in SECTIONS and re.fullmatch(r"[a-z-]+", key):
+    if section in BUILTIN and re.fullmatch(r"[a-z-]+", key):
         return name in defaults()
     match = re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(.*\))?", name)
     if match is None:
@@ -185,7 +184,7 @@ def test_the_table_of_options_has_every_key() -> None:
 def test_readme_names_what_can_be_chosen() -> None:
     keys = {first.strip("`"): text for first, text in table("Configuration")}
     for section, key, names in (
-        ("data", "name", [*(name for name in READERS if name != FEW), *OWN]),
+        ("data", "name", [name for name in READERS if name != FEW]),
         ("partition", "name", partitions.REGISTRY),
         ("model", "name", models.REGISTRY),
         ("run", "fold", FOLDS),
@@ -195,25 +194,6 @@ def test_readme_names_what_can_be_chosen() -> None:
         match = re.search(rf"`{key}` \(([^)]*)\)", keys[section])
         assert match is not None, (section, key)
         assert match[1].split(", ") == list(names)
-
-
-def test_comments_of_the_defaults_name_every_choice() -> None:
-    text = (ROOT / "pyproject.toml").read_text("utf-8")
-    lines = text[text.index("[tool.flwr.app.config]") : text.index("# ---- Tools")].splitlines()
-    section = ""
-    seen = set()
-    for line in lines:
-        if line.startswith("["):
-            section = line.strip("[]").removeprefix("tool.flwr.app.config").lstrip(".")
-        elif section and (match := re.fullmatch(r"([a-z-]+) = [^#]*(?:# (.*))?", line)):
-            options = {field.name.replace("_", "-"): field for field in fields(SECTIONS[section])}
-            allowed = options[match[1]].metadata["allowed"]
-            if match[2] and allowed.startswith("one of "):
-                names = match[2].split(":")[0].split(";")[0].split(" | ")
-                wanted = allowed.removeprefix("one of ").split(", ")
-                assert [name.split()[0] for name in names] == [name for name in wanted if name != FEW], line
-                seen.add(f"{section}.{match[1]}")
-    assert {"data.name", "model.name", "partition.name", "ssfl.criterion", "wire.down-values"} <= seen
 
 
 def table(title: str) -> list[list[str]]:

@@ -41,7 +41,7 @@ class Classifier(nn.Module):
         super().__init__()
         metadata = work.metadata
         options = models.ModelOptions(metadata["model"], metadata["norm"])
-        self.net = models.create(options, work.pixels.shape[1], metadata["classes"], metadata["seed"])
+        self.net = models.create(options, tuple(work.pixels.shape[1:]), metadata["classes"], metadata["seed"])
 
     def loss(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.net(inputs), labels)

@@ -35,7 +35,7 @@ class Trainer:
         self.metadata, self.shares, self.cohorts = metadata, work.shares, work.cohorts
         self.pixels, self.labels = torch.from_numpy(work.pixels), torch.from_numpy(work.labels)
         options = models.ModelOptions(metadata["model"], metadata["norm"])
-        self.model = models.create(options, work.pixels.shape[1], metadata["classes"], metadata["seed"])
+        self.model = models.create(options, tuple(work.pixels.shape[1:]), metadata["classes"], metadata["seed"])
         self.initial = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.transform = Transform(tuple(metadata["mean"]), tuple(metadata["std"]), metadata["augment"])
 

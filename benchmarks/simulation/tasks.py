@@ -75,7 +75,7 @@ def make(name: str, work: Path, images: int, tiny: bool, more: str = "") -> Task
 def workload_of(config: configuration.Config) -> Workload:
     """Return what a configuration trains: data, partition and cohorts are those of the app itself."""
     data, partition = load_federation(config)
-    layout = Layout.of(models.outline(config.model, data.shape[0], data.classes))
+    layout = Layout.of(models.outline(config.model, data.shape, data.classes))
     strategy = REGISTRY["fedavg"](ServerContext(layout, config.settings))
     local, run = config.settings.local, config.settings.run
     metadata: Mapping[str, object] = {

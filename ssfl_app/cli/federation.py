@@ -14,6 +14,7 @@ import typer
 from ssfl_app.cli.arguments import ConfigFile, Out, Override, Resume
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
+from ssfl_app.registry import import_from
 from ssfl_app.text import tell
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -150,12 +151,16 @@ def run(
     out: Out = None,
     resume: Resume = None,
     folder: Folder = DEFAULT,
+    modules: Annotated[
+        Path, typer.Option("--app", help="Folder of modules that the keys name; nodes get them.")
+    ] = Path(),
 ) -> None:
     """Run a strategy on the nodes, as `ssfl run` does in simulation. Exit code: 0 finished, 1 failed, 2 bad input."""
     from ssfl_app.deployment.federation import read
     from ssfl_app.deployment.run import run_on
     from ssfl_app.simulation.run_args import RunArgs
 
+    import_from(modules.resolve())
     federation = read(_folder(folder))
     run_on(federation, RunArgs(config, override or [], None, "deployment", out, resume))
 

@@ -16,6 +16,7 @@ from ssfl_app.cli.federation import app as federation_app
 from ssfl_app.cli.study import app as study_app
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
+from ssfl_app.registry import import_from
 from ssfl_app.text import never_fail_to_print, tell
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ def run(
     from ssfl_app.simulation.command import run_command
     from ssfl_app.simulation.run_args import RunArgs
 
+    import_from(Path.cwd())
     run_command(RunArgs(config, override or [], nodes, engine, out, resume))
 
 
@@ -59,6 +61,7 @@ def compare(
     """
     from ssfl_app.experiments.sweep import CompareArgs, run_sweep
 
+    import_from(Path.cwd())
     run_sweep(CompareArgs(files, override or [], out, engine, jobs, report_only), tell)
 
 
@@ -84,6 +87,7 @@ def reproduce(
     from ssfl_app.experiments.reproduce import ReproduceArgs, show
     from ssfl_app.experiments.reproduce import reproduce as play
 
+    import_from(Path.cwd())
     words = ReproduceArgs(table, profile, override or [], budget, out, engine)
     if listed:
         show(words)
@@ -122,6 +126,7 @@ def partition(
     from ssfl_app.results.report import partition_table, write_picture
     from ssfl_app.runtime import load_federation
 
+    import_from(Path.cwd())
     flat = configuration.merge(configuration.read_given(config, override))
     parsed = configuration.parse(flat | {"run.cohort": 1})  # cohorts have nothing to do with who holds what
     data, shares = load_federation(parsed)
@@ -131,6 +136,24 @@ def partition(
     drawn = write_picture(out, lambda: class_distribution(counts, data.class_names))
     partition_table(counts, data.class_names).print()
     tell(drawn)
+
+
+@app.command()
+def keys(
+    strategy: Annotated[str, typer.Argument(metavar="[STRATEGY]", help="Only what it reads.")] = "",
+    toml: Annotated[bool, typer.Option("--toml", help="The table that pyproject.toml has.")] = False,
+) -> None:
+    """List the keys of the configuration, with defaults and meanings."""
+    from ssfl_app import config as configuration
+    from ssfl_app.results.table import Table
+
+    import_from(Path.cwd())
+
+    if toml:
+        typer.echo(configuration.table(), nl=False)
+    else:
+        rows = [[key, repr(spec.default), configuration.meaning(spec)] for key, spec in configuration.keys(strategy)]
+        Table(["Key", "Default", "Meaning"], rows).print()
 
 
 @app.command()

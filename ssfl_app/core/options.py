@@ -20,48 +20,62 @@ __all__ += ["ConfigError", "above", "anything", "at_least", "choice", "fraction"
 class RunOptions:
     """Keys of the section ``run``."""
 
-    clients: int = at_least(1)
-    cohort: int = at_least(1)
-    rounds: int = at_least(1)
-    seed: int = anything("a whole number")
-    weighting: str = choice("samples", "uniform")
-    fold: str = choice(*FOLDS)
-    trim: float = option("a number from 0 to below 0.5", lambda value: 0 <= value < 0.5)
-    device: str = choice("auto", "cpu", "cuda")
-    evaluate_every: int = at_least(1)
-    checkpoint_every: int = at_least(1)
-    round_timeout: float = above(0)
-    join_timeout: float = above(0)
-    out: str = anything("a folder, or empty")
-    resume: bool = anything("true or false")
+    clients: int = at_least(1, 20, "clients of the federation; one SuperNode each")
+    cohort: int = at_least(1, 10, "clients that train in a round")
+    rounds: int = at_least(1, 20, "rounds of training")
+    seed: int = anything("a whole number", 1, "of everything random: init, partition, cohorts, minibatches")
+    weighting: str = choice("samples", "uniform", about="weight of a client in the mean of a round")
+    fold: str = choice(*FOLDS, about="what a round makes of its replies; the last three are unweighted")
+    trim: float = option(
+        "a number from 0 to below 0.5",
+        lambda value: 0 <= value < 0.5,
+        0.2,
+        "trimmed-mean leaves out this share of the replies at either end; krum: this share may lie; in [0, 0.5)",
+    )
+    device: str = choice("auto", "cpu", "cuda", about="where clients train; auto: on a GPU if there is one")
+    evaluate_every: int = at_least(1, 1, "rounds between evaluations (the last round is always evaluated)")
+    checkpoint_every: int = at_least(1, 5, "rounds between checkpoints")
+    round_timeout: float = above(0, 600.0, "seconds a round may wait for its clients")
+    join_timeout: float = above(0, 120.0, "seconds to wait until all clients are connected")
+    out: str = anything("a folder, or empty", "", "run folder; empty: runs/<time>-<strategy>-<dataset>")
+    resume: bool = anything("true or false", False, "go on from the checkpoint in run.out")
 
 
 @dataclass(frozen=True)
 class MaskOptions:
     """Keys of the section ``mask``."""
 
-    density: float = fraction()
-    scope: Literal["global", "layer"] = choice("global", "layer")
-    min_per_layer: int = at_least(-1)
+    density: float = fraction(0.1, "alive / size over the prunable tensors, in (0, 1]")
+    scope: Literal["global", "layer"] = choice("global", "layer", about="rank all weights together or layer by layer")
+    min_per_layer: int = at_least(
+        -1, -1, 'floor of alive weights in each layer; -1: 0 as in the paper, but 1 with data.where "sites"'
+    )
 
 
 @dataclass(frozen=True)
 class WireOptions:
     """Keys of the section ``wire``."""
 
-    down_values: str = choice(*VALUE_TYPES)
-    up_values: str = choice(*VALUE_TYPES)
-    rounding: str = choice("nearest", "stochastic")
-    error_feedback: bool = anything("true or false")
-    bitmaps: str = choice("plain", "zlib")
+    down_values: str = choice(*VALUE_TYPES, about="how values travel to clients")
+    up_values: str = choice(*VALUE_TYPES, about="how they come back")
+    rounding: str = choice("nearest", "stochastic", about="how fp16, bf16 and int8 round")
+    error_feedback: bool = anything(
+        "true or false", False, "add what rounding took from a model to the next one that travels"
+    )
+    bitmaps: str = choice("plain", "zlib", about="one bit a weight, or deflated where that is less")
 
 
 @dataclass(frozen=True)
 class FailureOptions:
     """Keys of the section ``failures``."""
 
-    min_ok_fraction: float = fraction()
-    norm_factor: float = option("0 or a number of at least 1", lambda value: value == 0 or 1 <= value < math.inf)
+    min_ok_fraction: float = fraction(0.5, "a round counts if this share of its cohort answered well")
+    norm_factor: float = option(
+        "0 or a number of at least 1",
+        lambda value: value == 0 or 1 <= value < math.inf,
+        0.0,
+        "refuse updates more than this many times as long as the median of their round; 0: none",
+    )
 
 
 @dataclass(frozen=True)

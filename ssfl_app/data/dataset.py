@@ -27,38 +27,34 @@ MIRRORED = ("cifar10", "cifar100", "tiny-imagenet")
 class DataOptions:
     """The section ``data`` of the configuration.
 
-    Attributes
-    ----------
-    name : str
-        A key of `ssfl_app.data.readers.READERS`, or one of `OWN` there.
-    path : str
-        Folder of the data set; empty for digits.
-    download : bool
-        Whether torchvision may download cifar10, cifar100 and tiny-imagenet into `path`.
-    image_size : int
-        Pixels a side to resize to (parquet, folder, tiny-imagenet); 0: as they are.
-    augment : str
-        ``"crop-flip"``, ``"none"``, or ``"auto"``: crop-flip for those of `MIRRORED`, none for all else. Nobody
-        knows of other images whether their mirror images are the same things: digits, text and lungs are not.
-    where : str
-        ``"shared"``: one data set that is dealt to the clients; ``"sites"``: each client brings its own.
-    classes : str
-        With sites: names of all classes in order, with commas between them; empty: as each site finds them.
-    channels : int
-        With sites: 1 (grey) or 3 (colour); 0: as each site finds them.
-    label_column : str
-        Of parquet files.
+    With augment "auto" nothing is mirrored but `MIRRORED`. Nobody knows of other images whether their mirror images
+    are the same things: digits, text and lungs are not.
     """
 
-    name: str = choice(*READERS, *OWN)
-    path: str = anything("a folder")
-    download: bool = anything("true or false")
-    image_size: int = at_least(0)
-    augment: str = choice("auto", "none", "crop-flip")
-    where: str = choice("shared", "sites")
-    classes: str = anything("class names with commas between them, or empty")
-    channels: int = option("0, 1 or 3", lambda value: value in (0, 1, 3))
-    label_column: str = option("the name of a column", bool)
+    name: str = READERS.field("digits", "what is learnt from")
+    path: str = anything("a folder", "", "root of the data set; empty for digits")
+    download: bool = anything(
+        "true or false", False, "let torchvision download cifar10, cifar100, tiny-imagenet into path"
+    )
+    image_size: int = at_least(0, 0, "resize to this many pixels a side (parquet, folder); 0: as they are")
+    augment: str = choice(
+        "auto",
+        "none",
+        "crop-flip",
+        about="auto: crop-flip for cifar10, cifar100 and tiny-imagenet, none for all else",
+    )
+    where: str = choice(
+        "shared", "sites", about="one data set that is dealt, or each SuperNode's own (docs/own-data.md)"
+    )
+    classes: str = anything(
+        "class names with commas between them, or empty",
+        "",
+        'sites: "cat,dog", all class names in order; empty: as found',
+    )
+    channels: int = option("0, 1 or 3", lambda value: value in (0, 1, 3), 0, "sites: 1 grey, 3 colour, 0: as found")
+    label_column: str = option(
+        "the name of a column", bool, "label", "parquet: the column of integers that says each image's class"
+    )
 
     @property
     def named(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from ssfl_app.data.images import decode, measure
 from ssfl_app.data.parquet import read_parquet
 from ssfl_app.data.unreadable import check_regular, is_folder, one_line, unreadable
 from ssfl_app.options import ConfigError, PrivateError
+from ssfl_app.registry import Registry
 
 # Mean and std of each channel as the published training scripts have them (DisPFL, SSFL).
 _CIFAR_MOMENTS = {
@@ -229,9 +231,10 @@ def _tiny_test(path: str, root: Path, wnids: tuple[str, ...]) -> list[tuple[Path
         raise unreadable(path, f"{what} cannot be used ({one_line(error)})", f"{what} cannot be used") from error
 
 
-READERS: dict[str, Callable[[str, bool, int], ArrayDataset]] = {
-    "digits": digits,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "tiny-imagenet": tiny_imagenet,
-}
+READERS: Registry[Callable[..., Any]] = Registry(
+    "ssfl.datasets",
+    {"digits": digits, "cifar10": cifar10, "cifar100": cifar100, "tiny-imagenet": tiny_imagenet}
+    | dict.fromkeys(OWN, read_site_data),
+    "a function (path, **options) that returns training and test data",
+    callable,
+)

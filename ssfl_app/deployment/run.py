@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ssfl_app import config as configuration
 from ssfl_app import locks
-from ssfl_app.config import Config, write_toml
+from ssfl_app.config import Config, foreign_modules, write_toml
 from ssfl_app.deployment.control import control, is_up
 from ssfl_app.deployment.federation import CONNECTION, Federation
 from ssfl_app.deployment.status import services
@@ -61,8 +61,9 @@ def _launch(federation: Federation, config: Config, say: Callable[[str], None]) 
     log, superlink = folder / "flower.log", services(federation).get("superlink")
     begin = log.stat().st_size if log.exists() else 0
     with tempfile.TemporaryDirectory(prefix="ssfl-") as work:
-        app, overrides = copy_app(Path(work) / "ssfl-app"), Path(work) / "run.toml"
-        overrides.write_text(write_toml(config.flat), "utf-8")
+        toml, overrides = write_toml(config.flat), Path(work) / "run.toml"
+        app = copy_app(Path(work) / "ssfl-app", toml, foreign_modules(config.flat))
+        overrides.write_text(toml, "utf-8")
         flwr = ["flwr", "run", str(app), CONNECTION, "--stream", "-c", str(overrides)]
         with running(flwr, Path(work), environment(federation.flwr_home()), log) as process:
             try:

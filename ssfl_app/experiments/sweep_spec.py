@@ -63,7 +63,7 @@ def read_plan(files: Sequence[Path], overrides: Iterable[str]) -> SweepSpec:
         given = configuration.read_file(path, sweep=True)
         asked = {key.removeprefix("compare."): given.pop(key) for key in list(given) if key.startswith("compare.")}
         if "baseline" in asked:
-            baselines.setdefault(_strategy("compare.baseline", asked.pop("baseline")), path)
+            baselines.setdefault(_named("compare.baseline", asked.pop("baseline")), path)
         ours = {key.removeprefix("axes."): asked.pop(key) for key in list(asked) if key.startswith("axes.")}
         axes += [key for key in ours if key not in axes]
         for run in _runs(given, asked, ours, override):
@@ -84,10 +84,9 @@ def run_clash(run: RunSpec, theirs: Mapping[str, Any]) -> str | None:
 
 
 def _matters(run: RunSpec) -> Flat:
-    sections = {name for strategy in REGISTRY.values() for name in strategy.sections()}
-    foreign = sections - set(REGISTRY[str(run.flat["strategy"])].sections())
+    read = configuration.SHARED | REGISTRY[str(run.flat["strategy"])].sections()
     unseen = ("mask.density",) if run.dense else ()
-    return {k: v for k, v in run.flat.items() if k.partition(".")[0] not in foreign and k not in unseen}
+    return {k: v for k, v in run.flat.items() if k.partition(".")[0] in ("strategy", *read) and k not in unseen}
 
 
 def _runs(given: Flat, asked: dict[str, Any], axes: dict[str, Any], override: Flat) -> Iterator[RunSpec]:
@@ -105,9 +104,9 @@ def _runs(given: Flat, asked: dict[str, Any], axes: dict[str, Any], override: Fl
         name, _, rest = key.removeprefix("only.").partition(".")
         if rest in ("strategy", "run.seed", *OURS):
             raise ConfigError(f"compare.only.{name} has {rest}; it is a key that may differ for one strategy")
-        only.setdefault(_strategy("compare.only", name), {})[rest] = asked.pop(key)
+        only.setdefault(_named("compare.only", name), {})[rest] = asked.pop(key)
     lists = [_values(f"compare.{_LISTS[key]}", asked.pop(_LISTS[key], [base[key]])) for key in _LISTS]
-    strategies = [_strategy("compare.strategies", name) for name in lists[0]]
+    strategies = [_named("compare.strategies", name) for name in lists[0]]
     if asked:
         known = [*_LISTS.values(), "baseline", "axes", "only"]
         names = [f"compare.{name}" for name in known]
@@ -115,7 +114,7 @@ def _runs(given: Flat, asked: dict[str, Any], axes: dict[str, Any], override: Fl
     places = [dict(zip(axes, point, strict=True)) for point in itertools.product(*_checked(axes))]
     for seed, place, density, strategy in itertools.product(lists[1], places, lists[2], strategies):
         name = str(override.get("strategy", strategy))
-        dense = not REGISTRY[_strategy("strategy", name)].uses_density
+        dense = not configuration.find_strategy(name).uses_density
         varied = {"strategy": name, "run.seed": seed} | ({} if dense else {"mask.density": density})
         flat = configuration.merge(given, place, varied, only.get(name, {}), override)
         yield planned(flat, dense, list(axes))
@@ -179,7 +178,6 @@ def _values(name: str, values: Any) -> list[Any]:
     return values
 
 
-def _strategy(name: str, value: Any) -> str:
-    if not isinstance(value, str) or value not in REGISTRY:
-        raise ConfigError(f"{name} is {value!r}; it is one of {', '.join(REGISTRY)}")
-    return value
+def _named(key: str, value: Any) -> str:
+    configuration.find_strategy(value, key)
+    return str(value)

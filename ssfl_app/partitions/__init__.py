@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.options import ConfigError, choice
+from ssfl_app.options import ConfigError
 from ssfl_app.partitions import dirichlet, iid, matched, pathological
 from ssfl_app.partitions.late import ShiftOptions, split_groups
 from ssfl_app.partitions.options import SplitOptions
+from ssfl_app.registry import Registry
 from ssfl_app.seeding import generator
 
 Indices = npt.NDArray[np.int64]
@@ -29,19 +30,24 @@ Splitter = Callable[[Indices, int, SplitOptions, np.random.Generator], list[Indi
 """splitter(labels (N,), K clients, options, generator) -> K arrays of indices into `labels`: every image once, no
 client without one. `split` has made sure that K <= N; all that is random is drawn from the generator."""
 
-REGISTRY: dict[str, Splitter] = {
-    "dirichlet": dirichlet.dirichlet,
-    "dirichlet-class": dirichlet.dirichlet_class,
-    "pathological": pathological.pathological,
-    "iid": iid.iid,
-}
+REGISTRY: Registry[Splitter] = Registry(
+    "ssfl.partitions",
+    {
+        "dirichlet": dirichlet.dirichlet,
+        "dirichlet-class": dirichlet.dirichlet_class,
+        "pathological": pathological.pathological,
+        "iid": iid.iid,
+    },
+    "a function (labels, clients, options, generator) that returns an array of indices for each client",
+    callable,
+)
 
 
 @dataclass(frozen=True)
 class PartitionOptions(SplitOptions):
     """The section ``partition`` of the configuration: `SplitOptions` with a name that exists."""
 
-    name: str = choice(*REGISTRY)
+    name: str = REGISTRY.field("dirichlet", "who holds what")
 
 
 @dataclass(frozen=True)

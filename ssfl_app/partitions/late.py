@@ -24,9 +24,9 @@ Split = Callable[[Indices, Indices, int], tuple[Shares, Shares]]
 class ShiftOptions:
     """Keys of the section ``shift``; round 0: nobody joins late."""
 
-    round: int = at_least(0)
-    clients: int = at_least(1)
-    classes: int = at_least(1)
+    round: int = at_least(0, 0, "from this round on clients with new classes take part; 0: nobody joins late")
+    clients: int = at_least(1, 4, "how many: the last ones")
+    classes: int = at_least(1, 2, "which classes only they hold: the last ones")
 
     def present(self, clients: int, round_: int) -> int:
         """Return how many of `clients` take part in a round; they are the first ones."""

@@ -7,19 +7,16 @@ from ssfl_app.options import anything, option
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """The fields that a splitter may read; `PartitionOptions` adds which names there are.
+    """The fields that a splitter may read; `PartitionOptions` adds which names there are."""
 
-    Attributes
-    ----------
-    name : str
-        A key of `ssfl_app.partitions.REGISTRY`.
-    alpha : float
-        Concentration of both Dirichlet partitions: near 0 a client sees one class, large is uniform.
-    classes : int
-        Classes a client of the pathological partition.
-    """
-
-    name: str = anything("the name of a partition")
+    name: str = anything("the name of a partition", "dirichlet")
     # The bound keeps infinity out, and sums of gamma draws within float64.
-    alpha: float = option("a number above 0 and at most 1e6", lambda value: 0 < value <= 1e6)
-    classes: int = option("a number of at least 1", lambda value: value >= 1)
+    alpha: float = option(
+        "a number above 0 and at most 1e6",
+        lambda value: 0 < value <= 1e6,
+        0.3,
+        "concentration of both dirichlet partitions",
+    )
+    classes: int = option(
+        "a number of at least 1", lambda value: value >= 1, 2, "classes a client of the pathological partition"
+    )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from ssfl_app.config import Flat, defaults, first_clash, identity
+from ssfl_app.config import Flat, complete, first_clash, identity
 from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.files import check_regular, sync
 from ssfl_app.options import ConfigError
@@ -64,7 +64,7 @@ def load(folder: Path, flat: Flat) -> Saved | None:
         well = type(round_) is int and type(count) is int and type(seconds) is float
         if not well or not 0 <= round_ <= int(flat["run.rounds"]) or count < 1:
             raise Damaged(f"is of round {round_!r} with {count!r} records; rounds are 0 to {flat['run.rounds']}")
-        theirs = identity(defaults()) | metadata["config"]  # an older version had fewer keys
+        theirs = identity(complete(metadata["config"]))  # an older version had fewer keys
         if theirs != identity(flat):
             clash = first_clash(identity(flat), theirs) or "it lacks a key"
             raise ConfigError(

@@ -21,7 +21,6 @@ METRICS = {
     "personal": (PERSONAL, "personal models, mean over clients' own tests"),
 }
 """What an accuracy is of: its key in a record, and the same in words."""
-NOT_PUBLISHED: dict[str, Any] = {"accuracy": 0.0, "megabytes": 0.0, "minutes": 0.0, "hardware": "", "note": ""}
 HEADERS = (
     "row",
     "state",
@@ -75,11 +74,11 @@ class Published:
     source: str = anything("a text")
     profile: str = anything("a profile")
     metric: str = choice(*METRICS)
-    accuracy: float = option("a number of percent", lambda value: 0 <= value <= 100)
-    megabytes: float = at_least(0)
-    minutes: float = at_least(0)
-    hardware: str = anything("a text")
-    note: str = anything("a text")
+    accuracy: float = option("a number of percent", lambda value: 0 <= value <= 100, 0.0)
+    megabytes: float = at_least(0, 0.0)
+    minutes: float = at_least(0, 0.0)
+    hardware: str = anything("a text", "")
+    note: str = anything("a text", "")
 
 
 def read_published(path: Path) -> Published | None:
@@ -92,7 +91,7 @@ def read_published(path: Path) -> Published | None:
     """
     everything = configuration.read_toml(path)
     found = {key.partition(".")[2]: value for key, value in everything.items() if key.startswith("published.")}
-    return build(Published, "published", NOT_PUBLISHED | found) if found else None
+    return build(Published, "published", found) if found else None
 
 
 def listing(rows: Sequence[tuple[str, Published]]) -> Table:

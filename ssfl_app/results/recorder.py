@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -46,7 +47,8 @@ _WRITTEN = {".lock", "console.log", "rounds.jsonl", "flower.log", "checkpoint", 
 
 def default_folder(strategy: str, data: str) -> Path:
     """Return runs/<time>-<strategy>-<dataset>."""
-    return Path("runs") / f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{strategy}-{data}"
+    name = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{strategy}-{data}"
+    return Path("runs") / re.sub(r"[^\w.+-]", "-", name)  # "mine:Mine" is no name everywhere
 
 
 def check_free(folder: Path) -> None:

@@ -4,12 +4,16 @@ import contextlib
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 
+import tomli_w
+
 from ssfl_app.files import app_folder
 from ssfl_app.locks import RunFailed
+from ssfl_app.registry import sources
 from ssfl_app.results.status import read_status
 from ssfl_app.simulation.processes import cause_in_log, words_of
 
@@ -20,13 +24,27 @@ LAST_WORDS = 3.0
 """Seconds that Flower's command gets to bring the traceback of a failed run to its log."""
 
 
-def copy_app(target: Path) -> Path:
-    """Copy this very package and its pyproject.toml to a folder whose name Flower accepts."""
+def copy_app(target: Path, toml: str, modules: Iterable[str] = ()) -> Path:
+    """Copy this very package to a folder whose name Flower accepts.
+
+    Its pyproject.toml has the configuration `toml`, since Flower takes no other keys, and the app brings foreign
+    `modules` along.
+    """
     package = Path(str(resources.files("ssfl_app")))
     ignore = shutil.ignore_patterns("__pycache__", "_app")
     shutil.copytree(package, target / "ssfl_app", ignore=ignore)
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
+    for name in ("LICENSE", "README.md"):
         shutil.copy(app_folder() / name, target / name)
+    brought: dict[str, Path] = {}
+    for module in modules:
+        brought = sources(module, brought)
+    for name, file in brought.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target / name)
+    project = tomllib.loads((app_folder() / "pyproject.toml").read_text("utf-8"))
+    flower = project["tool"]["flwr"]["app"]
+    flower["config"], flower["fab-include"] = tomllib.loads(toml), [*flower["fab-include"], *brought]
+    (target / "pyproject.toml").write_text(tomli_w.dumps(project), "utf-8")
     return target
 
 

@@ -90,7 +90,7 @@ class Launch:
             say(f"engine ray: {run.actors} actors, {each}, on {os.cpu_count()} cores")
             for note in run.notes:
                 say(note)
-            app, overrides = copy_app(self._home / "ssfl-app"), self._home / "run.toml"
+            app, overrides = copy_app(self._home / "ssfl-app", run.toml), self._home / "run.toml"
             overrides.write_text(run.toml, encoding="utf-8")
             self._later.write_text(json.dumps({"OMP_NUM_THREADS": str(run.threads)} | _object_store(run)), "utf-8")
             wait_until_healthy(self._superlink, self._address, self._log)

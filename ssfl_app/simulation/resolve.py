@@ -1,10 +1,7 @@
 """Turns the arguments of `ssfl run` into a configuration, checked as far as possible before anything starts."""
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-
-import tomli_w
 
 from ssfl_app import config as configuration
 from ssfl_app.config import Config, Flat
@@ -94,28 +91,12 @@ def absolute(key: str, path: object) -> Path:
 def _resumed(given: Flat, folder: Path) -> Flat:
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"--resume is {folder}; it is a folder that `ssfl run` wrote, with a config.toml")
-    theirs = configuration.read_file(folder / "config.toml")
-    known = configuration.merge(given)  # names unknown keys
-    if lacking := sorted(configuration.identity(known).keys() - theirs.keys()):
-        raise ConfigError(
-            f"--resume is {folder}; its config.toml was written by another version: it lacks {', '.join(lacking)}. "
-            f"To go on as by default, add {_lines(lacking)}"
-        )
+    theirs = configuration.complete(configuration.read_file(folder / "config.toml"))
+    known = configuration.merge({"strategy": theirs["strategy"]}, given)  # names unknown keys
     clash = configuration.first_clash({key: known[key] for key in given}, theirs)
     if clash is not None:
         raise ConfigError(f"--resume is {folder}; {clash}")
     if "run.out" in given:
         raise ConfigError(f"--out is {given['run.out']}; --resume goes on in {folder}, give one of them")
-    free = {key: known[key] for key in configuration.RESUME_MAY_CHANGE if key in given or key not in theirs}
+    free = {key: known[key] for key in configuration.RESUME_MAY_CHANGE if key in given}
     return theirs | free | {"run.out": str(folder)}
-
-
-def _lines(keys: Iterable[str]) -> str:
-    """Return the lines of TOML that give keys their defaults, with the tables in which they stand."""
-    usual = configuration.defaults()
-    said = []
-    for key in keys:
-        section, _, name = key.rpartition(".")
-        line = tomli_w.dumps({name: usual[key]}).strip()
-        said.append(f"the line {line} {f'to [{section}]' if section else 'on top'}")
-    return ", ".join(said)

@@ -1,6 +1,7 @@
 """The algorithms: one file each, server and client side together."""
 
 from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.registry import Registry
 from ssfl_app.strategies.dispfl import DisPfl
 from ssfl_app.strategies.ditto import Ditto
 from ssfl_app.strategies.dpsgd import Dpsgd, DpsgdFt
@@ -44,5 +45,10 @@ _ALL: tuple[type[SparseStrategy], ...] = (
     PruneFl,
 )
 
-REGISTRY: dict[str, type[SparseStrategy]] = {strategy.name: strategy for strategy in _ALL}
+REGISTRY: Registry[type[SparseStrategy]] = Registry(
+    "ssfl.strategies",
+    {strategy.name: strategy for strategy in _ALL},
+    "a subclass of SparseStrategy",
+    lambda found: isinstance(found, type) and issubclass(found, SparseStrategy),
+)
 """Name -> strategy. The contract test plays every entry; README has a row for each."""

@@ -59,10 +59,12 @@ class DisPflOptions(Section):
 
     section = "dispfl"
 
-    densities: str = choice("erk", "uniform")
-    same_initial: bool = anything("true or false")
-    regrow: str = choice("random", "gradient")
-    static: bool = anything("true or false")
+    densities: str = choice("erk", "uniform", about="how mask.density is spread over the layers of a client's mask")
+    same_initial: bool = anything("true or false", False, "true: all clients start with the same mask")
+    regrow: str = choice(
+        "random", "gradient", about="which dead weights come alive, as published code or paper have it"
+    )
+    static: bool = anything("true or false", False, "true: masks stay as they were drawn")
 
 
 class DisPflClient(ClientAlgorithm):

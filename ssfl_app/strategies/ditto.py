@@ -35,10 +35,10 @@ class DittoOptions(Section):
 
     section = "ditto"
 
-    pull: float = at_least(0)
-    dynamic: bool = anything("true or false")
-    global_epochs: int = at_least(1)
-    personal_epochs: int = at_least(1)
+    pull: float = at_least(0, 0.5, "lambda: how strongly a personal model is pulled towards the global one")
+    dynamic: bool = anything("true or false", False, "choose lambda from 0.1, 1, 2 by the loss on held-out images")
+    global_epochs: int = at_least(1, 2, "passes over the data for the global model")
+    personal_epochs: int = at_least(1, 3, "passes for the personal one")
 
 
 class DittoClient(ClientAlgorithm):

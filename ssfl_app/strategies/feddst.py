@@ -49,10 +49,10 @@ class FedDstOptions(Section):
 
     section = "feddst"
 
-    every: int = at_least(1)
-    until: float = fraction()
-    alpha: float = fraction()
-    proximal: float = at_least(0)
+    every: int = at_least(1, 10, "rounds from one move of the mask to the next; the first one is in round 1")
+    until: float = fraction(0.5, "share of the rounds in which the mask may move, in (0, 1]")
+    alpha: float = fraction(0.5, "share of a layer that moves in round 1; it falls to 0 along a cosine")
+    proximal: float = at_least(0, 0.0, "mu of FedProx; 0: none")
 
     def moves(self, round_: int, rounds: int) -> bool:
         """Return whether masks move in this round."""

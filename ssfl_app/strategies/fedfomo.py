@@ -48,10 +48,17 @@ class FedFomoOptions(Section):
 
     section = "fedfomo"
 
-    peers: int = at_least(1)
-    epsilon: float = option("a number from 0 to 1", lambda value: 0 <= value <= 1)
-    validation: float = fraction()
-    keep_local: bool = anything("true or false")
+    peers: int = at_least(1, 10, "whose models a client gets to judge; at most all others")
+    epsilon: float = option(
+        "a number from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        0.5,
+        "how often its peers are random ones rather than those it prefers",
+    )
+    validation: float = fraction(0.1, "share of a client's images that it judges models on and does not train on")
+    keep_local: bool = anything(
+        "true or false", True, "no model helps: keep what was trained; false, as published: the model before that"
+    )
 
 
 class FedFomoClient(ClientAlgorithm):

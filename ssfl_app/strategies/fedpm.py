@@ -61,9 +61,9 @@ class FedPmOptions(Section):
 
     section = "fedpm"
 
-    lr: float = above(0)
-    reset: int = at_least(0)
-    evaluate: str = choice("sample", "threshold")
+    lr: float = above(0, 0.1, "of Adam, in every round")
+    reset: int = at_least(0, 1, "rounds after which the server's posterior starts anew; 0: never")
+    evaluate: str = choice("sample", "threshold", about="tested is one mask drawn from theta, or theta > 0.5")
 
 
 class Prunable(LinearCodec):

@@ -47,10 +47,12 @@ class FlashOptions(Section):
 
     section = "flash"
 
-    stage_clients: float = fraction()
-    stage_epochs: int = at_least(1)
-    prune_rate: float = fraction()
-    joint_every: int = at_least(1)
+    stage_clients: float = fraction(
+        0.1, "share of the clients that finds layer densities, at least one client, in (0, 1]"
+    )
+    stage_epochs: int = at_least(1, 10, "epochs of sparse learning there")
+    prune_rate: float = fraction(0.25, "share of a layer that sparse learning moves at first; it falls to 0 linearly")
+    joint_every: int = at_least(1, 1, "flash-joint: rounds from one change of the mask to the next")
 
     def changes(self, round_: int) -> bool:
         """Return whether the joint variant changes the mask in this round."""

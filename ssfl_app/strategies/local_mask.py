@@ -38,7 +38,7 @@ class LocalMaskOptions(Section):
 
     section = "local-mask"
 
-    mean: str = choice("overlap", "zeros")
+    mean: str = choice("overlap", "zeros", about="over the clients that hold a weight, or over all")
 
 
 def random_mask(layout: Layout, settings: Settings, client: int) -> Mask:

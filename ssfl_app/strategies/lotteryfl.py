@@ -41,8 +41,8 @@ class LotteryFlOptions(Section):
 
     section = "lotteryfl"
 
-    step: float = fraction()
-    accuracy: float = at_least(0)
+    step: float = fraction(0.2, "share of its alive weights that each layer loses at a time")
+    accuracy: float = at_least(0, 0.2, "what came down must be right on more than this share of the training images")
 
 
 class LotteryFlClient(IterativePruningClient):

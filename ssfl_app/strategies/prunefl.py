@@ -54,10 +54,14 @@ class PruneFlOptions(Section):
 
     section = "prunefl"
 
-    checks: int = at_least(0)
-    every: int = at_least(1)
-    prune: float = fraction()
-    density: str = choice("target", "max")
+    checks: int = at_least(
+        0, 20, "most readjustments of the one client that prunes first, a local round apart; 0: none"
+    )
+    every: int = at_least(1, 50, "rounds from one readjustment to the next")
+    prune: float = fraction(0.3, "share of the alive weights that one removes, before it adds some")
+    density: str = choice(
+        "target", "max", about="mask.density is kept, or is the most that the published rule may add"
+    )
 
 
 def readjusted(mask: Mask, magnitudes: Vector, squares: Vector, share: float, most: int, target: bool) -> Mask:

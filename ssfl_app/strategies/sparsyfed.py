@@ -43,9 +43,9 @@ class SparsyFedOptions(Section):
 
     section = "sparsyfed"
 
-    beta: float = at_least(1)
-    exponent: str = choice("fixed", "spectral")
-    prune_activations: bool = anything("true or false")
+    beta: float = at_least(1, 1.25, "exponent of the effective weights sign(w) |w|^beta, at least 1")
+    exponent: str = choice("fixed", "spectral", about="beta, or 1 + mean(|w| / sigma(|w|)) of each layer")
+    prune_activations: bool = anything("true or false", True, "weight gradients from the largest activations only")
 
 
 def exponents(layout: Layout, settings: Settings, state: State) -> dict[str, float]:

@@ -43,9 +43,13 @@ class SubFedAvgOptions(Section):
 
     section = "subfedavg"
 
-    step: float = fraction()
-    distance: float = at_least(0)
-    accuracy: float = at_least(0)
+    step: float = fraction(0.05, "share of its alive weights that each layer loses at a time")
+    distance: float = at_least(
+        0, 1e-4, "masks after the first and the last epoch must differ by more; none do with local.epochs 1"
+    )
+    accuracy: float = at_least(
+        0, 0.5, "the pruned model must be right on more than this share of the training images"
+    )
 
 
 class SubFedAvgClient(IterativePruningClient):

@@ -39,10 +39,12 @@ class TopkOptions(Section):
 
     section = "topk"
 
-    of: str = choice("weights", "update")
-    mean: str = choice("zeros", "overlap")
-    index: str = choice("bitmap", "int32")
-    error_feedback: bool = anything("true or false")
+    of: str = choice("weights", "update", about="what a client sends the largest coordinates of")
+    mean: str = choice("zeros", "overlap", about="what a client did not send counts as 0, or does not count")
+    index: str = choice("bitmap", "int32", about="how places travel; int32 is less below density 1/32")
+    error_feedback: bool = anything(
+        "true or false", False, "with update: add what was not sent to the client's next update"
+    )
 
 
 def chosen(layout: Layout, values: Vector, wanted: MaskOptions) -> Mask:

@@ -48,8 +48,13 @@ class ZeroFlOptions(Section):
 
     section = "zerofl"
 
-    uplink: str = choice("top-weights", "top-weights-diff", "top-diff")
-    r_mask: float = option("a fraction in [0, 1]", lambda value: 0 <= value <= 1)
+    uplink: str = choice("top-weights", "top-weights-diff", "top-diff", about="what a client sends")
+    r_mask: float = option(
+        "a fraction in [0, 1]",
+        lambda value: 0 <= value <= 1,
+        0.1,
+        "share of the weights that is sent on top of mask.density, in [0, 1]",
+    )
 
 
 def sent_share(settings: Settings) -> float:

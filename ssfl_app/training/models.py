@@ -12,15 +12,18 @@ Under BatchNorm a batch in training needs two values a channel: `fewest` says of
 A model is built without touching torch's global generator, and its initial weights depend on the seed only.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssfl_app.options import choice
+from ssfl_app.options import ConfigError, Scalar, choice, free
+from ssfl_app.registry import Registry
 from ssfl_app.seeding import torch_generator
 
 NORMS = ("group", "batch", "none")
@@ -92,18 +95,29 @@ def _cifar_resnet(depth: int, channels: int, classes: int, norm: Callable[[int],
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
 
-REGISTRY: dict[str, Callable[[int, int, Callable[[int], nn.Module]], nn.Module]] = {
-    "cnn": _cnn,
-    "resnet18": lambda *args: _imagenet_resnet("resnet18", *args),
-    "resnet50": lambda *args: _imagenet_resnet("resnet50", *args),
-    "resnet20": lambda *args: _cifar_resnet(20, *args),
-    "resnet32": lambda *args: _cifar_resnet(32, *args),
-    "resnet44": lambda *args: _cifar_resnet(44, *args),
-    "resnet56": lambda *args: _cifar_resnet(56, *args),
-    "resnet110": lambda *args: _cifar_resnet(110, *args),
-}
+Factory = Callable[..., nn.Module]
+"""factory(input_shape, outputs, norm, **options): a model for inputs (batch, *input_shape); `norm` of `NORMS`."""
 
 
+def of_images(make: Callable[[int, int, Callable[[int], nn.Module]], nn.Module]) -> Factory:
+    """Return the factory of a model of images by its constructor, which takes channels, classes and a norm."""
+
+    def factory(input_shape: tuple[int, ...], outputs: int, norm: str) -> nn.Module:
+        if len(input_shape) != 3:
+            raise ValueError(f"inputs have shape {input_shape}; this model takes images, (channels, height, width)")
+        return make(input_shape[0], outputs, norm_layer(norm))
+
+    return factory
+
+
+REGISTRY: Registry[Factory] = Registry(
+    "ssfl.models",
+    {"cnn": of_images(_cnn)}
+    | {name: of_images(functools.partial(_imagenet_resnet, name)) for name in ("resnet18", "resnet50")}
+    | {f"resnet{depth}": of_images(functools.partial(_cifar_resnet, depth)) for depth in (20, 32, 44, 56, 110)},
+    "a function (input_shape, outputs, norm, **options) that returns a torch.nn.Module",
+    callable,
+)
 SHRINKS = dict.fromkeys(REGISTRY, 4) | {"cnn": 1, "resnet18": 8, "resnet50": 8}
 """By how much each side of an image is divided, rounded up, in the smallest map that a norm sees."""
 
@@ -112,38 +126,80 @@ SHRINKS = dict.fromkeys(REGISTRY, 4) | {"cnn": 1, "resnet18": 8, "resnet50": 8}
 class ModelOptions:
     """Keys of the section ``model``."""
 
-    name: str = choice(*REGISTRY)
-    norm: str = choice(*NORMS)
+    name: str = REGISTRY.field("cnn", "what is trained")
+    norm: str = choice(*NORMS, about="the layers that normalise")
+    options: Mapping[str, Scalar] = free("arguments of a model of your own: model.options.width=64")
 
 
-def outline(options: ModelOptions, channels: int, classes: int) -> nn.Module:
-    """Return the model on the meta device: names and shapes, no memory, no random numbers."""
-    with torch.device("meta"):
-        return REGISTRY[options.name](channels, classes, norm_layer(options.norm))
+def _made(options: ModelOptions, shape: tuple[int, ...], outputs: int) -> nn.Module:
+    arguments = {key.replace("-", "_"): value for key, value in options.options.items()}
+    try:
+        model: object = REGISTRY[options.name](shape, outputs, options.norm, **arguments)
+    except Exception as error:
+        called = ", ".join([f"{shape}, {outputs}, {options.norm!r}", *(f"{k}={v!r}" for k, v in arguments.items())])
+        raise ConfigError(
+            f"model.name is {options.name!r}; called with ({called}) it says {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model.name is {options.name!r}; it made {type(model).__name__}, not a torch.nn.Module")
+    return model
 
 
-def fewest(options: ModelOptions, shape: tuple[int, int, int]) -> int:
-    """Return how many images a training batch has at least: 2 where a BatchNorm sees one pixel a channel, else 1.
-
-    A norm over a batch needs two values of each channel, and a map of one pixel gives it one an image.
+def outline(options: ModelOptions, shape: tuple[int, ...], outputs: int) -> nn.Module:
+    """Return the model without memory, on the meta device; one of yours that cannot be made there, on the CPU.
 
     Parameters
     ----------
     shape : tuple of int
-        Of an image: channels, height, width.
+        Of an input.
+    outputs : int
+        Classes, or the values of a target.
+
+    Raises
+    ------
+    ConfigError
+        The model takes no such inputs or options.
     """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return _made(options, shape, outputs)
+        except ConfigError:
+            if options.name in REGISTRY:
+                raise
+            return _made(options, shape, outputs)
+
+
+def fewest(options: ModelOptions, shape: tuple[int, ...], model: nn.Module | None = None) -> int:
+    """Return how many inputs a training batch has at least: 2 where a BatchNorm sees one value a channel, else 1.
+
+    A norm over a batch needs two values of each channel, and a map of one pixel gives it one an image. Of a model
+    that is not built in, `model`, it is not known what its norms see: 2 if there is a BatchNorm.
+    """
+    if options.name not in REGISTRY:
+        return 1 + any(isinstance(module, _BatchNorm) for module in (model.modules() if model else ()))
     return 2 if options.norm == "batch" and max(shape[1:]) <= SHRINKS[options.name] else 1
 
 
-def create(options: ModelOptions, channels: int, classes: int, seed: int) -> nn.Module:
-    """Return a model for images of `channels` with initial weights that depend on `seed` only.
+def create(options: ModelOptions, shape: tuple[int, ...], outputs: int, seed: int) -> nn.Module:
+    """Return a model for inputs of `shape` with initial weights that depend on `seed` only.
 
-    Weights of conv and linear layers and biases have PyTorch's default distributions (uniform within
-    1/sqrt(fan_in)); norms start at weight 1, bias 0.
+    Weights of conv and linear layers and biases of built-in models have PyTorch's default distributions (uniform
+    within 1/sqrt(fan_in)); norms start at weight 1, bias 0. A model of your own starts as its factory makes it, under
+    torch's generator seeded with `seed`, which is put back afterwards.
+
+    Raises
+    ------
+    ConfigError
+        The model takes no such inputs or options.
     """
-    # On the meta device nothing is drawn; the real numbers come from our own generator below.
-    model = _materialised(outline(options, channels, classes))
     rng = torch_generator(seed, "init")
+    if options.name not in REGISTRY:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.initial_seed())
+            return _made(options, shape, outputs)
+    # On the meta device nothing is drawn; the real numbers come from our own generator below.
+    model = _materialised(outline(options, shape, outputs))
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=rng)

@@ -26,13 +26,13 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 class LocalOptions:
     """Keys of the section ``local``: plain SGD on a client."""
 
-    epochs: int = at_least(1)
-    batch_size: int = at_least(1)
-    lr: float = above(0)
-    lr_decay: float = fraction()
-    momentum: float = at_least(0)
-    weight_decay: float = at_least(0)
-    clip: float = at_least(0)
+    epochs: int = at_least(1, 5, "passes over a client's data in a round")
+    batch_size: int = at_least(1, 16, "samples of a training step")
+    lr: float = above(0, 0.1, "learning rate of round 1")
+    lr_decay: float = fraction(0.998, "lr of round r is lr * lr-decay ** (r - 1)")
+    momentum: float = at_least(0, 0.0, "of SGD")
+    weight_decay: float = at_least(0, 5e-4, "of SGD")
+    clip: float = at_least(0, 10.0, "largest norm of the gradient; 0: no clipping")
 
     def rate(self, round_: int) -> float:
         """Return the learning rate of a 1-based round: lr * lr_decay ** (round - 1)."""

@@ -91,7 +91,7 @@ def quietly(asked: ReproduceArgs) -> tuple[str, list[str]]:
 
 @functools.cache
 def layout(model: str, norm: str, classes: int) -> Layout:
-    return Layout.of(models.outline(ModelOptions(model, norm), 3, classes))
+    return Layout.of(models.outline(ModelOptions(model, norm), (3, 8, 8), classes))
 
 
 @functools.cache

@@ -21,7 +21,7 @@ LAYOUT = Layout(
 
 
 def resnet18(norm="group"):
-    return Layout.of(outline(ModelOptions(name="resnet18", norm=norm), 3, 10))
+    return Layout.of(outline(ModelOptions(name="resnet18", norm=norm), (3, 8, 8), 10))
 
 
 def sizes(layout):

@@ -104,7 +104,7 @@ class TestMasks:
 
     def test_published_densities_of_resnet18(self) -> None:
         """Seven convolutions are sparse at 0.5, the last ones most; one density over the prunable weights."""
-        layout = Layout.of(outline(ModelOptions(name="resnet18", norm="group"), 3, 10))
+        layout = Layout.of(outline(ModelOptions(name="resnet18", norm="group"), (3, 8, 8), 10))
         counts, shapes = layer_counts(layout, 0.5, "erk"), dict(layout.shapes)
         shares = {name: counts[name] / math.prod(shapes[name]) for name in layout.prunable}
         sparse = {name: share for name, share in shares.items() if share < 1}

@@ -132,7 +132,7 @@ def well_off(record: dict[str, Any]) -> dict[str, float]:
 @pytest.fixture
 def wide_cnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Play on the product's own CNN."""
-    monkeypatch.setitem(models.REGISTRY, "cnn", models._cnn)
+    monkeypatch.setitem(models.REGISTRY, "cnn", models.of_images(models._cnn))
     runtime._open.cache_clear()
     yield
     runtime._open.cache_clear()

@@ -40,7 +40,7 @@ def images(count, seed=1, side=8):
 
 
 def network(name="cnn", norm="group"):
-    return create(ModelOptions(name, norm), 2, 3, seed=1)
+    return create(ModelOptions(name, norm), (2, 8, 8), 3, seed=1)
 
 
 def half(model, seed=1, density=0.3):

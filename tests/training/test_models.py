@@ -17,7 +17,7 @@ CIFAR = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110"
 def skeleton(name, norm="group", channels=3, classes=10):
     """The model without numbers: shapes only."""
     with torch.device("meta"):
-        return REGISTRY[name](channels, classes, norm_layer(norm))
+        return REGISTRY[name]((channels, 8, 8), classes, norm)
 
 
 def parameters(model):
@@ -117,10 +117,10 @@ def test_groups_are_32_and_two_channels_each_in_narrow_layers():
 @pytest.mark.parametrize("name", ["cnn", "resnet20"])
 def test_initial_weights_depend_on_the_seed_only(name, norm):
     torch.manual_seed(1)
-    one = state_of(create(ModelOptions(name, norm), 3, 10, seed=5))
+    one = state_of(create(ModelOptions(name, norm), (3, 8, 8), 10, seed=5))
     torch.manual_seed(2)
-    other = state_of(create(ModelOptions(name, norm), 3, 10, seed=5))
-    third = state_of(create(ModelOptions(name, norm), 3, 10, seed=6))
+    other = state_of(create(ModelOptions(name, norm), (3, 8, 8), 10, seed=5))
+    third = state_of(create(ModelOptions(name, norm), (3, 8, 8), 10, seed=6))
     assert list(one) == list(other)
     assert all(torch.equal(one[key], other[key]) for key in one)
     drawn = [key for key, tensor in one.items() if tensor.unique().numel() > 1]
@@ -134,14 +134,14 @@ def test_creating_a_model_leaves_all_global_generators_alone():
 
     before = states()
     for name in ("cnn", "resnet20", "resnet18"):
-        create(ModelOptions(name, "batch"), 1, 2, seed=1)
+        create(ModelOptions(name, "batch"), (1, 8, 8), 2, seed=1)
     assert states() == before
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet56"])
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_initial_weights_are_uniform_within_the_root_of_the_fan_in(name, norm):
-    model = create(ModelOptions(name, norm), 3, 10, seed=1)
+    model = create(ModelOptions(name, norm), (3, 8, 8), 10, seed=1)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             bound = 1 / math.sqrt(module.weight[0].numel())
@@ -172,7 +172,7 @@ def test_every_model_takes_images_of_every_size(name, channels, side):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["cnn", "resnet20"])
 def test_outputs_and_gradients_are_finite_numbers(name, norm):
-    model = create(ModelOptions(name, norm), 1, 10, seed=1)
+    model = create(ModelOptions(name, norm), (1, 8, 8), 10, seed=1)
     logits = model(torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)))
     logits.square().sum().backward()
     assert logits.shape == (4, 10)
@@ -181,7 +181,7 @@ def test_outputs_and_gradients_are_finite_numbers(name, norm):
 
 
 def test_the_shortcut_of_cifar_resnets_is_every_second_pixel_with_zero_channels_around():
-    model = create(ModelOptions("resnet20", "none"), 3, 10, seed=1)
+    model = create(ModelOptions("resnet20", "none"), (3, 8, 8), 10, seed=1)
     pads = [module for module in model.modules() if type(module).__name__ == "_PadShortcut"]
     assert len(pads) == 2
     x = torch.arange(2 * 16 * 4 * 6.0).view(2, 16, 4, 6)
@@ -197,7 +197,7 @@ def test_the_shortcut_of_cifar_resnets_is_every_second_pixel_with_zero_channels_
 def test_the_smallest_map_of_a_norm_is_known(name):
     """By a forward pass that computes nothing: one pixel up to that side, more beyond."""
     options, pixels = ModelOptions(name, "batch"), []
-    model = outline(options, 1, 10)
+    model = outline(options, (1, 8, 8), 10)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.register_forward_pre_hook(lambda _, inputs: pixels.append(inputs[0][0, 0].numel()))

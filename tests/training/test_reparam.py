@@ -39,7 +39,7 @@ def whole(*shape, seed=1):
 
 
 def network(name="cnn", norm="group"):
-    return create(ModelOptions(name, norm), 1, 3, seed=1)
+    return create(ModelOptions(name, norm), (1, 8, 8), 3, seed=1)
 
 
 def linear(weight, bias=False):

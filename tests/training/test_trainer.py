@@ -36,7 +36,7 @@ def images(count=20, side=8, classes=3, seed=1):
 
 
 def network(norm="group"):
-    return create(ModelOptions("cnn", norm), 1, 3, seed=1)
+    return create(ModelOptions("cnn", norm), (1, 8, 8), 3, seed=1)
 
 
 def half(model):

@@ -13,8 +13,8 @@ class FinetuneOptions(Section):
 
     section = "finetune"
 
-    epochs: int = at_least(0)
-    lr: str = choice("initial", "scheduled")
+    epochs: int = at_least(0, 0, "of the fine-tuning round; 0: local.epochs")
+    lr: str = choice("initial", "scheduled", about="local.lr, or the rate of the round after the last one")
 
 
 class FineTuningClient(ClientAlgorithm):

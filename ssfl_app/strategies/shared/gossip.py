@@ -26,8 +26,10 @@ class GossipOptions(Section):
 
     section = "gossip"
 
-    topology: str = choice("random", "ring", "full")
-    neighbours: int = at_least(1)
+    topology: str = choice(
+        "random", "ring", "full", about="whose models a client takes; random: others in every round"
+    )
+    neighbours: int = at_least(1, 10, 'how many with "random"; at most all others')
 
 
 def neighbours(settings: Settings, round_: int, client: int) -> list[int]:

@@ -23,20 +23,28 @@ class SsflOptions(Section):
 
     section = "ssfl"
 
-    saliency_batches: int = at_least(1)
-    saliency_batch_size: int = at_least(1)
-    saliency_weighting: str = choice("samples", "uniform")
-    score_fold: str = choice("auto", *SCORE_FOLDS)
-    score_values: str = choice(*SCORE_TYPES)
-    saliency_share: float = fraction()
-    criterion: str = choice(*CRITERIA)
-    steps: int = at_least(0)
-    grasp_temperature: float = above(0)
-    warmup_rounds: int = at_least(0)
-    refresh: str = choice("never", "scheduled", "drift")
-    refresh_round: int = at_least(0)
-    refresh_drift: float = above(0)
-    refresh_weights: str = choice("initial", "zero", "restart")
+    saliency_batches: int = at_least(1, 1, "class-balanced minibatches a client scores")
+    saliency_batch_size: int = at_least(1, 64, "images in each of them")
+    saliency_weighting: str = choice("samples", "uniform", about="weight of a client in the mean score")
+    score_fold: str = choice(
+        "auto",
+        *SCORE_FOLDS,
+        about='docs/robustness.md; auto: mean as in the paper, but normalised with data.where "sites"',
+    )
+    score_values: str = choice(
+        *SCORE_TYPES, about="how scores travel; log8 (8-bit logarithms) for those that are not negative"
+    )
+    saliency_share: float = fraction(1.0, "share of the clients that is asked for scores, in (0, 1]")
+    criterion: str = choice(*CRITERIA, about="what a weight is scored by")
+    steps: int = at_least(0, 0, "of synflow (0: 100), iterative-snip and force (0: 5)")
+    grasp_temperature: float = above(0, 200.0, "logits are divided by it under grasp")
+    warmup_rounds: int = at_least(0, 0, "dense rounds first; the mask is then found at the weights of that moment")
+    refresh: str = choice("never", "scheduled", "drift", about="find the mask once more, later")
+    refresh_round: int = at_least(0, 0, "scheduled: before this round; drift: not before it")
+    refresh_drift: float = above(0, 3.0, "drift: newcomers' training loss is above this many times the mean before")
+    refresh_weights: str = choice(
+        "initial", "zero", "restart", about="weights that come back start at w0 or 0; or all at w0"
+    )
 
 
 class ScoringClient(ClientAlgorithm):

@@ -39,7 +39,7 @@ def make_model(folder: str) -> nn.Module:
     """Return the model with its initial weights, made anew for each message as the quickstart does."""
     metadata = facts_of(folder)
     options = ModelOptions(metadata["model"], metadata["norm"])
-    return create(options, arrays_of(folder)["pixels"].shape[1], metadata["classes"], metadata["seed"])
+    return create(options, tuple(arrays_of(folder)["pixels"].shape[1:]), metadata["classes"], metadata["seed"])
 
 
 class Partition(Dataset):

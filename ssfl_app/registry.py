@@ -1,0 +1,143 @@
+"""Finds what the configuration names: built in, an entry point of an installed package, or ``"module:attribute"``.
+
+What is named must be importable where it runs. In simulation the folder in which the user stands is
+(`import_from`); a real node imports from the Flower app that it was sent.
+"""
+
+import ast
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ssfl_app.options import PrivateError, option
+
+T = TypeVar("T")
+FOLDER = "SSFL_MODULES"
+"""Environment variable: the folder whose modules may be named, beside those that are installed."""
+
+
+def import_from(folder: Path) -> None:
+    """Let this process, and those that it starts, import what is in a folder, after all that is installed."""
+    os.environ[FOLDER] = str(folder)
+
+
+class Unknown(PrivateError, LookupError):
+    """A name that stands for nothing here; the text completes ``"model.name is 'x'; "``."""
+
+
+class Registry(dict[str, T]):
+    """Built-in things by name; ``registry[name]`` also finds entry points and ``"module:attribute"``.
+
+    Parameters
+    ----------
+    group : str
+        Of entry points, ``"ssfl.models"``.
+    builtin : mapping
+        Name -> thing. Only these are listed and counted.
+    what : str
+        Completes "it is ...", about a thing that does not fit.
+    fits : callable
+        Says whether a foreign thing is one of this kind.
+
+    Raises
+    ------
+    Unknown
+        By ``registry[name]``: it is not there, cannot be imported, or is of another kind.
+    """
+
+    def __init__(self, group: str, builtin: Mapping[str, T], what: str, fits: Callable[[Any], bool]) -> None:
+        super().__init__(builtin)
+        self.group, self.what, self.fits = group, what, fits
+
+    def __missing__(self, name: str) -> T:
+        module, _, attribute = self._address(name).partition(":")
+        found: Any = _imported(module)
+        for part in attribute.split("."):
+            if not hasattr(found, part):
+                raise _unknown(f"module {module} has no {attribute}")
+            found = getattr(found, part)
+        if not self.fits(found):
+            raise _unknown(f"this is {type(found).__name__} {attribute}; it is {self.what}")
+        return found  # type: ignore[no-any-return]
+
+    def _address(self, name: str) -> str:
+        """Return ``"module:attribute"`` of a foreign thing."""
+        if all(part.isidentifier() for word in name.split(":") for part in word.split(".")) and name.count(":") == 1:
+            return name
+        entries = _entry_points(self.group)
+        if name in entries:
+            return entries[name]
+        known = [*self, *entries]
+        near = get_close_matches(name, known, 1, 0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise _unknown(f'it is one of {", ".join(known)}, or "module:attribute"{hint}')
+
+    def module_of(self, name: str) -> str:
+        """Return the module of a foreign thing, "" for a built-in one."""
+        return "" if name in self else self._address(name).partition(":")[0]
+
+    def field(self, default: str, about: str = "") -> Any:
+        """Return a dataclass field for the name of one of these things."""
+        names = [*self, '"module:attribute"']
+        return option("one of " + ", ".join(names), lambda name: self[name] is not None, default, about, names)
+
+
+def _unknown(text: str, public: str = "") -> Unknown:
+    return Unknown(text, public or text)
+
+
+@functools.cache
+def _entry_points(group: str) -> dict[str, str]:
+    return {entry.name: entry.value.partition("[")[0].strip() for entry in metadata.entry_points(group=group)}
+
+
+def _folder() -> str:
+    """Return the folder whose modules may be named, which this process then imports from; "": none."""
+    folder = os.environ.get(FOLDER, "")
+    if folder and folder not in sys.path:
+        sys.path.append(folder)
+    return folder
+
+
+def _imported(module: str) -> Any:
+    folder = _folder()
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            where = f" in {folder} or" if folder else ""
+            public = f"there is no module {error.name} where it runs"
+            raise _unknown(f"there is no module {error.name}{where} among those installed", public) from error
+        said = f"module {module} cannot be imported"
+        raise _unknown(f"{said} ({type(error).__name__}: {error})", f"{said} ({type(error).__name__})") from error
+
+
+def sources(module: str, found: dict[str, Path] | None = None) -> dict[str, Path]:
+    """Return the files of a foreign module by their names below its folder: what server and clients must share.
+
+    They are all files of its package, or the module and what it imports of its own folder, in turn, beside `found`.
+    """
+    _folder()
+    found, top = {} if found is None else found, module.partition(".")[0]
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None:
+        return found
+    file = Path(spec.origin)
+    if spec.submodule_search_locations:
+        return found | {p.relative_to(file.parents[1]).as_posix(): p for p in sorted(file.parent.rglob("*.py"))}
+    found |= {file.name: file}
+    for node in ast.walk(ast.parse(file.read_bytes())) if "site-packages" not in file.parts else ():
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in {name.partition(".")[0] for name in names} - {"ssfl_app", ""}:
+            known = any(key.startswith((f"{name}.py", f"{name}/")) for key in found)
+            if not known and any((file.parent / there).exists() for there in (f"{name}.py", f"{name}/__init__.py")):
+                found = sources(name, found)
+    return found
