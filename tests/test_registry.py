@@ -194,4 +194,4 @@ def test_a_folder_of_before_a_key_was_added_is_the_same_run(tmp_path: Path) -> N
     assert parse(old).flat == complete(old)
     fresh = merge({"run.rounds": 4, "strategy": "topk", "run.checkpoint-every": 2})
     assert first_clash(fresh, old) is None
-    assert first_clash(old, {key: old[key] for key in ("strategy", "run.rounds")}) is None
+    assert first_clash(old, {key: old[key] for key in ("strategy", "run.rounds", "run.checkpoint-every")}) is None
