@@ -83,10 +83,14 @@ class Registry(dict[str, T]):
         """Return the module of a foreign thing, "" for a built-in one."""
         return "" if name in self else self._address(name).partition(":")[0]
 
-    def field(self, default: str, about: str = "") -> Any:
-        """Return a dataclass field for the name of one of these things."""
-        names = [*self, '"module:attribute"']
-        return option("one of " + ", ".join(names), lambda name: self[name] is not None, default, about, names)
+    def field(self, default: str, about: str = "", *more: str) -> Any:
+        """Return a dataclass field for the name of one of these things, or one of the words `more`."""
+        names = [*more, *self, '"module:attribute"']
+
+        def check(name: str) -> bool:
+            return name in more or self[name] is not None
+
+        return option("one of " + ", ".join(names), check, default, about, names)
 
 
 def _unknown(text: str, public: str = "") -> Unknown:
