@@ -15,6 +15,7 @@ A model is built without touching torch's global generator, and its initial weig
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -56,11 +57,12 @@ def _cnn(channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Mo
     )
 
 
-def _imagenet_resnet(kind: str, channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Module:
-    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+def _imagenet_resnet(
+    block: str, layers: list[int], channels: int, classes: int, norm: Callable[[int], nn.Module]
+) -> nn.Module:
+    from torchvision.models import resnet
 
-    block, layers = {"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet50": (Bottleneck, [3, 4, 6, 3])}[kind]
-    model: nn.Module = ResNet(block, layers, num_classes=classes, norm_layer=norm)
+    model: nn.Module = resnet.ResNet(getattr(resnet, block), layers, num_classes=classes, norm_layer=norm)
     model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
@@ -94,13 +96,9 @@ def _cifar_resnet(depth: int, channels: int, classes: int, norm: Callable[[int],
 
 REGISTRY: dict[str, Callable[[int, int, Callable[[int], nn.Module]], nn.Module]] = {
     "cnn": _cnn,
-    "resnet18": lambda *args: _imagenet_resnet("resnet18", *args),
-    "resnet50": lambda *args: _imagenet_resnet("resnet50", *args),
-    "resnet20": lambda *args: _cifar_resnet(20, *args),
-    "resnet32": lambda *args: _cifar_resnet(32, *args),
-    "resnet44": lambda *args: _cifar_resnet(44, *args),
-    "resnet56": lambda *args: _cifar_resnet(56, *args),
-    "resnet110": lambda *args: _cifar_resnet(110, *args),
+    "resnet18": partial(_imagenet_resnet, "BasicBlock", [2, 2, 2, 2]),
+    "resnet50": partial(_imagenet_resnet, "Bottleneck", [3, 4, 6, 3]),
+    **{f"resnet{depth}": partial(_cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
 }
 
 
@@ -123,14 +121,10 @@ def outline(options: ModelOptions, channels: int, classes: int) -> nn.Module:
 
 
 def fewest(options: ModelOptions, shape: tuple[int, int, int]) -> int:
-    """Return how many images a training batch has at least: 2 where a BatchNorm sees one pixel a channel, else 1.
+    """Return how many images of a shape (C, H, W) a training batch has at least.
 
-    A norm over a batch needs two values of each channel, and a map of one pixel gives it one an image.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Of an image: channels, height, width.
+    2 where a BatchNorm sees one pixel a channel, else 1: it needs two values of each channel, and a map of one pixel
+    gives it one an image.
     """
     return 2 if options.norm == "batch" and max(shape[1:]) <= SHRINKS[options.name] else 1
 
