@@ -94,7 +94,7 @@ class DisPflClient(ClientAlgorithm):
         left = drop(mask, np.abs(site.layout.flatten_prunable(state_of(site.model))), counts)
         rng = generator(run.seed, "regrow", round_, site.client_id)
         if options.regrow == "random":
-            return grow(left, counts, rng=rng)
+            return grow(left, counts, rng)
         size = min(self.settings.local.batch_size, len(site.train))
         batch = site.train.take(rng.choice(len(site.train), size, replace=False))
         gradient = site.trainer.gradient(site.model, batch)
