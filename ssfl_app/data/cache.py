@@ -131,7 +131,7 @@ def entries(folder: Path) -> list[tuple[Path, int]]:
 
 
 def clear(folder: Path) -> int:
-    """Delete what the cache wrote into a folder, and nothing else; return how many bytes that were, or raise OSError."""
+    """Delete what the cache wrote into a folder, nothing else; return how many bytes that were, or raise OSError."""
     freed = 0
     for entry, size in entries(folder):
         shutil.rmtree(entry)

@@ -16,15 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ssfl_app.options import ConfigError, choice
 from ssfl_app.partitions import dirichlet, iid, matched, pathological
 from ssfl_app.partitions.late import ShiftOptions, split_groups
+from ssfl_app.partitions.options import Indices as Indices
 from ssfl_app.partitions.options import SplitOptions
 from ssfl_app.seeding import generator
 
-Indices = npt.NDArray[np.int64]
 Splitter = Callable[[Indices, int, SplitOptions, np.random.Generator], list[Indices]]
 """splitter(labels (N,), K clients, options, generator) -> K arrays of indices into `labels`: every image once, no
 client without one. `split` has made sure that K <= N; all that is random is drawn from the generator."""

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ssfl_app.options import ConfigError, at_least
+from ssfl_app.partitions.options import Indices
 
-Indices = npt.NDArray[np.int64]
 Shares = tuple[Indices, ...]
 Split = Callable[[Indices, Indices, int], tuple[Shares, Shares]]
 """split(train labels, test labels, clients) -> (train, test) indices of each client."""

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Indices = npt.NDArray[np.int64]
+from ssfl_app.partitions.options import Indices
 
 
 def count(shares: Sequence[Indices], labels: Indices, classes: int) -> Indices:
