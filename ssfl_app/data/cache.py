@@ -86,16 +86,8 @@ def cached(key: tuple[str | int, ...], files: Sequence[Path], read: Callable[[],
 
     The arrays of a cached data set are private maps of the cache's files: processes share the pages, and
     writing to an array changes neither the file nor what others see. Where the cache folder cannot be
-    written, the decoded arrays are returned as they are.
-
-    Parameters
-    ----------
-    key : tuple
-        All that decides the result, apart from the files; first the source and where it lies.
-    files : sequence of Path
-        All files that `read` reads.
-    read : function
-        Called without arguments when there is no entry.
+    written, the decoded arrays are returned as they are. `key` is all that decides the result, apart from the files:
+    first the source and where it lies.
     """
     try:
         root = cache_folder()
@@ -119,10 +111,7 @@ def cached(key: tuple[str | int, ...], files: Sequence[Path], read: Callable[[],
 def cache_folder() -> Path | None:
     """Return the folder of decoded images, which need not be there; None: they are not kept.
 
-    Raises
-    ------
-    RuntimeError
-        No folder is named, and the account has no home.
+    A RuntimeError says that no folder is named, and that the account has no home.
     """
     if own := os.environ.get("SSFL_CACHE"):
         return None if own == "off" else Path(own)
@@ -142,13 +131,7 @@ def entries(folder: Path) -> list[tuple[Path, int]]:
 
 
 def clear(folder: Path) -> int:
-    """Delete what the cache wrote into a folder, and nothing else; return how many bytes that were.
-
-    Raises
-    ------
-    OSError
-        An entry cannot be deleted.
-    """
+    """Delete what the cache wrote into a folder, nothing else; return how many bytes that were, or raise OSError."""
     freed = 0
     for entry, size in entries(folder):
         shutil.rmtree(entry)

@@ -131,32 +131,21 @@ class DataSet:
 
     def holding(self, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> DataSummary:
         """Return what a client with these indices of training and test images holds."""
-        return DataSummary.of(self.class_names, self.shape, self.train.labels.cpu().numpy()[train], len(test))
+        counts = np.bincount(self.train.labels.cpu().numpy()[train], minlength=self.classes)
+        return DataSummary(self.class_names, self.shape, tuple(map(int, counts)), len(test))
 
 
 def load(options: DataOptions) -> DataSet:
-    """Read a data set into memory.
-
-    Parameters
-    ----------
-    options : DataOptions
-        Which data set, and where it lies.
-
-    Returns
-    -------
-    DataSet
-        Images on the CPU; the same on every machine.
+    """Return a data set with its images on the CPU, the same on every machine.
 
     Raises
     ------
     ConfigError
         The data is not there or cannot be read; the message names ``data.path`` and what is allowed.
     """
-    if options.name in OWN:
-        return _data_set(
-            options, read_site_data(options.name, options.path, options.image_size, Wanted(options.label_column))
-        )
-    return _data_set(options, READERS[options.name](options.path, options.download, options.image_size))
+    if options.name not in OWN:
+        return _data_set(options, READERS[options.name](options.path, options.download, options.image_size))
+    return _own(options, options.path, Wanted(options.label_column))
 
 
 def load_own(options: DataOptions, path: str) -> DataSet:
@@ -169,8 +158,7 @@ def load_own(options: DataOptions, path: str) -> DataSet:
     ConfigError
         The data cannot be read, or hold a class that `options.classes` does not name.
     """
-    wanted = Wanted(options.label_column, options.named, options.channels)
-    return _data_set(options, read_site_data(options.name, path, options.image_size, wanted))
+    return _own(options, path, Wanted(options.label_column, options.named, options.channels))
 
 
 def load_central(options: DataOptions) -> DataSet:
@@ -185,8 +173,12 @@ def load_central(options: DataOptions) -> DataSet:
     """
     if options.path:
         wanted = Wanted(options.label_column, options.named, options.channels, test_only=True)
-        return _data_set(options, read_site_data(options.name, options.path, options.image_size, wanted))
+        return _own(options, options.path, wanted)
     return _data_set(options, unseen(options.named, options.channels, options.image_size))
+
+
+def _own(options: DataOptions, path: str, wanted: Wanted) -> DataSet:
+    return _data_set(options, read_site_data(options.name, path, options.image_size, wanted))
 
 
 def _data_set(options: DataOptions, raw: ArrayDataset) -> DataSet:

@@ -50,18 +50,9 @@ def image_folder(
 ) -> tuple[Files, tuple[str, ...]]:
     """Return the files of <root>/<class>/, also in folders below it, with their classes, and the class names.
 
-    Links are followed, but each real folder is entered once. What is hidden is left out.
-
-    Parameters
-    ----------
-    path : str
-        ``data.path``, for messages.
-    root : Path
-        A folder of folders.
-    classes : tuple of str
-        Names of all classes in order; one may be missing in `root`. Empty: those in `root`, sorted.
-    left : counter, optional
-        Gets what is left out.
+    Links are followed, but each real folder is entered once. What is hidden is left out; `left` gets it. `path` is
+    ``data.path``, for messages. `classes` names all classes in order, of which some may be missing in `root`; empty:
+    those in `root`, sorted.
 
     Raises
     ------

@@ -92,12 +92,12 @@ class _Seen:
 def decode(
     path: str, parts: Sequence[tuple[int, Iterable[tuple[str, str, bytes | Path]]]], size: int, channels: int = 0
 ) -> tuple[list[Pixels], tuple[str, ...]]:
-    """Decode the parts of a data set into one array each.
+    """Decode the parts of a data set into one array each, uint8 (count, C, H, W).
+
+    The second result says what was done to the images that a user should know, a line each.
 
     Parameters
     ----------
-    path : str
-        ``data.path``, for messages.
     parts : sequence of (int, iterable)
         Of each part, how many images there are, and of each image what to call it, here and to a server, and its
         file or the file's content.
@@ -105,12 +105,6 @@ def decode(
         Pixels a side to resize to (bilinear, without keeping the aspect); 0: as they are.
     channels : int
         C. 0: 1 if all images are grey, else 3.
-
-    Returns
-    -------
-    list of uint8 ndarray, shape (count, C, H, W)
-    tuple of str
-        What was done to the images that a user should know, a line each.
 
     Raises
     ------
@@ -174,11 +168,8 @@ def _open(path: str, name: str, public: str, source: bytes | Path, size: int, ch
     # The decoders of Pillow raise almost anything on broken input: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         rule = f"it is to be an image: {', '.join(FORMATS)}"
-        raise unreadable(
-            path,
-            f"{name} cannot be decoded ({one_line(error)}), {rule}",
-            f"{public} cannot be decoded ({type(error).__name__}), {rule}",
-        ) from error
+        what = f"{public} cannot be decoded ({type(error).__name__}), {rule}"
+        raise unreadable(path, f"{name} cannot be decoded ({one_line(error)}), {rule}", what) from error
 
 
 def _check_pages(image: "Image") -> None:
@@ -211,13 +202,7 @@ def _turned(image: "Image", ready: "Image") -> "Image":
 
 
 def _in_bytes(image: "Image", seen: _Seen) -> "Image":
-    """Return a loaded image of any mode as grey (L) or colour (RGB).
-
-    Raises
-    ------
-    _Refused
-        Nothing says which value is white.
-    """
+    """Return a loaded image of any mode as grey (L) or colour (RGB); refuse it if nothing says what is white."""
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":
@@ -251,9 +236,8 @@ def _scaled(image: "Image", seen: _Seen) -> Pixels:
     else:
         # Pillow unfolds a PGM of any depth to 16 bits. A TIFF of mode I has 32 bits, or signs.
         if mode == "I" and image.format not in ("PPM", "PNG"):
-            raise _Refused(
-                "is of mode I (signed or 32-bit integers), and nothing says which is white: save 8 or 16 bits"
-            )
+            rule = "and nothing says which is white: save 8 or 16 bits"
+            raise _Refused(f"is of mode I (signed or 32-bit integers), {rule}")
         full = 2 ** int(tags.get(_BITS, (16,))[0]) - 1
         seen.counts["deep"] += 1
         highest = int(values.max())

@@ -50,17 +50,9 @@ class _Shard:
 def read_parquet(path: str, root: Path, image_size: int, wanted: Wanted) -> ArrayDataset:
     """Read all parquet files of a folder by the part that each name says; mean and std are measured.
 
-    Parameters
-    ----------
-    path : str
-        ``data.path``, for messages.
-    root : Path
-        The same, as a folder that exists.
-    image_size : int
-        Pixels a side to resize to; 0: as they are.
-    wanted : Wanted
-        A label is a class by its name in the hub's metadata. Without names there, it is a position in
-        `wanted.classes`, else each number up to the largest label is a class.
+    `path` is ``data.path``, for messages, and `root` the same as a folder that exists. Images are resized to
+    `image_size` pixels a side; 0: as they are. A label is a class by its name in the hub's metadata. Without names
+    there, it is a position in `wanted.classes`, else each number up to the largest label is a class.
 
     Raises
     ------
@@ -145,9 +137,8 @@ def _check_shards(path: str, part: str, files: list[Path]) -> None:
         if len(totals) == 1 and numbers == list(range(totals[0])):
             continue
         lacking = next(number for number in count() if number not in numbers)
-        what = (
-            f"number {lacking} is missing" if lacking < totals[0] else "some are there twice, or are of another set"
-        )
+        twice = "some are there twice, or are of another set"
+        what = f"number {lacking} is missing" if lacking < totals[0] else twice
         rule = f"{len(shards)} shards that are said to be {' and '.join(map(str, totals))}: {what}"
         raise unreadable(path, f"there are {prefix}*-of-*.parquet, {rule}", f"{part} has {rule}")
 
@@ -168,11 +159,8 @@ def _read_shard(path: str, file: Path, public: str, wanted: Wanted) -> _Shard:
         raise unreadable(path, f"{has}; it needs {needs}", f"{public} needs {needs}")
     if not pa.types.is_integer(kind := schema.field(label).type):
         rule = "it is an integer; data.label-column names another column"
-        raise unreadable(
-            path,
-            f"column {label} of {file.name} is {kind}; {rule}",
-            f"the label column of {public} is {kind}; {rule}",
-        )
+        what = f"the label column of {public} is {kind}; {rule}"
+        raise unreadable(path, f"column {label} of {file.name} is {kind}; {rule}", what)
     labels = _labels(path, file, label, public)
     names = _hub_names(schema.metadata or {}, label)
     check_names(path, f"the metadata of {file.name}", names, f"the metadata of {public}")
@@ -189,11 +177,8 @@ def _labels(path: str, file: Path, name: str, public: str) -> Labels:
     column = pq.read_table(file, columns=[name]).column(name)
     values = np.zeros(0, np.int64) if not len(column) or column.null_count else column.to_numpy()
     # As Python has them: cast to int64, what is above 2**63 would be negative, or look small.
-    odd = (
-        [value for value in map(int, (values.min(), values.max())) if not 0 <= value < MOST_CLASSES]
-        if len(values)
-        else []
-    )
+    extremes = map(int, (values.min(), values.max())) if len(values) else ()
+    odd = [value for value in extremes if not 0 <= value < MOST_CLASSES]
     if column.null_count or odd:
         found = "missing" if column.null_count else str(odd[0])
         rule = f"is {found}, it is at least 0 and below {MOST_CLASSES}"
@@ -227,11 +212,8 @@ def _class_names(path: str, shards: Sequence[_Shard]) -> tuple[str, ...]:
     if odd := next((shard for shard in shards if bool(shard.names) != bool(first.names)), None):
         named, other = (first, odd) if first.names else (odd, first)
         rule = "has names of its labels in its metadata"
-        raise unreadable(
-            path,
-            f"{named.file.name} {rule}, {other.file.name} has none",
-            f"{named.public} {rule}, {other.public} has none",
-        )
+        what = f"{named.public} {rule}, {other.public} has none"
+        raise unreadable(path, f"{named.file.name} {rule}, {other.file.name} has none", what)
     return first.names or tuple(map(str, range(max(int(shard.labels.max(initial=-1)) for shard in shards) + 1)))
 
 

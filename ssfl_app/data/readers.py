@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def _digits() -> ArrayDataset:
 
 
 def _cifar(kind: str, path: str, download: bool, image_size: int) -> ArrayDataset:
+    """Read torchvision's CIFAR10 or CIFAR100, (3, 32, 32), with the published mean and std."""
     from torchvision import datasets
 
     _own_size(kind.lower(), image_size)
@@ -101,22 +103,11 @@ def _cifar(kind: str, path: str, download: bool, image_size: int) -> ArrayDatase
         parts = [getattr(datasets, kind)(root, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         hint = "the download failed" if download else _cure(root, "fine_label" if kind == "CIFAR100" else "")
-        raise unreadable(
-            path, f"{kind} is not there ({one_line(error)}): {hint}", f"{kind} is not there: {hint}"
-        ) from error
+        what = f"{kind} is not there ({one_line(error)}): {hint}"
+        raise unreadable(path, what, f"{kind} is not there: {hint}") from error
     train, test = (np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)) for part in parts)
     labels = (np.array(part.targets, dtype=np.int64) for part in parts)
     return ArrayDataset(train, next(labels), test, next(labels), tuple(parts[0].classes), *_CIFAR_MOMENTS[kind])
-
-
-def cifar10(path: str, download: bool, image_size: int) -> ArrayDataset:
-    """Read torchvision's CIFAR-10, (3, 32, 32), with the published mean and std."""
-    return _cifar("CIFAR10", path, download, image_size)
-
-
-def cifar100(path: str, download: bool, image_size: int) -> ArrayDataset:
-    """Read torchvision's CIFAR-100, (3, 32, 32), with the published mean and std."""
-    return _cifar("CIFAR100", path, download, image_size)
 
 
 def _read_files(
@@ -163,24 +154,13 @@ def read_site_data(name: str, path: str, image_size: int, wanted: Wanted) -> Arr
     """Read a user's own files, in one of the formats `OWN`; mean and std are measured.
 
     parquet: see `ssfl_app.data.parquet`. folder: <path>/train/<class>/* and <path>/test/<class>/* (or val).
-
-    Raises
-    ------
-    ConfigError
-        The data cannot be read.
     """
     root = _folder(path, False, _SHAPES[name])
     return (read_parquet if name == "parquet" else _own_folder)(path, root, image_size, wanted)
 
 
 def unseen(classes: tuple[str, ...], channels: int, image_size: int) -> ArrayDataset:
-    """Return a data set without images, of which only classes and shape are known.
-
-    Raises
-    ------
-    ConfigError
-        One of the three is not given.
-    """
+    """Return a data set without images, of which only classes and shape are known: a ConfigError if they are not."""
     for key, value in (("classes", ",".join(classes)), ("channels", channels), ("image-size", image_size)):
         if not value:
             raise ConfigError(
@@ -233,8 +213,13 @@ def _tiny_test(path: str, root: Path, wnids: tuple[str, ...]) -> list[tuple[Path
 
 READERS: Registry[Callable[..., Any]] = Registry(
     "ssfl.datasets",
-    {"digits": digits, "cifar10": cifar10, "cifar100": cifar100, "tiny-imagenet": tiny_imagenet}
-    | dict.fromkeys(OWN, read_site_data),
+    {
+        "digits": digits,
+        "cifar10": partial(_cifar, "CIFAR10"),
+        "cifar100": partial(_cifar, "CIFAR100"),
+        "tiny-imagenet": tiny_imagenet,
+        **dict.fromkeys(OWN, read_site_data),
+    },
     "a function (path, **options) that returns training and test data",
     callable,
 )

@@ -4,9 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.text import quoted
 
@@ -31,25 +28,12 @@ class DataSummary:
         Channels, height and width of an image.
     counts : tuple of int
         Training images of each class.
-    test_images : int
     """
 
     class_names: tuple[str, ...]
     shape: tuple[int, int, int]
     counts: tuple[int, ...]
     test_images: int
-
-    @classmethod
-    def of(
-        cls,
-        class_names: tuple[str, ...],
-        shape: tuple[int, int, int],
-        labels: npt.NDArray[np.int64],
-        test_images: int,
-    ) -> "DataSummary":
-        """Return the summary of training images with these labels, shape (N,)."""
-        counts = np.bincount(labels, minlength=len(class_names))
-        return cls(class_names, shape, tuple(int(count) for count in counts), test_images)
 
     def metadata(self) -> dict[str, str | int]:
         """Return the metadata of a handshake: names a line each, numbers with commas between them."""
@@ -103,35 +87,20 @@ def _numbers(metadata: Mapping[str, object], name: str, count: int) -> tuple[int
 
 
 def mismatch(one: str, first: DataSummary, other: str, second: DataSummary) -> str | None:
-    """Return, as a sentence, why two cannot be in one federation, and the cure; None if they can.
-
-    Parameters
-    ----------
-    one, other : str
-        Who holds them, e.g. "site-a".
-    first, second : DataSummary
-        What they hold; numbers of images may differ.
-    """
+    """Return, as a sentence, why two holders of data cannot be in one federation, and the cure; None if they can."""
     ours, theirs = set(first.class_names), set(second.class_names)
     cure = "name all classes in data.classes, in one order"
     if ours != theirs:
-        lacks = [
-            f"{who} has no {_names(missing)}"
-            for who, missing in ((one, theirs - ours), (other, ours - theirs))
-            if missing
-        ]
+        both = (one, theirs - ours), (other, ours - theirs)
+        lacks = [f"{who} has no {_names(missing)}" for who, missing in both if missing]
         return f"{one} and {other} have different classes: {'; '.join(lacks)}. The cure: {cure}"
     if first.class_names != second.class_names:
         return f"{one} and {other} have the same classes in another order. The cure: {cure}"
     if first.shape != second.shape:
-        sizes = (
-            f"{who} has {'x'.join(map(str, shape))}" for who, shape in ((one, first.shape), (other, second.shape))
-        )
-        key = (
-            "data.channels to 1 or 3"
-            if first.shape[1:] == second.shape[1:]
-            else "data.image-size to one size for all"
-        )
+        shapes = (one, first.shape), (other, second.shape)
+        sizes = (f"{who} has {'x'.join(map(str, shape))}" for who, shape in shapes)
+        alike = first.shape[1:] == second.shape[1:]
+        key = "data.channels to 1 or 3" if alike else "data.image-size to one size for all"
         what = "images of different shapes (channels x height x width)"
         return f"{one} and {other} have {what}: {', '.join(sizes)}. The cure: set {key}"
     return None

@@ -30,30 +30,14 @@ class Transform:
     augment: str
 
     def train(self, pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        """Return a training batch: random crop and flip if asked for, then normalised.
-
-        Parameters
-        ----------
-        pixels : uint8 tensor, shape (B, C, H, W)
-        rng : numpy.random.Generator
-            Source of offsets and flips, drawn on the CPU: every device gets the same batch. Not touched when
-            `augment` is ``"none"``.
-
-        Returns
-        -------
-        float32 tensor, shape (B, C, H, W)
-        """
-        draws = torch.from_numpy(self.draw(pixels, rng)).to(pixels.device)
-        return self.apply(pixels, draws)
+        """Return a training batch, float32 (B, C, H, W), of uint8 `pixels`: augmented as asked for, normalised."""
+        return self.apply(pixels, torch.from_numpy(self.draw(pixels, rng)).to(pixels.device))
 
     def draw(self, pixels: torch.Tensor, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        """Draw what `apply` needs for a batch (B, C, H, W) of which only the shape counts.
+        """Draw what `apply` needs for a batch (B, C, H, W) of which only the shape counts: int64, (3, B).
 
-        Returns
-        -------
-        array of int64, shape (3, B)
-            How far down and to the right each crop lies in the padded image, and 1 for its mirror image; no rows if
-            `augment` is ``"none"``.
+        How far down and to the right each crop lies in the padded image, and 1 for its mirror image; no rows, and
+        nothing is drawn, if `augment` is ``"none"``.
         """
         count, _, height, width = pixels.shape
         if self.augment == "none":

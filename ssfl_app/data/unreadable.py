@@ -12,26 +12,13 @@ from ssfl_app.text import quoted
 def unreadable(path: str | Path, what: str, public: str | None = None) -> PrivateError:
     """Return the error that a data set at ``data.path`` cannot be read.
 
-    Parameters
-    ----------
-    path : str or Path
-        ``data.path``.
-    what : str
-        What is wrong, with the names of files, folders and classes.
-    public : str, optional
-        The same without them; default `what`, if there are none in it.
+    `what` is wrong, with the names of files, folders and classes; `public` says the same without them.
     """
     return PrivateError(f"data.path is {str(path)!r}; {what}", f"data-path: {what if public is None else public}")
 
 
 def check_regular(path: str, file: Path, name: str, public: str) -> None:
-    """Find out whether a file may be opened: to open a pipe waits for ever, and a device is no data.
-
-    Raises
-    ------
-    ConfigError
-        It is not there, or no regular file, nor a link to one.
-    """
+    """Raise ConfigError unless there is such a file: to open a pipe waits for ever, and a device is no data."""
     try:
         mode = file.stat().st_mode
     except (OSError, ValueError) as error:
@@ -41,30 +28,15 @@ def check_regular(path: str, file: Path, name: str, public: str) -> None:
 
 
 def check_names(path: str, where: str, names: Sequence[str], public: str) -> None:
-    """Find out whether these can be the names of classes, as they are sent and printed; `public` stands for `where`.
-
-    Raises
-    ------
-    ConfigError
-        They cannot.
-    """
+    """Raise ConfigError unless these can be names of classes, as they are sent and printed; `public`: of `where`."""
     odd = odd_name(names)
     if odd is not None:
-        raise unreadable(
-            path,
-            f"{where} has the class {quoted(odd)}; {CLASS_NAME}",
-            f"{public} has another class name; {CLASS_NAME}",
-        )
+        what = f"{where} has the class {quoted(odd)}; {CLASS_NAME}"
+        raise unreadable(path, what, f"{public} has another class name; {CLASS_NAME}")
 
 
 def is_folder(path: str, folder: Path, name: str) -> bool:
-    """Return whether there is such a folder; `name` is what to call it.
-
-    Raises
-    ------
-    ConfigError
-        The account may not know, or no file can be called so.
-    """
+    """Return whether there is such a folder, called `name`; ConfigError if the account may not know."""
     try:
         return folder.is_dir()
     except (OSError, ValueError) as error:

@@ -16,16 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ssfl_app.options import ConfigError
 from ssfl_app.partitions import dirichlet, iid, matched, pathological
 from ssfl_app.partitions.late import ShiftOptions, split_groups
+from ssfl_app.partitions.options import Indices as Indices
 from ssfl_app.partitions.options import SplitOptions
 from ssfl_app.registry import Registry
 from ssfl_app.seeding import generator
 
-Indices = npt.NDArray[np.int64]
 Splitter = Callable[[Indices, int, SplitOptions, np.random.Generator], list[Indices]]
 """splitter(labels (N,), K clients, options, generator) -> K arrays of indices into `labels`: every image once, no
 client without one. `split` has made sure that K <= N; all that is random is drawn from the generator."""
@@ -67,19 +66,7 @@ class Partition:
     test: tuple[Indices, ...]
 
     def class_counts(self, labels: Indices, classes: int) -> Indices:
-        """Return how many training images of each class each client holds.
-
-        Parameters
-        ----------
-        labels : int64 ndarray, shape (N,)
-            Labels of the training images.
-        classes : int
-            C, the classes of the data set.
-
-        Returns
-        -------
-        int64 ndarray, shape (K, C)
-        """
+        """Return how many training images, of these labels (N,), of each class each client holds, int64 (K, C)."""
         return matched.count(self.train, labels, classes)
 
 
@@ -91,20 +78,9 @@ def split(
     seed: int,
     shift: ShiftOptions | None = None,
 ) -> Partition:
-    """Deal the images of a data set to its clients.
+    """Deal the images of a data set, of labels int64 (N,) and (M,), to its K clients.
 
-    Parameters
-    ----------
-    options : PartitionOptions
-        Which partition, and its parameters.
-    train_labels, test_labels : int64 ndarray, shapes (N,) and (M,)
-        Class of each image, 0 <= label < C.
-    clients : int
-        K.
-    seed : int
-        The run's seed; the same arguments give the same partition on every machine.
-    shift : ShiftOptions, optional
-        Classes that join late.
+    The same arguments give the same partition on every machine. `shift` says which classes join late, if any.
 
     Raises
     ------
@@ -115,10 +91,8 @@ def split(
 
     def deal(train: Indices, test: Indices, count: int) -> tuple[tuple[Indices, ...], tuple[Indices, ...]]:
         if not 1 <= count <= len(train):
-            raise ConfigError(
-                f"run.clients is {count}; the data set has {len(train)} training images, "
-                "at least one a client is needed"
-            )
+            rule = f"the data set has {len(train)} training images, at least one a client is needed"
+            raise ConfigError(f"run.clients is {count}; {rule}")
         shares = REGISTRY[options.name](train, count, options, rng)
         return tuple(shares), tuple(matched.matched(shares, train, test, rng))
 
@@ -126,8 +100,4 @@ def split(
         shares = deal(train_labels, test_labels, clients)
     else:
         shares = split_groups(shift, train_labels, test_labels, clients, deal)
-    return Partition(*map(_sorted, shares))
-
-
-def _sorted(shares: tuple[Indices, ...]) -> tuple[Indices, ...]:
-    return tuple(np.sort(share).astype(np.int64) for share in shares)
+    return Partition(*(tuple(np.sort(share).astype(np.int64) for share in part) for part in shares))

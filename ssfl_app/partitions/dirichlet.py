@@ -3,9 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.partitions.options import SplitOptions
-
-Indices = npt.NDArray[np.int64]
+from ssfl_app.partitions.options import Indices, SplitOptions
 
 # Below this a client's prior on the classes that are left is rounding noise of the draw (alpha near 0).
 _NO_MASS = 1e-200

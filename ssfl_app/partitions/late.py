@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ssfl_app.options import ConfigError, at_least
+from ssfl_app.partitions.options import Indices
 
-Indices = npt.NDArray[np.int64]
 Shares = tuple[Indices, ...]
 Split = Callable[[Indices, Indices, int], tuple[Shares, Shares]]
 """split(train labels, test labels, clients) -> (train, test) indices of each client."""
@@ -43,21 +42,10 @@ class ShiftOptions:
 def split_groups(
     shift: ShiftOptions, train: Indices, test: Indices, clients: int, split: Split
 ) -> tuple[Shares, Shares]:
-    """Deal the late classes to the late clients and the others to the others.
+    """Deal the late classes to the late clients and the others to the others, of `clients` in all.
 
-    Parameters
-    ----------
-    train, test : int64 ndarray, shapes (N,) and (M,)
-        Class of each image.
-    clients : int
-        Of both groups together.
-    split : callable
-        Deals the images of one group.
-
-    Raises
-    ------
-    ConfigError
-        No class is left for the clients of the start.
+    `train` (N,) and `test` (M,) are the class of each image; `split` deals the images of one group. A ConfigError
+    says that no class is left for the clients of the start.
     """
     names = np.unique(train)
     if shift.classes >= len(names):

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Indices = npt.NDArray[np.int64]
+from ssfl_app.partitions.options import Indices
 
 
 def count(shares: Sequence[Indices], labels: Indices, classes: int) -> Indices:
@@ -23,19 +22,8 @@ def matched(
     it does not train on (in the SSFL code, whose remainders go to the first clients, 9 % of the CIFAR-100
     test images did), and no image goes to two clients (in DisPFL they do).
 
-    Parameters
-    ----------
-    train : sequence of K int64 ndarrays
-        Each client's training images.
-    train_labels, test_labels : int64 ndarray, shapes (N,) and (M,)
-        Class of each image.
-    rng : numpy.random.Generator
-        Source of the order inside a class and of the ties.
-
-    Returns
-    -------
-    list of K int64 ndarrays
-        Indices into `test_labels`: disjoint, and all images of every class that some client holds.
+    `train` has each client's training images, of labels (N,). The result has indices into `test_labels` (M,) for
+    each: disjoint, and all images of every class that some client holds.
     """
     classes = int(max(train_labels.max(initial=-1), test_labels.max(initial=-1))) + 1
     held = count(train, train_labels, classes)

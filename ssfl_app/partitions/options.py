@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from ssfl_app.options import anything, option
+
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

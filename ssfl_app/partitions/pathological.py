@@ -4,9 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.options import ConfigError
-from ssfl_app.partitions.options import SplitOptions
-
-Indices = npt.NDArray[np.int64]
+from ssfl_app.partitions.options import Indices, SplitOptions
 
 
 def pathological(labels: Indices, clients: int, options: SplitOptions, rng: np.random.Generator) -> list[Indices]:

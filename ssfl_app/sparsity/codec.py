@@ -45,21 +45,15 @@ def nbytes(arrays: ArrayMap) -> int:
 
 
 class Codec(ABC):
-    """One way of writing a state under a mask.
+    """One way of writing a state under a mask, with values of one of `ssfl_app.sparsity.values.VALUE_TYPES`.
 
-    Parameters
-    ----------
-    values : str
-        Value type, one of `ssfl_app.sparsity.values.VALUE_TYPES`.
-    rng : numpy.random.Generator, optional
-        `encode` rounds stochastically with it; to the nearest without one.
+    `encode` rounds stochastically with a generator; to the nearest without one.
     """
 
     name: ClassVar[str]
 
     def __init__(self, values: str = "fp32", rng: np.random.Generator | None = None) -> None:
-        self.values = values
-        self.rng = rng
+        self.values, self.rng = values, rng
 
     @abstractmethod
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
@@ -104,18 +98,11 @@ class LinearCodec(Codec):
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return the carried coordinates of the state."""
         flat = layout.flatten(state)
-        if mask.count < mask.alive.size:
-            flat[np.flatnonzero(~mask.transmitted)] = 0
         return write_values(flat[self.index(layout, mask)], self.values, self.rng)
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
         """Return the state with 0 wherever nothing was carried."""
-        state = self.scatter(self.vector(arrays, layout, mask), layout, mask)
-        return self.masked(state, mask), mask
-
-    def masked(self, state: State, mask: Mask) -> State:
-        """Return the state with dead coordinates at 0, for codecs that carry them."""
-        return state
+        return self.scatter(self.vector(arrays, layout, mask), layout, mask), mask
 
     def check(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> None:
         """Raise PayloadError unless type, length and every value are right."""
@@ -143,9 +130,17 @@ class Dense(LinearCodec):
         """Return how many they are."""
         return layout.size
 
-    def masked(self, state: State, mask: Mask) -> State:
+    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
+        """Return them, dead ones as 0."""
+        return super().encode(layout, _masked(state, mask), mask)
+
+    def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
         """Return the state with dead coordinates at 0."""
-        return state if mask.count == mask.alive.size else mask.apply(state)
+        return _masked(super().decode(arrays, layout, mask)[0], mask), mask
+
+
+def _masked(state: State, mask: Mask) -> State:
+    return state if mask.count == mask.alive.size else mask.apply(state)
 
 
 class MaskedValues(LinearCodec):
@@ -164,10 +159,6 @@ class MaskedValues(LinearCodec):
     def count(self, layout: Layout, mask: Mask) -> int:
         """Return how many they are."""
         return mask.count + layout.size - layout.prunable_size
-
-    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
-        """Return them; what the state holds at dead coordinates does not matter."""
-        return write_values(layout.flatten(state)[self.index(layout, mask)], self.values, self.rng)
 
 
 @functools.lru_cache(maxsize=2)
@@ -191,8 +182,7 @@ class BitmapAndValues(Codec):
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
         """Return the state and the mask that the bitmap tells."""
-        carried = read_mask(arrays, layout)
-        return MaskedValues(self.values).decode(arrays, layout, carried)
+        return MaskedValues(self.values).decode(arrays, layout, read_mask(arrays, layout))
 
 
 class Indexed(Codec):
@@ -241,9 +231,6 @@ class BitmapOnly(Codec):
     def check(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> None:
         """Raise PayloadError unless the bitmap is well formed."""
         read_mask(arrays, layout)
-
-
-CODECS: dict[str, type[Codec]] = {c.name: c for c in (Dense, MaskedValues, BitmapAndValues, Indexed, BitmapOnly)}
 
 
 def read_mask(arrays: ArrayMap, layout: Layout) -> Mask:

@@ -20,14 +20,8 @@ Counts = dict[str, int]
 
 
 def uniform(layout: Layout, density: float) -> Counts:
-    """Return floor(density * size) of each prunable tensor.
-
-    Raises
-    ------
-    ValueError
-        The density is not in (0, 1].
-    """
-    return {name: keep_count(density, size) for name, size in _sizes(layout).items()}
+    """Return floor(density * size) of each prunable tensor."""
+    return {name: keep_count(density, size) for name, size in layout.prunable_sizes.items()}
 
 
 def erk(layout: Layout, density: float) -> Counts:
@@ -42,17 +36,12 @@ def erk(layout: Layout, density: float) -> Counts:
     well, unless its factor ends below 1: the sum(shape) / prod(shape) of a vector is 1. And floors are exact; the
     published ones, in floating point, can be off by one.
 
-    Parameters
-    ----------
-    density : float
-        Alive / size over the whole state, in (0, 1].
-
     Raises
     ------
     ValueError
         The density is not in (0, 1], or is used up by the tensors that are not prunable.
     """
-    sizes, shapes = _sizes(layout), dict(layout.shapes)
+    sizes, shapes = layout.prunable_sizes, dict(layout.shapes)
     dense = layout.size - layout.prunable_size
     if keep_count(density, layout.size) < dense:
         least = math.ceil(Fraction(dense, layout.size) * 10**6) / 10**6
@@ -71,18 +60,8 @@ def rescaled(layout: Layout, shares: Mapping[str, float], density: float) -> Cou
     layers if that is less. The coordinates that rounding down leaves over go one each to the layers with the
     largest fractional remainder, the first of equals.
 
-    Parameters
-    ----------
-    shares : mapping of str to float
-        By name of each prunable tensor, finite and at least 0, e.g. the mean of the densities that clients found.
-        Only their proportions count.
-    density : float
-        Alive / size over the prunable tensors, in (0, 1].
-
-    Raises
-    ------
-    ValueError
-        A share is missing, not finite or negative, or of no prunable tensor; the density is not in (0, 1].
+    `shares` has one of each prunable tensor, e.g. the mean of the densities that clients found, of which only the
+    proportions count: a ValueError if one is missing, of another tensor, not finite or negative.
     """
     unknown = sorted(set(shares) ^ set(layout.prunable))
     if unknown:
@@ -90,17 +69,13 @@ def rescaled(layout: Layout, shares: Mapping[str, float], density: float) -> Cou
     for name, share in shares.items():
         if not (math.isfinite(share) and share >= 0):
             raise ValueError(f"share of {name} is {share}; it must be finite and at least 0")
-    sizes, budget = _sizes(layout), keep_count(density, layout.prunable_size)
-    filled = _fill(sizes, {name: Fraction(float(share)) for name, share in shares.items()}, Fraction(budget))
+    exact = {name: Fraction(float(share)) for name, share in shares.items()}
+    filled = _fill(layout.prunable_sizes, exact, Fraction(keep_count(density, layout.prunable_size)))
     counts = {name: math.floor(share) for name, share in filled.items()}
     left = int(sum(filled.values())) - sum(counts.values())
     for name in sorted(counts, key=lambda name: counts[name] - filled[name])[:left]:
         counts[name] += 1
     return counts
-
-
-def _sizes(layout: Layout) -> Counts:
-    return {name: span.stop - span.start for name, span in layout.prunable_spans.items()}
 
 
 def _fill(sizes: Counts, shares: Mapping[str, Fraction], budget: Fraction) -> dict[str, Fraction]:

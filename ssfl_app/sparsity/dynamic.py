@@ -5,7 +5,8 @@ Mocanu et al., "Scalable training of artificial neural networks with adaptive sp
 Dai et al., "DisPFL", ICML 2022.
 
 All functions say with `Counts` how many coordinates of each prunable tensor they choose, and return a new mask. The
-counts name every prunable tensor. Chance is drawn layer after layer from the generator that is passed in.
+counts name every prunable tensor; scores and magnitudes are float32, shape (layout.prunable_size,), and finite. What
+does not fit a layout is a ValueError. Chance is drawn layer after layer from the generator that is passed in.
 """
 
 import math
@@ -18,29 +19,12 @@ from ssfl_app.sparsity.mask import Mask, largest
 
 
 def random_mask(layout: Layout, counts: Counts, rng: np.random.Generator) -> Mask:
-    """Return a mask with counts[name] uniformly random coordinates alive in each layer.
-
-    Raises
-    ------
-    ValueError
-        The counts are not those of this layout: other names, negative, or more than a layer has.
-    """
+    """Return a mask with counts[name] uniformly random coordinates alive in each layer."""
     return Mask(layout, _choose(layout, Mask.dense(layout).alive, counts, rng))
 
 
 def top_mask(layout: Layout, scores: Vector, counts: Counts) -> Mask:
-    """Return a mask with the counts[name] largest scores of each layer alive, the lower index first among equals.
-
-    Parameters
-    ----------
-    scores : array of float32, shape (layout.prunable_size,)
-        Larger = keep.
-
-    Raises
-    ------
-    ValueError
-        Wrong shape, a score that is not finite, or counts that are not those of this layout.
-    """
+    """Return a mask with the counts[name] largest scores of each layer alive, the lower index first among equals."""
     _check_vector("scores", scores, layout)
     return Mask(layout, _choose(layout, Mask.dense(layout).alive, counts, scores))
 
@@ -48,17 +32,7 @@ def top_mask(layout: Layout, scores: Vector, counts: Counts) -> Mask:
 def drop(mask: Mask, magnitudes: Vector, counts: Counts) -> Mask:
     """Return the mask without the counts[name] alive coordinates of smallest magnitude in each layer.
 
-    Among equals the higher index dies first.
-
-    Parameters
-    ----------
-    magnitudes : array of float32, shape (mask.layout.prunable_size,)
-        Finite and at least 0, also where the mask is dead.
-
-    Raises
-    ------
-    ValueError
-        Wrong shape, a magnitude that is negative or not finite, or more deaths in a layer than it has alive.
+    Among equals the higher index dies first. No magnitude is negative, also where the mask is dead.
     """
     alive = {name: count for name, count, _ in mask.layers()}
     _check_counts(counts, alive)
@@ -69,38 +43,15 @@ def drop(mask: Mask, magnitudes: Vector, counts: Counts) -> Mask:
     return Mask(mask.layout, _choose(mask.layout, mask.alive, kept, magnitudes))
 
 
-def grow(
-    mask: Mask,
-    counts: Counts,
-    scores: Vector | None = None,
-    rng: np.random.Generator | None = None,
-    among: Mask | None = None,
-) -> Mask:
+def grow(mask: Mask, counts: Counts, by: Vector | np.random.Generator) -> Mask:
     """Return the mask with counts[name] dead coordinates of each layer alive again.
 
-    Parameters
-    ----------
-    scores : array of float32, shape (mask.layout.prunable_size,), optional
-        The largest come back, the lower index first among equals.
-    rng : Generator, optional
-        Without scores: uniformly random ones come back.
-    among : Mask, optional
-        Only coordinates that are alive in it come back.
-
-    Raises
-    ------
-    ValueError
-        Neither or both of scores and rng, scores of the wrong shape or not finite, an `among` of another layout, or
-        more births in a layer than it has dead coordinates to choose from.
+    `by` are scores, of which the largest come back, the lower index first among equals; or a generator, for
+    uniformly random ones.
     """
-    by = rng if scores is None else scores
-    if by is None or (scores is not None and rng is not None):
-        raise ValueError(f"regrow got {'neither' if by is None else 'both'} of scores and rng; it takes one of them")
-    if scores is not None:
-        _check_vector("scores", scores, mask.layout)
-    reachable = Mask.dense(mask.layout) if among is None else mask | among
-    born = _choose(mask.layout, reachable.alive & ~mask.alive, counts, by)
-    return Mask(mask.layout, mask.alive | born)
+    if isinstance(by, np.ndarray):
+        _check_vector("scores", by, mask.layout)
+    return Mask(mask.layout, mask.alive | _choose(mask.layout, ~mask.alive, counts, by))
 
 
 def layer_densities(mask: Mask) -> dict[str, float]:
@@ -112,16 +63,7 @@ def cosine_drop(alpha: float, round_: int, rounds: int) -> float:
     """Return the share of alive coordinates to move: alpha / 2 * (1 + cos(pi * round_ / rounds)).
 
     It falls from `alpha` in round 0 to 0 in round `rounds`.
-
-    Raises
-    ------
-    ValueError
-        `alpha` is not in [0, 1], or `round_` not in 0..rounds.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it is a fraction in [0, 1]")
-    if rounds < 1 or not 0 <= round_ <= rounds:
-        raise ValueError(f"round {round_} of {rounds}; rounds are at least 1, and a round is in 0..rounds")
     return alpha / 2 * (1 + math.cos(math.pi * round_ / rounds))
 
 

@@ -6,9 +6,11 @@ A *state* is a dict from name to float32 tensor, in the order of the model's ``s
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -58,32 +60,28 @@ class Layout:
     @cached_property
     def spans(self) -> dict[str, slice]:
         """Where each tensor lies in the flat vector of all coordinates."""
-        spans, start = {}, 0
-        for name, shape in self.shapes:
-            stop = start + int(np.prod(shape, dtype=np.int64))
-            spans[name] = slice(start, stop)
-            start = stop
-        return spans
+        return _spans({name: math.prod(shape) for name, shape in self.shapes})
+
+    @cached_property
+    def prunable_sizes(self) -> dict[str, int]:
+        """Number of coordinates of each prunable tensor."""
+        shapes = dict(self.shapes)
+        return {name: math.prod(shapes[name]) for name in self.prunable}
 
     @cached_property
     def prunable_spans(self) -> dict[str, slice]:
         """Where each prunable tensor lies in the flat vector of prunable coordinates."""
-        spans, start = {}, 0
-        for name in self.prunable:
-            size = self.spans[name].stop - self.spans[name].start
-            spans[name] = slice(start, start + size)
-            start += size
-        return spans
+        return _spans(self.prunable_sizes)
 
     @cached_property
     def size(self) -> int:
         """Number of coordinates of the state."""
-        return max((span.stop for span in self.spans.values()), default=0)
+        return sum(math.prod(shape) for _, shape in self.shapes)
 
     @cached_property
     def prunable_size(self) -> int:
         """Number of coordinates that a mask covers."""
-        return max((span.stop for span in self.prunable_spans.values()), default=0)
+        return sum(self.prunable_sizes.values())
 
     @cached_property
     def digest(self) -> str:
@@ -125,6 +123,11 @@ class Layout:
         for name, span in self.prunable_spans.items():
             flat[span] = tensors[name].detach().reshape(-1).cpu().numpy()
         return flat
+
+
+def _spans(sizes: Mapping[str, int]) -> dict[str, slice]:
+    ends = accumulate(sizes.values())
+    return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
 
 def is_prunable(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

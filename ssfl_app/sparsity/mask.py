@@ -43,13 +43,7 @@ def largest(scores: Vector, count: int) -> Bits:
 
 
 def alive_count(layout: Layout, density: float, scope: Scope = "global", min_per_layer: int = 0) -> int:
-    """Return how many coordinates `Mask.top` and `Mask.random` keep; they refuse to keep none.
-
-    Raises
-    ------
-    ValueError
-        The density is out of range.
-    """
+    """Return how many coordinates `Mask.top` and `Mask.random` keep; they refuse to keep none."""
     counts = [keep_count(density, span.stop - span.start) for span in _groups(layout, scope)]
     return sum(map(max, counts, _reserved(layout, min_per_layer)) if scope == "layer" else counts)
 
@@ -64,7 +58,7 @@ def check_floor(layout: Layout, density: float, scope: Scope, min_per_layer: int
 
 
 def _reserved(layout: Layout, min_per_layer: int) -> list[int]:
-    return [min(min_per_layer, span.stop - span.start) for span in layout.prunable_spans.values()]
+    return [min(min_per_layer, size) for size in layout.prunable_sizes.values()]
 
 
 def none_alive(layout: Layout, density: float) -> str:
@@ -76,17 +70,8 @@ def none_alive(layout: Layout, density: float) -> str:
 class Mask:
     """The alive coordinates of a layout's prunable tensors.
 
-    Parameters
-    ----------
-    layout : Layout
-        The state that the mask belongs to.
-    alive : array of bool, shape (layout.prunable_size,)
-        True where a coordinate is alive, prunable tensors one after the other, each row-major.
-
-    Raises
-    ------
-    TypeError, ValueError
-        The array is not bool, or not of that shape.
+    `alive` is bool, shape (layout.prunable_size,): the prunable tensors one after the other, each row-major. Another
+    type is a TypeError, another shape a ValueError.
     """
 
     def __init__(self, layout: Layout, alive: Bits) -> None:
@@ -94,32 +79,10 @@ class Mask:
             raise TypeError(f"a mask is {alive.dtype}; it must be bool")
         if alive.shape != (layout.prunable_size,):
             raise ValueError(f"a mask has shape {alive.shape}; this layout needs ({layout.prunable_size},)")
-        self.layout = layout
-        self.alive = alive.copy()
+        self.layout, self.alive = layout, alive.copy()
         self.alive.flags.writeable = False
 
     # ---- births ------------------------------------------------------------------------------
-
-    @classmethod
-    def of(cls, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> "Mask":
-        """Return the mask given as bool tensors by name.
-
-        Raises
-        ------
-        TypeError, ValueError
-            A tensor is not bool, has another shape, is missing, or is no prunable tensor of the layout.
-        """
-        unknown = sorted(set(tensors) ^ set(layout.prunable))
-        if unknown:
-            raise ValueError(f"mask names {unknown} do not match the prunable tensors {list(layout.prunable)}")
-        shapes = dict(layout.shapes)
-        for name, tensor in tensors.items():
-            if tensor.dtype != torch.bool:
-                raise TypeError(f"mask of {name} is {tensor.dtype}; it must be bool")
-            if tuple(tensor.shape) != shapes[name]:
-                raise ValueError(f"mask of {name} has shape {tuple(tensor.shape)}; it must be {shapes[name]}")
-        flat = [tensors[name].reshape(-1).cpu().numpy() for name in layout.prunable]
-        return cls(layout, np.concatenate(flat) if flat else np.zeros(0, dtype=np.bool_))
 
     @classmethod
     def dense(cls, layout: Layout) -> "Mask":
@@ -128,20 +91,12 @@ class Mask:
 
     @classmethod
     def top(
-        cls,
-        layout: Layout,
-        scores: Vector,
-        density: float,
-        scope: Scope = "global",
-        *,
-        min_per_layer: int = 0,
+        cls, layout: Layout, scores: Vector, density: float, scope: Scope = "global", *, min_per_layer: int = 0
     ) -> "Mask":
-        """Keep the coordinates with the largest scores, and of equal ones the first.
+        """Keep the coordinates with the largest scores, shape (layout.prunable_size,), and of equal ones the first.
 
         Parameters
         ----------
-        scores : array of float32, shape (layout.prunable_size,)
-            Larger = keep.
         density : float
             Fraction in (0, 1]; exactly floor(density * size) coordinates stay alive.
         scope : {"global", "layer"}
@@ -168,21 +123,13 @@ class Mask:
         alive = np.zeros(layout.prunable_size, dtype=np.bool_)
         for span in _groups(layout, scope):
             size = span.stop - span.start
-            count = keep_count(density, size)
-            if scope == "layer":
-                count = max(count, min(min_per_layer, size))
-            alive[span] = largest(scores[span], count)
+            least = min(min_per_layer, size) if scope == "layer" else 0
+            alive[span] = largest(scores[span], max(keep_count(density, size), least))
         return cls(layout, alive)
 
     @classmethod
     def random(cls, layout: Layout, density: float, rng: np.random.Generator, scope: Scope = "global") -> "Mask":
-        """Keep floor(density * size) uniformly random coordinates, over all layers or in each.
-
-        Raises
-        ------
-        ValueError
-            Density out of range, or too low to leave one alive.
-        """
+        """Keep floor(density * size) random coordinates, over all layers or in each; a ValueError if that is none."""
         if layout.prunable_size and not alive_count(layout, density, scope):
             raise ValueError(none_alive(layout, density))
         alive = np.zeros(layout.prunable_size, dtype=np.bool_)
@@ -254,7 +201,7 @@ class Mask:
     def layers(self) -> Iterator[tuple[str, int, int]]:
         """Yield (name, alive, size) for each prunable tensor."""
         for name, span in self.layout.prunable_spans.items():
-            yield name, int(self.alive[span].sum()), span.stop - span.start
+            yield name, int(self.alive[span].sum()), self.layout.prunable_sizes[name]
 
     # ---- numbers -----------------------------------------------------------------------------
 
@@ -309,6 +256,6 @@ def _groups(layout: Layout, scope: Scope) -> list[slice]:
 def _with_floor(layout: Layout, scores: Vector, floor: int) -> Vector:
     # The reserved coordinates become unbeatable; the rest compete for what is left of the total.
     raised = scores.astype(np.float32, copy=True)
-    for span in layout.prunable_spans.values():
-        raised[span][largest(scores[span], min(floor, span.stop - span.start))] = np.inf
+    for name, span in layout.prunable_spans.items():
+        raised[span][largest(scores[span], min(floor, layout.prunable_sizes[name]))] = np.inf
     return raised

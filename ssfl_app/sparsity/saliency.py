@@ -68,16 +68,9 @@ def flow_net(model: nn.Module) -> nn.Module:
 
 
 def synflow(net: nn.Module, weights: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> State:
-    """Return |w| * dR/d|w| for each tensor of `weights`, float64, same shapes.
+    """Return |w| * dR/d|w| for each tensor of `weights`, float64, same shapes: those that are prunable.
 
-    Parameters
-    ----------
-    net : nn.Module
-        Made by `flow_net`.
-    weights : mapping
-        The prunable tensors by name; a removed weight is 0, and its score is 0.
-    shape : tuple of int
-        Of one image: channels, height, width.
+    A removed weight is 0, and its score is 0. `net` was made by `flow_net`; `shape` is that of an image, (C, H, W).
     """
     device = next(net.parameters()).device
     flows = {name: w.detach().to(device).double().abs().requires_grad_() for name, w in weights.items()}
@@ -88,17 +81,10 @@ def synflow(net: nn.Module, weights: Mapping[str, torch.Tensor], shape: tuple[in
 
 
 def balanced_batch(labels: npt.NDArray[np.int64], size: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Return the indices of a minibatch with equally many images of every class that is present.
+    """Return the indices of a minibatch of `size` images with equally many of every class among `labels`, (n >= 1,).
 
     Each of the c classes gives floor(size / c) images, without replacement while it has enough; the rest of
     the batch is filled with one more image of randomly chosen classes.
-
-    Parameters
-    ----------
-    labels : array of int, shape (n,)
-        One client's labels, n >= 1.
-    size : int
-        Images in the minibatch.
     """
     classes = np.unique(labels)
     counts = np.full(classes.size, size // classes.size)

@@ -65,16 +65,9 @@ def allowed_values(kind: str, size: int) -> Allowed:
 
 
 def write_values(flat: Vector, kind: str, rng: np.random.Generator | None = None) -> Arrays:
-    """Return the arrays that carry `flat`: "values", and "scales" for int8 and log8.
+    """Return the arrays that carry `flat`, (n,), of at least 0 for log8: "values", and "scales" for int8 and log8.
 
-    Parameters
-    ----------
-    flat : array of float32, shape (n,)
-        Of at least 0 each for log8.
-    kind : str
-        One of `VALUE_TYPES` or `SCORE_TYPES`.
-    rng : numpy.random.Generator, optional
-        Rounds fp16, bf16 and int8 stochastically; to the nearest without it.
+    `rng` rounds fp16, bf16 and int8 stochastically; without it they are rounded to the nearest.
     """
     if kind == "fp32":
         return {"values": np.ascontiguousarray(flat, dtype=np.float32)}

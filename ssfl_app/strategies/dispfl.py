@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, Query, Reply, ServerContext
+from ssfl_app.core.algorithm import Payload, Query, Reply, ServerContext
 from ssfl_app.core.options import FromSettings, Section, anything, choice
 from ssfl_app.core.robust import distance, there
 from ssfl_app.core.validation import check_number
@@ -46,7 +46,7 @@ from ssfl_app.sparsity.dynamic import cosine_drop, drop, grow, random_mask
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import Arrays, PayloadError
-from ssfl_app.strategies.shared.client_masks import ClientMasks
+from ssfl_app.strategies.shared.client_masks import ClientMasks, OwnMaskClient
 from ssfl_app.strategies.shared.gossip import GossipOptions, neighbours
 
 FIRST_DROP = 0.5
@@ -67,7 +67,7 @@ class DisPflOptions(Section):
     static: bool = anything("true or false", False, "true: masks stay as they were drawn")
 
 
-class DisPflClient(ClientAlgorithm):
+class DisPflClient(OwnMaskClient):
     """Trains inside the mask that came down, and says under which one it wants to train next."""
 
     down = BitmapAndValues
@@ -81,11 +81,6 @@ class DisPflClient(ClientAlgorithm):
         reply = self.reply(payload, mask, self.fit(round_, mask))
         return Payload({**reply.arrays, "mask": self._moved(round_, mask).packed()}, reply.metadata)
 
-    def evaluate(self, payload: Payload) -> Metadata:
-        """Test the client's own model, as it was after training."""
-        self.load(payload)
-        return self.tested(payload, "personal_accuracy")
-
     def _moved(self, round_: int, mask: Mask) -> Mask:
         """Return the next mask, by the weights on the workbench."""
         options, run = self.options, self.settings.run
@@ -96,7 +91,7 @@ class DisPflClient(ClientAlgorithm):
         left = drop(mask, np.abs(site.layout.flatten_prunable(state_of(site.model))), counts)
         rng = generator(run.seed, "regrow", round_, site.client_id)
         if options.regrow == "random":
-            return grow(left, counts, rng=rng)
+            return grow(left, counts, rng)
         size = min(self.settings.local.batch_size, len(site.train))
         batch = site.train.take(rng.choice(len(site.train), size, replace=False))
         gradient = site.trainer.gradient(site.model, batch)

@@ -20,10 +20,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from ssfl_app.core.algorithm import ClientAlgorithm, Images, Metadata, Payload, SparseStrategy
+from ssfl_app.core.algorithm import Images, Payload, SparseStrategy
 from ssfl_app.core.options import FromSettings, Section, Settings, anything, at_least
 from ssfl_app.sparsity.layout import State, load_state, state_of
-from ssfl_app.strategies.shared.fine_tuning import held_out, held_out_of
+from ssfl_app.strategies.shared.fine_tuning import PersonalModelClient, held_out, held_out_of
 
 CANDIDATES = (0.1, 1.0, 2.0)
 HELD_OUT = 0.1
@@ -41,10 +41,9 @@ class DittoOptions(Section):
     personal_epochs: int = at_least(1, 3, "passes for the personal one")
 
 
-class DittoClient(ClientAlgorithm):
+class DittoClient(PersonalModelClient):
     """Trains two models and sends one."""
 
-    stateful = True
     options = FromSettings(DittoOptions)
 
     @classmethod
@@ -75,18 +74,11 @@ class DittoClient(ClientAlgorithm):
         self.save_client_state(payload, {"model": self.context.layout.flatten(own)})
         return reply
 
-    def evaluate(self, payload: Payload) -> Metadata:
-        """Test the global model, and the personal one."""
-        metadata = super().evaluate(payload)
-        load_state(self.context.model, self.personal_model(payload))
-        return self.tested(payload, "personal_accuracy") | metadata
-
     def _pulled(self, round_: int, own: State, towards: State, pull: float, data: Images) -> None:
         """Train `own` on the workbench, pulled towards the other model after every step."""
         load_state(self.context.model, own)
         step = partial(pull_towards, towards=towards, by=self.settings.local.rate(round_) * pull)
-        epochs = self.options.personal_epochs
-        self.fit(round_, purpose="personal", data=data, epochs=epochs, after_step=step)
+        self.fit(round_, purpose="personal", data=data, epochs=self.options.personal_epochs, after_step=step)
 
     def _chosen(self, round_: int, own: State, towards: State) -> State:
         """Return the personal model of the candidate with the lowest validation loss."""

@@ -24,18 +24,16 @@ server took. A lossy wire.up-values rounds a client's own model in its mean as w
 """
 
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, shared_buffers
+from ssfl_app.core.algorithm import Payload, shared_buffers
 from ssfl_app.core.options import FromSettings
-from ssfl_app.sparsity.layout import load_state, state_of
+from ssfl_app.sparsity.layout import state_of
 from ssfl_app.sparsity.values import Arrays
-from ssfl_app.strategies.shared.fine_tuning import FineTuningClient
+from ssfl_app.strategies.shared.fine_tuning import FineTuningClient, PersonalModelClient
 from ssfl_app.strategies.shared.gossip import GossipOptions, PeerModelServer, neighbours
 
 
-class DpsgdClient(ClientAlgorithm):
-    """Trains the mean that came down, and keeps its own model."""
-
-    stateful = True
+class DpsgdClient(PersonalModelClient):
+    """Trains the mean that came down, and keeps its own model; tests the consensus beside it."""
 
     def train(self, payload: Payload) -> Payload:
         """Train the mean and return the client's model."""
@@ -43,21 +41,9 @@ class DpsgdClient(ClientAlgorithm):
         self.save_client_state(payload, {"model": self.context.layout.flatten(state_of(self.context.model))})
         return reply
 
-    def evaluate(self, payload: Payload) -> Metadata:
-        """Test the consensus, and the client's own model."""
-        metadata = super().evaluate(payload)
-        load_state(self.context.model, self.personal_model(payload))
-        return self.tested(payload, "personal_accuracy") | metadata
-
 
 class DpsgdFtClient(FineTuningClient, DpsgdClient):
-    """The same, which in the end fine-tunes the consensus."""
-
-    def evaluate(self, payload: Payload) -> Metadata:
-        """Test the consensus, and the client's own model; after the last round a fine-tuned consensus instead."""
-        if payload.round != self.settings.run.rounds:
-            return super().evaluate(payload)
-        return ClientAlgorithm.evaluate(self, payload) | self.finetuned(payload)
+    """The same, which in the end fine-tunes the consensus, and tests that in place of its own model."""
 
 
 class Dpsgd(PeerModelServer):
@@ -76,11 +62,8 @@ class Dpsgd(PeerModelServer):
         group = sorted([client, *others])
         if self._mixed[:2] != (round_, group):
             state = self.layout.unflatten(self.mean(group))
-            self._mixed = (
-                round_,
-                group,
-                shared_buffers(self.codec_down(round_).encode(self.layout, state, self.mask)),
-            )
+            arrays = self.codec_down(round_).encode(self.layout, state, self.mask)
+            self._mixed = (round_, group, shared_buffers(arrays))
         return Payload(self._mixed[2])
 
     def aggregator(self, round_: int) -> Aggregator:

@@ -8,25 +8,14 @@ Departures: that code trains with round -1, so at lr * decay**-1; here it is the
 finetune.lr "scheduled", that of the next round). The fine-tuned models stay on the clients and are not kept.
 """
 
-from ssfl_app.core.algorithm import Metadata, Payload, SparseStrategy
+from ssfl_app.core.algorithm import SparseStrategy
 from ssfl_app.strategies.shared.fine_tuning import FineTuningClient
-
-
-class FedAvgFtClient(FineTuningClient):
-    """FedAvg's client, which fine-tunes before its last test."""
-
-    def evaluate(self, payload: Payload) -> Metadata:
-        """Test the global model; after the last round also a fine-tuned copy, as personal accuracy."""
-        metadata = super().evaluate(payload)
-        if payload.round != self.settings.run.rounds:
-            return metadata
-        return metadata | self.finetuned(payload)
 
 
 class FedAvgFt(SparseStrategy):
     """The server does what FedAvg's does."""
 
     name = "fedavg-ft"
-    client = FedAvgFtClient
+    client = FineTuningClient
     uses_density = False
     error_feedback_ok = True

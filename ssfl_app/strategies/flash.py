@@ -92,7 +92,7 @@ def evolved(mask: Mask, magnitudes: Vector, rate: Fraction, rng: np.random.Gener
         alive = magnitudes[span][mask.alive[span]]
         means[name] = float(alive.mean(dtype=np.float64)) if alive.size else 0.0
     room = {name: size - alive for name, alive, size in left.layers()}
-    return grow(left, dealt(sum(fired.values()), means, room), rng=rng)
+    return grow(left, dealt(sum(fired.values()), means, room), rng)
 
 
 def shares_of(mask: Mask) -> Vector:
@@ -207,7 +207,7 @@ class Flash(SparseStrategy):
             )
         # Sparse learning moves weights and keeps their number, so a client can promote one layer only at the cost of
         # others.
-        sizes = [span.stop - span.start for span in self.layout.prunable_spans.values()]
+        sizes = list(self.layout.prunable_sizes.values())
         alive, wanted = float(np.dot(shares.astype(np.float64), sizes)), first_mask(self.layout, self.settings).count
         if abs(alive - wanted) > 1 + 1e-6 * self.layout.prunable_size:
             raise PayloadError(f"layer densities add up to {alive:.0f} alive weights; sparse learning keeps {wanted}")

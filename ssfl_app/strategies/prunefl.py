@@ -65,18 +65,10 @@ class PruneFlOptions(Section):
 
 
 def readjusted(mask: Mask, magnitudes: Vector, squares: Vector, share: float, most: int, target: bool) -> Mask:
-    """Return the mask after a readjustment.
+    """Return the mask after a readjustment by |w| and g^2, float32, shape (prunable,).
 
-    Parameters
-    ----------
-    magnitudes, squares : array of float32, shape (prunable,)
-        |w| and g^2.
-    share : float
-        Of the alive weights that are removed, in (0, 1].
-    most : int
-        Nothing is added beyond so many alive weights.
-    target : bool
-        Whether they are filled up whatever g^2 is.
+    A share of the alive weights, in (0, 1], is removed. Nothing is added beyond `most` alive weights; with `target`
+    they are filled up whatever g^2 is.
     """
     kept = mask.count - keep_count(share, mask.count)
     alive = largest(np.where(mask.alive, magnitudes, np.float32(-1)), kept)

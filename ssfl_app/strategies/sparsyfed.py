@@ -28,12 +28,12 @@ import numpy as np
 
 from ssfl_app.core.aggregation import Aggregator, ReplyZerosMean
 from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, Query, ServerContext, SparseStrategy
-from ssfl_app.core.options import FromSettings, MaskOptions, Section, Settings, anything, at_least, choice
+from ssfl_app.core.options import FromSettings, Section, Settings, anything, at_least, choice
 from ssfl_app.sparsity.codec import BitmapAndValues, read_mask
 from ssfl_app.sparsity.dynamic import layer_densities
-from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
-from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.layout import Layout, State, state_of
 from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.strategies.shared.scoring import ranked
 from ssfl_app.training.reparam import inverse_power, power, power_propagation, sparse_activations, spectral_exponent
 
 
@@ -56,11 +56,6 @@ def exponents(layout: Layout, settings: Settings, state: State) -> dict[str, flo
     return {name: spectral_exponent(state[name]) for name in layout.prunable}
 
 
-def largest(layout: Layout, weights: Vector, wanted: MaskOptions) -> Mask:
-    """Return the mask of the largest |w|, shape (layout.prunable_size,)."""
-    return Mask.top(layout, np.abs(weights), wanted.density, wanted.scope, min_per_layer=wanted.min_per_layer)
-
-
 class SparsyFedClient(ClientAlgorithm):
     """Trains w through v, and prunes w."""
 
@@ -75,8 +70,8 @@ class SparsyFedClient(ClientAlgorithm):
         keep = layer_densities(mask) if options.prune_activations else dict.fromkeys(site.layout.prunable, 1.0)
         with self.powered(), sparse_activations(site.model, keep):
             loss = self.fit(payload.round)  # no mask: it is beta > 1 that keeps dead weights dead
-        weights = site.layout.flatten_prunable(state_of(site.model))
-        return self.reply(payload, largest(site.layout, weights, self.settings.mask), loss)
+        magnitudes = np.abs(site.layout.flatten_prunable(state_of(site.model)))
+        return self.reply(payload, ranked(site.layout, magnitudes, self.settings.mask), loss)
 
     def evaluate(self, payload: Payload) -> Metadata:
         """Test the model that came down, with v."""

@@ -39,6 +39,7 @@ from ssfl_app.sparsity.codec import BitmapAndValues, read_mask
 from ssfl_app.sparsity.layout import Layout, State, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, alive_count
 from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.strategies.shared.scoring import ranked
 from ssfl_app.training.reparam import sparse_activations, top_weights
 
 
@@ -66,8 +67,7 @@ def sent_share(settings: Settings) -> float:
 
 def sent_mask(layout: Layout, values: Vector, settings: Settings) -> Mask:
     """Return the mask of what travels up: the largest prunable coordinates of a vector of all coordinates."""
-    wanted, scores = settings.mask, np.abs(values[layout.is_prunable])
-    return Mask.top(layout, scores, sent_share(settings), wanted.scope, min_per_layer=wanted.min_per_layer)
+    return ranked(layout, np.abs(values[layout.is_prunable]), settings.mask, sent_share(settings))
 
 
 def used_mask(layout: Layout, state: State, density: float) -> Mask:

@@ -50,17 +50,9 @@ class _Batch:
 class GraphedStep:
     """Plain SGD on one model; call `begin` before the first step of each `fit`.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Its parameters stay where they are as long as this step is used (`serves`). Its forward pass draws no random
-        numbers and does not look at its input's values.
-    options : LocalOptions
-        Momentum, weight decay, clipping, batch size.
-    autocast : bool
-        Compute in bfloat16 what can be.
-    capture : bool
-        Replay CUDA graphs; False runs the same code step by step, on any device.
+    The model's parameters stay where they are as long as this step is used (`serves`). Its forward pass draws no
+    random numbers and does not look at its input's values. Without `capture` the same code runs step by step, on any
+    device, and no CUDA graph is replayed.
     """
 
     def __init__(self, model: nn.Module, options: LocalOptions, *, autocast: bool, capture: bool) -> None:
@@ -77,12 +69,7 @@ class GraphedStep:
         self._bits: list[torch.Tensor] = []
         fused = device.type == "cuda"  # reads the learning rate on the device; on the CPU its bits are not foreach's
         self._optimizer = torch.optim.SGD(
-            self._parameters,
-            self._lr,
-            options.momentum,
-            weight_decay=options.weight_decay,
-            fused=fused,
-            foreach=not fused,
+            self._parameters, self._lr, options.momentum, 0, options.weight_decay, fused=fused, foreach=not fused
         )
         self._optimizer.param_groups[0]["lr"] = self._lr  # this very tensor, should torch have copied it
         self._momenta = [torch.empty_like(p) for p in self._parameters] if options.momentum else []
@@ -118,7 +105,11 @@ class GraphedStep:
         """Change the model by a batch; the first one of its size is captured."""
         key = inputs.shape, self._masked
         if key not in self._batches:
-            self._batches[key] = self._prepared(inputs, labels)
+            batch = _Batch(inputs.clone(), labels.clone())
+            if self._capture:
+                with _CAPTURING:
+                    batch.graph = self._captured(batch)
+            self._batches[key] = batch
         batch = self._batches[key]
         batch.inputs.copy_(inputs)
         batch.labels.copy_(labels)
@@ -143,13 +134,6 @@ class GraphedStep:
             nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._optimizer.step()
         self._total += loss.detach() * len(batch.labels)
-
-    def _prepared(self, inputs: torch.Tensor, labels: torch.Tensor) -> _Batch:
-        batch = _Batch(inputs.clone(), labels.clone())
-        if self._capture:
-            with _CAPTURING:
-                batch.graph = self._captured(batch)
-        return batch
 
     def _captured(self, batch: _Batch) -> torch.cuda.CUDAGraph:
         current = torch.cuda.current_stream(self._device)

@@ -64,16 +64,8 @@ def memory_need(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> in
 
     An upper estimate: weights with what their training keeps and copies, activations of a captured batch, the larger
     of what testing and scoring take on top, and the libraries' workspaces. ``tests/training/test_gpu.py`` holds it
-    against what torch's allocator reserves.
-
-    Parameters
-    ----------
-    model : nn.Module
-        On the meta device: no pass is computed.
-    shape : tuple of int
-        Of one input.
-    batch_size : int
-        Images of a training step.
+    against what torch's allocator reserves. The model is on the meta device, so no pass is computed; `shape` is that
+    of one input.
     """
     outputs: list[int] = []
     leaves = [module for module in model.modules() if not list(module.children())]

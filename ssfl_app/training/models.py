@@ -12,10 +12,10 @@ Under BatchNorm a batch in training needs two values a channel: `fewest` says of
 A model is built without touching torch's global generator, and its initial weights depend on the seed only.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -59,11 +59,12 @@ def _cnn(channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Mo
     )
 
 
-def _imagenet_resnet(kind: str, channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Module:
-    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+def _imagenet_resnet(
+    block: str, layers: list[int], channels: int, classes: int, norm: Callable[[int], nn.Module]
+) -> nn.Module:
+    from torchvision.models import resnet
 
-    block, layers = {"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet50": (Bottleneck, [3, 4, 6, 3])}[kind]
-    model: nn.Module = ResNet(block, layers, num_classes=classes, norm_layer=norm)
+    model: nn.Module = resnet.ResNet(getattr(resnet, block), layers, num_classes=classes, norm_layer=norm)
     model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
@@ -112,9 +113,12 @@ def of_images(make: Callable[[int, int, Callable[[int], nn.Module]], nn.Module])
 
 REGISTRY: Registry[Factory] = Registry(
     "ssfl.models",
-    {"cnn": of_images(_cnn)}
-    | {name: of_images(functools.partial(_imagenet_resnet, name)) for name in ("resnet18", "resnet50")}
-    | {f"resnet{depth}": of_images(functools.partial(_cifar_resnet, depth)) for depth in (20, 32, 44, 56, 110)},
+    {
+        "cnn": of_images(_cnn),
+        "resnet18": of_images(partial(_imagenet_resnet, "BasicBlock", [2, 2, 2, 2])),
+        "resnet50": of_images(partial(_imagenet_resnet, "Bottleneck", [3, 4, 6, 3])),
+        **{f"resnet{depth}": of_images(partial(_cifar_resnet, depth)) for depth in (20, 32, 44, 56, 110)},
+    },
     "a function (input_shape, outputs, norm, **options) that returns a torch.nn.Module",
     callable,
 )

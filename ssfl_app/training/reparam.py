@@ -24,7 +24,6 @@ from ssfl_app.sparsity.layout import NORMS, is_prunable
 from ssfl_app.sparsity.mask import keep_count
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-Keep = Callable[[str, torch.Tensor], float]
 
 
 @contextmanager
@@ -32,14 +31,8 @@ def power_propagation(model: nn.Module, beta: float | Mapping[str, float]) -> It
     """Compute with v = sign(w) |w|^beta, so that dL/dw = beta |w|^(beta-1) dL/dv.
 
     Schwarz et al., "Powerpropagation", NeurIPS 2021, section 2; SparsyFed (Guastella et al., 2025) has it in every
-    layer. With beta > 1 a weight of exactly 0 has gradient 0. A beta of 1 changes no bit.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Its weights are w; `inverse_power` gives the w of a wanted v.
-    beta : float or mapping
-        At least 1; one for all, or one for each prunable tensor.
+    layer. With beta > 1 a weight of exactly 0 has gradient 0. A beta of 1 changes no bit; none is below it. There is
+    one for all, or one for each prunable tensor. `inverse_power` gives the w of a wanted v.
     """
     names = originals(model)
     betas = beta if isinstance(beta, Mapping) else dict.fromkeys(names, beta)
@@ -62,18 +55,13 @@ def inverse_power(weights: torch.Tensor, beta: float) -> torch.Tensor:
     return weights if beta == 1 else weights.sign() * weights.abs().pow(1 / beta)
 
 
-def spectral_exponents(model: nn.Module) -> dict[str, float]:
-    """Return SparsyFed's beta = 1 + mean|W| / sigma(|W|) for each prunable tensor; 1 for a tensor of zeros.
+def spectral_exponent(weight: torch.Tensor) -> float:
+    """Return SparsyFed's beta = 1 + mean|W| / sigma(|W|) of a tensor (out, ...); 1 for one of zeros.
 
     sigma estimates the largest singular value of |W|, (out, rest), by one power iteration in float64 from
     u = (1, ..., 1)/sqrt(out), where the authors' code draws u: v = |W|'u / ||.||, sigma = || |W|v ||. It is never
     above the true value, and beta never above 1 + 1/sqrt(size).
     """
-    return {name: spectral_exponent(weight) for name, weight in originals(model).items()}
-
-
-def spectral_exponent(weight: torch.Tensor) -> float:
-    """Return the exponent of one tensor, (out, ...), as `spectral_exponents` has it."""
     matrix = weight.detach().abs().double().flatten(1)
     side = matrix.sum(dim=0)  # |W|'u up to its length
     sigma = float(torch.linalg.vector_norm(matrix @ (side / torch.linalg.vector_norm(side))))
@@ -81,33 +69,24 @@ def spectral_exponent(weight: torch.Tensor) -> float:
 
 
 @contextmanager
-def sparse_activations(model: nn.Module, keep: Keep | Mapping[str, float]) -> Iterator[None]:
+def sparse_activations(model: nn.Module, keep: Mapping[str, float]) -> Iterator[None]:
     """Compute weight gradients from the largest activations only; outputs and all other gradients are unchanged.
 
     What a layer saves of its input a for dL/dW is pruned to the max(1, floor(keep * size)) largest |a| of the whole
     batch, equal ones by index; when training with gradients only. Raihan and Aamodt, "Sparse weight activation
     training" (SWAT), NeurIPS 2020; Qiu et al., "ZeroFL", ICLR 2022; SparsyFed. It saves no memory: zeros are stored.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A forward pass raises RuntimeError where a layer saves another tensor than its input (a padding mode that
-        copies, autocast).
-    keep : mapping or callable
-        A fraction in [0, 1] for each prunable tensor, or a function (name, a) that tells it in each forward pass.
-        With 1 the layer runs as it is.
+    `keep` has a fraction in [0, 1] for each prunable tensor; with 1 the layer runs as it is. A forward pass raises
+    RuntimeError where a layer saves another tensor than its input (a padding mode that copies, autocast).
     """
     modules = _prunable(model)
-    if isinstance(keep, Mapping):
-        _check_names("keep", keep, modules)
-        shares = {name: share for name, share in keep.items() if _kept(name, share, 1) and share != 1}
-        modules = {name: modules[name] for name in shares}
-    tell = (lambda name, _: shares[name]) if isinstance(keep, Mapping) else keep
+    _check_names("keep", keep, modules)
+    shares = {name: share for name, share in keep.items() if _kept(name, share, 1) and share != 1}
     with ExitStack() as stack:
-        for name, module in modules.items():
-            own, before = vars(module), vars(module).get("forward")
+        for name, share in shares.items():
+            own, before = vars(modules[name]), vars(modules[name]).get("forward")
             stack.callback(own.pop if before is None else own.__setitem__, "forward", before)
-            own["forward"] = _pruning_forward(name, module, tell)
+            own["forward"] = _pruning_forward(name, modules[name], share)
         yield
 
 
@@ -116,16 +95,8 @@ def top_weights(model: nn.Module, density: float, dense: Collection[str] = ()) -
     """Compute with the largest weights of each layer only, and hand their dense gradient to w unchanged.
 
     v = w at the floor(density * size) largest |w| of a tensor, equal ones by index, else 0; dL/dw = dL/dv everywhere:
-    a weight may come back. Chosen anew in each forward pass, in evaluation too. SWAT; ZeroFL.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Its weights are w.
-    density : float
-        Fraction in (0, 1].
-    dense : names
-        Prunable tensors that are left alone; ZeroFL's first convolution.
+    a weight may come back. Chosen anew in each forward pass, in evaluation too. SWAT; ZeroFL. The density is in
+    (0, 1]; `dense` names prunable tensors that are left alone, such as ZeroFL's first convolution.
     """
     weights = originals(model)
     _check_names("dense", dense, weights.keys() & set(dense))
@@ -137,23 +108,15 @@ def top_weights(model: nn.Module, density: float, dense: Collection[str] = ()) -
 
 @contextmanager
 def bernoulli_weights(
-    model: nn.Module, generator: torch.Generator, *, constants: Mapping[str, torch.Tensor], sample: bool = True
+    model: nn.Module, generator: torch.Generator, constants: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
     """Compute with v = constant * m, m ~ Bernoulli(sigmoid(s)) drawn in each forward pass, and train the scores s.
 
     Isik et al., "Sparse random networks for communication-efficient federated learning" (FedPM), ICLR 2023. Straight
     through the draw: dL/ds = sigmoid'(s) constant dL/dv. All other parameters are frozen inside.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Its prunable tensors hold s.
-    generator : torch.Generator
-        On the CPU: what is drawn does not depend on the model's device.
-    constants : mapping
-        The fixed weights of each prunable tensor, of its shape.
-    sample : bool
-        False: m = 1 where sigmoid(s) > 0.5, and nothing is drawn.
+    The model's prunable tensors hold s, and `constants` has the fixed weights of each, of its shape. The generator is
+    on the CPU: what is drawn does not depend on the model's device.
     """
     scores = originals(model)
     _check_names("constants", constants, scores)
@@ -163,8 +126,7 @@ def bernoulli_weights(
             raise ValueError(f"constants of {name} have shape {have}; it must be {need}")
     if generator.device.type != "cpu":
         raise ValueError(f"generator is on {generator.device}; it must be on cpu")
-    source = generator if sample else None
-    functions = {n: partial(_bernoulli, constant=constants[n].to(s), generator=source) for n, s in scores.items()}
+    functions = {n: partial(_bernoulli, constant=constants[n].to(s), generator=generator) for n, s in scores.items()}
     trained = {id(score) for score in scores.values()}
     with ExitStack() as stack:
         for parameter in model.parameters():
@@ -240,13 +202,10 @@ def _top(weight: torch.Tensor, count: int) -> torch.Tensor:
     return torch.where(_largest(values.abs(), count), values, 0.0) + (weight - values)
 
 
-def _bernoulli(scores: torch.Tensor, constant: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+def _bernoulli(scores: torch.Tensor, constant: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     theta = torch.sigmoid(scores)
-    if generator is None:
-        drawn = theta > 0.5
-    else:
-        uniform = torch.rand(theta.shape, generator=generator, dtype=torch.float32, device="cpu")
-        drawn = uniform.to(theta.device) < theta
+    uniform = torch.rand(theta.shape, generator=generator, dtype=torch.float32, device="cpu")
+    drawn = uniform.to(theta.device) < theta
     return constant * (drawn.to(theta.dtype) + (theta - theta.detach()))
 
 
@@ -261,14 +220,14 @@ def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
     return alive.view(values.shape)
 
 
-def _pruning_forward(name: str, module: nn.Module, keep: Keep) -> Function:
+def _pruning_forward(name: str, module: nn.Module, share: float) -> Function:
     plain = cast(Function, module.forward)
 
     def forward(input: torch.Tensor) -> torch.Tensor:
         if not (module.training and torch.is_grad_enabled() and _original(module).requires_grad):
             return plain(input)
         size, found = input.numel(), False
-        count = _kept(name, keep(name, input), size)
+        count = _kept(name, share, size)
         if count >= size:
             return plain(input)
 

@@ -1,13 +1,12 @@
 """One step of the training loop: what `LocalTrainer.fit` does with a batch, the plain way.
 
 `ssfl_app.training.cuda_graph` has the fast way, which a GPU plays without Python;
-``tests/training/test_cuda_graph.py`` holds the two together bit for bit. Both are `Step`, so the loop is one.
+``tests/training/test_cuda_graph.py`` holds the two together bit for bit. The loop that calls them is one.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -43,41 +42,15 @@ Optimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 """Makes an optimizer of the parameters that train and the learning rate."""
 
 
-class Step(Protocol):
-    """What the loop calls with each batch.
+class EagerStep:
+    """Forward, backward, mask, clip, SGD, mask: as it is read in a textbook, of a model in training mode.
+
+    `autocast` computes in bfloat16 what can be; the other arguments are those of `LocalTrainer.fit`.
 
     Attributes
     ----------
     ahead : int
         Bytes of float32 images that the loop may prepare at a time; never less than a batch.
-    """
-
-    ahead: int
-
-    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Change the model by a batch (B, C, H, W) with classes (B,)."""
-
-    def total(self) -> float:
-        """Return the sum of the losses of all images so far."""
-
-
-class EagerStep:
-    """Forward, backward, mask, clip, SGD, mask: as it is read in a textbook.
-
-    Parameters
-    ----------
-    model : nn.Module
-        In training mode.
-    options : LocalOptions
-        Momentum, weight decay, clipping.
-    lr : float
-        Learning rate.
-    mask : Mask or None
-        None trains all weights.
-    autocast : bool
-        Compute in bfloat16 what can be.
-    penalty, after_step, optimizer
-        As in `LocalTrainer.fit`.
     """
 
     ahead = 0
@@ -111,7 +84,7 @@ class EagerStep:
         times(self._masked, self._bits)
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Change the model by a batch."""
+        """Change the model by a batch (B, C, H, W) with classes (B,)."""
         self._stepper.zero_grad()
         with bfloat16(self._autocast):
             loss = F.cross_entropy(self._model(inputs), labels)
@@ -162,8 +135,7 @@ def has_plain_forward(model: nn.Module) -> bool:
     """
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for module in model.modules():
-        if "forward" in vars(module) or parametrize.is_parametrized(module):
-            return False
-        if any(getattr(module, name) for name in hooks):
+        changed = "forward" in vars(module) or parametrize.is_parametrized(module)
+        if changed or any(getattr(module, name) for name in hooks):
             return False
     return all(p.requires_grad and not p._backward_hooks for p in model.parameters())

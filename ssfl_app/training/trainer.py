@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,24 +16,21 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.cuda_graph import GraphedStep
 from ssfl_app.training.gpu import EVALUATION_BATCH, wait_for
 from ssfl_app.training.reparam import originals
-from ssfl_app.training.step import EagerStep, Step, has_plain_forward, set_precision
+from ssfl_app.training.step import EagerStep, has_plain_forward, set_precision
 from ssfl_app.training.step import LocalOptions as LocalOptions
 from ssfl_app.training.step import Optimizer as Optimizer
 
 Steps = Literal["plain", "static", "graphs"]
 
 
+@dataclass(eq=False)
 class LocalTrainer:
     """Trains, differentiates and tests models on one client's images.
 
-    Parameters
+    Attributes
     ----------
-    options : LocalOptions
-        The recipe.
-    transform : Transform
-        Augmentation and normalisation.
     device : torch.device
-        Where models and batches live; models passed in must be there already.
+        Where batches live; models passed in must be there already.
     precision : str
         On a GPU: ``"fp32"``; ``"tf32"`` in convolutions and products; or ``"bf16"`` in the training of a model with
         its usual forward pass, and tf32 in all else. On the CPU nothing but fp32.
@@ -41,33 +39,21 @@ class LocalTrainer:
         replays; ``"static"``: the same steps uncaptured, for comparison. See `ssfl_app.training.cuda_graph`.
     fewest : int
         Images that a training batch has at least: `ssfl_app.training.models.fewest`.
-
-    Attributes
-    ----------
     passes : int
         Images that went forward and backward so far, in training and for gradients.
     looks : int
         Images that went forward only, in evaluation.
     """
 
-    def __init__(
-        self,
-        options: LocalOptions,
-        transform: Transform,
-        device: torch.device,
-        precision: str = "fp32",
-        steps: Steps = "plain",
-        fewest: int = 1,
-    ) -> None:
-        self.options = options
-        self.transform = transform
-        self.device = device
-        self.precision = precision
-        self.steps = steps
-        self.fewest = fewest
-        self.passes = 0
-        self.looks = 0
-        self._static: GraphedStep | None = None
+    options: LocalOptions
+    transform: Transform
+    device: torch.device
+    precision: str = "fp32"
+    steps: Steps = "plain"
+    fewest: int = 1
+    passes: int = field(default=0, init=False)
+    looks: int = field(default=0, init=False)
+    _static: GraphedStep | None = field(default=None, init=False)
 
     def fit(
         self,
@@ -89,16 +75,10 @@ class LocalTrainer:
 
         Parameters
         ----------
-        model : nn.Module
-            On `self.device`.
         data : Images
             n >= `self.fewest` images; anywhere, moved once.
         rng : np.random.Generator
             Order of the images and augmentation.
-        lr : float
-            Learning rate of this call.
-        mask : Mask, optional
-            None trains all weights.
         penalty : callable, optional
             Added to the loss of every step, e.g. a proximal term.
         after_step : callable, optional
@@ -110,7 +90,7 @@ class LocalTrainer:
         """
         data = self._here(data)
         model.train()
-        step = self._step(model, lr, mask, penalty, after_step, optimizer)
+        step = self._step(model, lr, mask, penalty=penalty, after_step=after_step, optimizer=optimizer)
         seen = 0
         for _ in range(self.options.epochs if epochs is None else epochs):
             for inputs, labels in self._epoch(data, rng, step.ahead):
@@ -119,30 +99,12 @@ class LocalTrainer:
         self.passes += seen
         return step.total() / seen
 
-    def _step(
-        self,
-        model: nn.Module,
-        lr: float,
-        mask: Mask | None,
-        penalty: Callable[[nn.Module], torch.Tensor] | None,
-        after_step: Callable[[nn.Module], None] | None,
-        optimizer: Optimizer | None,
-    ) -> Step:
-        special = penalty is not None or after_step is not None or optimizer is not None
+    def _step(self, model: nn.Module, lr: float, mask: Mask | None, **special: Any) -> EagerStep | GraphedStep:
         half = self.precision == "bf16" and self.device.type == "cuda"
         usual = (half or self.steps != "plain") and has_plain_forward(model)
         autocast = half and usual
-        if special or not usual or self.steps == "plain":
-            return EagerStep(
-                model,
-                self.options,
-                lr,
-                mask,
-                autocast=autocast,
-                penalty=penalty,
-                after_step=after_step,
-                optimizer=optimizer,
-            )
+        if any(value is not None for value in special.values()) or not usual or self.steps == "plain":
+            return EagerStep(model, self.options, lr, mask, autocast=autocast, **special)
         if self._static is None or not self._static.serves(model):
             self._static = None  # its memory is free before the next one takes some
             capture = self.steps == "graphs"
@@ -185,7 +147,7 @@ class LocalTrainer:
         self.passes += len(data)
         weights = originals(model)
         with _preserve_buffers(model):
-            loss = self._loss(model, self.transform.test(data.pixels), data.labels, temperature)
+            loss = self._loss(model, data, temperature)
             gradients = torch.autograd.grad(loss, list(weights.values()))
             wait_for(self.device)
         return dict(zip(weights, gradients, strict=True))
@@ -195,18 +157,14 @@ class LocalTrainer:
     ) -> State:
         """Return H v: the Hessian of the loss of `gradient` in the prunable tensors, times a direction in them.
 
-        By double backward, so it counts two passes an image. The model is left as `gradient` leaves it.
-
-        Parameters
-        ----------
-        direction : mapping
-            v, a tensor of each prunable tensor's shape by its name; on any device.
+        v has a tensor of each prunable tensor's shape by its name, on any device. By double backward, so it counts
+        two passes an image. The model is left as `gradient` leaves it.
         """
         data = self._here(data)
         self.passes += 2 * len(data)
         weights = originals(model)
         with _preserve_buffers(model):
-            loss = self._loss(model, self.transform.test(data.pixels), data.labels, temperature)
+            loss = self._loss(model, data, temperature)
             slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
             along = [(g * direction[n].to(g)).sum() for n, g in zip(weights, slopes, strict=True)]
             products = torch.autograd.grad(torch.stack(along).sum(), list(weights.values()), materialize_grads=True)
@@ -229,12 +187,9 @@ class LocalTrainer:
         wait_for(self.device)
         return float(loss) / len(data), int(correct) / len(data)
 
-    @staticmethod
-    def _loss(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        logits = model(inputs)
-        if temperature == 1:
-            return F.cross_entropy(logits, labels)
-        return temperature * F.cross_entropy(logits / temperature, labels)
+    def _loss(self, model: nn.Module, data: Images, temperature: float) -> torch.Tensor:
+        # A temperature of 1 changes no bit.
+        return temperature * F.cross_entropy(model(self.transform.test(data.pixels)) / temperature, data.labels)
 
 
 def batch_sizes(count: int, size: int, fewest: int = 1) -> list[int]:

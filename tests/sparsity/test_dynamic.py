@@ -17,7 +17,6 @@ LAYOUT = Layout((("a", (2, 4)), ("a.bias", (3,)), ("b", (2, 3))), ("a", "b"))
 SPANS = {"a": range(8), "b": range(8, 14)}
 LIVE = np.array([1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 1], np.bool_)  # 5 of 8 and 3 of 6
 MASK = Mask(LAYOUT, LIVE)
-OTHER = Layout((("a", (4, 2)), ("b", (2, 3))), ("a", "b"))
 SEEDS = st.integers(0, 2**32)
 BITS = st.lists(st.booleans(), min_size=14, max_size=14).map(lambda bits: np.array(bits, np.bool_))
 # Many ties among few values.
@@ -98,22 +97,16 @@ def test_regrow_by_hand():
     # Dead are 2 4 5 with scores 1 3 3, and 8 10 12 with -1 -2 -2.
     grown = grow(MASK, {"a": 1, "b": 2}, scores)
     assert np.flatnonzero(grown.alive & ~LIVE).tolist() == [4, 8, 10]
-    among = Mask(LAYOUT, np.isin(np.arange(14), [0, 2, 5, 12]))
-    grown = grow(MASK, {"a": 1, "b": 1}, scores, among=among)
-    assert np.flatnonzero(grown.alive & ~LIVE).tolist() == [5, 12]
-    rng = np.random.default_rng(1)
-    assert np.flatnonzero(grow(MASK, {"a": 2, "b": 1}, rng=rng, among=among).alive & ~LIVE).tolist() == [2, 5, 12]
 
 
-@given(BITS, BITS, SCORES, SEEDS, st.booleans(), st.data())
+@given(BITS, SCORES, SEEDS, st.data())
 @law
-def test_regrow_takes_the_best_dead_ones_of_each_layer_or_any(bits, reach, scores, seed, everywhere, data):
+def test_regrow_takes_the_best_dead_ones_of_each_layer_or_any(bits, scores, seed, data):
     mask, scores = Mask(LAYOUT, bits), scores - np.float32(1)
-    among = None if everywhere else Mask(LAYOUT, reach)
-    free = {name: {i for i in SPANS[name] if not bits[i] and (everywhere or reach[i])} for name in SPANS}
+    free = {name: {i for i in SPANS[name] if not bits[i]} for name in SPANS}
     counts = drawn(data, {name: len(free[name]) for name in free})
-    grown = grow(mask, counts, scores, among=among)
-    one, other = (grow(mask, counts, rng=np.random.default_rng(seed), among=among) for _ in range(2))
+    grown = grow(mask, counts, scores)
+    one, other = (grow(mask, counts, np.random.default_rng(seed)) for _ in range(2))
     assert one == other
     for name in SPANS:
         assert alive(grown, name) == alive(mask, name) | best(free[name], scores, counts[name])
@@ -125,7 +118,7 @@ def test_regrow_takes_the_best_dead_ones_of_each_layer_or_any(bits, reach, score
 
 def test_regrowth_is_uniform_among_the_dead():
     rng = np.random.default_rng(1)
-    times = sum(grow(MASK, {"a": 1, "b": 2}, rng=rng).alive.astype(int) for _ in range(1800))
+    times = sum(grow(MASK, {"a": 1, "b": 2}, rng).alive.astype(int) for _ in range(1800))
     # 1 of the 3 dead in the first layer (mean 600, deviation 20), 2 of the 3 in the second (mean 1200, deviation 20).
     assert (times[LIVE] == 1800).all()
     assert np.abs(times[[2, 4, 5]] - 600).max() < 100
@@ -137,8 +130,7 @@ def test_regrowth_is_uniform_among_the_dead():
 def test_fire_and_regrow_of_the_same_counts_keep_each_density(bits, scores, seed, by_chance, data):
     mask = Mask(LAYOUT, bits)
     counts = drawn(data, {name: count for name, count, _ in mask.layers()})
-    how = {"rng": np.random.default_rng(seed)} if by_chance else {"scores": scores}
-    moved = grow(drop(mask, scores, counts), counts, **how)
+    moved = grow(drop(mask, scores, counts), counts, np.random.default_rng(seed) if by_chance else scores)
     assert layer_densities(moved) == layer_densities(mask)
 
 
@@ -165,15 +157,8 @@ ONE_EACH = {"a": 1, "b": 1}
         (lambda: drop(MASK, ONES[:5], ONE_EACH), r"magnitudes have shape \(5,\)"),
         (lambda: drop(MASK, -ONES, ONE_EACH), "14 magnitudes are negative; all must be at least 0"),
         (lambda: grow(MASK, {"a": 4, "b": 1}, ONES), r"count of a is 4; it is in 0\.\.3"),
-        (lambda: grow(MASK, ONE_EACH, rng=RNG, among=MASK), r"count of a is 1; it is in 0\.\.0"),
+        (lambda: grow(Mask.dense(LAYOUT), ONE_EACH, RNG), r"count of a is 1; it is in 0\.\.0"),
         (lambda: grow(MASK, ONE_EACH, ONES[:5]), r"scores have shape \(5,\)"),
-        (lambda: grow(MASK, ONE_EACH), "got neither of scores and rng"),
-        (lambda: grow(MASK, ONE_EACH, ONES, RNG), "got both of scores and rng"),
-        (lambda: grow(MASK, ONE_EACH, ONES, among=Mask.dense(OTHER)), "masks of different layouts"),
-        (lambda: cosine_drop(1.5, 0, 10), r"alpha is 1\.5"),
-        (lambda: cosine_drop(0.5, 11, 10), "round 11 of 10"),
-        (lambda: cosine_drop(0.5, -1, 10), "round -1 of 10"),
-        (lambda: cosine_drop(0.5, 0, 0), "round 0 of 0"),
     ],
 )
 def test_wrong_arguments_are_refused(call, message):

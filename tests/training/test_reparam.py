@@ -11,6 +11,7 @@ from torch.nn import functional
 from ssfl_app.data.dataset import Images, Transform
 from ssfl_app.seeding import torch_generator
 from ssfl_app.sparsity.layout import Layout
+from ssfl_app.training import reparam
 from ssfl_app.training.models import ModelOptions, create
 from ssfl_app.training.reparam import (
     bernoulli_weights,
@@ -19,7 +20,7 @@ from ssfl_app.training.reparam import (
     power,
     power_propagation,
     sparse_activations,
-    spectral_exponents,
+    spectral_exponent,
     top_weights,
 )
 from ssfl_app.training.trainer import LocalOptions, LocalTrainer
@@ -61,7 +62,7 @@ def ones(model):
 
 CONTEXTS = {
     "power": lambda model: power_propagation(model, 1.25),
-    "activations": lambda model: sparse_activations(model, lambda name, a: 0.3),
+    "activations": lambda model: sparse_activations(model, dict.fromkeys(originals(model), 0.3)),
     "top": lambda model: top_weights(model, 0.3),
     "bernoulli": lambda model: bernoulli_weights(model, torch.Generator().manual_seed(1), constants=ones(model)),
 }
@@ -256,13 +257,13 @@ def test_the_inverse_power_gives_weights_whose_power_is_wanted(beta):
 
 def test_spectral_exponents_by_hand():
     """|W| = [[3, 0], [1, 0]]: v = (1, 0), |W|v = (3, 1), sigma = sqrt(10), mean = 1."""
-    model = nn.Sequential(linear(torch.tensor([[-3.0, 0.0], [1.0, 0.0]])), linear(torch.zeros(2, 2)))
-    assert spectral_exponents(model) == {"0.weight": pytest.approx(1 + 10**-0.5, rel=1e-12), "1.weight": 1.0}
+    assert spectral_exponent(torch.tensor([[-3.0, 0.0], [1.0, 0.0]])) == pytest.approx(1 + 10**-0.5, rel=1e-12)
+    assert spectral_exponent(torch.zeros(2, 2)) == 1.0
 
 
 def test_spectral_exponents_are_near_those_of_the_exact_norm():
     model = network("resnet20")
-    exponents = spectral_exponents(model)
+    exponents = {name: spectral_exponent(w) for name, w in originals(model).items()}
     assert tuple(exponents) == Layout.of(model).prunable
     for name, w in originals(model).items():
         sigma = torch.linalg.matrix_norm(w.abs().flatten(1), 2).item()
@@ -270,7 +271,7 @@ def test_spectral_exponents_are_near_those_of_the_exact_norm():
         assert exact * (1 - 1e-5) <= exponents[name] - 1 <= exact * 1.01
         assert exponents[name] <= 1 + w.numel() ** -0.5 + 1e-12
     with power_propagation(model, exponents):
-        assert spectral_exponents(model) == exponents
+        assert {name: spectral_exponent(w) for name, w in originals(model).items()} == exponents
 
 
 # ---- sparse activations --------------------------------------------------------------------------
@@ -333,15 +334,13 @@ def test_equal_activations_are_kept_by_index():
     assert layer.weight.grad.tolist() == [[1.0, -1.0, 2.0, 0.0, 0.0, 0.0]]
 
 
-def test_activations_are_pruned_in_training_with_gradients_only():
+def test_activations_are_pruned_in_training_with_gradients_only(monkeypatch):
     layer, a = linear(whole(3, 5)), whole(4, 5, seed=2)
-    asked = []
-
-    def keep(name, activation):
-        asked.append((name, tuple(activation.shape)))
-        return 0.2
-
-    with sparse_activations(layer.eval(), keep):
+    asked, largest = [], reparam._largest
+    monkeypatch.setattr(
+        reparam, "_largest", lambda a, count: asked.append((tuple(a.shape), count)) or largest(a, count)
+    )
+    with sparse_activations(layer.eval(), {"weight": 0.2}):
         assert torch.equal(gradients(layer, a, torch.ones(4, 3))[2], torch.ones(3, 4) @ a)
         with torch.no_grad():
             layer.train()(a)
@@ -350,17 +349,7 @@ def test_activations_are_pruned_in_training_with_gradients_only():
         assert asked == []
         layer.weight.requires_grad_(True)
         layer(a)
-        assert asked == [("weight", (4, 5))]
-
-
-def test_keep_of_a_function_is_checked_in_the_pass():
-    layer = nn.Linear(2, 2)
-    with (
-        pytest.raises(ValueError, match=r"keep of weight is 2; it is a fraction in \[0, 1\]"),
-        sparse_activations(layer, lambda name, a: 2),
-    ):
-        layer(torch.ones(1, 2))
-    assert "forward" not in vars(layer)
+        assert asked == [((4, 5), 4)]
 
 
 def test_a_layer_with_a_forward_of_its_own_keeps_it():
@@ -470,15 +459,6 @@ def test_masks_are_drawn_anew_in_every_pass_and_have_the_law_of_the_scores():
     assert mean[0] == 0
     assert mean[4] == 1
     torch.testing.assert_close(mean, theta[0], rtol=0, atol=5 * (0.25 / 2000) ** 0.5)
-
-
-def test_without_sampling_the_likely_weights_are_used_and_nothing_is_drawn():
-    layer, generator = linear(torch.tensor([[-1.0, 0.0, 1e-3, 4.0]])), torch_generator(1, "mask")
-    before = generator.get_state()
-    constant = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    with bernoulli_weights(layer, generator, constants={"weight": constant}, sample=False):
-        assert layer.weight.tolist() == [[0.0, 0.0, 3.0, 4.0]]
-    assert torch.equal(generator.get_state(), before)
 
 
 def test_entering_draws_nothing_and_one_pass_draws_once_a_weight():

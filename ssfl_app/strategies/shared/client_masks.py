@@ -1,4 +1,4 @@
-"""The server side of methods in which every client has a mask of its own."""
+"""What methods share in which every client has a mask, and so a model, of its own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,10 +6,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.core.algorithm import ServerContext, SparseStrategy
+from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, ServerContext, SparseStrategy
 from ssfl_app.core.strategy import density_pair
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays
+
+
+class OwnMaskClient(ClientAlgorithm):
+    """A client to whom its own model comes down."""
+
+    def evaluate(self, payload: Payload) -> Metadata:
+        """Test what came down as the client's own model."""
+        self.load(payload)
+        return self.tested(payload, "personal_accuracy")
 
 
 class ClientMasks(SparseStrategy):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ssfl_app.core.algorithm import ClientAlgorithm, Images, Metadata, Payload
 from ssfl_app.core.options import FromSettings, Section, Settings, at_least, choice
 from ssfl_app.seeding import generator
+from ssfl_app.sparsity.layout import load_state
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,20 @@ class FinetuneOptions(Section):
     lr: str = choice("initial", "scheduled", about="local.lr, or the rate of the round after the last one")
 
 
+class PersonalModelClient(ClientAlgorithm):
+    """A client that keeps a model of its own beside the global one."""
+
+    stateful = True
+
+    def evaluate(self, payload: Payload) -> Metadata:
+        """Test the global model, and the client's own one."""
+        metadata = super().evaluate(payload)
+        load_state(self.context.model, self.personal_model(payload))
+        return self.tested(payload, "personal_accuracy") | metadata
+
+
 class FineTuningClient(ClientAlgorithm):
-    """A client that fine-tunes a model after the last round."""
+    """A client that fine-tunes the global model after the last round: that is its personal model."""
 
     finetune = FromSettings(FinetuneOptions)
 
@@ -27,13 +40,15 @@ class FineTuningClient(ClientAlgorithm):
         """Return the epochs of fine-tuning too."""
         return super().uses(settings) + FinetuneOptions.from_settings(settings).epochs
 
-    def finetuned(self, payload: Payload) -> Metadata:
-        """Train the model on the workbench for one more local round and return its accuracy as the personal one."""
+    def evaluate(self, payload: Payload) -> Metadata:
+        """Test as ever; after the last round the global model, and that model after one more local round."""
         options, local = self.finetune, self.settings.local
+        if payload.round != self.settings.run.rounds:
+            return super().evaluate(payload)
+        metadata = ClientAlgorithm.evaluate(self, payload)
         rate = local.lr if options.lr == "initial" else local.rate(payload.round + 1)
         self.fit(payload.round, purpose="finetune", lr=rate, epochs=options.epochs or local.epochs)
-        metadata = self.tested(payload, "personal_accuracy")
-        return {name: metadata[name] for name in ("personal_accuracy",) if name in metadata}
+        return self.tested(payload, "personal_accuracy") | metadata
 
 
 def held_out_of(images: int, share: float) -> int:

@@ -12,25 +12,20 @@ from fractions import Fraction
 import numpy as np
 
 from ssfl_app.core.aggregation import Aggregator, ReplyOverlapMean
-from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, Reply
+from ssfl_app.core.algorithm import Payload, Reply
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, read_mask
 from ssfl_app.sparsity.dynamic import drop
 from ssfl_app.sparsity.layout import state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.strategies.shared.client_masks import ClientMasks
+from ssfl_app.strategies.shared.client_masks import ClientMasks, OwnMaskClient
 
 
-class IterativePruningClient(ClientAlgorithm):
+class IterativePruningClient(OwnMaskClient):
     """Holds its own mask. Subclasses say when weights are pruned."""
 
     down = MaskedValues
     up = BitmapAndValues
-
-    def evaluate(self, payload: Payload) -> Metadata:
-        """Test the client's own part of the global model."""
-        self.load(payload)
-        return self.tested(payload, "personal_accuracy")
 
     def pruned(self, mask: Mask, step: float) -> Mask:
         """Return `mask` without the share `step` of its weights in each layer: the smallest on the workbench.

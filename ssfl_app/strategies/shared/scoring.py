@@ -7,10 +7,11 @@ import numpy as np
 
 from ssfl_app.core.algorithm import ClientAlgorithm, Images
 from ssfl_app.core.means import WeightedMean
-from ssfl_app.core.options import FromSettings, Section, Settings, above, at_least, choice, fraction
+from ssfl_app.core.options import FromSettings, MaskOptions, Section, Settings, above, at_least, choice, fraction
 from ssfl_app.core.robust import SCORE_FOLDS
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.layout import State, Vector, load_state, state_of
+from ssfl_app.sparsity.layout import Layout, State, Vector, load_state, state_of
+from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import balanced_batch, snip
 from ssfl_app.sparsity.values import SCORE_TYPES
 
@@ -60,6 +61,12 @@ class ScoringClient(ClientAlgorithm):
         """
         options = SsflOptions.from_settings(settings)
         return super().work(settings, images) + 2 * options.saliency_batches * options.saliency_batch_size
+
+
+def ranked(layout: Layout, scores: Vector, wanted: MaskOptions, density: float | None = None) -> Mask:
+    """Return the mask of the largest scores, shape (prunable,), as ``mask`` says, or at another density."""
+    share = wanted.density if density is None else density
+    return Mask.top(layout, scores, share, wanted.scope, min_per_layer=wanted.min_per_layer)
 
 
 def mean_over_batches(

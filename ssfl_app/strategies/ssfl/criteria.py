@@ -33,11 +33,9 @@ averaged after the magnitude is taken, except for pooled-snip and grasp, which a
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, Reply, SparseStrategy
 from ssfl_app.core.options import ConfigError, Settings
@@ -46,15 +44,8 @@ from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import flow_net, grasp, pooled_snip, snip, synflow
-from ssfl_app.sparsity.values import (
-    Arrays,
-    PayloadError,
-    check_values,
-    read_array,
-    read_values,
-    write_values,
-)
-from ssfl_app.strategies.shared.scoring import SsflOptions, mean_over_batches, snip_scores
+from ssfl_app.sparsity.values import Arrays, PayloadError, check_values, read_array, read_values, write_values
+from ssfl_app.strategies.shared.scoring import SsflOptions, mean_over_batches, ranked, snip_scores
 
 QUESTIONS = ("saliency", "curvature")
 MAGNITUDES = ("snip", "iterative-snip", "force")
@@ -66,21 +57,13 @@ STEPS = {"synflow": 100, "iterative-snip": 5, "force": 5}
 
 
 def steps_of(settings: Settings) -> int:
-    """Return the number of steps of the criterion.
-
-    Raises
-    ------
-    ConfigError
-        ssfl.steps is set for a criterion that has none.
-    """
+    """Return the number of steps of the criterion; raise ConfigError if it does not fit the other options."""
     options = SsflOptions.from_settings(settings)
     if options.steps and options.criterion not in STEPS:
         raise ConfigError(f"ssfl.steps is {options.steps}; it is 0 with ssfl.criterion {options.criterion}")
     if options.score_values == "log8" and options.criterion in SIGNED:
-        raise ConfigError(
-            f"ssfl.score-values is 'log8'; it is fp32 or bf16 with ssfl.criterion {options.criterion}, whose values "
-            "have signs"
-        )
+        rule = f"it is fp32 or bf16 with ssfl.criterion {options.criterion}, whose values have signs"
+        raise ConfigError(f"ssfl.score-values is 'log8'; {rule}")
     return options.steps or STEPS.get(options.criterion, 1)
 
 
@@ -94,14 +77,10 @@ def find_mask(
     state: State | None = None,
     carry: Payload | None = None,
 ) -> Mask:
-    """Return the mask that ssfl.criterion chooses.
+    """Return the mask that ssfl.criterion chooses; the client of `strategy` hands `QUESTIONS` to `score_weights`.
 
     Parameters
     ----------
-    strategy : SparseStrategy
-        Its settings have the section ``ssfl``; its client hands `QUESTIONS` to `score_weights`.
-    ask : Query
-        Of `before_training` or `before_round`.
     clients : iterable of int
         Who is asked, in every exchange.
     state : State, optional
@@ -112,10 +91,8 @@ def find_mask(
 
     Raises
     ------
-    RunFailed
-        Too few clients answered well.
-    RuntimeError
-        The criterion is synflow, and the strategy's context has no `workbench`.
+    RunFailed, RuntimeError
+        Too few clients answered well; the criterion is synflow, and the strategy's context has no `workbench`.
     """
     layout = strategy.layout
     if state is None:
@@ -136,48 +113,37 @@ class _ScoreCollector:
     clients: tuple[int, ...]
     state: State
     carry: Payload
-    weights: Vector = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", self.strategy.layout.flatten_prunable(self.state))
+    @property
+    def weights(self) -> Vector:
+        return self.strategy.layout.flatten_prunable(self.state)
 
     def mean(self, question: str, size: int | None = None, arrays: Arrays | None = None, step: int = 0) -> Vector:
         """Return the weighted mean of the vectors that the clients answer with, or what ssfl.score-fold says."""
-        size = self.strategy.layout.prunable_size if size is None else size
+        count = self.strategy.layout.prunable_size if size is None else size
         options = SsflOptions.from_settings(self.strategy.settings)
-        fold, by_samples = ScoreFold(options.score_fold, size), options.saliency_weighting == "samples"
+        fold, by_samples = ScoreFold(options.score_fold, count), options.saliency_weighting == "samples"
         metadata = {**self.carry.metadata, "step": step} if step else self.carry.metadata
         payload = Payload({**self.carry.arrays, **(arrays or {})}, metadata)
 
+        def check(client: int, payload: Payload) -> None:
+            self.strategy.check_samples(payload)
+            values = read_values(payload.arrays, options.score_values, count)
+            check_values(values)
+            # Below 0 an alive weight would rank behind one that an earlier step removed.
+            if options.criterion in MAGNITUDES and values.size and values.min() < 0:
+                raise PayloadError(f"scores reach {values.min():g}; those of {options.criterion} must be at least 0")
+
         def take(reply: Reply) -> None:
-            values = read_values(reply.arrays, options.score_values, size)
+            values = read_values(reply.arrays, options.score_values, count)
             fold.add(reply.client, values, reply.samples if by_samples else 1)
 
-        self.ask(question, self.clients, partial(self._check, size), take, payload)
+        self.ask(question, self.clients, check, take, payload)
         return fold.value()
-
-    def _check(self, size: int, client: int, payload: Payload) -> None:
-        self.strategy.check_samples(payload)
-        criterion, kind = (
-            (options := SsflOptions.from_settings(self.strategy.settings)).criterion,
-            options.score_values,
-        )
-        values = read_values(payload.arrays, kind, size)
-        check_values(values)
-        # Below 0 an alive weight would rank behind one that an earlier step removed.
-        if criterion in MAGNITUDES and values.size and values.min() < 0:
-            raise PayloadError(f"scores reach {values.min():g}; those of {criterion} must be at least 0")
 
     def top(self, scores: Vector, density: float | None = None) -> Mask:
         """Return the mask of the largest scores, of mask.density by default."""
-        wanted = self.strategy.settings.mask
-        return Mask.top(
-            self.strategy.layout,
-            scores,
-            wanted.density if density is None else density,
-            wanted.scope,
-            min_per_layer=wanted.min_per_layer,
-        )
+        return ranked(self.strategy.layout, scores, self.strategy.settings.mask, density)
 
     def steps(self, score: Callable[[int, Mask], Vector], returning: bool) -> Mask:
         """Return the mask after all steps; `score` gets the step, from 0, and the mask before; it is not negative."""
@@ -214,9 +180,8 @@ def _by_synflow(inquiry: _ScoreCollector) -> Mask:
     strategy, layout = inquiry.strategy, inquiry.strategy.layout
     workbench, shape = strategy.context.workbench, strategy.context.image_shape
     if workbench is None or shape is None:
-        raise RuntimeError(
-            "context.workbench or image_shape is None; ssfl.criterion synflow computes with the model on the server"
-        )
+        rule = "ssfl.criterion synflow computes with the model on the server"
+        raise RuntimeError(f"context.workbench or image_shape is None; {rule}")
     net = flow_net(workbench)
 
     def score(step: int, mask: Mask) -> Vector:
@@ -289,11 +254,7 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
         values = snip_scores(rule, state)
     elif question == "curvature":
         flat = read_array(payload.arrays, "direction", np.float32, site.layout.prunable_size)
-        shapes = dict(site.layout.shapes)
-        direction = {
-            name: torch.from_numpy(flat[span].copy()).view(shapes[name])
-            for name, span in site.layout.prunable_spans.items()
-        }
+        direction = site.layout.scatter(flat, site.layout.is_prunable)
         values = mean_over_batches(
             rule, state, lambda i: site.trainer.curvature(site.model, i, direction, temperature)
         )
@@ -305,17 +266,12 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
 def _on_masked_net(rule: ClientAlgorithm, state: State, payload: Payload) -> Vector:
     """Return |g w| of the masked net: of its alive weights, or with force, with the dense w, of all."""
     options, site = SsflOptions.from_settings(rule.settings), rule.context
-    net = site.dense
-    if "net" in payload.arrays:
-        net = read_mask({"mask": payload.arrays["net"]}, site.layout)
+    net = read_mask({"mask": payload.arrays["net"]}, site.layout) if "net" in payload.arrays else site.dense
     step = payload.metadata.get("step", 0)
     if not isinstance(step, int) or step < 0:
         raise PayloadError(f"step is {step!r}; it must be a whole number of at least 0")
-    weights = {name: tensor.to(site.trainer.device) for name, tensor in state.items()}
+    weights, first = {n: t.to(site.trainer.device) for n, t in state.items()}, step * options.saliency_batches
     scores = mean_over_batches(
-        rule,
-        net.apply(state),
-        lambda images: snip(site.trainer.gradient(site.model, images), weights),
-        first=step * options.saliency_batches,
+        rule, net.apply(state), lambda i: snip(site.trainer.gradient(site.model, i), weights), first
     )
     return scores if options.criterion == "force" else scores[net.alive]

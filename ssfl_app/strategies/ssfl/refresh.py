@@ -18,7 +18,6 @@ weights back to w0, which is training from scratch under the new mask, the contr
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,28 +36,11 @@ HISTORY = 5
 """Rounds whose mean loss newcomers are compared with."""
 
 
-@dataclass(frozen=True)
-class RefreshQuery:
-    """The lifted weights, and what goes down so that a client can make them."""
-
-    lifted: State
-    payload: Payload
-
-
 class MaskRefresh:
-    """Decides when the mask of a run is refreshed, and from which weights it goes on; once.
-
-    Parameters
-    ----------
-    options : SsflOptions
-        The section ``ssfl``.
-    clients : int
-        Of the federation.
-    """
+    """Decides when the mask of a run is refreshed, and from which weights it goes on; once."""
 
     def __init__(self, options: SsflOptions, clients: int) -> None:
-        self.options = options
-        self.done = False
+        self.options, self.done = options, False
         self._trained = np.zeros(clients, dtype=np.uint8)
         self._history: list[float] = []
 
@@ -77,11 +59,11 @@ class MaskRefresh:
             return False
         return math.fsum(new) / len(new) > self.options.refresh_drift * math.fsum(before) / len(before)
 
-    def query(self, mask: Mask, trained: State, initial: State) -> "RefreshQuery":
-        """Return what clients are asked: scores at the lifted weights, which they can make from the payload."""
+    def query(self, mask: Mask, trained: State, initial: State) -> tuple[State, Payload]:
+        """Return the lifted weights, and what goes down so that a client can make them."""
         lifted = reveal_dead_weights(mask, trained, initial)
         arrays = {"alive": MaskedValues().encode(mask.layout, trained, mask)["values"], "held": mask.packed()}
-        return RefreshQuery(lifted, Payload(arrays, {"weights": state_digest(mask.layout, lifted)}))
+        return lifted, Payload(arrays, {"weights": state_digest(mask.layout, lifted)})
 
     def start(self, trained: State, lifted: State, initial: State) -> State:
         """Return the weights to go on from, before the new mask is applied; the refresh is done."""
@@ -117,10 +99,8 @@ def lifted_weights(rule: ClientAlgorithm, payload: Payload) -> State:
 
     Raises
     ------
-    Need
-        This machine makes other initial weights than the server did.
-    PayloadError
-        What came down is malformed.
+    Need, PayloadError
+        This machine makes other initial weights than the server did; what came down is malformed.
     """
     layout = rule.context.layout
     held = read_mask({"mask": payload.arrays["held"]}, layout)

@@ -71,20 +71,8 @@ class FixedMask(SparseStrategy):
         self.mask = self.find_mask(ask)
         self.state = self.mask.apply(self.state)
 
-    def find_mask(
-        self, ask: Query, round_: int = 0, state: State | None = None, carry: Payload | None = None
-    ) -> Mask:
-        """Return the global mask.
-
-        Parameters
-        ----------
-        ask : Query
-            Asks clients.
-        round_ : int
-            Before which it is wanted; 0: before the first.
-        state, carry : State, Payload, optional
-            The weights it is about, if they are not the initial ones, and how clients get at them (`find_mask`).
-        """
+    def find_mask(self, ask: Query) -> Mask:
+        """Return the global mask, before round 1."""
         raise NotImplementedError
 
 
@@ -119,13 +107,13 @@ class Ssfl(FixedMask):
             self.mask = self.find_mask(ask, round_, self.state)
             self.state = self.mask.apply(self.state)
         elif self._refresher.due(round_, self.losses) and round_ > warmup:
-            question = self._refresher.query(self.mask, self.state, self._initial)
-            trained, self.state = self.state, question.lifted  # what a client is sent that cannot make it itself
+            lifted, question = self._refresher.query(self.mask, self.state, self._initial)
+            trained, self.state = self.state, lifted  # what a client is sent that cannot make it itself
             try:
-                mask = self.find_mask(ask, round_, question.lifted, question.payload)
+                mask = self.find_mask(ask, round_, lifted, question)
             finally:
                 self.state = trained
-            self.state = mask.apply(self._refresher.start(trained, question.lifted, self._initial))
+            self.state = mask.apply(self._refresher.start(trained, lifted, self._initial))
             self.mask = mask
 
     def state_dict(self) -> Arrays:
@@ -143,7 +131,10 @@ class Ssfl(FixedMask):
     def find_mask(
         self, ask: Query, round_: int = 0, state: State | None = None, carry: Payload | None = None
     ) -> Mask:
-        """Ask clients for what ssfl.criterion needs, and keep the top."""
+        """Ask the clients of a round for what ssfl.criterion needs, and keep the top.
+
+        `state` and `carry`: the weights it is about, if they are not the initial ones (`criteria.find_mask`).
+        """
         return find_mask(self, ask, self.asked(round_), state, carry)
 
     def answers(self, round_: int, question: str | None = None) -> Allowed:
@@ -179,9 +170,7 @@ class Random(FixedMask):
     name = "random"
     has_floor = False
 
-    def find_mask(
-        self, ask: Query, round_: int = 0, state: State | None = None, carry: Payload | None = None
-    ) -> Mask:
+    def find_mask(self, ask: Query) -> Mask:
         """Draw the mask."""
         wanted, rng = self.settings.mask, generator(self.settings.run.seed, "random-mask")
         return Mask.random(self.layout, wanted.density, rng, wanted.scope)
