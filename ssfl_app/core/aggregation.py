@@ -118,8 +118,8 @@ class ReplyZerosMean:
         self._mean.add(values, self._strategy.weight(reply))
         self._sent |= mask.alive
 
-    def finish(self) -> tuple[Vector, Mask]:
-        """Return the mean, float32, shape (layout.size,), and the mask."""
+    def finish(self, old: State) -> tuple[Vector, Mask]:
+        """Return the mean, float32, shape (layout.size,), and the mask; `old` is not read."""
         mean = self._mean.value()
         del self._mean
         return mean, Mask(self._strategy.layout, self._sent)
@@ -136,11 +136,11 @@ class ReplyOverlapMean:
         values, mask = self._strategy.decoded(reply)
         self._mean.add(values, mask.transmitted, self._strategy.weight(reply))
 
-    def finish(self, old: Vector) -> Vector:
-        """Return the mean, float32, shape (layout.size,), and `old` where nobody sent anything."""
-        mean = self._mean.value(old)
+    def finish(self, old: State) -> tuple[Vector, Mask]:
+        """Return the mean, float32, shape (layout.size,), `old` where nobody sent any, and the mask as it was."""
+        mean = self._mean.value(self._strategy.layout.flatten(old))
         del self._mean
-        return mean
+        return mean, self._strategy.mask
 
 
 def within_norm(strategy: _Algorithm, aggregator: Aggregator, what: str) -> Aggregator:

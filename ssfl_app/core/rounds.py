@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from ssfl_app.comm.exchange import ExchangeReport
+from ssfl_app.comm.exchange import ExchangeReport, names
 from ssfl_app.comm.messenger import Check, ClientMessenger, Messenger, Reply
 from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
 from ssfl_app.core.options import Settings
@@ -84,18 +84,7 @@ M = TypeVar("M", bound=Messenger)
 class RoundLoop(Generic[S, M]):
     """The parts that every round has; a subclass puts them in order and writes the records.
 
-    Parameters
-    ----------
-    strategy : S
-        Whose methods are called.
-    messenger : M
-        The strategy's.
-    grid : Grid
-        Flower's.
-    configs : pair of ConfigRecord
-        Of training and evaluation messages.
-    evaluate_fn : callable, optional
-        Flower's central evaluation.
+    `configs` are those of training and evaluation messages; `evaluate_fn` is Flower's central evaluation.
     """
 
     def __init__(
@@ -190,13 +179,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         return 4 * self._strategy.layout.size
 
     def run(self, first: int, last: int) -> Result:
-        """Play rounds `first` to `last`; 0 is setup.
-
-        Raises
-        ------
-        RunFailed
-            Clients are missing, too few answered, or Ray lost an actor.
-        """
+        """Play rounds `first` to `last`; 0 is setup."""
         sites = self._messenger.registry.wait_for_clients(self._grid)
         if self._strategy.callback is not None:
             self._strategy.callback.met(sites)
@@ -231,8 +214,8 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         self._empty = tuple(name for name, alive, _ in strategy.mask.layers() if not alive)
         if self._empty and self._empty != before and strategy.callback is not None:
             cure = "set mask.min-per-layer to 1 or more" if strategy.has_floor else "choose a higher mask.density"
-            names = ", ".join(self._empty[:5]) + (f" and {len(self._empty) - 5} more" if len(self._empty) > 5 else "")
-            strategy.callback.warn(f"the mask leaves no weight alive in {names}: {cure}")
+            empty = ", ".join(self._empty[:5]) + (f" and {len(self._empty) - 5} more" if len(self._empty) > 5 else "")
+            strategy.callback.warn(f"the mask leaves no weight alive in {empty}: {cure}")
         return {"empty_layers": list(self._empty)} if self._empty else {}
 
     def _discover(self, round_: int, prefix: str, hook: Callable[[Query], None]) -> Record:
@@ -263,7 +246,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
             return {}
         return {
             f"{prefix}asked": sorted({c for o in reports for c in [*o.ok, *o.lost, *o.refused]}),
-            **{prefix + name: value for name, value in _names(*reports).items()},
+            **{prefix + name: value for name, value in names(*reports).items()},
             "bytes_discovery_down": sum(o.down for o in reports),
             "bytes_discovery_up": sum(o.up for o in reports),
             "image_passes": sum(o.train_examples for o in reports),
@@ -282,7 +265,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         return {
             "round": round_,
             "cohort": strategy.cohort(round_),
-            **_names(report),
+            **names(report),
             "train_loss": metrics["loss"],
             **({"update_norms": {str(c): norms[c] for c in sorted(norms)}} if norms else {}),
             **counts,
@@ -305,7 +288,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         central = self._central(round_, lambda: ArrayRecord(dict(strategy.model())))
         if central is not None:
             record |= {f"central_{name}": central[name] for name in ("loss", "accuracy")}
-        report, failed = self._messenger.report, _names(self._messenger.report)
+        report, failed = self._messenger.report, names(self._messenger.report)
         record |= {f"evaluate_{name}": failed[name] for name in ("lost", "refused", "notes") if name in failed}
         record |= {"bytes_evaluate_down": report.down, "bytes_mask_down": report.mask_down}
         return record | {"image_passes": report.train_examples}
@@ -316,15 +299,3 @@ def _sum(*records: Record) -> Record:
     counts = ("bytes_mask_down", "image_passes", "validation_passes")
     merged: Record = {name: value for record in records for name, value in record.items()}
     return merged | {name: sum(record.get(name, 0) for record in records) for name in counts}
-
-
-def _names(*reports: ExchangeReport) -> Record:
-    lost = {c: why for o in reports for c, why in o.lost.items()}
-    refused = {c: why for o in reports for c, why in o.refused.items()}
-    notes = {c: why for o in reports for c, why in o.notes.items()}
-    return {
-        "ok": sorted({client for o in reports for client in o.ok}),
-        "lost": {str(c): lost[c] for c in sorted(lost)},
-        "refused": {str(c): refused[c] for c in sorted(refused)},
-        **({"notes": {str(c): notes[c] for c in sorted(notes)}} if notes else {}),
-    }

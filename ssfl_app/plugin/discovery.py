@@ -17,6 +17,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from ssfl_app.comm.exchange import names
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.core.means import WeightedMean
 from ssfl_app.core.robust import normalised
@@ -124,12 +125,12 @@ class Discovery:
             )
         said = {node: seen for node, seen in said.items() if seen.ties == ties}
         scored_by = Counter(by[node] for node in said)
-        record |= messenger.names()
+        record |= names(messenger.report)
         record["scored_by"] = dict(sorted(scored_by.items()))
         record["bytes_discovery_down"] = messenger.report.down + messenger.report.mask_down
         record["bytes_discovery_up"] = messenger.report.up
         messenger.log_failures("discovery")
-        messenger.require(self.min_ok_fraction, "the question for saliency")
+        messenger.report.require(self.min_ok_fraction, "the question for saliency", "node")
         scores, record["score_fold"] = np.zeros(layout.prunable_size, dtype=np.float32), "mean"
         if answers and inner is not None:
             good = [_comparable(answer, layout, model) for answer in answers if answer.node in said]

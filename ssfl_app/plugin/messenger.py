@@ -61,8 +61,6 @@ class NodeMessenger(Messenger):
     ----------
     mask : Mask
         Under which training and evaluation messages are encoded; the dense one at first.
-    odd : dict of int to str
-        Nodes whose values count there and whose metrics do not, and why.
     """
 
     def __init__(
@@ -71,7 +69,6 @@ class NodeMessenger(Messenger):
         super().__init__(timeout)
         self.spec, self.mask = spec, Mask.dense(spec.layout)
         self._values, self._weight_key, self._most = values, weight_key, most_examples
-        self.odd: dict[int, str] = {}
         self._kind: Kind = "train"
         self._sent: Metadata = {}  # the same to all nodes of an exchange
         self._decoded: dict[str, CheckedReply] = {}  # message id -> what was read of a reply that `decoded` rewrote
@@ -126,7 +123,7 @@ class NodeMessenger(Messenger):
 
     def exchange(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `build_messages` made; return the replies, of about this size, as they come."""
-        self.odd, self._decoded = {}, {}
+        self._decoded = {}
         # A subclass of SSFL may address messages to other nodes; what was written is the same for all.
         pending = next(iter(self._pending.values()))
         self._pending = {message.metadata.dst_node_id: pending for message in messages}
@@ -235,22 +232,12 @@ class NodeMessenger(Messenger):
         check_values(values)
         return values
 
-    def names(self) -> dict[str, Any]:
-        """Return who answered well, who was lost and who was refused, and why, as `SSFL.history` has it."""
-        report = self.report
-        bad = {"lost": report.lost, "refused": report.refused} | ({"odd_metrics": self.odd} if self.odd else {})
-        return {"ok": sorted(report.ok), **{k: {str(n): v[n] for n in sorted(v)} for k, v in bad.items()}}
-
     def log_failures(self, what: str) -> None:
         """Log how many answers came, and each failure by node and reason."""
         bad = {**self.report.lost, **self.report.refused}
         log(INFO, "%s: Received %s results and %s failures", what, len(self.report.ok), len(bad))
-        for node, reason in sorted({**bad, **self.odd}.items()):
+        for node, reason in sorted({**bad, **self.report.odd_metrics}.items()):
             log(INFO, "\t> node %s: %s", node, reason)
-
-    def require(self, share: float, what: str) -> None:
-        """Raise RunFailed unless at least `share` of the nodes that were asked answered well."""
-        self.report.require(share, what, least=0, who="node", option="min_ok_fraction")
 
 
 def _in_our_words(reason: str) -> str:

@@ -332,7 +332,7 @@ class SSFL(OwnStart):
             self._refuse(odd)
             answers = [answer for answer in answers if answer.node not in odd]
         else:
-            self.messenger.odd = odd
+            self.messenger.report.odd_metrics = odd
         if not answers or not self.messenger.report.enough(self.min_ok_fraction):
             return None, None
         if self.inner is not None:
