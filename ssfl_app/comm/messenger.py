@@ -297,14 +297,8 @@ def check_counts(metadata: Metadata, images: int | None, work: int) -> None:
     """Raise PayloadError unless the counts of an answer are those of a client that holds so many images.
 
     Every answer passes here, of whatever strategy and question. At most, not equal: fedfomo trains on a part of them.
-
-    Parameters
-    ----------
-    images : int or None
-        That the client holds for what it was asked: those it trains on, or with an evaluation those it tests on;
-        None: nothing is known.
-    work : int
-        Images, each as often as it is used, that one message can make go through the model.
+    `images` are those it trains on, or with an evaluation tests on; None: nothing is known. `work` counts the images,
+    each as often as it is used, that one message can make go through the model.
     """
     samples = metadata.get("samples")
     if type(samples) is not int or samples < 0:
