@@ -4,11 +4,11 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import Result, Strategy
 
 from ssfl_app.comm.exchange import ExchangeReport, names
 from ssfl_app.comm.messenger import Check, ClientMessenger, Messenger, Reply
@@ -55,29 +55,7 @@ class RunCallback(Protocol):
         """Round `record["round"]` of this strategy is over; 0 is setup."""
 
 
-class Trains(Protocol):
-    """What every round loop uses of a strategy: methods of Flower's `Strategy`."""
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Return the training messages of a round."""
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Change the model by the replies, and return their metrics."""
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Return the evaluation messages of a round."""
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return the metrics of the replies."""
-
-
-S = TypeVar("S", bound=Trains)
+S = TypeVar("S")
 M = TypeVar("M", bound=Messenger)
 
 
@@ -96,6 +74,7 @@ class RoundLoop(Generic[S, M]):
         evaluate_fn: Evaluate | None,
     ) -> None:
         self._strategy, self._messenger, self._grid = strategy, messenger, grid
+        self._flower = cast(Strategy, strategy)  # as Flower knows it; no protocol can be derived from this class
         self._configs, self._evaluate_fn = configs, evaluate_fn
         self._result = Result()
 
@@ -109,10 +88,10 @@ class RoundLoop(Generic[S, M]):
 
     def _training(self, round_: int, reply_bytes: int) -> tuple[ArrayRecord | None, MetricRecord | None, Record]:
         """Have clients train; return arrays, metrics, and how many messages and bytes that took."""
-        given, strategy = self._given("configure_train"), self._strategy
-        messages = list(strategy.configure_train(round_, given, self._configs[0], self._grid))
+        given = self._given("configure_train")
+        messages = list(self._flower.configure_train(round_, given, self._configs[0], self._grid))
         replies = self._messenger.exchange(self._grid, messages, reply_bytes)
-        arrays, metrics = strategy.aggregate_train(round_, self._heard("aggregate_train", replies))
+        arrays, metrics = self._flower.aggregate_train(round_, self._heard("aggregate_train", replies))
         if metrics is not None:
             self._result.train_metrics_clientapp[round_] = metrics
         report = self._messenger.report
@@ -127,12 +106,12 @@ class RoundLoop(Generic[S, M]):
 
     def _evaluation(self, round_: int) -> tuple[bool, MetricRecord | None]:
         """Have clients evaluate; return whether there was anything to send, and metrics."""
-        given, strategy = self._given("configure_evaluate"), self._strategy
-        messages = list(strategy.configure_evaluate(round_, given, self._configs[1], self._grid))
+        given = self._given("configure_evaluate")
+        messages = list(self._flower.configure_evaluate(round_, given, self._configs[1], self._grid))
         if not messages:
             return False, None
         replies = self._heard("aggregate_evaluate", self._messenger.exchange(self._grid, messages, 0))
-        metrics = strategy.aggregate_evaluate(round_, replies)
+        metrics = self._flower.aggregate_evaluate(round_, replies)
         if metrics is not None:
             self._result.evaluate_metrics_clientapp[round_] = metrics
         return True, metrics
@@ -145,7 +124,7 @@ class RoundLoop(Generic[S, M]):
         return metrics
 
 
-class _Algorithm(Trains, Protocol):
+class _Algorithm(Protocol):
     """What `ClientRoundLoop` uses of a strategy (`SparseStrategy` says what each part means)."""
 
     name: ClassVar[str]
@@ -185,10 +164,9 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
             self._strategy.callback.met(sites)
         if first == 0:
             began = time.monotonic()
-            record = {"round": 0, "strategy": self._strategy.name} | self._discover(
-                0, "", self._strategy.before_training
-            )
-            self._tell(record | self._empty_layers() | {"seconds": time.monotonic() - began})
+            found = self._discover(0, "", self._strategy.before_training)
+            record = {"round": 0, "strategy": self._strategy.name} | found | self._empty_layers()
+            self._tell(record | {"seconds": time.monotonic() - began})
         for round_ in range(max(1, first), last + 1):
             began = time.monotonic()
             back = self._messenger.readmit(self._grid)

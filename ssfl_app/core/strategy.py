@@ -76,11 +76,6 @@ class ServerContext:
 class SparseStrategy(OwnStart):
     """A federated algorithm on a fixed set of numbered clients.
 
-    Parameters
-    ----------
-    context : ServerContext
-        Where it works.
-
     Attributes
     ----------
     name : str
@@ -256,11 +251,8 @@ class SparseStrategy(OwnStart):
             return distance(flat[sent.transmitted], there(self.layout, self.state, sent.transmitted))
         memo = self._there
         if memo is None or memo[0] is not self.state or memo[1] is not mask:
-            self._there = memo = (
-                self.state,
-                mask,
-                there(self.layout, self.state, codec.positions(self.layout, mask)),
-            )
+            old = there(self.layout, self.state, codec.positions(self.layout, mask))
+            self._there = memo = self.state, mask, old
         return distance(codec.vector(reply.arrays, self.layout, mask), memo[2])
 
     # ---- what hooks use ----------------------------------------------------------------------
@@ -306,11 +298,8 @@ class SparseStrategy(OwnStart):
 
     def state_dict(self) -> Arrays:
         """Return all that `load_state_dict` needs, as flat arrays."""
-        kept: Arrays = {
-            "state": self.layout.flatten(self.state),
-            "mask": self.mask.packed(),
-            "since": self._last_accepted,
-        }
+        state, mask = self.layout.flatten(self.state), self.mask.packed()
+        kept: Arrays = {"state": state, "mask": mask, "since": self._last_accepted}
         return kept if self._residual is None else kept | {"residual": self._residual}
 
     def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -410,9 +399,7 @@ class SparseStrategy(OwnStart):
                     known[reply.client] = float(reply.metadata[name])
 
         self.messenger.receive(replies, {}, check_tested, take, None, f"evaluation in round {server_round}")
-        means: dict[str, Any] = {
-            name: math.fsum(known.values()) / len(known) for name, known in both.items() if known
-        }
+        means: dict[str, Any] = {name: math.fsum(k.values()) / len(k) for name, k in both.items() if k}
         return MetricRecord(means) if means else None
 
     def summary(self) -> None:

@@ -12,13 +12,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from ssfl_app.comm.exchange import names
-from ssfl_app.core.rounds import Record, RoundLoop, Trains
+from ssfl_app.core.rounds import Record, RoundLoop
 from ssfl_app.plugin.discovery import Discovery
 from ssfl_app.plugin.messenger import NodeMessenger
 from ssfl_app.sparsity.layout import Vector
 
 
-class _Algorithm(Trains, Protocol):
+class _Algorithm(Protocol):
     """What is used of a strategy here (`SSFL` says what each part means)."""
 
     inner: FedAvg | None
