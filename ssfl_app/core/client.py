@@ -92,8 +92,8 @@ def encode_with(
     Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014; Karimireddy et al., "Error Feedback Fixes
     SignSGD", ICML 2019.
 
-    `residual`, of shape (layout.size,), is what is to be made up for; None: nothing yet. What travels is returned, and
-    the new residual: 0 where nothing travels.
+    `residual`, of shape (layout.size,), is what is to be made up for; None: nothing yet. Returned are what travels
+    and the new residual: 0 where nothing travels.
     """
     wanted = layout.flatten(state)
     if residual is not None:

@@ -242,7 +242,7 @@ def there(layout: Layout, state: Mapping[str, torch.Tensor], places: Bits) -> li
 
 
 def distance(values: Vector, old: Iterable[Vector] | None = None) -> float:
-    """Return the Euclidean length of values, float32, minus `old`: pieces that are together as long (`there`).
+    """Return the Euclidean length of values, float32, minus `old`: pieces that are together as long (`there`), or 0.
 
     Squares are summed in blocks of 2^15 that stay in the cache, and the blocks' sums without rounding: the relative
     error is below 1e-14, and no second vector is in memory.
