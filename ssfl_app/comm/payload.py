@@ -229,7 +229,8 @@ class ClientState:
         held = self._state.get(_MEMORY)
         if not isinstance(held, ConfigRecord) or held["digest"] != digest:
             return None
-        content = bytes(held["mask"]) if self._masks is None else content_of(self._masks / digest)  # type: ignore[arg-type]
+        own: Any = held.get("mask")
+        content = bytes(own) if self._masks is None else content_of(self._masks / digest)
         return None if content is None else np.frombuffer(content, dtype=np.uint8)
 
     @client_state_errors()

@@ -146,7 +146,7 @@ class Discovery(MaskRule):
         return spec, mask
 
     def _dense(self, layout: Layout, said: Mapping[int, TensorReport]) -> dict[str, str]:
-        """Return which tensors most clients call no weights, and what they are; refuse a named one without training."""
+        """Return what most clients call no weights, and what it is; refuse a named one that none trains."""
         told = Counter((name, kind) for seen in said.values() for name, kind in seen.kinds.items())
         kinds = {name: kind for (name, kind), count in sorted(told.items()) if 2 * count > len(said)}
         if self.named and (still := [name for name, kind in kinds.items() if kind == TensorKind.UNTRAINED]):
