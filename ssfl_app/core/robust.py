@@ -66,9 +66,8 @@ class Rows:
             Wrong shape, a value that is not finite or too large, or a second vector of this client.
         """
         if values.shape != (self._size,) or client in self._rows:
-            raise ValueError(
-                f"client {client} has a vector of shape {values.shape}; one of ({self._size},) is needed"
-            )
+            what = f"a vector of shape {values.shape}; one of ({self._size},) is needed"
+            raise ValueError(f"client {client} has {what}")
         check_values(values)
         self._file.seek(4 * self._size * len(self._rows))
         self._file.write(np.ascontiguousarray(values, dtype=np.float32).data)

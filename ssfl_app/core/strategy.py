@@ -113,10 +113,9 @@ class SparseStrategy(OwnStart):
 
     def __init__(self, context: ServerContext) -> None:
         layout, settings = context.layout, context.settings
-        if settings.mask.min_per_layer and not self.has_floor:
-            raise ConfigError(
-                f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with strategy {self.name}"
-            )
+        floor = settings.mask.min_per_layer
+        if floor and not self.has_floor:
+            raise ConfigError(f"mask.min-per-layer is {floor}; it is 0 with strategy {self.name}")
         self.context, self.layout, self.settings, self.callback = context, layout, settings, context.callback
         if self.uses_density and layout.prunable_size and not self.alive():
             raise ConfigError(f"mask.{none_alive(layout, settings.mask.density)}")
@@ -150,10 +149,9 @@ class SparseStrategy(OwnStart):
                 f"wire.error-feedback is true; it is false with strategy {self.name}, where clients have masks, "
                 "models or memories of their own"
             )
-        if settings.run.fold != "mean" and not self._has_default_aggregator():
+        if run.fold != "mean" and not self._has_default_aggregator():
             raise ConfigError(
-                f"run.fold is {settings.run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of "
-                "its own"
+                f"run.fold is {run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of its own"
             )
 
     @classmethod
@@ -331,9 +329,8 @@ class SparseStrategy(OwnStart):
     ) -> Iterable[Message]:
         """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
         self.check_playing()
-        payloads = (
-            self._outgoing(client, self.train_payload(server_round, client)) for client in self.cohort(server_round)
-        )
+        cohort = self.cohort(server_round)
+        payloads = (self._outgoing(client, self.train_payload(server_round, client)) for client in cohort)
         return self.messenger.build_messages("train", server_round, payloads, config)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]:
