@@ -34,20 +34,9 @@ NDArrays = list[npt.NDArray[Any]]
 class SparseClient(NumPyClient):
     """One client, which works by the client half of an algorithm, behind Flower's NumPyClient interface.
 
-    Parameters
-    ----------
-    algorithm : ClientAlgorithm
-        With the context of this client.
-    name : str
-        Of a site with data of its own; "": the client goes by its number.
-    modules : tuple of str
-        Foreign ones that it works with: its code is the server's if these are too.
-
-    Attributes
-    ----------
-    array_names : tuple of str
-        Names of the arrays, in order: whoever calls `fit` or `evaluate` sets those of what it gives, and `fit` sets
-        those of what it returns.
+    `name` is that of a site with data of its own; "": the client goes by its number. `array_names` are those of the
+    arrays, in order: whoever calls `fit` or `evaluate` sets those of what it gives, and `fit` of what it returns.
+    `modules` are foreign ones that it works with: its code is the server's if these are too.
     """
 
     def __init__(self, algorithm: ClientAlgorithm, name: str = "", modules: tuple[str, ...] = ()) -> None:
@@ -74,11 +63,8 @@ class SparseClient(NumPyClient):
 
     def fit(self, parameters: NDArrays, config: Metadata) -> tuple[NDArrays, int, Metadata]:
         """Train, or answer ``config["question"]``; return arrays, samples and metadata."""
-        algorithm, trainer, payload = (
-            self.algorithm,
-            self.algorithm.context.trainer,
-            self._payload(parameters, config),
-        )
+        algorithm, payload = self.algorithm, self._payload(parameters, config)
+        trainer = algorithm.context.trainer
         passes, looks, question = trainer.passes, trainer.looks, config.get("question")
         try:
             reply = algorithm.train(payload) if question is None else algorithm.answer_query(str(question), payload)
@@ -87,8 +73,7 @@ class SparseClient(NumPyClient):
             return [], 0, {"need": str(need)}
         work = {"passes": trainer.passes - passes, "looks": trainer.looks - looks}
         self.array_names, self._parameters = tuple(reply.arrays), list(reply.arrays.values())
-        metadata = {**reply.metadata, **work, **self._notes()}
-        return self.get_parameters(config), int(reply.metadata["samples"]), metadata
+        return self._parameters, int(reply.metadata["samples"]), {**reply.metadata, **work, **self._notes()}
 
     def evaluate(self, parameters: NDArrays, config: Metadata) -> tuple[float, int, Metadata]:
         """Test the model on this client's own test images; return loss, samples and metadata."""
@@ -98,10 +83,7 @@ class SparseClient(NumPyClient):
             metadata = self.algorithm.evaluate(self._payload(parameters, config))
         except Need as need:
             return 0.0, 0, {"need": str(need)}
-        metadata["passes"] = (
-            self.algorithm.context.trainer.passes - passes
-        )  # of those that fine-tune before they test
-        metadata |= self._notes()
+        metadata |= {"passes": trainer.passes - passes, **self._notes()}  # some fine-tune before they test
         return float(metadata.get("loss", 0.0)), int(metadata["samples"]), metadata
 
     def _payload(self, parameters: NDArrays, config: Metadata) -> Payload:
@@ -171,10 +153,8 @@ def public(error: Exception, node_config: Mapping[str, object]) -> str:
         text = error.public
     elif isinstance(error, ConfigError | PayloadError):
         text = str(error)
-    folders = [
-        os.environ.get("HOME", ""),
-        *(value for value in node_config.values() if isinstance(value, str) and "/" in value),
-    ]
+    folders = [value for value in node_config.values() if isinstance(value, str) and "/" in value]
+    folders.append(os.environ.get("HOME", ""))
     if not text or any(folder in text for folder in folders if len(folder) > 1):
         text = "what it says is in the log of this node"
     kind = ConfigError if isinstance(error, PrivateError) else type(error)
@@ -204,13 +184,7 @@ def _answer(message: Message, context: Context) -> Message:
 
 
 def client_number(place: NodeConfig, metadata: Mapping[str, Any]) -> int:
-    """Return the number of the client that a node is: its own, or the one the server gives to its name.
-
-    Raises
-    ------
-    PayloadError
-        The node goes by its name and the message states no number.
-    """
+    """Return the number of the client that a node is: its own, or the one the server's message gives to its name."""
     number = metadata.get(CLIENT) if place.number is None else place.number
     if type(number) is not int or not 0 <= number < 2**31:
         raise PayloadError(f"{CLIENT} is {quoted(number)}; a message to site {place.name!r} states its number")

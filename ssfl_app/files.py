@@ -56,13 +56,7 @@ def not_regular(path: Path) -> OSError:
 
 
 def check_regular(path: Path) -> None:
-    """Look at a file before it is opened.
-
-    Raises
-    ------
-    OSError
-        It is missing, or something else than a regular file or a link to one.
-    """
+    """Raise OSError, before a file is opened, if it is missing or no regular file, nor a link to one."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise not_regular(path)
 

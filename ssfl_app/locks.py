@@ -37,13 +37,7 @@ REGISTERED = "SSFL_REGISTERED"
 
 
 def try_lock(path: Path) -> IO[str] | None:
-    """Return the open file once it is locked for this process, or None if another one holds it.
-
-    Raises
-    ------
-    OSError
-        It cannot be opened, or is no regular file.
-    """
+    """Return the open file, locked for this process, or None if another one holds it; OSError as `append` raises."""
     file = append(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,10 +54,7 @@ class RunFailed(RuntimeError):
 def memory_ran_out(reason: str) -> str:
     """Return what an error says that a process or a GPU without memory raised; "" if it is another one.
 
-    Parameters
-    ----------
-    reason : str
-        Its name and message: errors of torch, cuBLAS, cuDNN, numpy and Python have no class in common.
+    `reason` is its name and message: errors of torch, cuBLAS, cuDNN, numpy and Python have no class in common.
     """
     found = _MEMORY.search(reason)
     if found is None:
@@ -76,13 +67,7 @@ def memory_ran_out(reason: str) -> str:
 
 @contextmanager
 def naming_memory(cure: str) -> Iterator[None]:
-    """Turn an error inside for want of memory into RunFailed, which says how much was wanted, and the cure.
-
-    Raises
-    ------
-    RunFailed
-        Memory ran out. Other errors stay what they are.
-    """
+    """Turn an error inside for want of memory into RunFailed, which says how much was wanted, and the cure."""
     try:
         yield
     except RunFailed:

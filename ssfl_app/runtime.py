@@ -134,26 +134,18 @@ class Runtime:
         return REGISTRY[self.config.strategy].client(site)
 
 
+_Items = tuple[tuple[str, Scalar], ...]
 _OPENING = threading.Lock()
-_CHECKED: dict[Config, tuple[DataSet, Partition]] = {}
+_CHECKED: dict[tuple[_Items, str], tuple[Config, tuple[DataSet, Partition]]] = {}
 """What `check` loaded for the `get_runtime` that follows it in this process: one configuration's at the most."""
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What `get_runtime` is asked for, as a key; `config` is that of `items`, if it was parsed already."""
-
-    items: tuple[tuple[str, Scalar], ...]
-    site: str
-    config: Config | None = field(compare=False)
-
-
 @functools.lru_cache(maxsize=2)
-def _open(asked: _Asked) -> Runtime:
-    config = asked.config or configuration.parse(dict(asked.items))
+def _open(items: _Items, site: str) -> Runtime:
+    config, loaded = _CHECKED.pop((items, site), None) or (configuration.parse(dict(items)), None)
     torch.set_num_threads(config.engine.threads)
     device = find_device(config.settings.run.device)
-    images, partition = _CHECKED.pop(config) if config in _CHECKED else _load(config, asked.site)
+    images, partition = loaded or _load(config, site)
     images = _resident(images, device)
     model = _model(config, images, device)
     return Runtime(config, images, partition, model, Layout.of(model), _trainer(config, images, device))
@@ -183,26 +175,20 @@ def _resident(images: DataSet, device: torch.device) -> DataSet:
     return images.to(device)
 
 
-def get_runtime(given: Config | configuration.Flat, data_path: str = "") -> Runtime:
-    """Return the runtime of a configuration, made on first use and kept.
+def get_runtime(flat: configuration.Flat, data_path: str = "") -> Runtime:
+    """Return the runtime of a run config, made on first use and kept.
 
-    Parameters
-    ----------
-    given : Config or dict
-        The configuration, or the run config that it is to be parsed from.
-    data_path : str
-        Where a client says that the data lie on its machine: the shared set, or its own.
+    `data_path` is where a client says that the data lie on its machine: the shared set, or its own.
 
     Raises
     ------
     ConfigError
         The configuration is bad, its data cannot be read, or there is no GPU where one is asked for.
     """
-    config, flat = (given, given.flat) if isinstance(given, Config) else (None, given)
     if flat.get("data.where") != "sites" and data_path:
-        config, flat = None, flat | {"data.path": data_path}
+        flat = flat | {"data.path": data_path}
     with _OPENING:  # by one thread, for all
-        return _open(_Asked(tuple(sorted(flat.items())), data_path, config))
+        return _open(tuple(sorted(flat.items())), data_path)
 
 
 def _load(config: Config, site: str) -> tuple[DataSet, Partition]:
@@ -218,13 +204,10 @@ def _load(config: Config, site: str) -> tuple[DataSet, Partition]:
 
 
 def check_batches(config: Config, images: DataSet, partition: Partition | None) -> None:
-    """Find out whether every batch that a client trains on is one that the model's norm takes.
+    """Raise ConfigError unless every batch that a client trains on is one that the model's norm takes.
 
-    Raises
-    ------
-    ConfigError
-        Batches are too small by configuration, or a client of `partition` (None: unknown) has too few images: what
-        no later round would cure is refused before the first.
+    Batches may be too small by configuration, or a client of `partition` (None: unknown) have too few images: what no
+    later round would cure is refused before the first.
     """
     fewest = models.fewest(config.model, images.shape)
     if fewest == 1:
@@ -251,13 +234,7 @@ def check_batches(config: Config, images: DataSet, partition: Partition | None) 
 
 
 def load_federation(config: Config) -> tuple[DataSet, Partition]:
-    """Return the data set and who holds what.
-
-    Raises
-    ------
-    ConfigError
-        The data cannot be read, do not suffice for this partition, or are not dealt at all.
-    """
+    """Return the data set and who holds what; ConfigError if it cannot be read, dealt so, or is not dealt at all."""
     if config.data.where != "shared":
         raise ConfigError(f"data.where is {config.data.where!r}; what sites bring with them is not dealt")
     images = data.load(config.data)
@@ -280,20 +257,14 @@ def check(config: Config, keep: bool = False) -> Layout:
     images, partition = _load(config, "")
     _CHECKED.clear()
     if keep:
-        _CHECKED[config] = images, partition
+        _CHECKED[tuple(sorted(config.flat.items())), ""] = config, (images, partition)
     layout = Layout.of(models.outline(config.model, images.shape, images.classes))
     REGISTRY[config.strategy](ServerContext(layout, config.settings))
     return layout
 
 
 def check_at_once(config: Config) -> None:
-    """Find out whether the device is there and can train as many clients at once as are asked for.
-
-    Raises
-    ------
-    ConfigError
-        There is no such device, or engine.concurrent is above `most_at_once` of a GPU.
-    """
+    """Raise ConfigError if there is no such device, or engine.concurrent is above `most_at_once` of a GPU."""
     wanted, most = config.engine.concurrent, most_at_once(config)
     if find_device(config.settings.run.device).type == "cuda" and wanted > most:
         raise ConfigError(
@@ -332,10 +303,8 @@ def gpu_notes(config: Config, engine: str = "inline") -> list[str]:
         others = "engine.precision 'tf32' or 'bf16' uses its matrix units, which are faster and round more"
         notes.append(f"note: engine.precision is 'fp32' on {name}; {others}")
     if engine == "ray" and torch.cuda.device_count() == 1:
-        notes.append(
-            "note: on one GPU the in-process engine is the fast one (--engine inline): its clients share a process, "
-            "where Ray's actors take turns"
-        )
+        fast = "note: on one GPU the in-process engine is the fast one (--engine inline): its clients share a process"
+        notes.append(f"{fast}, where Ray's actors take turns")
     return notes
 
 

@@ -52,13 +52,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]
 
 
 def unsealed(content: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Return metadata and arrays of the content of such a file.
-
-    Raises
-    ------
-    Damaged
-        As `read_sealed` does.
-    """
+    """Return metadata and arrays of the content of such a file, or raise Damaged as `read_sealed` does."""
     try:
         arrays = safe_numpy.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

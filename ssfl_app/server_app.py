@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
@@ -88,12 +89,9 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def check_folder(folder: Path, flat: Flat) -> None:
-    """Refuse a folder that holds another run; `ssfl run` has checked this already, plain `flwr run` has not.
+    """Raise ConfigError for a folder with a run that is not to be resumed, or with one of another configuration.
 
-    Raises
-    ------
-    ConfigError
-        It holds a run that is not to be resumed, or one of another configuration.
+    `ssfl run` has checked this already, plain `flwr run` has not.
     """
     path = folder / "config.toml"
     if not path.exists():
@@ -169,13 +167,7 @@ def token_path(folder: Path) -> Path:
 
 
 def site_names(folder: Path) -> tuple[str, ...]:
-    """Return the names of the sites of the run in a folder, by client.
-
-    Raises
-    ------
-    ConfigError
-        clients.json does not tell.
-    """
+    """Return the names of the sites of the run in a folder, by client; ConfigError if clients.json does not tell."""
     path = folder / "clients.json"
     try:
         check_regular(path)
@@ -216,16 +208,13 @@ class RecordingCallback:
     def met(self, sites: Mapping[int, Metadata]) -> None:
         """Name devices, and describe the run in a few lines."""
         self._sites = dict(sites)
-        self.recorder.names = {
-            client: str(metadata["name"]) for client, metadata in sites.items() if "name" in metadata
-        }
+        self.recorder.names = {client: str(told["name"]) for client, told in sites.items() if "name" in told}
         config, data = self.runtime.config, self.runtime.data
         devices = ", ".join(sorted({str(metadata.get("device", "unknown device")) for metadata in sites.values()}))
         dealt = "own data" if self.runtime.own else f"{config.partition.name} partition"
         self.recorder.say(
-            f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {dealt}, "
-            f"{config.model.name} with {self.runtime.layout.size:,} parameters, "
-            f"augmentation {data.transform.augment}"
+            f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {dealt}, {config.model.name} with "
+            f"{self.runtime.layout.size:,} parameters, augmentation {data.transform.augment}"
         )
         for note in data.notes:
             self.recorder.say(f"note: {note}")
@@ -260,15 +249,11 @@ class RecordingCallback:
         for client in range(runtime.config.settings.run.clients):
             metadata = self._sites.get(client, {})
             held = read_data_summary(metadata) if runtime.own else runtime.holding(client)
-            clients.append(
-                {
-                    "client": client,
-                    **({"name": str(metadata["name"])} if "name" in metadata else {}),
-                    "train": list(held.counts),
-                    "test_images": held.test_images,
-                    **{name: known.get(name, {}).get(str(client)) for name in ("accuracy", "personal_accuracy")},
-                }
-            )
+            row: dict[str, Any] = {"client": client}
+            row |= {"name": str(metadata["name"])} if "name" in metadata else {}
+            row |= {"train": list(held.counts), "test_images": held.test_images}
+            row |= {name: known.get(name, {}).get(str(client)) for name in ("accuracy", "personal_accuracy")}
+            clients.append(row)
         names = list(runtime.data.class_names)
         write_json(self.recorder.folder / "clients.json", {"class_names": names, "clients": clients})
 
@@ -300,15 +285,7 @@ def misfit(runtime: Runtime, hello: Handshake) -> str | None:
 def bound_places(own: bool) -> dict[Claim, int]:
     """Return the places that are bound to nodes' keys, and to which node; empty outside `ssfl federation`.
 
-    Parameters
-    ----------
-    own : bool
-        Whether places are names of sites, and not numbers.
-
-    Raises
-    ------
-    RunFailed
-        The file that says so is damaged.
+    Where each site has its `own` data places are names, else numbers. A damaged file raises RunFailed.
     """
     path = os.environ.get(locks.REGISTERED, "")
     if not path or not Path(path).exists():

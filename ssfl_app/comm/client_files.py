@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from ssfl_app.files import check_regular, write_bytes
 
@@ -24,24 +23,8 @@ def client_state_errors() -> Iterator[None]:
         raise ClientStateError(str(error)) from error
 
 
-class Versions(Protocol):
-    """Contents by the round they were made in."""
-
-    def rounds(self) -> list[int]:
-        """Return the rounds there are, in order."""
-
-    def read(self, round_: int) -> bytes:
-        """Return the version of a round."""
-
-    def write(self, round_: int, content: bytes) -> None:
-        """Keep a version."""
-
-    def delete(self, round_: int) -> None:
-        """Drop a version."""
-
-
 class Files:
-    """Versions as files of a folder."""
+    """Versions of a content, by the round they were made in, as files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
@@ -58,7 +59,8 @@ class ExchangeReport:
     """What became of the messages of one exchange.
 
     `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client;
-    `notes` are what clients found out of order, of those that answered well. `asked` counts the clients.
+    `notes` are what clients found out of order, and `odd_metrics` which metrics do not count and why, of those that
+    answered well. `asked` counts the clients.
     Bytes are payload bytes of encoded arrays; bitmaps of masks are counted apart from the rest of `down`.
     `examples` are images that went forward and backward, and forward only, for each good reply.
     """
@@ -67,6 +69,7 @@ class ExchangeReport:
     lost: dict[int, str] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
+    odd_metrics: dict[int, str] = field(default_factory=dict)
     examples: dict[int, tuple[int, int]] = field(default_factory=dict)
     asked: int = 0
     down: int = 0
@@ -102,16 +105,9 @@ class ExchangeReport:
         """Return whether at least `share` of the clients that were asked answered well."""
         return len(self.ok) >= share * self.asked
 
-    def require(
-        self,
-        share: float,
-        what: str,
-        *,
-        least: int = 1,
-        who: str = "client",
-        option: str = "failures.min-ok-fraction",
-    ) -> None:
-        """Raise RunFailed unless at least `share` of the clients, and `least` of them, answered well."""
+    def require(self, share: float, what: str, who: str = "client") -> None:
+        """Raise RunFailed unless `share` of the clients answered well, and one at least, or that share of nodes."""
+        least, option = (0, "min_ok_fraction") if who == "node" else (1, "failures.min-ok-fraction")
         if self.enough(share) and len(self.ok) >= least:
             return
         clients: dict[str, list[str]] = {}  # each reason once
@@ -119,6 +115,16 @@ class ExchangeReport:
             clients.setdefault(why, []).append(str(client))
         bad = ", ".join(f"{_called(who, of)}: {why}" for why, of in clients.items())
         raise RunFailed(f"{what}: {len(self.ok)} of {self.asked} {who}s answered well; {option} is {share} ({bad})")
+
+
+def names(*reports: ExchangeReport) -> dict[str, Any]:
+    """Return who answered well in any of the exchanges, and who did not and why, as a round's record has it."""
+    told: dict[str, Any] = {"ok": sorted({client for report in reports for client in report.ok})}
+    for kind in ("lost", "refused", "notes", "odd_metrics"):
+        why: dict[int, str] = {c: reason for report in reports for c, reason in getattr(report, kind).items()}
+        if why or kind in ("lost", "refused"):
+            told[kind] = {str(client): why[client] for client in sorted(why)}
+    return told
 
 
 def _called(who: str, names: list[str]) -> str:
@@ -132,8 +138,6 @@ class MessageExchange:
 
     Parameters
     ----------
-    grid : Grid
-        Flower's.
     timeout : float
         Seconds from now until clients that have not answered, or not uploaded all of their answer, count as lost.
         Give the messages the same time to live, so that no reply of this exchange arrives in a later one.

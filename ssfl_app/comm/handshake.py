@@ -49,13 +49,7 @@ class Handshake:
 
 
 def read_handshake(node: int, reply: Message) -> Handshake:
-    """Return what a node says of itself.
-
-    Raises
-    ------
-    PayloadError
-        It is not what a client of this project says.
-    """
+    """Return what a node says of itself; PayloadError if it is not what a client of this project says."""
     if not reply.has_content():
         raise PayloadError("it has neither content nor an error")
     metadata = decode_metadata(reply.content)
@@ -143,13 +137,7 @@ class HandshakePoller:
                 self.lost[message.metadata.dst_node_id] = "Flower did not accept the message"
 
     def hear(self) -> list[Handshake]:
-        """Return the good answers that came.
-
-        Raises
-        ------
-        RunFailed
-            A Ray actor died.
-        """
+        """Return the good answers that came; RunFailed if a Ray actor died."""
         good = []
         for message_id, node in list(self._waiting.items()):
             reply = self._pull(message_id, node)

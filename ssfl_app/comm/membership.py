@@ -35,14 +35,7 @@ MOST_WARNINGS = 50
 
 
 class ClientRegistry:
-    """Which node each client lives on, and what it said of itself.
-
-    Parameters
-    ----------
-    clients : int
-        How many clients the run has.
-    join_timeout : float
-        Seconds that `wait_for_clients` waits at most.
+    """Which node each of the run's clients lives on, and what it said of itself.
 
     Attributes
     ----------
@@ -76,7 +69,7 @@ class ClientRegistry:
     # ---- the handshake -----------------------------------------------------------------------
 
     def wait_for_clients(self, grid: Grid) -> dict[int, Metadata]:
-        """Wait until every client is connected, and return what each says of itself.
+        """Wait until every client is connected, `join_timeout` seconds at most; return what each says of itself.
 
         Raises
         ------
@@ -144,9 +137,7 @@ class ClientRegistry:
         """Return who holds each place, and which nodes hold none and why: the first one of those that are there."""
         met: dict[Claim, Handshake] = {}
         aside: dict[int, str] = {}
-        for handshake in sorted(
-            heard.values(), key=lambda handshake: handshake.node not in there
-        ):  # stable: else as they came
+        for handshake in sorted(heard.values(), key=lambda each: each.node not in there):  # stable: else as they came
             if handshake.number is not None and handshake.number >= self._clients:
                 aside[handshake.node] = f"{_claim(handshake)}, run.clients is {self._clients}"
             elif (holder := met.setdefault(handshake.place, handshake)) is not handshake:
@@ -170,8 +161,8 @@ class ClientRegistry:
         found = [met[name] for name in names] if by_name else [numbers[i] for i in range(self._clients)]
         self.names = dict(enumerate(names)) if by_name else {}
         self.nodes = {client: handshake.node for client, handshake in enumerate(found)}
-        self._metadata = {client: handshake.metadata for client, handshake in enumerate(found)}
         self._first = {client: (handshake.node, handshake.metadata) for client, handshake in enumerate(found)}
+        self._metadata = {client: metadata for client, (_, metadata) in self._first.items()}
         return True
 
     def _tell(self, reasons: Mapping[int, str]) -> None:

@@ -50,19 +50,12 @@ Outgoing = tuple[int, Payload, Mask | None]
 """Client, what it is sent, and the mask that is encoded under; None for a question."""
 
 
-@dataclass(frozen=True)
-class Reply:
+@dataclass(frozen=True, kw_only=True)
+class Reply(Payload):
     """A checked answer of one client; `samples` weighs it in a mean."""
 
     client: int
-    arrays: Arrays
-    metadata: Metadata
     samples: int
-
-    @property
-    def round(self) -> int:
-        """The round that it belongs to; 0: before the first."""
-        return int(self.metadata["round"])
 
 
 @dataclass(frozen=True)
@@ -85,17 +78,8 @@ R = TypeVar("R")  # a checked reply
 class Messenger:
     """Carries messages, sends after what clients ask for, and opens the replies one at a time.
 
-    Parameters
-    ----------
-    timeout : float
-        Seconds an exchange may take; also the messages' time to live.
-    bitmaps : str
-        As `PayloadEncoder` has it.
-
-    Attributes
-    ----------
-    report : ExchangeReport
-        Of the exchange that is going on, or the last one.
+    An exchange may take `timeout` seconds, and so long do messages live. `report` is of the exchange that goes on, or
+    of the last one; `bitmaps` is as `PayloadEncoder` has it.
     """
 
     def __init__(self, timeout: float, bitmaps: str = "plain") -> None:
@@ -172,13 +156,7 @@ class Messenger:
         take(reply)
 
     def _opened(self, client: int, message: Message, allowed: Allowed) -> Payload:
-        """Return what a reply holds, after checking that it answers the message of this exchange.
-
-        Raises
-        ------
-        PayloadError
-            It does not, or has other arrays than `allowed`; then it is not opened.
-        """
+        """Return what a reply holds; refuse one to another message, and unopened one with arrays beside `allowed`."""
         payload = decode_payload(message.content, allowed)
         sent, metadata = self._pending[client].payload.metadata, payload.metadata
         if metadata.get("need"):
@@ -194,14 +172,8 @@ class ClientMessenger(Messenger):
 
     Parameters
     ----------
-    registry : ClientRegistry
-        Who is who.
-    timeout : float
-        Seconds after which a message that is not answered is lost.
     mask_travels : bool
         Whether clients must be given the mask to read a message: the codec down is `MaskedValues`.
-    bitmaps : str
-        As `PayloadEncoder` has it.
     folder : Path or None
         Where simulated clients keep their files.
     token : str or None
@@ -238,10 +210,7 @@ class ClientMessenger(Messenger):
         back, unassigned_nodes = self.registry.readmit(grid)
         for client in back:
             self._holds.pop(client, None)
-        told = {
-            "rejoined": back,
-            "strangers": {str(node): unassigned_nodes[node] for node in sorted(unassigned_nodes)},
-        }
+        told = {"rejoined": back, "strangers": {str(node): why for node, why in sorted(unassigned_nodes.items())}}
         return {name: value for name, value in told.items() if value}
 
     def build_messages(
@@ -321,21 +290,15 @@ class ClientMessenger(Messenger):
         if pending.mask is not None:
             self.mark_mask_held(client, pending.mask)
         self.report.accept(client, metadata)
-        return Reply(client, payload.arrays, metadata, int(metadata["samples"]))
+        return Reply(payload.arrays, metadata, client=client, samples=int(metadata["samples"]))
 
 
 def check_counts(metadata: Metadata, images: int | None, work: int) -> None:
     """Raise PayloadError unless the counts of an answer are those of a client that holds so many images.
 
     Every answer passes here, of whatever strategy and question. At most, not equal: fedfomo trains on a part of them.
-
-    Parameters
-    ----------
-    images : int or None
-        That the client holds for what it was asked: those it trains on, or with an evaluation those it tests on;
-        None: nothing is known.
-    work : int
-        Images, each as often as it is used, that one message can make go through the model.
+    `images` are those it trains on, or with an evaluation tests on; None: nothing is known. `work` counts the images,
+    each as often as it is used, that one message can make go through the model.
     """
     samples = metadata.get("samples")
     if type(samples) is not int or samples < 0:

@@ -50,25 +50,12 @@ _START = {
 
 @dataclass(frozen=True)
 class NodeConfig:
-    """What a SuperNode was started with.
+    """What a SuperNode was started with; the keys are those of this module.
 
-    Attributes
-    ----------
-    number : int or None
-        The client's number; None for a site with data of its own, which the server gives its number.
-    name : str
-        Of such a site, "" otherwise.
-    data_path : str
-        Where the data lie on this machine; "": nobody said it here.
-    state_path : Path or None
-        Below it the client keeps what must survive a restart; None: in Flower's state.
-    simulated : bool
-        Whether it is no real node: client and server are processes of one user then.
-    least_batch : int
-        Scores, squared gradients, judgements of peers' models and trained models that leave the node are made of at
-        least so many images. Loss and accuracy on the test images leave it however few those are.
-    server_data_path : bool
-        Whether ``data.path`` of the run is obeyed.
+    `number` is None for a site with data of its own, which the server gives its number; `name` is "" for others.
+    `data_path` is "" if nobody said it here; without a `state_path` the client keeps things in Flower's state.
+    `simulated`: it is no real node, and client and server are processes of one user. `least_batch` is of scores,
+    squared gradients, judgements of peers' models and trained models.
     """
 
     number: int | None
@@ -122,14 +109,7 @@ def simulated(node_config: Mapping[str, object]) -> bool:
 
 
 def read_node_config(node_config: Mapping[str, object], where: str) -> NodeConfig:
-    """Return what ``--node-config`` says; keys of other apps may stand in it.
-
-    Parameters
-    ----------
-    node_config : mapping
-        Flower's, of this node.
-    where : str
-        ``data.where`` of the run.
+    """Return what ``--node-config`` says where ``data.where`` is `where`; keys of other apps may stand in it.
 
     Raises
     ------
@@ -148,36 +128,24 @@ def read_node_config(node_config: Mapping[str, object], where: str) -> NodeConfi
             raise ConfigError(f"{key} is missing in --node-config; {start}")
     state = _folder(node_config, "state-path")
     data = _folder(node_config, "data-path")
-    number = None if where == "sites" else _number(node_config["partition-id"])
+    number = None if where == "sites" else _whole(node_config["partition-id"], "partition-id", 0)
     name = check_name(node_config["name"], "name", " in --node-config") if where == "sites" else ""
     alone = simulated(node_config)
-    least = 1 if alone else _least_batch(node_config.get("least-batch", LEAST_BATCH))
+    least = 1 if alone else _whole(node_config.get("least-batch", LEAST_BATCH), "least-batch", 1)
     obeys = node_config.get("server-data-path", False)
     if type(obeys) is not bool:
         raise ConfigError(f"server-data-path is {obeys!r} in --node-config; it is true or false")
     return NodeConfig(number, name, data, Path(state) if state else None, alone, least, obeys)
 
 
-def _least_batch(value: object) -> int:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"least-batch is {value!r} in --node-config; it is a whole number of at least 1")
-    return value
-
-
-def _number(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise ConfigError(f"partition-id is {value!r} in --node-config; it is a whole number of at least 0")
+def _whole(value: object, key: str, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{key} is {value!r} in --node-config; it is a whole number of at least {least}")
     return value
 
 
 def check_name(value: object, key: str, where: str = "") -> str:
-    """Return the name of a node or site.
-
-    Raises
-    ------
-    ConfigError
-        It is not one that `NAME` allows; the message begins with `key`, and says `where`.
-    """
+    """Return the name of a node or site; ConfigError, which begins with `key`, if `NAME` does not allow it."""
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ConfigError(
             f"{key} is {value!r}{where}; it is 1 to 64 letters, digits, '.', '_' or '-', letter or digit first: 'a-1'"

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
-from ssfl_app.comm.client_files import Files, MaskFile, Versions, client_state_errors, content_of
+from ssfl_app.comm.client_files import Files, MaskFile, client_state_errors, content_of
 from ssfl_app.files import write_bytes
 from ssfl_app.seal import Damaged, sealed, unsealed
 from ssfl_app.sparsity.codec import nbytes
@@ -60,10 +60,7 @@ def shared_buffers(arrays: Arrays) -> Arrays:
 class PayloadEncoder:
     """Writes payloads as records; an array that many payloads share is serialised once.
 
-    Parameters
-    ----------
-    bitmaps : str
-        ``"plain"``, or ``"zlib"``: arrays of uint8 are deflated where that makes them smaller.
+    With `bitmaps` "zlib", not "plain", arrays of uint8 are deflated where that makes them smaller.
     """
 
     def __init__(self, bitmaps: str = "plain") -> None:
@@ -132,13 +129,7 @@ def decode_arrays(record: RecordDict, allowed: Allowed | None = None, unfolded: 
 
 
 def decode_metadata(record: RecordDict) -> Metadata:
-    """Return the metadata of a message, and look at none of its arrays.
-
-    Raises
-    ------
-    PayloadError
-        They are not what `PayloadEncoder` writes.
-    """
+    """Return the metadata of a message, and look at none of its arrays; PayloadError if they are no scalars."""
     metadata = _lookup(record, "facts", ConfigRecord)
     for name, value in metadata.items():
         if not isinstance(value, bool | int | float | str | bytes):
@@ -204,10 +195,6 @@ class ClientState:
 
     Parameters
     ----------
-    context : Context
-        Flower's, of this node.
-    client : int
-        Number of the client.
     folder : Path, optional
         A folder that all clients of this machine share.
     survives : bool
@@ -228,7 +215,7 @@ class ClientState:
         self.notes: list[str] = []
         self._state = context.state
         self._masks = None if folder is None else folder / MASKS
-        self._personal: Versions = _Records(context.state)
+        self._personal: Files | _Records = _Records(context.state)
         self._mask: MaskFile | None = None
         if folder is not None:
             own = folder / f"client-{client:05d}"
@@ -242,10 +229,9 @@ class ClientState:
         held = self._state.get(_MEMORY)
         if not isinstance(held, ConfigRecord) or held["digest"] != digest:
             return None
-        if self._masks is not None:
-            content = content_of(self._masks / digest)
-            return None if content is None else np.frombuffer(content, dtype=np.uint8)
-        return np.frombuffer(bytes(held["mask"]), dtype=np.uint8)  # type: ignore[arg-type]
+        own: Any = held.get("mask")
+        content = bytes(own) if self._masks is None else content_of(self._masks / digest)
+        return None if content is None else np.frombuffer(content, dtype=np.uint8)
 
     @client_state_errors()
     def keep(self, digest: str, bitmap: npt.NDArray[np.uint8]) -> None:
@@ -304,7 +290,7 @@ class ClientState:
 
 
 class _Records:
-    """Versions as entries of a record of Flower's state."""
+    """Versions as entries of a record of Flower's state; methods as `Files` has them."""
 
     def __init__(self, state: RecordDict) -> None:
         self._state = state

@@ -12,14 +12,10 @@ What was pulled of an unfinished one is dropped, so no more than one reply is ev
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 from flwr.app import Array, Message
-from flwr.proto.message_pb2 import (
-    ConfirmMessageReceivedRequest,
-    PullObjectRequest,
-)
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
@@ -55,32 +51,19 @@ class BrokenOff(Exception):
     """The rest of a reply will never come."""
 
 
-@dataclass
-class _Announced:
-    """A reply whose upload was begun: its id, and its objects in the order in which they are asked for."""
-
-    message_id: str
-    objects: list[str]
-
-
 class Puller:
     """Pulls the replies of one exchange.
 
-    Parameters
-    ----------
-    grid : Grid
-        Flower's. From one that is no `HttpGrid` messages are pulled as ever: its nodes are in this machine.
-    end : float
-        When to stop, on `time.monotonic`: from then on nothing is pulled from an `HttpGrid`.
-    most : int
-        Bytes of a reply of an `HttpGrid`, with Flower's envelope.
+    From a grid that is no `HttpGrid` messages are pulled as ever: its nodes are in this machine. From an `HttpGrid`
+    nothing is pulled after `end`, on `time.monotonic`, and no reply of more than `most` bytes, Flower's envelope too.
     """
 
     def __init__(self, grid: Grid, end: float, most: int) -> None:
         self._grid, self._end, self._most = grid, end, most
         # By its name: what a simulation or a client need not import it does not.
         self._http = any(kind.__name__ == "HttpGrid" for kind in type(grid).__mro__)
-        self._announced: dict[str, _Announced] = {}
+        # Message -> its reply whose upload was begun: id, and objects in the order in which they are asked for.
+        self._announced: dict[str, tuple[str, list[str]]] = {}
 
     def begun(self, message_id: str) -> bool:
         """Return whether the reply to a message was announced, and has not come as a whole."""
@@ -109,28 +92,31 @@ class Puller:
     def _client(self) -> Any:
         return cast(Any, self._grid)._runtime_client
 
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"node": cast(Any, self._grid).node, "run_id": self._grid.run.run_id}
+
     def _ask(self, message_id: str) -> None:
         told = self._client.PullMessages(PullAppMessagesRequest(message_ids=[message_id]))
         for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
             if message.metadata.reply_to_message_id == message_id:
                 objects = list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
-                self._announced[message_id] = _Announced(message.metadata.message_id, objects)
+                self._announced[message_id] = message.metadata.message_id, objects
                 if len(objects) > MOST_OBJECTS:
                     self._refuse(message_id, f"{len(objects)} objects; it has at most {MOST_OBJECTS}")
 
     def _take(self, message_id: str) -> Message | None:
-        announced, contents, size = self._announced[message_id], dict[str, bytes](), 0
-        where = {"node": cast(Any, self._grid).node, "run_id": self._grid.run.run_id}
-        for place, object_id in enumerate(announced.objects):
+        (reply_id, objects), contents, size = self._announced[message_id], dict[str, bytes](), 0
+        for place, object_id in enumerate(objects):
             if time.monotonic() >= self._end:
                 return None
-            told = self._client.PullObject(PullObjectRequest(**where, object_id=object_id))
+            told = self._client.PullObject(PullObjectRequest(**self._where, object_id=object_id))
             if not told.object_found:
                 del self._announced[message_id]
                 raise BrokenOff("its upload broke off")
             if not told.object_available:
                 # Those behind it next time too: what was there already is pulled again only when all the rest is.
-                announced.objects = announced.objects[place:] + announced.objects[:place]
+                self._announced[message_id] = reply_id, objects[place:] + objects[:place]
                 return None
             contents[object_id] = told.object_content
             size += len(told.object_content)
@@ -141,12 +127,12 @@ class Puller:
             whole = inflated_size(contents)
             if whole > self._most:
                 raise PayloadError(f"the reply unfolds to {whole} bytes; it has at most {self._most}")
-            reply = cast(Message, inflate_object_from_contents(announced.message_id, contents))
+            reply = cast(Message, inflate_object_from_contents(reply_id, contents))
         except PayloadError:
             raise
         except Exception as error:  # of any kind: these bytes are the node's, JSON of any depth among them
             raise PayloadError(f"the reply is no message: Flower cannot read it ({type(error).__name__})") from error
-        reply.metadata.__dict__["_message_id"] = announced.message_id
+        reply.metadata.__dict__["_message_id"] = reply_id
         return reply
 
     def _refuse(self, message_id: str, what: str) -> None:
@@ -155,8 +141,5 @@ class Puller:
 
     def _confirm(self, message_id: str) -> None:
         """Tell the SuperLink that it need not keep the reply any longer."""
-        announced = self._announced.pop(message_id)
-        where = {"node": cast(Any, self._grid).node, "run_id": self._grid.run.run_id}
-        self._client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(**where, message_object_id=announced.message_id)
-        )
+        reply_id, _ = self._announced.pop(message_id)
+        self._client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(**self._where, message_object_id=reply_id))

@@ -34,12 +34,8 @@ from ssfl_app.sparsity.mask import Mask
 class Aggregator:
     """What is done with the replies of one round.
 
-    Attributes
-    ----------
-    add : callable
-        Takes a good reply, and holds none of its arrays longer than it must.
-    finish : callable
-        Changes the global model by all that were added. Not called if too few came.
+    `add` takes a good reply, and holds none of its arrays longer than it must. `finish` changes the global model by
+    all that were added; it is not called if too few came.
     """
 
     add: Callable[[Reply], None]
@@ -90,13 +86,7 @@ class ReplyMean:
             self._fold.add(values, self._strategy.weight(reply))
 
     def finish(self) -> State:
-        """Return the model. Nothing can be added any more.
-
-        Raises
-        ------
-        RunFailed
-            There are too few replies for a robust fold.
-        """
+        """Return the model; RunFailed if replies are too few for a robust fold. Nothing can be added any more."""
         fold, run = self._fold, self._strategy.settings.run
         if isinstance(fold, Rows) and len(fold) < FEWEST:
             raise RunFailed(f"run.fold is {run.fold!r}; {len(fold)} replies are there, and it needs {FEWEST}")
@@ -118,8 +108,8 @@ class ReplyZerosMean:
         self._mean.add(values, self._strategy.weight(reply))
         self._sent |= mask.alive
 
-    def finish(self) -> tuple[Vector, Mask]:
-        """Return the mean, float32, shape (layout.size,), and the mask."""
+    def finish(self, old: State) -> tuple[Vector, Mask]:
+        """Return the mean, float32, shape (layout.size,), and the mask; `old` is not read."""
         mean = self._mean.value()
         del self._mean
         return mean, Mask(self._strategy.layout, self._sent)
@@ -136,11 +126,11 @@ class ReplyOverlapMean:
         values, mask = self._strategy.decoded(reply)
         self._mean.add(values, mask.transmitted, self._strategy.weight(reply))
 
-    def finish(self, old: Vector) -> Vector:
-        """Return the mean, float32, shape (layout.size,), and `old` where nobody sent anything."""
-        mean = self._mean.value(old)
+    def finish(self, old: State) -> tuple[Vector, Mask]:
+        """Return the mean, float32, shape (layout.size,), `old` where nobody sent any, and the mask as it was."""
+        mean = self._mean.value(self._strategy.layout.flatten(old))
         del self._mean
-        return mean
+        return mean, self._strategy.mask
 
 
 def within_norm(strategy: _Algorithm, aggregator: Aggregator, what: str) -> Aggregator:
@@ -166,11 +156,8 @@ def within_norm(strategy: _Algorithm, aggregator: Aggregator, what: str) -> Aggr
             if norm <= factor * usual:
                 good.append(reply)
             else:
-                strategy.messenger.report.refuse(
-                    reply.client,
-                    f"its update is {norm:.4g} long; failures.norm-factor is {factor:g} and the median of this round "
-                    f"{usual:.4g}",
-                )
+                allowed = f"failures.norm-factor is {factor:g} and the median of this round {usual:.4g}"
+                strategy.messenger.report.refuse(reply.client, f"its update is {norm:.4g} long; {allowed}")
         strategy.messenger.report.require(strategy.settings.failures.min_ok_fraction, what)
         for reply in good:
             aggregator.add(replace(reply, arrays=held.get(reply.client)))

@@ -92,15 +92,8 @@ def encode_with(
     Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014; Karimireddy et al., "Error Feedback Fixes
     SignSGD", ICML 2019.
 
-    Parameters
-    ----------
-    residual : array of float32, shape (layout.size,), or None
-        What is to be made up for; None: nothing yet.
-
-    Returns
-    -------
-    Arrays, Vector
-        What travels, and the new residual: 0 where nothing travels.
+    `residual`, of shape (layout.size,), is what is to be made up for; None: nothing yet. Returned are what travels
+    and the new residual: 0 where nothing travels.
     """
     wanted = layout.flatten(state)
     if residual is not None:
@@ -199,18 +192,9 @@ class ClientAlgorithm:
     ) -> float:
         """Train the model on the workbench for one local round and return the mean loss.
 
-        Parameters
-        ----------
-        round_ : int
-            Sets the learning rate and, with `purpose` and the client's number, the order of the images.
-        mask : Mask, optional
-            What stays alive; None: everything.
-        data : Images, optional
-            Other images than all of the client's.
-        lr : float, optional
-            Another learning rate than the schedule's.
-        changes
-            Further arguments of `LocalTrainer.fit`.
+        The round sets the learning rate, unless `lr` does, and with `purpose` and the client's number the order of
+        the images: all of the client's, or `data`. Without a mask everything stays alive. `changes` are further
+        arguments of `LocalTrainer.fit`.
 
         Raises
         ------
@@ -275,10 +259,8 @@ class ClientAlgorithm:
 
         Raises
         ------
-        Need
-            The message needs a mask that this client does not hold.
-        PayloadError
-            The mask is another one than the message states.
+        Need, PayloadError
+            This client does not hold the mask of the message; it is another one than the message states.
         """
         layout, digest = self.context.layout, str(payload.metadata.get("digest", ""))
         kind = self.codec_down(self.settings, payload.round)
@@ -314,10 +296,8 @@ class ClientAlgorithm:
 
         Raises
         ------
-        Need
-            It neither came along nor is it held.
-        PayloadError
-            The mask that came along has another digest.
+        Need, PayloadError
+            It neither came along nor is it held; one with another digest came along.
         """
         if digest == self.context.dense.digest:
             return self.context.dense

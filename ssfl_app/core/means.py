@@ -31,17 +31,7 @@ _CARRY = 32  # bits of the lower limb
 
 
 class _FixedPoint:
-    """The weighted sum of vectors: what both means share.
-
-    Parameters
-    ----------
-    size : int
-        Coordinates of every vector.
-
-    Notes
-    -----
-    Memory: 12 bytes a coordinate, however many vectors are added.
-    """
+    """The weighted sum of vectors, 12 bytes a coordinate however many are added: what both means share."""
 
     def __init__(self, size: int) -> None:
         self._high = np.zeros(size, dtype=np.int64)
@@ -101,8 +91,6 @@ class WeightedMean:
 
     Parameters
     ----------
-    size : int
-        Coordinates of every vector.
     vectors : int, optional
         How many may come, at least 1, with any positive weights. None: weights are whole.
 
@@ -156,13 +144,7 @@ class WeightedMean:
         return {digit: part.weight * float(self._base) ** digit for digit, part in sorted(self._sums.items())}
 
     def value(self) -> Vector:
-        """Return the mean so far, float32, shape (size,).
-
-        Raises
-        ------
-        ValueError
-            Nothing was added.
-        """
+        """Return the mean so far, float32, shape (size,); ValueError if nothing was added."""
         if not self._sums:
             raise ValueError("a mean of nothing; at least one vector must be added")
         if len(self._sums) == 1:
@@ -177,11 +159,6 @@ class OverlapMean(_FixedPoint):
     With weights n, owned bits m and values w of each vector: sum(n m w) / sum(n m), and the old value where no vector
     owns the coordinate. Dai et al., "DisPFL", ICML 2022; Vahidian et al., "Sub-FedAvg", ICDCS-W 2021; Li et al.,
     "LotteryFL", SEC 2021; Bibikar et al., "FedDST", AAAI 2022.
-
-    Parameters
-    ----------
-    size : int
-        Coordinates of every vector.
 
     Notes
     -----
@@ -220,13 +197,7 @@ class OverlapMean(_FixedPoint):
         return self._weights.copy()
 
     def value(self, old: Vector) -> Vector:
-        """Return the mean so far, float32, shape (size,), and `old`, of that shape, where nobody owned anything.
-
-        Raises
-        ------
-        ValueError
-            `old` has the wrong shape.
-        """
+        """Return the mean so far, float32, shape (size,), and `old`, of that shape, where nobody owned anything."""
         self._check_shape("vector of old values", old.shape)
         mean = old.astype(np.float32)
         for block in self._blocks():

@@ -41,12 +41,7 @@ VALUES = 1 << 20
 
 
 class Rows:
-    """Vectors of one length, one a client, in a file without a name.
-
-    Parameters
-    ----------
-    size : int
-        Coordinates of every vector.
+    """Vectors of `size` coordinates, one a client, in a file without a name.
 
     Notes
     -----
@@ -71,9 +66,8 @@ class Rows:
             Wrong shape, a value that is not finite or too large, or a second vector of this client.
         """
         if values.shape != (self._size,) or client in self._rows:
-            raise ValueError(
-                f"client {client} has a vector of shape {values.shape}; one of ({self._size},) is needed"
-            )
+            what = f"a vector of shape {values.shape}; one of ({self._size},) is needed"
+            raise ValueError(f"client {client} has {what}")
         check_values(values)
         self._file.seek(4 * self._size * len(self._rows))
         self._file.write(np.ascontiguousarray(values, dtype=np.float32).data)
@@ -90,13 +84,7 @@ class Rows:
         return sorted(self._rows)
 
     def blocks(self) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
-        """Yield which coordinates, and their values of all clients, shape (clients, coordinates).
-
-        Raises
-        ------
-        ValueError
-            Nothing was added.
-        """
+        """Yield which coordinates, and their values of all clients, shape (clients, coordinates); at least one."""
         if not self._rows:
             raise ValueError("a fold of nothing; at least one vector must be added")
         clients, width = self.clients(), max(1, VALUES // len(self._rows))
@@ -112,13 +100,7 @@ class Rows:
 
 
 def _fill(into: npt.NDArray[np.generic], file: BufferedRandom, start: int, client: int) -> None:
-    """Read a flat array of a client from where it was written in a temporary file.
-
-    Raises
-    ------
-    OSError
-        The file ends before it does.
-    """
+    """Read a flat array of a client from where it was written in a temporary file."""
     file.seek(start)
     if file.readinto(into.view(np.uint8).data) != into.nbytes:
         raise OSError(f"the temporary file of replies is shorter than what was written to it (client {client})")
@@ -186,13 +168,6 @@ class ScoreFold:
     normalised  its weight's share: each client's scores are divided by the sum of their magnitudes first
     median      of the normalised scores, coordinate by coordinate, unweighted: nothing beyond what others say there
     ==========  ================================================================================================
-
-    Parameters
-    ----------
-    kind : str
-        One of `SCORE_FOLDS`.
-    size : int
-        Scores of a client.
     """
 
     def __init__(self, kind: str, size: int) -> None:
@@ -244,13 +219,7 @@ class Held:
         self._places[client] = start, {name: (array.dtype, array.size) for name, array in arrays.items()}
 
     def get(self, client: int) -> Arrays:
-        """Return them.
-
-        Raises
-        ------
-        OSError
-            The file ends before they do.
-        """
+        """Return them; OSError if the file ends before they do."""
         start, kinds = self._places[client]
         arrays = {name: np.empty(size, dtype=kind) for name, (kind, size) in kinds.items()}
         for array in arrays.values():
@@ -272,16 +241,8 @@ def there(layout: Layout, state: Mapping[str, torch.Tensor], places: Bits) -> li
 
 
 def distance(values: Vector, old: Iterable[Vector] | None = None) -> float:
-    """Return the Euclidean length of values minus `old`, in float64.
+    """Return the Euclidean length of values, float32, minus `old`: pieces that are together as long (`there`), or 0.
 
-    Parameters
-    ----------
-    values : array of float32, shape (carried,)
-    old : vectors of float32, together as long
-        What they are subtracted from, in pieces (`there`). None: zeros.
-
-    Notes
-    -----
     Squares are summed in blocks of 2^15 that stay in the cache, and the blocks' sums without rounding: the relative
     error is below 1e-14, and no second vector is in memory.
     """

@@ -4,13 +4,13 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import Result, Strategy
 
-from ssfl_app.comm.exchange import ExchangeReport
+from ssfl_app.comm.exchange import ExchangeReport, names
 from ssfl_app.comm.messenger import Check, ClientMessenger, Messenger, Reply
 from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
 from ssfl_app.core.options import Settings
@@ -55,47 +55,14 @@ class RunCallback(Protocol):
         """Round `record["round"]` of this strategy is over; 0 is setup."""
 
 
-class Trains(Protocol):
-    """What every round loop uses of a strategy: methods of Flower's `Strategy`."""
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Return the training messages of a round."""
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Change the model by the replies, and return their metrics."""
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Return the evaluation messages of a round."""
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return the metrics of the replies."""
-
-
-S = TypeVar("S", bound=Trains)
+S = TypeVar("S")
 M = TypeVar("M", bound=Messenger)
 
 
 class RoundLoop(Generic[S, M]):
     """The parts that every round has; a subclass puts them in order and writes the records.
 
-    Parameters
-    ----------
-    strategy : S
-        Whose methods are called.
-    messenger : M
-        The strategy's.
-    grid : Grid
-        Flower's.
-    configs : pair of ConfigRecord
-        Of training and evaluation messages.
-    evaluate_fn : callable, optional
-        Flower's central evaluation.
+    `configs` are those of training and evaluation messages; `evaluate_fn` is Flower's central evaluation.
     """
 
     def __init__(
@@ -107,6 +74,7 @@ class RoundLoop(Generic[S, M]):
         evaluate_fn: Evaluate | None,
     ) -> None:
         self._strategy, self._messenger, self._grid = strategy, messenger, grid
+        self._flower = cast(Strategy, strategy)  # as Flower knows it; no protocol can be derived from this class
         self._configs, self._evaluate_fn = configs, evaluate_fn
         self._result = Result()
 
@@ -120,10 +88,10 @@ class RoundLoop(Generic[S, M]):
 
     def _training(self, round_: int, reply_bytes: int) -> tuple[ArrayRecord | None, MetricRecord | None, Record]:
         """Have clients train; return arrays, metrics, and how many messages and bytes that took."""
-        given, strategy = self._given("configure_train"), self._strategy
-        messages = list(strategy.configure_train(round_, given, self._configs[0], self._grid))
+        given = self._given("configure_train")
+        messages = list(self._flower.configure_train(round_, given, self._configs[0], self._grid))
         replies = self._messenger.exchange(self._grid, messages, reply_bytes)
-        arrays, metrics = strategy.aggregate_train(round_, self._heard("aggregate_train", replies))
+        arrays, metrics = self._flower.aggregate_train(round_, self._heard("aggregate_train", replies))
         if metrics is not None:
             self._result.train_metrics_clientapp[round_] = metrics
         report = self._messenger.report
@@ -138,12 +106,12 @@ class RoundLoop(Generic[S, M]):
 
     def _evaluation(self, round_: int) -> tuple[bool, MetricRecord | None]:
         """Have clients evaluate; return whether there was anything to send, and metrics."""
-        given, strategy = self._given("configure_evaluate"), self._strategy
-        messages = list(strategy.configure_evaluate(round_, given, self._configs[1], self._grid))
+        given = self._given("configure_evaluate")
+        messages = list(self._flower.configure_evaluate(round_, given, self._configs[1], self._grid))
         if not messages:
             return False, None
         replies = self._heard("aggregate_evaluate", self._messenger.exchange(self._grid, messages, 0))
-        metrics = strategy.aggregate_evaluate(round_, replies)
+        metrics = self._flower.aggregate_evaluate(round_, replies)
         if metrics is not None:
             self._result.evaluate_metrics_clientapp[round_] = metrics
         return True, metrics
@@ -156,7 +124,7 @@ class RoundLoop(Generic[S, M]):
         return metrics
 
 
-class _Algorithm(Trains, Protocol):
+class _Algorithm(Protocol):
     """What `ClientRoundLoop` uses of a strategy (`SparseStrategy` says what each part means)."""
 
     name: ClassVar[str]
@@ -190,22 +158,15 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         return 4 * self._strategy.layout.size
 
     def run(self, first: int, last: int) -> Result:
-        """Play rounds `first` to `last`; 0 is setup.
-
-        Raises
-        ------
-        RunFailed
-            Clients are missing, too few answered, or Ray lost an actor.
-        """
+        """Play rounds `first` to `last`; 0 is setup."""
         sites = self._messenger.registry.wait_for_clients(self._grid)
         if self._strategy.callback is not None:
             self._strategy.callback.met(sites)
         if first == 0:
             began = time.monotonic()
-            record = {"round": 0, "strategy": self._strategy.name} | self._discover(
-                0, "", self._strategy.before_training
-            )
-            self._tell(record | self._empty_layers() | {"seconds": time.monotonic() - began})
+            found = self._discover(0, "", self._strategy.before_training)
+            record = {"round": 0, "strategy": self._strategy.name} | found | self._empty_layers()
+            self._tell(record | {"seconds": time.monotonic() - began})
         for round_ in range(max(1, first), last + 1):
             began = time.monotonic()
             back = self._messenger.readmit(self._grid)
@@ -231,8 +192,8 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         self._empty = tuple(name for name, alive, _ in strategy.mask.layers() if not alive)
         if self._empty and self._empty != before and strategy.callback is not None:
             cure = "set mask.min-per-layer to 1 or more" if strategy.has_floor else "choose a higher mask.density"
-            names = ", ".join(self._empty[:5]) + (f" and {len(self._empty) - 5} more" if len(self._empty) > 5 else "")
-            strategy.callback.warn(f"the mask leaves no weight alive in {names}: {cure}")
+            empty = ", ".join(self._empty[:5]) + (f" and {len(self._empty) - 5} more" if len(self._empty) > 5 else "")
+            strategy.callback.warn(f"the mask leaves no weight alive in {empty}: {cure}")
         return {"empty_layers": list(self._empty)} if self._empty else {}
 
     def _discover(self, round_: int, prefix: str, hook: Callable[[Query], None]) -> Record:
@@ -263,7 +224,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
             return {}
         return {
             f"{prefix}asked": sorted({c for o in reports for c in [*o.ok, *o.lost, *o.refused]}),
-            **{prefix + name: value for name, value in _names(*reports).items()},
+            **{prefix + name: value for name, value in names(*reports).items()},
             "bytes_discovery_down": sum(o.down for o in reports),
             "bytes_discovery_up": sum(o.up for o in reports),
             "image_passes": sum(o.train_examples for o in reports),
@@ -282,7 +243,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         return {
             "round": round_,
             "cohort": strategy.cohort(round_),
-            **_names(report),
+            **names(report),
             "train_loss": metrics["loss"],
             **({"update_norms": {str(c): norms[c] for c in sorted(norms)}} if norms else {}),
             **counts,
@@ -305,7 +266,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         central = self._central(round_, lambda: ArrayRecord(dict(strategy.model())))
         if central is not None:
             record |= {f"central_{name}": central[name] for name in ("loss", "accuracy")}
-        report, failed = self._messenger.report, _names(self._messenger.report)
+        report, failed = self._messenger.report, names(self._messenger.report)
         record |= {f"evaluate_{name}": failed[name] for name in ("lost", "refused", "notes") if name in failed}
         record |= {"bytes_evaluate_down": report.down, "bytes_mask_down": report.mask_down}
         return record | {"image_passes": report.train_examples}
@@ -316,15 +277,3 @@ def _sum(*records: Record) -> Record:
     counts = ("bytes_mask_down", "image_passes", "validation_passes")
     merged: Record = {name: value for record in records for name, value in record.items()}
     return merged | {name: sum(record.get(name, 0) for record in records) for name in counts}
-
-
-def _names(*reports: ExchangeReport) -> Record:
-    lost = {c: why for o in reports for c, why in o.lost.items()}
-    refused = {c: why for o in reports for c, why in o.refused.items()}
-    notes = {c: why for o in reports for c, why in o.notes.items()}
-    return {
-        "ok": sorted({client for o in reports for client in o.ok}),
-        "lost": {str(c): lost[c] for c in sorted(lost)},
-        "refused": {str(c): refused[c] for c in sorted(refused)},
-        **({"notes": {str(c): notes[c] for c in sorted(notes)}} if notes else {}),
-    }

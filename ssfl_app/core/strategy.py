@@ -76,11 +76,6 @@ class ServerContext:
 class SparseStrategy(OwnStart):
     """A federated algorithm on a fixed set of numbered clients.
 
-    Parameters
-    ----------
-    context : ServerContext
-        Where it works.
-
     Attributes
     ----------
     name : str
@@ -118,10 +113,9 @@ class SparseStrategy(OwnStart):
 
     def __init__(self, context: ServerContext) -> None:
         layout, settings = context.layout, context.settings
-        if settings.mask.min_per_layer and not self.has_floor:
-            raise ConfigError(
-                f"mask.min-per-layer is {settings.mask.min_per_layer}; it is 0 with strategy {self.name}"
-            )
+        floor = settings.mask.min_per_layer
+        if floor and not self.has_floor:
+            raise ConfigError(f"mask.min-per-layer is {floor}; it is 0 with strategy {self.name}")
         self.context, self.layout, self.settings, self.callback = context, layout, settings, context.callback
         if self.uses_density and layout.prunable_size and not self.alive():
             raise ConfigError(f"mask.{none_alive(layout, settings.mask.density)}")
@@ -155,10 +149,9 @@ class SparseStrategy(OwnStart):
                 f"wire.error-feedback is true; it is false with strategy {self.name}, where clients have masks, "
                 "models or memories of their own"
             )
-        if settings.run.fold != "mean" and not self._has_default_aggregator():
+        if run.fold != "mean" and not self._has_default_aggregator():
             raise ConfigError(
-                f"run.fold is {settings.run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of "
-                "its own"
+                f"run.fold is {run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of its own"
             )
 
     @classmethod
@@ -256,11 +249,8 @@ class SparseStrategy(OwnStart):
             return distance(flat[sent.transmitted], there(self.layout, self.state, sent.transmitted))
         memo = self._there
         if memo is None or memo[0] is not self.state or memo[1] is not mask:
-            self._there = memo = (
-                self.state,
-                mask,
-                there(self.layout, self.state, codec.positions(self.layout, mask)),
-            )
+            old = there(self.layout, self.state, codec.positions(self.layout, mask))
+            self._there = memo = self.state, mask, old
         return distance(codec.vector(reply.arrays, self.layout, mask), memo[2])
 
     # ---- what hooks use ----------------------------------------------------------------------
@@ -306,11 +296,8 @@ class SparseStrategy(OwnStart):
 
     def state_dict(self) -> Arrays:
         """Return all that `load_state_dict` needs, as flat arrays."""
-        kept: Arrays = {
-            "state": self.layout.flatten(self.state),
-            "mask": self.mask.packed(),
-            "since": self._last_accepted,
-        }
+        state, mask = self.layout.flatten(self.state), self.mask.packed()
+        kept: Arrays = {"state": state, "mask": mask, "since": self._last_accepted}
         return kept if self._residual is None else kept | {"residual": self._residual}
 
     def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -342,9 +329,8 @@ class SparseStrategy(OwnStart):
     ) -> Iterable[Message]:
         """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
         self.check_playing()
-        payloads = (
-            self._outgoing(client, self.train_payload(server_round, client)) for client in self.cohort(server_round)
-        )
+        cohort = self.cohort(server_round)
+        payloads = (self._outgoing(client, self.train_payload(server_round, client)) for client in cohort)
         return self.messenger.build_messages("train", server_round, payloads, config)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]:
@@ -410,9 +396,7 @@ class SparseStrategy(OwnStart):
                     known[reply.client] = float(reply.metadata[name])
 
         self.messenger.receive(replies, {}, check_tested, take, None, f"evaluation in round {server_round}")
-        means: dict[str, Any] = {
-            name: math.fsum(known.values()) / len(known) for name, known in both.items() if known
-        }
+        means: dict[str, Any] = {name: math.fsum(k.values()) / len(k) for name, k in both.items() if k}
         return MetricRecord(means) if means else None
 
     def summary(self) -> None:

@@ -199,7 +199,7 @@ def study_masks(
     own = dict(flat) | {"strategy": "ssfl", "run.cohort": 1}
     config = configuration.parse(own)
     rank = _ranking(check(config, keep=True), config.settings.mask)
-    runtime, run, size = get_runtime(config), config.settings.run, int(own["ssfl.saliency-batch-size"])
+    runtime, run, size = get_runtime(config.flat), config.settings.run, int(own["ssfl.saliency-batch-size"])
     depth = max(repeats, -(-max(batches) // run.clients))
     drawn = [(client, batch) for batch in range(depth) for client in range(run.clients)]
     parts = enumerate(runtime.partition.train)

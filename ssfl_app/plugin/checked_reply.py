@@ -45,13 +45,7 @@ class CheckedReply:
 
 
 def metrics_of(records: RecordDict) -> tuple[str, Mapping[str, Any]]:
-    """Return name and content of the one MetricRecord among the user's records.
-
-    Raises
-    ------
-    PayloadError
-        There is none, or more than one.
-    """
+    """Return name and content of the one MetricRecord of a reply; PayloadError if there is none, or more than one."""
     found = [(name, record) for name, record in records.items() if isinstance(record, MetricRecord)]
     if len(found) != 1:
         raise PayloadError(f"a reply holds {len(found)} MetricRecords; it must hold exactly 1, as under FedAvg")
@@ -59,13 +53,7 @@ def metrics_of(records: RecordDict) -> tuple[str, Mapping[str, Any]]:
 
 
 def weight_of(value: Any, most: float) -> float:
-    """Return the weight of a reply after checking it.
-
-    Raises
-    ------
-    PayloadError
-        It is no number above 0 and at most `most`.
-    """
+    """Return the weight of a reply; PayloadError if it is no number above 0 and at most `most`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:  # NaN is not
         raise PayloadError(f"the weight of a reply is {value!r}; it must be a number above 0, at most {most}")
     return value

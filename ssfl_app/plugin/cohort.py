@@ -28,15 +28,9 @@ def wait_for(grid: Grid, least: int, timeout: float) -> list[int]:
 
 
 def sample(nodes: list[int], seed: int, what: str, round_: int, count: int) -> list[int]:
-    """Return `count` of the nodes, sorted.
+    """Return `count` of the nodes, whose ids are sorted, for `what`: "saliency", "train" or "evaluate"; sorted.
 
-    Parameters
-    ----------
-    nodes : list of int
-        Sorted ids. Flower draws them anew for every run, so equal seeds repeat a run's cohorts only where the ids
-        repeat.
-    what : str
-        "saliency", "train" or "evaluate".
+    Flower draws ids anew for every run, so equal seeds repeat a run's cohorts only where the ids repeat.
     """
     chosen = generator(seed, what, round_).choice(len(nodes), count, replace=False)
     return [nodes[i] for i in sorted(chosen)]

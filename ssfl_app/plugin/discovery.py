@@ -6,6 +6,7 @@ decides; they change no score. Who has scores of 0 only (no minibatch, nothing c
 and its zeros, which would scale a mean and shift a median, are not folded.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from ssfl_app.comm.exchange import names
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.core.means import WeightedMean
 from ssfl_app.core.robust import normalised
@@ -29,17 +31,14 @@ from ssfl_app.plugin.ranking import MaskRule, top, unscorable, within
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import TensorKind, TensorReport, Ties
 from ssfl_app.sparsity.layout import Layout, Vector
-from ssfl_app.sparsity.mask import Mask, Scope
+from ssfl_app.sparsity.mask import Mask
 from ssfl_app.text import in_a_line
 
 
 @dataclass(frozen=True)
-class Discovery:
+class Discovery(MaskRule):
     """How the mask is found; the arguments of `SSFL` that concern nothing else."""
 
-    density: float
-    scope: Scope
-    min_per_layer: int
     batches: int
     weighting: str
     share: float
@@ -59,11 +58,6 @@ class Discovery:
             raise ValueError(f"saliency_weighting is {self.weighting!r}; it is samples or uniform")
         if not 0 < self.share <= 1:
             raise ValueError(f"saliency_share is {self.share}; it is a fraction in (0, 1]")
-
-    @property
-    def wanted(self) -> MaskRule:
-        """How many weights are kept."""
-        return MaskRule(self.density, self.scope, self.min_per_layer)
 
     def find(
         self,
@@ -124,12 +118,12 @@ class Discovery:
             )
         said = {node: seen for node, seen in said.items() if seen.ties == ties}
         scored_by = Counter(by[node] for node in said)
-        record |= messenger.names()
+        record |= names(messenger.report)
         record["scored_by"] = dict(sorted(scored_by.items()))
         record["bytes_discovery_down"] = messenger.report.down + messenger.report.mask_down
         record["bytes_discovery_up"] = messenger.report.up
         messenger.log_failures("discovery")
-        messenger.require(self.min_ok_fraction, "the question for saliency")
+        messenger.report.require(self.min_ok_fraction, "the question for saliency", "node")
         scores, record["score_fold"] = np.zeros(layout.prunable_size, dtype=np.float32), "mean"
         if answers and inner is not None:
             good = [_comparable(answer, layout, model) for answer in answers if answer.node in said]
@@ -139,27 +133,20 @@ class Discovery:
         if not scores.any():
             raise RunFailed(f"no client told a score above 0; the mask cannot be found. {_cause(layout, model)}")
         compare = 2 * scored_by["scores"] > scored_by.total()
-        dense = self._dense(layout, said) | (
-            {} if compare else dict.fromkeys(unscorable(layout, model, scores), _ZERO)
-        )
+        dense = self._dense(layout, said)
+        dense |= {} if compare else dict.fromkeys(unscorable(layout, model, scores), _ZERO)
         spec, model, scores = _settled(messenger.spec, model, scores, ties, dense)
         if not spec.prunable:
             raise RunFailed(f"no tensor is left to prune: {dense}; name some by prunable=[...]")
         alone = {} if compare else within(spec.layout, model, scores)
-        mask = top(spec, model, scores, self.wanted, alone)
+        mask = top(spec, model, scores, self, alone)
         record |= {"density": mask.density, "layers": {name: alive / size for name, alive, size in mask.layers()}}
         record |= {"ties": dict(ties), "within": alone, "dense": dense}
         _tell(spec, mask, record)
         return spec, mask
 
     def _dense(self, layout: Layout, said: Mapping[int, TensorReport]) -> dict[str, str]:
-        """Return which tensors most clients call no weights, and what they are.
-
-        Raises
-        ------
-        RunFailed
-            The user named one that nothing trains.
-        """
+        """Return what most clients call no weights, and what it is; refuse a named one that none trains."""
         told = Counter((name, kind) for seen in said.values() for name, kind in seen.kinds.items())
         kinds = {name: kind for (name, kind), count in sorted(told.items()) if 2 * count > len(said)}
         if self.named and (still := [name for name, kind in kinds.items() if kind == TensorKind.UNTRAINED]):
@@ -178,13 +165,7 @@ _LARGE = 0.05
 
 
 def _usual_ties(said: Mapping[int, TensorReport], messenger: NodeMessenger) -> Ties:
-    """Return what most clients say about tied tensors, and refuse the others; of equally many it is who says less.
-
-    Parameters
-    ----------
-    said : mapping of int to TensorReport
-        By node, of those who saw something.
-    """
+    """Return what most clients say about tied tensors, and refuse the others; of equally many it is who says less."""
     counts = Counter(seen.ties for seen in said.values())
     usual = min(counts, key=lambda ties: (-counts[ties], len(ties), ties), default=())
     for node, seen in said.items():
@@ -236,10 +217,9 @@ def _settled(
 
 
 def _cause(layout: Layout, model: Vector) -> str:
-    zero = starts_at_zero(layout, model)
-    blocked = (
-        f"{_listed(zero)} start at 0 and may block each other's gradients: draw them at random. " if zero else ""
-    )
+    zero, blocked = starts_at_zero(layout, model), ""
+    if zero:
+        blocked = f"{_listed(zero)} start at 0 and may block each other's gradients: draw them at random. "
     return (
         f"{blocked}All gradients (or changes by one local training) are 0: is there a minibatch, and a learning rate "
         'above 0? SparseMod(saliency=..., returns="scores") tells scores of your own'
@@ -258,9 +238,7 @@ def _tell(spec: StateSpec, mask: Mask, record: Mapping[str, Any]) -> None:
             log(INFO, "\t> within themselves: %s %s", _listed(names), what)
     for name, why in record["dense"].items():
         log(INFO, "\t> %s stays dense: %s", name, why)
-    sizes = {
-        name: layout.spans[name].stop - layout.spans[name].start for name, shape in layout.shapes if len(shape) > 1
-    }
+    sizes = {name: math.prod(shape) for name, shape in layout.shapes if len(shape) > 1}
     large = [n for n, size in sizes.items() if n not in layout.prunable and size > _LARGE * layout.size]
     if large:
         log(WARNING, "%s stay dense and are large; prunable=[...] names the tensors to prune", _listed(large))

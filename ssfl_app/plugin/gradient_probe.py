@@ -15,7 +15,6 @@ Where nothing steps (another framework, plain NumPy) one whole local training w0
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -37,17 +36,8 @@ class StopScoring(Exception):
 class GradientProbe:
     """Watches the optimizers of a train function that starts from `weights`. A context manager.
 
-    Parameters
-    ----------
-    spec : StateSpec
-        Of the weights.
-    weights : array of float32, shape (layout.size,)
-        What the function is given.
-    batches : int
-        Optimizer steps whose gradients count.
-    leave : bool
-        Leave the function by `Enough` after them. A function that catches it goes on, and its steps change nothing.
-        False: it goes on anyway, to its end.
+    The gradients of so many optimizer steps, `batches`, count. With `leave` the function is left after them, by
+    `StopScoring`; one that catches it goes on, and its steps change nothing.
 
     Notes
     -----
@@ -74,10 +64,8 @@ class GradientProbe:
         )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        """Let the function be left early, whatever it made of `Enough`."""
+    def __exit__(self, kind: object, error: object, trace: object) -> bool:
+        """Let the function be left early, whatever it made of `StopScoring`."""
         for handle in self._handles:
             handle.remove()
         _ONE_AT_A_TIME.release()
@@ -199,13 +187,7 @@ def starts_at_zero(layout: Layout, weights: Vector) -> list[str]:
 
 
 def difference_scores(layout: Layout, before: Vector, after: Vector) -> Vector:
-    """Return |w0 * (w0 - w1)| of one local training, float32, shape (layout.prunable_size,); |w1| where w0 is all 0.
-
-    Parameters
-    ----------
-    before, after : array of float32, shape (layout.size,)
-        The weights w0 and w1.
-    """
+    """Return |w0 * (w0 - w1)| of one local training, shape (layout.prunable_size,); |w1| where w0 is all 0."""
     scores = np.abs(scales_of(layout, before) * (before - after))
     return np.asarray(scores[layout.is_prunable])
 
@@ -213,16 +195,8 @@ def difference_scores(layout: Layout, before: Vector, after: Vector) -> Vector:
 def own_scores(layout: Layout, weights: Vector, told: Mapping[str, Any], gradients: bool, ties: Ties = ()) -> Vector:
     """Return the scores that a user's own function tells, float32, shape (layout.prunable_size,).
 
-    A tensor of which `ties` is a later name has scores of 0.
-
-    Parameters
-    ----------
-    weights : array of float32, shape (layout.size,)
-        What the gradients were taken at.
-    told : mapping of str to array or tensor
-        By name of each prunable tensor, of its shape.
-    gradients : bool
-        Whether they are gradients, to be multiplied with the weights, or scores already.
+    A tensor of which `ties` is a later name has scores of 0. `told` are arrays or tensors by name of each prunable
+    tensor, of its shape: gradients, to be multiplied with the weights they were taken at, or scores already.
 
     Raises
     ------

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from logging import INFO
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -31,22 +31,6 @@ VECTOR = "values"
 """Name of the one array that an inner strategy sees."""
 
 
-class Form(Protocol):
-    """How an inner strategy sees carried values."""
-
-    def arrays(self, values: Vector) -> ArrayRecord:
-        """Return what it is given."""
-
-    def values(self, arrays: ArrayRecord) -> Vector:
-        """Return the values of what it made of that.
-
-        Raises
-        ------
-        ValueError
-            Names or shapes are others.
-        """
-
-
 @dataclass(frozen=True)
 class AsVector:
     """One array of all values, shape (size,)."""
@@ -54,11 +38,11 @@ class AsVector:
     size: int
 
     def arrays(self, values: Vector) -> ArrayRecord:
-        """Return the vector, named."""
+        """Return what an inner strategy is given: the vector, named."""
         return ArrayRecord({VECTOR: Array(values)})
 
     def values(self, arrays: ArrayRecord) -> Vector:
-        """Return the one array."""
+        """Return the one array of what it made of that; ValueError if name or shape are others."""
         if list(arrays) != [VECTOR]:
             raise ValueError(f"it has the arrays {list(arrays)}; it was given [{VECTOR!r}]")
         values = arrays[VECTOR].numpy().astype(np.float32)
@@ -83,6 +67,10 @@ class AsModel:
         return self.spec.flatten(arrays, fixed_too=False)[self.mask.transmitted]
 
 
+Form = AsVector | AsModel
+"""How an inner strategy sees carried values."""
+
+
 def inner_round_config(
     configure: Callable[..., Iterable[Message]],
     server_round: int,
@@ -93,18 +81,9 @@ def inner_round_config(
 ) -> ConfigRecord:
     """Have an inner strategy prepare a round, and return the config it writes to its first node.
 
-    Its own choice of nodes is not used. It draws from Python's global generator, whose state is put back.
-
-    Parameters
-    ----------
-    configure : callable
-        Its `configure_train` or `configure_evaluate`.
-    arrays : ArrayRecord
-        The model, in the strategy's form.
-    config : ConfigRecord
-        The user's, which the strategy may change; returned as it is if the strategy writes to nobody.
-    config_key : str
-        Where it puts the config.
+    `configure` is its `configure_train` or `configure_evaluate`. Its own choice of nodes is not used. It draws from
+    Python's global generator, whose state is put back. The config is the user's, which it may change, and as it is if
+    the strategy writes to nobody.
     """
     before = random.getstate()
     try:

@@ -17,12 +17,8 @@ _KINDS = {"train": "fit", "evaluate": "evaluate"}
 def as_message_api(call_next: ClientAppCallable, weight_key: str) -> ClientAppCallable:
     """Return a callable that takes Message-API messages and has `call_next`, an old-style client, work on them.
 
-    Parameters
-    ----------
-    call_next : callable
-        What a ``ClientApp(client_fn=...)`` gives to a mod.
-    weight_key : str
-        Under which the number of examples of FitRes and EvaluateRes is told; Flower's default is "num-examples".
+    It is what a ``ClientApp(client_fn=...)`` gives to a mod. Under `weight_key` the number of examples of FitRes and
+    EvaluateRes is told.
     """
 
     def speak(message: Message, context: Context) -> Message:
@@ -65,13 +61,7 @@ def _modern(content: RecordDict, kind: str, names: list[str], weight_key: str) -
 
 
 def only(content: RecordDict, kind: type[Any]) -> Any:
-    """Return the one record of this kind.
-
-    Raises
-    ------
-    ValueError
-        There is none, or more than one.
-    """
+    """Return the one record of this kind; ValueError if there is none, or more than one."""
     found = [record for record in content.values() if isinstance(record, kind)]
     if len(found) != 1:
         raise ValueError(f"a message holds {len(found)} records of type {kind.__name__}; it must hold exactly 1")

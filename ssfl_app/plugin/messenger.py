@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from ssfl_app.comm.messenger import Messenger, PendingMessage
 from ssfl_app.comm.payload import SERIAL_TYPE, Metadata, Payload, shared_buffers
 from ssfl_app.locks import RunFailed
-from ssfl_app.plugin.checked_reply import MOST, CheckedReply, metrics_of, weight_of
+from ssfl_app.plugin.checked_reply import CheckedReply, metrics_of, weight_of
 from ssfl_app.plugin.legacy import only
 from ssfl_app.plugin.mod import REPLY, SCORED_BY, TAKEN
 from ssfl_app.plugin.state_spec import StateSpec, Untied
@@ -44,34 +44,14 @@ Kind = Literal["train", "evaluate", "saliency"]
 class NodeMessenger(Messenger):
     """Writes the same message to many nodes.
 
-    Parameters
-    ----------
-    spec : StateSpec
-        Of the model.
-    values : str
-        Value type of training and evaluation messages, both ways.
-    weight_key : str
-        The metric that weighs a reply, "num-examples" by default in Flower.
-    timeout : float
-        Seconds an exchange may take; also the messages' time to live.
-    most_examples : float
-        Largest weight of a reply.
-
-    Attributes
-    ----------
-    mask : Mask
-        Under which training and evaluation messages are encoded; the dense one at first.
-    odd : dict of int to str
-        Nodes whose values count there and whose metrics do not, and why.
+    `values` is the value type of training and evaluation messages, both ways; they are encoded under `mask`, the
+    dense one at first. `weight_key` is the metric that weighs a reply, with at most `most_examples`.
     """
 
-    def __init__(
-        self, spec: StateSpec, values: str, weight_key: str, timeout: float, most_examples: float = MOST
-    ) -> None:
+    def __init__(self, spec: StateSpec, values: str, weight_key: str, timeout: float, most_examples: float) -> None:
         super().__init__(timeout)
         self.spec, self.mask = spec, Mask.dense(spec.layout)
         self._values, self._weight_key, self._most = values, weight_key, most_examples
-        self.odd: dict[int, str] = {}
         self._kind: Kind = "train"
         self._sent: Metadata = {}  # the same to all nodes of an exchange
         self._decoded: dict[str, CheckedReply] = {}  # message id -> what was read of a reply that `decoded` rewrote
@@ -89,18 +69,10 @@ class NodeMessenger(Messenger):
         config: Mapping[str, Any],
         metadata: Metadata,
     ) -> list[Message]:
-        """Return one message per node.
+        """Return one message per node, with the carried coordinates of `model`, float32, shape (layout.size,).
 
-        Parameters
-        ----------
-        kind : {"train", "evaluate", "saliency"}
-            The question "saliency" travels as a train message and is about the whole `model` in float32.
-        model : array of float32, shape (layout.size,)
-            Of which the carried coordinates travel.
-        config : mapping
-            The user's, under "server-round" and so on.
-        metadata : dict
-            Beside the usual ones.
+        The question "saliency" travels as a train message and is about the whole model in float32. `config` is the
+        user's, under "server-round" and so on; `metadata` are those beside the usual ones.
         """
         mask = Mask.dense(self.spec.layout) if kind == "saliency" else self.mask
         values = "fp32" if kind == "saliency" else self._values
@@ -113,20 +85,15 @@ class NodeMessenger(Messenger):
         payload = Payload(shared_buffers(write_values(model[mask.transmitted], values)), self._sent)
         bitmap = {} if mask.count == mask.alive.size else {"mask": mask.packed()}  # everybody knows the dense one
         once = shared_buffers({**bitmap, **self.spec.written()})
-        pending = PendingMessage(
-            "evaluate" if kind == "evaluate" else "train",
-            payload,
-            mask,
-            {"mask": lambda: once},
-            dict(config),  # the user's own may change later
-        )
+        verb, own = "evaluate" if kind == "evaluate" else "train", dict(config)  # the user's may change later
+        pending = PendingMessage(verb, payload, mask, {"mask": lambda: once}, own)
         self._pending = dict.fromkeys(nodes, pending)
         knows_it = {node for node in nodes if self._holds.get(node) == digest and kind != "saliency"}
         return [self._message(node, () if node in knows_it else ("mask",)) for node in nodes]
 
     def exchange(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `build_messages` made; return the replies, of about this size, as they come."""
-        self.odd, self._decoded = {}, {}
+        self._decoded = {}
         # A subclass of SSFL may address messages to other nodes; what was written is the same for all.
         pending = next(iter(self._pending.values()))
         self._pending = {message.metadata.dst_node_id: pending for message in messages}
@@ -235,22 +202,12 @@ class NodeMessenger(Messenger):
         check_values(values)
         return values
 
-    def names(self) -> dict[str, Any]:
-        """Return who answered well, who was lost and who was refused, and why, as `SSFL.history` has it."""
-        report = self.report
-        bad = {"lost": report.lost, "refused": report.refused} | ({"odd_metrics": self.odd} if self.odd else {})
-        return {"ok": sorted(report.ok), **{k: {str(n): v[n] for n in sorted(v)} for k, v in bad.items()}}
-
     def log_failures(self, what: str) -> None:
         """Log how many answers came, and each failure by node and reason."""
         bad = {**self.report.lost, **self.report.refused}
         log(INFO, "%s: Received %s results and %s failures", what, len(self.report.ok), len(bad))
-        for node, reason in sorted({**bad, **self.odd}.items()):
+        for node, reason in sorted({**bad, **self.report.odd_metrics}.items()):
             log(INFO, "\t> node %s: %s", node, reason)
-
-    def require(self, share: float, what: str) -> None:
-        """Raise RunFailed unless at least `share` of the nodes that were asked answered well."""
-        self.report.require(share, what, least=0, who="node", option="min_ok_fraction")
 
 
 def _in_our_words(reason: str) -> str:

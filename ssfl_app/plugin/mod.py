@@ -1,10 +1,12 @@
 """`sparse_mod`, the client side: Masked values <-> the dense arrays that an unmodified train function knows.
 
 On the wire an SSFL message holds "arrays" (one flat vector of values; with the first message of a mask also the
-bitmap and the spec), "facts" (a few scalars, see `METADATA`) and "config" (the user's own). The mod gives the user's
-function a message with a complete state dict under the names it expects, and packs the alive values of the reply.
-Records of the reply that hold no arrays pass through under their names, so that mods in front of this one find the
-metrics; "reply.<name>" is what those are called whose names are taken.
+bitmap and the spec), "config" (the user's own) and "facts": its kind "ssfl" ("train", "evaluate", "saliency"), its
+"round", the "digest" of what both ends share, the type of "values", the "weight-key" that counts examples, and in a
+question "batches" and their "weighting". The mod gives the user's function a message with a complete state dict under
+the names it expects, and packs the alive values of the reply. Records of the reply that hold no arrays pass through
+under their names, so that mods in front of this one find the metrics; "reply.<name>" is what those are called whose
+names are taken.
 
 Everything arrives as ``train`` or ``evaluate``, the question for saliency too: Flower calls mods only for message
 types that the app has a function for, app-wide ones included, and the question needs the train function anyway.
@@ -29,10 +31,6 @@ from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import read_values, write_values
-
-METADATA = ("ssfl", "round", "digest", "values", "weight-key", "batches", "weighting")
-"""Of a message down: its kind ("train", "evaluate", "saliency"), the round, what both ends share, the value type,
-which metric counts examples; and, of a question, how many minibatches and how a client's scores are weighed."""
 
 STATE = "ssfl-plugin"
 """Record of Flower's `Context.state` that holds a node's mask (packed), the spec and their digest."""

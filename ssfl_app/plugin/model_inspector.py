@@ -23,22 +23,9 @@ from ssfl_app.sparsity.layout import NORMS, Vector
 class ModelInspector:
     """Names the parameters of a train function's optimizers.
 
-    Parameters
-    ----------
-    spec : StateSpec
-        Of the model that was sent.
-    weights : array of float32, shape (layout.size,)
-        What was sent. A parameter that does not hold exactly these values is not one of the model's.
-
-    Attributes
-    ----------
-    unsure : set of str
-        Prunable tensors that started equal, and that no module names apart.
-
-    Raises
-    ------
-    ValueError
-        Its methods: two tensors share memory, and are not of one shape, or not one parameter.
+    A parameter that does not hold exactly the values that were sent, `weights`, is not one of the model's. `unsure`
+    are prunable tensors that started equal, and that no module names apart. Methods raise ValueError where two
+    tensors share memory, and are not of one shape, or not one parameter.
     """
 
     def __init__(self, spec: StateSpec, weights: Vector) -> None:
@@ -58,10 +45,8 @@ class ModelInspector:
     @property
     def seen(self) -> TensorReport:
         """What there is to tell the server."""
-        order = [name for name, _ in self._layout.shapes]
-        return TensorReport(
-            tuple((name, self._ties[name]) for name in order if name in self._ties), dict(self._kinds)
-        )
+        ties = tuple((name, self._ties[name]) for name in self._shapes if name in self._ties)
+        return TensorReport(ties, dict(self._kinds))
 
     @property
     def unscored(self) -> set[str]:

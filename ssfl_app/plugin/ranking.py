@@ -21,20 +21,14 @@ _FIRST, _LAST = np.finfo(np.float32).max, np.finfo(np.float32).min
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How many weights are kept, and where; see `SSFL`."""
+    """How many weights are kept, and where: arguments of `SSFL`."""
 
     density: float
     scope: Scope
     min_per_layer: int
 
     def check(self, layout: Layout) -> None:
-        """Refuse a density under which nothing of these tensors is kept.
-
-        Raises
-        ------
-        ValueError
-            By the density and the number of weights.
-        """
+        """Raise ValueError for a density under which nothing of these tensors is kept."""
         if not alive_count(layout, self.density, self.scope, self.min_per_layer):
             raise ValueError(none_alive(layout, self.density))
 
@@ -78,8 +72,8 @@ def top(spec: StateSpec, model: Vector, scores: Vector, wanted: MaskRule, alone:
         if wanted.scope == "global":
             size = span.stop - span.start
             kept = max(keep_count(wanted.density, size), min(wanted.min_per_layer, size))
-            best = largest(scores[span], kept)
-            scores[span], reserved[span] = _LAST, best
+            reserved[span] = largest(scores[span], kept)
+            scores[span] = _LAST
     for name, rows in _rows(spec).items():
         span = layout.prunable_spans[name]
         best = _best_of(scores[span], rows)
@@ -87,9 +81,8 @@ def top(spec: StateSpec, model: Vector, scores: Vector, wanted: MaskRule, alone:
         need, size = int(np.count_nonzero(best)), span.stop - span.start
         if wanted.scope == "layer" and need > max(keep_count(wanted.density, size), wanted.min_per_layer):
             raise ValueError(_too_few(wanted, name, need))
-    if wanted.scope == "global" and (need := int(np.count_nonzero(reserved))) > keep_count(
-        wanted.density, layout.prunable_size
-    ):
+    need = int(np.count_nonzero(reserved))
+    if wanted.scope == "global" and need > keep_count(wanted.density, layout.prunable_size):
         raise ValueError(_too_few(wanted, f"{[*alone, *_rows(spec)]}", need))
     scores[reserved] = _FIRST
     return Mask.top(layout, scores, wanted.density, wanted.scope, min_per_layer=wanted.min_per_layer)

@@ -11,13 +11,14 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ssfl_app.core.rounds import Record, RoundLoop, Trains
+from ssfl_app.comm.exchange import names
+from ssfl_app.core.rounds import Record, RoundLoop
 from ssfl_app.plugin.discovery import Discovery
 from ssfl_app.plugin.messenger import NodeMessenger
 from ssfl_app.sparsity.layout import Vector
 
 
-class _Algorithm(Trains, Protocol):
+class _Algorithm(Protocol):
     """What is used of a strategy here (`SSFL` says what each part means)."""
 
     inner: FedAvg | None
@@ -55,7 +56,7 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
             start, record = time.monotonic(), Record(round=round_)
             strategy.history.append(record)
             record |= self._train(round_)
-            self._messenger.require(strategy.min_ok_fraction, f"training in round {round_}")
+            self._messenger.report.require(strategy.min_ok_fraction, f"training in round {round_}", "node")
             record |= self._evaluate(round_)
             record["central"] = self._tell_central(round_, strategy.arrays)
             record["seconds"] = time.monotonic() - start
@@ -94,7 +95,7 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
         arrays, metrics, counts = self._training(round_, 4 * carried)
         self._tell_metrics("aggregate_train", metrics)
         return {
-            **self._messenger.names(),
+            **names(self._messenger.report),
             "aggregated": arrays is not None,
             "metrics": dict(metrics or {}),
             **counts,
@@ -108,7 +109,7 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
             return {"bytes_evaluate_down": 0}
         self._tell_metrics("aggregate_evaluate", metrics)
         return {
-            **{f"evaluate_{name}": value for name, value in self._messenger.names().items()},
+            **{f"evaluate_{name}": value for name, value in names(self._messenger.report).items()},
             "evaluate_metrics": dict(metrics or {}),
             "bytes_evaluate_down": self._messenger.report.down,
             "bytes_evaluate_mask_down": self._messenger.report.mask_down,

@@ -36,18 +36,10 @@ class Untied(ValueError):
 class StateSpec:
     """Names, shapes and types of a state dict, in its order, and the bytes of the tensors that are not averaged.
 
-    Attributes
-    ----------
-    tensors : tuple of (str, tuple of int, str)
-        Name, shape and NumPy type of every array, in order.
-    prunable : tuple of str
-        The floating tensors that the mask covers, in the same order.
-    keys : pair of str
-        Names of the ArrayRecord and of the ConfigRecord that the foreign functions read.
-    fixed : bytes
-        The arrays that are not floating, one after the other, row-major.
-    ties : tuple of (str, str)
-        Each later name of a floating tensor that has several, and its first name.
+    `tensors` are name, shape and NumPy type of every array, and `prunable` the floating ones that the mask covers, in
+    the same order. `keys` are the names of the ArrayRecord and of the ConfigRecord that the foreign functions read.
+    `fixed` are the arrays that are not floating, one after the other, row-major; `ties` each later name of a floating
+    tensor that has several, and its first name.
     """
 
     tensors: tuple[tuple[str, tuple[int, ...], str], ...]
@@ -58,17 +50,10 @@ class StateSpec:
 
     @classmethod
     def of(cls, arrays: ArrayRecord, prunable: Iterable[str] | None, keys: tuple[str, str]) -> "StateSpec":
-        """Return the spec of a model.
+        """Return the spec of a model, ``ArrayRecord(model.state_dict())``.
 
-        Parameters
-        ----------
-        arrays : ArrayRecord
-            ``ArrayRecord(model.state_dict())``.
-        prunable : iterable of str, optional
-            Names of the tensors to prune. Default: what `is_prunable` tells; the clients say which of these are
-            buffers or norms.
-        keys : pair of str
-            Names of the ArrayRecord and of the ConfigRecord in a message.
+        Without `prunable` names that is pruned which `is_prunable` tells; the clients say what of it are buffers or
+        norms.
 
         Raises
         ------
@@ -76,8 +61,8 @@ class StateSpec:
             Nothing is prunable, or `prunable` names a tensor that is missing or not of real floating numbers.
         """
         known = {name: array.numpy() for name, array in arrays.items()}
-        tensors = tuple((name, array.shape, array.dtype.str) for name, array in known.items())
         shapes = {name: array.shape for name, array in known.items()}
+        tensors = tuple((name, shapes[name], array.dtype.str) for name, array in known.items())
         real = {name for name, array in known.items() if array.dtype.kind == "f"}
         if prunable is None:
             chosen = {name for name in real if is_prunable(name, shapes)}
@@ -97,12 +82,7 @@ class StateSpec:
     def settled(self, ties: Iterable[tuple[str, str]], dense: Iterable[str]) -> "StateSpec":
         """Return the spec under which tensors travel once, whatever their names, and some are not pruned after all.
 
-        Parameters
-        ----------
-        ties : iterable of (str, str)
-            Each later name, and the first one. The first one is prunable if any of its names is.
-        dense : iterable of str
-            Names of tensors that stay dense.
+        Of `ties` the first name is prunable if any of its names is; those in `dense` are not.
         """
         first, left = dict(ties), set(dense)
         chosen = {first.get(name, name) for name in self.prunable} - left
@@ -120,9 +100,8 @@ class StateSpec:
         """Names and shapes of the floating tensors: what is averaged. A complex number is two of its coordinates."""
         later = dict(self.ties)
         rows = ((name, shape, kind) for name, shape, kind in self.tensors if _averaged(kind) and name not in later)
-        return Layout(
-            tuple((name, (*shape, 2) if _complex(kind) else shape) for name, shape, kind in rows), self.prunable
-        )
+        shapes = tuple((name, (*shape, 2) if _complex(kind) else shape) for name, shape, kind in rows)
+        return Layout(shapes, self.prunable)
 
     @cached_property
     def digest(self) -> str:
@@ -145,13 +124,7 @@ class StateSpec:
 
     @classmethod
     def read(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> "StateSpec":
-        """Return the spec that `written` wrote.
-
-        Raises
-        ------
-        PayloadError
-            There is none, or it is not one.
-        """
+        """Return the spec that `written` wrote; PayloadError if there is none, or it is not one."""
         fixed = read_array(arrays, "fixed", np.uint8, None).tobytes() if "fixed" in arrays else b""
         try:
             tensors, prunable, keys, ties = json.loads(read_array(arrays, "sheet", np.uint8, None).tobytes())
@@ -166,11 +139,8 @@ class StateSpec:
     def flatten(self, arrays: ArrayRecord, *, fixed_too: bool = True) -> Vector:
         """Return the floating tensors as one float32 vector, shape (layout.size,).
 
-        Parameters
-        ----------
-        fixed_too : bool
-            Whether arrays that are not averaged must be as they were sent. False: a strategy made a mean of them, in
-            which 3 * 5 / 3 need not be 5, and nobody reads it.
+        With `fixed_too` arrays that are not averaged must be as they were sent. Without, a strategy made a mean of
+        them, in which 3 * 5 / 3 need not be 5, and nobody reads it.
 
         Raises
         ------
@@ -205,12 +175,7 @@ class StateSpec:
         return flat
 
     def dense(self, flat: Vector) -> ArrayRecord:
-        """Return the whole model, with names, shapes, types and order as they came.
-
-        Parameters
-        ----------
-        flat : array of float32, shape (layout.size,)
-        """
+        """Return the whole model of a vector, shape (layout.size,): names, shapes, types and order as they came."""
         arrays, first, fixed = {}, dict(self.ties), self._fixed()
         for name, shape, kind in self.tensors:
             if name in fixed:
@@ -257,11 +222,5 @@ def _check_fixed(name: str, array: npt.NDArray[Any], sent: npt.NDArray[Any]) -> 
             "was learned in it would be lost"
         )
     if not name.endswith("num_batches_tracked"):
-        log(
-            WARNING,
-            "%s (%s) counted to %s; under SSFL it starts from %s in every round",
-            name,
-            sent.dtype,
-            array,
-            sent,
-        )
+        counted = "%s (%s) counted to %s; under SSFL it starts from %s in every round"
+        log(WARNING, counted, name, sent.dtype, array, sent)

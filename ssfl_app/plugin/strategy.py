@@ -26,7 +26,7 @@ from ssfl_app.plugin.checked_reply import MOST, CheckedReply
 from ssfl_app.plugin.cohort import sample, wait_for
 from ssfl_app.plugin.discovery import Discovery
 from ssfl_app.plugin.inner import AsModel, AsVector, Form, aggregate_by, evaluate_by, inner_round_config
-from ssfl_app.plugin.messenger import NodeMessenger
+from ssfl_app.plugin.messenger import Kind, NodeMessenger
 from ssfl_app.plugin.metrics import common_metrics
 from ssfl_app.plugin.mod import QUESTION
 from ssfl_app.plugin.rounds import NodeRoundLoop
@@ -169,33 +169,19 @@ class SSFL(OwnStart):
         self.history: list[Record] = []
         self.model: Vector = np.zeros(0, dtype=np.float32)
         self._messenger: NodeMessenger | None = None
-        self.discovery = Discovery(
-            density,
-            scope,
-            min_per_layer,
-            saliency_batches,
-            saliency_weighting,
-            saliency_share,
-            min_ok_fraction,
-            named=prunable is not None,
-        )
+        asked = saliency_batches, saliency_weighting, saliency_share
+        self.discovery = Discovery(density, scope, min_per_layer, *asked, min_ok_fraction, named=prunable is not None)
         self.inner, self.base = inner, FedAvg(**fedavg) if inner is None else inner
         self._named = inner_arrays == "model"
         self._most_examples = most_examples
         self._seed, self._prunable = seed, None if prunable is None else tuple(prunable)
         self._values, self.min_ok_fraction = values, min_ok_fraction
         self._timeout = 3600.0
-        self._cohort: list[int] = []
+        self._cohort = 0  # nodes that train in this round
 
     @property
     def messenger(self) -> NodeMessenger:
-        """The messages of this run.
-
-        Raises
-        ------
-        RuntimeError
-            `start` was not called yet.
-        """
+        """The messages of this run; RuntimeError if `start` was not called yet."""
         if self._messenger is None:
             raise RuntimeError("SSFL was not started; call start() first")
         return self._messenger
@@ -211,10 +197,9 @@ class SSFL(OwnStart):
 
     @property
     def _form(self) -> Form:
-        mask = self.mask
-        return (
-            AsModel(self.messenger.spec, mask) if self._named else AsVector(int(np.count_nonzero(mask.transmitted)))
-        )
+        if self._named:
+            return AsModel(self.messenger.spec, self.mask)
+        return AsVector(int(np.count_nonzero(self.mask.transmitted)))
 
     def question_config(self, config: ConfigRecord, grid: Grid) -> ConfigRecord:
         """Return the config of the question for saliency: the one of round 1, marked by `QUESTION`.
@@ -277,35 +262,25 @@ class SSFL(OwnStart):
         self.model = spec.flatten(initial_arrays)
         check_values(self.model)
         if self.discovery.density < 1:
-            self.discovery.wanted.check(spec.layout)
+            self.discovery.check(spec.layout)
         self._messenger = NodeMessenger(spec, self._values, self.base.weighted_by_key, timeout, self._most_examples)
         self._timeout = timeout
         self.history = []
         # The user's own objects, for the whole run: what a strategy changes in them stays, as under Flower.
-        configs = (
-            ConfigRecord() if train_config is None else train_config,
-            ConfigRecord() if evaluate_config is None else evaluate_config,
-        )
+        train, evaluate = (ConfigRecord() if given is None else given for given in (train_config, evaluate_config))
         with self.playing():
-            return NodeRoundLoop(self, self._messenger, grid, configs, evaluate_fn).run(initial_arrays, num_rounds)
+            loop = NodeRoundLoop(self, self._messenger, grid, (train, evaluate), evaluate_fn)
+            return loop.run(initial_arrays, num_rounds)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the training messages of a round. The model is this strategy's own; `arrays` is not read."""
-        self.check_playing()
-        base = self.base
-        if not base.fraction_train:
-            return []
-        config["server-round"] = server_round
-        nodes = self.sample(grid, "train", server_round, base.fraction_train, base.min_train_nodes)
-        if self.inner is not None:
-            given = self._form.arrays(self.model[self.mask.transmitted])
-            config = inner_round_config(
-                self.inner.configure_train, server_round, given, config, grid, base.configrecord_key
-            )
-        self._cohort = nodes
-        return self.messenger.build_messages("train", server_round, nodes, self.model, config, {})
+        messages = self._messages(
+            "train", server_round, config, grid, self.base.fraction_train, self.base.min_train_nodes
+        )
+        self._cohort = len(messages)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -318,7 +293,7 @@ class SSFL(OwnStart):
             The inner strategy returned no model.
         """
         size, answers = int(np.count_nonzero(self.messenger.mask.transmitted)), list[CheckedReply]()
-        mean = WeightedMean(size, max(1, len(self._cohort))) if self.inner is None else None
+        mean = WeightedMean(size, max(1, self._cohort)) if self.inner is None else None
 
         def take(answer: CheckedReply) -> None:
             if mean is not None:
@@ -332,7 +307,7 @@ class SSFL(OwnStart):
             self._refuse(odd)
             answers = [answer for answer in answers if answer.node not in odd]
         else:
-            self.messenger.odd = odd
+            self.messenger.report.odd_metrics = odd
         if not answers or not self.messenger.report.enough(self.min_ok_fraction):
             return None, None
         if self.inner is not None:
@@ -350,18 +325,22 @@ class SSFL(OwnStart):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the evaluation messages of a round; `arrays` is not read."""
+        least = self.base.min_evaluate_nodes
+        return self._messages("evaluate", server_round, config, grid, self.base.fraction_evaluate, least)
+
+    def _messages(
+        self, kind: Kind, round_: int, config: ConfigRecord, grid: Grid, fraction: float, least: int
+    ) -> list[Message]:
         self.check_playing()
-        base = self.base
-        if not base.fraction_evaluate:
+        if not fraction:
             return []
-        config["server-round"] = server_round
-        nodes = self.sample(grid, "evaluate", server_round, base.fraction_evaluate, base.min_evaluate_nodes)
+        config["server-round"] = round_
+        nodes = self.sample(grid, kind, round_, fraction, least)
         if self.inner is not None:
-            given = self._form.arrays(self.model[self.mask.transmitted])
-            config = inner_round_config(
-                self.inner.configure_evaluate, server_round, given, config, grid, base.configrecord_key
-            )
-        return self.messenger.build_messages("evaluate", server_round, nodes, self.model, config, {})
+            given, configure = self._form.arrays(self.model[self.mask.transmitted]), f"configure_{kind}"
+            key = self.base.configrecord_key
+            config = inner_round_config(getattr(self.inner, configure), round_, given, config, grid, key)
+        return self.messenger.build_messages(kind, round_, nodes, self.model, config, {})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the metrics of the good replies, aggregated as FedAvg does or as the inner strategy does."""
@@ -372,8 +351,7 @@ class SSFL(OwnStart):
         if not contents:
             return None
         if self.inner is not None:
-            good = [answer for answer in answers if answer.node not in odd]
-            return evaluate_by(self.inner, server_round, good)
+            return evaluate_by(self.inner, server_round, [answer for answer in answers if answer.node not in odd])
         return self.base.evaluate_metrics_aggr_fn(contents, self.base.weighted_by_key)
 
     def _refuse(self, odd: Mapping[int, str]) -> None:

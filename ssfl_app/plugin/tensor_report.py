@@ -31,12 +31,8 @@ class TensorKind(IntEnum):
 class TensorReport:
     """What a client tells about the model beside its scores; nothing is told about most models.
 
-    Attributes
-    ----------
-    ties : tuple of (str, str)
-        Each later name of a tensor that has several, and its first name in the order of the state dict.
-    kinds : mapping of str to Kind
-        Of prunable tensors that are no plain weights.
+    `ties`: each later name of a tensor that has several, and its first name in the order of the state dict. `kinds`
+    are of prunable tensors that are no plain weights.
     """
 
     ties: Ties
@@ -60,12 +56,7 @@ class TensorReport:
 
     @classmethod
     def read(cls, arrays: Mapping[str, npt.NDArray[Any]], spec: StateSpec, model: Vector) -> "TensorReport":
-        """Return what `written` wrote, whoever says so.
-
-        Parameters
-        ----------
-        model : array of float32, shape (layout.size,)
-            The initial weights.
+        """Return what `written` wrote, whoever says so; `model` are the initial weights, shape (layout.size,).
 
         Raises
         ------
@@ -86,10 +77,8 @@ class TensorReport:
                         f"same[{place}] is {first}; it is {place} or the place of an earlier first name"
                     )
                 one, other = names[first], names[place]
-                equal = types[one] == types[other] and np.array_equal(
-                    model[layout.spans[one]], model[layout.spans[other]]
-                )
-                if not equal:
+                values, others = model[layout.spans[one]], model[layout.spans[other]]
+                if types[one] != types[other] or not np.array_equal(values, others):
                     raise PayloadError(
                         f"says that {other} is tied to {one}; in the initial arrays they differ: tie them there, too"
                     )
@@ -129,9 +118,8 @@ def told_together(layout: Layout, weights: Vector, told: Mapping[str, Any]) -> T
     shapes = dict(layout.shapes)
 
     def equal(one: str, other: str) -> bool:
-        return shapes[one] == shapes[other] and np.array_equal(
-            weights[layout.spans[one]], weights[layout.spans[other]]
-        )
+        values, others = weights[layout.spans[one]], weights[layout.spans[other]]
+        return shapes[one] == shapes[other] and np.array_equal(values, others)
 
     for name in shapes:
         if isinstance(told.get(name), torch.Tensor):
@@ -166,14 +154,9 @@ def changed_together(layout: Layout, before: Vector, after: Vector) -> TensorRep
 
 
 def check_untied(layout: Layout, given: Vector, trained: Vector) -> None:
-    """Refuse what a train function returns if tensors that were given with other values came back equal.
+    """Refuse, by ValueError, what a train function returns if tensors given with other values came back equal.
 
     They are one tensor to it, and nobody found out: a mask of one of them would mask nothing.
-
-    Raises
-    ------
-    ValueError
-        By the names of the two.
     """
     often = Counter(shape for _, shape in layout.shapes)
     groups: dict[tuple[tuple[int, ...], bytes], list[str]] = {}

@@ -171,7 +171,7 @@ def run_inline(server: ServerApp, client: ClientApp, config: Config) -> None:
     context = Context(run_id=1, node_id=SERVER, node_config={}, state=RecordDict(), run_config=dict(config.flat))
     check_at_once(config)
     with naming_memory("try a smaller model or data set"):
-        runtime = get_runtime(config)  # before anything is forked: all processes share it
+        runtime = get_runtime(config.flat)  # before anything is forked: all processes share it
     on_gpu = runtime.trainer.device.type == "cuda"
     at_once = clients_at_once(config, runtime.fitting_clients() if on_gpu else None)
     where = "threads on a GPU" if on_gpu else "processes" if at_once > 1 else "this process"

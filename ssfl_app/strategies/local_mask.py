@@ -98,15 +98,10 @@ class RandomLocal(ClientMasks):
 
     def aggregator(self, round_: int) -> Aggregator:
         """Take the mean, over those who hold a coordinate or over all."""
-        zeros = self.options.mean == "zeros"
-        mean = ReplyZerosMean(self) if zeros else ReplyOverlapMean(self)
+        mean = ReplyZerosMean(self) if self.options.mean == "zeros" else ReplyOverlapMean(self)
 
         def finish() -> None:
-            if isinstance(mean, ReplyZerosMean):
-                values, _ = mean.finish()
-            else:
-                values = mean.finish(self.layout.flatten(self.state))
-            self.state = self.layout.unflatten(values)
+            self.state = self.layout.unflatten(mean.finish(self.state)[0])
 
         return Aggregator(mean.add, finish)
 

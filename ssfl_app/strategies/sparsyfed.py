@@ -105,7 +105,7 @@ class SparsyFed(SparseStrategy):
         mean = ReplyZerosMean(self)
 
         def finish() -> None:
-            values, self.mask = mean.finish()
+            values, self.mask = mean.finish(self.state)
             self.state = self.layout.unflatten(values)
 
         return Aggregator(mean.add, finish)

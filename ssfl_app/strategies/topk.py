@@ -107,17 +107,14 @@ class Topk(SparseStrategy):
 
     def aggregator(self, round_: int) -> Aggregator:
         """Replace the model by the mean, or add the mean to it."""
-        of_update = self.options.of == "update"
-        overlap = self.options.mean == "overlap" and not of_update
-        mean = ReplyOverlapMean(self) if overlap else ReplyZerosMean(self)
+        mean = ReplyOverlapMean(self) if self.options.mean == "overlap" else ReplyZerosMean(self)
 
         def finish() -> None:
-            if isinstance(mean, ReplyOverlapMean):
-                values = mean.finish(self.layout.flatten(self.state))
-            elif of_update:
-                values = self.layout.flatten(self.state) + mean.finish()[0]
+            values, mask = mean.finish(self.state)
+            if self.options.of == "update":
+                values += self.layout.flatten(self.state)
             else:
-                values, self.mask = mean.finish()
+                self.mask = mask
             self.state = self.layout.unflatten(values)
 
         return Aggregator(mean.add, finish)

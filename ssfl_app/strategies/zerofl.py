@@ -137,7 +137,7 @@ class ZeroFl(SparseStrategy):
         mean = ReplyZerosMean(self)
 
         def finish() -> None:
-            values, _ = mean.finish()
+            values, _ = mean.finish(self.state)
             if self.options.uplink != "top-weights":
                 values += self.layout.flatten(self.state)
             self.state = self.layout.unflatten(values)

@@ -42,7 +42,7 @@ def peers(values: list[float], topology: str) -> Dpsgd:
 
 
 def reply(client: int, value: float) -> Reply:
-    return Reply(client, {"values": np.array([value], dtype=np.float32)}, {}, 1)
+    return Reply({"values": np.array([value], dtype=np.float32)}, {}, client=client, samples=1)
 
 
 def mixed(strategy: Dpsgd, round_: int = 2) -> list[float]:

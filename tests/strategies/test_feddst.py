@@ -52,7 +52,9 @@ def fold(*clients: tuple[list[float], int]) -> FedDst:
     for client, (values, samples) in enumerate(clients):
         mask = Mask(TINY, np.array([value is not None for value in values]))
         state = {"w": torch.tensor([v or 0.0 for v in values]).view(2, 4), "b": torch.tensor([1.0, float(samples)])}
-        replies.append(Reply(client, BitmapAndValues().encode(TINY, state, mask), {"round": 1}, samples))
+        replies.append(
+            Reply(BitmapAndValues().encode(TINY, state, mask), {"round": 1}, client=client, samples=samples)
+        )
     aggregate(strategy, 1, iter(replies))
     return strategy
 

@@ -57,7 +57,7 @@ def four_weights(**keys: Any) -> FedPm:
 
 def replies(*masks: tuple[Sequence[int], int]) -> list[Reply]:
     packed = [(np.packbits(np.array(bits, dtype=np.uint8)), samples) for bits, samples in masks]
-    return [Reply(k, {"mask": bitmap}, {}, samples) for k, (bitmap, samples) in enumerate(packed)]
+    return [Reply({"mask": bitmap}, {}, client=k, samples=samples) for k, (bitmap, samples) in enumerate(packed)]
 
 
 def test_theta_is_the_mode_of_a_posterior_that_starts_at_1_and_1() -> None:

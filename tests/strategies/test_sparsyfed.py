@@ -201,7 +201,7 @@ def test_the_fold_by_hand() -> None:
     for client, samples, weights, bias in ((0, 1, [4.0, 2, 0, 0], 1.0), (1, 3, [8.0, 0, -4, 0], 5.0)):
         state = {"0.weight": torch.tensor([weights]), "0.bias": torch.tensor([bias])}
         arrays = BitmapAndValues().encode(SMALLEST, state, Mask(SMALLEST, np.array(weights) != 0))
-        replies.append(Reply(client, arrays, {"round": 1}, samples))
+        replies.append(Reply(arrays, {"round": 1}, client=client, samples=samples))
     strategy.state = SMALLEST.unflatten(np.full(5, 9, dtype=np.float32))
     aggregate(strategy, 1, iter(replies))
     assert SMALLEST.flatten(strategy.state).tolist() == [7, 0.5, -3, 0, 4]

@@ -46,7 +46,7 @@ def server(keys: Flat) -> Topk:
 def reply(client: int, samples: int, weights: list[float], bias: float) -> Reply:
     state = {"0.weight": torch.tensor([weights]), "0.bias": torch.tensor([bias])}
     mask = Mask(SMALLEST, np.array(weights) != 0)
-    return Reply(client, BitmapAndValues().encode(SMALLEST, state, mask), {"round": 1}, samples)
+    return Reply(BitmapAndValues().encode(SMALLEST, state, mask), {"round": 1}, client=client, samples=samples)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_the_fold_by_hand(uplink: str, wanted: list[float], used: list[float]) -
     for client, samples, sent, bias in ((0, 1, [4.0, 0, 4, 2, 0, 0], 1.0), (1, 3, [0.0, 0, 8, 0, -4, 0], 5.0)):
         state = SMALLEST.unflatten(np.array([*sent, bias], dtype=np.float32))
         arrays = BitmapAndValues().encode(SMALLEST, state, Mask(SMALLEST, np.array(sent) != 0))
-        replies.append(Reply(client, arrays, {"round": 1}, samples))
+        replies.append(Reply(arrays, {"round": 1}, client=client, samples=samples))
     strategy.state = SMALLEST.unflatten(np.array([9, 9, 9, 9, 9, 9, 1], dtype=np.float32))
     aggregate(strategy, 1, iter(replies))
     assert SMALLEST.flatten(strategy.state).tolist() == wanted

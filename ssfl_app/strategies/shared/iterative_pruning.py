@@ -77,6 +77,6 @@ class IterativePruning(ClientMasks):
             mean.add(reply)
 
         def finish() -> None:
-            self.state = self.layout.unflatten(mean.finish(self.layout.flatten(self.state)))
+            self.state = self.layout.unflatten(mean.finish(self.state)[0])
 
         return Aggregator(add, finish)

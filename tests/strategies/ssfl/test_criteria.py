@@ -288,7 +288,7 @@ def test_a_removed_weight_stays_out_although_alive_ones_score_nothing_either() -
         payload: Payload | None = None,
     ) -> None:
         sent.append(payload)
-        take(Reply(0, {"values": next(answers)}, {}, 1))
+        take(Reply({"values": next(answers)}, {}, client=0, samples=1))
 
     mask = find_mask(strategy, ask, [0])
     assert Mask.unpack(layout, sent[1].arrays["net"]).alive.tolist() == [False] * 2 + [True] * 4 + [False] * 2
