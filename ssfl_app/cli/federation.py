@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from ssfl_app.cli.arguments import ConfigFile, Out, Override, Resume
 from ssfl_app.locks import RunFailed
@@ -29,16 +30,16 @@ def _folder(path: Path, key: str = "--dir") -> Path:
     return home
 
 
-Folder = Annotated[Path, typer.Option("--dir", help="Folder of the federation: credentials, database, logs.")]
-Port = Annotated[int, typer.Option(help="Of the SuperLink, for nodes.", min=1, max=65535)]
-ControlPort = Annotated[int, typer.Option(help="Of Flower itself, on 127.0.0.1 only.", min=1, max=65535)]
+Folder = Annotated[Path, Option("--dir", help="Folder of the federation: credentials, database, logs.")]
+Port = Annotated[int, Option(help="Of the SuperLink, for nodes.", min=1, max=65535)]
+ControlPort = Annotated[int, Option(help="Of Flower itself, on 127.0.0.1 only.", min=1, max=65535)]
 DEFAULT = Path("federation")
 ONLINE_TIMEOUT = 150.0  # seconds; Flower refuses a node for a minute after it ended without signing off
 Days = Annotated[
-    int | None, typer.Option(help="How long the SuperLink's certificate is valid. [default: 365]", min=1, max=36500)
+    int | None, Option(help="How long the SuperLink's certificate is valid. [default: 365]", min=1, max=36500)
 ]
 Sites = Annotated[
-    list[str] | None, typer.Option(help="A node with its own data, NAME=FOLDER; once a node, instead of --nodes.")
+    list[str] | None, Option(help="A node with its own data, NAME=FOLDER; once a node, instead of --nodes.")
 ]
 
 
@@ -52,10 +53,10 @@ def private(context: typer.Context) -> None:
 @app.command()
 def up(
     nodes: Annotated[
-        int | None, typer.Option(help="SuperNodes; node i holds partition i of the data set. [default: 5]", min=1)
+        int | None, Option(help="SuperNodes; node i holds partition i of the data set. [default: 5]", min=1)
     ] = None,
     site: Sites = None,
-    port: Annotated[int, typer.Option(help="For nodes, on 127.0.0.1. 0: a free one.", min=0, max=65535)] = 0,
+    port: Annotated[int, Option(help="For nodes, on 127.0.0.1. 0: a free one.", min=0, max=65535)] = 0,
     folder: Folder = DEFAULT,
     days: Days = None,
 ) -> None:
@@ -191,7 +192,7 @@ def keep(folder: Folder = DEFAULT) -> None:
 
 
 @app.command(hidden=True)
-def front(bind: Annotated[str, typer.Option()], folder: Folder = DEFAULT) -> None:
+def front(bind: Annotated[str, Option()], folder: Folder = DEFAULT) -> None:
     """Serve nodes in the foreground; the supervisor starts this beside the SuperLink."""
     from ssfl_app.deployment.federation import read
     from ssfl_app.deployment.front import serve
@@ -202,8 +203,8 @@ def front(bind: Annotated[str, typer.Option()], folder: Folder = DEFAULT) -> Non
 
 @app.command()
 def init(
-    host: Annotated[str, typer.Option(help="Name or address under which nodes reach the SuperLink.")],
-    name: Annotated[list[str], typer.Option(help="Of a node; once for each.")],
+    host: Annotated[str, Option(help="Name or address under which nodes reach the SuperLink.")],
+    name: Annotated[list[str], Option(help="Of a node; once for each.")],
     port: Port = 8000,
     control_port: ControlPort = 8001,
     folder: Folder = DEFAULT,
@@ -241,7 +242,7 @@ def certificate(folder: Folder = DEFAULT, days: Days = None) -> None:
 
 @app.command()
 def superlink(
-    bind: Annotated[str, typer.Option(help="Interface on which nodes reach it.")] = "0.0.0.0",
+    bind: Annotated[str, Option(help="Interface on which nodes reach it.")] = "0.0.0.0",
     folder: Folder = DEFAULT,
 ) -> None:
     """Run the SuperLink of this host in the foreground; it is started again when it ends."""
@@ -264,10 +265,10 @@ def register(folder: Folder = DEFAULT) -> None:
 
 @app.command()
 def node(
-    home: Annotated[Path, typer.Argument(metavar="DIR", help="The node's folder: ca.crt and key.")],
-    superlink: Annotated[str, typer.Option(help="HOST:PORT of the SuperLink.")],
-    config: Annotated[str, typer.Option("--node-config", help="\"name='a' data-path='/data/a'\" or partition-id=0.")],
-    port: Annotated[int, typer.Option(help="For the node's own processes, on 127.0.0.1.", min=1, max=65535)] = 9094,
+    home: Annotated[Path, Argument(metavar="DIR", help="The node's folder: ca.crt and key.")],
+    superlink: Annotated[str, Option(help="HOST:PORT of the SuperLink.")],
+    config: Annotated[str, Option("--node-config", help="\"name='a' data-path='/data/a'\" or partition-id=0.")],
+    port: Annotated[int, Option(help="For the node's own processes, on 127.0.0.1.", min=1, max=65535)] = 9094,
 ) -> None:
     """Run the SuperNode of this host in the foreground; it is started again when it ends."""
     from ssfl_app.deployment.services import keep_node, node_service

@@ -20,11 +20,10 @@ from ssfl_app.deployment.status import services
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.results.status import read_status
-from ssfl_app.simulation.command import telling
+from ssfl_app.simulation.command import RunArgs, telling
 from ssfl_app.simulation.flower_app import copy_app, follow, judge
 from ssfl_app.simulation.processes import environment, running
 from ssfl_app.simulation.resolve import make_ready, resolve
-from ssfl_app.simulation.run_args import RunArgs
 from ssfl_app.text import tell
 
 _LEFT_ALONE = 30.0

@@ -16,7 +16,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.results.published import Line, Page, as_json, listing, markdown, measured, overview, table, warnings
 from ssfl_app.results.run_folder import Run, read_run, train_counts
 from ssfl_app.results.table import percent
-from ssfl_app.simulation.run_args import check_engine
+from ssfl_app.simulation.command import check_engine
 from ssfl_app.strategies import REGISTRY
 
 RECENT = 10  # rounds that the speed of a row is taken from
@@ -24,52 +24,33 @@ RECENT = 10  # rounds that the speed of a row is taken from
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class ReproduceArgs:
-    """The words of `ssfl reproduce`."""
-
-    table: str
-    profile: str
-    overrides: list[str]
-    budget: str
-    out: Path | None
-    engine: str
-
-
-def reproduce(words: ReproduceArgs, say: Say) -> None:
+def reproduce(
+    table: str, profile: str, overrides: Sequence[str], budget: str, out: Path | None, engine: str, say: Say
+) -> None:
     """Play what fits and write the table; exit with 1 if a run failed, or on Ctrl-C.
 
-    Raises
-    ------
-    ConfigError
-        A row cannot be played, or its folder holds another run; nothing was played.
+    The arguments are those of `ssfl reproduce`. ConfigError: a row cannot be played, or its folder holds another run;
+    nothing was played.
     """
-    check_engine(words.engine)
-    budget, override = read_budget(words.budget), configuration.read_overrides(words.overrides)
-    rows = read_rows(words.table, words.profile, override)
-    folder = (words.out or Path("runs") / f"reproduce-{words.table}-{words.profile}").expanduser().resolve()
+    check_engine(engine)
+    seconds, override = read_budget(budget), configuration.read_overrides(overrides)
+    rows = read_rows(table, profile, override)
+    folder = (out or Path("runs") / f"reproduce-{table}-{profile}").expanduser().resolve()
     _check(rows)
-    table = Progress({row.name: row for row in rows}, folder, say)
+    progress = Progress({row.name: row for row in rows}, folder, say)
+    result, choose = progress.result, progress.choose
     runs = [row.run for row in rows]
-    played = jobs.play(
-        runs, folder, words.engine, say, table.result, homes=folder, budget=budget, choose=table.choose
-    )
-    lines = [table.line(row, played.failed.get(row.name, "")) for row in rows]
-    write(Page(f"{words.table}, profile {words.profile}", words.profile, override, lines), folder, say)
+    played = jobs.play(runs, folder, engine, say, result, homes=folder, budget=seconds, choose=choose)
+    lines = [progress.line(row, played.failed.get(row.name, "")) for row in rows]
+    write(Page(f"{table}, profile {profile}", profile, override, lines), folder, say)
     bad = [line.name for line in lines if line.state.startswith("failed")]
     jobs.finish(bad, len(rows), interrupted=played.interrupted)
 
 
-def show(words: ReproduceArgs) -> None:
-    """Print the rows of a table with their published numbers; without a table, what tables there are.
-
-    Raises
-    ------
-    ConfigError
-        As `reproduce`.
-    """
-    if words.table:
-        rows = read_rows(words.table, words.profile, configuration.read_overrides(words.overrides))
+def show(table: str, profile: str, overrides: Sequence[str]) -> None:
+    """Print the rows of a table with their published numbers; without a table, what tables there are."""
+    if table:
+        rows = read_rows(table, profile, configuration.read_overrides(overrides))
         made = listing([(row.name, row.published) for row in rows])
     else:
         made = overview({name: list(found.values()) for name, found in tables().items()})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssfl_app.options import ConfigError
-from ssfl_app.simulation.run_args import RunArgs
+from ssfl_app.simulation.command import RunArgs
 
 if TYPE_CHECKING:
     from ssfl_app.config import Config

@@ -13,7 +13,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import check_free, claim, default_folder
 from ssfl_app.runtime import check
-from ssfl_app.simulation.run_args import ENGINES, RunArgs
+from ssfl_app.simulation.command import ENGINES, RunArgs
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
 
