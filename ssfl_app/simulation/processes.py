@@ -139,7 +139,7 @@ def end(*processes: "subprocess.Popen[bytes]") -> None:
 
 def end_families(pids: list[int]) -> None:
     """End the processes with these ids and all their descendants: first asked, then killed."""
-    family = _families(pids)
+    family = families(pids)
     for member in family:
         if member.pid in pids and member.is_running():
             member.terminate()
@@ -153,7 +153,7 @@ def end_families(pids: list[int]) -> None:
 def kill_families(pids: list[int]) -> None:
     """Kill the processes with these ids and all their descendants, at once, and wait until they are gone."""
     family: set[psutil.Process] = set()
-    while found := set(_families(pids)) - family:
+    while found := set(families(pids)) - family:
         family |= found
         for member in found:  # one that is stopped starts no other, so no child is missed
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -164,7 +164,8 @@ def kill_families(pids: list[int]) -> None:
     _wait(list(family), STOP_TIMEOUT)
 
 
-def _families(pids: list[int]) -> list[psutil.Process]:
+def families(pids: list[int]) -> list[psutil.Process]:
+    """Return the processes with these ids that are there, each with all its descendants."""
     family = []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
