@@ -108,13 +108,7 @@ def _order(row: Row) -> tuple[object, ...]:
 
 
 def read_budget(text: str) -> float:
-    """Return "90s", "10m" or "2h" in seconds; "none" is infinite.
-
-    Raises
-    ------
-    ConfigError
-        It is none of these.
-    """
+    """Return "90s", "10m" or "2h" in seconds, "none" is infinite; ConfigError: it is none of these."""
     if text == "none":
         return math.inf
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)

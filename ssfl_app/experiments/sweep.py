@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ssfl_app.experiments.jobs import Played, check_all, finish, old_reason, play, state
-from ssfl_app.experiments.sweep_spec import RunSpec, SweepSpec, read_plan
+from ssfl_app.experiments.sweep_spec import RunSpec, read_plan
 from ssfl_app.files import write_bytes, write_json
 from ssfl_app.options import ConfigError
 from ssfl_app.results.compare import Entry, as_json, groups
@@ -52,7 +52,15 @@ def run_sweep(
         if played.interrupted:
             finish([], 0, interrupted=True)
     entries = [read_entry(run, homes / run.slug, played.failed.get(run.slug, "")) for run in plan.runs]
-    write_comparison(entries, plan, folder, title, say)
+    made = groups(entries, plan.axes, plan.baseline)
+    environments = [entry.run.environment for entry in entries if entry.run is not None]
+    text = markdown(made, plan.baseline, environments, title)
+    write_json(folder / "comparison.json", as_json(made, plan.baseline, environments))
+    write_bytes(folder / "comparison.md", text.encode())
+    say(text)
+    order = list(dict.fromkeys(str(run.flat["strategy"]) for run in plan.runs))
+    say(write_picture(folder / "comparison.png", lambda: picture(made, order)))
+    say(f"comparison: {folder / 'comparison.md'}")
     names = [run.name for run, entry in zip(plan.runs, entries, strict=True) if entry.reason.startswith("failed")]
     finish(names, len(entries), interrupted=False)
 
@@ -65,18 +73,3 @@ def read_entry(run: RunSpec, home: Path, why: str = "") -> Entry:
     if not why and stands == "unfinished":
         why = old_reason(home) or "unfinished"
     return Entry(run.flat, run.dense, None, why or "not played")
-
-
-def write_comparison(
-    entries: Sequence[Entry], plan: SweepSpec, folder: Path, title: str, say: Callable[[str], None]
-) -> None:
-    """Write comparison.md, comparison.png and comparison.json, and tell the Markdown text."""
-    made = groups(entries, plan.axes, plan.baseline)
-    environments = [entry.run.environment for entry in entries if entry.run is not None]
-    text = markdown(made, plan.baseline, environments, title)
-    write_json(folder / "comparison.json", as_json(made, plan.baseline, environments))
-    write_bytes(folder / "comparison.md", text.encode())
-    say(text)
-    order = list(dict.fromkeys(str(run.flat["strategy"]) for run in plan.runs))
-    say(write_picture(folder / "comparison.png", lambda: picture(made, order)))
-    say(f"comparison: {folder / 'comparison.md'}")
