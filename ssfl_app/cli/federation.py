@@ -83,7 +83,9 @@ def up(
     home = _folder(folder)
     if site and nodes is not None:
         raise ConfigError(f"--nodes is {nodes}; beside --site there is none: each --site is a node")
-    names = _sites(site) if site else _parts(nodes or 5)
+    # Whoever starts runs here is who started these nodes: they may read the data set where the run says it lies.
+    parts = f"num-partitions={nodes or 5} server-data-path=true"
+    names = _sites(site) if site else {f"node-{i}": f"partition-id={i} {parts}" for i in range(nodes or 5)}
     there = _read(folder) if (home / "federation.json").exists() else None
     if there is not None:
         known = {node.name: node.config for node in there.nodes}
@@ -116,11 +118,6 @@ def up(
 
 def _valid(days: int | None) -> timedelta | None:
     return None if days is None else timedelta(days=days)
-
-
-def _parts(nodes: int) -> dict[str, str]:
-    # Whoever starts runs here is who started these nodes: they may read the data set where the run says it lies.
-    return {f"node-{i}": f"partition-id={i} num-partitions={nodes} server-data-path=true" for i in range(nodes)}
 
 
 def _sites(words: list[str]) -> dict[str, str]:

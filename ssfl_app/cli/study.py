@@ -81,9 +81,6 @@ def _table(study: "MaskStudy") -> "Table":
     from ssfl_app.results.table import Table
 
     names = [f"{mark} {name}" for mark, name in zip(("(a)", "(b)", "(a')"), study.errors, strict=True)]
-    tables = [100 * measures["error"] for measures in study.errors.values()]
-    rows = []
-    for column, n in enumerate(study.batches):
-        cells = [table[:, column] for table in tables]
-        rows.append([f"{n:,}", *(f"{c.mean():.2f} ({c.min():.2f} to {c.max():.2f})" for c in cells)])
+    by_n = zip(study.batches, *(100 * measures["error"].T for measures in study.errors.values()), strict=True)
+    rows = [[f"{n:,}", *(f"{c.mean():.2f} ({c.min():.2f} to {c.max():.2f})" for c in cells)] for n, *cells in by_n]
     return Table(["n", *names], rows, texts=0)

@@ -81,10 +81,7 @@ def is_up(federation: Federation) -> bool:
 def wait_until_online(federation: Federation, timeout: float, say: Callable[[str], None]) -> None:
     """Wait until all nodes of this machine are online.
 
-    Raises
-    ------
-    RunFailed
-        Some are not within `timeout` seconds, or nobody keeps the federation alive any more.
+    RunFailed: some are not within `timeout` seconds, or nobody keeps the federation alive any more.
     """
     end, said = time.monotonic() + timeout, -1
     while True:
@@ -93,14 +90,12 @@ def wait_until_online(federation: Federation, timeout: float, say: Callable[[str
         online = 0
         with contextlib.suppress(RunFailed):  # its SuperLink does not listen yet
             online = sum(node["status"] == "online" for node in nodes(federation))
+        stand = f"{online} of {len(federation.nodes)} nodes are online"
         if online != said:
-            say(f"{online} of {len(federation.nodes)} nodes are online")
+            say(stand)
             said = online
         if online >= len(federation.nodes):
             return
         if time.monotonic() > end:
-            raise RunFailed(
-                f"{online} of {len(federation.nodes)} nodes are online after {timeout:g} s; see node.log in "
-                f"{federation.folder / 'nodes'}"
-            )
+            raise RunFailed(f"{stand} after {timeout:g} s; see node.log in {federation.folder / 'nodes'}")
         time.sleep(ASK_AGAIN)

@@ -61,12 +61,8 @@ def read_rows(name: str, profile: str, override: Flat) -> list[Row]:
     """Return the rows of a table in the order in which they are played.
 
     SSFL and FedAvg come first, Dirichlet clients before pathological ones, and methods that train every client in
-    every round last: these cost ten times as much as the others.
-
-    Raises
-    ------
-    ConfigError
-        There is no such table or profile, or a key or value is not allowed.
+    every round last: these cost ten times as much as the others. ConfigError: there is no such table or profile, or a
+    key or value is not allowed.
     """
     known = tables()
     if name not in known:

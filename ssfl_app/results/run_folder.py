@@ -203,9 +203,8 @@ def _read_clients(path: Path) -> dict[str, Any] | None:
     except (KeyError, TypeError, AttributeError):
         good = False
     if not good:
-        raise ConfigError(
-            f'{path} is damaged; each client has "client", "train" (one number a class), and accuracies from 0 to 1'
-        )
+        rule = 'each client has "client", "train" (one number a class), and accuracies from 0 to 1'
+        raise ConfigError(f"{path} is damaged; {rule}")
     return value
 
 
