@@ -20,14 +20,13 @@ import torch
 from fakecuda import fake
 
 from ssfl_app import client_app, server_app
+from ssfl_app.cli.main import run as command
 from ssfl_app.config import merge, parse
 from ssfl_app.data.dataset import Images, Transform
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import get_runtime, gpu_notes
-from ssfl_app.simulation.command import run_command
 from ssfl_app.simulation.in_process import clients_at_once, run_inline
-from ssfl_app.simulation.run_args import RunArgs
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training import cuda_graph
@@ -204,7 +203,7 @@ def said(words, **changes):
     error, out, code = io.StringIO(), io.StringIO(), 0
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(error), contextlib.redirect_stdout(out):
         try:
-            run_command(RunArgs(None, [words], None, "inline", Path(folder) / "run", None))
+            command(override=[words], out=Path(folder) / "run")
         except SystemExit as end:
             code = end.code
         except ConfigError as refused:

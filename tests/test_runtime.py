@@ -8,13 +8,13 @@ from flwr.app import Context, Message, RecordDict
 
 from ssfl_app import client_app, runtime, server_app
 from ssfl_app import config as configuration
+from ssfl_app.cli.main import run
 from ssfl_app.comm.node_config import SIMULATED
 from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import merge
-from ssfl_app.simulation.command import run_command
+from ssfl_app.simulation.command import RunArgs
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.simulation.prepared_run import _prepare
-from ssfl_app.simulation.run_args import RunArgs
 from ssfl_app.simulation.worker_pool import SERVER
 from tests.in_process_grid import SMALL
 
@@ -37,13 +37,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-def args(engine: str, folder: Path) -> RunArgs:
-    words = " ".join(f"{key}={value}" for key, value in KEYS.items())
-    return RunArgs(None, [words], None, engine, folder, None)
+WORDS = [f"{key}={value}" for key, value in KEYS.items()]
 
 
 def test_a_run_in_this_process_parses_loads_and_deals_once(calls: Counter[str], tmp_path: Path) -> None:
-    run_command(args("inline", tmp_path / "run"))
+    run(override=WORDS, out=tmp_path / "run")
     assert calls == ONCE
     assert not runtime._CHECKED
 
@@ -51,7 +49,7 @@ def test_a_run_in_this_process_parses_loads_and_deals_once(calls: Counter[str], 
 def test_the_process_that_prepares_a_run_on_ray_parses_loads_and_deals_once(
     calls: Counter[str], tmp_path: Path
 ) -> None:
-    _prepare(args("ray", tmp_path / "run"))
+    _prepare(RunArgs(None, WORDS, None, "ray", tmp_path / "run", None))
     assert calls == ONCE
     assert not runtime._CHECKED  # nobody will ask for them
 

@@ -31,7 +31,7 @@ from benchmarks.wan.table import write_table
 from benchmarks.wan.topology import BURST, CONGESTION, QUEUE_MS, RATE_MBIT, ROOT, SERVER, SITES, WideArea, device
 from ssfl_app.deployment.federation import Federation
 from ssfl_app.deployment.run import run_on
-from ssfl_app.simulation.run_args import RunArgs
+from ssfl_app.simulation.command import RunArgs
 
 RESULTS = Path(__file__).parents[1] / "results"
 DENSITIES = {

@@ -3,17 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-ConfigFile = Annotated[
-    Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Keys that differ from the defaults.")
-]
+ConfigFile = Annotated[Path | None, Argument(metavar="[CONFIG.toml]", help="Keys that differ from the defaults.")]
 Override = Annotated[
     list[str] | None,
-    typer.Option(
-        "-c", "--config", metavar="KEY=VALUE", help="Further keys: \"strategy='random' mask.density=0.05\"."
-    ),
+    Option("-c", "--config", metavar="KEY=VALUE", help="Further keys: \"strategy='random' mask.density=0.05\"."),
 ]
-Engine = Annotated[str, typer.Option(help="inline: without Ray; ray: Flower's simulation.")]
-Out = Annotated[Path | None, typer.Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")]
-Resume = Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")]
+Engine = Annotated[str, Option(help="inline: without Ray; ray: Flower's simulation.")]
+Out = Annotated[Path | None, Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")]
+Resume = Annotated[Path | None, Option(help="Go on with the run in this folder.")]

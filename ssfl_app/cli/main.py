@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from packaging.requirements import Requirement
+from typer import Argument, Option
 
 from ssfl_app.cli.arguments import ConfigFile, Engine, Out, Override, Resume
 from ssfl_app.cli.federation import app as federation_app
@@ -33,74 +34,84 @@ app.add_typer(federation_app, name="federation", help="Real SuperNodes: up, run,
 def run(
     config: ConfigFile = None,
     override: Override = None,
-    nodes: Annotated[int | None, typer.Option(help="Simulated SuperNodes; sets run.clients.")] = None,
+    nodes: Annotated[int | None, Option(help="Simulated SuperNodes; sets run.clients.")] = None,
     engine: Engine = "inline",
     out: Out = None,
     resume: Resume = None,
 ) -> None:
     """Run a strategy and write a run folder. Exit code: 0 finished, 1 failed or interrupted, 2 bad input."""
-    from ssfl_app.simulation.command import run_command
-    from ssfl_app.simulation.run_args import RunArgs
+    from ssfl_app.simulation.command import RunArgs, check_engine, telling
 
     import_from(Path.cwd())
-    run_command(RunArgs(config, override or [], nodes, engine, out, resume))
+    check_engine(engine)
+    words = RunArgs(config, override or [], nodes, engine, out, resume)
+    if engine == "inline":
+        from ssfl_app import client_app, server_app
+        from ssfl_app.simulation.in_process import run_inline
+        from ssfl_app.simulation.resolve import resolve
+
+        checked, _ = resolve(words)
+        with telling(Path(checked.settings.run.out), "run"):
+            run_inline(server_app.app, client_app.app, checked)
+    else:
+        from ssfl_app.simulation.prepared_run import prepare_run
+        from ssfl_app.simulation.ray import Launch
+
+        with Launch() as launch:
+            prepared = prepare_run(words)
+            with telling(prepared.folder, "run", "--engine", engine):
+                launch.play(prepared, tell)
 
 
 @app.command()
 def compare(
-    files: Annotated[list[Path], typer.Argument(metavar="SWEEP.toml...", help="Configurations with [compare].")],
+    files: Annotated[list[Path], Argument(metavar="SWEEP.toml...", help="Configurations with [compare].")],
     override: Override = None,
-    out: Annotated[Path | None, typer.Option(help="Folder. [default: runs/compare-<name of the file>]")] = None,
+    out: Annotated[Path | None, Option(help="Folder. [default: runs/compare-<name of the file>]")] = None,
     engine: Engine = "inline",
-    jobs: Annotated[int, typer.Option(help="Runs that are played at once.")] = 1,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Play nothing; compare what is there.")] = False,
+    jobs: Annotated[int, Option(help="Runs that are played at once.")] = 1,
+    report_only: Annotated[bool, Option("--report-only", help="Play nothing; compare what is there.")] = False,
 ) -> None:
     """Run strategies x seeds x densities, go on where that stopped, and write one table and one picture.
 
     Exit code: 0 all runs finished, 1 one failed, 2 bad configuration.
     """
-    from ssfl_app.experiments.sweep import CompareArgs, run_sweep
+    from ssfl_app.experiments.sweep import run_sweep
 
     import_from(Path.cwd())
-    run_sweep(CompareArgs(files, override or [], out, engine, jobs, report_only), tell)
+    run_sweep(files, override or [], out, engine, jobs, report_only, tell)
 
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(metavar="[TABLE]", help="Which; --list names them.")] = "",
-    budget: Annotated[str, typer.Option(help="Time for all rows: 90s, 10m, 2h, or none.")] = "none",
+    table: Annotated[str, Argument(metavar="[TABLE]", help="Which; --list names them.")] = "",
+    budget: Annotated[str, Option(help="Time for all rows: 90s, 10m, 2h, or none.")] = "none",
     profile: Annotated[
-        str, typer.Option(help="published: each row as its file has it; v1, tmlr, dispfl: as these sources have it.")
+        str, Option(help="published: each row as its file has it; v1, tmlr, dispfl: as these sources have it.")
     ] = "published",
     override: Override = None,
-    out: Annotated[Path | None, typer.Option(help="Folder. [default: runs/reproduce-<table>-<profile>]")] = None,
+    out: Annotated[Path | None, Option(help="Folder. [default: runs/reproduce-<table>-<profile>]")] = None,
     engine: Engine = "inline",
-    listed: Annotated[
-        bool, typer.Option("--list", help="Play nothing; list the tables, or the rows of one.")
-    ] = False,
+    listed: Annotated[bool, Option("--list", help="Play nothing; list the tables, or the rows of one.")] = False,
 ) -> None:
     """Play the rows of a published table as far as the budget goes, and print published beside measured numbers.
 
     The same command goes on where it stopped. Exit code: 0 finished or budget over, 1 a run failed, 2 bad
     configuration.
     """
-    from ssfl_app.experiments.reproduce import ReproduceArgs, show
-    from ssfl_app.experiments.reproduce import reproduce as play
+    from ssfl_app.experiments import reproduce as rows
 
     import_from(Path.cwd())
-    words = ReproduceArgs(table, profile, override or [], budget, out, engine)
     if listed:
-        show(words)
+        rows.show(table, profile, override or [])
     else:
-        play(words, tell)
+        rows.reproduce(table, profile, override or [], budget, out, engine, tell)
 
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
-    out: Annotated[
-        Path | None, typer.Option(help="HTML file. [default: DIR/report.html of one, ./report.html]")
-    ] = None,
+    folders: Annotated[list[Path], Argument(metavar="DIR...", help="Run folders.")],
+    out: Annotated[Path | None, Option(help="HTML file. [default: DIR/report.html of one, ./report.html]")] = None,
 ) -> None:
     """Compare runs: a table here, and one page with the plots."""
     from ssfl_app.results.report import write_report
@@ -118,7 +129,7 @@ def report(
 def partition(
     config: ConfigFile = None,
     override: Override = None,
-    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("partition.png"),
+    out: Annotated[Path, Option(help="PNG file.")] = Path("partition.png"),
 ) -> None:
     """Draw which client holds how many images of which class, as a table and a PNG."""
     from ssfl_app import config as configuration
@@ -140,15 +151,14 @@ def partition(
 
 @app.command()
 def keys(
-    strategy: Annotated[str, typer.Argument(metavar="[STRATEGY]", help="Only what it reads.")] = "",
-    toml: Annotated[bool, typer.Option("--toml", help="The table that pyproject.toml has.")] = False,
+    strategy: Annotated[str, Argument(metavar="[STRATEGY]", help="Only what it reads.")] = "",
+    toml: Annotated[bool, Option("--toml", help="The table that pyproject.toml has.")] = False,
 ) -> None:
     """List the keys of the configuration, with defaults and meanings."""
     from ssfl_app import config as configuration
     from ssfl_app.results.table import Table
 
     import_from(Path.cwd())
-
     if toml:
         typer.echo(configuration.table(), nl=False)
     else:
@@ -158,7 +168,7 @@ def keys(
 
 @app.command()
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete them; nothing else in that folder.")] = False,
+    clear: Annotated[bool, Option("--clear", help="Delete them; nothing else in that folder.")] = False,
 ) -> None:
     """Show where decoded images are kept, and how many bytes they have."""
     from ssfl_app.data import cache as image_cache

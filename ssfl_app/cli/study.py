@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from ssfl_app.cli.arguments import ConfigFile, Override
 from ssfl_app.text import tell
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the picture and the JSON.")]
+Out = Annotated[Path, Option(metavar="DIR", help="Folder of the picture and the JSON.")]
 
 
 @app.command()
@@ -26,9 +27,9 @@ def masks(
     config: ConfigFile = None,
     override: Override = None,
     batches: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Numbers of minibatches in the mean score.")
+        str, Option(metavar="N,N,...", help="Numbers of minibatches in the mean score.")
     ] = "1,2,4,8,16,32,64,128,256",
-    repeats: Annotated[int, typer.Option(help="Orders of the minibatches.")] = 5,
+    repeats: Annotated[int, Option(help="Orders of the minibatches.")] = 5,
     out: Out = Path("runs/study"),
 ) -> None:
     """Measure how SSFL's mask nears the masks of the whole data, the more minibatches are in the mean score."""
@@ -51,7 +52,7 @@ def masks(
 
 @app.command()
 def clients(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of finished runs.")],
+    folders: Annotated[list[Path], Argument(metavar="DIR...", help="Folders of finished runs.")],
     out: Out = Path("runs/study"),
 ) -> None:
     """Draw each client's accuracy against its number of images and against the spread of its classes."""
@@ -80,9 +81,6 @@ def _table(study: "MaskStudy") -> "Table":
     from ssfl_app.results.table import Table
 
     names = [f"{mark} {name}" for mark, name in zip(("(a)", "(b)", "(a')"), study.errors, strict=True)]
-    tables = [100 * measures["error"] for measures in study.errors.values()]
-    rows = []
-    for column, n in enumerate(study.batches):
-        cells = [table[:, column] for table in tables]
-        rows.append([f"{n:,}", *(f"{c.mean():.2f} ({c.min():.2f} to {c.max():.2f})" for c in cells)])
+    by_n = zip(study.batches, *(100 * measures["error"].T for measures in study.errors.values()), strict=True)
+    rows = [[f"{n:,}", *(f"{c.mean():.2f} ({c.min():.2f} to {c.max():.2f})" for c in cells)] for n, *cells in by_n]
     return Table(["n", *names], rows, texts=0)

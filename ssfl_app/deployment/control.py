@@ -20,22 +20,11 @@ ASK_AGAIN = 1.0  # seconds between two questions who is online: each is a proces
 
 
 def control(federation: Federation, *words: str) -> Any:
-    """Return what a command of Flower's `flwr` says as JSON.
-
-    Raises
-    ------
-    RunFailed
-        It failed; with what it said.
-    """
+    """Return what a command of Flower's `flwr` says as JSON; RunFailed: it failed, with what it said."""
     command = ["flwr", *words, CONNECTION, "--format", "json"]
+    where: dict[str, Any] = {"env": environment(federation.flwr_home()), "cwd": federation.folder}
     done = subprocess.run(
-        command,
-        env=environment(federation.flwr_home()),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=_COMMAND_TIMEOUT,
-        check=False,
-        cwd=federation.folder,
+        command, **where, capture_output=True, encoding="utf-8", timeout=_COMMAND_TIMEOUT, check=False
     )
     try:
         answer = json.loads(done.stdout)
@@ -50,12 +39,7 @@ def register(federation: Federation) -> None:
     """Register the nodes' public keys with the SuperLink, unless that was done already, and write who is who.
 
     A node's client in a run is its name, for a site with data of its own, and its partition of a shared data set, if
-    `ssfl federation up` gave it one.
-
-    Raises
-    ------
-    RunFailed
-        The SuperLink refuses a key, or does not answer.
+    `ssfl federation up` gave it one. RunFailed: the SuperLink refuses a key, or does not answer.
     """
     names: dict[str, int] = {}
     numbers: dict[str, int] = {}
@@ -97,10 +81,7 @@ def is_up(federation: Federation) -> bool:
 def wait_until_online(federation: Federation, timeout: float, say: Callable[[str], None]) -> None:
     """Wait until all nodes of this machine are online.
 
-    Raises
-    ------
-    RunFailed
-        Some are not within `timeout` seconds, or nobody keeps the federation alive any more.
+    RunFailed: some are not within `timeout` seconds, or nobody keeps the federation alive any more.
     """
     end, said = time.monotonic() + timeout, -1
     while True:
@@ -109,14 +90,12 @@ def wait_until_online(federation: Federation, timeout: float, say: Callable[[str
         online = 0
         with contextlib.suppress(RunFailed):  # its SuperLink does not listen yet
             online = sum(node["status"] == "online" for node in nodes(federation))
+        stand = f"{online} of {len(federation.nodes)} nodes are online"
         if online != said:
-            say(f"{online} of {len(federation.nodes)} nodes are online")
+            say(stand)
             said = online
         if online >= len(federation.nodes):
             return
         if time.monotonic() > end:
-            raise RunFailed(
-                f"{online} of {len(federation.nodes)} nodes are online after {timeout:g} s; see node.log in "
-                f"{federation.folder / 'nodes'}"
-            )
+            raise RunFailed(f"{stand} after {timeout:g} s; see node.log in {federation.folder / 'nodes'}")
         time.sleep(ASK_AGAIN)

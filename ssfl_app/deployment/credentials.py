@@ -11,6 +11,7 @@ registered with it.
 """
 
 import contextlib
+import inspect
 import ipaddress
 import re
 import shutil
@@ -29,6 +30,7 @@ from ssfl_app.options import ConfigError
 CA_VALID = timedelta(days=3650)
 _EARLY = timedelta(hours=1)
 _PEM = serialization.Encoding.PEM
+_USAGES = inspect.signature(x509.KeyUsage).parameters  # the names of the nine usages of a key (RFC 5280)
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
@@ -41,13 +43,7 @@ def private(folder: Path) -> Path:
 
 
 def check_host(host: object, key: str) -> str:
-    """Return the name or address of a host.
-
-    Raises
-    ------
-    ConfigError
-        It is neither a host name (RFC 1123) nor an IP address; the message begins with `key`.
-    """
+    """Return a host name (RFC 1123) or IP address; ConfigError: it is neither, and the message begins with `key`."""
     if isinstance(host, str) and "%" not in host:  # the name of an interface, which may be anything
         with contextlib.suppress(ValueError):
             return str(ipaddress.ip_address(host))
@@ -74,29 +70,21 @@ def make_authority(folder: Path, valid: timedelta = CA_VALID) -> None:
             f"{home / 'ca.key'} is not there; it is the key of ca.crt beside it, which nodes trust: go where that is"
         )
     key = ec.generate_private_key(ec.SECP384R1())
-    name = _name("ssfl federation CA")
-    builder = _certificate(name, name, key.public_key(), valid)
+    builder = _certificate("ssfl federation CA", None, key.public_key(), valid)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     usage = {name: name in ("key_cert_sign", "crl_sign", "digital_signature") for name in _USAGES}
     builder = builder.add_extension(x509.KeyUsage(**usage), critical=True)
     certificate = builder.sign(key, hashes.SHA256())
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     private(home)
-    _write_private(home / "ca.key", _private(key, serialization.PrivateFormat.PKCS8))
+    _write_key(home / "ca.key", key, serialization.PrivateFormat.PKCS8)
     (home / "ca.crt").write_bytes(certificate.public_bytes(_PEM))
 
 
 def make_server(folder: Path, hosts: Sequence[str], valid: timedelta) -> None:
-    """Make the SuperLink's key and certificate, new ones if there are some already.
+    """Make the SuperLink's key and certificate, valid from now on; new ones if there are some already.
 
-    Parameters
-    ----------
-    folder : Path
-        Of the federation; its authority exists.
-    hosts : sequence of str
-        Names and IP addresses under which nodes and users reach the SuperLink; one or more.
-    valid : timedelta
-        From now on. Nodes refuse a certificate that has expired.
+    `hosts` are names and IP addresses under which nodes and users reach the SuperLink.
 
     Raises
     ------
@@ -108,12 +96,12 @@ def make_server(folder: Path, hosts: Sequence[str], valid: timedelta) -> None:
     authority, signer = _authority(folder)
     key = ec.generate_private_key(ec.SECP384R1())
     # Whom it is for stands in the alternative names alone: a common name holds 64 letters, a host's up to 253.
-    builder = _certificate(_name("ssfl SuperLink"), authority.subject, key.public_key(), valid)
+    builder = _certificate("ssfl SuperLink", authority.subject, key.public_key(), valid)
     builder = builder.add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), False)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
     certificate = builder.sign(signer, hashes.SHA256())
     home = private(folder / "superlink")
-    _write_private(home / "server.key", _private(key, serialization.PrivateFormat.PKCS8))
+    _write_key(home / "server.key", key, serialization.PrivateFormat.PKCS8)
     (home / "server.pem").write_bytes(certificate.public_bytes(_PEM))
     shutil.copy(folder / "ca" / "ca.crt", home / "ca.crt")
 
@@ -126,7 +114,7 @@ def make_node(folder: Path, name: str) -> Path:
         key = ec.generate_private_key(ec.SECP384R1())
         public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
         (home / "key.pub").write_bytes(public + b"\n")
-        _write_private(home / "key", _private(key, serialization.PrivateFormat.OpenSSH))
+        _write_key(home / "key", key, serialization.PrivateFormat.OpenSSH)
     if (folder / "ca" / "ca.crt").exists():
         shutil.copy(folder / "ca" / "ca.crt", home / "ca.crt")
     return home
@@ -137,9 +125,8 @@ def is_for(folder: Path, hosts: Sequence[str], valid: timedelta | None) -> bool:
 
     With `valid` also whether it was made for so long and has not ended.
     """
-    if not all((folder / "superlink" / name).exists() for name in ("server.key", "server.pem")):
-        return False
-    if hosts_of(folder) != list(hosts):
+    there = all((folder / "superlink" / name).exists() for name in ("server.key", "server.pem"))
+    if not there or hosts_of(folder) != list(hosts):
         return False
     made = _server(folder)
     begin, end = made.not_valid_before_utc, made.not_valid_after_utc
@@ -161,19 +148,6 @@ def _server(folder: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate((folder / "superlink" / "server.pem").read_bytes())
 
 
-_USAGES = (
-    "digital_signature",
-    "content_commitment",
-    "key_encipherment",
-    "data_encipherment",
-    "key_agreement",
-    "key_cert_sign",
-    "crl_sign",
-    "encipher_only",
-    "decipher_only",
-)
-
-
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     home = folder / "ca"
     if not (home / "ca.key").exists():
@@ -185,23 +159,14 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
 
 
 def _certificate(
-    subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, valid: timedelta
+    subject: str, issuer: x509.Name | None, public: ec.EllipticCurvePublicKey, valid: timedelta
 ) -> x509.CertificateBuilder:
+    """Return the beginning of a certificate; without an issuer it is its own."""
     # Back-dated: machines whose clocks differ a little agree that it has begun.
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(public)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(min(now, now + valid) - _EARLY)
-        .not_valid_after(now + valid)
-    )
-
-
-def _name(common: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+    now, name = datetime.now(UTC), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(issuer or name).public_key(public)
+    made = made.serial_number(x509.random_serial_number())
+    return made.not_valid_before(min(now, now + valid) - _EARLY).not_valid_after(now + valid)
 
 
 def _alternative(host: str) -> x509.GeneralName:
@@ -211,12 +176,8 @@ def _alternative(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
-    return key.private_bytes(_PEM, form, serialization.NoEncryption())
-
-
-def _write_private(path: Path, content: bytes) -> None:
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> None:
     # Made with its mode: there is no moment in which others could read it.
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
-    path.write_bytes(content)
+    path.write_bytes(key.private_bytes(_PEM, form, serialization.NoEncryption()))

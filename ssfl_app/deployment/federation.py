@@ -9,8 +9,7 @@ each process::
     control/config.toml                           for `flwr ...` with FLWR_HOME=control
     registered.json                               which node is which client in a run
 
-`federation_services` runs the processes, `federation_control` asks the SuperLink, `federation_run` plays a run on it,
-`federation_status` shows how it stands.
+`services` runs the processes, `control` asks the SuperLink, `run` plays a run on it, `status` shows how it stands.
 """
 
 import json
@@ -110,14 +109,10 @@ def create(
     folder : Path
         Absolute. The authority and keys of nodes that are there stay; so does the certificate if it is for this host
         and `valid`.
-    host : str
-        Under which nodes reach the SuperLink.
     ports : tuple of int
         For nodes, and Flower's own.
-    nodes : mapping of str to str
-        Name of each node -> its ``--node-config``.
-    node_ports : iterable of int
-        A port of this machine for each node.
+    nodes, node_ports : mapping of str to str, iterable of int
+        Name of each node -> its ``--node-config``, and a port of this machine for each.
     valid : timedelta or None
         How long the SuperLink's certificate is valid; None: `VALID`, and one that is there for this host stays.
 
@@ -127,10 +122,8 @@ def create(
         A name or the host cannot be one, or the authority's key is elsewhere; nothing was written.
     """
     check_host(host, "--host")
-    made = tuple(
-        Node(_node_name(name, "the name of a node"), config, own)
-        for (name, config), own in zip(nodes.items(), node_ports, strict=True)
-    )
+    named = zip(nodes.items(), node_ports, strict=True)
+    made = tuple(Node(_node_name(name, "the name of a node"), config, own) for (name, config), own in named)
     federation = Federation(folder, host, *ports, made)
     hosts, new = list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"])), not folder.exists()
     try:
@@ -160,13 +153,7 @@ def _node_name(name: object, key: str) -> str:
 
 
 def read(folder: Path) -> Federation:
-    """Return the federation in a folder.
-
-    Raises
-    ------
-    ConfigError
-        There is none, or it is not one that `create` would have made.
-    """
+    """Return the federation in a folder; ConfigError: there is none, or not one that `create` would have made."""
     path = folder / "federation.json"
     try:
         content = json.loads(path.read_bytes())

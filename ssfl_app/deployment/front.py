@@ -62,15 +62,7 @@ def passes(method: str, path: bytes, query: bytes) -> bool:
 
 
 class Front:
-    """The ASGI app.
-
-    Parameters
-    ----------
-    inner : str
-        Flower's own address, ``https://127.0.0.1:<port>``.
-    authority : Path
-        Certificate that signed Flower's.
-    """
+    """The ASGI app; `inner` is Flower's ``https://127.0.0.1:<port>``, and `authority` signed Flower's certificate."""
 
     def __init__(self, inner: str, authority: Path) -> None:
         self._inner = inner
@@ -174,7 +166,7 @@ class FrontProtocol(H11Protocol):
     Uvicorn would wait for ever for both.
     """
 
-    _late: asyncio.TimerHandle | None = None
+    _late: asyncio.TimerHandle
     _full: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -186,13 +178,13 @@ class FrontProtocol(H11Protocol):
         """Wait for the rest of the head of a request, if that is what came."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._stop()
-        elif self._late is None:
+            self._late.cancel()
+        elif self._late.cancelled():
             self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no more."""
-        self._stop()
+        self._late.cancel()
         self._taken()
         super().connection_lost(exc)
 
@@ -200,7 +192,8 @@ class FrontProtocol(H11Protocol):
         """Wait for the caller to read: as much as it may was sent, and lies here."""
         super().pause_writing()
         # Not closed: that would first wait for the caller to take what lies here.
-        self._full = self._full or self.loop.call_later(PATIENCE, self.transport.abort)
+        if self._full is None or self._full.cancelled():
+            self._full = self.loop.call_later(PATIENCE, self.transport.abort)
 
     def resume_writing(self) -> None:
         """Send on."""
@@ -210,28 +203,15 @@ class FrontProtocol(H11Protocol):
     def _wait(self) -> None:
         self._late = self.loop.call_later(PATIENCE, self.transport.close)
 
-    def _stop(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
     def _taken(self) -> None:
         if self._full is not None:
             self._full.cancel()
-            self._full = None
 
 
 def server(home: Path, bind: str, port: int, inner: int) -> uvicorn.Server:
-    """Return the server; its `run` serves until SIGTERM or SIGINT.
+    """Return the server that nodes reach at bind:port; its `run` serves until SIGTERM or SIGINT.
 
-    Parameters
-    ----------
-    home : Path
-        Of the SuperLink: ``ca.crt``, ``server.pem``, ``server.key``.
-    bind, port : str, int
-        Where nodes reach it.
-    inner : int
-        Flower's port on the loopback interface.
+    `home` of the SuperLink has ``ca.crt``, ``server.pem`` and ``server.key``; `inner` is Flower's port on loopback.
     """
     config = uvicorn.Config(
         Front(f"https://127.0.0.1:{inner}", home / "ca.crt"),

@@ -20,11 +20,10 @@ from ssfl_app.deployment.status import services
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.results.status import read_status
-from ssfl_app.simulation.command import telling
+from ssfl_app.simulation.command import RunArgs, telling
 from ssfl_app.simulation.flower_app import copy_app, follow, judge
-from ssfl_app.simulation.processes import environment, running
+from ssfl_app.simulation.processes import environment, running, words_of
 from ssfl_app.simulation.resolve import make_ready, resolve
-from ssfl_app.simulation.run_args import RunArgs
 from ssfl_app.text import tell
 
 _LEFT_ALONE = 30.0
@@ -90,8 +89,5 @@ def _wait_for_the_end(folder: Path) -> None:
 
 
 def _ask_to_stop(federation: Federation, log: Path, begin: int) -> None:
-    with log.open("rb") as file:
-        file.seek(begin)
-        started = re.search(rb"started run (\d+)", file.read())
-    if started is not None:
-        control(federation, "stop", started.group(1).decode())
+    if started := re.search(r"started run (\d+)", words_of(log, begin)):
+        control(federation, "stop", started[1])

@@ -6,6 +6,7 @@ on hosts `superlink` does that for the first two, and `node` for a node.
 
 import shlex
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,7 @@ def check_certificate(folder: Path) -> None:
 def superlink_service(federation: Federation) -> Service:
     """Return the SuperLink: on loopback, registered nodes only, and a database that survives it.
 
-    With TLS also there: Flower checks nodes' keys under TLS only.
-
-    Raises
-    ------
-    ConfigError
-        Its certificate has expired.
+    With TLS also there: Flower checks nodes' keys under TLS only. ConfigError: its certificate has expired.
     """
     home = private(federation.folder / "superlink")
     check_certificate(federation.folder)
@@ -69,14 +65,8 @@ def front_service(federation: Federation, bind: str) -> Service:
 def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
     """Return a SuperNode whose credentials lie in `home`.
 
-    Parameters
-    ----------
-    superlink : str
-        Host and port of the SuperLink; its certificate must name that host.
-    config : str
-        Flower's ``--node-config``. ``state-path`` is added unless it is there.
-    port : int
-        For the node's own processes, on the loopback interface.
+    `superlink` is HOST:PORT, and its certificate must name that host; `config` is Flower's ``--node-config``, which
+    gets a ``state-path`` unless it has one; `port` is for the node's own processes, on the loopback interface.
 
     Raises
     ------
@@ -104,13 +94,7 @@ def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
 
 
 def check_config(config: str) -> dict[str, Any]:
-    """Return what a ``--node-config`` says.
-
-    Raises
-    ------
-    ConfigError
-        Flower would not read it, or it names a site as no site may be called.
-    """
+    """Return what a ``--node-config`` says; ConfigError: Flower would not read it, or no site may be called that."""
     try:
         said = parse_config_args([config])
     except (ClickException, ValueError, OSError) as error:
@@ -123,12 +107,7 @@ def check_config(config: str) -> dict[str, Any]:
 def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -> None:
     """Keep the SuperLink, its front and other services of this machine alive until SIGTERM or SIGINT.
 
-    Parameters
-    ----------
-    bind : str
-        Interface on which the front listens.
-    then : callable
-        Called when both listen; returns what else is to run.
+    Nodes reach the front on the interface `bind`; when both listen, `then` is called and returns what else is to run.
 
     Raises
     ------
@@ -141,8 +120,7 @@ def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -
     lock = locks.try_lock(federation.lock)
     if lock is None:
         raise ConfigError(f"--dir is {federation.folder}; its federation is up already")
-    supervisor = Supervisor(federation.state)
-    try:
+    with lock, closing(Supervisor(federation.state)) as supervisor:
         check_port("127.0.0.1", federation.control_port, "the control port")
         check_port(bind, federation.port, "the port for nodes")
         authority = federation.folder / "superlink" / "ca.crt"
@@ -155,9 +133,6 @@ def keep(federation: Federation, bind: str, then: Callable[[], list[Service]]) -
                 wait_until_healthy(service.process, address, service.log, authority, answer)
         supervisor.add(then())
         supervisor.run()
-    finally:
-        supervisor.close()
-        lock.close()
 
 
 def keep_all(federation: Federation) -> None:
@@ -173,16 +148,8 @@ def keep_all(federation: Federation) -> None:
     keep(federation, "127.0.0.1", nodes_of)
 
 
-def keep_superlink(federation: Federation, bind: str) -> None:
-    """Keep the SuperLink of a host alive until SIGTERM or SIGINT; nodes reach it on the interface `bind`."""
-    keep(federation, bind, list)
-
-
 def keep_node(service: Service) -> None:
     """Keep the SuperNode of a host alive until SIGTERM or SIGINT."""
-    supervisor = Supervisor(service.cwd / "running.json")
-    try:
+    with closing(Supervisor(service.cwd / "running.json")) as supervisor:
         supervisor.add([service])
         supervisor.run()
-    finally:
-        supervisor.close()

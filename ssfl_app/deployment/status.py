@@ -13,7 +13,7 @@ from ssfl_app.deployment.control import is_up, node_id, nodes
 from ssfl_app.deployment.federation import SERVICES, Federation
 from ssfl_app.locks import RunFailed
 from ssfl_app.results.table import NONE, Table
-from ssfl_app.simulation.processes import STOP_TIMEOUT, end_families
+from ssfl_app.simulation.processes import STOP_TIMEOUT, end_families, families, words_of
 
 
 def services(federation: Federation) -> dict[str, dict[str, Any]]:
@@ -34,10 +34,7 @@ def overview(federation: Federation) -> tuple[str, Table, bool | None]:
         except RunFailed as error:
             online = {"": str(error)}
     stands, rows = [], []
-    for name, config in [
-        *((name, "") for name in SERVICES),
-        *((node.name, node.config) for node in federation.nodes),
-    ]:
+    for name, config in [*((name, "") for name in SERVICES), *((n.name, n.config) for n in federation.nodes)]:
         service = known.get(name, {}) if up else {}
         seen = "" if name in SERVICES else online.get(node_id(federation, name), "unknown")
         if seen and not up:
@@ -55,10 +52,8 @@ def complaint(log: Path) -> str:
     """Return the last line of a node's log that says why it is not let in, "" if there is none."""
     if not log.exists():
         return ""
-    lines = re.sub(r"\x1b\[\d+m", "", log.read_text("utf-8", errors="replace")).splitlines()
-    found = [
-        line.strip() for line in lines[-200:] if re.search(r"\[code: |CERTIFICATE|Connection attempt failed", line)
-    ]
+    why = re.compile(r"\[code: |CERTIFICATE|Connection attempt failed")
+    found = [line.strip() for line in words_of(log).splitlines()[-200:] if why.search(line)]
     return found[-1][:160] if found else ""
 
 
@@ -87,26 +82,14 @@ def _members(federation: Federation) -> list[psutil.Process]:
         ours = any(word == home or word.startswith(home + os.sep) for word in words)
         programs = {Path(word).name for word in words[:2]}
         supervisor = "ssfl_app" in words and not {"keep", "front"}.isdisjoint(words)
-        if (
-            process.pid == os.getpid()
-            or not ours
-            or not (supervisor or programs & {"flower-superlink", "flower-supernode"})
-        ):
-            continue
-        for member in [process, *_children(process)]:
-            found[member.pid] = member
+        known = supervisor or programs & {"flower-superlink", "flower-supernode"}
+        if ours and known and process.pid != os.getpid():
+            found |= {member.pid: member for member in families([process.pid])}
     return list(found.values())
 
 
 def _words(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def _children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
     except psutil.Error:
         return []

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from ssfl_app.files import write_json
 from ssfl_app.simulation.processes import end, spawn
@@ -55,14 +54,13 @@ class Service:
 
     def look(self, now: float) -> bool:
         """Start it again if it ended and its time has come; return whether anything changed."""
-        if self.process is not None and self._gave_up():
-            self._note(f"{self.name} gave up and is ended")
-            end(self.process)
-        if self.process is not None and self.process.poll() is None:
-            if self.ends and now - self.began > STEADY:
-                self.ends = 0
-            return False
         if self.process is not None:
+            if self._gave_up():
+                self._note(f"{self.name} gave up and is ended")
+                end(self.process)
+            if self.process.poll() is None:
+                self.ends = 0 if now - self.began > STEADY else self.ends
+                return False
             delay = DELAYS[min(self.ends, len(DELAYS) - 1)]
             self._note(f"{self.name} ended with {self.process.returncode}; started again in {delay:g} s")
             self.process, self.due, self.ends, self.restarts = None, now + delay, self.ends + 1, self.restarts + 1
@@ -90,10 +88,7 @@ class Service:
 class Supervisor:
     """Runs services until SIGTERM or SIGINT.
 
-    Parameters
-    ----------
-    state : Path
-        JSON file that says which process runs what; rewritten whenever that changes, gone at the end.
+    The JSON file `state` says which process runs what; it is rewritten whenever that changes, and gone at the end.
     """
 
     def __init__(self, state: Path) -> None:
@@ -132,10 +127,6 @@ class Supervisor:
         self._stopping = True
 
     def _write(self) -> None:
-        state: dict[str, Any] = {
-            "pid": os.getpid(),
-            "services": {
-                s.name: {"pid": s.process.pid if s.process else None, "restarts": s.restarts} for s in self._services
-            },
-        }
-        write_json(self._state, state)
+        pids = {s.name: s.process.pid if s.process else None for s in self._services}
+        services = {s.name: {"pid": pids[s.name], "restarts": s.restarts} for s in self._services}
+        write_json(self._state, {"pid": os.getpid(), "services": services})

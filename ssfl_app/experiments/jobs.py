@@ -53,13 +53,7 @@ def task(run: RunSpec) -> tuple[object, ...]:
 
 
 def check_all(runs: Sequence[RunSpec]) -> None:
-    """Find out whether all runs can be played; data and model are looked at once for each task.
-
-    Raises
-    ------
-    ConfigError
-        What the first one is that cannot.
-    """
+    """Raise ConfigError for the first run that cannot be played; data and model are looked at once for each task."""
     layouts: dict[tuple[object, ...], Layout] = {}
     for run in runs:
         config = configuration.parse(run.flat)
@@ -81,26 +75,18 @@ def play(
     budget: float = math.inf,
     choose: Callable[[list[RunSpec], float], RunSpec] = lambda waiting, _: waiting[0],
 ) -> Played:
-    """Play the runs that are not finished, until all are or the budget is over, or until Ctrl-C.
+    """Play the runs that are not finished, until all are or the budget (seconds) is over, or until Ctrl-C.
 
     A run that the end of the budget cuts goes on from its checkpoint another time.
 
     Parameters
     ----------
-    runs : sequence of RunSpec
-        What is played.
     folder, homes : Path
         What the user named, and the folder that holds a run folder for each run.
-    engine : str
-        Of `ssfl run`.
     say : callable
         Is told in a line how far all have come.
     result : callable
         Returns what is told of a run that ended: of the run and why it failed, "" if it did not.
-    at_once : int
-        How many runs are played at the same time.
-    budget : float
-        Seconds.
     choose : callable
         Returns the next run: of those that wait and the seconds that are left.
 
@@ -137,9 +123,9 @@ def play(
                     say(f"[{done}/{len(runs)}] {job.run.name}: {result(job.run, why)}")
                 if time.monotonic() >= end:
                     stop(running)
-                    cut, running = running, []
-                    for job in cut:
+                    for job in running:
                         say(f"{job.run.name}: {result(job.run, '')}")
+                    running.clear()
         except KeyboardInterrupt:
             return Played(failed, interrupted=True)
         finally:
@@ -165,13 +151,7 @@ def _shared(run: RunSpec, at_once: int) -> RunSpec:
 
 
 def state(run: RunSpec, home: Path) -> str:
-    """Return how a run stands in its folder: new, unfinished or finished.
-
-    Raises
-    ------
-    ConfigError
-        The folder holds a run of another configuration.
-    """
+    """Return how a run stands in its folder, new, unfinished or finished; ConfigError: that holds another run."""
     if not (home / "config.toml").is_file():
         return "new"
     clash = run_clash(run, configuration.read_file(home / "config.toml"))
@@ -182,18 +162,9 @@ def state(run: RunSpec, home: Path) -> str:
 
 
 def start(run: RunSpec, home: Path, engine: str, work: Path, lock: Path) -> Job:
-    """Start a run, or go on with it.
+    """Start a run in the folder `home`, or go on with it; its configuration is written to the folder `work`.
 
-    Parameters
-    ----------
-    run, home : RunSpec, Path
-        What is played, and its folder.
-    engine : str
-        Of `ssfl run`.
-    work : Path
-        A folder for the configuration.
-    lock : Path
-        The file that this process holds locked: if it is killed, the run ends too.
+    `lock` is the file that this process holds locked: if it is killed, the run ends too.
     """
     file = work / f"{run.slug}.toml"
     file.write_text(configuration.write_toml(run.flat), "utf-8")

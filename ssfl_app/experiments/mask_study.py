@@ -35,24 +35,18 @@ Draw = tuple[int, int]  # client, batch
 class MaskStudy:
     """Errors of masks from few minibatches.
 
-    Attributes
-    ----------
-    errors : dict of dict of array, shape (repeats, len(batches))
-        By oracle (`SCORES`, `GRADIENT`, `DRAWS`), then by measure (`MEASURES`); fractions in [0, 1].
-    drawn, cut : int
-        Minibatches of the oracle `DRAWS`, and of the two others.
-    kept, prunable : int
-        k, the alive weights of each mask, and d, of how many.
+    `errors` has arrays of shape (repeats, len(batches)) by oracle (`SCORES`, `GRADIENT`, `DRAWS`), then by measure
+    (`MEASURES`): fractions in [0, 1].
     """
 
     batches: tuple[int, ...]
     errors: Errors
     clients: int
     batch_size: int
-    drawn: int
-    cut: int
-    kept: int
-    prunable: int
+    drawn: int  # minibatches of the oracle DRAWS
+    cut: int  # and of the two others
+    kept: int  # k, the alive weights of each mask
+    prunable: int  # d, of how many
     flat: configuration.Flat
 
     def record(self) -> dict[str, Any]:
@@ -110,16 +104,10 @@ def cut(images: Indices, size: int, rng: np.random.Generator) -> list[Indices]:
 
 
 class Scorer:
-    """Gradients and scores at the initial weights.
+    """Gradients and scores at the initial weights, which the model of `runtime`, a workbench, has from now on.
 
-    Parameters
-    ----------
-    runtime : Runtime
-        Its model is a workbench: it has the initial weights from now on.
-    batch_size : int
-        Images of a minibatch of SSFL.
-    drawn : int
-        Of how many minibatches of SSFL the scores will be asked for; they are kept if all fit into MAX_CACHE.
+    `batch_size` is that of SSFL. The scores of `drawn` of its minibatches will be asked for, and are kept if all fit
+    into MAX_CACHE.
     """
 
     def __init__(self, runtime: Runtime, batch_size: int, drawn: int) -> None:
@@ -180,12 +168,8 @@ def study_masks(
     ----------
     flat : mapping
         The configuration; its strategy and cohort are of no matter.
-    batches : sequence of int
-        n, each at least 1, rising.
-    repeats : int
-        Orders of the minibatches.
-    say : callable
-        Is told in a line what is computed.
+    batches, repeats : sequence of int, int
+        n, each at least 1, rising; and orders of the minibatches.
 
     Raises
     ------

@@ -13,10 +13,10 @@ from ssfl_app.experiments.reproduce_rows import Row, read_budget, read_rows, tab
 from ssfl_app.experiments.sweep_spec import RunSpec
 from ssfl_app.files import write_bytes, write_json
 from ssfl_app.options import ConfigError
-from ssfl_app.results.published import Line, Page, as_json, listing, markdown, measured, overview, table, warnings
+from ssfl_app.results.published import Line, Page, as_json, as_table, listing, markdown, measured, overview, warnings
 from ssfl_app.results.run_folder import Run, read_run, train_counts
 from ssfl_app.results.table import percent
-from ssfl_app.simulation.run_args import check_engine
+from ssfl_app.simulation.command import check_engine
 from ssfl_app.strategies import REGISTRY
 
 RECENT = 10  # rounds that the speed of a row is taken from
@@ -24,52 +24,39 @@ RECENT = 10  # rounds that the speed of a row is taken from
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class ReproduceArgs:
-    """The words of `ssfl reproduce`."""
-
-    table: str
-    profile: str
-    overrides: list[str]
-    budget: str
-    out: Path | None
-    engine: str
-
-
-def reproduce(words: ReproduceArgs, say: Say) -> None:
+def reproduce(
+    table: str, profile: str, overrides: Sequence[str], budget: str, out: Path | None, engine: str, say: Say
+) -> None:
     """Play what fits and write the table; exit with 1 if a run failed, or on Ctrl-C.
 
-    Raises
-    ------
-    ConfigError
-        A row cannot be played, or its folder holds another run; nothing was played.
+    The arguments are those of `ssfl reproduce`. ConfigError: a row cannot be played, or its folder holds another run;
+    nothing was played.
     """
-    check_engine(words.engine)
-    budget, override = read_budget(words.budget), configuration.read_overrides(words.overrides)
-    rows = read_rows(words.table, words.profile, override)
-    folder = (words.out or Path("runs") / f"reproduce-{words.table}-{words.profile}").expanduser().resolve()
+    check_engine(engine)
+    seconds, override = read_budget(budget), configuration.read_overrides(overrides)
+    rows = read_rows(table, profile, override)
+    folder = (out or Path("runs") / f"reproduce-{table}-{profile}").expanduser().resolve()
     _check(rows)
-    table = Progress({row.name: row for row in rows}, folder, say)
+    progress = Progress({row.name: row for row in rows}, folder, say)
+    result, choose = progress.result, progress.choose
     runs = [row.run for row in rows]
-    played = jobs.play(
-        runs, folder, words.engine, say, table.result, homes=folder, budget=budget, choose=table.choose
-    )
-    lines = [table.line(row, played.failed.get(row.name, "")) for row in rows]
-    write(Page(f"{words.table}, profile {words.profile}", words.profile, override, lines), folder, say)
+    played = jobs.play(runs, folder, engine, say, result, homes=folder, budget=seconds, choose=choose)
+    lines = [progress.line(row, played.failed.get(row.name, "")) for row in rows]
+    page = Page(f"{table}, profile {profile}", profile, override, lines)
+    write_json(folder / "reproduce.json", as_json(page))
+    write_bytes(folder / "reproduce.md", markdown(page).encode())
+    as_table(page).print()
+    for warning in warnings(page):
+        say(warning)
+    say(f"table: {folder / 'reproduce.md'}")
     bad = [line.name for line in lines if line.state.startswith("failed")]
     jobs.finish(bad, len(rows), interrupted=played.interrupted)
 
 
-def show(words: ReproduceArgs) -> None:
-    """Print the rows of a table with their published numbers; without a table, what tables there are.
-
-    Raises
-    ------
-    ConfigError
-        As `reproduce`.
-    """
-    if words.table:
-        rows = read_rows(words.table, words.profile, configuration.read_overrides(words.overrides))
+def show(table: str, profile: str, overrides: Sequence[str]) -> None:
+    """Print the rows of a table with their published numbers; without a table, what tables there are."""
+    if table:
+        rows = read_rows(table, profile, configuration.read_overrides(overrides))
         made = listing([(row.name, row.published) for row in rows])
     else:
         made = overview({name: list(found.values()) for name, found in tables().items()})
@@ -85,21 +72,9 @@ def _check(rows: Sequence[Row]) -> None:
     for row in rows:
         flat = row.run.flat
         if not flat["data.path"] and flat["data.name"] != "digits":
-            raise ConfigError(
-                f"data.path is ''; {row.name} plays {flat['data.name']}: -c \"data.path='/where/it/lies'\", and "
-                "data.download=true to get it there first"
-            )
+            cure = "-c \"data.path='/where/it/lies'\", and data.download=true to get it there first"
+            raise ConfigError(f"data.path is ''; {row.name} plays {flat['data.name']}: {cure}")
     jobs.check_all(list({jobs.task(row.run): row.run for row in reversed(rows)}.values()))
-
-
-def write(page: Page, folder: Path, say: Say) -> None:
-    """Write reproduce.md and reproduce.json, and print the table."""
-    write_json(folder / "reproduce.json", as_json(page))
-    write_bytes(folder / "reproduce.md", markdown(page).encode())
-    table(page).print()
-    for warning in warnings(page):
-        say(warning)
-    say(f"table: {folder / 'reproduce.md'}")
 
 
 @dataclass(frozen=True)
@@ -155,19 +130,14 @@ class Progress:
         home = self.folder / row.name
         finished, run, needs = jobs.state(row.run, home) == "finished", self._played(row.run), self.cost(row.run)
         more = "" if needs is None else f"; needs about {duration(needs)} at the measured speed"
-        if finished:
-            said = "finished"
-        elif why := why or jobs.old_reason(home):
-            said = why
-        else:
-            said = ("not played" if run is None else _part(run, row)) + more
+        stands = ("not played" if run is None else _part(run, row)) + more
+        said = "finished" if finished else why or jobs.old_reason(home) or stands
         return Line(row.name, row.published, row.data, row.run.flat, said, run)
 
     def _played(self, run: RunSpec) -> Run | None:
         home = self.folder / run.slug
-        if not (home / "config.toml").is_file() or not (home / "rounds.jsonl").is_file():
-            return None
-        return read_run(home)
+        begun = (home / "config.toml").is_file() and (home / "rounds.jsonl").is_file()
+        return read_run(home) if begun else None
 
 
 def _announced(run: RunSpec, needs: float | None, left: float, folder: Path) -> str:

@@ -61,12 +61,8 @@ def read_rows(name: str, profile: str, override: Flat) -> list[Row]:
     """Return the rows of a table in the order in which they are played.
 
     SSFL and FedAvg come first, Dirichlet clients before pathological ones, and methods that train every client in
-    every round last: these cost ten times as much as the others.
-
-    Raises
-    ------
-    ConfigError
-        There is no such table or profile, or a key or value is not allowed.
+    every round last: these cost ten times as much as the others. ConfigError: there is no such table or profile, or a
+    key or value is not allowed.
     """
     known = tables()
     if name not in known:
@@ -108,13 +104,7 @@ def _order(row: Row) -> tuple[object, ...]:
 
 
 def read_budget(text: str) -> float:
-    """Return "90s", "10m" or "2h" in seconds; "none" is infinite.
-
-    Raises
-    ------
-    ConfigError
-        It is none of these.
-    """
+    """Return "90s", "10m" or "2h" in seconds, "none" is infinite; ConfigError: it is none of these."""
     if text == "none":
         return math.inf
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)

@@ -111,7 +111,8 @@ def _runs(given: Flat, asked: dict[str, Any], axes: dict[str, Any], override: Fl
         known = [*_LISTS.values(), "baseline", "axes", "only"]
         names = [f"compare.{name}" for name in known]
         raise not_a_key(f"compare.{next(iter(asked))}", names, f"[compare] has {', '.join(known)}")
-    places = [dict(zip(axes, point, strict=True)) for point in itertools.product(*_checked(axes))]
+    points = itertools.product(*(_values(f"compare.axes.{key}", values) for key, values in axes.items()))
+    places = [dict(zip(axes, point, strict=True)) for point in points]
     for seed, place, density, strategy in itertools.product(lists[1], places, lists[2], strategies):
         name = str(override.get("strategy", strategy))
         dense = not configuration.find_strategy(name).uses_density
@@ -121,13 +122,7 @@ def _runs(given: Flat, asked: dict[str, Any], axes: dict[str, Any], override: Fl
 
 
 def planned(flat: Flat, dense: bool, axes: Sequence[str] = ()) -> RunSpec:
-    """Return the run of a configuration, named after strategy, density, seed and `axes`.
-
-    Raises
-    ------
-    ConfigError
-        A value is not allowed.
-    """
+    """Return the run of a configuration, named after strategy, density, seed and `axes`; ConfigError: a bad value."""
     if flat["data.path"]:  # as `ssfl run` does; what is relative here is not elsewhere
         flat["data.path"] = str(Path(str(flat["data.path"])).expanduser().resolve())
     if type(flat["mask.density"]) is int:
@@ -166,10 +161,6 @@ def _axes(runs: Sequence[RunSpec], declared: Sequence[str]) -> list[str]:
         if any(len(some) > 1 for some in values.values()):
             found.append(key)
     return found
-
-
-def _checked(axes: Mapping[str, Any]) -> list[list[Any]]:
-    return [_values(f"compare.axes.{key}", values) for key, values in axes.items()]
 
 
 def _values(name: str, values: Any) -> list[Any]:

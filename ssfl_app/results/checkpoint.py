@@ -85,10 +85,7 @@ def load(folder: Path, flat: Flat) -> Saved | None:
 def resume(strategy: SparseStrategy, folder: Path, flat: Flat) -> Saved | None:
     """Let the strategy continue from the checkpoint of the run in a folder; return it, or None if there is none yet.
 
-    Raises
-    ------
-    ConfigError
-        As `load` does; or the snapshot in it is not one of this strategy, model and number of clients.
+    ConfigError: as `load` does; or the snapshot in it is not one of this strategy, model and number of clients.
     """
     saved = load(folder, flat)
     if saved is None:

@@ -21,38 +21,22 @@ Spearman = tuple[float, float] | None
 
 @dataclass(frozen=True)
 class ClientPoints:
-    """The clients of one run that have an accuracy, N of them.
-
-    Attributes
-    ----------
-    personal : bool
-        Whether `accuracy` is that of the clients' own models, not of the global one.
-    clients, images, classes : array of int64, shape (N,)
-        Client numbers, training images, and classes that these are of.
-    entropy : array of float64, shape (N,)
-        Of the distribution of the classes, in bits: 0 for one class, log2(C) for C equally frequent ones.
-    accuracy : array of float64, shape (N,)
-        On the client's own test images, in [0, 1].
-    spearman : dict
-        Correlation of accuracy with "images", "classes" and "entropy".
-    """
+    """The clients of one run that have an accuracy, N of them; arrays have shape (N,)."""
 
     run: str
     label: str
-    personal: bool
-    clients: NDArray[np.int64]
-    images: NDArray[np.int64]
-    classes: NDArray[np.int64]
-    entropy: NDArray[np.float64]
-    accuracy: NDArray[np.float64]
-    spearman: dict[str, Spearman]
+    personal: bool  # whether `accuracy` is that of the clients' own models, not of the global one
+    clients: NDArray[np.int64]  # their numbers
+    images: NDArray[np.int64]  # training images
+    classes: NDArray[np.int64]  # that these are of
+    entropy: NDArray[np.float64]  # of their classes, in bits: 0 for one class, log2(C) for C equally frequent ones
+    accuracy: NDArray[np.float64]  # on the client's own test images, in [0, 1]
+    spearman: dict[str, Spearman]  # correlation of accuracy with "images", "classes" and "entropy"
 
     def record(self) -> dict[str, Any]:
         """Return all numbers as JSON has them."""
         arrays = ("clients", "images", "classes", "entropy", "accuracy")
-        together = {
-            name: None if found is None else {"rho": found[0], "p": found[1]} for name, found in self.spearman.items()
-        }
+        together = {name: found and {"rho": found[0], "p": found[1]} for name, found in self.spearman.items()}
         known = {"run": self.run, "label": self.label, "models": "personal" if self.personal else "global"}
         return {**known, **{name: getattr(self, name).tolist() for name in arrays}, "spearman": together}
 
@@ -61,12 +45,7 @@ def study_clients(runs: Sequence[Run]) -> list[ClientPoints]:
     """Return images, classes and accuracy of the clients of each run, and how they go together.
 
     The accuracy is that of a client's personal model on its own test images where a run has such models, else that of
-    the global model. Clients without one are left out.
-
-    Raises
-    ------
-    ConfigError
-        There is no run, one has no client with an accuracy, or an accuracy is no number.
+    the global model. Clients without one are left out. ConfigError: there is no run, or one without any accuracy.
     """
     if not runs:
         raise ConfigError("runs is empty; a study of clients is made of one run or more")

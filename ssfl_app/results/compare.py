@@ -17,24 +17,12 @@ Numbers = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Entry:
-    """One run that belongs to a comparison, finished or not.
+    """One run that belongs to a comparison, finished or not."""
 
-    Parameters
-    ----------
-    config : mapping
-        Its resolved configuration: dotted key -> value.
-    dense : bool
-        Whether its strategy does not look at mask.density.
-    run : Run or None
-        None if it is not finished.
-    reason : str
-        Why there is no run: "failed: loss is NaN", "not played".
-    """
-
-    config: Mapping[str, Any]
-    dense: bool
-    run: Run | None
-    reason: str = ""
+    config: Mapping[str, Any]  # resolved: dotted key -> value
+    dense: bool  # whether its strategy does not look at mask.density
+    run: Run | None  # None if it is not finished
+    reason: str = ""  # why there is no run: "failed: loss is NaN", "not played"
 
 
 class Estimate(NamedTuple):

@@ -110,13 +110,10 @@ def _notes(made: Sequence[Group], baseline: str) -> list[str]:
         notes.append(f"{_names(looking)}: validates while training; these forward passes are not in image passes.")
     for group in made:
         for row in group.rows:
-            where = ", ".join([f"`{row.strategy}`", *_at(row), *([_axes(group)] if group.axes else [])])
+            wanted = [] if row.wanted is None else [f"density {row.wanted:.3g}"]
+            where = ", ".join([f"`{row.strategy}`", *wanted, *([_axes(group)] if group.axes else [])])
             notes += [f"{where}, seed {seed}: {reason}." for seed, reason in sorted(row.missing.items())]
     return [f"- {note}" for note in notes]
-
-
-def _at(row: Row) -> list[str]:
-    return [] if row.wanted is None else [f"density {row.wanted:.3g}"]
 
 
 def _names(rows: Sequence[Row]) -> str:

@@ -4,7 +4,7 @@ The template is a Python string because a Flower app bundle carries only ``*.py`
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssfl_app.results.table import Table
@@ -97,11 +97,11 @@ def section(
     *,
     content: Table | None = None,
     note: str = "",
-    images: list[dict[str, str]] | None = None,
+    images: Sequence[dict[str, str]] = (),
     folded: str = "",
 ) -> dict[str, Any]:
     """Return one section; a table with a `folded` line stays closed until the reader opens it."""
-    return {"title": title, "table": content, "note": note, "images": images or [], "folded": folded}
+    return {"title": title, "table": content, "note": note, "images": images, "folded": folded}
 
 
 def render(context: Mapping[str, Any]) -> str:

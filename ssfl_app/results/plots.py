@@ -44,9 +44,8 @@ def svg_bytes(draw: Callable[[], "Figure"]) -> bytes:
 
 def has_accuracy(run: Run) -> bool:
     """Return whether any round of a run was evaluated, so that there is something to draw."""
-    return any(
-        len(run_folder.evaluated(run, key)[0]) for key in (run_folder.CENTRAL, run_folder.LOCAL, run_folder.PERSONAL)
-    )
+    keys = (run_folder.CENTRAL, run_folder.LOCAL, run_folder.PERSONAL)
+    return any(len(run_folder.evaluated(run, key)[0]) for key in keys)
 
 
 def accuracy_by_round(runs: Sequence[Run]) -> "Figure":
@@ -61,11 +60,8 @@ def accuracy_by_bytes(runs: Sequence[Run]) -> "Figure":
 
 def _accuracy(runs: Sequence[Run], xs: Sequence[NDArray[np.float64]], xlabel: str) -> "Figure":
     own = "Clients' own test images, mean"
-    titles = {
-        run_folder.CENTRAL: "Central test set",
-        run_folder.LOCAL: own,
-        run_folder.PERSONAL: f"{own}: personal models",
-    }
+    titles = {run_folder.CENTRAL: "Central test set", run_folder.LOCAL: own}
+    titles |= {run_folder.PERSONAL: f"{own}: personal models"}
     found = {key: [run_folder.evaluated(run, key) for run in runs] for key in titles}
     shown = [key for key in titles if any(len(at) for at, _ in found[key])]
     labels = [_plain(label) for label in run_folder.run_labels(runs)]
@@ -107,10 +103,7 @@ def _x_axis(axes: "Axes", xs: Sequence[NDArray[np.float64]], xlabel: str) -> Non
 def density_by_layer(run: Run) -> "Figure":
     """Return the share of alive weights of each masked layer, in percent.
 
-    Raises
-    ------
-    ConfigError
-        The run has no mask (it is dense, or was stopped before it had one).
+    ConfigError: the run has no mask (it is dense, or was stopped before it had one).
     """
     if not run.layers:
         raise ConfigError(f"{run.folder} has no mask.safetensors; a density plot needs a sparse run")
@@ -134,20 +127,7 @@ def density_by_layer(run: Run) -> "Figure":
 
 
 def class_distribution(counts: ArrayLike, class_names: Sequence[str]) -> "Figure":
-    """Return a heat map of images by client and class, with each client's total beside it.
-
-    Parameters
-    ----------
-    counts : array_like, shape (K, C)
-        Images of client k in class c.
-    class_names : sequence of str
-        C names.
-
-    Raises
-    ------
-    ConfigError
-        `counts` is empty or does not have one column a class.
-    """
+    """Return a heat map of images by client and class (`check_counts`), with each client's total beside it."""
     from matplotlib.colors import PowerNorm
 
     table = check_counts(counts, class_names)
@@ -179,13 +159,11 @@ def class_distribution(counts: ArrayLike, class_names: Sequence[str]) -> "Figure
 
 
 def check_counts(counts: ArrayLike, class_names: Sequence[str]) -> NDArray[np.int64]:
-    """Return `counts` as an array of shape (K, C), or say why it is not one (ConfigError)."""
+    """Return the images of client k in class c as an array of shape (K, C), or say why it is none (ConfigError)."""
     table = np.asarray(counts, dtype=np.int64)
     if table.ndim != 2 or table.size == 0 or table.shape[1] != len(class_names):
-        raise ConfigError(
-            f"counts has shape {table.shape}; it is (clients, classes) with one column for each of the "
-            f"{len(class_names)} class names"
-        )
+        rule = f"it is (clients, classes) with one column for each of the {len(class_names)} class names"
+        raise ConfigError(f"counts has shape {table.shape}; {rule}")
     return table
 
 
@@ -207,12 +185,7 @@ def accuracy_by_client(run: Run) -> "Figure":
     """Return each client's accuracy on its own test images against its number of training images.
 
     Where all clients have about as many, it is against the client's number instead. The three clients with the lowest
-    accuracy are named. The line is the plain mean over clients.
-
-    Raises
-    ------
-    ConfigError
-        No client of the run has an accuracy.
+    accuracy are named. The line is the plain mean over clients. ConfigError: no client of the run has an accuracy.
     """
     rows = run.clients["clients"] if run.clients else []
     kept = [index for index, row in enumerate(rows) if row.get("accuracy") is not None]
@@ -255,10 +228,8 @@ def _finish(axes: "Axes", title: str, xlabel: str, ylabel: str) -> None:
     axes.tick_params(colors=INK, labelsize=8.5)
     axes.grid(visible=True, color=FAINT, lw=0.6)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#999999")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
 
 
 def _plain(text: str) -> str:

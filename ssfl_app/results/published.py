@@ -22,15 +22,8 @@ METRICS = {
 }
 """What an accuracy is of: its key in a record, and the same in words."""
 HEADERS = (
-    "row",
-    "state",
-    "accuracy of",
-    "published %",
-    "measured %",
-    "at round",
-    "published MB",
-    "measured MB",
-    "min",
+    *("row", "state", "accuracy of", "published %", "measured %", "at round"),
+    *("published MB", "measured MB", "min"),
 )
 PUBLISHED = "published"
 """The profile that leaves every row as its file has it."""
@@ -51,44 +44,20 @@ NOTES = (_ACCURACIES, _SIZES, "Min: wall time of the rounds that are played, dis
 
 @dataclass(frozen=True)
 class Published:
-    """What is published about a configuration.
+    """What is published about a configuration."""
 
-    Attributes
-    ----------
-    source : str
-        Where it is printed: "Table 1".
-    profile : str
-        The profile that the configuration follows: a file in ``configs/profiles``.
-    metric : str
-        What the accuracy is of, a key of `METRICS`.
-    accuracy : float
-        In percent.
-    megabytes : float
-        MB a round, one direction, of all clients of a cohort.
-    minutes, hardware : float, str
-        How long it took, and where.
-    note : str
-        What is not known, or was assumed.
-    """
-
-    source: str = anything("a text")
-    profile: str = anything("a profile")
-    metric: str = choice(*METRICS)
+    source: str = anything("a text")  # where it is printed: "Table 1"
+    profile: str = anything("a profile")  # that the configuration follows: a file in configs/profiles
+    metric: str = choice(*METRICS)  # what the accuracy is of
     accuracy: float = option("a number of percent", lambda value: 0 <= value <= 100, 0.0)
-    megabytes: float = at_least(0, 0.0)
-    minutes: float = at_least(0, 0.0)
-    hardware: str = anything("a text", "")
-    note: str = anything("a text", "")
+    megabytes: float = at_least(0, 0.0)  # a round, one direction, of all clients of a cohort
+    minutes: float = at_least(0, 0.0)  # how long it took
+    hardware: str = anything("a text", "")  # and where
+    note: str = anything("a text", "")  # what is not known, or was assumed
 
 
 def read_published(path: Path) -> Published | None:
-    """Return the table ``[published]`` of a configuration; None if it has none.
-
-    Raises
-    ------
-    ConfigError
-        The file is missing or no TOML, or the table has a bad or missing key.
-    """
+    """Return the table ``[published]`` of a configuration, None if it has none; ConfigError: one of both is bad."""
     everything = configuration.read_toml(path)
     found = {key.partition(".")[2]: value for key, value in everything.items() if key.startswith("published.")}
     return build(Published, "published", found) if found else None
@@ -96,21 +65,22 @@ def read_published(path: Path) -> Published | None:
 
 def listing(rows: Sequence[tuple[str, Published]]) -> Table:
     """Return the published numbers of the rows of a table, for the terminal."""
-    cells = []
+    made = []
     for name, said in rows:
-        numbers = (percent(said.accuracy / 100 if said.accuracy else None), megabytes(said.megabytes * MB or None))
-        cells.append(
-            [name, said.source, said.profile, said.metric, *numbers, f"{said.minutes:g}" if said.minutes else "-"]
-        )
-    return Table(["row", "source", "profile", "accuracy of", "%", "MB", "min"], cells, 4)
+        numbers = [*_published(said), shown(said.minutes or None, "g")]
+        made.append([name, said.source, said.profile, said.metric, *numbers])
+    return Table(["row", "source", "profile", "accuracy of", "%", "MB", "min"], made, 4)
+
+
+def _published(said: Published) -> tuple[str, str]:
+    """Return accuracy in percent and MB, as tables show them."""
+    return percent(said.accuracy / 100 or None), megabytes(said.megabytes * MB or None)
 
 
 def overview(found: Mapping[str, Sequence[Published]]) -> Table:
     """Return the tables that there are, with the sources of their rows, for the terminal."""
-    rows = [
-        [name, "; ".join(dict.fromkeys(said.source for said in published)), str(len(published))]
-        for name, published in found.items()
-    ]
+    sources = {name: "; ".join(dict.fromkeys(said.source for said in all_)) for name, all_ in found.items()}
+    rows = [[name, sources[name], str(len(all_))] for name, all_ in found.items()]
     return Table(["table", "sources", "rows"], rows, 2)
 
 
@@ -146,18 +116,12 @@ def measured(line: Line) -> dict[str, Any]:
 
 
 def cells(line: Line) -> list[str]:
-    """Return the row of a line, under the headers of `table`."""
-    found, said = measured(line), line.published
+    """Return the row of a line, under the headers of `as_table`."""
+    found, (accuracy, mb) = measured(line), _published(line.published)
     minutes = None if found["seconds"] is None else found["seconds"] / 60
-    return [
-        *(line.name, line.state, said.metric),
-        percent(said.accuracy / 100 if said.accuracy else None),
-        percent(found["accuracy"]),
-        shown(found["round"]),
-        megabytes(said.megabytes * MB if said.megabytes else None),
-        megabytes(found["bytes_a_round"]),
-        shown(minutes, ",.1f" if minutes is None or minutes >= 0.1 else ".2g"),
-    ]
+    row = [line.name, line.state, line.published.metric, accuracy, percent(found["accuracy"]), shown(found["round"])]
+    took = shown(minutes, ",.1f" if minutes is None or minutes >= 0.1 else ".2g")
+    return [*row, mb, megabytes(found["bytes_a_round"]), took]
 
 
 @dataclass(frozen=True)
@@ -170,26 +134,22 @@ class Page:
     lines: Sequence[Line]
 
 
-def table(page: Page) -> Table:
+def as_table(page: Page) -> Table:
     """Return the table of a page."""
     return Table(HEADERS, list(map(cells, page.lines)), 3)
 
 
 def warnings(page: Page) -> list[str]:
     """Return why measured numbers are not comparable with the published ones, if there is a reason."""
-    data = sorted(
-        {(line.config["data.name"], line.data) for line in page.lines if line.config["data.name"] != line.data}
-    )
-    said = [
-        f"The data are {ours}, the published numbers are of {theirs}: do not compare them." for ours, theirs in data
-    ]
+    data = sorted({(line.config["data.name"], line.data) for line in page.lines})
+    form = "The data are {}, the published numbers are of {}: do not compare them."
+    said = [form.format(ours, theirs) for ours, theirs in data if ours != theirs]
     profiles = sorted({line.published.profile for line in page.lines} - {page.profile})
     if page.profile != PUBLISHED and profiles:
         said.append(f"Played with the profile {page.profile}; published numbers are of {' and '.join(profiles)}.")
-    changed = ", ".join(f"{key}={value!r}" for key, value in page.overrides.items() if key not in _SAME_RUN)
-    return said + (
-        [f"Changed on the command line: {changed}. The published numbers are not of that."] if changed else []
-    )
+    if changed := ", ".join(f"{key}={value!r}" for key, value in page.overrides.items() if key not in _SAME_RUN):
+        said.append(f"Changed on the command line: {changed}. The published numbers are not of that.")
+    return said
 
 
 def markdown(page: Page) -> str:
@@ -198,7 +158,7 @@ def markdown(page: Page) -> str:
     notes = [*NOTES, *(f"{line.name}: {line.published.note}" for line in lines if line.published.note)]
     places = origin([line.run.environment for line in lines if line.run is not None and line.run.environment])
     made = [f"# {page.title}", "", *(f"**{warning}**\n" for warning in warnings(page))]
-    made += [*table(page).markdown(), "", *(f"- {note}" for note in notes), ""]
+    made += [*as_table(page).markdown(), "", *(f"- {note}" for note in notes), ""]
     return "\n".join([*made, *(["; ".join(places) + ".", ""] if places else [])])
 
 

@@ -52,13 +52,7 @@ def default_folder(strategy: str, data: str) -> Path:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder for a new run unless it is missing, empty, or holds what a start left that came to nothing.
-
-    Raises
-    ------
-    ConfigError
-        It holds something else, is no folder, or cannot be looked at.
-    """
+    """Raise ConfigError unless a folder is missing, empty, or holds what a start left that came to nothing."""
     try:
         free = not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= _BEFORE_CONFIG)
         free = free and not any((folder / "checkpoint").glob("[!.]*"))
@@ -69,28 +63,15 @@ def check_free(folder: Path) -> None:
 
 
 class Recorder:
-    """Writes one run folder. Nothing in it changes before `begin`.
+    """Writes one run folder, which is `claim`-ed for it. Nothing in it changes before `begin`.
 
-    Parameters
-    ----------
-    folder : Path
-        Absolute. Made if it does not exist.
-    flat : dict
-        The resolved configuration.
-    say : callable
-        Where lines for people go, besides ``console.log``.
-
-    Raises
-    ------
-    ConfigError
-        The folder cannot be written to, or another process is writing to it.
+    `folder` is absolute, `flat` the resolved configuration; lines for people go to `say`, besides ``console.log``.
     """
 
     def __init__(self, folder: Path, flat: Flat, say: Callable[[str], None]) -> None:
         self.folder = folder
         self.records: list[Record] = []
-        self._flat, self._say, self._began = flat, say, time.monotonic()
-        self._seconds_before = 0.0
+        self._flat, self._say, self._began, self._seconds_before = flat, say, time.monotonic(), 0.0
         self._lines = hashlib.sha256()  # over rounds.jsonl
         self.names: dict[int, str] = {}
         self._told: set[tuple[str, str]] = set()
@@ -166,10 +147,7 @@ class Recorder:
     def finish(self, metadata: Record, layout: Layout, state: State, mask: Mask) -> Record:
         """Write model, mask and summary.json; return the summary.
 
-        Parameters
-        ----------
-        metadata : dict
-            What the recorder cannot know: strategy, dataset, engine and so on. It comes first.
+        `metadata` is what the recorder cannot know: strategy, dataset, engine and so on. It comes first.
         """
         write_atomically(self.folder / "model.safetensors", lambda f: safe_torch.save_file(_whole(state), f))
         sparse = mask.count < layout.prunable_size

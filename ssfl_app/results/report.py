@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 
 
 def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> Table:
-    """Return a table of images, classes held and largest class by client; `counts` has shape (K, C).
-
-    Raises
-    ------
-    ConfigError
-        `counts` is empty or does not have one column a class.
-    """
+    """Return a table of images, classes held and largest class by client (`plots.check_counts`)."""
     array = plots.check_counts(counts, class_names)
     rows = []
     for client, row in enumerate([*array, array.sum(axis=0)]):
@@ -39,10 +33,7 @@ def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> Table:
 def write_picture(png: Path, draw: "Callable[[], Figure]") -> str:
     """Write the figure that `draw` returns to a PNG file; return the line that tells people where it is, or why not.
 
-    Raises
-    ------
-    OSError
-        It was drawn, and cannot be written there.
+    OSError: it was drawn, and cannot be written there.
     """
     made: list[bytes] = []
     if why := undone(lambda: made.append(plots.png_bytes(draw))):
@@ -65,13 +56,7 @@ def undone(draw: Callable[[], object]) -> str:
 
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
-    """Write a self-contained HTML report of one run or a comparison of several to `path`.
-
-    Raises
-    ------
-    ConfigError
-        `runs` is empty.
-    """
+    """Write a self-contained HTML report of one run or a comparison of several, at least one, to `path`."""
     if not runs:
         raise ConfigError("runs is empty; a report is made of one run or more")
     names = run_names(runs)

@@ -8,17 +8,8 @@ from ssfl_app.results.run_folder import CENTRAL, LOCAL, MB, PERSONAL, Run, cumul
 from ssfl_app.results.table import NONE, Table, megabytes, percent, ratio, shown
 
 _COMPARE = (
-    *("Run", "Strategy", "Data", "Partition", "Density", "Seed", "Central %", "Local mean %"),
-    *(
-        "Personal %",
-        "MB discovery",
-        "MB train down",
-        "MB train up",
-        "x fewer than dense",
-        "Lost",
-        "Refused",
-        "Seconds",
-    ),
+    *("Run", "Strategy", "Data", "Partition", "Density", "Seed", "Central %", "Local mean %", "Personal %"),
+    *("MB discovery", "MB train down", "MB train up", "x fewer than dense", "Lost", "Refused", "Seconds"),
 )
 _ROUND = (
     *("Round", "Cohort", "OK", "Lost", "Refused", "Train loss", "Central loss", "Central %", "Local mean %"),
@@ -67,10 +58,7 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None) -> Table
         ["discovery and mask", f"{mb('bytes_discovery_down')} MB down, {mb('bytes_discovery_up')} MB up"],
         ["training", f"{mb('bytes_train_down')} MB down, {mb('bytes_train_up')} MB up"],
         ["dense FedAvg, same messages", f"{megabytes(dense)} MB: {ratio(dense, sent)} x the training bytes"],
-        [
-            "dense FedAvg, discovery counted",
-            f"{ratio(dense, everything)} x the training, discovery and mask bytes",
-        ],
+        ["dense FedAvg, discovery counted", f"{ratio(dense, everything)} x the training, discovery and mask bytes"],
         ["evaluation", f"{mb('bytes_evaluate_down')} MB down"],
         *([["the same between peers", f"{megabytes(peers)} MB without a server"]] if peers else []),
         ["image passes", work],

@@ -26,18 +26,8 @@ ALL_BYTES = (*SETUP_BYTES, *ROUND_BYTES)
 WORK = ("image_passes", "validation_passes", "bytes_peer")
 LAST = (CENTRAL, LOCAL, PERSONAL, "density", "density_all")  # of these a summary has the last value
 TOTALS = (
-    *(
-        "alive",
-        "prunable",
-        "parameters",
-        "clients",
-        "cohort",
-        "rounds",
-        "seed",
-        "trained_clients",
-        "bytes_dense_train",
-    ),
-    *("seconds_total", "seconds_rounds", "lost_replies", "refused_replies"),
+    *("alive", "prunable", "parameters", "clients", "cohort", "rounds", "seed", "trained_clients"),
+    *("bytes_dense_train", "seconds_total", "seconds_rounds", "lost_replies", "refused_replies"),
 )
 UNBOUNDED = ("train_loss", "central_loss")  # of a model that diverged
 MOST = 2**63
@@ -99,24 +89,18 @@ def read_run(folder: Path) -> Run:
         ``rounds.jsonl`` that was cut off (the run was killed while it wrote) is left out instead.
     """
     with _naming(folder):
-        if not folder.is_dir():
-            raise ConfigError(f"{folder} is not a folder; it is a folder that `ssfl run` wrote")
-        for name in ("config.toml", "rounds.jsonl"):
-            if not (folder / name).is_file():
-                raise ConfigError(f"{folder} is a folder without {name}; it is a folder that `ssfl run` wrote")
+        lacking = [f"a folder without {x}" for x in ("config.toml", "rounds.jsonl") if not (folder / x).is_file()]
+        if lacking or not folder.is_dir():
+            what = lacking[0] if folder.is_dir() else "not a folder"
+            raise ConfigError(f"{folder} is {what}; it is a folder that `ssfl run` wrote")
     # A resumed run repeats the rounds after its checkpoint; the line written last is the one that counts.
     rounds = {entry["round"]: entry for entry in _read_rounds(folder / "rounds.jsonl")}
-    setup = rounds.pop(0, None)
-    return Run(
-        folder=folder,
-        config=_read_config(folder / "config.toml"),
-        rounds=[rounds[number] for number in sorted(rounds)],
-        setup=setup,
-        summary=_read_summary(folder / "summary.json"),
-        layers=_read_layers(folder / "mask.safetensors"),
-        clients=_read_clients(folder / "clients.json"),
-        environment=_read_object(folder / "environment.json") or {},
-    )
+    setup, config = rounds.pop(0, None), _read_config(folder / "config.toml")
+    summary = _read_object(folder / "summary.json")
+    _check_numbers(summary or {}, (*NUMBERS, *TOTALS), str(folder / "summary.json"))
+    layers, clients = _read_layers(folder / "mask.safetensors"), _read_clients(folder / "clients.json")
+    environment = _read_object(folder / "environment.json") or {}
+    return Run(folder, config, [rounds[i] for i in sorted(rounds)], setup, summary, layers, clients, environment)
 
 
 @contextmanager
@@ -155,8 +139,7 @@ def _read_rounds(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_round(entry: Any, where: str) -> None:
-    well = isinstance(entry, dict) and type(entry.get("round")) is int and 0 <= entry["round"] < MOST
-    if not well:
+    if not (isinstance(entry, dict) and type(entry.get("round")) is int and 0 <= entry["round"] < MOST):
         raise ConfigError(f'{where} is not a round; it is a JSON object with "round", a whole number from 0')
     _check_numbers(entry, NUMBERS, where)
     for key in ("cohort", "ok"):
@@ -170,10 +153,9 @@ def _check_round(entry: Any, where: str) -> None:
 
 def _check_numbers(entry: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
     for key in keys:
-        value = entry.get(key)
-        if value is not None and (type(value) not in (int, float) or (value == value and not abs(value) < MOST)):
-            if key in UNBOUNDED and type(value) is float:
-                continue
+        value: Any = entry.get(key)
+        bounded = type(value) in (int, float) and (value != value or abs(value) < MOST)
+        if not (value is None or bounded or (key in UNBOUNDED and type(value) is float)):
             raise ConfigError(f"{where}: {key} is {_cut(value)}; it is a number or null")
 
 
@@ -192,13 +174,6 @@ def _read_object(path: Path) -> dict[str, Any] | None:
         if not isinstance(value, dict):
             raise ConfigError(f"{path} is a JSON {type(value).__name__}; it is a JSON object")
         return value
-
-
-def _read_summary(path: Path) -> dict[str, Any] | None:
-    value = _read_object(path)
-    if value is not None:
-        _check_numbers(value, (*NUMBERS, *TOTALS), str(path))
-    return value
 
 
 def _read_layers(path: Path) -> list[Layer]:
@@ -228,9 +203,8 @@ def _read_clients(path: Path) -> dict[str, Any] | None:
     except (KeyError, TypeError, AttributeError):
         good = False
     if not good:
-        raise ConfigError(
-            f'{path} is damaged; each client has "client", "train" (one number a class), and accuracies from 0 to 1'
-        )
+        rule = 'each client has "client", "train" (one number a class), and accuracies from 0 to 1'
+        raise ConfigError(f"{path} is damaged; {rule}")
     return value
 
 

@@ -34,18 +34,9 @@ def mask_error(
 ) -> "Figure":
     """Return the errors over the number of minibatches, a panel a measure and a line an oracle.
 
-    Parameters
-    ----------
-    batches : sequence of int
-        N numbers of minibatches.
-    errors : dict of dict of array, shape (repeats, N)
-        By oracle and measure, fractions. The line is the mean, the band reaches from the least to the greatest.
-    clients : int
-        K, where one minibatch a client is.
-    minibatches : mapping
-        "cut" and "drawn", what the oracles are made of.
-    title : str
-        What was studied.
+    `errors` has fractions of shape (repeats, len(batches)) by oracle and measure: the line is the mean, the band
+    reaches from the least to the greatest. At n = `clients` there is one minibatch a client. `minibatches` has "cut"
+    and "drawn": of how many the oracles are made.
     """
     figure = _figure(13.0, 4.9)
     figure.suptitle(_plain(title), fontsize=9.5, color=INK, x=0.01, ha="left")

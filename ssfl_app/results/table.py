@@ -16,21 +16,11 @@ WIDEST = 60  # characters of a text in a line of the terminal; the first column 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells in rows: texts stand on the left, numbers on the right.
+    """Cells in rows, `NONE` where there is no value: texts stand on the left, numbers on the right."""
 
-    Attributes
-    ----------
-    headers : sequence of str
-        The titles of the columns; none make a table of names and values.
-    rows : sequence of sequence of str
-        The cells, `NONE` where there is no value.
-    texts : int or None
-        How many columns hold texts, the others hold numbers; None: all hold texts.
-    """
-
-    headers: Sequence[str]
+    headers: Sequence[str]  # none: a table of names and values
     rows: Sequence[Sequence[str]]
-    texts: int | None = None
+    texts: int | None = None  # how many columns hold texts, the others hold numbers; None: all hold texts
 
     def _number(self, column: int) -> bool:
         return self.texts is not None and column >= self.texts

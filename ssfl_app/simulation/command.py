@@ -1,4 +1,4 @@
-"""What `ssfl run` does: have the command line resolved and checked, then play the run on an engine.
+"""A run as the command line asks for it: its arguments, and what people are told when it ends badly.
 
 Torch is imported by what computes, not here: the launcher of a run on Ray only waits for it.
 """
@@ -6,35 +6,34 @@ Torch is imported by what computes, not here: the launcher of a run on Ray only 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.results.status import settle
-from ssfl_app.simulation.run_args import RunArgs, check_engine
 from ssfl_app.text import command, tell
 
+ENGINES = ("ray", "inline")
 
-def run_command(words: RunArgs) -> None:
-    """Run, or raise ConfigError before anything was written; exit with 1 if the run fails."""
-    check_engine(words.engine)
-    if words.engine == "inline":
-        from ssfl_app import client_app, server_app
-        from ssfl_app.simulation.in_process import run_inline
-        from ssfl_app.simulation.resolve import resolve
 
-        config, _ = resolve(words)
-        with telling(Path(config.settings.run.out), "run"):
-            run_inline(server_app.app, client_app.app, config)
-    else:
-        from ssfl_app.simulation.prepared_run import prepare_run
-        from ssfl_app.simulation.ray import Launch
+@dataclass(frozen=True)
+class RunArgs:
+    """The arguments of `ssfl run`; `engine` is one of `ENGINES`, or "deployment" for `ssfl federation run`."""
 
-        with Launch() as launch:
-            checked = prepare_run(words)
-            with telling(checked.folder, "run", "--engine", words.engine):
-                launch.play(checked, tell)
+    file: Path | None
+    overrides: list[str]
+    nodes: int | None
+    engine: str
+    out: Path | None
+    resume: Path | None
+
+
+def check_engine(name: str) -> None:
+    """Raise ConfigError unless `name` is one of `ENGINES`."""
+    if name not in ENGINES:
+        raise ConfigError(f"--engine is {name!r}; it is one of {', '.join(ENGINES)}")
 
 
 @contextmanager
@@ -42,13 +41,7 @@ def telling(folder: Path, *words: object) -> Iterator[None]:
     """Play a run inside; if it fails or is interrupted, say why and how to go on, and exit with 1.
 
     When the processes that wrote to its folder are gone, status.json says how it ended, whether they could or not.
-
-    Parameters
-    ----------
-    folder : Path
-        Of the run.
-    *words : object
-        Those of the command that goes on with it, without ``--resume``.
+    `words` are those of the command that goes on with it, without ``--resume``.
     """
     try:
         yield

@@ -34,7 +34,7 @@ class InlineGrid(Grid):
     """A Flower grid whose nodes live in this process.
 
     With `concurrent` 1 a message is worked on when its reply is pulled; with more, by one of so many threads, from
-    when it is pushed.
+    when it is pushed: call `close` in the end.
 
     Parameters
     ----------
@@ -46,13 +46,6 @@ class InlineGrid(Grid):
         Node id -> partition id.
     node_configs : mapping of int to dict, optional
         Node id -> node config, for nodes that were started with other keys than a partition id.
-    concurrent : int
-        Messages that are worked on at once; if more than one, call `close` in the end.
-
-    Notes
-    -----
-    Flower keeps the identity of the running task in a process-wide place; it is set here, since the message
-    constructor reads it.
     """
 
     in_process = True
@@ -65,23 +58,13 @@ class InlineGrid(Grid):
         node_configs: Mapping[int, UserConfig] | None = None,
         concurrent: int = 1,
     ) -> None:
-        self._app, own = app, node_configs or {}
-        self.concurrent = concurrent
+        self._app, self.concurrent = app, concurrent
         self._pool = futures.ThreadPoolExecutor(concurrent, "client") if concurrent > 1 else None
         self._working: dict[str, futures.Future[Message]] = {}
         self._ready = Event()  # a reply is, that nobody has been told of
-        self._contexts = {
-            node: Context(
-                run_id=1,
-                node_id=node,
-                node_config=dict(
-                    own.get(node, {"partition-id": partition, "num-partitions": len(nodes), SIMULATED: True})
-                ),
-                state=RecordDict(),
-                run_config=dict(config),
-            )
-            for node, partition in nodes.items()
-        }
+        usual: UserConfig = {"num-partitions": len(nodes), SIMULATED: True}
+        configs = {node: {"partition-id": part, **usual} for node, part in nodes.items()} | dict(node_configs or {})
+        self._contexts = {node: Context(1, node, dict(configs[node]), RecordDict(), dict(config)) for node in nodes}
         # A node whose last answer nobody waited for may still be at it.
         self._nodes = {node: Lock() for node in nodes}
         self._waiting: dict[str, Message] = {}
@@ -98,12 +81,7 @@ class InlineGrid(Grid):
         return self._run
 
     def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
         """Return a message."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -162,10 +140,8 @@ class InlineGrid(Grid):
 def run_inline(server: ServerApp, client: ClientApp, config: Config) -> None:
     """Run both apps in this process.
 
-    Raises
-    ------
-    ConfigError, RunFailed
-        What the ServerApp raises; engine.concurrent is more than this GPU is given; memory ran out.
+    It raises what the ServerApp raises; ConfigError: engine.concurrent is more than this GPU is given; RunFailed:
+    memory ran out.
     """
     nodes = {1000 + i: i for i in range(config.settings.run.clients)}
     context = Context(run_id=1, node_id=SERVER, node_config={}, state=RecordDict(), run_config=dict(config.flat))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssfl_app.options import ConfigError
-from ssfl_app.simulation.run_args import RunArgs
+from ssfl_app.simulation.command import RunArgs
 
 if TYPE_CHECKING:
     from ssfl_app.config import Config
@@ -17,36 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that was checked, and whose folder is ready.
-
-    Attributes
-    ----------
-    folder : Path
-        Of the run.
-    nodes : int
-        SuperNodes.
-    threads : int
-        Of torch, in each actor.
-    actors : int
-        Processes that train.
-    gpu : float
-        Share of a GPU for each.
-    model_bytes : int
-        Size of a dense model.
-    notes : list of str
-        Lines for people.
-    toml : str
-        The configuration.
-    """
+    """A run that was checked, and whose folder is ready; `model_bytes` is the size of a dense model."""
 
     folder: Path
     nodes: int
-    threads: int
-    actors: int
-    gpu: float
+    threads: int  # of torch, in each actor
+    actors: int  # processes that train
+    gpu: float  # share of a GPU for each
     model_bytes: int
-    notes: list[str]
-    toml: str
+    notes: list[str]  # lines for people
+    toml: str  # the configuration
 
 
 def prepare_run(words: RunArgs) -> PreparedRun:
@@ -89,18 +69,9 @@ def _prepare(words: RunArgs) -> PreparedRun:
     from ssfl_app.simulation.resolve import make_ready, resolve
 
     config, layout = resolve(words)
-    folder = make_ready(config, layout)
-    actors, gpu = plan(config)
-    return PreparedRun(
-        folder=folder,
-        nodes=config.settings.run.clients,
-        threads=config.engine.threads,
-        actors=actors,
-        gpu=gpu,
-        model_bytes=4 * layout.size,
-        notes=gpu_notes(config, "ray"),
-        toml=write_toml(config.flat),
-    )
+    folder, (actors, gpu), nodes = make_ready(config, layout), plan(config), config.settings.run.clients
+    notes, toml = gpu_notes(config, "ray"), write_toml(config.flat)
+    return PreparedRun(folder, nodes, config.engine.threads, actors, gpu, 4 * layout.size, notes, toml)
 
 
 def plan(config: "Config") -> tuple[int, float]:

@@ -59,10 +59,8 @@ def environment(flwr_home: Path, **more: str) -> dict[str, str]:
     under a SOCKS proxy that it has no package for, whatever no_proxy says.
     """
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
-    own = {"FLWR_HOME": str(flwr_home), "PATH": path, **_direct()}
-    beyond = proxies()
-    kept = {name: value for name, value in os.environ.items() if name not in beyond}
-    return kept | _SWITCHES | own | more
+    kept = {name: value for name, value in os.environ.items() if name.lower() not in _PROXIES}
+    return kept | _SWITCHES | {"FLWR_HOME": str(flwr_home), "PATH": path} | _direct() | more
 
 
 def proxies() -> dict[str, str]:
@@ -88,11 +86,7 @@ def short_folder() -> Path:
     """Return a folder for temporary files below which the sockets of Ray and multiprocessing can have their names.
 
     That is the usual one, which TMPDIR names, but /tmp where it is too long: the name of a socket has 107 bytes.
-
-    Raises
-    ------
-    RunFailed
-        There is none.
+    RunFailed: there is none.
     """
     usual = tempfile.gettempdir()
     for folder in (usual, "/tmp", "/var/tmp"):
@@ -139,7 +133,7 @@ def end(*processes: "subprocess.Popen[bytes]") -> None:
 
 def end_families(pids: list[int]) -> None:
     """End the processes with these ids and all their descendants: first asked, then killed."""
-    family = _families(pids)
+    family = families(pids)
     for member in family:
         if member.pid in pids and member.is_running():
             member.terminate()
@@ -153,7 +147,7 @@ def end_families(pids: list[int]) -> None:
 def kill_families(pids: list[int]) -> None:
     """Kill the processes with these ids and all their descendants, at once, and wait until they are gone."""
     family: set[psutil.Process] = set()
-    while found := set(_families(pids)) - family:
+    while found := set(families(pids)) - family:
         family |= found
         for member in found:  # one that is stopped starts no other, so no child is missed
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -164,7 +158,8 @@ def kill_families(pids: list[int]) -> None:
     _wait(list(family), STOP_TIMEOUT)
 
 
-def _families(pids: list[int]) -> list[psutil.Process]:
+def families(pids: list[int]) -> list[psutil.Process]:
+    """Return the processes with these ids that are there, each with all its descendants."""
     family = []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -204,10 +199,8 @@ def wait_until_healthy(
     RunFailed
         It ended, or did not answer within `START_TIMEOUT` seconds; with the cause by its log.
     """
-    scheme = "http" if authority is None else "https"
-    context = None
-    if authority is not None:
-        context = ssl.create_default_context(cafile=str(authority))
+    scheme, context = ("http", None) if authority is None else ("https", ssl.create_default_context(cafile=authority))
+    if context is not None:
         context.check_hostname = False  # it may listen at an address that nodes never see
     handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
     opener = urllib.request.build_opener(*handlers)
@@ -255,13 +248,7 @@ def cause_in_log(text: str) -> str:
 
 
 def check_port(host: str, port: int, key: str) -> None:
-    """Find out whether a process could listen at host:port now.
-
-    Raises
-    ------
-    ConfigError
-        It could not; the message begins with `key`, which is what said so.
-    """
+    """Raise ConfigError if no process could listen at host:port now; it begins with `key`, which is what said so."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:

@@ -76,20 +76,13 @@ class Launch:
         self._work.cleanup()
 
     def play(self, run: PreparedRun, say: Callable[[str], None]) -> None:
-        """Run it and wait for its end.
-
-        Raises
-        ------
-        RunFailed
-            With the reason that the ServerApp, Flower or Ray gave.
-        """
+        """Run it and wait for its end; RunFailed: with the reason that the ServerApp, Flower or Ray gave."""
         log = run.folder / "flower.log"
         begin = log.stat().st_size if log.exists() else 0
         try:
             each = f"{run.threads} torch thread(s) and {run.gpu:g} GPU each"
-            say(f"engine ray: {run.actors} actors, {each}, on {os.cpu_count()} cores")
-            for note in run.notes:
-                say(note)
+            for line in (f"engine ray: {run.actors} actors, {each}, on {os.cpu_count()} cores", *run.notes):
+                say(line)
             app, overrides = copy_app(self._home / "ssfl-app", run.toml), self._home / "run.toml"
             overrides.write_text(run.toml, encoding="utf-8")
             self._later.write_text(json.dumps({"OMP_NUM_THREADS": str(run.threads)} | _object_store(run)), "utf-8")
@@ -115,13 +108,15 @@ def _variables(home: Path, address: str, later: Path) -> dict[str, str]:
     flwr_home = home / "flwr"
     flwr_home.mkdir()
     (flwr_home / "config.toml").write_text(
-        f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{address}"\ninsecure = true\n',
-        "utf-8",
+        f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{address}"\ninsecure = true\n', "utf-8"
     )
     own = {locks.LAUNCHER: str(home / "launcher.lock"), locks.LATER: str(later), "SSFL_SOURCE": str(app_folder())}
     # Flower looks for a run each second by default; and a Ray of its own keeps its files where they are removed.
     quick = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "RAY_TMPDIR": str(home)}
-    return environment(flwr_home, **own, **quick, **_closed(), **_actors())
+    # Processes that Ray starts before it is asked are never used, since Flower's actors have another environment;
+    # those that are used import torch when they start, not when the first message comes.
+    actors = {"RAY_prestart_worker_first_driver": "0", "RAY_preload_python_modules": "ssfl_app.client_app"}
+    return environment(flwr_home, **own, **quick, **_closed(), **actors)
 
 
 def _closed() -> dict[str, str]:
@@ -135,12 +130,6 @@ def _closed() -> dict[str, str]:
     token = secrets.token_hex(32)
     closed = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     return closed | {"RAY_ADDRESS": "local"}
-
-
-def _actors() -> dict[str, str]:
-    # Processes that Ray starts before it is asked are never used, since Flower's actors have another environment;
-    # those that are used import torch when they start, not when the first message comes.
-    return {"RAY_prestart_worker_first_driver": "0", "RAY_preload_python_modules": "ssfl_app.client_app"}
 
 
 def _object_store(run: PreparedRun) -> dict[str, str]:

@@ -10,7 +10,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import check_free, claim, default_folder
 from ssfl_app.runtime import check
-from ssfl_app.simulation.run_args import ENGINES, RunArgs
+from ssfl_app.simulation.command import ENGINES, RunArgs
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
 
@@ -18,12 +18,8 @@ from ssfl_app.strategies import REGISTRY
 def make_ready(config: Config, layout: Layout) -> Path:
     """Return the run folder, made, or checked to be one that a run goes on from; for engines in other processes.
 
-    Its status.json goes: that of an earlier session says nothing about this one.
-
-    Raises
-    ------
-    ConfigError
-        Another process is writing to the folder, or what it holds is damaged. Nothing was changed.
+    Its status.json goes: that of an earlier session says nothing about this one. ConfigError: another process is
+    writing to the folder, or what it holds is damaged; nothing was changed.
     """
     folder = Path(config.settings.run.out)
     with claim(folder):
@@ -67,23 +63,14 @@ def resolve(words: RunArgs) -> tuple[Config, Layout]:
 
 
 def absolute(key: str, path: object) -> Path:
-    """Return a path as it is seen from everywhere.
-
-    Raises
-    ------
-    ConfigError
-        No file can have this name, or no TOML file: it is not in the encoding of the locale.
-    """
+    """Return a path as it is seen from everywhere; ConfigError: no file, or no TOML file, can have this name."""
     try:
         found = Path(str(path)).expanduser().resolve()
         str(found).encode()
         return found
     except UnicodeEncodeError as error:
-        encoding = sys.getfilesystemencoding()
-        raise ConfigError(
-            f"{key} is {path!r}; it is a path in the locale's encoding, {encoding}: another locale has more letters, "
-            "LC_ALL=C.UTF-8"
-        ) from error
+        rule = f"it is a path in the locale's encoding, {sys.getfilesystemencoding()}"
+        raise ConfigError(f"{key} is {path!r}; {rule}: another locale has more letters, LC_ALL=C.UTF-8") from error
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home, or links in a circle
         raise ConfigError(f"{key} is {path!r}; it is a path ({error})") from error
 

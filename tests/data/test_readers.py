@@ -401,8 +401,8 @@ def test_keys_that_do_not_fit_together(keys: Flat, words: str) -> None:
 
 
 def test_simulations_have_no_own_data(tmp_path: Path) -> None:
+    from ssfl_app.simulation.command import RunArgs
     from ssfl_app.simulation.resolve import resolve
-    from ssfl_app.simulation.run_args import RunArgs
 
     for engine in ("ray", "inline"):
         command = RunArgs(None, ["data.where='sites' data.name='folder'"], None, engine, tmp_path / "run", None)

@@ -87,7 +87,7 @@ def test_what_the_supervisor_starts_writes_for_its_account_alone(
     open_umask: None, made: house.Federation, ssfl: Ssfl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    for command, name in (("keep", "keep_all"), ("superlink", "keep_superlink")):
+    for command, name in (("keep", "keep_all"), ("superlink", "keep")):
         monkeypatch.setattr(f"ssfl_app.deployment.services.{name}", lambda *words: seen.append(os.umask(0o077)))
         assert ssfl(command, "--dir", str(made.folder))[0] == 0
     node = str(made.folder / "nodes" / "a")

@@ -21,7 +21,7 @@ from ssfl_app.cli.main import main
 from ssfl_app.core.strategy import ServerContext
 from ssfl_app.data.readers import OWN, READERS
 from ssfl_app.experiments import jobs, reproduce, reproduce_rows
-from ssfl_app.experiments.reproduce import Progress, ReproduceArgs, duration
+from ssfl_app.experiments.reproduce import Progress, duration
 from ssfl_app.experiments.reproduce_rows import (
     Row,
     folder_of_configs,
@@ -74,15 +74,11 @@ def first_line(published: Published) -> str:
     )
 
 
-def words(out: Path, *overrides: str, table: str = "resnet50", budget: str = "none") -> ReproduceArgs:
-    return ReproduceArgs(table, "published", [TINY, *overrides], budget, out, "inline")
-
-
-def quietly(asked: ReproduceArgs) -> tuple[str, list[str]]:
+def quietly(out: Path, *overrides: str, table: str = "resnet50", budget: str = "none") -> tuple[str, list[str]]:
     """Return what was printed, and the lines that were said."""
     said, printed = list[str](), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        reproduce.reproduce(asked, said.append)
+        reproduce.reproduce(table, "published", [TINY, *overrides], budget, out, "inline", said.append)
     return printed.getvalue(), said
 
 
@@ -211,7 +207,7 @@ def test_a_budget_that_is_no_time_is_refused(text: str) -> None:
 def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[str]]:
     """Return the folder of a table of two rows that was played, what was printed, and what was said."""
     folder = tmp_path_factory.mktemp("played") / "out"
-    return folder, *quietly(words(folder))
+    return folder, *quietly(folder)
 
 
 def test_published_stands_beside_measured(played: tuple[Path, str, list[str]]) -> None:
@@ -263,12 +259,12 @@ def test_other_data_and_changed_keys_are_told(played: tuple[Path, str, list[str]
 def test_what_is_finished_is_not_played_again(played: tuple[Path, str, list[str]], tmp_path: Path) -> None:
     folder = shutil.copytree(played[0], tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/summary.json")}
-    _, said = quietly(words(folder))
+    _, said = quietly(folder)
     assert said[0].startswith("2 of 2 runs are finished already")
     assert len(before) == 2
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/summary.json")} == before
     with pytest.raises(ConfigError, match=r"resnet50-ssfl holds another run: local\.lr is 0\.05; that run was"):
-        quietly(words(folder, "local.lr=0.05"))
+        quietly(folder, "local.lr=0.05")
 
 
 def test_cost_is_that_of_measured_rounds(played: tuple[Path, str, list[str]], tmp_path: Path) -> None:
@@ -318,7 +314,7 @@ def test_a_row_that_the_budget_cuts_goes_on_to_the_same_model(
     clock, log = Clock(), tmp_path / "out" / "flower-cifar10" / "rounds.jsonl"
     monkeypatch.setattr(clock, "over", lambda: log.exists() and log.read_bytes().count(b"\n") > 3)
     monkeypatch.setattr(jobs, "time", clock)
-    quietly(words(tmp_path / "out", more, table="flower", budget="10m"))
+    quietly(tmp_path / "out", more, table="flower", budget="10m")
     first, second = json.loads((tmp_path / "out" / "reproduce.json").read_text())["rows"]
     done = first["measured"]["rounds"]
     assert 3 <= done < 8
@@ -329,7 +325,7 @@ def test_a_row_that_the_budget_cuts_goes_on_to_the_same_model(
     assert not list((tmp_path / "out").glob("*.stderr"))
 
     monkeypatch.setattr(jobs, "time", time)
-    quietly(words(tmp_path / "out", more, table="flower"))
+    quietly(tmp_path / "out", more, table="flower")
     assert [row["state"] for row in json.loads((tmp_path / "out" / "reproduce.json").read_text())["rows"]] == [
         "finished",
         "finished",
@@ -385,7 +381,7 @@ def test_the_budget_goes_to_what_fits(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_run_that_fails_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        quietly(words(tmp_path / "out", "local.lr=1e38 local.clip=0.0 run.rounds=1"))
+        quietly(tmp_path / "out", "local.lr=1e38 local.clip=0.0 run.rounds=1")
     assert end.value.code == 1
     assert capsys.readouterr().err == "ssfl: 2 of 2 runs failed: resnet50-ssfl; resnet50-dispfl\n"
     rows = json.loads((tmp_path / "out" / "reproduce.json").read_text())["rows"]
@@ -400,7 +396,7 @@ def test_an_interrupt_leaves_the_table(
 
     monkeypatch.setattr(jobs, "start", interrupt)
     with pytest.raises(SystemExit) as end:
-        quietly(words(tmp_path / "out"))
+        quietly(tmp_path / "out")
     assert end.value.code == 1
     assert "the same command goes on" in capsys.readouterr().err
     rows = json.loads((tmp_path / "out" / "reproduce.json").read_text())["rows"]

@@ -16,7 +16,7 @@ from scipy import stats
 from ssfl_app import locks
 from ssfl_app.cli.main import main
 from ssfl_app.experiments import jobs, workers
-from ssfl_app.experiments.sweep import CompareArgs, run_sweep
+from ssfl_app.experiments.sweep import run_sweep
 from ssfl_app.experiments.sweep_spec import SweepSpec, read_plan
 from ssfl_app.options import ConfigError
 from ssfl_app.results import compare
@@ -334,9 +334,12 @@ def test_two_baselines_are_refused(tmp_path: Path) -> None:
 # ---- playing -----------------------------------------------------------------------------------
 
 
-def words(tmp_path: Path, text: str, *overrides: str, jobs: int = 2, report_only: bool = False) -> CompareArgs:
+Words = tuple[list[Path], list[str], Path, str, int, bool]
+
+
+def words(tmp_path: Path, text: str, *overrides: str, jobs: int = 2, report_only: bool = False) -> Words:
     (tmp_path / "sweep.toml").write_text(TINY + text)
-    return CompareArgs([tmp_path / "sweep.toml"], list(overrides), tmp_path / "out", "inline", jobs, report_only)
+    return [tmp_path / "sweep.toml"], list(overrides), tmp_path / "out", "inline", jobs, report_only
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,7 +354,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
             raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as end:
-        run_sweep(asked, interrupt)
+        run_sweep(*asked, interrupt)
     assert end.value.code == 1
     assert "the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "out" / "comparison.md").exists()
@@ -361,7 +364,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     assert finished
     before = {path: (path / "summary.json").read_bytes() for path in finished}
 
-    run_sweep(asked, said.append)
+    run_sweep(*asked, said.append)
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| `")] == [
         "`fedavg`",
@@ -375,24 +378,24 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     assert metadata(read_run(random))["density"] == pytest.approx(0.2, abs=1e-4)
 
     said.clear()
-    run_sweep(asked, said.append)
+    run_sweep(*asked, said.append)
     assert said[0].startswith("3 of 3 runs are finished already")
     assert not any(line.startswith("[") for line in said)
 
     model = metadata(read_run(dense))["model_sha256"]
     (dense / "summary.json").unlink()
-    run_sweep(words(tmp_path, asked_text(asked), report_only=True), said.append)
+    run_sweep(*words(tmp_path, asked_text(asked), report_only=True), said.append)
     assert "`fedavg`, seed 1: unfinished." in (tmp_path / "out" / "comparison.md").read_text()
-    run_sweep(asked, said.append)
+    run_sweep(*asked, said.append)
     assert any(line.startswith("[3/3] fedavg seed 1: central ") for line in said)
     assert metadata(read_run(dense))["model_sha256"] == model
 
     with pytest.raises(ConfigError, match=r"random-d0.2-s1 holds another run: local\.lr is 0\.05; that run was"):
-        run_sweep(words(tmp_path, asked_text(asked), "local.lr=0.05"), said.append)
+        run_sweep(*words(tmp_path, asked_text(asked), "local.lr=0.05"), said.append)
 
 
-def asked_text(asked: CompareArgs) -> str:
-    return asked.files[0].read_text().removeprefix(TINY)
+def asked_text(asked: Words) -> str:
+    return asked[0][0].read_text().removeprefix(TINY)
 
 
 def test_a_failed_run_is_named_and_the_others_are_compared(
@@ -403,7 +406,7 @@ def test_a_failed_run_is_named_and_the_others_are_compared(
     )
     said: list[str] = []
     with pytest.raises(SystemExit) as end:
-        run_sweep(words(tmp_path, text), said.append)
+        run_sweep(*words(tmp_path, text), said.append)
     assert end.value.code == 1
     assert capsys.readouterr().err == "ssfl: 1 of 2 runs failed: random density 0.1 seed 1\n"
     written = (tmp_path / "out" / "comparison.md").read_text()
@@ -416,7 +419,7 @@ def test_a_failed_run_is_named_and_the_others_are_compared(
 def test_a_process_that_dies_before_it_says_anything_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (run,) = read_plan(words(tmp_path, '[compare]\nstrategies = ["fedavg"]\n').files, []).runs
+    (run,) = read_plan(words(tmp_path, '[compare]\nstrategies = ["fedavg"]\n')[0], []).runs
     dead = multiprocessing.get_context("fork").Process(target=os._exit, args=(9,))
     monkeypatch.setattr(workers, "start", lambda *_: dead.start() or dead)
     job = jobs.start(run, tmp_path / "home", "ray", tmp_path, tmp_path / ".lock")
@@ -427,7 +430,7 @@ def test_a_process_that_dies_before_it_says_anything_is_named(
 def test_two_sweeps_do_not_play_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with locks.locked(tmp_path / "out" / ".lock"), pytest.raises(ConfigError, match="no other `ssfl compare`"):
-        run_sweep(words(tmp_path, ""), lambda _: None)
+        run_sweep(*words(tmp_path, ""), lambda _: None)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from ssfl_app import client_app, server_app
+from ssfl_app.cli.main import run
 from ssfl_app.comm.exchange import MessageExchange
 from ssfl_app.config import merge, parse, write_toml
 from ssfl_app.experiments.jobs import check_all
@@ -22,10 +23,9 @@ from ssfl_app.experiments.sweep_spec import read_plan
 from ssfl_app.locks import RunFailed, naming_memory
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import check_at_once, get_runtime
-from ssfl_app.simulation.command import run_command
+from ssfl_app.simulation.command import RunArgs
 from ssfl_app.simulation.in_process import InlineGrid, clients_at_once, run_inline
 from ssfl_app.simulation.resolve import resolve
-from ssfl_app.simulation.run_args import RunArgs
 from ssfl_app.simulation.worker_pool import pool
 from tests.in_process_grid import SMALL, play
 
@@ -290,7 +290,7 @@ def test_a_server_without_memory_ends_the_run_in_one_line(tmp_path, monkeypatch,
 
     monkeypatch.setattr(server_app, "central_evaluation", lambda shop: evaluate)
     with pytest.raises(SystemExit) as end:
-        run_command(RunArgs(None, words, None, "inline", tmp_path / "run", None))
+        run(override=words, out=tmp_path / "run")
     assert end.value.code == 1
     said = "memory ran out (OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.)"
     assert said in capsys.readouterr().err
