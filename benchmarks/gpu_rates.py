@@ -18,7 +18,7 @@ import torch
 
 from ssfl_app.data import readers
 from ssfl_app.data.cache import ArrayDataset
-from ssfl_app.data.dataset import Images, Transform
+from ssfl_app.data.dataset import Samples, Transform
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.models import ModelOptions, create
@@ -69,12 +69,12 @@ class WorkerState:
         self.device, self.scale, self.on_gpu = device, scale, device.type == "cuda"
         self.fast = "graphs" if self.on_gpu else "static"
         pixels, labels = noise(8 * scale.images, scale.side, 1)
-        self.all = Images(torch.from_numpy(pixels), torch.from_numpy(labels)).to(device)
+        self.all = Samples(torch.from_numpy(pixels), torch.from_numpy(labels)).to(device)
 
-    def images(self, client: int, count: int = 0) -> Images:
+    def images(self, client: int, count: int = 0) -> Samples:
         start = client % 8 * self.scale.images
         part = slice(start, start + (count or self.scale.images))
-        return Images(self.all.pixels[part], self.all.labels[part])
+        return Samples(self.all.inputs[part], self.all.labels[part])
 
     def model(self, norm: str = "group", name: str = "", last: bool = False) -> torch.nn.Module:
         """Return a model with the same weights each time; `last`: channels last."""

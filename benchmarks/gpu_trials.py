@@ -88,7 +88,7 @@ def compiled(bench: WorkerState) -> Iterator[dict]:
     """
     backend = "inductor" if bench.on_gpu else "eager"  # a CPU's compiler would take a minute of a test
     images = bench.images(0, BATCH)
-    inputs = bench.trainer("static", "bf16").transform.test(images.pixels)
+    inputs = bench.trainer("static", "bf16").transform.test(images.inputs)
     inputs = inputs.contiguous(memory_format=torch.channels_last)
     for last in (False, True):
         for compiles in (False, True):

@@ -27,7 +27,7 @@ def train(keep: bool) -> None:
     import numpy as np
     import torch
 
-    from ssfl_app.data.dataset import Images, Transform
+    from ssfl_app.data.dataset import Samples, Transform
     from ssfl_app.sparsity.layout import Layout, state_digest, state_of
     from ssfl_app.training.malloc import keep_heap
     from ssfl_app.training.models import ModelOptions, create
@@ -37,7 +37,7 @@ def train(keep: bool) -> None:
     if keep and not keep_heap():
         raise SystemExit("this C library is not glibc")
     rng = np.random.default_rng(1)
-    images = Images(torch.from_numpy(rng.integers(0, 256, (160, 3, 32, 32), np.uint8)), torch.arange(160) % 10)
+    images = Samples(torch.from_numpy(rng.integers(0, 256, (160, 3, 32, 32), np.uint8)), torch.arange(160) % 10)
     model = create(ModelOptions("resnet20", "group"), (3, 8, 8), 10, seed=1)
     options = LocalOptions(epochs=1, batch_size=32, lr=0.1, lr_decay=1.0, momentum=0.0, weight_decay=5e-4, clip=10.0)
     trainer = LocalTrainer(options, Transform((0.5,) * 3, (0.25,) * 3, "crop-flip"), torch.device("cpu"))

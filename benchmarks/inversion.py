@@ -96,12 +96,12 @@ def attack(shop: Runtime, size: int, batches: int, steps: int, seed: int) -> dic
     told = torch.from_numpy((scores / np.maximum(np.abs(weights), 1e-12)).astype(np.float32))
     began = time.perf_counter()
     far, found = invert(shop, told, batch.labels, batches, steps, seed)
-    true, rest = batch.pixels.float() / 255, order[size:]
-    means = torch.stack([train.pixels[train.labels == c].float().mean(0) / 255 for c in range(shop.data.classes)])
+    true, rest = batch.inputs.float() / 255, order[size:]
+    means = torch.stack([train.inputs[train.labels == c].float().mean(0) / 255 for c in range(shop.data.classes)])
     own, others = means[batch.labels], [rest[train.labels[rest] == c] for c in range(shop.data.classes)]
     # The seed's next images of the same classes: other people's.
     taken = [int(others[c][turn]) for turn, c in enumerate(batch.labels.tolist())]
-    known = correlations(train.pixels[taken].float() / 255 - own, true - own, batch.labels)
+    known = correlations(train.inputs[taken].float() / 255 - own, true - own, batch.labels)
     reached = correlations(found - own, true - own, batch.labels)
     return {
         "one_minus_cosine": far,

@@ -27,6 +27,8 @@ from ssfl_app.text import command
 from ssfl_app.training.models import REGISTRY as MODELS
 from ssfl_app.training.models import ModelOptions
 from ssfl_app.training.step import PRECISIONS
+from ssfl_app.training.tasks import AUTO, TaskOptions
+from ssfl_app.training.tasks import REGISTRY as TASKS
 from ssfl_app.training.trainer import LocalOptions
 
 Flat = dict[str, Scalar]
@@ -60,6 +62,7 @@ SHARED: dict[str, type] = {
     "data": DataOptions,
     "partition": PartitionOptions,
     "model": ModelOptions,
+    "task": TaskOptions,
     "engine": EngineOptions,
 }
 """Sections that every strategy reads."""
@@ -74,6 +77,7 @@ _FREE = tuple(
 NAMED: dict[str, Registry[Any]] = {
     "strategy": REGISTRY,
     "model.name": MODELS,
+    "task.name": TASKS,
     "data.name": READERS,
     "partition.name": PARTITIONS,
 }
@@ -92,6 +96,7 @@ class Config:
     data: DataOptions
     partition: PartitionOptions
     model: ModelOptions
+    task: TaskOptions
     engine: EngineOptions
     flat: Flat
 
@@ -114,7 +119,8 @@ def find_strategy(value: object, key: str = "strategy") -> type[SparseStrategy]:
 
 def foreign_modules(flat: Mapping[str, Scalar]) -> list[str]:
     """Return the modules of all that a configuration names and this package does not bring, sorted."""
-    return sorted({NAMED[key].module_of(str(flat[key])) for key in NAMED if key in flat} - {""})
+    given = {key: str(flat[key]) for key in NAMED if flat.get(key, AUTO) != AUTO}
+    return sorted({NAMED[key].module_of(name) for key, name in given.items()} - {""})
 
 
 def parse(flat: Mapping[str, Any]) -> Config:
@@ -146,7 +152,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
         raise ConfigError(f"shift.round is {made['shift'].round}; it is 0 with data.where 'sites'")
     _fit_to_place(made, kind.has_floor)
     shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures", "shift")}
-    parts = {name: made[name] for name in ("data", "partition", "model", "engine")}
+    parts = {name: made[name] for name in ("data", "partition", "model", "task", "engine")}
     settings = Settings(**shared, sections={name: made[name] for name in own})
     return Config(str(flat["strategy"]), settings, **parts, flat=flat)
 

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from ssfl_app.config import Config
 from ssfl_app.core.client import ClientAlgorithm, ClientContext
 from ssfl_app.core.strategy import ServerContext
 from ssfl_app.data import dataset as data
-from ssfl_app.data.dataset import DataSet
-from ssfl_app.data.summary import DataSummary
+from ssfl_app.data.dataset import DataSet, Samples
+from ssfl_app.data.summary import ALL, DataSummary
 from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Indices, Partition, split
 from ssfl_app.registry import sources
@@ -34,6 +34,7 @@ from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.shared.scoring import SsflOptions
 from ssfl_app.training import models
 from ssfl_app.training.gpu import MOST_AT_ONCE, memory_need
+from ssfl_app.training.tasks import make_task
 from ssfl_app.training.trainer import LocalTrainer, Steps
 
 
@@ -90,12 +91,13 @@ class Runtime:
     def initial_state(self) -> State:
         """Return the weights that a run starts from: those of the seed, on the CPU."""
         shape, seed = self.data.shape, self.config.settings.run.seed
-        return state_of(models.create(self.config.model, shape, self.data.classes, seed))
+        return state_of(models.create(self.config.model, shape, self.data.outputs, seed))
 
     def fitting_clients(self) -> int:
         """Return how many clients the free memory of the GPU holds at once, by an estimate; at least one."""
-        outline = models.outline(self.config.model, self.data.shape, self.data.classes)
-        need = memory_need(outline, self.data.shape, self.config.settings.local.batch_size)
+        outline = models.outline(self.config.model, self.data.shape, self.data.outputs)
+        size, tokens = self.config.settings.local.batch_size, not self.data.numbers
+        need = memory_need(outline, self.data.shape, size, tokens)
         return max(1, torch.cuda.mem_get_info(self.trainer.device)[0] // need)
 
     @property
@@ -152,8 +154,12 @@ def _open(items: _Items, site: str) -> Runtime:
 
 
 def _model(config: Config, images: DataSet, device: torch.device) -> nn.Module:
-    model = models.create(config.model, images.shape, images.classes, config.settings.run.seed).to(device)
-    if device.type == "cuda" and not any(isinstance(module, nn.GroupNorm) for module in model.modules()):
+    model = models.create(config.model, images.shape, images.outputs, config.settings.run.seed).to(device)
+    if (
+        device.type == "cuda"
+        and len(images.shape) == 3
+        and not any(isinstance(module, nn.GroupNorm) for module in model.modules())
+    ):
         # The layout of the convolutions that are fast there. Torch's GroupNorm would change it back, and forth.
         model = model.to(memory_format=torch.channels_last)
     return model
@@ -163,13 +169,13 @@ def _trainer(config: Config, images: DataSet, device: torch.device) -> LocalTrai
     engine = config.engine
     # On a GPU without graphs too: the same kernels give the same bits.
     steps: Steps = "plain" if device.type == "cpu" else "graphs" if engine.graphs else "static"
-    fewest = models.fewest(config.model, images.shape)
-    return LocalTrainer(config.settings.local, images.transform, device, engine.precision, steps, fewest)
+    fewest, task = models.fewest(config.model, images.shape, images.outputs), make_task(config.task, images.task)
+    return LocalTrainer(config.settings.local, images.transform, device, engine.precision, steps, fewest, task)
 
 
 def _resident(images: DataSet, device: torch.device) -> DataSet:
     """Return the data set on the GPU, if there is one and the images take no more than half of what is free there."""
-    size = images.train.pixels.nbytes + images.test.pixels.nbytes
+    size = images.train.inputs.nbytes + images.test.inputs.nbytes
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] // 2:
         return images
     return images.to(device)
@@ -197,7 +203,7 @@ def _load(config: Config, site: str) -> tuple[DataSet, Partition]:
     if shared:
         images, partition = load_federation(config)
     else:
-        images = data.load_own(config.data, site) if site else data.load_central(config.data)
+        images = _for_task(config, data.load_own(config.data, site) if site else data.load_central(config.data))
         partition = Partition((np.arange(len(images.train)),), (np.arange(len(images.test)),))
     check_batches(config, images, partition if shared or site else None)
     return images, partition
@@ -209,16 +215,16 @@ def check_batches(config: Config, images: DataSet, partition: Partition | None) 
     Batches may be too small by configuration, or a client of `partition` (None: unknown) have too few images: what no
     later round would cure is refused before the first.
     """
-    fewest = models.fewest(config.model, images.shape)
+    fewest = models.fewest(config.model, images.shape, images.outputs)
     if fewest == 1:
         return
-    client, settings, (_, height, width) = REGISTRY[config.strategy].client, config.settings, images.shape
-    cause = (
-        f"with model.norm 'batch' {config.model.name} brings {height}x{width} images down to one pixel, and "
-        "BatchNorm trains on two values a channel or more"
-    )
+    client, settings, name = REGISTRY[config.strategy].client, config.settings, config.model.name
+    cause = "BatchNorm trains on two values a channel or more"
+    if name in models.REGISTRY:
+        pixels = "x".join(map(str, images.shape[1:]))
+        cause = f"with model.norm 'batch' {name} brings {pixels} images down to one pixel, and {cause}"
     sizes = {"local.batch-size": settings.local.batch_size}
-    if client.query_types:
+    if "ssfl" in settings.sections:
         sizes["ssfl.saliency-batch-size"] = SsflOptions.from_settings(settings).saliency_batch_size
     for key, size in sizes.items():
         if size < fewest:
@@ -237,10 +243,27 @@ def load_federation(config: Config) -> tuple[DataSet, Partition]:
     """Return the data set and who holds what; ConfigError if it cannot be read, dealt so, or is not dealt at all."""
     if config.data.where != "shared":
         raise ConfigError(f"data.where is {config.data.where!r}; what sites bring with them is not dealt")
-    images = data.load(config.data)
+    images = _for_task(config, data.load(config.data))
     run = config.settings.run
     labels = images.train.labels.numpy(), images.test.labels.numpy()
-    return images, split(config.partition, *labels, run.clients, run.seed, config.settings.shift)
+    return images, split(config.partition, *labels, run.clients, run.seed, config.settings.shift, images.owners)
+
+
+def _for_task(config: Config, images: DataSet) -> DataSet:
+    """Return the data with targets as the task has them; ConfigError if they are none of its."""
+    task = make_task(config.task, images.task)
+    if task.numbers and not images.train.targets.is_floating_point():
+        parts = [Samples(x.inputs, x.targets.float().reshape(len(x), -1)) for x in (images.train, images.test)]
+        return replace(images, train=parts[0], test=parts[1], class_names=ALL, outputs=parts[0].targets.shape[1])
+    scoring = config.settings.sections.get("ssfl")
+    if scoring is not None and scoring.criterion == "synflow" and not images.numbers:
+        raise ConfigError("ssfl.criterion is 'synflow'; it computes with ones for inputs, and these are tokens")
+    if task.classes and images.class_names == ALL:
+        raise ConfigError(
+            f"task.name is {config.task.name!r}; the targets of data.name {config.data.name!r} are no classes: it is "
+            f"{images.task!r} or one of your own"
+        )
+    return images
 
 
 def check(config: Config, keep: bool = False) -> Layout:
@@ -258,7 +281,7 @@ def check(config: Config, keep: bool = False) -> Layout:
     _CHECKED.clear()
     if keep:
         _CHECKED[tuple(sorted(config.flat.items())), ""] = config, (images, partition)
-    layout = Layout.of(models.outline(config.model, images.shape, images.classes))
+    layout = Layout.of(models.outline(config.model, images.shape, images.outputs))
     REGISTRY[config.strategy](ServerContext(layout, config.settings))
     return layout
 

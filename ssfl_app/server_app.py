@@ -113,7 +113,7 @@ def server_context(grid: Grid, runtime: Runtime, callback: "RecordingCallback") 
         runtime.layout,
         runtime.config.settings,
         workbench=runtime.model,
-        image_shape=runtime.data.shape,
+        input_shape=runtime.data.shape,
         callback=callback,
         folder=run_folder / "clients" if simulated else None,
         token=None if simulated else run_token(run_folder),

@@ -22,7 +22,7 @@ from fakecuda import fake
 from ssfl_app import client_app, server_app
 from ssfl_app.cli.main import run as command
 from ssfl_app.config import merge, parse
-from ssfl_app.data.dataset import Images, Transform
+from ssfl_app.data.dataset import Samples, Transform
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import get_runtime, gpu_notes
@@ -48,7 +48,7 @@ def trainer(precision="tf32", **changes):
 
 def images(count, side=32):
     pixels = torch.zeros((count, 3, side, side), dtype=torch.uint8, device=GPU)
-    return Images(pixels, torch.zeros(count, dtype=torch.int64, device=GPU))
+    return Samples(pixels, torch.zeros(count, dtype=torch.int64, device=GPU))
 
 
 def network(name, norm="group"):

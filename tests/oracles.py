@@ -38,7 +38,7 @@ def saliency_mask(runtime: Runtime, w0: State) -> State:
         chosen = part[balanced_batch(data.labels.numpy()[part], options.saliency_batch_size, rng)]
         model.load_state_dict(w0)
         model.zero_grad()
-        inputs = runtime.data.transform.test(data.pixels[chosen])
+        inputs = runtime.data.transform.test(data.inputs[chosen])
         functional.cross_entropy(model(inputs), data.labels[chosen]).backward()
         for name, parameter in model.named_parameters():
             if name in mean:
@@ -81,7 +81,7 @@ def train_locally(
         for start in range(0, len(data), options.batch_size):
             batch = order[start : start + options.batch_size]
             model.zero_grad()
-            inputs = runtime.data.transform.train(data.pixels[batch], rng)
+            inputs = runtime.data.transform.train(data.inputs[batch], rng)
             functional.cross_entropy(model(inputs), data.labels[batch]).backward()
             with torch.no_grad():
                 gradients = {n: p.grad * mask[n] if n in mask else p.grad for n, p in model.named_parameters()}
@@ -171,7 +171,7 @@ def dispfl_next_mask(runtime: Runtime, w: State, mask: State, round_: int, clien
         model = runtime.model
         model.load_state_dict(w)
         model.zero_grad()
-        inputs = runtime.data.transform.test(data.pixels[batch])
+        inputs = runtime.data.transform.test(data.inputs[batch])
         functional.cross_entropy(model(inputs), data.labels[batch]).backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     moved = {}

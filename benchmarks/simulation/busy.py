@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.simulation import app, tasks
 from ssfl_app import config as configuration
-from ssfl_app.data.dataset import Images
+from ssfl_app.data.dataset import Samples
 from ssfl_app.runtime import get_runtime
 from ssfl_app.training.malloc import keep_heap
 
@@ -98,8 +98,8 @@ def layout(keys: str, fits: int) -> dict[str, float]:
     keep_heap()
     shop = get_runtime(configuration.merge(configuration.read_overrides([keys])))
     images = shop.data.train.take(shop.share(0)[0])
-    usual = torch.empty(images.pixels.shape, dtype=torch.uint8).copy_(images.pixels)
-    ways = {"the app's strides": images, "usual strides": Images(usual, images.labels)}
+    usual = torch.empty(images.inputs.shape, dtype=torch.uint8).copy_(images.inputs)
+    ways = {"the app's strides": images, "usual strides": Samples(usual, images.labels)}
     start = {name: tensor.clone() for name, tensor in shop.model.state_dict().items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(fits):

@@ -95,5 +95,5 @@ def workload_of(config: configuration.Config) -> Workload:
         "std": data.transform.std,
     }
     cohorts = np.array([strategy.cohort(round_) for round_ in range(1, run.rounds + 1)])
-    pixels, labels = data.train.pixels.numpy(), data.train.labels.numpy()
+    pixels, labels = data.train.inputs.numpy(), data.train.labels.numpy()
     return Workload(np.ascontiguousarray(pixels), labels.copy(), partition.train, cohorts, dict(metadata))

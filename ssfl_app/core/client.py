@@ -10,7 +10,7 @@ from torch import nn
 
 from ssfl_app.comm.payload import ClientState, Metadata, Payload
 from ssfl_app.core.options import Settings
-from ssfl_app.data.dataset import DataSet, Images
+from ssfl_app.data.dataset import DataSet, Samples
 from ssfl_app.partitions import Indices
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, Dense, MaskedValues, read_mask
@@ -58,12 +58,12 @@ class ClientContext:
             raise PayloadError(f"{what} would be made of {images} images; least-batch is {self.least_batch} here")
 
     @cached_property
-    def train(self) -> Images:
+    def train(self) -> Samples:
         """Training images of the client; copied out of the data set on first use, once a message."""
         return self.data.train.take(self.indices[0])
 
     @cached_property
-    def test(self) -> Images:
+    def test(self) -> Samples:
         """Test images of the client, likewise."""
         return self.data.test.take(self.indices[1])
 
@@ -186,7 +186,7 @@ class ClientAlgorithm:
         mask: Mask | None = None,
         *,
         purpose: str = "train",
-        data: Images | None = None,
+        data: Samples | None = None,
         lr: float | None = None,
         **changes: Any,
     ) -> float:

@@ -50,7 +50,7 @@ class ServerContext:
         Of the model.
     settings : Settings
         The options of the run.
-    workbench, image_shape : nn.Module or None, tuple of int
+    workbench, input_shape : nn.Module or None, tuple of int
         A model of this layout that the server may compute with, holding any weights, and (channels, height, width)
         of its input; None for a strategy that stands alone.
     callback : RunCallback or None
@@ -66,7 +66,7 @@ class ServerContext:
     layout: Layout
     settings: Settings
     workbench: nn.Module | None = None
-    image_shape: tuple[int, ...] | None = None
+    input_shape: tuple[int, ...] | None = None
     callback: RunCallback | None = None
     folder: Path | None = None
     token: str | None = None

@@ -17,19 +17,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.data.images import Pixels
-
 Labels = npt.NDArray[np.int64]
 
 # A new number makes every older entry unused: raise it when decoding changes.
-_FORMAT = 3
+_FORMAT = 4
 _ARRAYS = ("train", "train_labels", "test", "test_labels")
-_FACTS = ("class_names", "mean", "std", "notes")
-_FILES = {"facts.json", *(f"{name}.npy" for name in _ARRAYS)}
+_OWNERS = ("train_owners", "test_owners")
+_FACTS = ("class_names", "mean", "std", "notes", "outputs", "task")
+_FILES = {"facts.json", *(f"{name}.npy" for name in (*_ARRAYS, *_OWNERS))}
 _ENTRY = re.compile(r"[0-9a-f]{32}|\.draft-.+")
 _PLACE = 10  # hex digits at the start of a name that say where the data lie, before 10 for the files there
 
@@ -40,23 +40,31 @@ class ArrayDataset:
 
     Attributes
     ----------
-    train, test : uint8 ndarray, shape (N, C, H, W)
-    train_labels, test_labels : int64 ndarray, shape (N,)
+    train, test : ndarray, shape (N, ...)
+        Images are uint8, (N, C, H, W).
+    train_labels, test_labels : ndarray, shape (N, ...)
+        The targets; classes are int64, (N,).
     class_names : tuple of str
     mean, std : tuple of C floats
-        Of each channel, in units of pixel / 255.
+        Of each channel of images, in units of pixel / 255; empty: inputs are no images.
     notes : tuple of str
         What a user should know of how the files were read, a line each, without the name of a file.
+    outputs, task, train_owners, test_owners
+        See `ssfl_app.data.dataset.DataSet`.
     """
 
-    train: Pixels
-    train_labels: Labels
-    test: Pixels
-    test_labels: Labels
+    train: npt.NDArray[Any]
+    train_labels: npt.NDArray[Any]
+    test: npt.NDArray[Any]
+    test_labels: npt.NDArray[Any]
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     notes: tuple[str, ...] = ()
+    outputs: int = 0
+    task: str = "classification"
+    train_owners: Labels | None = None
+    test_owners: Labels | None = None
 
 
 @dataclass(frozen=True)
@@ -149,10 +157,13 @@ def _open_entry(entry: Path) -> ArrayDataset:
     if entry.stat().st_uid != os.getuid():
         raise OSError(f"{entry} belongs to another account")
     # "c" is copy on write: torch warns about the read-only arrays of "r".
-    arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in _ARRAYS}
+    there = [*_ARRAYS, *(name for name in _OWNERS if (entry / f"{name}.npy").exists())]
+    arrays: dict[str, Any] = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in there}
     metadata = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
-    names, mean, std, notes = (tuple(metadata[name]) for name in _FACTS)
-    return ArrayDataset(**arrays, class_names=names, mean=mean, std=std, notes=notes)
+    facts: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in metadata.items()
+    }
+    return ArrayDataset(**arrays, **{name: facts[name] for name in _FACTS})
 
 
 def _store(entry: Path, raw: ArrayDataset) -> None:
@@ -163,8 +174,9 @@ def _store(entry: Path, raw: ArrayDataset) -> None:
         entry.parent.chmod(0o700)
     draft = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".draft-"))
     try:
-        for name in _ARRAYS:
-            np.save(draft / f"{name}.npy", getattr(raw, name))
+        for name in (*_ARRAYS, *_OWNERS):
+            if (array := getattr(raw, name)) is not None:
+                np.save(draft / f"{name}.npy", array)
         metadata = {name: getattr(raw, name) for name in _FACTS}
         (draft / "facts.json").write_text(json.dumps(metadata), encoding="utf-8")
         with suppress(OSError):  # another process was first, its entry is as good

@@ -1,23 +1,26 @@
-"""Data sets in memory: images as bytes.
+"""Data sets in memory.
 
 Examples
 --------
->>> digits = load(DataOptions("digits", "", False, 0, "auto", "shared", "", 0, "label"))
+>>> digits = load(DataOptions("digits"))
 >>> len(digits.train), len(digits.test), digits.shape, digits.classes
 (1437, 360, (1, 8, 8), 10)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ssfl_app.data.cache import ArrayDataset, Wanted
+from ssfl_app.data.arrays import from_arrays
+from ssfl_app.data.cache import ArrayDataset, Labels, Wanted
 from ssfl_app.data.readers import OWN, READERS, read_site_data, unseen
-from ssfl_app.data.summary import CLASS_NAME, DataSummary, odd_name
+from ssfl_app.data.summary import ALL, CLASS_NAME, DataSummary, odd_name
+from ssfl_app.data.transform import AsTheyAre
 from ssfl_app.data.transform import Transform as Transform
-from ssfl_app.options import ConfigError, anything, at_least, choice, option
+from ssfl_app.options import ConfigError, PrivateError, Scalar, anything, at_least, choice, free, option
 
 MIRRORED = ("cifar10", "cifar100", "tiny-imagenet")
 """Data sets whose published training scripts crop and mirror."""
@@ -55,6 +58,7 @@ class DataOptions:
     label_column: str = option(
         "the name of a column", bool, "label", "parquet: the column of integers that says each image's class"
     )
+    options: Mapping[str, Scalar] = free("arguments of a reader of your own: data.options.year=2020")
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -75,44 +79,66 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class Images:
-    """Images and their classes.
+class Samples:
+    """What a model learns from.
 
     Attributes
     ----------
-    pixels : uint8 tensor, shape (N, C, H, W)
-        May be pages of a file that several processes share: do not write to it.
-    labels : int64 tensor, shape (N,)
-        Classes, 0 <= label < number of classes.
+    inputs : tensor, shape (N, ...)
+        Images are uint8, (N, C, H, W). May be pages of a file that several processes share: do not write to it.
+    targets : tensor, shape (N, ...)
+        Of images int64, (N,), their classes: 0 <= target < number of classes.
     """
 
-    pixels: torch.Tensor
-    labels: torch.Tensor
+    inputs: torch.Tensor
+    targets: torch.Tensor
 
     def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.labels)
+        """Return the number of samples."""
+        return len(self.targets)
 
-    def take(self, indices: npt.NDArray[np.int64]) -> "Images":
-        """Return a copy of the images at `indices` (n,), in their order."""
-        where = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64)).to(self.labels.device)
-        return Images(self.pixels[where], self.labels[where])
+    @property
+    def labels(self) -> torch.Tensor:
+        """The class of each sample, int64, (N,); where targets are no classes, all are of class 0."""
+        if self.targets.dtype == torch.int64 and self.targets.ndim == 1:
+            return self.targets
+        return torch.zeros(len(self), dtype=torch.int64, device=self.targets.device)
 
-    def to(self, device: torch.device | str) -> "Images":
-        """Return the images on `device`; the same tensors if they are there."""
-        return Images(self.pixels.to(device), self.labels.to(device))
+    def take(self, indices: npt.NDArray[np.int64]) -> "Samples":
+        """Return a copy of the samples at `indices` (n,), in their order."""
+        where = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64)).to(self.targets.device)
+        return Samples(self.inputs[where], self.targets[where])
+
+    def to(self, device: torch.device | str) -> "Samples":
+        """Return the samples on `device`; the same tensors if they are there."""
+        return Samples(self.inputs.to(device), self.targets.to(device))
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set, its class names, how its images enter a network, and what a user should know of its files."""
+    """A data set, how its inputs enter a network, and what a user should know of its files.
+
+    Attributes
+    ----------
+    class_names : tuple of str
+        Of targets that are no classes: `ALL` alone.
+    outputs : int
+        Values that a model gives for a target: classes, size of the vocabulary, width of a target.
+    task : str
+        What the data are for: a name of `ssfl_app.training.tasks`.
+    owners : pair of int64 ndarray, shapes (N,) and (M,), or None
+        The client that each training and test sample naturally belongs to.
+    """
 
     name: str
-    train: Images
-    test: Images
+    train: Samples
+    test: Samples
     class_names: tuple[str, ...]
-    transform: Transform
+    transform: Transform | AsTheyAre
     notes: tuple[str, ...] = ()
+    outputs: int = 0
+    task: str = "classification"
+    owners: tuple[Labels, Labels] | None = None
 
     @property
     def classes(self) -> int:
@@ -120,17 +146,21 @@ class DataSet:
         return len(self.class_names)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        _, channels, height, width = self.train.pixels.shape
-        return channels, height, width
+    def shape(self) -> tuple[int, ...]:
+        """Of an input; of images channels, height and width."""
+        return tuple(self.train.inputs.shape[1:])
+
+    @property
+    def numbers(self) -> bool:
+        """Whether a network gets its inputs as floating-point numbers, not as tokens."""
+        return self.transform.test(self.train.inputs[:1]).is_floating_point()
 
     def to(self, device: torch.device) -> "DataSet":
-        """Return the data set with its images on `device`."""
+        """Return the data set with its samples on `device`."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def holding(self, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> DataSummary:
-        """Return what a client with these indices of training and test images holds."""
+        """Return what a client with these indices of training and test samples holds."""
         counts = np.bincount(self.train.labels.cpu().numpy()[train], minlength=self.classes)
         return DataSummary(self.class_names, self.shape, tuple(map(int, counts)), len(test))
 
@@ -143,9 +173,17 @@ def load(options: DataOptions) -> DataSet:
     ConfigError
         The data is not there or cannot be read; the message names ``data.path`` and what is allowed.
     """
-    if options.name not in OWN:
+    if options.name in OWN:
+        return _own(options, options.path, Wanted(options.label_column))
+    if options.name in READERS:
         return _data_set(options, READERS[options.name](options.path, options.download, options.image_size))
-    return _own(options, options.path, Wanted(options.label_column))
+    arguments = {key.replace("-", "_"): value for key, value in options.options.items()}
+    try:
+        found = READERS[options.name](options.path, **arguments)
+    except (TypeError, OSError, ValueError) as error:
+        public = f"data.name is {options.name!r}; it says {type(error).__name__}"
+        raise PrivateError(f"{public}: {error}", public) from error
+    return _data_set(options, from_arrays(found, options.name))
 
 
 def load_own(options: DataOptions, path: str) -> DataSet:
@@ -185,14 +223,21 @@ def _data_set(options: DataOptions, raw: ArrayDataset) -> DataSet:
     augment = options.augment
     if augment == "auto":
         augment = "crop-flip" if options.name in MIRRORED else "none"
-    train = Images(torch.from_numpy(raw.train), torch.from_numpy(raw.train_labels))
-    test = Images(torch.from_numpy(raw.test), torch.from_numpy(raw.test_labels))
+    if augment != "none" and not raw.mean:
+        raise ConfigError(f"data.augment is {augment!r}; {options.name} has no images, so it is 'none'")
+    train = Samples(torch.from_numpy(raw.train), torch.from_numpy(raw.train_labels))
+    test = Samples(torch.from_numpy(raw.test), torch.from_numpy(raw.test_labels))
+    transform = Transform(raw.mean, raw.std, augment) if raw.mean else AsTheyAre()
+    owners = None if raw.train_owners is None or raw.test_owners is None else (raw.train_owners, raw.test_owners)
     notes = raw.notes + _class_notes(options, raw)
-    return DataSet(options.name, train, test, raw.class_names, Transform(raw.mean, raw.std, augment), notes)
+    outputs = raw.outputs or len(raw.class_names)
+    return DataSet(options.name, train, test, raw.class_names, transform, notes, outputs, raw.task, owners)
 
 
 def _class_notes(options: DataOptions, raw: ArrayDataset) -> tuple[str, ...]:
     """Return what is odd about the classes of a data set that is dealt; a site may lack some."""
+    if raw.class_names == ALL:
+        return ()
     present, there = len(np.unique(raw.train_labels)), len(raw.class_names)
     if options.where != "shared" or present == there > 1:
         return ()

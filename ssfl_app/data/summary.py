@@ -12,6 +12,12 @@ MOST_NAME = 200
 
 CLASS_NAME = f"a class name is printable UTF-8 of 1 to {MOST_NAME} characters, and no two are the same"
 
+ALL = ("samples",)
+"""The class names of data whose targets are no classes: all samples are of one kind."""
+
+MOST_AXES = 8
+"""Of an input."""
+
 MOST = 2**40
 """More images than this of one class is no count."""
 
@@ -25,13 +31,13 @@ class DataSummary:
     class_names : tuple of str
         In the order of the labels.
     shape : tuple of int
-        Channels, height and width of an image.
+        Of an input; of an image channels, height and width.
     counts : tuple of int
         Training images of each class.
     """
 
     class_names: tuple[str, ...]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     counts: tuple[int, ...]
     test_images: int
 
@@ -61,13 +67,13 @@ def read_data_summary(metadata: Mapping[str, object]) -> DataSummary:
     odd = odd_name(class_names)
     if odd is not None:
         raise PayloadError(f"classes is {quoted(names)} with the name {quoted(odd)}; {CLASS_NAME}")
-    counts, shape = _numbers(metadata, "counts", len(class_names)), _numbers(metadata, "shape", 3)
+    counts, shape = _numbers(metadata, "counts", len(class_names)), _numbers(metadata, "shape")
     if 0 in shape:
-        raise PayloadError(f"shape is {quoted(metadata['shape'])}; it is channels,height,width, each at least 1")
+        raise PayloadError(f"shape is {quoted(metadata['shape'])}; it is the sizes of an input, each at least 1")
     tests = metadata.get("test-samples")
     if type(tests) is not int or not 0 <= tests < MOST:
         raise PayloadError(f"test-samples is {quoted(tests)}; it is a whole number of at least 0")
-    return DataSummary(class_names, (shape[0], shape[1], shape[2]), counts, tests)
+    return DataSummary(class_names, shape, counts, tests)
 
 
 def odd_name(names: Sequence[str]) -> str | None:
@@ -77,9 +83,11 @@ def odd_name(names: Sequence[str]) -> str | None:
     return next((n for n in names if not 0 < len(n) <= MOST_NAME or not n.isprintable() or counts[n] > 1), None)
 
 
-def _numbers(metadata: Mapping[str, object], name: str, count: int) -> tuple[int, ...]:
+def _numbers(metadata: Mapping[str, object], name: str, count: int | None = None) -> tuple[int, ...]:
     text = metadata.get(name)
     words = text.split(",") if isinstance(text, str) else []
+    if count is None:
+        count = min(max(len(words), 1), MOST_AXES)
     # Plain digits, and few of them: int() would also take "٣", " 3" and "3_0", and chokes on thousands of digits.
     if len(words) != count or not all(w.isascii() and w.isdigit() and len(w) < 14 and int(w) < MOST for w in words):
         raise PayloadError(f"{name} is {quoted(text)}; it is {count} whole numbers with commas between them")

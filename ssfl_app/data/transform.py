@@ -59,6 +59,24 @@ class Transform:
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
+class AsTheyAre:
+    """Where inputs are no images: numbers as float32, tokens (integers) as they are. Nothing is random."""
+
+    augment = "none"
+
+    def draw(self, inputs: torch.Tensor, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Draw nothing."""
+        return np.empty((0, len(inputs)), dtype=np.int64)
+
+    def apply(self, inputs: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Return what `test` returns."""
+        return self.test(inputs)
+
+    def test(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the input of a network."""
+        return inputs.float() if inputs.is_floating_point() else inputs
+
+
 def padding(side: int) -> int:
     """Return how far a crop may move an image of `side` pixels: 4, and less on images below 16 pixels."""
     return 4 if side >= 16 else side // 8

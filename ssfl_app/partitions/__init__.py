@@ -29,6 +29,9 @@ Splitter = Callable[[Indices, int, SplitOptions, np.random.Generator], list[Indi
 """splitter(labels (N,), K clients, options, generator) -> K arrays of indices into `labels`: every image once, no
 client without one. `split` has made sure that K <= N; all that is random is drawn from the generator."""
 
+NATURAL = "natural"
+"""The partition that the data bring with them."""
+
 REGISTRY: Registry[Splitter] = Registry(
     "ssfl.partitions",
     {
@@ -36,6 +39,7 @@ REGISTRY: Registry[Splitter] = Registry(
         "dirichlet-class": dirichlet.dirichlet_class,
         "pathological": pathological.pathological,
         "iid": iid.iid,
+        NATURAL: iid.iid,  # without late clients `split` deals it; the data say who holds what
     },
     "a function (labels, clients, options, generator) that returns an array of indices for each client",
     callable,
@@ -77,10 +81,13 @@ def split(
     clients: int,
     seed: int,
     shift: ShiftOptions | None = None,
+    owners: tuple[Indices, Indices] | None = None,
 ) -> Partition:
-    """Deal the images of a data set, of labels int64 (N,) and (M,), to its K clients.
+    """Deal the samples of a data set, of labels int64 (N,) and (M,), to its K clients.
 
-    The same arguments give the same partition on every machine. `shift` says which classes join late, if any.
+    The same arguments give the same partition on every machine. `shift` says which classes join late, if any;
+    `owners` to which client of their own the samples belong, for the partition "natural". Of more clients than K
+    the seed draws K.
 
     Raises
     ------
@@ -88,6 +95,8 @@ def split(
         More clients than training images, or classes that cannot be dealt as asked.
     """
     rng = generator(seed, "partition", options.name)
+    if options.name == NATURAL:
+        return _natural(clients, owners, shift, rng)
 
     def deal(train: Indices, test: Indices, count: int) -> tuple[tuple[Indices, ...], tuple[Indices, ...]]:
         if not 1 <= count <= len(train):
@@ -101,3 +110,17 @@ def split(
     else:
         shares = split_groups(shift, train_labels, test_labels, clients, deal)
     return Partition(*(tuple(np.sort(share).astype(np.int64) for share in part) for part in shares))
+
+
+def _natural(
+    clients: int, owners: tuple[Indices, Indices] | None, shift: ShiftOptions | None, rng: np.random.Generator
+) -> Partition:
+    if owners is None:
+        raise ConfigError("partition.name is 'natural'; these data do not say which client a sample belongs to")
+    if shift is not None and shift.round:
+        raise ConfigError(f"shift.round is {shift.round}; it is 0 with partition.name 'natural'")
+    known = np.unique(owners[0])
+    if clients > len(known):
+        raise ConfigError(f"run.clients is {clients}; these data have {len(known)} clients of their own")
+    chosen = known if clients == len(known) else np.sort(rng.choice(known, clients, replace=False))
+    return Partition(*(tuple(np.flatnonzero(part == owner) for owner in chosen) for part in owners))

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ssfl_app.core.algorithm import Images, Payload, SparseStrategy
+from ssfl_app.core.algorithm import Payload, Samples, SparseStrategy
 from ssfl_app.core.options import FromSettings, Section, Settings, anything, at_least
 from ssfl_app.sparsity.layout import State, load_state, state_of
 from ssfl_app.strategies.shared.fine_tuning import PersonalModelClient, held_out, held_out_of
@@ -74,7 +74,7 @@ class DittoClient(PersonalModelClient):
         self.save_client_state(payload, {"model": self.context.layout.flatten(own)})
         return reply
 
-    def _pulled(self, round_: int, own: State, towards: State, pull: float, data: Images) -> None:
+    def _pulled(self, round_: int, own: State, towards: State, pull: float, data: Samples) -> None:
         """Train `own` on the workbench, pulled towards the other model after every step."""
         load_state(self.context.model, own)
         step = partial(pull_towards, towards=towards, by=self.settings.local.rate(round_) * pull)

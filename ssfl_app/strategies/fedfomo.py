@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.algorithm import ClientAlgorithm, Images, Metadata, Payload, Reply, ServerContext, shared_buffers
+from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, Reply, Samples, ServerContext, shared_buffers
 from ssfl_app.core.options import FromSettings, Section, Settings, anything, at_least, fraction, option
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Dense
@@ -99,7 +99,7 @@ class FedFomoClient(ClientAlgorithm):
         load_state(self.context.model, self.personal_model(payload))
         return self.tested(payload, "personal_accuracy")
 
-    def _loss(self, model: Vector, validation: Images) -> float:
+    def _loss(self, model: Vector, validation: Samples) -> float:
         load_state(self.context.model, self.context.layout.unflatten(model))
         return self.context.trainer.evaluate(self.context.model, validation)[0]
 

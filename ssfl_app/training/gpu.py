@@ -59,21 +59,29 @@ def wait_for(device: torch.device) -> None:
         event.synchronize()
 
 
-def memory_need(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> int:
+def memory_need(model: nn.Module, shape: tuple[int, ...], batch_size: int, tokens: bool = False) -> int:
     """Return about how many bytes of a GPU one client takes beside the data, for choosing how many train at once.
 
     An upper estimate: weights with what their training keeps and copies, activations of a captured batch, the larger
     of what testing and scoring take on top, and the libraries' workspaces. ``tests/training/test_gpu.py`` holds it
-    against what torch's allocator reserves. The model is on the meta device, so no pass is computed; `shape` is that
-    of one input.
+    against what torch's allocator reserves. On the meta device no pass is computed. `shape` is that of one
+    input; `tokens` are integers.
     """
     outputs: list[int] = []
     leaves = [module for module in model.modules() if not list(module.children())]
-    handles = [leaf.register_forward_hook(lambda *args: outputs.append(args[2].nbytes)) for leaf in leaves]
+    handles = [leaf.register_forward_hook(lambda *args: outputs.append(_bytes(args[2]))) for leaf in leaves]
     with torch.no_grad():
-        model.eval()(torch.empty(1, *shape, device="meta"))
+        dtype = torch.int64 if tokens else torch.float32
+        model.to("meta").eval()(torch.empty(1, *shape, device="meta", dtype=dtype))
     for handle in handles:
         handle.remove()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     passing = max(4 * EVALUATION_BATCH * max(outputs), _SCORED * sum(outputs))
     return 7 * weights + 2 * batch_size * sum(outputs) + passing + _LIBRARIES
+
+
+def _bytes(output: object) -> int:
+    """Return the bytes of what a layer returns: a tensor, or for recurrent layers and attention a tuple of them."""
+    if isinstance(output, torch.Tensor):
+        return output.nbytes
+    return sum(map(_bytes, output)) if isinstance(output, tuple) else 0

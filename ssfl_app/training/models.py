@@ -174,14 +174,14 @@ def outline(options: ModelOptions, shape: tuple[int, ...], outputs: int) -> nn.M
             return _made(options, shape, outputs)
 
 
-def fewest(options: ModelOptions, shape: tuple[int, ...], model: nn.Module | None = None) -> int:
+def fewest(options: ModelOptions, shape: tuple[int, ...], outputs: int = 1) -> int:
     """Return how many inputs a training batch has at least: 2 where a BatchNorm sees one value a channel, else 1.
 
     A norm over a batch needs two values of each channel, and a map of one pixel gives it one an image. Of a model
-    that is not built in, `model`, it is not known what its norms see: 2 if there is a BatchNorm.
+    that is not built in it is not known what its norms see: 2 if there is a BatchNorm.
     """
     if options.name not in REGISTRY:
-        return 1 + any(isinstance(module, _BatchNorm) for module in (model.modules() if model else ()))
+        return 1 + any(isinstance(module, _BatchNorm) for module in outline(options, shape, outputs).modules())
     return 2 if options.norm == "batch" and max(shape[1:]) <= SHRINKS[options.name] else 1
 
 

@@ -45,7 +45,8 @@ Optimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 class EagerStep:
     """Forward, backward, mask, clip, SGD, mask: as it is read in a textbook, of a model in training mode.
 
-    `autocast` computes in bfloat16 what can be; the other arguments are those of `LocalTrainer.fit`.
+    `loss` is the task's, a mean; `autocast` computes in bfloat16 what can be; the others are those of
+    `LocalTrainer.fit`.
 
     Attributes
     ----------
@@ -62,12 +63,13 @@ class EagerStep:
         lr: float,
         mask: Mask | None,
         *,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
         autocast: bool = False,
         penalty: Callable[[nn.Module], torch.Tensor] | None = None,
         after_step: Callable[[nn.Module], None] | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
-        self._model, self._clip, self._autocast = model, options.clip, autocast
+        self._model, self._loss, self._clip, self._autocast = model, loss, options.clip, autocast
         self._penalty, self._after_step = penalty, after_step
         device = next(model.parameters()).device
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -83,11 +85,11 @@ class EagerStep:
         self._total = torch.zeros((), dtype=torch.float64, device=device)
         times(self._masked, self._bits)
 
-    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Change the model by a batch (B, C, H, W) with classes (B,)."""
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Change the model by a batch, (B, ...), with its targets, (B, ...)."""
         self._stepper.zero_grad()
         with bfloat16(self._autocast):
-            loss = F.cross_entropy(self._model(inputs), labels)
+            loss = self._loss(self._model(inputs), targets)
         whole = loss if self._penalty is None else loss + self._penalty(self._model)
         whole.backward()  # type: ignore[no-untyped-call]
         times([p.grad for p in self._masked if p.grad is not None], self._bits)
@@ -97,7 +99,7 @@ class EagerStep:
         times(self._masked, self._bits)
         if self._after_step is not None:
             self._after_step(self._model)
-        self._total += loss.detach() * len(labels)
+        self._total += loss.detach() * len(targets)
 
     def total(self) -> float:
         """Return the sum of the losses of all images so far."""

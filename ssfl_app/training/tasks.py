@@ -35,10 +35,13 @@ class Task:
     classes : bool
         Whether the target of a sample is its class, (batch,) int64: minibatches can then be balanced, and clients
         dealt their classes. Otherwise all samples count as of one kind.
+    numbers : bool
+        Whether targets are float32, (batch, k); data that have whole numbers give them so too.
     """
 
     metric: ClassVar[Metric] = ACCURACY
     classes: ClassVar[bool] = False
+    numbers: ClassVar[bool] = False
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of a batch, a scalar."""
@@ -75,6 +78,7 @@ class Regression(Task):
     """Squared error of values (batch, k); the headline is the mean absolute error, in units of the target."""
 
     metric = Metric("mean absolute error", share=False, higher=False)
+    numbers = True
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return the mean squared error."""

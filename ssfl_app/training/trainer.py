@@ -1,4 +1,4 @@
-"""The one training loop of the project, and the two other things a model is asked for: gradient and accuracy."""
+"""The one training loop of the project, and the two other things a model is asked for: gradient and metric."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ssfl_app.data.dataset import Images, Transform
+from ssfl_app.data.dataset import Samples
+from ssfl_app.data.transform import AsTheyAre, Transform
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.cuda_graph import GraphedStep
@@ -19,13 +19,14 @@ from ssfl_app.training.reparam import originals
 from ssfl_app.training.step import EagerStep, has_plain_forward, set_precision
 from ssfl_app.training.step import LocalOptions as LocalOptions
 from ssfl_app.training.step import Optimizer as Optimizer
+from ssfl_app.training.tasks import Classification, Task
 
 Steps = Literal["plain", "static", "graphs"]
 
 
 @dataclass(eq=False)
 class LocalTrainer:
-    """Trains, differentiates and tests models on one client's images.
+    """Trains, differentiates and tests models on one client's samples.
 
     Attributes
     ----------
@@ -46,11 +47,12 @@ class LocalTrainer:
     """
 
     options: LocalOptions
-    transform: Transform
+    transform: Transform | AsTheyAre
     device: torch.device
     precision: str = "fp32"
     steps: Steps = "plain"
     fewest: int = 1
+    task: Task = field(default_factory=Classification)
     passes: int = field(default=0, init=False)
     looks: int = field(default=0, init=False)
     _static: GraphedStep | None = field(default=None, init=False)
@@ -58,7 +60,7 @@ class LocalTrainer:
     def fit(
         self,
         model: nn.Module,
-        data: Images,
+        data: Samples,
         rng: np.random.Generator,
         *,
         lr: float,
@@ -75,7 +77,7 @@ class LocalTrainer:
 
         Parameters
         ----------
-        data : Images
+        data : Samples
             n >= `self.fewest` images; anywhere, moved once.
         rng : np.random.Generator
             Order of the images and augmentation.
@@ -93,9 +95,9 @@ class LocalTrainer:
         step = self._step(model, lr, mask, penalty=penalty, after_step=after_step, optimizer=optimizer)
         seen = 0
         for _ in range(self.options.epochs if epochs is None else epochs):
-            for inputs, labels in self._epoch(data, rng, step.ahead):
-                step(inputs, labels)
-                seen += len(labels)
+            for inputs, targets in self._epoch(data, rng, step.ahead):
+                step(inputs, targets)
+                seen += len(targets)
         self.passes += seen
         return step.total() / seen
 
@@ -103,8 +105,9 @@ class LocalTrainer:
         half = self.precision == "bf16" and self.device.type == "cuda"
         usual = (half or self.steps != "plain") and has_plain_forward(model)
         autocast = half and usual
+        usual &= type(self.task) is Classification
         if any(value is not None for value in special.values()) or not usual or self.steps == "plain":
-            return EagerStep(model, self.options, lr, mask, autocast=autocast, **special)
+            return EagerStep(model, self.options, lr, mask, autocast=autocast, loss=self.task.loss, **special)
         if self._static is None or not self._static.serves(model):
             self._static = None  # its memory is free before the next one takes some
             capture = self.steps == "graphs"
@@ -112,7 +115,7 @@ class LocalTrainer:
         return self._static.begin(lr, mask)
 
     def _epoch(
-        self, data: Images, rng: np.random.Generator, ahead: int
+        self, data: Samples, rng: np.random.Generator, ahead: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches of one pass, at most `ahead` bytes of images prepared at a time, or a batch.
 
@@ -121,26 +124,26 @@ class LocalTrainer:
         size, count = self.options.batch_size, len(data)
         sizes = batch_sizes(count, size, self.fewest)
         order = rng.permutation(count)[None]
-        draws = [self.transform.draw(part, rng) for part in torch.split(data.pixels, sizes)]
+        draws = [self.transform.draw(part, rng) for part in torch.split(data.inputs, sizes)]
         plan = torch.from_numpy(np.concatenate([order, np.concatenate(draws, axis=1)]))
         if self.device.type == "cuda":
             plan = plan.pin_memory().to(self.device, non_blocking=True)
-        batches = max(1, ahead // (size * data.pixels[0].numel() * torch.float32.itemsize))
+        batches = max(1, ahead // (size * data.inputs[0].numel() * torch.float32.itemsize))
         groups = [sizes[first : first + batches] for first in range(0, len(sizes), batches)]
         for group, part in zip(groups, torch.split(plan, [sum(group) for group in groups], dim=1), strict=True):
-            inputs, labels = self.transform.apply(data.pixels[part[0]], part[1:]), data.labels[part[0]]
-            yield from zip(torch.split(inputs, group), torch.split(labels, group), strict=True)
+            inputs, targets = self.transform.apply(data.inputs[part[0]], part[1:]), data.targets[part[0]]
+            yield from zip(torch.split(inputs, group), torch.split(targets, group), strict=True)
 
-    def _here(self, data: Images) -> Images:
+    def _here(self, data: Samples) -> Samples:
         """Return the images on the device, which from now on computes as `precision` says."""
         if self.device.type == "cuda":
             set_precision(self.precision)
         return data.to(self.device)
 
-    def gradient(self, model: nn.Module, data: Images, temperature: float = 1.0) -> State:
+    def gradient(self, model: nn.Module, data: Samples, temperature: float = 1.0) -> State:
         """Return dL/dw over `data`, without augmentation, for prunable tensors.
 
-        L is T * (mean cross-entropy of z / T), with the logits z and the `temperature` T; for T = 1 the usual loss.
+        L is T * (mean loss of z / T), with the output z and the `temperature` T; for T = 1 the usual loss.
         The model is left as it was, buffers included, with no gradients behind.
         """
         data = self._here(data)
@@ -153,7 +156,7 @@ class LocalTrainer:
         return dict(zip(weights, gradients, strict=True))
 
     def curvature(
-        self, model: nn.Module, data: Images, direction: Mapping[str, torch.Tensor], temperature: float = 1.0
+        self, model: nn.Module, data: Samples, direction: Mapping[str, torch.Tensor], temperature: float = 1.0
     ) -> State:
         """Return H v: the Hessian of the loss of `gradient` in the prunable tensors, times a direction in them.
 
@@ -172,24 +175,24 @@ class LocalTrainer:
         return dict(zip(weights, products, strict=True))
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, data: Images) -> tuple[float, float]:
-        """Return (mean loss, accuracy in [0, 1]) over n >= 1 images."""
+    def evaluate(self, model: nn.Module, data: Samples) -> tuple[float, float]:
+        """Return (mean loss, mean headline metric of the task) over n >= 1 samples."""
         data = self._here(data)
         self.looks += len(data)
         model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        score = torch.zeros((), dtype=torch.float64, device=self.device)
         for start in range(0, len(data), EVALUATION_BATCH):
             part = slice(start, start + EVALUATION_BATCH)
-            logits = model(self.transform.test(data.pixels[part]))
-            loss += F.cross_entropy(logits, data.labels[part], reduction="sum")
-            correct += (logits.argmax(dim=1) == data.labels[part]).sum()
+            output, targets = model(self.transform.test(data.inputs[part])), data.targets[part]
+            loss += self.task.total(output, targets)
+            score += self.task.score(output, targets)
         wait_for(self.device)
-        return float(loss) / len(data), int(correct) / len(data)
+        return float(loss) / len(data), float(score) / len(data)
 
-    def _loss(self, model: nn.Module, data: Images, temperature: float) -> torch.Tensor:
+    def _loss(self, model: nn.Module, data: Samples, temperature: float) -> torch.Tensor:
         # A temperature of 1 changes no bit.
-        return temperature * F.cross_entropy(model(self.transform.test(data.pixels)) / temperature, data.labels)
+        return temperature * self.task.loss(model(self.transform.test(data.inputs)) / temperature, data.targets)
 
 
 def batch_sizes(count: int, size: int, fewest: int = 1) -> list[int]:

@@ -20,7 +20,7 @@ import ssfl_app
 from ssfl_app.cli.main import main
 from ssfl_app.data import cache as image_cache
 from ssfl_app.data import readers as sources
-from ssfl_app.data.dataset import DataOptions, Images, Transform, load
+from ssfl_app.data.dataset import DataOptions, Samples, Transform, load
 from ssfl_app.data.images import measure
 from ssfl_app.data.transform import padding
 from ssfl_app.options import ConfigError, PrivateError, build
@@ -94,14 +94,14 @@ def test_digits():
     assert (digits.name, digits.classes, digits.shape) == ("digits", 10, (1, 8, 8))
     assert digits.class_names == tuple("0123456789")
     assert (len(digits.train), len(digits.test)) == (1437, 360)
-    assert digits.train.pixels.dtype == torch.uint8
+    assert digits.train.inputs.dtype == torch.uint8
     assert digits.train.labels.dtype == torch.int64
-    assert (int(digits.train.pixels.min()), int(digits.train.pixels.max())) == (0, 255)
+    assert (int(digits.train.inputs.min()), int(digits.train.inputs.max())) == (0, 255)
     shares = [part.labels.bincount() / len(part) for part in (digits.train, digits.test)]
     assert torch.allclose(*shares, atol=0.003)
     assert digits.transform.augment == "none"
     again = load(options("digits", augment="crop-flip"))
-    assert torch.equal(again.train.pixels, digits.train.pixels)
+    assert torch.equal(again.train.inputs, digits.train.inputs)
     assert torch.equal(again.test.labels, digits.test.labels)
     assert again.transform.augment == "crop-flip"
 
@@ -128,7 +128,7 @@ def test_digits_from_the_cache_lie_in_memory_as_those_that_were_read(cache):
 
 def test_measured_moments_are_those_of_the_training_pixels():
     digits = load(options("digits"))
-    values = digits.train.pixels.numpy().astype(np.float64) / 255
+    values = digits.train.inputs.numpy().astype(np.float64) / 255
     assert digits.transform.mean == pytest.approx((values.mean(),), rel=1e-12)
     assert digits.transform.std == pytest.approx((values.std(),), rel=1e-12)
     assert measure(np.full((2, 1, 3, 3), 51, dtype=np.uint8)) == ((0.2,), (1.0,))
@@ -139,9 +139,9 @@ def test_parquet_round_trip(shards):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns about read-only arrays
         found = load(options("parquet", root))
-    assert np.array_equal(found.train.pixels.numpy(), chw(images[:6]))
+    assert np.array_equal(found.train.inputs.numpy(), chw(images[:6]))
     assert found.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert np.array_equal(found.test.pixels.numpy(), chw(images[6:]))
+    assert np.array_equal(found.test.inputs.numpy(), chw(images[6:]))
     assert found.test.labels.tolist() == [2, 1, 0]
     assert (found.shape, found.class_names) == ((3, 6, 6), ("0", "1", "2"))
     assert found.transform.augment == "none"
@@ -172,13 +172,13 @@ def test_folder_round_trip_resize_and_val(tmp_path):
     found = load(options("folder", tmp_path))
     assert found.class_names == ("cat", "dog")
     assert found.train.labels.tolist() == [0, 0, 0, 1, 1]
-    assert np.array_equal(found.train.pixels.numpy(), chw(np.concatenate([cats, dogs])))
+    assert np.array_equal(found.train.inputs.numpy(), chw(np.concatenate([cats, dogs])))
     assert found.test.labels.tolist() == [0, 1]
-    assert np.array_equal(found.test.pixels.numpy(), chw(fish))
+    assert np.array_equal(found.test.inputs.numpy(), chw(fish))
     small = load(options("folder", tmp_path, size=4))
     want = Image.fromarray(dogs[1]).resize((4, 4), Image.Resampling.BILINEAR)
     assert small.shape == (3, 4, 4)
-    assert np.array_equal(small.train.pixels[4].permute(1, 2, 0).numpy(), np.asarray(want))
+    assert np.array_equal(small.train.inputs[4].permute(1, 2, 0).numpy(), np.asarray(want))
 
 
 def write_tiny(root):
@@ -199,7 +199,7 @@ def test_tiny_imagenet_layout(tmp_path):
     assert found.class_names == ("n01", "n02")
     assert found.train.labels.tolist() == [0, 1]
     assert found.test.labels.tolist() == [1, 0]
-    assert np.array_equal(found.test.pixels.numpy(), chw(images[[3, 2]]))
+    assert np.array_equal(found.test.inputs.numpy(), chw(images[[3, 2]]))
     assert found.transform == Transform((0.5,) * 3, (0.5,) * 3, "crop-flip")
 
 
@@ -219,7 +219,7 @@ def test_cifar_comes_from_torchvision(tmp_path, monkeypatch, name, classes):
     assert (found.classes, found.shape) == (classes, (3, 32, 32))
     assert (len(found.train), len(found.test)) == (3, 2)
     assert found.train.labels.tolist() == [0, 1, classes - 1]
-    assert np.array_equal(found.train.pixels.numpy(), chw(some_pixels(3, side=32)))
+    assert np.array_equal(found.train.inputs.numpy(), chw(some_pixels(3, side=32)))
     assert found.transform.mean[0] == {"cifar10": 0.4914, "cifar100": 0.5071}[name]
 
 
@@ -251,7 +251,7 @@ def test_second_load_reads_the_cache(shards, monkeypatch, cache):
     assert len(list(cache.iterdir())) == 1
     forbid_decoding(monkeypatch)
     second = load(options("parquet", root))
-    assert torch.equal(first.train.pixels, second.train.pixels)
+    assert torch.equal(first.train.inputs, second.train.inputs)
     assert torch.equal(first.test.labels, second.test.labels)
     assert (first.transform, first.class_names) == (second.transform, second.class_names)
     with pytest.raises(AssertionError):
@@ -264,12 +264,12 @@ def test_changed_files_and_damaged_entries_are_decoded_again(shards, cache):
     write_parquet(root / "test-0.parquet", ("img", images[:3]), {"label": [2, 1, 0]})
     os.utime(root / "test-0.parquet", ns=(1, 1))
     changed = load(options("parquet", root))
-    assert np.array_equal(changed.test.pixels.numpy(), chw(images[:3]))
+    assert np.array_equal(changed.test.inputs.numpy(), chw(images[:3]))
     for file in cache.glob("*/*.npy"):
         content = file.read_bytes()
         file.unlink()  # not cut in place: `changed` maps it
         file.write_bytes(content[:-20])
-    assert torch.equal(load(options("parquet", root)).test.pixels, changed.test.pixels)
+    assert torch.equal(load(options("parquet", root)).test.inputs, changed.test.inputs)
     assert torch.equal(load(options("parquet", root)).train.labels, changed.train.labels)
 
 
@@ -283,20 +283,20 @@ def test_a_new_time_alone_makes_a_new_entry_and_a_second_writer_does_no_harm(sha
     assert entry != before
     image_cache._store(entry, image_cache._open_entry(entry))
     assert list(cache.iterdir()) == [entry]
-    assert np.array_equal(load(options("parquet", root)).train.pixels.numpy(), chw(images[:6]))
+    assert np.array_equal(load(options("parquet", root)).train.inputs.numpy(), chw(images[:6]))
 
 
 def test_writing_to_loaded_images_changes_no_file(shards):
     root, images = shards
-    load(options("parquet", root)).train.pixels.zero_()
-    assert np.array_equal(load(options("parquet", root)).train.pixels.numpy(), chw(images[:6]))
+    load(options("parquet", root)).train.inputs.zero_()
+    assert np.array_equal(load(options("parquet", root)).train.inputs.numpy(), chw(images[:6]))
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(shards, monkeypatch, tmp_path):
     root, images = shards
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("SSFL_CACHE", str(tmp_path / "file" / "cache"))
-    assert np.array_equal(load(options("parquet", root)).train.pixels.numpy(), chw(images[:6]))
+    assert np.array_equal(load(options("parquet", root)).train.inputs.numpy(), chw(images[:6]))
 
 
 def test_the_cache_folder_follows_the_environment(shards, monkeypatch, tmp_path):
@@ -336,10 +336,10 @@ def test_an_entry_of_another_account_is_not_read(shards, cache, monkeypatch):
     load(options("parquet", root))
     (entry,) = cache.iterdir()
     np.save(entry / "train.npy", np.zeros((6, 3, 6, 6), np.uint8))
-    assert not load(options("parquet", root)).train.pixels.any()
+    assert not load(options("parquet", root)).train.inputs.any()
     there = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: there + 1)
-    assert np.array_equal(load(options("parquet", root)).train.pixels.numpy(), chw(images[:6]))
+    assert np.array_equal(load(options("parquet", root)).train.inputs.numpy(), chw(images[:6]))
 
 
 def ssfl(monkeypatch, capsys, *words):
@@ -373,7 +373,7 @@ def test_the_cache_can_be_switched_off(shards, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("SSFL_CACHE", "off")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    assert np.array_equal(load(options("parquet", root)).train.pixels.numpy(), chw(images[:6]))
+    assert np.array_equal(load(options("parquet", root)).train.inputs.numpy(), chw(images[:6]))
     assert [path.name for path in tmp_path.iterdir()] == ["parquet"]
     assert "cache: none" in ssfl(monkeypatch, capsys, "cache")
 
@@ -713,12 +713,12 @@ def test_normalising_is_torchvisions_to_the_bit():
 
 
 def test_take_copies_and_to_keeps():
-    images = Images(torch.arange(12, dtype=torch.uint8).reshape(3, 1, 2, 2), torch.tensor([5, 6, 7]))
+    images = Samples(torch.arange(12, dtype=torch.uint8).reshape(3, 1, 2, 2), torch.tensor([5, 6, 7]))
     taken = images.take(np.array([2, 0]))
-    taken.pixels.zero_()
+    taken.inputs.zero_()
     assert taken.labels.tolist() == [7, 5]
-    assert images.pixels.flatten().tolist() == list(range(12))
-    assert images.to("cpu").pixels is images.pixels
+    assert images.inputs.flatten().tolist() == list(range(12))
+    assert images.to("cpu").inputs is images.inputs
     assert len(images.take(np.array([], dtype=np.int64))) == 0
 
 

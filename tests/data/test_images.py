@@ -128,7 +128,7 @@ def test_grey_beside_colour_becomes_colour_whichever_comes_first(tmp_path):
     write_folder(tmp_path / "b", {"train/x": some_pixels(2), "test/x": some_pixels(1, channels=1)})
     for name, count in (("a", 2), ("b", 1)):
         found = load(options("folder", tmp_path / name))
-        assert found.shape == tuple(found.test.pixels.shape[1:]) == (3, 6, 6)
+        assert found.shape == tuple(found.test.inputs.shape[1:]) == (3, 6, 6)
         assert f"{count} of 3 images are grey and were made colour" in found.notes
         assert load(options("folder", tmp_path / name)).notes == found.notes  # from the cache
 
@@ -315,7 +315,7 @@ def test_labels_mean_what_their_own_file_calls_them(tmp_path):
     assert found.class_names == ("cat", "dog", "eel")
     assert found.train.labels.tolist() == [0, 1, 2, 1, 0]
     assert found.test.labels.tolist() == [2, 0]
-    assert np.array_equal(found.train.pixels.numpy(), np.concatenate(parts[:2]).transpose(0, 3, 1, 2))
+    assert np.array_equal(found.train.inputs.numpy(), np.concatenate(parts[:2]).transpose(0, 3, 1, 2))
     site = DataOptions("parquet", "", False, 0, "none", "sites", "eel,dog,cat", 0, "label")
     assert load_own(site, str(root)).train.labels.tolist() == [2, 1, 0, 1, 2]
     shard(root / "test.parquet", [0, 1], ("eel", "yak"))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ssfl_app.data.dataset import Images, Transform
+from ssfl_app.data.dataset import Samples, Transform
 from ssfl_app.sparsity.saliency import balanced_batch, snip
 from ssfl_app.training.trainer import LocalOptions, LocalTrainer
 
@@ -22,7 +22,7 @@ TRAINER = LocalTrainer(OPTIONS, Transform((0.5,), (0.25,), "crop-flip"), torch.d
 def images(count, side=4, seed=1):
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, size=(count, 1, side, side), dtype=np.uint8)
-    return Images(torch.from_numpy(pixels), torch.from_numpy(np.arange(count) % 3))
+    return Samples(torch.from_numpy(pixels), torch.from_numpy(np.arange(count) % 3))
 
 
 def network(*extra):
@@ -47,7 +47,7 @@ def test_the_score_of_a_linear_model_by_hand():
     # mean 0.2, std 0.5: pixels (255, 51) become (1.6, 0)
     pixels = torch.tensor([[[[255, 51]]], [[[51, 255]]]], dtype=torch.uint8)
     trainer = LocalTrainer(OPTIONS, Transform((0.2,), (0.5,), "none"), torch.device("cpu"))
-    scores = snip(trainer.gradient(model, Images(pixels, torch.tensor([0, 1]))), dict(model.named_parameters()))
+    scores = snip(trainer.gradient(model, Samples(pixels, torch.tensor([0, 1]))), dict(model.named_parameters()))
     # softmax of two classes: p1 = 1 / (1 + exp(z0 - z1)); dL/dW_c = mean of (p_c - [c = y]) x
     first = 1 / (1 + math.exp((0.5 * 1.6 + 0.1) - (2.0 * 1.6 - 0.2)))  # p1 of image 0, class 0
     second = 1 / (1 + math.exp((-1.0 * 1.6 + 0.1) - (0.25 * 1.6 - 0.2)))  # p1 of image 1, class 1
@@ -60,7 +60,7 @@ def test_the_score_of_a_linear_model_by_hand():
 def test_the_gradient_is_that_of_autograd_on_the_same_batch_without_augmentation():
     model, data = network(nn.GroupNorm(2, 4)), images(12)
     got = TRAINER.gradient(model, data)
-    nn.functional.cross_entropy(model((data.pixels / 255 - 0.5) / 0.25), data.labels).backward()
+    nn.functional.cross_entropy(model((data.inputs / 255 - 0.5) / 0.25), data.labels).backward()
     assert list(got) == ["0.weight", "4.weight"]
     for name, gradient in got.items():
         assert gradient.abs().max() > 0

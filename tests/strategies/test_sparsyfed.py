@@ -104,7 +104,7 @@ def test_one_step_by_hand() -> None:
     v = {n: t.sign() * t.abs() ** 1.25 if n in layout.prunable else t for n, t in w.items()}
     load_state(shop.model, v)
     images = rule.context.train
-    loss = functional.cross_entropy(shop.model(shop.data.transform.test(images.pixels)), images.labels)
+    loss = functional.cross_entropy(shop.model(shop.data.transform.test(images.inputs)), images.labels)
     gradients = torch.autograd.grad(loss, list(shop.model.parameters()))
     for (name, _), gradient in zip(shop.model.named_parameters(), gradients, strict=True):
         slope = 1.25 * w[name].abs() ** 0.25 if name in layout.prunable else 1

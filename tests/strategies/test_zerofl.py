@@ -80,7 +80,7 @@ def test_one_step_by_hand() -> None:
 
             hooks.append(layer.register_forward_hook(keep))
     images = rule.context.train
-    loss = functional.cross_entropy(model(shop.data.transform.test(images.pixels)), images.labels)
+    loss = functional.cross_entropy(model(shop.data.transform.test(images.inputs)), images.labels)
     plain = dict(
         zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True)
     )

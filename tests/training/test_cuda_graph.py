@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ssfl_app.data.dataset import Images, Transform
+from ssfl_app.data.dataset import Samples, Transform
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training import cuda_graph as captured
@@ -36,7 +36,7 @@ def trainer(steps, augment="crop-flip", **changes):
 def images(count, seed=1, side=8):
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, size=(count, 2, side, side), dtype=np.uint8)
-    return Images(torch.from_numpy(pixels), torch.from_numpy(rng.integers(0, 3, count)))
+    return Samples(torch.from_numpy(pixels), torch.from_numpy(rng.integers(0, 3, count)))
 
 
 def network(name="cnn", norm="group"):
@@ -216,7 +216,7 @@ def test_an_epoch_draws_what_single_batches_draw():
         order = again.permutation(19)
         batches = list(run._epoch(data, rng, 1 << 20))
         for (inputs, labels), chosen in zip(batches, (order[:8], order[8:16], order[16:]), strict=True):
-            pixels, padded = data.pixels[chosen], nn.functional.pad(data.pixels[chosen], (4, 4, 4, 4))
+            pixels, padded = data.inputs[chosen], nn.functional.pad(data.inputs[chosen], (4, 4, 4, 4))
             corners, mirror = again.integers(0, 9, size=(2, len(chosen), 1)), again.random((len(chosen), 1)) < 0.5
             crops = [
                 image[:, y : y + 32, x : x + 32].flip(2) if flip else image[:, y : y + 32, x : x + 32]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ssfl_app.data.dataset import Images, Transform
+from ssfl_app.data.dataset import Samples, Transform
 from ssfl_app.seeding import torch_generator
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.training import reparam
@@ -53,7 +53,7 @@ def fit(model):
     rng = np.random.default_rng(1)
     pixels = torch.from_numpy(rng.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8))
     run = LocalTrainer(LocalOptions(**PLAIN), Transform((0.5,), (0.25,), "none"), torch.device("cpu"))
-    return run.fit(model, Images(pixels, torch.arange(20) % 3), np.random.default_rng(1), lr=0.1)
+    return run.fit(model, Samples(pixels, torch.arange(20) % 3), np.random.default_rng(1), lr=0.1)
 
 
 def ones(model):

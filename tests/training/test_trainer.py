@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ssfl_app.data.dataset import Images, Transform
+from ssfl_app.data.dataset import Samples, Transform
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.models import ModelOptions, create
@@ -32,7 +32,7 @@ def images(count=20, side=8, classes=3, seed=1):
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % classes
     pixels = rng.integers(0, 128, size=(classes, 1, side, side))[labels] + rng.integers(0, 64, (count, 1, side, side))
-    return Images(torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(labels))
+    return Samples(torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(labels))
 
 
 def network(norm="group"):
@@ -118,8 +118,8 @@ def test_clipping_measures_the_gradient_of_the_alive_weights_only():
     layout = Layout.of(whole)
     mask = Mask(layout, np.array([True, False, True, False] * 3))
     fit = trainer(**HARD | {"clip": 0.05}).fit
-    fit(whole, Images(pixels, labels), np.random.default_rng(1), lr=0.5, mask=mask)
-    fit(small, Images(pixels[..., :1], labels), np.random.default_rng(1), lr=0.5)
+    fit(whole, Samples(pixels, labels), np.random.default_rng(1), lr=0.5, mask=mask)
+    fit(small, Samples(pixels[..., :1], labels), np.random.default_rng(1), lr=0.5)
     torch.testing.assert_close(whole[1].weight[:, ::2], small[1].weight, rtol=1e-5, atol=1e-6)
     assert (whole[1].weight[:, 1::2] == 0).all()
 
@@ -164,7 +164,7 @@ def test_without_a_mask_it_is_plain_sgd_bit_for_bit(hyper):
         order = rng.permutation(20)
         for chosen in (order[:8], order[8:16], order[16:]):
             optimizer.zero_grad()
-            inputs = (data.pixels[chosen].float() / 255 - 0.5) / 0.25
+            inputs = (data.inputs[chosen].float() / 255 - 0.5) / 0.25
             step = functional.cross_entropy(theirs(inputs), data.labels[chosen])
             step.backward()
             if hyper:
@@ -222,7 +222,7 @@ def test_evaluation_by_hand(count):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Dropout(0.5))
     weight, bias = np.arange(12).reshape(3, 4) % 5 - 2.0, np.array([0.5, 0.0, -0.5])
     model[1].load_state_dict({"weight": torch.tensor(weight), "bias": torch.tensor(bias)})
-    logits = (data.pixels.numpy().reshape(count, 4) / 255 - 0.5) / 0.25 @ weight.T + bias
+    logits = (data.inputs.numpy().reshape(count, 4) / 255 - 0.5) / 0.25 @ weight.T + bias
     labels = data.labels.numpy()
     losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(count), labels]
     loss, accuracy = trainer("crop-flip").evaluate(model, data)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ssfl_app.core.algorithm import ClientAlgorithm, Images, Metadata, Payload
+from ssfl_app.core.algorithm import ClientAlgorithm, Metadata, Payload, Samples
 from ssfl_app.core.options import FromSettings, Section, Settings, at_least, choice
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import load_state
@@ -59,7 +59,7 @@ def held_out_of(images: int, share: float) -> int:
     return max(0, min(max(1, round(share * images)), images - 1))
 
 
-def held_out(rule: ClientAlgorithm, share: float) -> tuple[Images, Images]:
+def held_out(rule: ClientAlgorithm, share: float) -> tuple[Samples, Samples]:
     """Return (training, validation) images of the client: `share` of them, at least one each, by the run's seed.
 
     A client with a single image trains and validates on it.

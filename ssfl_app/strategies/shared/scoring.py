@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssfl_app.core.algorithm import ClientAlgorithm, Images
+from ssfl_app.core.algorithm import ClientAlgorithm, Samples
 from ssfl_app.core.means import WeightedMean
 from ssfl_app.core.options import FromSettings, MaskOptions, Section, Settings, above, at_least, choice, fraction
 from ssfl_app.core.robust import SCORE_FOLDS
@@ -70,7 +70,7 @@ def ranked(layout: Layout, scores: Vector, wanted: MaskOptions, density: float |
 
 
 def mean_over_batches(
-    rule: ClientAlgorithm, state: State, score: Callable[[Images], State], first: int = 0
+    rule: ClientAlgorithm, state: State, score: Callable[[Samples], State], first: int = 0
 ) -> Vector:
     """Return the mean of `score` over the class-balanced minibatches of ``ssfl``, float32, shape (prunable,).
 

@@ -178,10 +178,10 @@ def _by_magnitude(inquiry: _ScoreCollector) -> Mask:
 
 def _by_synflow(inquiry: _ScoreCollector) -> Mask:
     strategy, layout = inquiry.strategy, inquiry.strategy.layout
-    workbench, shape = strategy.context.workbench, strategy.context.image_shape
+    workbench, shape = strategy.context.workbench, strategy.context.input_shape
     if workbench is None or shape is None:
         rule = "ssfl.criterion synflow computes with the model on the server"
-        raise RuntimeError(f"context.workbench or image_shape is None; {rule}")
+        raise RuntimeError(f"context.workbench or input_shape is None; {rule}")
     net = flow_net(workbench)
 
     def score(step: int, mask: Mask) -> Vector:
@@ -247,7 +247,7 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
     if question not in QUESTIONS or (question == "curvature" and options.criterion != "grasp"):
         raise PayloadError(f"question is {question!r}; ssfl.criterion is {options.criterion}")
     state = rule.initial_weights(payload) if state is None else state
-    temperature = options.grasp_temperature if options.criterion == "grasp" else 1.0
+    temperature = options.grasp_temperature if options.criterion == "grasp" and site.trainer.task.classes else 1.0
     if options.criterion in ("iterative-snip", "force"):
         values = _on_masked_net(rule, state, payload)
     elif options.criterion == "snip":

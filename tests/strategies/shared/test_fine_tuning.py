@@ -129,9 +129,9 @@ def test_held_out_images_are_disjoint_from_the_others_and_the_same_every_time() 
     total = len(shop.partition.train[3])
     assert len(validation) == round(0.1 * total)
     assert len(training) + len(validation) == total
-    assert torch.equal(held_out(rule, 0.1)[1].pixels, validation.pixels)
-    flat = {bytes(p.numpy().tobytes()) for p in validation.pixels}
-    assert not flat & {bytes(p.numpy().tobytes()) for p in training.pixels}
+    assert torch.equal(held_out(rule, 0.1)[1].inputs, validation.inputs)
+    flat = {bytes(p.numpy().tobytes()) for p in validation.inputs}
+    assert not flat & {bytes(p.numpy().tobytes()) for p in training.inputs}
 
 
 def test_options_are_checked() -> None:

@@ -17,7 +17,7 @@ from ssfl_app.comm.messenger import Check, Reply
 from ssfl_app.comm.payload import Payload
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.core.strategy import ServerContext
-from ssfl_app.data.dataset import Images, Transform
+from ssfl_app.data.dataset import Samples, Transform
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import Runtime, get_runtime
 from ssfl_app.seeding import generator
@@ -57,7 +57,7 @@ def nets(played: Played, client: int = 0) -> list[Mask]:
     return [Mask.dense(played.layout), *(Mask.unpack(played.layout, bitmap) for bitmap in bitmaps)]
 
 
-def pooled(runtime: Runtime) -> Images:
+def pooled(runtime: Runtime) -> Samples:
     """Return the minibatches of all clients as one."""
     data, parts = runtime.data.train, []
     for client, part in enumerate(runtime.partition.train):
@@ -131,10 +131,10 @@ def smooth(norm: nn.Module | None = None) -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-def images(count: int) -> Images:
+def images(count: int) -> Samples:
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, size=(count, 1, 4, 4), dtype=np.uint8)
-    return Images(torch.from_numpy(pixels), torch.from_numpy(np.arange(count) % 3))
+    return Samples(torch.from_numpy(pixels), torch.from_numpy(np.arange(count) % 3))
 
 
 def trainer() -> LocalTrainer:
@@ -177,7 +177,7 @@ def test_curvature_counts_two_passes_an_image_and_leaves_the_model_alone() -> No
 def test_temperature_divides_the_logits_and_multiplies_the_loss() -> None:
     model, data = smooth(), images(6)
     got = trainer().gradient(model, data, 50.0)
-    logits = model((data.pixels / 255 - 0.5) / 0.25)
+    logits = model((data.inputs / 255 - 0.5) / 0.25)
     (50 * functional.cross_entropy(logits / 50, data.labels)).backward()
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad)
@@ -236,7 +236,7 @@ def test_grasp_is_grasp_on_the_pooled_minibatches() -> None:
     layout, model, data = runtime.layout, runtime.model, pooled(runtime)
     load_state(model, runtime.initial_state())
     weights = [p for name, p in model.named_parameters() if name in layout.prunable]
-    loss = functional.cross_entropy(model(runtime.data.transform.test(data.pixels)) / 200, data.labels)
+    loss = functional.cross_entropy(model(runtime.data.transform.test(data.inputs)) / 200, data.labels)
     slopes = torch.autograd.grad(loss, weights, create_graph=True)
     products = torch.autograd.grad(sum((g * g.detach()).sum() for g in slopes), weights)
     score = {n: -w.detach() * p for n, w, p in zip(layout.prunable, weights, products, strict=True)}
