@@ -98,6 +98,8 @@ class LinearCodec(Codec):
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return the carried coordinates of the state."""
         flat = layout.flatten(state)
+        if mask.count < mask.alive.size:
+            flat[np.flatnonzero(~mask.transmitted)] = 0
         return write_values(flat[self.index(layout, mask)], self.values, self.rng)
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
@@ -130,17 +132,10 @@ class Dense(LinearCodec):
         """Return how many they are."""
         return layout.size
 
-    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
-        """Return them, dead ones as 0."""
-        return super().encode(layout, _masked(state, mask), mask)
-
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
         """Return the state with dead coordinates at 0."""
-        return _masked(super().decode(arrays, layout, mask)[0], mask), mask
-
-
-def _masked(state: State, mask: Mask) -> State:
-    return state if mask.count == mask.alive.size else mask.apply(state)
+        state, _ = super().decode(arrays, layout, mask)
+        return state if mask.count == mask.alive.size else mask.apply(state), mask
 
 
 class MaskedValues(LinearCodec):
@@ -159,6 +154,10 @@ class MaskedValues(LinearCodec):
     def count(self, layout: Layout, mask: Mask) -> int:
         """Return how many they are."""
         return mask.count + layout.size - layout.prunable_size
+
+    def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
+        """Return them; what the state holds at dead coordinates does not matter."""
+        return write_values(layout.flatten(state)[self.index(layout, mask)], self.values, self.rng)
 
 
 @functools.lru_cache(maxsize=2)
@@ -231,6 +230,9 @@ class BitmapOnly(Codec):
     def check(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> None:
         """Raise PayloadError unless the bitmap is well formed."""
         read_mask(arrays, layout)
+
+
+CODECS: dict[str, type[Codec]] = {c.name: c for c in (Dense, MaskedValues, BitmapAndValues, Indexed, BitmapOnly)}
 
 
 def read_mask(arrays: ArrayMap, layout: Layout) -> Mask:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ssfl_app.sparsity.codec import BitmapAndValues, BitmapOnly, Dense, Indexed, MaskedValues, nbytes
+from ssfl_app.sparsity.codec import CODECS, BitmapAndValues, BitmapOnly, Dense, Indexed, MaskedValues, nbytes
 from ssfl_app.sparsity.layout import Layout, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import VALUE_TYPES
@@ -16,7 +16,6 @@ law = settings(deadline=None, derandomize=True, max_examples=60)
 
 EDGES = [0.0, -0.0, 1e-45, -1e-45, 2.0**15, -(2.0**15), 1 / 3]
 FLOATS = st.one_of(st.sampled_from(EDGES), st.floats(-(2.0**15), 2.0**15, width=32))
-CODECS = {codec.name: codec for codec in (Dense, MaskedValues, BitmapAndValues, Indexed, BitmapOnly)}
 CARRIES_VALUES = [name for name in CODECS if name != "bits-only"]
 
 

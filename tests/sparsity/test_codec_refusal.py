@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssfl_app.sparsity.codec import Indexed
+from ssfl_app.sparsity.codec import CODECS, Indexed
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import VALUE_TYPES, PayloadError, check_values
-from tests.sparsity.test_codec import CODECS
 
 LAYOUT = Layout((("a", (4, 3)), ("bias", (2,)), ("b", (2, 2))), ("a", "b"))
 MASK = Mask(LAYOUT, np.isin(np.arange(16), [0, 2, 3, 8, 11, 12, 15]))
