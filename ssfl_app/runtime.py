@@ -34,6 +34,7 @@ from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.shared.scoring import SsflOptions
 from ssfl_app.training import models
 from ssfl_app.training.gpu import MOST_AT_ONCE, memory_need
+from ssfl_app.training.reparam import without_other_form
 from ssfl_app.training.tasks import make_task
 from ssfl_app.training.trainer import LocalTrainer, Steps
 
@@ -205,20 +206,25 @@ def _load(config: Config, site: str) -> tuple[DataSet, Partition]:
     else:
         images = _for_task(config, data.load_own(config.data, site) if site else data.load_central(config.data))
         partition = Partition((np.arange(len(images.train)),), (np.arange(len(images.test)),))
-    check_batches(config, images, partition if shared or site else None)
+    check_model(config, images, partition if shared or site else None)
     return images, partition
 
 
-def check_batches(config: Config, images: DataSet, partition: Partition | None) -> None:
-    """Raise ConfigError unless every batch that a client trains on is one that the model's norm takes.
+def check_model(config: Config, images: DataSet, partition: Partition | None) -> None:
+    """Raise ConfigError unless the strategy can train the model, on batches that its norms take.
 
     Batches may be too small by configuration, or a client of `partition` (None: unknown) have too few images: what no
     later round would cure is refused before the first.
     """
+    client, settings, name = REGISTRY[config.strategy].client, config.settings, config.model.name
+    if client.reparametrises and name not in models.REGISTRY:
+        odd = without_other_form(models.outline(config.model, images.shape, images.outputs))
+        if odd:
+            rule = f"it computes with weights in another form, which {name} has no way to with {odd[0]}"
+            raise ConfigError(f"strategy is {config.strategy!r}; {rule}")
     fewest = models.fewest(config.model, images.shape, images.outputs)
     if fewest == 1:
         return
-    client, settings, name = REGISTRY[config.strategy].client, config.settings, config.model.name
     cause = "BatchNorm trains on two values a channel or more"
     if name in models.REGISTRY:
         pixels = "x".join(map(str, images.shape[1:]))

@@ -116,12 +116,15 @@ class ClientAlgorithm:
         What `answer_query` answers.
     stateful : bool
         Whether the client keeps personal state (`load_client_state`, `save_client_state`).
+    reparametrises : bool
+        Whether its layers compute with their weights in another form (`ssfl_app.training.reparam`).
     """
 
     down: ClassVar[type[Codec]] = Dense
     up: ClassVar[type[Codec]] = Dense
     query_types: ClassVar[tuple[str, ...]] = ()
     stateful: ClassVar[bool] = False
+    reparametrises: ClassVar[bool] = False
 
     def __init__(self, context: ClientContext) -> None:
         self.context, self.settings = context, context.settings

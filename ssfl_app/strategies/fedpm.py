@@ -98,6 +98,7 @@ class FedPmClient(ClientAlgorithm):
 
     down = Prunable
     up = BitmapOnly
+    reparametrises = True
     options = FromSettings(FedPmOptions)
 
     def train(self, payload: Payload) -> Payload:

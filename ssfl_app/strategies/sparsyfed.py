@@ -61,6 +61,7 @@ class SparsyFedClient(ClientAlgorithm):
 
     down = BitmapAndValues
     up = BitmapAndValues
+    reparametrises = True
     options = FromSettings(SparsyFedOptions)
 
     def train(self, payload: Payload) -> Payload:

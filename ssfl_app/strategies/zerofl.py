@@ -82,6 +82,7 @@ class ZeroFlClient(ClientAlgorithm):
     """Trains a dense model that computes sparsely, and sends a part of it."""
 
     up = BitmapAndValues
+    reparametrises = True
     options = FromSettings(ZeroFlOptions)
 
     def train(self, payload: Payload) -> Payload:

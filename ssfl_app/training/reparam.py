@@ -138,11 +138,24 @@ def bernoulli_weights(
 
 
 def originals(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return w of each prunable tensor by name, in the order of `Layout.prunable`, inside contexts and outside.
+    """Return w of each prunable tensor by name, in the order of `Layout.prunable`, inside contexts and outside."""
+    found: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        ours = isinstance(module, parametrize.ParametrizationList) and all(isinstance(x, _Effective) for x in module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not isinstance(module, NORMS):
+                whole = f"{path}.{name}" if path else name
+                found[path.removesuffix("parametrizations.weight") + "weight" if ours else whole] = parameter
+    shapes = {name: tuple(parameter.shape) for name, parameter in found.items()}
+    return {name: parameter for name, parameter in found.items() if is_prunable(name, shapes)}
 
-    Of prunable tensors that are the weight of a module: no other can be computed with in another form here.
+
+def without_other_form(model: nn.Module) -> list[str]:
+    """Return the prunable tensors that a layer cannot compute with in another form here: not the weight of a module.
+
+    A recurrent layer, for one, holds its weights twice, and would go on with w.
     """
-    return {name: _original(module) for name, module in _prunable(model).items()}
+    return [name for name in originals(model) if name not in _prunable(model)]
 
 
 def _original(module: nn.Module) -> nn.Parameter:
