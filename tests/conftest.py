@@ -72,6 +72,7 @@ def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
             # The names of models are fixed where the options are defined, so that this one has the wide one's name.
             patch.setitem(models.REGISTRY, "cnn", narrow_cnn)
             patch.setattr(MEMO, "runs", {})
+            patch.setattr(MEMO, "answers", {})
             runtime._open.cache_clear()
         yield
     if "narrow" in marks:
