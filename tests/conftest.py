@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -57,6 +58,16 @@ def pytest_collection_finish() -> None:
     """Leave the libraries' objects out of every later collection: Flower makes one an `ArrayRecord` that it reads."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def installation_is_checked_once() -> Iterator[None]:
+    """Let the command line look once at what is installed: that takes 0.1 s, and tests call it 500 times."""
+    from ssfl_app.cli import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "check_installed", functools.cache(main.check_installed))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

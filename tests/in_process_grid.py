@@ -247,6 +247,22 @@ def aggregate(strategy: SparseStrategy, round_: int, replies: Iterable[Reply]) -
     aggregator.finish()
 
 
+def snapshot_of(round_: int, into: dict[str, Any]) -> Callable[[SparseStrategy], None]:
+    """Return a `prepare` for `play` that puts what a checkpoint after a round holds into `into`."""
+
+    def prepare(strategy: SparseStrategy) -> None:
+        recording = strategy.callback.round
+
+        def keep(record: dict[str, Any], strategy: SparseStrategy) -> None:
+            if record["round"] == round_:
+                into.update((name, array.copy()) for name, array in strategy.state_dict().items())
+            recording(record, strategy)
+
+        strategy.callback.round = keep  # type: ignore[method-assign]
+
+    return prepare
+
+
 def play(
     keys: Flat,
     luck: int = 0,

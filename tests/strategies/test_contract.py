@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ssfl_app.comm.payload import Payload
-from ssfl_app.core.strategy import ServerContext, SparseStrategy
+from ssfl_app.core.strategy import ServerContext
 from ssfl_app.strategies import REGISTRY
-from tests.in_process_grid import Played, answer_error, play, tamper
+from tests.in_process_grid import Played, answer_error, play, snapshot_of, tamper
 
 pytestmark = pytest.mark.narrow
 
@@ -109,21 +109,9 @@ def test_goes_on_from_a_snapshot_to_the_same_bits(played: Played, tmp_path: Path
     from flwr.app import ArrayRecord
 
     arrays: dict[str, Any] = {}
-
-    def checkpoint(strategy: SparseStrategy) -> None:
-        """Keep a snapshot after round 1."""
-        recording = strategy.callback.round
-
-        def round_(record: dict[str, Any], strategy: SparseStrategy) -> None:
-            if record["round"] == 1:
-                arrays.update((name, array.copy()) for name, array in strategy.state_dict().items())
-            recording(record, strategy)
-
-        strategy.callback.round = round_
-
     # The run gets further than its checkpoint: clients remember round 2.
     keys = base(name_of(played)) | {"run.checkpoint-every": 1}
-    rest = play(keys, folder=tmp_path, until=2, prepare=checkpoint)
+    rest = play(keys, folder=tmp_path, until=2, prepare=snapshot_of(1, arrays))
     again = REGISTRY[name_of(played)](ServerContext(played.layout, rest.strategy.settings, folder=tmp_path))
     again.load_state_dict(1, arrays)
     finished = Played(again, played.runtime, rest.grid)
