@@ -20,6 +20,7 @@ from ssfl_app.runtime import get_runtime
 from ssfl_app.sparsity.values import PayloadError
 from tests.in_process_grid import (
     SMALL,
+    WHOLE,
     DeploymentGrid,
     Fault,
     Played,
@@ -31,7 +32,9 @@ from tests.in_process_grid import (
     tamper,
 )
 
-ONE: Flat = {"run.rounds": 1, "run.clients": 4, "run.cohort": 4, "strategy": "fedavg"}
+pytestmark = pytest.mark.narrow
+
+ONE: Flat = {"run.rounds": 1, "run.clients": 4, "run.cohort": 4, "strategy": "fedavg", **WHOLE}
 
 
 @pytest.fixture(autouse=True)
