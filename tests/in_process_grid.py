@@ -132,7 +132,7 @@ class ScriptedGrid(InlineGrid):
         )
 
     def work(self, message: Message) -> Message:
-        """Answer as the client does; what one answered before to the same message in the same state is not made again.
+        """Answer as the client does; what it answered before to the same message in the same state is not made again.
 
         A client whose state lies in files always works.
         """
@@ -292,7 +292,7 @@ def play(
 
 @dataclass
 class Memo:
-    """Runs that were played and answers that clients gave already; switched off for tests that change code under them.
+    """Runs and clients' answers that were made already; switched off for tests that change the code under them.
 
     `images` are keys of the data that runs of the present module are played on. `answers` are an answer's content and
     the client's state behind it, by digest of the message, the client's number, its state and the configuration.
