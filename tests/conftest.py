@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -60,6 +61,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def installation_is_checked_once() -> Iterator[None]:
+    """Let the command line look once at what is installed: that takes 0.1 s, and tests call it 500 times."""
+    from ssfl_app.cli import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "check_installed", functools.cache(main.check_installed))
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
     """Play the runs of a module that is marked `few` on every second digit, of `narrow` with `narrow_cnn` too."""
@@ -73,6 +84,7 @@ def small_runs(request: pytest.FixtureRequest) -> Iterator[None]:
             # The names of models are fixed where the options are defined, so that this one has the wide one's name.
             patch.setitem(models.REGISTRY, "cnn", models.of_images(narrow_cnn))
             patch.setattr(MEMO, "runs", {})
+            patch.setattr(MEMO, "answers", {})
             runtime._open.cache_clear()
         yield
     if "narrow" in marks:

@@ -20,6 +20,7 @@ from ssfl_app.runtime import get_runtime
 from ssfl_app.sparsity.values import PayloadError
 from tests.in_process_grid import (
     SMALL,
+    WHOLE,
     DeploymentGrid,
     Fault,
     Played,
@@ -31,7 +32,9 @@ from tests.in_process_grid import (
     tamper,
 )
 
-ONE: Flat = {"run.rounds": 1, "run.clients": 4, "run.cohort": 4, "strategy": "fedavg"}
+pytestmark = pytest.mark.narrow
+
+ONE: Flat = {"run.rounds": 1, "run.clients": 4, "run.cohort": 4, "strategy": "fedavg", **WHOLE}
 
 
 @pytest.fixture(autouse=True)
@@ -323,7 +326,7 @@ class MovingGrid(DeploymentGrid):
 
 @pytest.fixture
 def moved() -> Any:
-    keys: Flat = {"run.rounds": 2, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 2}
+    keys: Flat = {"run.rounds": 2, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 2, **WHOLE}
 
     def run(moves: dict[int, tuple[int, int, Flat]], **options: Any) -> Played:
         return play(keys, grid=MovingGrid(merge(SMALL, keys), moves, **options))
@@ -376,7 +379,7 @@ class Theft(MovingGrid):
 
 def test_much_noise_leaves_who_takes_a_place_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "MOST_WARNINGS", 2)
-    keys: Flat = {"run.rounds": 3, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 3}
+    keys: Flat = {"run.rounds": 3, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 3, **WHOLE}
     theft = Theft(merge(SMALL, keys))
     told: list[str] = []
 
@@ -395,7 +398,7 @@ def test_much_noise_leaves_who_takes_a_place_told(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("is_bound", [False, True])
 def test_a_node_that_is_back_has_its_place_whoever_took_it(is_bound: bool) -> None:
-    keys: Flat = {"run.rounds": 3, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 3}
+    keys: Flat = {"run.rounds": 3, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 3, **WHOLE}
     theft = Theft(merge(SMALL, keys))
     told: list[str] = []
 
@@ -423,7 +426,7 @@ def test_a_node_that_is_back_has_its_place_whoever_took_it(is_bound: bool) -> No
 
 def test_a_place_that_is_bound_anew_in_a_run_is_not_given_back() -> None:
     """The operator registers another key for client 1: the old one, should it come back, has lost its place."""
-    keys: Flat = {"run.rounds": 3, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 3}
+    keys: Flat = {"run.rounds": 3, "run.clients": 4, "run.cohort": 4, "run.evaluate-every": 3, **WHOLE}
     theft = Theft(merge(SMALL, keys))
 
     def prepare(strategy: SparseStrategy) -> None:

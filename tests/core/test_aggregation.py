@@ -12,7 +12,7 @@ from ssfl_app.config import Flat, merge
 from ssfl_app.strategies import REGISTRY
 from tests.in_process_grid import SMALL, ScriptedGrid, play
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 KEYS: Flat = {
     "run.rounds": 1,

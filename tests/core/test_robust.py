@@ -35,7 +35,7 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
 from tests.in_process_grid import answer_error, play, tamper
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 VALUE = st.floats(-1000, 1000, width=32)
 VECTORS = st.integers(1, 12).flatmap(
@@ -224,9 +224,9 @@ EIGHT = {"run.clients": 8, "run.cohort": 8, "run.rounds": 1, "local.epochs": 1}
 
 
 def lying_scores(payload: Payload) -> Payload:
-    """All that counts is in the first three layers: the last one, 1,280 weights, is to die."""
+    """All that counts is in the first three layers: the last one, 640 weights, is to die."""
     values = np.full_like(payload.arrays["values"], 32768)
-    values[-1280:] = 0
+    values[-640:] = 0
     return Payload({**payload.arrays, "values": values}, payload.metadata)
 
 

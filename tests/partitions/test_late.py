@@ -7,7 +7,7 @@ from ssfl_app.config import Flat
 from ssfl_app.options import ConfigError
 from tests.in_process_grid import play
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 SHIFT: Flat = {"shift.round": 3, "shift.clients": 2, "shift.classes": 3, "run.rounds": 4, "run.cohort": 3}
 

@@ -1,5 +1,6 @@
 """SSFL in the place of FedAvg, over an ordinary Flower app that knows nothing of masks: laws of the server's half."""
 
+import functools
 import logging
 import random
 import subprocess
@@ -417,10 +418,16 @@ BAD: dict[str, tuple[Fault, str]] = {
 }
 
 
+@functools.cache
+def without_a_node() -> tuple[SSFL, Result]:
+    """Return the run in which that node's reply is lost; nobody changes it."""
+    return play(grid=ForeignGrid(foreign_app(), faults={("train", 2, 1): gone}))
+
+
 @pytest.mark.parametrize("what", list(BAD))
 def test_a_bad_reply_is_refused_by_node_and_reason_and_changes_nothing(what: str) -> None:
     fault, reason = BAD[what]
-    without, left_out = play(grid=ForeignGrid(foreign_app(), faults={("train", 2, 1): gone}))
+    without, left_out = without_a_node()
     strategy, result = play(grid=ForeignGrid(foreign_app(), faults={("train", 2, 1): fault}))
     assert list(strategy.history[2]["refused"]) == ["1001"]
     assert reason in strategy.history[2]["refused"]["1001"]

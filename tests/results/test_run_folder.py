@@ -1,6 +1,9 @@
 """`ssfl run --engine inline`: the run folder, resuming, exit codes, and one line for every kind of bad input."""
 
+import contextlib
+import io
 import json
+import shutil
 import signal
 import sys
 import tomllib
@@ -20,7 +23,22 @@ from tests.in_process_grid import SMALL
 
 Run = Callable[..., tuple[int, str, str]]
 
-KEYS = " ".join(f"{key}={value}" for key, value in SMALL.items()) + " run.evaluate-every=2 run.checkpoint-every=1"
+KEYS = " ".join(f"{key}={value}" for key, value in SMALL.items())
+KEYS += " data.name='few-digits' run.evaluate-every=2 run.checkpoint-every=1"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return the folder of a finished run, which the run chose itself, and what was said; tests change copies."""
+    stands, said, before = tmp_path_factory.mktemp("whole"), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(stands)
+        patch.setattr(sys, "argv", ["ssfl", "run", "--engine", "inline", "-c", KEYS])
+        with contextlib.suppress(SystemExit):
+            main()
+    signal.signal(signal.SIGTERM, before)
+    (folder,) = (stands / "runs").iterdir()
+    return folder, said.getvalue()
 
 
 @pytest.fixture
@@ -47,11 +65,9 @@ def summary(folder: Path) -> dict[str, object]:
     return dict(json.loads((folder / "summary.json").read_text()))
 
 
-def test_a_run_leaves_all_its_files_where_the_user_stands(ssfl: Run, tmp_path: Path) -> None:
-    code, out, _ = ssfl("run", "--engine", "inline", "-c", KEYS)
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert code == 0
-    assert folder.name.endswith("-ssfl-digits")
+def test_a_run_leaves_all_its_files_where_the_user_stands(whole: tuple[Path, str]) -> None:
+    folder, out = whole
+    assert folder.name.endswith("-ssfl-few-digits")
     for name in [
         "config.toml",
         "environment.json",
@@ -81,9 +97,8 @@ def test_a_run_leaves_all_its_files_where_the_user_stands(ssfl: Run, tmp_path: P
 
 
 def test_a_run_that_broke_off_resumes_to_the_same_bits(
-    ssfl: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ssfl: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, str]
 ) -> None:
-    assert ssfl("run", "--engine", "inline", "-c", KEYS, "--out", "whole")[0] == 0
     work = in_process.InlineGrid._answer
     left = 21  # messages until the disk is full: 6 hello, 6 saliency, 4 in round 1; then round 2 has 4 + 6
 
@@ -107,18 +122,18 @@ def test_a_run_that_broke_off_resumes_to_the_same_bits(
     code, out, _ = ssfl("run", "--engine", "inline", "--resume", "broken")
     assert code == 0
     assert "resuming after round 1" in out
-    assert summary(tmp_path / "broken")["model_sha256"] == summary(tmp_path / "whole")["model_sha256"]
+    assert summary(tmp_path / "broken")["model_sha256"] == summary(whole[0])["model_sha256"]
 
-    def metrics(name: str) -> list[tuple[object, ...]]:
-        lines = (tmp_path / name / "rounds.jsonl").read_text().splitlines()
+    def metrics(folder: Path) -> list[tuple[object, ...]]:
+        lines = (folder / "rounds.jsonl").read_text().splitlines()
         keys = ("round", "cohort", "train_loss", "central_accuracy", "local_accuracy_mean", "bytes_train_down")
         return [tuple(json.loads(line).get(key) for key in keys) for line in lines]
 
-    assert metrics("broken") == metrics("whole")
+    assert metrics(tmp_path / "broken") == metrics(whole[0])
 
 
 def test_too_few_good_replies_end_with_exit_code_1_and_an_intact_checkpoint(
-    ssfl: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ssfl: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, str]
 ) -> None:
     from ssfl_app.training.trainer import LocalTrainer
 
@@ -140,8 +155,7 @@ def test_too_few_good_replies_end_with_exit_code_1_and_an_intact_checkpoint(
     assert "training in round 2: 0 of 4 clients answered well" in err
     assert "raised: ValueError: the scanner is offline" in err
     assert ssfl("run", "--engine", "inline", "--resume", "run")[0] == 0
-    assert ssfl("run", "--engine", "inline", "-c", KEYS, "--out", "whole")[0] == 0
-    assert summary(tmp_path / "run")["model_sha256"] == summary(tmp_path / "whole")["model_sha256"]
+    assert summary(tmp_path / "run")["model_sha256"] == summary(whole[0])["model_sha256"]
 
 
 NORM = "model.name='resnet18' model.norm='batch'"
@@ -237,8 +251,8 @@ def test_every_command_of_one_configuration_says_what_a_sweep_file_is_for(ssfl: 
         assert (code, err) == (2, said)
 
 
-def test_a_run_resumes_with_its_own_configuration_only(ssfl: Run, tmp_path: Path) -> None:
-    assert ssfl("run", "--engine", "inline", "-c", KEYS, "--out", "run")[0] == 0
+def test_a_run_resumes_with_its_own_configuration_only(ssfl: Run, tmp_path: Path, whole: tuple[Path, str]) -> None:
+    shutil.copytree(whole[0], "run")
     code, _, err = ssfl("run", "--engine", "inline", "--resume", "run", "-c", "mask.density=0.3")
     assert code == 2
     assert "mask.density is 0.3; that run was started with 0.2" in err
@@ -249,9 +263,9 @@ def test_a_run_resumes_with_its_own_configuration_only(ssfl: Run, tmp_path: Path
 
 
 def test_a_run_of_a_version_with_fewer_keys_goes_on_when_the_line_that_is_said_is_added(
-    ssfl: Run, tmp_path: Path
+    ssfl: Run, tmp_path: Path, whole: tuple[Path, str]
 ) -> None:
-    assert ssfl("run", "-c", KEYS, "--out", "r1")[0] == 0
+    shutil.copytree(whole[0], "r1")
     before = summary(tmp_path / "r1")["model_sha256"]
     file, checkpoint = tmp_path / "r1" / "config.toml", checkpoint_of(tmp_path / "r1")
     metadata, arrays = read_sealed(checkpoint)
@@ -281,10 +295,10 @@ def test_a_config_file_and_nodes_set_keys_and_overrides_win(ssfl: Run, tmp_path:
     assert (made["strategy"], made["clients"], made["alive"]) == ("random", 4, 151072 // 2)
 
 
-def test_report_and_partition_commands(ssfl: Run, tmp_path: Path) -> None:
-    for strategy in ("ssfl", "random"):
-        words = ("run", "--engine", "inline", "-c", f"{KEYS} run.rounds=1 strategy='{strategy}'", "--out", strategy)
-        assert ssfl(*words)[0] == 0
+def test_report_and_partition_commands(ssfl: Run, tmp_path: Path, whole: tuple[Path, str]) -> None:
+    shutil.copytree(whole[0], "ssfl")
+    words = ("run", "--engine", "inline", "-c", f"{KEYS} run.rounds=1 strategy='random'", "--out", "random")
+    assert ssfl(*words)[0] == 0
     code, out, _ = ssfl("report", "ssfl", "random")
     assert code == 0
     assert "random" in out

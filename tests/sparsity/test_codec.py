@@ -74,7 +74,7 @@ def test_what_is_encoded_is_decoded_bit_for_bit(name, world):
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("values", VALUE_TYPES)
 @given(worlds())
-@law
+@settings(law, max_examples=20)  # of each of 20 pairs
 def test_what_is_encoded_is_allowed(name, values, world):
     """Whoever reads it says beforehand which arrays it may have, of which type and how long."""
     layout, state, mask = world

@@ -20,9 +20,9 @@ from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import BLOCK, PayloadError, read_values, write_values
 from ssfl_app.strategies import REGISTRY
-from tests.in_process_grid import SMALL, Played, play
+from tests.in_process_grid import SMALL, Played, play, snapshot_of
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 LOSSY = ("fp16", "bf16", "int8")
 law = settings(deadline=None, derandomize=True, max_examples=60)
@@ -122,9 +122,8 @@ def test_a_run_whose_values_are_rounded_goes_on_to_the_same_bits(
 
     keys = {"strategy": strategy, "run.checkpoint-every": 1} | INT8 | more
     whole = play(keys)
-    half = play(keys, folder=tmp_path, until=1)
-    arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
-    rest = play(keys, folder=tmp_path, until=2)
+    arrays: dict[str, Any] = {}
+    rest = play(keys, folder=tmp_path, until=2, prepare=snapshot_of(1, arrays))
     again = REGISTRY[strategy](ServerContext(whole.layout, rest.strategy.settings, folder=tmp_path))
     again.load_state_dict(1, arrays)
     finished = Played(again, whole.runtime, rest.grid)

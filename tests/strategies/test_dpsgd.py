@@ -19,7 +19,7 @@ from ssfl_app.strategies.dpsgd import Dpsgd
 from ssfl_app.strategies.shared.gossip import neighbours
 from tests.in_process_grid import SMALL, Fault, Played, Where, aggregate, answer_error, play, tamper
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 BASE: Flat = {"strategy": "dpsgd", "local.batch-size": 64, "run.evaluate-every": 3}
 RING: Flat = BASE | {"gossip.topology": "ring"}

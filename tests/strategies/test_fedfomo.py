@@ -19,7 +19,7 @@ from ssfl_app.strategies.fedfomo import FedFomo, mixed, weight
 from ssfl_app.strategies.shared.fine_tuning import held_out
 from tests.in_process_grid import SMALL, WHOLE, Fault, Played, answer_error, play, tamper
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 BASE: Flat = {"strategy": "fedfomo", "local.batch-size": 64, "run.evaluate-every": 3, "fedfomo.peers": 2}
 PATHOLOGICAL: Flat = {"partition.name": "pathological", "run.clients": 10, "fedfomo.peers": 9}

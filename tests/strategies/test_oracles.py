@@ -16,7 +16,7 @@ from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues
 from tests import oracles
 from tests.in_process_grid import Played, play
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 
 def close(ours: oracles.State, theirs: oracles.State, atol: float = 1e-6) -> None:

@@ -27,7 +27,7 @@ from ssfl_app.simulation.command import RunArgs
 from ssfl_app.simulation.in_process import InlineGrid, clients_at_once, run_inline
 from ssfl_app.simulation.resolve import resolve
 from ssfl_app.simulation.worker_pool import pool
-from tests.in_process_grid import SMALL, play
+from tests.in_process_grid import FEW, SMALL, play
 
 
 def echo(work):
@@ -67,7 +67,7 @@ def grid(request):
 def test_clients_at_once_give_the_bits_of_one_after_the_other(tmp_path, strategy):
     runs = []
     for concurrent in (1, 4):
-        keys = {"strategy": strategy, "run.rounds": 2, "local.batch-size": 64}
+        keys = {"strategy": strategy, "run.rounds": 2, "local.batch-size": 64, **FEW}
         nodes = {1000 + i: i for i in range(SMALL["run.clients"])}
         grid = InlineGrid(client_app.app, merge(SMALL, keys), nodes, concurrent=concurrent)
         runs.append(play(keys, grid=grid, folder=tmp_path / str(concurrent)))
@@ -340,7 +340,7 @@ def test_the_engine_ends_its_threads_with_the_run():
 
 @pytest.mark.parametrize("strategy", ["ssfl", "ditto"])
 def test_processes_give_the_bits_of_one_client_after_the_other(tmp_path, strategy):
-    keys = {"strategy": strategy, "run.rounds": 2, "local.batch-size": 64}
+    keys = {"strategy": strategy, "run.rounds": 2, "local.batch-size": 64, **FEW}
     alone = play(keys)
     nodes, config = {1000 + i: i for i in range(SMALL["run.clients"])}, merge(SMALL, keys)
     get_runtime(config)

@@ -29,7 +29,7 @@ from tests.in_process_grid import (
     tamper,
 )
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 ONE: Flat = {"run.rounds": 1, "run.clients": 4, "run.cohort": 4}
 

@@ -175,7 +175,7 @@ def test_pictures_of_very_many_clients_are_a_bounded_number_of_shapes(
     healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(healthy, tmp_path / "run"))
-    rows = [{"client": k, "train": [3, k % 7], "test_images": 2, "accuracy": (k % 10) / 10} for k in range(100_000)]
+    rows = [{"client": k, "train": [3, k % 7], "test_images": 2, "accuracy": (k % 10) / 10} for k in range(20_000)]
     (folder / "clients.json").write_text(json.dumps({"class_names": ["cat", "dog"], "clients": rows}))
     assert ssfl_report(folder, capsys)[0] == 0
-    assert (folder / "report.html").stat().st_size < 5_000_000
+    assert (folder / "report.html").stat().st_size < 1_000_000

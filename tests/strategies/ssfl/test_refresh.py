@@ -14,11 +14,11 @@ from ssfl_app.strategies.shared.scoring import SsflOptions
 from ssfl_app.strategies.ssfl.refresh import MaskRefresh, reveal_dead_weights
 from tests.in_process_grid import Played, play
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 SHIFT: Flat = {"shift.round": 3, "shift.clients": 2, "shift.classes": 3, "run.rounds": 4, "run.cohort": 3}
 REFRESH: Flat = SHIFT | {"ssfl.refresh": "scheduled", "ssfl.refresh-round": 3}
-BITMAP = -(-151072 // 8)
+BITMAP = -(-38160 // 8)
 
 
 def options(**changes: object) -> SsflOptions:
@@ -51,7 +51,7 @@ class TestWarmup:
         # The question takes the dense weights along: nobody can make them from the seed any more.
         assert second["setup_asked"] == list(range(6))
         assert second["bytes_discovery_down"] == 6 * dense
-        assert second["bytes_discovery_up"] == 6 * 4 * 151072
+        assert second["bytes_discovery_up"] == 6 * 4 * 38160
         assert second["bytes_mask_down"] == 6 * BITMAP
         assert third["bytes_train_up"] == 4 * sparse
         assert "setup_asked" not in third
@@ -82,11 +82,11 @@ class TestRefresh:
         asked = [record.get("setup_asked") for record in played.records]
         assert asked == [None, None, None, list(range(6)), None]
         record, mask = played.records[3], played.strategy.mask
-        alive = 4 * (mask.count + played.layout.size - 151072)
+        alive = 4 * (mask.count + played.layout.size - 38160)
         assert record["bytes_discovery_down"] == 6 * (alive + BITMAP)
-        assert record["bytes_discovery_up"] == 6 * 4 * 151072
+        assert record["bytes_discovery_up"] == 6 * 4 * 38160
         assert 0 < record["mask_distance"] < 1
-        assert mask.count == int(0.2 * 151072)
+        assert mask.count == int(0.2 * 38160)
 
     def test_the_new_mask_sees_the_new_clients(self) -> None:
         played = play(REFRESH | {"run.rounds": 3})
@@ -128,7 +128,7 @@ class TestRefresh:
         odd = play(REFRESH)
         assert odd.bits() == plain.bits()
         more = odd.records[3]["bytes_discovery_down"] - plain.records[3]["bytes_discovery_down"]
-        alive = 4 * (odd.strategy.mask.count + odd.layout.size - 151072)
+        alive = 4 * (odd.strategy.mask.count + odd.layout.size - 38160)
         dense = nbytes(Dense().encode(odd.layout, odd.strategy.state, Mask.dense(odd.layout)))
         assert more == alive + BITMAP + dense
 

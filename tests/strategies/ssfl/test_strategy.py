@@ -9,7 +9,7 @@ from ssfl_app.config import Flat
 from ssfl_app.sparsity.mask import Mask
 from tests.in_process_grid import Played, play
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 ONE: Flat = {"run.rounds": 1, "run.evaluate-every": 1}
 
@@ -53,8 +53,8 @@ def test_ssfl_ranks_all_layers_together_unless_told_otherwise() -> None:
 
 def test_a_floor_keeps_weights_in_each_layer_and_the_total() -> None:
     low = mask(strategy="ssfl", mask__density=0.02)
-    floored = mask(strategy="ssfl", mask__density=0.02, mask__min_per_layer=260)
-    assert min(per_layer(low)) < 260 <= min(per_layer(floored))
+    floored = mask(strategy="ssfl", mask__density=0.02, mask__min_per_layer=130)
+    assert min(per_layer(low)) < 130 <= min(per_layer(floored))
     assert low.count == floored.count
 
 
@@ -81,9 +81,9 @@ def test_weighting_by_samples_and_uniform_differ_where_clients_do() -> None:
 
 def test_a_training_round_carries_the_alive_values_and_the_dense_remainder_and_nothing_else() -> None:
     run = played(strategy="ssfl")
-    # 0.2 * 151,072 prunable weights are alive; 330 biases and norm weights are dense. Four clients train.
-    assert run.records[1]["bytes_train_down"] == run.records[1]["bytes_train_up"] == 4 * 4 * (30214 + 330)
-    assert run.records[1]["bytes_mask_down"] == 6 * 18884
+    # 0.2 * 38,160 prunable weights are alive; 170 biases and norm weights are dense. Four clients train.
+    assert run.records[1]["bytes_train_down"] == run.records[1]["bytes_train_up"] == 4 * 4 * (7632 + 170)
+    assert run.records[1]["bytes_mask_down"] == 6 * 4770
 
 
 def test_the_mask_is_found_before_round_1_and_kept() -> None:
