@@ -1,4 +1,4 @@
-"""Plays an example app in this process, without Flower's: ``python -m tests.play_example FOLDER NODES [key=value ...]``.
+"""Plays an example app in this process, without Flower's: ``python -m tests.play_example FOLDER NODES [key=value]``.
 
 What it prints and logs is what it prints and logs under ``flwr run``.
 """

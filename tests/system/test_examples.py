@@ -25,8 +25,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BIN = Path(sys.executable).parent
 SECONDS = 300
-NODES = 2
-FEDERATION = f"num-supernodes={NODES} client-resources-num-cpus=1 init-args-num-cpus=1"  # one actor
+FEDERATION = "client-resources-num-cpus=1 init-args-num-cpus=1"  # one actor
 
 # The CNN of the examples: 38,160 conv and linear weights, 122 biases, in 8 tensors.
 PRUNABLE, REST, TENSORS = 38_160, 122, 8
@@ -86,9 +85,10 @@ def answers(port: str) -> bool:
         return False
 
 
-def flwr_run(superlink: tuple[Path, dict[str, str]], app: str, rounds: int) -> Run:
+def flwr_run(superlink: tuple[Path, dict[str, str]], app: str, rounds: int, nodes: int = 2) -> Run:
     folder, environment = superlink
-    command = [str(BIN / "flwr"), "run", str(EXAMPLES / app), "--stream", "--federation-config", FEDERATION]
+    command = [str(BIN / "flwr"), "run", str(EXAMPLES / app), "--stream"]
+    command += ["--federation-config", f"num-supernodes={nodes} {FEDERATION}"]
     command += ["-c", f"num-server-rounds={rounds}"]
     for _ in range(4):
         done = subprocess.run(
@@ -100,13 +100,13 @@ def flwr_run(superlink: tuple[Path, dict[str, str]], app: str, rounds: int) -> R
     return logged(told, rounds)
 
 
-def played(app: str, rounds: int) -> Run:
+def played(app: str, rounds: int, nodes: int = 2) -> Run:
     words = [
         sys.executable,
         "-m",
         "tests.play_example",
         str(EXAMPLES / app),
-        str(NODES),
+        str(nodes),
         f"num-server-rounds={rounds}",
     ]
     done = subprocess.run(words, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=SECONDS, check=False)
@@ -151,13 +151,13 @@ def test_three_lines_send_a_tenth_of_the_weights_and_still_learn(
 
 def test_a_quarter_of_the_adapters_travels_and_they_still_learn(superlink: tuple[Path, dict[str, str]]) -> None:
     """LoRA, peft and HF Trainer, as Flower's flowertune apps have them."""
-    before = played("lora/before", 1)
+    before = played("lora/before", 1, nodes=3)
     adapters, tensors, name = 3072, 12, len("values")
     (down,) = before.received
     assert 4 * adapters < down < 4 * adapters + tensors * 250
     assert before.sent - {0} == {down}
 
-    after = flwr_run(superlink, "lora/after", 3)
+    after = flwr_run(superlink, "lora/after", 3, nodes=3)
     assert after.sent - {0} == {4 * adapters + name, adapters + name}
     assert min(after.received) == adapters + name
     assert after.told[-1] < 0.95 * before.told[0], (before.told, after.told)
