@@ -36,12 +36,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
             yield made
 
 
-def test_the_bits_of_the_simulation_and_the_bytes_that_flower_counts_with_a_thief_beside(
+def test_a_registered_node_that_claims_anothers_place_is_set_aside_and_the_run_goes_on(
     place: Field, tmp_path: Path
 ) -> None:
-    """A registered node that claims another's place is set aside, and the run goes on as if it were not there.
+    """It goes on to the bits of the simulation and costs the bytes that Flower counts, as if no thief were there.
 
-    It comes through the front, as every node here; its key is registered beside those of the federation.
+    The thief comes through the front, as every node here; its key is registered beside those of the federation.
     """
     home = credentials.make_node(tmp_path, "thief")
     shutil.copy(place.folder / "superlink" / "ca.crt", home)
