@@ -17,8 +17,11 @@ import rich.console
 
 from ssfl_app import server_app
 from ssfl_app.cli.main import main as cli
+from ssfl_app.data.readers import READERS
 from ssfl_app.simulation import command
 from ssfl_app.simulation import in_process as inline
+from ssfl_app.training import models
+from tests.conftest import few_digits, narrow_cnn
 
 IMPORTED = (
     jinja2,
@@ -90,6 +93,7 @@ def try_one(n: int, stays: bool, work: Path, new: list[str]) -> dict[str, object
 
 
 def main() -> None:
+    READERS["digits"], models.REGISTRY["cnn"] = few_digits, narrow_cnn
     work, n, stride = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     new = ["run", "--engine", "inline", "-c", sys.argv[4], "--out"]
     if child([*new, str(work / "whole")], work / "said") != 0:

@@ -6,13 +6,15 @@ import shutil
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from benchmarks.drills.field import KEYS, Field, federation, inline, ssfl, until
+from benchmarks.drills import field
+from benchmarks.drills.field import Field, inline, ssfl, until
 from ssfl_app.deployment import credentials
 from ssfl_app.deployment.control import control, nodes
 from ssfl_app.deployment.services import node_service
@@ -22,20 +24,43 @@ from tests.deployment.test_front import TRICKY
 pytestmark = pytest.mark.slow
 
 SECONDS = 240
+SITES = {"run__clients": 2, "run__cohort": 2}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
-    """Bring three authenticated SuperNodes up; when they are down again no process is left."""
-    with federation(tmp_path_factory.mktemp("place")) as made:
-        yield made
+    """Bring two authenticated SuperNodes up; when they are down again no process is left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(field, "NODES", SITES["run__clients"])  # a message to a node is a process that loads torch
+        with field.federation(tmp_path_factory.mktemp("place")) as made:
+            yield made
 
 
-def test_the_bits_of_the_simulation_and_the_bytes_that_flower_counts(place: Field, tmp_path: Path) -> None:
-    run = place.start(tmp_path / "run", run__rounds=2, run__evaluate_every=2)
-    code, errors = run.end()
+def test_a_registered_node_that_claims_anothers_place_is_set_aside_and_the_run_goes_on(
+    place: Field, tmp_path: Path
+) -> None:
+    """It goes on to the bits of the simulation and costs the bytes that Flower counts, as if no thief were there.
+
+    The thief comes through the front, as every node here; its key is registered beside those of the federation.
+    """
+    home = credentials.make_node(tmp_path, "thief")
+    shutil.copy(place.folder / "superlink" / "ca.crt", home)
+    thief = control(place.federation, "supernode", "register", str(home / "key.pub"))["node-id"]
+    service = node_service(home, place.federation.address, "partition-id=0 num-partitions=2", free_port())
+    service.start()
+    assert service.process is not None
+    keys = SITES | {"run__rounds": 2, "run__evaluate_every": 2}
+    try:
+        while [node["status"] for node in nodes(place.federation)].count("online") <= len(place.federation.nodes):
+            assert service.process.poll() is None
+            time.sleep(2)
+        run = place.start(tmp_path / "run", **keys)
+        same = inline(tmp_path / "inline", **keys)
+        code, errors = run.end()
+    finally:
+        end(service.process)
+        control(place.federation, "supernode", "unregister", str(thief))
     assert code == 0, errors
-    same = inline(tmp_path / "inline", run__rounds=2, run__evaluate_every=2)
     summary = run.summary
     assert summary["engine"] == "deployment"
     assert summary["model_sha256"] == same["model_sha256"]
@@ -47,26 +72,41 @@ def test_the_bits_of_the_simulation_and_the_bytes_that_flower_counts(place: Fiel
     counted = control(place.federation, "ls")["runs"][0]["network-traffic"]
     assert up < counted["inbound-bytes"] < 1.02 * up
     assert down < counted["outbound-bytes"] < 1.02 * down
+    assert summary["lost_replies"] == summary["refused_replies"] == 0
+    said = (run.folder / "console.log").read_text()
+    registered = json.loads(place.federation.registered.read_text())["numbers"]["0"]
+    words = f"node {thief} is set aside: says that it is client 0, whose key is that of node {registered}"
+    assert words in said or str(thief) not in said  # the run does not wait for one that answers last
+    assert (run.folder / "rounds.jsonl").stat().st_mode & 0o077 == 0
 
 
 def test_a_node_that_is_killed_comes_back_and_costs_numbers_in_the_table(place: Field, tmp_path: Path) -> None:
-    run = place.start(tmp_path / "run", run__rounds=6, run__evaluate_every=6, run__round_timeout=60.0)
-    run.wait_for("round 1/")
+    keys = SITES | {"run__rounds": 3, "run__evaluate_every": 3, "partition__name": "iid", "local__epochs": 5}
+    run = place.start(tmp_path / "run", **keys)
+    until("the mask is found", lambda: run.records)
     place.client_app("node-1")
     place.service("node-1").kill()
+    killed = time.monotonic()
+    # Flower takes a node back a minute after it was killed: the other one holds a round up until it is there.
+    until("the round without it is over", lambda: len(run.records) == 2)
+    other = place.client_app("node-0")
+    other.suspend()
+    time.sleep(max(0.0, killed + 60 - time.monotonic()))
+    place.nodes_online()
+    other.resume()
     code, errors = run.end()
     assert code == 0, errors
     records, summary = run.records, run.summary
     lost = [record["round"] for record in records if "1" in record.get("lost", {})]
-    assert lost == list(range(2, 2 + len(lost)))  # from the round in which it was killed until it was back
+    assert lost == list(range(1, 1 + len(lost)))  # from the round in which it was killed until it was back
     assert lost
-    assert 6 not in lost  # Flower takes a node back a minute after it was killed
+    assert 3 not in lost
     assert summary["lost_replies"] == len(lost) + sum(len(record.get("evaluate_lost", {})) for record in records)
     assert summary["refused_replies"] == 0
     assert all(set(record["lost"]) <= {"1"} for record in records)
     values = 4 * (summary["alive"] + summary["parameters"] - summary["prunable"])
     assert summary["bytes_train_up"] == values * sum(len(record["ok"]) for record in records if record["round"])
-    assert max(record["seconds"] for record in records) < 60 + 90
+    assert max(record["seconds"] for record in records) < 90 + 60
     assert summary["central_accuracy"] > 0.9
     restarts = json.loads(place.federation.state.read_text())["services"]["node-1"]["restarts"]
     assert restarts >= 1
@@ -74,7 +114,7 @@ def test_a_node_that_is_killed_comes_back_and_costs_numbers_in_the_table(place: 
 
 def test_a_federation_that_is_up_is_not_started_twice_and_says_who_is_online(place: Field) -> None:
     twice = subprocess.run(
-        ssfl("federation", "up", "--nodes", "3", "--dir", str(place.folder)),
+        ssfl("federation", "up", "--nodes", "2", "--dir", str(place.folder)),
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -91,7 +131,7 @@ def test_a_federation_that_is_up_is_not_started_twice_and_says_who_is_online(pla
         check=False,
     )
     assert status.returncode == 0, status.stdout
-    assert status.stdout.count("online") == len(place.federation.nodes) == KEYS["run.clients"]
+    assert status.stdout.count("online") == len(place.federation.nodes) == SITES["run__clients"]
 
 
 def test_a_node_with_all_its_credentials_controls_nothing(place: Field, tmp_path: Path) -> None:
@@ -122,34 +162,7 @@ def test_a_node_with_all_its_credentials_controls_nothing(place: Field, tmp_path
         assert front.getresponse().status in (400, 404), target
         front.close()
     assert len(control(place.federation, "ls")["runs"]) == runs
-    for name in ("superlink", "node-0", "node-1", "node-2"):
+    for name in ("superlink", "node-0", "node-1"):
         for process in [place.service(name), *place.service(name).children(recursive=True)]:
             listening = [c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
             assert set(listening) <= {"127.0.0.1"}, process.cmdline()
-
-
-def test_a_registered_node_that_claims_anothers_place_is_set_aside_and_the_run_goes_on(
-    place: Field, tmp_path: Path
-) -> None:
-    """Through the front, as every run here; its key is registered beside those of the federation."""
-    home = credentials.make_node(tmp_path, "thief")
-    shutil.copy(place.folder / "superlink" / "ca.crt", home)
-    thief = control(place.federation, "supernode", "register", str(home / "key.pub"))["node-id"]
-    service = node_service(home, place.federation.address, "partition-id=0 num-partitions=3", free_port())
-    service.start()
-    assert service.process is not None
-    try:
-        seen = lambda: {node["node-id"]: node["status"] for node in nodes(place.federation)}  # noqa: E731
-        until("all are online", lambda: list(seen().values()).count("online") == len(place.federation.nodes) + 1)
-        run = place.start(tmp_path / "run", run__rounds=1, run__evaluate_every=1)
-        code, errors = run.end()
-        assert code == 0, errors
-        assert run.summary["lost_replies"] == run.summary["refused_replies"] == 0
-        said = (run.folder / "console.log").read_text()
-        registered = json.loads(place.federation.registered.read_text())["numbers"]["0"]
-        words = f"node {thief} is set aside: says that it is client 0, whose key is that of node {registered}"
-        assert words in said or str(thief) not in said  # the run does not wait for one that answers last
-        assert (run.folder / "rounds.jsonl").stat().st_mode & 0o077 == 0
-    finally:
-        end(service.process)
-        control(place.federation, "supernode", "unregister", str(thief))

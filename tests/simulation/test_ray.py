@@ -17,12 +17,13 @@ import psutil
 import pytest
 
 from tests.in_process_grid import SMALL
+from tests.system.test_surroundings import DEAD, NOTEBOOK
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-KEYS = " ".join(f"{key}={value}" for key, value in SMALL.items()) + " run.checkpoint-every=1"
+KEYS = " ".join(f"{key}={value}" for key, value in SMALL.items()) + " run.checkpoint-every=1 engine.actors=1"
 SECONDS = 240
 
 
@@ -57,20 +58,39 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("actors", [1, 2])
-def test_ray_gives_the_digits_of_the_in_process_engine(
-    actors: int, inline: dict[str, object], tmp_path: Path
+def test_ray_behind_a_proxy_with_a_long_tmpdir_gives_the_digits_of_the_in_process_engine(
+    inline: dict[str, object], tmp_path: Path
 ) -> None:
-    """However many actors share the clients; plain `flwr run`, below, gives them once more."""
-    ray = ssfl(tmp_path / "run", f"{KEYS} engine.actors={actors}")
+    """However many actors share the clients, one here; plain `flwr run`, below, gives them once more."""
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    proxies = {"http_proxy": DEAD, "HTTPS_PROXY": DEAD, "ALL_PROXY": "socks5://127.0.0.1:9"}
+    ray = ssfl(tmp_path / "größe", **proxies, **NOTEBOOK, TMPDIR=str(deep))
     assert ray.pop("engine") == "ray"
     assert ray == inline
+    assert (tmp_path / "größe" / "report.html").is_file()
+    assert not list(deep.glob("ray*"))
 
 
-def test_personal_models_on_ray_are_those_of_the_in_process_engine(tmp_path: Path) -> None:
-    """Each client's model is a file of the run folder, whoever wrote it: actors, or this process."""
-    keys = f"{KEYS} strategy='ditto'"
-    inline, ray = ssfl(tmp_path / "inline", keys, "inline"), ssfl(tmp_path / "ray", keys)
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """Yield a folder whose name leaves room for a socket's."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_personal_models_on_ray_are_those_of_the_in_process_engine_whatever_others_left(
+    short: Path, tmp_path: Path
+) -> None:
+    """Each client's model is a file of the run folder, whoever wrote it: two actors, or this process.
+
+    Others left a cluster that crashed, by its address file and by the variable of somebody's shell.
+    """
+    (short / "ray").mkdir()
+    (short / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
+    keys = f"{KEYS} engine.actors=2 strategy='ditto'"
+    inline = ssfl(tmp_path / "inline", keys, "inline")
+    ray = ssfl(tmp_path / "ray", keys, RAY_TMPDIR=str(short), RAY_ADDRESS="127.0.0.1:6379")
     assert (inline.pop("engine"), ray.pop("engine")) == ("inline", "ray")
     assert ray == inline
     files = [sorted((tmp_path / name / "clients").glob("client-*/*.safetensors")) for name in ("inline", "ray")]
@@ -79,6 +99,7 @@ def test_personal_models_on_ray_are_those_of_the_in_process_engine(tmp_path: Pat
         file.relative_to(tmp_path / "ray") for file in files[1]
     ]
     assert all(one.read_bytes() == two.read_bytes() for one, two in zip(*files, strict=True))
+    assert sorted(path.name for path in short.rglob("*")) == ["ray", "ray_current_cluster"]
 
 
 def start(
@@ -130,15 +151,9 @@ def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, obje
     assert result(folder)["model"] == inline["model"]
 
 
-@pytest.fixture
-def short() -> Iterator[Path]:
-    """Yield a folder whose name leaves room for a socket's."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        yield Path(folder)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("engine", ["ray", "inline"])
+@pytest.mark.parametrize(
+    ("engine", "number"), [("ray", signal.SIGINT), ("inline", signal.SIGINT), ("inline", signal.SIGHUP)]
+)
 def test_an_interrupted_run_says_so_and_leaves_nothing(engine: str, number: int, short: Path, tmp_path: Path) -> None:
     shared = {*Path("/tmp/ray").glob("session_2*"), *Path("/dev/shm").iterdir()}
     folder = tmp_path / "run"
@@ -156,18 +171,6 @@ def test_an_interrupted_run_says_so_and_leaves_nothing(engine: str, number: int,
     left = {*Path("/tmp/ray").glob("session_2*"), *Path("/dev/shm").iterdir()} - shared
     ours = {str(p.pid) for p in family}  # other runs on this machine leave theirs
     assert not [path for path in left if ours & set(re.split(r"\D+", path.name))]
-
-
-def test_what_others_left_of_ray_is_no_concern_of_a_run(
-    inline: dict[str, object], short: Path, tmp_path: Path
-) -> None:
-    """A cluster that crashed, by its address file and by the variable of somebody's shell."""
-    (short / "ray").mkdir()
-    (short / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
-    others = {"RAY_TMPDIR": str(short), "RAY_ADDRESS": "127.0.0.1:6379"}
-    for name, value in others.items():
-        assert ssfl(tmp_path / name, **{name: value})["model"] == inline["model"]
-    assert sorted(path.name for path in short.rglob("*")) == ["ray", "ray_current_cluster"]
 
 
 def test_ray_that_does_not_start_is_said_by_its_cause(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The example apps, before and after, as a reader would run them: `flwr run` on Ray, bytes counted by Flower.
+"""The example apps, before and after, bytes counted by Flower; those after as a reader would run them, on Ray.
+
+Those before are Flower alone: `tests.play_example` plays them in one process.
 
 What is counted: the bytes of every ArrayRecord that a client receives or sends, as Flower's own `arrays_size_mod`
 logs them. That is the serialised arrays (128 bytes of ``.npy`` header each, for the stock apps) and their names.
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BIN = Path(sys.executable).parent
 SECONDS = 300
-FEDERATION = "num-supernodes=3 client-resources-num-cpus=1"
+FEDERATION = "client-resources-num-cpus=1 init-args-num-cpus=1"  # one actor
 
 # The CNN of the examples: 38,160 conv and linear weights, 122 biases, in 8 tensors.
 PRUNABLE, REST, TENSORS = 38_160, 122, 8
@@ -32,7 +34,7 @@ ALIVE = PRUNABLE // 10
 
 @dataclass
 class Run:
-    """What one `flwr run` logged: bytes of each message's arrays by direction, and accuracy or loss by round."""
+    """What one run logged: bytes of each message's arrays by direction, and accuracy or loss by round."""
 
     received: set[int]
     sent: set[int]
@@ -83,9 +85,10 @@ def answers(port: str) -> bool:
         return False
 
 
-def flwr_run(superlink: tuple[Path, dict[str, str]], app: str, rounds: int) -> Run:
+def flwr_run(superlink: tuple[Path, dict[str, str]], app: str, rounds: int, nodes: int = 2) -> Run:
     folder, environment = superlink
-    command = [str(BIN / "flwr"), "run", str(EXAMPLES / app), "--stream", "--federation-config", FEDERATION]
+    command = [str(BIN / "flwr"), "run", str(EXAMPLES / app), "--stream"]
+    command += ["--federation-config", f"num-supernodes={nodes} {FEDERATION}"]
     command += ["-c", f"num-server-rounds={rounds}"]
     for _ in range(4):
         done = subprocess.run(
@@ -94,6 +97,23 @@ def flwr_run(superlink: tuple[Path, dict[str, str]], app: str, rounds: int) -> R
         told = done.stdout + done.stderr
         if "Failed to start local SuperLink" not in told:  # a busy one was slow to answer, so it started another
             break
+    return logged(told, rounds)
+
+
+def played(app: str, rounds: int, nodes: int = 2) -> Run:
+    words = [
+        sys.executable,
+        "-m",
+        "tests.play_example",
+        str(EXAMPLES / app),
+        str(nodes),
+        f"num-server-rounds={rounds}",
+    ]
+    done = subprocess.run(words, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=SECONDS, check=False)
+    return logged(done.stdout + done.stderr, rounds)
+
+
+def logged(told: str, rounds: int) -> Run:
     run = Run(
         {int(size) for size in re.findall(r"Total array elements received: (\d+) bytes", told)},
         {int(size) for size in re.findall(r"Total array elements sent: (\d+) bytes", told)},
@@ -107,13 +127,13 @@ def flwr_run(superlink: tuple[Path, dict[str, str]], app: str, rounds: int) -> R
 def test_three_lines_send_a_tenth_of_the_weights_and_still_learn(
     style: str, superlink: tuple[Path, dict[str, str]]
 ) -> None:
-    before = flwr_run(superlink, f"{style}/before", 1)
+    before = played(f"{style}/before", 1)
     dense, values = 4 * (PRUNABLE + REST), 4 * (ALIVE + REST)
     (down,) = before.received
     assert dense < down < dense + TENSORS * 150
     assert before.sent - {0} == {down}
 
-    after = flwr_run(superlink, f"{style}/after", 3)
+    after = flwr_run(superlink, f"{style}/after", 2)
     name = len("values")
     # Sent: scores of all weights, once; then alive values and biases. 0 in an evaluation, which sends metrics only.
     assert after.sent - {0} == {4 * PRUNABLE + name, values + name}
@@ -131,13 +151,13 @@ def test_three_lines_send_a_tenth_of_the_weights_and_still_learn(
 
 def test_a_quarter_of_the_adapters_travels_and_they_still_learn(superlink: tuple[Path, dict[str, str]]) -> None:
     """LoRA, peft and HF Trainer, as Flower's flowertune apps have them."""
-    before = flwr_run(superlink, "lora/before", 1)
+    before = played("lora/before", 1, nodes=3)
     adapters, tensors, name = 3072, 12, len("values")
     (down,) = before.received
     assert 4 * adapters < down < 4 * adapters + tensors * 250
     assert before.sent - {0} == {down}
 
-    after = flwr_run(superlink, "lora/after", 3)
+    after = flwr_run(superlink, "lora/after", 3, nodes=3)
     assert after.sent - {0} == {4 * adapters + name, adapters + name}
     assert min(after.received) == adapters + name
     assert after.told[-1] < 0.95 * before.told[0], (before.told, after.told)

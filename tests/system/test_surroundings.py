@@ -276,27 +276,6 @@ def test_a_fork_server_starts_under_a_long_tmpdir(tmp_path: Path) -> None:
     assert done.stdout.split() == ["2"], done.stderr
 
 
-@pytest.mark.slow
-def test_a_run_on_ray_behind_a_proxy_with_a_long_tmpdir(tmp_path: Path) -> None:
-    deep = tmp_path / ("x" * 100)
-    deep.mkdir()
-    keys = "run.clients=2 run.cohort=2 run.rounds=1 local.epochs=1 local.batch-size=64 engine.actors=1"
-    words = [sys.executable, "-m", "ssfl_app", "run", "--engine", "ray", "-c", keys, "--out", str(tmp_path / "größe")]
-    around = {"http_proxy": DEAD, "HTTPS_PROXY": DEAD, "ALL_PROXY": "socks5://127.0.0.1:9", **NOTEBOOK}
-    done = subprocess.run(
-        words,
-        env=os.environ | around | {"TMPDIR": str(deep)},
-        cwd=ROOT,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "größe" / "report.html").is_file()
-    assert not list(deep.glob("ray*"))
-
-
 # ---- locales ---------------------------------------------------------------------------------
 
 
