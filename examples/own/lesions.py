@@ -16,11 +16,11 @@ def scans(path, train=120, test=40):
     centre, radius = rng.uniform(3, SIDE - 4, (count, 3)), rng.uniform(1.5, 3, count)
     grid = np.stack(np.meshgrid(*[np.arange(SIDE)] * 3, indexing="ij"), axis=-1)
     y = (((grid - centre[:, None, None, None]) ** 2).sum(axis=-1) < radius[:, None, None, None] ** 2).astype(np.int64)
-    x = (y + rng.normal(0, 0.5, y.shape)).astype(np.float32)[:, None]
+    x = (2 * y + rng.normal(0, 0.7, y.shape)).astype(np.float32)[:, None]
     return (x[:train], y[:train]), (x[train:], y[train:])
 
 
-def cnn(input_shape, outputs, norm, width=8):
+def cnn(input_shape, outputs, norm, width=16):
     """Return logits (batch, classes, depth, height, width) of volumes (batch, 1, depth, height, width)."""
     layers = []
     for channels in (input_shape[0], width):

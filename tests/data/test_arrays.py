@@ -1,4 +1,4 @@
-"""Arrays of anybody make a data set; what they are for is told by their types, and what is wrong with them by a line."""
+"""Arrays of anybody make a data set; their types tell what they are for, and a line tells what is wrong."""
 
 import re
 
