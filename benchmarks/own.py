@@ -1,0 +1,88 @@
+"""What the files of examples/own reach, dense and with SSFL, and the bits of three engines: python benchmarks/own.py
+
+Goals: SSFL at density 0.2 is within `DISTANCE` of dense, both means over the seeds; Ray and three SuperNodes have
+the bits of one process. ``--engines`` plays the second part, which takes minutes, too.
+"""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.drills.field import federation, ssfl
+
+HERE = Path(__file__).parent
+OWN = HERE.parent / "examples" / "own"
+DENSE = "strategy='fedavg'"
+DISTANCE = {"tumours": 0.03, "progression": 0.05, "speakers": 0.05, "lesions": 0.25, "momentum": 0.02, "topics": 0.05}
+"""How much worse the headline metric may be, in its own unit."""
+
+LOWER = {"progression"}
+"""Where less is better: a mean absolute error."""
+
+SEEDS = (1, 2, 3)
+# Of three nodes each holds enough samples for its least-batch.
+SHORT = "run.clients=3 run.cohort=3 run.rounds=1 local.epochs=1"
+ENGINES = dict.fromkeys(DISTANCE, SHORT) | {"topics": f"{SHORT} data.options.length=4 model.options.depth=1"}
+
+
+def play(folder: Path, name: str, keys: str, *command: str) -> dict[str, Any]:
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    line = [*ssfl(*(command or ("run",))), f"{name}.toml", "-c", keys, "--out", str(out)]
+    subprocess.run(line, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    files = ("summary", "environment")
+    return {file: json.loads((out / f"{file}.json").read_text()) for file in files}
+
+
+def reached(folder: Path) -> list[dict[str, Any]]:
+    rows = []
+    for name, distance in DISTANCE.items():
+        dense, sparse = ([play(folder, name, f"run.seed={seed} {keys}") for seed in SEEDS] for keys in (DENSE, ""))
+        means = [statistics.mean(run["summary"]["central_accuracy"] for run in runs) for runs in (dense, sparse)]
+        worse = (means[1] - means[0]) * (1 if name in LOWER else -1)
+        made = {kind: [run["summary"] for run in runs] for kind, runs in (("dense", dense), ("ssfl", sparse))}
+        rows.append({"name": name, "means": means, "worse": worse, "distance": distance, **made})
+        rows[-1]["environment"] = sparse[0]["environment"]
+        print(
+            f"{name}: dense {means[0]:.4f}, SSFL {means[1]:.4f}, worse by {worse:.4f} (goal {distance})", flush=True
+        )
+    return rows
+
+
+def engines(folder: Path) -> list[dict[str, Any]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as work, federation(Path(work) / "place") as place:
+        nodes = ("federation", "run", "--dir", str(place.folder), "--app", str(folder))
+        for name, keys in ENGINES.items():
+            ways = {"in process": ("run",), "ray": ("run", "--engine", "ray"), "SuperNodes": nodes}
+            made = {
+                way: play(folder, name, keys, *command)["summary"]["model_sha256"] for way, command in ways.items()
+            }
+            rows.append({"name": name, **made})
+            print(name, "same bits" if len(set(made.values())) == 1 else made, flush=True)
+    return rows
+
+
+def main() -> None:
+    path = HERE / "results" / "own.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(shutil.copytree(OWN, Path(work) / "own"))
+        part, rows = ("engines", engines(folder)) if "--engines" in sys.argv else ("reached", reached(folder))
+    record[part] = {"date": str(date.today()), "rows": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    for row in rows:
+        if part == "reached":
+            assert row["worse"] <= row["distance"], row["name"]
+        else:
+            assert len({row[way] for way in row if way != "name"}) == 1, row["name"]
+
+
+if __name__ == "__main__":
+    main()
