@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssfl_app import partitions
-from ssfl_app.config import BUILTIN, defaults
+from ssfl_app.config import BUILTIN, NAMED, defaults
 from ssfl_app.core.robust import FOLDS
 from ssfl_app.data.readers import READERS
 from ssfl_app.sparsity.values import VALUE_TYPES
@@ -112,6 +112,8 @@ def exists(name: str, source: Source) -> bool:
     if re.fullmatch(r"[\w./<>-]+\.(py|toml|md|txt|c|svg|png|ya?ml|json|jsonl|html|log|safetensors)", name):
         last = name.rpartition("/")[2]
         return last in source.strings or re.match(r"\d+|<", last) is not None  # what a run writes
+    if name in {registry.group for registry in NAMED.values()}:
+        return True
     section, _, key = name.partition(".")
     if section in BUILTIN and re.fullmatch(r"[a-z-]+", key):
         return name in defaults()
