@@ -24,7 +24,7 @@ SMALL = {
     "progression": "run.rounds=2 run.clients=3 run.cohort=3",
     "speakers": "run.rounds=1 run.clients=3 run.cohort=3 data.options.per-speaker=10",
     "lesions": "run.rounds=1 run.clients=3 run.cohort=3 data.options.train=12 data.options.test=4",
-    "momentum": "run.rounds=2 run.clients=3 run.cohort=3 data.name='tumours:tumours' model.name='tumours:mlp'",
+    "momentum": "run.rounds=1 run.clients=3 run.cohort=3 data.name='tumours:tumours' model.name='tumours:mlp'",
 }
 
 
