@@ -25,6 +25,7 @@ from ssfl_app.core.strategy import ServerContext
 from ssfl_app.data import dataset as data
 from ssfl_app.data.dataset import DataSet, Samples
 from ssfl_app.data.summary import ALL, DataSummary
+from ssfl_app.metrics import Metric
 from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Indices, Partition, split
 from ssfl_app.registry import sources
@@ -82,6 +83,11 @@ class Runtime:
     def modules(self) -> tuple[str, ...]:
         """The modules of what the configuration names and this package does not bring."""
         return tuple(configuration.foreign_modules(self.config.flat))
+
+    @property
+    def metric(self) -> Metric:
+        """What tells how good a model is."""
+        return self.trainer.task.metric
 
     @functools.cached_property
     def dense(self) -> Mask:
@@ -282,7 +288,8 @@ def check(config: Config, keep: bool = False) -> Layout:
     if keep:
         _CHECKED[tuple(sorted(config.flat.items())), ""] = config, (images, partition)
     layout = Layout.of(models.outline(config.model, images.shape, images.outputs))
-    REGISTRY[config.strategy](ServerContext(layout, config.settings))
+    metric = make_task(config.task, images.task).metric
+    REGISTRY[config.strategy](ServerContext(layout, config.settings, metric=metric))
     return layout
 
 
