@@ -37,7 +37,7 @@ class Metric:
     @property
     def column(self) -> str:
         """What stands behind the title of a column; a percentage is an accuracy where nothing else is said."""
-        return "%" if self == ACCURACY else self.name + self.unit
+        return "%" if self == ACCURACY else f"({self.name}{self.unit})"
 
     @property
     def title(self) -> str:

@@ -25,7 +25,6 @@ from ssfl_app.core.strategy import ServerContext
 from ssfl_app.data import dataset as data
 from ssfl_app.data.dataset import DataSet, Samples
 from ssfl_app.data.summary import ALL, DataSummary
-from ssfl_app.metrics import Metric
 from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Indices, Partition, split
 from ssfl_app.registry import sources
@@ -83,11 +82,6 @@ class Runtime:
     def modules(self) -> tuple[str, ...]:
         """The modules of what the configuration names and this package does not bring."""
         return tuple(configuration.foreign_modules(self.config.flat))
-
-    @property
-    def metric(self) -> Metric:
-        """What tells how good a model is."""
-        return self.trainer.task.metric
 
     @functools.cached_property
     def dense(self) -> Mask:

@@ -49,7 +49,8 @@ def run_sweep(
                 return why
             made = read_run(homes / run.slug)
             known, metric = metadata(made), made.metric
-            return f"central {in_metric(known[CENTRAL], metric)} {metric.column}, {known['seconds_total']:.0f} s"
+            value = in_metric(known[CENTRAL], metric) + metric.unit
+            return f"central {metric.name} {value}, {known['seconds_total']:.0f} s"
 
         played = play(plan.runs, folder, engine, say, result, homes=homes, at_once=jobs)
         if played.interrupted:

@@ -1,8 +1,7 @@
 """Many runs as one comparison: means over seeds with 95 % intervals, and paired tests against a baseline.
 
 A row is a strategy at a density, with one run a seed; a group holds the rows that agree on all further axes.
-Values are in the metric of their runs, accuracies fractions in [0, 1]; sizes are bytes. `compare_page` says how it
-looks.
+Accuracies are fractions in [0, 1], or values of another metric, sizes bytes. `compare_page` says how it looks.
 """
 
 import math
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ssfl_app.metrics import ACCURACY, Metric, common
+from ssfl_app.metrics import ACCURACY, Metric
 from ssfl_app.options import ConfigError
 from ssfl_app.results.run_folder import CENTRAL, LOCAL, PERSONAL, Run, metadata
 
@@ -94,8 +93,8 @@ class Group:
 
     @property
     def metric(self) -> Metric:
-        """The metric of its rows."""
-        return common(row.metric for row in self.rows if row.seeds)
+        """The one of all its runs."""
+        return next((row.metric for row in self.rows if row.seeds), ACCURACY)
 
 
 def estimate(values: Iterable[float]) -> Estimate | None:
@@ -138,10 +137,10 @@ def numbers(run: Run) -> Numbers:
 
 
 def difference(row: Row, baseline: Row) -> Difference | None:
-    """Return the difference of `row` to `baseline` on own tests; None if they share no seed, or no metric."""
+    """Return the difference of `row` to `baseline` on own tests; None if they have no seed in common."""
     from scipy import stats
 
-    ours, theirs = row.values("own"), baseline.values("own") if row.metric == baseline.metric else {}
+    ours, theirs = row.values("own"), baseline.values("own")
     common = sorted(ours.keys() & theirs.keys())
     pairs = [ours[seed] for seed in common], [theirs[seed] for seed in common]
     apart = [a - b for a, b in zip(*pairs, strict=True)]
@@ -174,9 +173,9 @@ def groups(entries: Sequence[Entry], axes: Sequence[str], baseline: str) -> list
         if entry.run is None:
             row.missing[seed] = entry.reason
         else:
-            if row.seeds and entry.run.metric != row.metric:
-                rule = f"other seeds of {strategy} have {row.metric.name}"
-                raise ConfigError(f"{entry.run.folder} has the metric {entry.run.metric.name}; {rule}")
+            if any(each.seeds and each.metric != entry.run.metric for each in group.rows):
+                rule = "it has that of the other runs of its table"
+                raise ConfigError(f"the metric of {entry.run.folder} is {entry.run.metric.name}; {rule}")
             row.seeds[seed], row.metric = numbers(entry.run), entry.run.metric
     for group in made.values():
         group.rows.sort(key=lambda row: (-row.density, order[row.strategy]))

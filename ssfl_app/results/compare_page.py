@@ -43,34 +43,29 @@ def markdown(
         if group.axes:
             lines += [f"## {_axes(group)}", ""]
         named = headers(baseline, group.metric)
-        lines += [_task(group), "", *Table(named, [cells(row, group.metric) for row in group.rows], 1).markdown(), ""]
+        lines += [_task(group), "", *Table(named, [cells(row) for row in group.rows], 1).markdown(), ""]
     title = common(group.metric for group in made).title
     lines += [f"![{title} on own tests against bytes]({picture})", "", *_notes(made, baseline), ""]
     return "\n".join([*lines, _origin(made, environments), ""])
 
 
 def headers(baseline: str, metric: Metric = ACCURACY) -> list[str]:
-    """Return the titles of the columns that `cells` fills, for rows of one metric, or of `common` ones."""
+    """Return the titles of the columns that `cells` fills, whose values are in `metric`."""
     named = "SSFL" if baseline == "ssfl" else f"`{baseline}`"
     own = (f"{what} {metric.column}" for what in ("central", "global on own tests", "personal on own tests"))
     gap = (f"Δ own tests vs {named}", "p")
     return ["strategy", "density", "of all params", "clients trained a round", *own, *gap, *COSTS]
 
 
-def cells(row: Row, metric: Metric | None = None) -> list[str]:
-    """Return a row of the table; one whose runs are all missing has the reason's first word in place of the metric.
-
-    Where `metric`, that of the table, is another one, each value says what it is.
-    """
+def cells(row: Row) -> list[str]:
+    """Return a row of the table; one whose runs are all missing has the reason's first word in place of values."""
     name = f"`{row.strategy}`"
     if not row.seeds:
         reasons = sorted({reason.partition(":")[0] for reason in row.missing.values()})
         return [name, shown(row.wanted, ".3g"), NONE, NONE, ", ".join(reasons), *[NONE] * (4 + len(COSTS))]
     if row.missing:
         name += f" ({len(row.seeds)} of {len(row.seeds) + len(row.missing)} seeds)"
-    own = "" if metric in (None, row.metric) else f" {row.metric.column}"
-    found = [row.estimate(key) for key in ("central", "global", "personal")]
-    shares = [_estimate(each, row.metric) + own * (each is not None) for each in found]
+    shares = [_estimate(row.estimate(key), row.metric) for key in ("central", "global", "personal")]
     sizes = [megabytes(row.mean(key)) for key in ("down", "up")] + [megabytes(row.mean("peer") or None)]
     counts = [shown(row.mean("image_passes"), ",.0f"), shown(row.mean("seconds"), ",.0f")]
     densities = [shown(row.mean(key), ".3g") for key in ("density", "density_all")]
@@ -104,7 +99,7 @@ def _task(group: Group) -> str:
 
 def _notes(made: Sequence[Group], baseline: str) -> list[str]:
     rows = [row for group in made for row in group.rows]
-    metrics = sorted({row.metric for row in rows if row.seeds}, key=lambda metric: metric.name)
+    metrics = list(dict.fromkeys(group.metric for group in made))
     points = dict.fromkeys("points" if metric.share else "units of the target" for metric in metrics)
     notes = [GENERAL, GAP.format(baseline=baseline, points=" or ".join(points) or "points")]
     notes += [f"{each.title}: lower is better, and Δ below 0." for each in metrics if not each.higher]
@@ -163,8 +158,7 @@ def picture(made: Sequence[Group], strategies: Sequence[str]) -> "Figure":
     columns = max(1, min(len(strategies), int(13 * width) // (max(map(len, strategies), default=0) + 9)))
     legend = 0.25 * math.ceil(len(strategies) / columns)
     figure = _figure(max(7.0, width), (5.6 if crowded else 4.3) * down + legend)
-    metric = common(group.metric for group in made)
-    alike = all(group.metric == metric for group in made)
+    alike = len({group.metric for group in made}) < 2
     panels = figure.subplots(down, across, sharey=alike, squeeze=False).flat
     for axes, group in zip(panels, made, strict=False):
         _panel(axes, group, strategies)
@@ -190,13 +184,13 @@ def _panel(axes: "Axes", group: Group, strategies: Sequence[str]) -> None:
     rows = [(row, found) for row in group.rows if (found := row.estimate("own")) is not None]
     # A method that sends nothing has no place on a logarithmic axis: it stands at the left, with its 0 written there.
     nothing = min((_sent(row) for row, _ in rows if _sent(row)), default=1.0) / 2
+    scale = group.metric.scale
     for index, name in enumerate(strategies):
         mine = [(row, found) for row, found in rows if row.strategy == name]
         xs = [_sent(row) or nothing for row, _ in mine]
+        ys, bars = [scale * found.mean for _, found in mine], [scale * (found.half or 0) for _, found in mine]
         if not mine:
             continue
-        scale = mine[0][0].metric.scale
-        ys, bars = [scale * found.mean for _, found in mine], [scale * (found.half or 0) for _, found in mine]
         color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
         line = axes.errorbar(xs, ys, yerr=bars, ls=":", lw=0.9, capsize=2, elinewidth=0.9, color=color)
         line[0].set(marker=marker, ms=6, label=_plain(name))
@@ -210,8 +204,8 @@ def _panel(axes: "Axes", group: Group, strategies: Sequence[str]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     title = _axes(group) if group.axes else f"{group.metric.title} against bytes; numbers are densities"
-    ylabel = _plain(group.metric.axis("on own tests"))
-    _finish(axes, _plain(title), "MB down and up, with masks and discovery", ylabel)
+    words = title, "MB down and up, with masks and discovery", group.metric.axis("on own tests")
+    _finish(axes, *map(_plain, words))
 
 
 def _sent(row: Row) -> float:

@@ -116,18 +116,18 @@ def measured(line: Line) -> dict[str, Any]:
     return dict(zip(keys, (*everything, *(known[key] for key, _ in METRICS.values())), strict=True))
 
 
-def found(line: Line, unit: str = "") -> str:
+def measured_text(line: Line, unit: str = "") -> str:
     """Return the measured accuracy in percent with `unit`, or the value and name of another metric."""
     metric = ACCURACY if line.run is None else line.run.metric
-    called = unit if metric == ACCURACY else metric.column
-    return f"{in_metric(measured(line)['accuracy'], metric)} {called}".rstrip()
+    called = unit if metric == ACCURACY else f"{metric.unit} {metric.name}"
+    return in_metric(measured(line)["accuracy"], metric) + called
 
 
 def cells(line: Line) -> list[str]:
     """Return the row of a line, under the headers of `as_table`."""
     known, (accuracy, mb) = measured(line), _published(line.published)
     minutes = None if known["seconds"] is None else known["seconds"] / 60
-    row = [line.name, line.state, line.published.metric, accuracy, found(line), shown(known["round"])]
+    row = [line.name, line.state, line.published.metric, accuracy, measured_text(line), shown(known["round"])]
     took = shown(minutes, ",.1f" if minutes is None or minutes >= 0.1 else ".2g")
     return [*row, mb, megabytes(known["bytes_a_round"]), took]
 

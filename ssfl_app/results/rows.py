@@ -23,7 +23,7 @@ def _headers(around: tuple[tuple[str, ...], tuple[str, ...]], metric: Metric) ->
 
 
 def compare_table(runs: Sequence[Run]) -> Table:
-    """Return one row a run; "x fewer than dense" counts training alone. Where metrics differ, each value says which."""
+    """Return one row a run; "x fewer than dense" counts training alone; where metrics differ, values say which."""
     rows, metric = [], common(run.metric for run in runs)
     for run, name in zip(runs, run_names(runs), strict=True):
         known = metadata(run)
@@ -32,16 +32,11 @@ def compare_table(runs: Sequence[Run]) -> Table:
         texts = [name if run.summary else f"{name} (unfinished)"]
         texts += [shown(known[key]) for key in ("strategy", "dataset", "partition")]
         numbers = [shown(known["density"], ".3g"), shown(known["seed"])]
-        own = "" if run.metric == metric else f" {run.metric.column}"
+        own = "" if run.metric == metric else f"{run.metric.unit} {run.metric.name}"
         found = [known[key] for key in (CENTRAL, LOCAL, PERSONAL)]
         numbers += [in_metric(value, run.metric) + own * (value is not None) for value in found]
-        numbers += [
-            megabytes(discovery),
-            megabytes(known["bytes_train_down"]),
-            megabytes(known["bytes_train_up"]),
-            fewer,
-        ]
-        numbers += [shown(known["lost_replies"]), shown(known["refused_replies"])]
+        sizes = discovery, known["bytes_train_down"], known["bytes_train_up"]
+        numbers += [*map(megabytes, sizes), fewer, shown(known["lost_replies"]), shown(known["refused_replies"])]
         rows.append([*texts, *numbers, shown(known["seconds_total"], ",.1f")])
     return Table(_headers(_COMPARE, metric), rows, texts=4)
 

@@ -1,7 +1,6 @@
 """Run folders read back: one `Run` a folder, and the series and totals that tables and figures show.
 
-Bytes are shown in MB of 10**6 bytes. What keys call accuracy are values of `Run.metric`: fractions in [0, 1], or
-finite numbers. A run that was killed has no
+Bytes are shown in MB of 10**6 bytes; what keys call accuracy are values of `Run.metric`. A run that was killed has no
 ``summary.json``: its totals are then added up from the rounds that were written.
 """
 
