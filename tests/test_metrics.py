@@ -14,7 +14,7 @@ from ssfl_app.config import Flat, merge, parse
 from ssfl_app.experiments.sweep_spec import read_plan
 from ssfl_app.metrics import ACCURACY, Metric, common
 from ssfl_app.options import ConfigError
-from ssfl_app.results import compare, compare_page, plots
+from ssfl_app.results import compare, compare_page, plots, published
 from ssfl_app.results.client_study import study_clients
 from ssfl_app.results.report import write_report
 from ssfl_app.results.rows import compare_table, round_table, summary_table
@@ -205,6 +205,21 @@ def test_a_sweep_over_tasks_has_a_table_for_each(tmp_path: Path) -> None:
     for name in ("auto", "regression"):
         (tmp_path / f"{name}.toml").write_text(f'strategy = "fedavg"\ntask.name = "{name}"')
     assert read_plan([tmp_path / "auto.toml", tmp_path / "regression.toml"], []).axes == ["task.name"]
+
+
+def test_another_metric_is_not_compared_with_published_accuracies(played: dict[str, Run], other: Run) -> None:
+    said = published.Published("Table 1", "v1", "central", 88.0)
+    lines = [
+        published.Line("row", said, str(run.config["data.name"]), run.config, "finished", run)
+        for run in (played["ssfl"], other)
+    ]
+    value = in_metric(played["ssfl"].rounds[-1][CENTRAL], ERROR)
+    assert published.cells(lines[0])[3:5] == ["88.00", f"{value} mean absolute error"]
+    assert published.cells(lines[1])[3:5] == ["88.00", "93.41"]
+    assert published.measured_text(lines[1], " %") == "93.41 %"
+    warning = "Measured is the mean absolute error, published are accuracies: do not compare them."
+    assert warning in published.warnings(published.Page("", "v1", {}, lines))
+    assert warning not in published.warnings(published.Page("", "v1", {}, lines[1:]))
 
 
 @pytest.mark.parametrize(("value", "said"), [(float("nan"), "nan"), (float("inf"), "inf"), (2.0**21, "2097152.0")])

@@ -1,17 +1,41 @@
 """The built-in tasks against numpy by hand, through the one training loop."""
 
+import re
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from ssfl_app import client_app, registry, server_app
+from ssfl_app.config import merge, parse
 from ssfl_app.data.dataset import Samples
 from ssfl_app.data.transform import AsTheyAre
 from ssfl_app.metrics import ACCURACY
 from ssfl_app.options import ConfigError
+from ssfl_app.results.run_folder import read_run
+from ssfl_app.simulation.in_process import run_inline
 from ssfl_app.training.tasks import REGISTRY, Task, TaskOptions, make_task
 from ssfl_app.training.trainer import EVALUATION_BATCH, LocalOptions, LocalTrainer
 
+ROOT = Path(__file__).parents[2]
+DATA = """
+import numpy as np
+from torch import nn
+
+class Word(Tags):
+    metric = "accuracy"
+
+def data(path):
+    x = np.random.default_rng(0).normal(size=(160, 3)).astype(np.float32)
+    y = (x > 0).astype(np.int64)
+    return (x[:120], y[:120]), (x[120:], y[120:])
+
+def net(input_shape, outputs, norm):
+    return nn.Linear(*input_shape, outputs)
+"""
 RNG = np.random.default_rng(7)
 OPTIONS = LocalOptions(epochs=3, batch_size=4, lr=0.1, lr_decay=1.0, momentum=0.0, weight_decay=0.0, clip=0.0)
 
@@ -139,3 +163,34 @@ def test_options_reach_a_task_and_others_are_refused(monkeypatch: pytest.MonkeyP
         make_task(TaskOptions("own", {"depth": 1}))
     with pytest.raises(ConfigError, match=r"task.name is 'auto'; called with \{'depth': 1\} it says"):
         make_task(TaskOptions(options={"depth": 1}))
+
+
+def test_the_task_of_the_page_runs_from_the_folder_one_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "tasks.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    (tmp_path / "tags_of_a_page.py").write_text(block + DATA)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv(registry.FOLDER, "")
+    registry.import_from(tmp_path)
+    module = "tags_of_a_page"
+    keys = {"task.name": f"{module}:Tags", "data.name": f"{module}:data", "model.name": f"{module}:net"}
+    flat = merge(
+        keys, {"run.clients": 2, "run.cohort": 2, "run.rounds": 2, "partition.name": "iid", "mask.density": 0.5}
+    )
+    try:
+        run_inline(
+            server_app.app, client_app.app, parse(flat | {"engine.concurrent": 1, "run.out": str(tmp_path / "r")})
+        )
+        with pytest.raises(
+            ConfigError, match=r"this is type Word; it is a subclass of ssfl_app\.Task, with a Metric"
+        ):
+            parse(flat | {"task.name": f"{module}:Word"})
+    finally:
+        del sys.modules[module]
+    run = read_run(tmp_path / "r")
+    assert run.metric.name == "tags found"
+    assert 0.7 < run.rounds[-1]["central_accuracy"] <= 1
+    assert f"tags found: central  {100 * run.rounds[-1]['central_accuracy']:.2f}%" in capsys.readouterr().out
