@@ -157,9 +157,9 @@ def test_report_and_plots_are_titled_by_the_metric(played: dict[str, Run], tmp_p
     assert clients.axes[0].texts[0].get_text() == f"client {worst['client']}"
     (points,) = study_clients([run])
     assert points.record()["metric"] == "mean absolute error"
-    assert "Spearman of mean absolute error with images" in legend(points)
+    assert "Spearman of mean absolute error with samples" in legend(points)
     label = accuracy_by_clients([points]).axes[0].get_ylabel()
-    assert label == "Mean absolute error of the global model\non the client's own test images (lower is better)"
+    assert label == "Mean absolute error of the global model\non the client's own test samples (lower is better)"
 
 
 def test_runs_of_two_metrics_in_one_table_say_which(played: dict[str, Run], other: Run) -> None:

@@ -61,7 +61,7 @@ def accuracy_by_bytes(runs: Sequence[Run]) -> "Figure":
 
 
 def _accuracy(runs: Sequence[Run], xs: Sequence[NDArray[np.float64]], xlabel: str) -> "Figure":
-    own = "Clients' own test images, mean"
+    own = "Clients' own test samples, mean"
     titles = {run_folder.CENTRAL: "Central test set", run_folder.LOCAL: own}
     titles |= {run_folder.PERSONAL: f"{own}: personal models"}
     found = {key: [run_folder.evaluated(run, key) for run in runs] for key in titles}
@@ -144,8 +144,8 @@ def class_distribution(counts: ArrayLike, class_names: Sequence[str]) -> "Figure
     image = left.imshow(table, aspect="auto", cmap="Blues", norm=norm, interpolation="nearest")
     if classes <= 12 and clients <= 40:
         _write_cells(left, table)
-    _finish(left, "Training images by client and class", "Class", "Client")
-    _finish(right, "", "Images", "")
+    _finish(left, "Training samples by client and class", "Class", "Client")
+    _finish(right, "", "Samples", "")
     left.grid(visible=False)
     right.grid(visible=False, axis="y")
     step = math.ceil(clients * 0.16 / (height - 1.5))
@@ -157,7 +157,7 @@ def class_distribution(counts: ArrayLike, class_names: Sequence[str]) -> "Figure
         shape = {"orientation": "horizontal", "fill": True, "color": PALETTE[0], "rasterized": True}
         right.stairs(table.sum(axis=1), np.arange(clients + 1) - 0.5, **shape)
     right.tick_params(left=False, labelleft=False)
-    figure.colorbar(image, ax=right, label="Images in a cell", shrink=min(1.0, 4 / height), aspect=18)
+    figure.colorbar(image, ax=right, label="Samples in a cell", shrink=min(1.0, 4 / height), aspect=18)
     return figure
 
 
@@ -199,10 +199,10 @@ def accuracy_by_client(run: Run) -> "Figure":
     accuracy = metric.scale * np.array([rows[index]["accuracy"] for index in kept], dtype=float)
     figure = _figure(9.0, 4.2)
     axes = figure.subplots()
-    xs, xlabel = images, "Training images of the client"
+    xs, xlabel = images, "Training samples of the client"
     if images.min() >= 0.95 * images.max():
         xs = np.array([int(rows[index]["client"]) for index in kept])
-        xlabel = f"Client ({images.min()} to {images.max()} training images each)"
+        xlabel = f"Client ({images.min()} to {images.max()} training samples each)"
         axes.locator_params(axis="x", integer=True)
     dots = axes.scatter(xs, accuracy, s=34, color=PALETTE[0], alpha=0.75, lw=0, clip_on=False, zorder=3)
     dots.set_rasterized(len(kept) > MANY)
@@ -212,7 +212,7 @@ def accuracy_by_client(run: Run) -> "Figure":
         row, point = rows[kept[index]], (float(xs[index]), float(accuracy[index]))
         name = _plain(row.get("name") or f"client {row['client']}")
         axes.annotate(name, point, xytext=(6, -3), textcoords="offset points", fontsize=8, color=INK)
-    ylabel = _plain(metric.axis("on its own test images"))
+    ylabel = _plain(metric.axis("on its own test samples"))
     _finish(axes, _plain(f"{metric.title} by client: {run_folder.run_labels([run])[0]}"), xlabel, ylabel)
     _x_axis(axes, [xs.astype(float)], xlabel)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)

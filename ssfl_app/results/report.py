@@ -28,7 +28,7 @@ def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> Table:
         largest = f"{class_names[top]} ({100 * row[top] / total:.0f} %)" if total else NONE
         name = str(client) if client < len(array) else "all"
         rows.append([name, largest, f"{total:,}", f"{int((row > 0).sum())} of {len(row)}"])
-    return Table(["Client", "Largest class", "Images", "Classes"], rows, 2)
+    return Table(["Client", "Largest class", "Samples", "Classes"], rows, 2)
 
 
 def write_picture(png: Path, draw: "Callable[[], Figure]") -> str:
@@ -100,7 +100,7 @@ def _figures(runs: Sequence[Run]) -> list[dict[str, str]]:
         names = run.clients["class_names"]
         made.append(("Classes by client", lambda: plots.class_distribution(train_counts(run), names)))
         if any(row.get("accuracy") is not None for row in clients):
-            made.append((f"{name} by client on its own test images", lambda: plots.accuracy_by_client(run)))
+            made.append((f"{name} by client on its own test samples", lambda: plots.accuracy_by_client(run)))
     return [_figure(caption, draw) for caption, draw in made]
 
 

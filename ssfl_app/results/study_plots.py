@@ -96,9 +96,9 @@ def accuracy_by_clients(groups: Sequence[ClientPoints]) -> "Figure":
     kinds = {group.personal for group in groups}
     models = " and ".join(name for name, has in (("personal", True), ("global", False)) if has in kinds)
     metric = common(group.metric for group in groups)
-    name, words = _plain(metric.title), metric.axis(f"of the {models} model\non the client's own test images")
+    name, words = _plain(metric.title), metric.axis(f"of the {models} model\non the client's own test samples")
     ylabel = "\n".join(map(_plain, words.split("\n")))
-    _finish(left, f"{name} and number of images", "Training images of the client", ylabel)
+    _finish(left, f"{name} and number of samples", "Training samples of the client", ylabel)
     _finish(right, f"{name} and spread of classes", "Entropy of the client's classes (bits)", "")
     left.locator_params(axis="x", integer=True)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8.5)
@@ -107,7 +107,7 @@ def accuracy_by_clients(groups: Sequence[ClientPoints]) -> "Figure":
 
 def legend(group: ClientPoints) -> str:
     """Return a run and its correlations in a line."""
-    names = (("images", "images"), ("entropy", "entropy"), ("classes", "number of classes"))
+    names = (("images", "samples"), ("entropy", "entropy"), ("classes", "number of classes"))
     found = ", ".join(f"{text} {_rho(group.spearman[key])}" for key, text in names)
     models = "personal models" if group.personal else "global model"
     of = "" if group.metric == ACCURACY else f" of {group.metric.name}"
