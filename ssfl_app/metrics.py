@@ -1,5 +1,6 @@
 """The headline metric of a task: its name, its form in tables and plots, and which values are better."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,10 +25,29 @@ class Metric:
     share: bool = True
     higher: bool = True
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and self.name and type(self.share) is type(self.higher) is bool):
+            raise ValueError(f"{self} is no metric; it has a name, and whether it is a share and higher is better")
+
     @property
     def unit(self) -> str:
         """What stands behind a value that is shown: " %" or nothing."""
         return " %" if self.share else ""
+
+    @property
+    def column(self) -> str:
+        """What stands behind the title of a column; a percentage is an accuracy where nothing else is said."""
+        return "%" if self == ACCURACY else f"({self.name}{self.unit})"
+
+    @property
+    def title(self) -> str:
+        """The name with a capital, for titles."""
+        return self.name[0].upper() + self.name[1:]
+
+    def axis(self, of: str = "") -> str:
+        """Return what an axis of its values is called: `of` says of what they are."""
+        notes = ["%"] * self.share + ["lower is better"] * (not self.higher)
+        return f"{self.title} {of}".rstrip() + (f" ({', '.join(notes)})" if notes else "")
 
     @property
     def scale(self) -> float:
@@ -44,3 +64,9 @@ class Metric:
 
 
 ACCURACY = Metric()
+
+
+def common(metrics: Iterable[Metric]) -> Metric:
+    """Return the metric that all have, accuracy if there are none; if they differ, one that is called "metric"."""
+    found = set(metrics) or {ACCURACY}
+    return found.pop() if len(found) == 1 else Metric("metric", share=False)

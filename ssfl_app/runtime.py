@@ -288,7 +288,8 @@ def check(config: Config, keep: bool = False) -> Layout:
     if keep:
         _CHECKED[tuple(sorted(config.flat.items())), ""] = config, (images, partition)
     layout = Layout.of(models.outline(config.model, images.shape, images.outputs))
-    REGISTRY[config.strategy](ServerContext(layout, config.settings))
+    metric = make_task(config.task, images.task).metric
+    REGISTRY[config.strategy](ServerContext(layout, config.settings, metric=metric))
     return layout
 
 

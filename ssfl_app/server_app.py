@@ -61,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
     run = config.settings.run
     folder = Path(run.out) if run.out else Path.cwd() / default_folder(config.strategy, config.data.name)
     check_folder(folder, config.flat)
-    recorder = Recorder(folder, config.flat, tell)
+    recorder = Recorder(folder, config.flat, tell, runtime.trainer.task.metric)
     callback = RecordingCallback(recorder, runtime)
     try:
         strategy = REGISTRY[config.strategy](server_context(grid, runtime, callback))
@@ -118,6 +118,7 @@ def server_context(grid: Grid, runtime: Runtime, callback: "RecordingCallback") 
         folder=run_folder / "clients" if simulated else None,
         token=None if simulated else run_token(run_folder),
         dealt=None if runtime.own else functools.cache(runtime.holding),
+        metric=callback.recorder.metric,
     )
 
 
@@ -148,7 +149,7 @@ def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strateg
     if why := undone(lambda: write_report([read_run(recorder.folder)], recorder.folder / "report.html")):
         cure = command("ssfl", "report", recorder.folder)
         recorder.say(f"warning: report.html could not be made ({why}); to try again: {cure}")
-    recorder.say(summary_table(summary, recorder.folder).text())
+    recorder.say(summary_table(summary, recorder.folder, recorder.metric).text())
 
 
 def run_token(folder: Path) -> str:
@@ -185,7 +186,7 @@ def engine_name(grid: Grid) -> str:
 
 
 def central_evaluation(runtime: Runtime) -> Callable[[int, ArrayRecord], MetricRecord] | None:
-    """Return Flower's evaluate_fn, loss and accuracy of the global model on the whole test set; None without one."""
+    """Return Flower's evaluate_fn, loss and metric of the global model on the whole test set; None without one."""
     if not len(runtime.data.test):
         return None
 

@@ -325,7 +325,8 @@ def _play(
     config = parse(flat)
     runtime = get_runtime(flat)
     grid = grid or ScriptedGrid(flat, luck, faults, node_configs)
-    context = ServerContext(runtime.layout, config.settings, runtime.model, runtime.data.shape, folder=folder)
+    known = {"folder": folder, "metric": runtime.trainer.task.metric}
+    context = ServerContext(runtime.layout, config.settings, runtime.model, runtime.data.shape, **known)
     strategy = REGISTRY[config.strategy](context)
     played = Played(strategy, runtime, grid)
     strategy.callback = played

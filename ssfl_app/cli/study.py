@@ -55,7 +55,7 @@ def clients(
     folders: Annotated[list[Path], Argument(metavar="DIR...", help="Folders of finished runs.")],
     out: Out = Path("runs/study"),
 ) -> None:
-    """Draw each client's accuracy against its number of images and against the spread of its classes."""
+    """Draw each client's headline metric against its number of images and against the spread of its classes."""
     from ssfl_app.results.client_study import study_clients
     from ssfl_app.results.run_folder import read_run
     from ssfl_app.results.study_plots import accuracy_by_clients, legend

@@ -32,6 +32,7 @@ from ssfl_app.core.robust import distance, there
 from ssfl_app.core.rounds import ClientRoundLoop, Query, RunCallback
 from ssfl_app.core.validation import check_number, check_samples, check_tested, stored
 from ssfl_app.data.summary import DataSummary
+from ssfl_app.metrics import ACCURACY, Metric
 from ssfl_app.options import ConfigError
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, LinearCodec, MaskedValues
@@ -61,6 +62,8 @@ class ServerContext:
         What real clients call this run in the names of their files.
     dealt : callable or None
         What the server knows that it deals to a client; None: a client holds what it said in the handshake.
+    metric : Metric
+        What the values are that are called accuracy here.
     """
 
     layout: Layout
@@ -71,6 +74,7 @@ class ServerContext:
     folder: Path | None = None
     token: str | None = None
     dealt: Callable[[int], DataSummary] | None = None
+    metric: Metric = ACCURACY
 
 
 class SparseStrategy(OwnStart):
@@ -395,7 +399,8 @@ class SparseStrategy(OwnStart):
                 if reply.samples and name in reply.metadata:
                     known[reply.client] = float(reply.metadata[name])
 
-        self.messenger.receive(replies, {}, check_tested, take, None, f"evaluation in round {server_round}")
+        check = functools.partial(check_tested, self.context.metric)
+        self.messenger.receive(replies, {}, check, take, None, f"evaluation in round {server_round}")
         means: dict[str, Any] = {name: math.fsum(k.values()) / len(k) for name, k in both.items() if k}
         return MetricRecord(means) if means else None
 

@@ -6,17 +6,19 @@ from typing import Any
 import numpy.typing as npt
 
 from ssfl_app.comm.payload import Payload
+from ssfl_app.metrics import Metric
 from ssfl_app.sparsity.values import PayloadError
 
 LARGEST = 2.0**20
 """Of a loss. A model whose mean loss is a million has diverged, and would hide what all others say of theirs."""
 
 
-def check_number(payload: Payload, name: str) -> None:
-    """Raise PayloadError unless the fact is a finite number, at most LARGEST in magnitude."""
+def check_number(payload: Payload, name: str, called: str = "") -> None:
+    """Raise PayloadError unless the fact, `called` so, is a finite number, at most LARGEST in magnitude."""
     value = payload.metadata.get(name)
     if not isinstance(value, float) or not abs(value) <= LARGEST:
-        raise PayloadError(f"{name} is {value!r}; it must be a finite number, at most {LARGEST:g} in magnitude")
+        rule = f"it must be a finite number, at most {LARGEST:g} in magnitude"
+        raise PayloadError(f"{called or name} is {value!r}; {rule}")
 
 
 def check_samples(payload: Payload, most: int) -> None:
@@ -26,16 +28,17 @@ def check_samples(payload: Payload, most: int) -> None:
         raise PayloadError(f"samples is {samples!r}; it must be from 1 to {most}")
 
 
-def check_tested(client: int, payload: Payload) -> None:
-    """Raise PayloadError unless the loss is finite and the accuracies, at least one of them, are within 0 to 1."""
+def check_tested(metric: Metric, client: int, payload: Payload) -> None:
+    """Raise PayloadError unless the loss is finite, and the metric, global or personal; a share is within 0 to 1."""
     if not payload.metadata["samples"]:
         return
     check_number(payload, "loss")
     known = [name for name in ("accuracy", "personal_accuracy") if name in payload.metadata]
     for name in known or ["accuracy"]:
-        check_number(payload, name)
-        if not 0 <= float(payload.metadata[name]) <= 1:
-            raise PayloadError(f"{name} is {payload.metadata[name]!r}; it must be from 0 to 1")
+        called = name.replace("_", " ").replace("accuracy", metric.name)
+        check_number(payload, name, called)
+        if metric.share and not 0 <= float(payload.metadata[name]) <= 1:
+            raise PayloadError(f"{called} is {payload.metadata[name]!r}; it must be from 0 to 1")
 
 
 def stored(arrays: Mapping[str, npt.NDArray[Any]], name: str, dtype: str, size: int) -> npt.NDArray[Any]:

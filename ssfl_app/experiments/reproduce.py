@@ -13,7 +13,8 @@ from ssfl_app.experiments.reproduce_rows import Row, read_budget, read_rows, tab
 from ssfl_app.experiments.sweep_spec import RunSpec
 from ssfl_app.files import write_bytes, write_json
 from ssfl_app.options import ConfigError
-from ssfl_app.results.published import Line, Page, as_json, as_table, listing, markdown, measured, overview, warnings
+from ssfl_app.results import published
+from ssfl_app.results.published import Line, Page, as_json, as_table, listing, markdown, overview, warnings
 from ssfl_app.results.run_folder import Run, read_run, train_counts
 from ssfl_app.results.table import percent
 from ssfl_app.simulation.command import check_engine
@@ -98,8 +99,8 @@ class Progress:
     def result(self, run: RunSpec, why: str) -> str:
         """Return how a run ended, and its published and measured accuracy."""
         line = self.line(self.rows[run.slug], why)
-        published, found = line.published.accuracy / 100 or None, measured(line)["accuracy"]
-        return f"{line.state}; published {percent(published)} %, measured {percent(found)} %"
+        said, found = percent(line.published.accuracy / 100 or None), published.measured_text(line, " %")
+        return f"{line.state}; published {said} %, measured {found}"
 
     def cost(self, run: RunSpec) -> float | None:
         """Return about how many seconds a row still needs; None if nothing like it was played yet.

@@ -14,7 +14,7 @@ from ssfl_app.results.compare import Entry, as_json, groups
 from ssfl_app.results.compare_page import markdown, picture
 from ssfl_app.results.report import write_picture
 from ssfl_app.results.run_folder import CENTRAL, metadata, read_run
-from ssfl_app.results.table import percent
+from ssfl_app.results.table import in_metric
 from ssfl_app.simulation.command import check_engine
 
 
@@ -45,8 +45,12 @@ def run_sweep(
         check_all(plan.runs)
 
         def result(run: RunSpec, why: str) -> str:
-            known = {} if why else metadata(read_run(homes / run.slug))
-            return why or f"central {percent(known[CENTRAL])} %, {known['seconds_total']:.0f} s"
+            if why:
+                return why
+            made = read_run(homes / run.slug)
+            known, metric = metadata(made), made.metric
+            value = in_metric(known[CENTRAL], metric) + metric.unit
+            return f"central {metric.name} {value}, {known['seconds_total']:.0f} s"
 
         played = play(plan.runs, folder, engine, say, result, homes=homes, at_once=jobs)
         if played.interrupted:

@@ -22,7 +22,7 @@ from ssfl_app.strategies import REGISTRY
 _LISTS = {"strategy": "strategies", "run.seed": "seeds", "mask.density": "densities"}
 OURS = ("run.out", "run.resume")
 _NO_AXES = (*_LISTS, *configuration.RESUME_MAY_CHANGE)
-TASK = ("data", "partition", "model", "shift")  # sections: runs that differ here are never rows of one table
+TASK = ("data", "partition", "model", "task", "shift")  # sections: runs that differ here are never rows of one table
 
 
 @dataclass(frozen=True)

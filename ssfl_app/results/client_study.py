@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import entr
 from scipy.stats import spearmanr
 
+from ssfl_app.metrics import Metric
 from ssfl_app.options import ConfigError
 from ssfl_app.results.run_folder import Run, run_labels, run_names, train_counts
 
@@ -30,14 +31,16 @@ class ClientPoints:
     images: NDArray[np.int64]  # training images
     classes: NDArray[np.int64]  # that these are of
     entropy: NDArray[np.float64]  # of their classes, in bits: 0 for one class, log2(C) for C equally frequent ones
-    accuracy: NDArray[np.float64]  # on the client's own test images, in [0, 1]
-    spearman: dict[str, Spearman]  # correlation of accuracy with "images", "classes" and "entropy"
+    accuracy: NDArray[np.float64]  # on the client's own test images, or what `metric` is; an accuracy is in [0, 1]
+    spearman: dict[str, Spearman]  # its correlation with "images", "classes" and "entropy"
+    metric: Metric
 
     def record(self) -> dict[str, Any]:
         """Return all numbers as JSON has them."""
         arrays = ("clients", "images", "classes", "entropy", "accuracy")
         together = {name: found and {"rho": found[0], "p": found[1]} for name, found in self.spearman.items()}
         known = {"run": self.run, "label": self.label, "models": "personal" if self.personal else "global"}
+        known["metric"] = self.metric.name
         return {**known, **{name: getattr(self, name).tolist() for name in arrays}, "spearman": together}
 
 
@@ -68,7 +71,7 @@ def _points(run: Run, name: str, label: str) -> ClientPoints:
     images, classes = counts.sum(axis=1), np.count_nonzero(counts, axis=1)
     metadata = {"images": images, "classes": classes, "entropy": entropy}
     together = {what: _spearman(values, accuracy) for what, values in metadata.items()}
-    return ClientPoints(name, label, personal, numbers, images, classes, entropy, accuracy, together)
+    return ClientPoints(name, label, personal, numbers, images, classes, entropy, accuracy, together, run.metric)
 
 
 def _spearman(x: NDArray[Any], y: NDArray[np.float64]) -> Spearman:

@@ -1,7 +1,7 @@
 """Many runs as one comparison: means over seeds with 95 % intervals, and paired tests against a baseline.
 
 A row is a strategy at a density, with one run a seed; a group holds the rows that agree on all further axes.
-Accuracies are fractions in [0, 1], sizes bytes. `compare_page` says how it looks.
+Accuracies are fractions in [0, 1], or values of another metric, sizes bytes. `compare_page` says how it looks.
 """
 
 import math
@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ssfl_app.metrics import ACCURACY, Metric
+from ssfl_app.options import ConfigError
 from ssfl_app.results.run_folder import CENTRAL, LOCAL, PERSONAL, Run, metadata
 
 Numbers = dict[str, float | None]
@@ -34,7 +36,7 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Accuracy on own tests minus the baseline's over their common seeds.
+    """The metric on own tests minus the baseline's over their common seeds.
 
     `p` is that of the paired t-test, None where there is none: fewer than two common seeds, or no spread in the
     differences; `same` says that they are all 0. `density` is the mask.density of the baseline's row.
@@ -58,6 +60,7 @@ class Row:
     seeds: dict[int, Numbers] = field(default_factory=dict)
     missing: dict[int, str] = field(default_factory=dict)
     difference: Difference | None = None
+    metric: Metric = ACCURACY
 
     def values(self, key: str) -> dict[int, float]:
         """Return seed -> the number `key` of its run, where that is known."""
@@ -88,6 +91,11 @@ class Group:
     config: Mapping[str, Any]
     rows: list[Row]
 
+    @property
+    def metric(self) -> Metric:
+        """The one of all its runs."""
+        return next((row.metric for row in self.rows if row.seeds), ACCURACY)
+
 
 def estimate(values: Iterable[float]) -> Estimate | None:
     """Return the mean of `values` and the half width of its 95 % interval by Student's t; None of no values."""
@@ -105,7 +113,7 @@ def estimate(values: Iterable[float]) -> Estimate | None:
 def numbers(run: Run) -> Numbers:
     """Return what a run contributes to a comparison; None where its folder does not say.
 
-    ``own`` is the accuracy on the clients' own tests: of the personal models if the method has them, else of the
+    ``own`` is the metric on the clients' own tests: of the personal models if the method has them, else of the
     global one. ``down`` and ``up`` are bytes of training, masks and discovery, without evaluation.
     """
     known = metadata(run)
@@ -165,7 +173,10 @@ def groups(entries: Sequence[Entry], axes: Sequence[str], baseline: str) -> list
         if entry.run is None:
             row.missing[seed] = entry.reason
         else:
-            row.seeds[seed] = numbers(entry.run)
+            if any(each.seeds and each.metric != entry.run.metric for each in group.rows):
+                rule = "it has that of the other runs of its table"
+                raise ConfigError(f"the metric of {entry.run.folder} is {entry.run.metric.name}; {rule}")
+            row.seeds[seed], row.metric = numbers(entry.run), entry.run.metric
     for group in made.values():
         group.rows.sort(key=lambda row: (-row.density, order[row.strategy]))
         for row in group.rows:
@@ -197,6 +208,7 @@ def as_json(made: Sequence[Group], baseline: str, environments: Sequence[Mapping
                 {
                     "strategy": row.strategy,
                     "mask_density": row.wanted,
+                    "metric": row.metric.metadata(),
                     "means": {key: None if found is None else _named(found) for key, found in estimates.items()},
                     "difference": gap and {**_named(gap.estimate), "p": gap.p, "same": gap.same, "at": gap.density},
                     "seeds": {str(seed): row.seeds[seed] for seed in sorted(row.seeds)},

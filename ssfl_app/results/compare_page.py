@@ -1,13 +1,14 @@
-"""How a comparison looks: the Markdown file with its tables and notes, and the picture of accuracy against bytes."""
+"""How a comparison looks: the Markdown file with its tables and notes, and the picture of metric against bytes."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ssfl_app.results.compare import Difference, Estimate, Group, Row
+from ssfl_app.metrics import ACCURACY, Metric, common
+from ssfl_app.results.compare import Estimate, Group, Row
 from ssfl_app.results.plots import PALETTE, _figure, _finish, _plain
 from ssfl_app.results.run_folder import MB
-from ssfl_app.results.table import NONE, Table, megabytes, shown
+from ssfl_app.results.table import NONE, Table, in_metric, megabytes, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ GENERAL = (
     "sends is left out. Costs are plain means over seeds."
 )
 GAP = (
-    "Δ is in points: the personal models if the method has them, else the global one, minus the same of "
+    "Δ is in {points}: the personal models if the method has them, else the global one, minus the same of "
     "`{baseline}` at the same density and seeds. p: paired t-test over these seeds, not corrected for the number of "
     "rows; “same” means that all differences are 0."
 )
@@ -41,46 +42,50 @@ def markdown(
     for group in made:
         if group.axes:
             lines += [f"## {_axes(group)}", ""]
-        lines += [_task(group), "", *Table(headers(baseline), [cells(row) for row in group.rows], 1).markdown(), ""]
-    lines += [f"![Accuracy on own tests against bytes]({picture})", "", *_notes(made, baseline), ""]
+        named = headers(baseline, group.metric)
+        lines += [_task(group), "", *Table(named, [cells(row) for row in group.rows], 1).markdown(), ""]
+    title = common(group.metric for group in made).title
+    lines += [f"![{title} on own tests against bytes]({picture})", "", *_notes(made, baseline), ""]
     return "\n".join([*lines, _origin(made, environments), ""])
 
 
-def headers(baseline: str) -> list[str]:
-    """Return the titles of the columns that `cells` fills."""
+def headers(baseline: str, metric: Metric = ACCURACY) -> list[str]:
+    """Return the titles of the columns that `cells` fills, whose values are in `metric`."""
     named = "SSFL" if baseline == "ssfl" else f"`{baseline}`"
-    own = ("central %", "global on own tests %", "personal on own tests %", f"Δ own tests vs {named}", "p")
-    return ["strategy", "density", "of all params", "clients trained a round", *own, *COSTS]
+    own = (f"{what} {metric.column}" for what in ("central", "global on own tests", "personal on own tests"))
+    gap = (f"Δ own tests vs {named}", "p")
+    return ["strategy", "density", "of all params", "clients trained a round", *own, *gap, *COSTS]
 
 
 def cells(row: Row) -> list[str]:
-    """Return a row of the table; one whose runs are all missing has the reason's first word in place of accuracy."""
+    """Return a row of the table; one whose runs are all missing has the reason's first word in place of values."""
     name = f"`{row.strategy}`"
     if not row.seeds:
         reasons = sorted({reason.partition(":")[0] for reason in row.missing.values()})
         return [name, shown(row.wanted, ".3g"), NONE, NONE, ", ".join(reasons), *[NONE] * (4 + len(COSTS))]
     if row.missing:
         name += f" ({len(row.seeds)} of {len(row.seeds) + len(row.missing)} seeds)"
-    shares = [_accuracy(row.estimate(key)) for key in ("central", "global", "personal")]
+    shares = [_estimate(row.estimate(key), row.metric) for key in ("central", "global", "personal")]
     sizes = [megabytes(row.mean(key)) for key in ("down", "up")] + [megabytes(row.mean("peer") or None)]
     counts = [shown(row.mean("image_passes"), ",.0f"), shown(row.mean("seconds"), ",.0f")]
     densities = [shown(row.mean(key), ".3g") for key in ("density", "density_all")]
     clients = shown(row.mean("trained_clients"), ".3g")
-    return [name, *densities, clients, *shares, *_gap(row.difference), *sizes, *counts]
+    return [name, *densities, clients, *shares, *_gap(row), *sizes, *counts]
 
 
-def _accuracy(found: Estimate | None, form: str = ".1f") -> str:
+def _estimate(found: Estimate | None, metric: Metric, sign: str = "") -> str:
     if found is None:
         return NONE
-    mean = format(100 * found.mean, form)
-    return mean if found.half is None else f"{mean} ± {100 * found.half:.1f}"
+    mean = in_metric(found.mean, metric, 1, sign)
+    return mean if found.half is None else f"{mean} ± {in_metric(found.half, metric, 1)}"
 
 
-def _gap(found: Difference | None) -> list[str]:
+def _gap(row: Row) -> list[str]:
+    found = row.difference
     if found is None:
         return [NONE, NONE]
     p = NONE if found.p is None else "<0.001" if found.p < 0.001 else f"{found.p:.3f}"
-    return [_accuracy(found.estimate, "+.1f"), "same" if found.same else p]
+    return [_estimate(found.estimate, row.metric, "+"), "same" if found.same else p]
 
 
 def _axes(group: Group) -> str:
@@ -94,7 +99,10 @@ def _task(group: Group) -> str:
 
 def _notes(made: Sequence[Group], baseline: str) -> list[str]:
     rows = [row for group in made for row in group.rows]
-    notes = [GENERAL, GAP.format(baseline=baseline)]
+    metrics = list(dict.fromkeys(group.metric for group in made))
+    points = dict.fromkeys("points" if metric.share else "units of the target" for metric in metrics)
+    notes = [GENERAL, GAP.format(baseline=baseline, points=" or ".join(points) or "points")]
+    notes += [f"{each.title}: lower is better, and Δ below 0." for each in metrics if not each.higher]
     loose = [row for row in rows if row.wanted is None and row.difference is not None]
     largest = {row.difference.density for row in loose if row.difference}
     if loose and None not in largest:
@@ -140,7 +148,7 @@ def origin(environments: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def picture(made: Sequence[Group], strategies: Sequence[str]) -> "Figure":
-    """Return accuracy on own tests against MB sent, a panel for each table; bars are 95 % intervals.
+    """Return the metric on own tests against MB sent, a panel for each table; bars are 95 % intervals.
 
     `strategies` are all names, in the order of the legend; colours and markers go by it.
     """
@@ -150,14 +158,16 @@ def picture(made: Sequence[Group], strategies: Sequence[str]) -> "Figure":
     columns = max(1, min(len(strategies), int(13 * width) // (max(map(len, strategies), default=0) + 9)))
     legend = 0.25 * math.ceil(len(strategies) / columns)
     figure = _figure(max(7.0, width), (5.6 if crowded else 4.3) * down + legend)
-    panels = figure.subplots(down, across, sharey=True, squeeze=False).flat
+    alike = len({group.metric for group in made}) < 2
+    panels = figure.subplots(down, across, sharey=alike, squeeze=False).flat
     for axes, group in zip(panels, made, strict=False):
         _panel(axes, group, strategies)
     for number, axes in enumerate(panels):
         axes.set_visible(number < len(made))
-        axes.yaxis.label.set_visible(number % across == 0)
-    low, high = panels[0].get_ylim()
-    panels[0].set_ylim(max(0.0, low), min(101.0, high))  # an interval of few seeds may leave what is possible
+        axes.yaxis.label.set_visible(number % across == 0 or not alike)
+        if number < len(made) and made[number].metric.share:  # an interval of few seeds may leave what is possible
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(0.0, low), min(101.0, high))
     # One legend for all panels: a strategy may have points in some of them only.
     pairs = [axes.get_legend_handles_labels() for axes in figure.axes]
     found = {label: handle for handles, labels in pairs for handle, label in zip(handles, labels, strict=True)}
@@ -174,10 +184,11 @@ def _panel(axes: "Axes", group: Group, strategies: Sequence[str]) -> None:
     rows = [(row, found) for row in group.rows if (found := row.estimate("own")) is not None]
     # A method that sends nothing has no place on a logarithmic axis: it stands at the left, with its 0 written there.
     nothing = min((_sent(row) for row, _ in rows if _sent(row)), default=1.0) / 2
+    scale = group.metric.scale
     for index, name in enumerate(strategies):
         mine = [(row, found) for row, found in rows if row.strategy == name]
         xs = [_sent(row) or nothing for row, _ in mine]
-        ys, bars = [100 * found.mean for _, found in mine], [100 * (found.half or 0) for _, found in mine]
+        ys, bars = [scale * found.mean for _, found in mine], [scale * (found.half or 0) for _, found in mine]
         if not mine:
             continue
         color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
@@ -192,8 +203,9 @@ def _panel(axes: "Axes", group: Group, strategies: Sequence[str]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    title = _plain(_axes(group)) if group.axes else "Accuracy against bytes; numbers are densities"
-    _finish(axes, title, "MB down and up, with masks and discovery", "Accuracy on own tests (%)")
+    title = _axes(group) if group.axes else f"{group.metric.title} against bytes; numbers are densities"
+    words = title, "MB down and up, with masks and discovery", group.metric.axis("on own tests")
+    _finish(axes, *map(_plain, words))
 
 
 def _sent(row: Row) -> float:

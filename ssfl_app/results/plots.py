@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ssfl_app.metrics import common
 from ssfl_app.options import ConfigError
 from ssfl_app.results import run_folder
 from ssfl_app.results.run_folder import Run
+from ssfl_app.results.table import in_metric
 from ssfl_app.text import printable
 
 if TYPE_CHECKING:
@@ -49,17 +51,17 @@ def has_accuracy(run: Run) -> bool:
 
 
 def accuracy_by_round(runs: Sequence[Run]) -> "Figure":
-    """Return accuracy over rounds, a panel for each of the accuracies that any run has (`has_accuracy`)."""
+    """Return the metric over rounds, a panel for each of the models that any run tested (`has_accuracy`)."""
     return _accuracy(runs, [run_folder.round_numbers(run).astype(float) for run in runs], "Round")
 
 
 def accuracy_by_bytes(runs: Sequence[Run]) -> "Figure":
-    """Return accuracy over the MB sent down and up so far; the axis is logarithmic where it spans much."""
+    """Return the metric over the MB sent down and up so far; the axis is logarithmic where it spans much."""
     return _accuracy(runs, [run_folder.cumulative_mb(run) for run in runs], "Sent so far, down and up (MB)")
 
 
 def _accuracy(runs: Sequence[Run], xs: Sequence[NDArray[np.float64]], xlabel: str) -> "Figure":
-    own = "Clients' own test images, mean"
+    own = "Clients' own test samples, mean"
     titles = {run_folder.CENTRAL: "Central test set", run_folder.LOCAL: own}
     titles |= {run_folder.PERSONAL: f"{own}: personal models"}
     found = {key: [run_folder.evaluated(run, key) for run in runs] for key in titles}
@@ -70,6 +72,7 @@ def _accuracy(runs: Sequence[Run], xs: Sequence[NDArray[np.float64]], xlabel: st
     figure = _figure(max(10.0, 4.6 * len(shown)), 3.9 + 0.22 * lines)
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     handles: dict[int, Line2D] = {}
+    ylabel = _plain(common(run.metric for run in runs).axis())
     for axes, key in zip(panels, shown, strict=True):
         for index, ((at, values), x, label) in enumerate(zip(found[key], xs, labels, strict=True)):
             if not len(at):  # an empty line has a place, the corner of the picture, and the panels shrink to nothing
@@ -77,8 +80,8 @@ def _accuracy(runs: Sequence[Run], xs: Sequence[NDArray[np.float64]], xlabel: st
             marker, line = "o" if len(at) <= 40 else "", LINES[index // len(PALETTE) % len(LINES)]
             look: dict[str, Any] = {"ls": line, "color": PALETTE[index % len(PALETTE)]}
             look |= {"marker": marker, "ms": 3.5, "lw": 1.6, "label": label, "clip_on": False}
-            handles.setdefault(index, *axes.plot(x[at], 100 * values, **look))
-        _finish(axes, titles[key], xlabel, "Accuracy (%)" if axes is panels[0] else "")
+            handles.setdefault(index, *axes.plot(x[at], runs[index].metric.scale * values, **look))
+        _finish(axes, titles[key], xlabel, ylabel if axes is panels[0] else "")
         _x_axis(axes, [x[at] for (at, _), x in zip(found[key], xs, strict=True) if len(at)], xlabel)
     shape = {"ncols": math.ceil(len(runs) / lines), "fontsize": 9}
     lines_of_runs = [handles[index] for index in sorted(handles)]
@@ -141,8 +144,8 @@ def class_distribution(counts: ArrayLike, class_names: Sequence[str]) -> "Figure
     image = left.imshow(table, aspect="auto", cmap="Blues", norm=norm, interpolation="nearest")
     if classes <= 12 and clients <= 40:
         _write_cells(left, table)
-    _finish(left, "Training images by client and class", "Class", "Client")
-    _finish(right, "", "Images", "")
+    _finish(left, "Training samples by client and class", "Class", "Client")
+    _finish(right, "", "Samples", "")
     left.grid(visible=False)
     right.grid(visible=False, axis="y")
     step = math.ceil(clients * 0.16 / (height - 1.5))
@@ -154,7 +157,7 @@ def class_distribution(counts: ArrayLike, class_names: Sequence[str]) -> "Figure
         shape = {"orientation": "horizontal", "fill": True, "color": PALETTE[0], "rasterized": True}
         right.stairs(table.sum(axis=1), np.arange(clients + 1) - 0.5, **shape)
     right.tick_params(left=False, labelleft=False)
-    figure.colorbar(image, ax=right, label="Images in a cell", shrink=min(1.0, 4 / height), aspect=18)
+    figure.colorbar(image, ax=right, label="Samples in a cell", shrink=min(1.0, 4 / height), aspect=18)
     return figure
 
 
@@ -182,34 +185,35 @@ def _class_ticks(axes: "Axes", class_names: Sequence[str], inches: float) -> Non
 
 
 def accuracy_by_client(run: Run) -> "Figure":
-    """Return each client's accuracy on its own test images against its number of training images.
+    """Return each client's metric on its own test images against its number of training images.
 
-    Where all clients have about as many, it is against the client's number instead. The three clients with the lowest
-    accuracy are named. The line is the plain mean over clients. ConfigError: no client of the run has an accuracy.
+    Where all clients have about as many, it is against the client's number instead. The three clients that it serves
+    worst are named. The line is the plain mean over clients. ConfigError: no client of the run has an accuracy.
     """
     rows = run.clients["clients"] if run.clients else []
     kept = [index for index, row in enumerate(rows) if row.get("accuracy") is not None]
     if not kept:
         raise ConfigError(f"{run.folder} has no client accuracies; the plot needs them in clients.json")
     images = run_folder.train_counts(run).sum(axis=1)[kept]
-    accuracy = 100 * np.array([rows[index]["accuracy"] for index in kept], dtype=float)
+    metric = run.metric
+    accuracy = metric.scale * np.array([rows[index]["accuracy"] for index in kept], dtype=float)
     figure = _figure(9.0, 4.2)
     axes = figure.subplots()
-    xs, xlabel = images, "Training images of the client"
+    xs, xlabel = images, "Training samples of the client"
     if images.min() >= 0.95 * images.max():
         xs = np.array([int(rows[index]["client"]) for index in kept])
-        xlabel = f"Client ({images.min()} to {images.max()} training images each)"
+        xlabel = f"Client ({images.min()} to {images.max()} training samples each)"
         axes.locator_params(axis="x", integer=True)
     dots = axes.scatter(xs, accuracy, s=34, color=PALETTE[0], alpha=0.75, lw=0, clip_on=False, zorder=3)
     dots.set_rasterized(len(kept) > MANY)
-    mean = f"mean of {len(kept)} clients: {accuracy.mean():.2f} %"
+    mean = f"mean of {len(kept)} clients: {in_metric(accuracy.mean() / metric.scale, metric)}{metric.unit}"
     axes.axhline(accuracy.mean(), color=PALETTE[1], lw=1.2, ls="--", label=mean)
-    for index in np.argsort(accuracy, kind="stable")[:3]:
+    for index in np.argsort(accuracy if metric.higher else -accuracy, kind="stable")[:3]:
         row, point = rows[kept[index]], (float(xs[index]), float(accuracy[index]))
         name = _plain(row.get("name") or f"client {row['client']}")
         axes.annotate(name, point, xytext=(6, -3), textcoords="offset points", fontsize=8, color=INK)
-    ylabel = "Accuracy on its own test images (%)"
-    _finish(axes, "Accuracy by client: " + _plain(run_folder.run_labels([run])[0]), xlabel, ylabel)
+    ylabel = _plain(metric.axis("on its own test samples"))
+    _finish(axes, _plain(f"{metric.title} by client: {run_folder.run_labels([run])[0]}"), xlabel, ylabel)
     _x_axis(axes, [xs.astype(float)], xlabel)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     return figure

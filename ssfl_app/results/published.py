@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ssfl_app import config as configuration
+from ssfl_app.metrics import ACCURACY
 from ssfl_app.options import anything, at_least, build, choice, option
 from ssfl_app.results.compare_page import origin
 from ssfl_app.results.run_folder import CENTRAL, LOCAL, MB, PERSONAL, Run, evaluated, metadata
-from ssfl_app.results.table import Table, megabytes, percent, shown
+from ssfl_app.results.table import Table, in_metric, megabytes, percent, shown
 
 METRICS = {
     "central": (CENTRAL, "the global model on all test images"),
@@ -115,13 +116,20 @@ def measured(line: Line) -> dict[str, Any]:
     return dict(zip(keys, (*everything, *(known[key] for key, _ in METRICS.values())), strict=True))
 
 
+def measured_text(line: Line, unit: str = "") -> str:
+    """Return the measured accuracy in percent with `unit`, or the value and name of another metric."""
+    metric = ACCURACY if line.run is None else line.run.metric
+    called = unit if metric == ACCURACY else f"{metric.unit} {metric.name}"
+    return in_metric(measured(line)["accuracy"], metric) + called
+
+
 def cells(line: Line) -> list[str]:
     """Return the row of a line, under the headers of `as_table`."""
-    found, (accuracy, mb) = measured(line), _published(line.published)
-    minutes = None if found["seconds"] is None else found["seconds"] / 60
-    row = [line.name, line.state, line.published.metric, accuracy, percent(found["accuracy"]), shown(found["round"])]
+    known, (accuracy, mb) = measured(line), _published(line.published)
+    minutes = None if known["seconds"] is None else known["seconds"] / 60
+    row = [line.name, line.state, line.published.metric, accuracy, measured_text(line), shown(known["round"])]
     took = shown(minutes, ",.1f" if minutes is None or minutes >= 0.1 else ".2g")
-    return [*row, mb, megabytes(found["bytes_a_round"]), took]
+    return [*row, mb, megabytes(known["bytes_a_round"]), took]
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,8 @@ def warnings(page: Page) -> list[str]:
     data = sorted({(line.config["data.name"], line.data) for line in page.lines})
     form = "The data are {}, the published numbers are of {}: do not compare them."
     said = [form.format(ours, theirs) for ours, theirs in data if ours != theirs]
+    others = sorted({line.run.metric.name for line in page.lines if line.run and line.run.metric != ACCURACY})
+    said += [f"Measured is the {name}, published are accuracies: do not compare them." for name in others]
     profiles = sorted({line.published.profile for line in page.lines} - {page.profile})
     if page.profile != PUBLISHED and profiles:
         said.append(f"Played with the profile {page.profile}; published numbers are of {' and '.join(profiles)}.")

@@ -26,9 +26,11 @@ from safetensors import torch as safe_torch
 from ssfl_app import locks
 from ssfl_app.config import Flat, write_toml
 from ssfl_app.files import append, not_regular, remove_unfinished, write_atomically, write_bytes, write_json
+from ssfl_app.metrics import ACCURACY, Metric
 from ssfl_app.options import ConfigError
 from ssfl_app.results import checkpoint
 from ssfl_app.results.status import write_status
+from ssfl_app.results.table import in_metric
 from ssfl_app.sparsity.layout import Layout, State, state_digest
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.text import printable
@@ -68,8 +70,8 @@ class Recorder:
     `folder` is absolute, `flat` the resolved configuration; lines for people go to `say`, besides ``console.log``.
     """
 
-    def __init__(self, folder: Path, flat: Flat, say: Callable[[str], None]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, flat: Flat, say: Callable[[str], None], metric: Metric = ACCURACY) -> None:
+        self.folder, self.metric = folder, metric
         self.records: list[Record] = []
         self._flat, self._say, self._began, self._seconds_before = flat, say, time.monotonic(), 0.0
         self._lines = hashlib.sha256()  # over rounds.jsonl
@@ -86,7 +88,7 @@ class Recorder:
         self.status("running")
         remove_unfinished(self.folder)
         if not (self.folder / "environment.json").exists():  # that of the start stays, when a run is resumed
-            write_json(self.folder / "environment.json", environment())
+            write_json(self.folder / "environment.json", {**environment(), "metric": self.metric.metadata()})
         if saved is None:
             (self.folder / "rounds.jsonl").unlink(missing_ok=True)
         else:
@@ -122,7 +124,7 @@ class Recorder:
                 self.say(discovery_line(record, "setup_") + f", mask distance {record['mask_distance']:.3f}")
             timed, rounds = [r["seconds"] for r in self.records if r["round"]], int(self._flat["run.rounds"])
             left = (rounds - record["round"]) * sum(timed) / len(timed)
-            self.say(round_line(record, rounds, left))
+            self.say(round_line(record, rounds, left, self.metric))
         elif record["asked"]:
             self.say(discovery_line(record, "") + f", {record['seconds']:.1f} s")
         for client, note in {c: n for key in failure_keys("notes") for c, n in record.get(key, {}).items()}.items():
@@ -232,9 +234,13 @@ def failure_keys(kind: str) -> tuple[str, ...]:
     return kind, f"evaluate_{kind}", f"setup_{kind}"
 
 
-def round_line(record: Record, rounds: int, left: float) -> str:
+def round_line(record: Record, rounds: int, left: float, metric: Metric = ACCURACY) -> str:
     """Return the line a round prints; `left` is the estimate of the seconds still to go."""
-    accuracy, local = record["central_accuracy"], record["local_accuracy_mean"]
+
+    def said(name: str) -> str:
+        value = record[name]
+        return "   -  " if value is None else f"{in_metric(value, metric):>6}{metric.unit.strip()}"
+
     down = record["bytes_train_down"] + record["bytes_evaluate_down"] + record["bytes_mask_down"]
     counts = {kind: sum(len(record.get(k, {})) for k in failure_keys(kind)) for kind in ("lost", "refused")}
     failed = [f"{count} {kind}" for kind, count in counts.items() if count]
@@ -243,9 +249,9 @@ def round_line(record: Record, rounds: int, left: float) -> str:
         [
             f"round {record['round']:>{len(str(rounds))}}/{rounds}",
             f"loss {record['train_loss']:.4f}",
-            "central " + ("   -  " if accuracy is None else f"{100 * accuracy:6.2f}%"),
-            "local " + ("   -  " if local is None else f"{100 * local:6.2f}%"),
-            *([] if personal is None else [f"personal {100 * personal:6.2f}%"]),
+            ("" if metric == ACCURACY else f"{metric.name}: ") + f"central {said('central_accuracy')}",
+            f"local {said('local_accuracy_mean')}",
+            *([] if personal is None else [f"personal {said('personal_accuracy_mean')}"]),
             f"{down / 1e6:.3f} MB down",
             f"{record['bytes_train_up'] / 1e6:.3f} MB up",
             f"{record['seconds']:.1f} s",

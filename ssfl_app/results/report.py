@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import ArrayLike
 
 from ssfl_app.files import write_bytes
+from ssfl_app.metrics import common
 from ssfl_app.options import ConfigError
 from ssfl_app.results import page, plots
 from ssfl_app.results.rows import compare_table, round_table, summary_table
@@ -27,7 +28,7 @@ def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> Table:
         largest = f"{class_names[top]} ({100 * row[top] / total:.0f} %)" if total else NONE
         name = str(client) if client < len(array) else "all"
         rows.append([name, largest, f"{total:,}", f"{int((row > 0).sum())} of {len(row)}"])
-    return Table(["Client", "Largest class", "Images", "Classes"], rows, 2)
+    return Table(["Client", "Largest class", "Samples", "Classes"], rows, 2)
 
 
 def write_picture(png: Path, draw: "Callable[[], Figure]") -> str:
@@ -76,7 +77,7 @@ def _single(run: Run) -> list[dict[str, Any]]:
     dense = "" if run.layers else "There is no mask in this run folder, so there is no density by layer."
     notes = " ".join(filter(None, [_untested([run]), dense]))
     return [
-        page.section("Summary", content=summary_table(metadata(run))),
+        page.section("Summary", content=summary_table(metadata(run), metric=run.metric)),
         page.section("Figures", images=_figures([run]), note=notes),
         page.section("Rounds", content=round_table(run), folded=f"{len(run.rounds)} rounds"),
         _failure_section([run]),
@@ -87,9 +88,10 @@ def _single(run: Run) -> list[dict[str, Any]]:
 
 def _figures(runs: Sequence[Run]) -> list[dict[str, str]]:
     made: list[tuple[str, Callable[[], Figure]]] = []
+    name = common(run.metric for run in runs).title
     if not _untested(runs):
-        sent = "Accuracy by MB sent: discovery, mask, training and evaluation"
-        made += [("Accuracy by round", lambda: plots.accuracy_by_round(runs))]
+        sent = f"{name} by MB sent: discovery, mask, training and evaluation"
+        made += [(f"{name} by round", lambda: plots.accuracy_by_round(runs))]
         made += [(sent, lambda: plots.accuracy_by_bytes(runs))]
     run, clients = runs[0], (runs[0].clients or {"clients": []})["clients"]
     if len(runs) == 1 and run.layers:
@@ -98,13 +100,14 @@ def _figures(runs: Sequence[Run]) -> list[dict[str, str]]:
         names = run.clients["class_names"]
         made.append(("Classes by client", lambda: plots.class_distribution(train_counts(run), names)))
         if any(row.get("accuracy") is not None for row in clients):
-            made.append(("Accuracy by client on its own test images", lambda: plots.accuracy_by_client(run)))
+            made.append((f"{name} by client on its own test samples", lambda: plots.accuracy_by_client(run)))
     return [_figure(caption, draw) for caption, draw in made]
 
 
 def _untested(runs: Sequence[Run]) -> str:
-    """Return why there is no picture of accuracies, or ""."""
-    return "" if any(map(plots.has_accuracy, runs)) else "No round was evaluated, so there are no accuracies to draw."
+    """Return why there is no picture of the metric, or ""."""
+    name = common(run.metric for run in runs).name
+    return "" if any(map(plots.has_accuracy, runs)) else f"No round was evaluated, so there is no {name} to draw."
 
 
 def _figure(caption: str, draw: "Callable[[], Figure]") -> dict[str, str]:

@@ -4,22 +4,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssfl_app.metrics import ACCURACY, Metric, common
 from ssfl_app.results.run_folder import CENTRAL, LOCAL, MB, PERSONAL, Run, cumulative_mb, metadata, run_names
-from ssfl_app.results.table import NONE, Table, megabytes, percent, ratio, shown
+from ssfl_app.results.table import NONE, Table, in_metric, megabytes, ratio, shown
 
 _COMPARE = (
-    *("Run", "Strategy", "Data", "Partition", "Density", "Seed", "Central %", "Local mean %", "Personal %"),
-    *("MB discovery", "MB train down", "MB train up", "x fewer than dense", "Lost", "Refused", "Seconds"),
+    ("Run", "Strategy", "Data", "Partition", "Density", "Seed"),
+    ("MB discovery", "MB train down", "MB train up", "x fewer than dense", "Lost", "Refused", "Seconds"),
 )
 _ROUND = (
-    *("Round", "Cohort", "OK", "Lost", "Refused", "Train loss", "Central loss", "Central %", "Local mean %"),
-    *("Personal %", "MB down", "MB up", "MB so far", "Seconds"),
+    ("Round", "Cohort", "OK", "Lost", "Refused", "Train loss", "Central loss"),
+    ("MB down", "MB up", "MB so far", "Seconds"),
 )
+
+
+def _headers(around: tuple[tuple[str, ...], tuple[str, ...]], metric: Metric) -> list[str]:
+    return [*around[0], *(f"{what} {metric.column}" for what in ("Central", "Local mean", "Personal")), *around[1]]
 
 
 def compare_table(runs: Sequence[Run]) -> Table:
-    """Return one row a run; "x fewer than dense" counts training alone."""
-    rows = []
+    """Return one row a run; "x fewer than dense" counts training alone; where metrics differ, values say which."""
+    rows, metric = [], common(run.metric for run in runs)
     for run, name in zip(runs, run_names(runs), strict=True):
         known = metadata(run)
         discovery = _sum(known, "bytes_discovery_down", "bytes_discovery_up")
@@ -27,15 +32,18 @@ def compare_table(runs: Sequence[Run]) -> Table:
         texts = [name if run.summary else f"{name} (unfinished)"]
         texts += [shown(known[key]) for key in ("strategy", "dataset", "partition")]
         numbers = [shown(known["density"], ".3g"), shown(known["seed"])]
-        numbers += [*(percent(known[key]) for key in (CENTRAL, LOCAL, PERSONAL)), megabytes(discovery)]
-        numbers += [megabytes(known["bytes_train_down"]), megabytes(known["bytes_train_up"]), fewer]
-        numbers += [shown(known["lost_replies"]), shown(known["refused_replies"])]
+        own = "" if run.metric == metric else f"{run.metric.unit} {run.metric.name}"
+        found = [known[key] for key in (CENTRAL, LOCAL, PERSONAL)]
+        numbers += [in_metric(value, run.metric) + own * (value is not None) for value in found]
+        sizes = discovery, known["bytes_train_down"], known["bytes_train_up"]
+        numbers += [*map(megabytes, sizes), fewer, shown(known["lost_replies"]), shown(known["refused_replies"])]
         rows.append([*texts, *numbers, shown(known["seconds_total"], ",.1f")])
-    return Table(_COMPARE, rows, texts=4)
+    return Table(_headers(_COMPARE, metric), rows, texts=4)
 
 
-def summary_table(known: Mapping[str, Any], folder: Path | None = None) -> Table:
+def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: Metric = ACCURACY) -> Table:
     """Return the names and values of a summary, "-" for a key that it lacks; and where the results are."""
+    better = "" if metric.higher else ", lower is better"
 
     def ask(key: str, form: str = ",") -> str:
         return shown(known.get(key), form)
@@ -48,12 +56,12 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None) -> Table
     everything = None if sent is None or extra is None else sent + extra
     alive = f"{ask('alive')} of {ask('prunable')} prunable weights alive"
     alive += f"; {ask('density_all', '.3g')} of all {ask('parameters')} parameters"
-    personal, peers, passes = (known.get(key) for key in (PERSONAL, "bytes_peer", "image_passes"))
+    peers, passes = known.get("bytes_peer"), known.get("image_passes")
+    tested = {CENTRAL: "central test set", LOCAL: "mean over clients"}
+    tested |= {PERSONAL: "personal models"} if known.get(PERSONAL) is not None else {}
     work = NONE if passes is None else f"{ask('image_passes')} in training, {ask('validation_passes')} forward only"
     rows = [
-        ["accuracy, central test set", f"{percent(known.get(CENTRAL))} %"],
-        ["accuracy, mean over clients", f"{percent(known.get(LOCAL))} %"],
-        *([["accuracy, personal models", f"{percent(personal)} %"]] if personal is not None else []),
+        *([f"{metric.name}, {x}", in_metric(known.get(k), metric) + metric.unit + better] for k, x in tested.items()),
         ["density", f"{ask('density', '.3g')}: {alive}"],
         ["discovery and mask", f"{mb('bytes_discovery_down')} MB down, {mb('bytes_discovery_up')} MB up"],
         ["training", f"{mb('bytes_train_down')} MB down, {mb('bytes_train_up')} MB up"],
@@ -77,12 +85,12 @@ def round_table(run: Run) -> Table:
     for entry, so_far in zip(run.rounds, cumulative_mb(run), strict=True):
         sizes = [str(len(entry.get(key) or ())) for key in ("cohort", "ok", "lost", "refused")]
         losses = [shown(entry.get(key), ".4f") for key in ("train_loss", "central_loss")]
-        shares = [percent(entry.get(key)) for key in (CENTRAL, LOCAL, PERSONAL)]
+        shares = [in_metric(entry.get(key), run.metric) for key in (CENTRAL, LOCAL, PERSONAL)]
         down = sum(entry.get(f"bytes_{what}_down") or 0 for what in ("train", "evaluate", "mask", "discovery"))
         up = sum(entry.get(f"bytes_{what}_up") or 0 for what in ("train", "discovery"))
         sent = [megabytes(down), megabytes(up), megabytes(so_far * MB)]
         rows.append([str(entry["round"]), *sizes, *losses, *shares, *sent, shown(entry.get("seconds"), ",.1f")])
-    return Table(_ROUND, rows, texts=0)
+    return Table(_headers(_ROUND, run.metric), rows, texts=0)
 
 
 def _sum(known: Mapping[str, Any], *keys: str) -> float | None:

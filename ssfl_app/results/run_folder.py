@@ -1,6 +1,6 @@
 """Run folders read back: one `Run` a folder, and the series and totals that tables and figures show.
 
-Bytes are shown in MB of 10**6 bytes; accuracies are fractions in [0, 1]. A run that was killed has no
+Bytes are shown in MB of 10**6 bytes; what keys call accuracy are values of `Run.metric`. A run that was killed has no
 ``summary.json``: its totals are then added up from the rounds that were written.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ssfl_app.metrics import Metric
 from ssfl_app.options import ConfigError, flatten
 
 MB = 1e6
@@ -29,7 +30,7 @@ TOTALS = (
     *("alive", "prunable", "parameters", "clients", "cohort", "rounds", "seed", "trained_clients"),
     *("bytes_dense_train", "seconds_total", "seconds_rounds", "lost_replies", "refused_replies"),
 )
-UNBOUNDED = ("train_loss", "central_loss")  # of a model that diverged
+UNBOUNDED = ("train_loss", "central_loss", CENTRAL)  # of a model that diverged
 MOST = 2**63
 KINDS = ("lost", "refused", "notes")
 NUMBERS = (*ALL_BYTES, *WORK, *LAST, "train_loss", "central_loss", "seconds")
@@ -72,6 +73,7 @@ class Run:
     layers: list[Layer]
     clients: dict[str, Any] | None
     environment: dict[str, Any]
+    metric: Metric
 
     @property
     def name(self) -> str:
@@ -98,9 +100,12 @@ def read_run(folder: Path) -> Run:
     setup, config = rounds.pop(0, None), _read_config(folder / "config.toml")
     summary = _read_object(folder / "summary.json")
     _check_numbers(summary or {}, (*NUMBERS, *TOTALS), str(folder / "summary.json"))
-    layers, clients = _read_layers(folder / "mask.safetensors"), _read_clients(folder / "clients.json")
-    environment = _read_object(folder / "environment.json") or {}
-    return Run(folder, config, [rounds[i] for i in sorted(rounds)], setup, summary, layers, clients, environment)
+    layers, path = _read_layers(folder / "mask.safetensors"), folder / "environment.json"
+    environment = _read_object(path) or {}
+    with _naming(path):
+        metric = Metric(**environment.get("metric", {}))  # folders of before there were others have accuracies
+    clients, played = _read_clients(folder / "clients.json", metric), [rounds[i] for i in sorted(rounds)]
+    return Run(folder, config, played, setup, summary, layers, clients, environment, metric)
 
 
 @contextmanager
@@ -192,31 +197,32 @@ def _read_layers(path: Path) -> list[Layer]:
     return sorted(layers, key=lambda layer: re.sub(r"\d+", lambda part: part[0].zfill(9), layer.name))
 
 
-def _read_clients(path: Path) -> dict[str, Any] | None:
+def _read_clients(path: Path, metric: Metric) -> dict[str, Any] | None:
     value = _read_object(path)
     if value is None:
         return None
     try:
         rows, names = value["clients"], value["class_names"]
         good = isinstance(rows, list) and isinstance(names, list) and all(isinstance(name, str) for name in names)
-        good = good and all(_is_client(row, len(names)) for row in rows)
+        good = good and all(_is_client(row, len(names), metric) for row in rows)
     except (KeyError, TypeError, AttributeError):
         good = False
     if not good:
-        rule = 'each client has "client", "train" (one number a class), and accuracies from 0 to 1'
+        values = "accuracies from 0 to 1" if metric.share else "finite accuracies"
+        rule = f'each client has "client", "train" (one number a class), and {values}'
         raise ConfigError(f"{path} is damaged; {rule}")
     return value
 
 
-def _is_client(row: Mapping[str, Any], classes: int) -> bool:
+def _is_client(row: Mapping[str, Any], classes: int, metric: Metric) -> bool:
     """Return whether a row of clients.json has a number, a count for each class, and accuracies that are numbers."""
-    counts = [row["client"], *row["train"]]
+    counts, (low, high) = [row["client"], *row["train"]], (0, 1) if metric.share else (-MOST, MOST)
     shares = [row.get(key) for key in ("accuracy", "personal_accuracy")]
     return (
         isinstance(row["train"], list)
         and len(row["train"]) == classes
         and all(type(count) is int and 0 <= count < 2**53 for count in counts)
-        and all(share is None or (type(share) in (int, float) and 0 <= share <= 1) for share in shares)
+        and all(share is None or (type(share) in (int, float) and low <= share <= high) for share in shares)
         and isinstance(row.get("name") or "", str)
     )
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ssfl_app.metrics import ACCURACY, common
 from ssfl_app.results.client_study import ClientPoints, Spearman
 from ssfl_app.results.plots import INK, LINES, PALETTE, _figure, _finish, _plain
 
@@ -78,9 +79,9 @@ def _minibatch_axis(axes: "Axes", batches: Sequence[int], clients: int) -> None:
 
 
 def accuracy_by_clients(groups: Sequence[ClientPoints]) -> "Figure":
-    """Return each client's accuracy against its images and against the entropy of its classes, a colour a run.
+    """Return each client's metric against its images and against the entropy of its classes, a colour a run.
 
-    The legend has Spearman's correlation of accuracy with images, entropy and number of classes; "none" where
+    The legend has Spearman's correlation of it with images, entropy and number of classes; "none" where
     one of the two is the same for all clients.
     """
     figure = _figure(11.0, 4.2 + 0.22 * len(groups))
@@ -88,13 +89,17 @@ def accuracy_by_clients(groups: Sequence[ClientPoints]) -> "Figure":
     for index, group in enumerate(groups):
         look = {"color": PALETTE[index % len(PALETTE)], "marker": "osD^v"[index // len(PALETTE) % 5]}
         for axes, xs in ((left, group.images), (right, group.entropy)):
-            axes.scatter(xs, 100 * group.accuracy, **look, s=30, alpha=0.7, lw=0, clip_on=False, zorder=3)
+            axes.scatter(
+                xs, group.metric.scale * group.accuracy, **look, s=30, alpha=0.7, lw=0, clip_on=False, zorder=3
+            )
         axes.scatter([], [], **look, s=30, label=_plain(legend(group)))
     kinds = {group.personal for group in groups}
     models = " and ".join(name for name, has in (("personal", True), ("global", False)) if has in kinds)
-    ylabel = f"Accuracy of the {models} model\non the client's own test images (%)"
-    _finish(left, "Accuracy and number of images", "Training images of the client", ylabel)
-    _finish(right, "Accuracy and spread of classes", "Entropy of the client's classes (bits)", "")
+    metric = common(group.metric for group in groups)
+    name, words = _plain(metric.title), metric.axis(f"of the {models} model\non the client's own test samples")
+    ylabel = "\n".join(map(_plain, words.split("\n")))
+    _finish(left, f"{name} and number of samples", "Training samples of the client", ylabel)
+    _finish(right, f"{name} and spread of classes", "Entropy of the client's classes (bits)", "")
     left.locator_params(axis="x", integer=True)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8.5)
     return figure
@@ -102,10 +107,11 @@ def accuracy_by_clients(groups: Sequence[ClientPoints]) -> "Figure":
 
 def legend(group: ClientPoints) -> str:
     """Return a run and its correlations in a line."""
-    names = (("images", "images"), ("entropy", "entropy"), ("classes", "number of classes"))
+    names = (("images", "samples"), ("entropy", "entropy"), ("classes", "number of classes"))
     found = ", ".join(f"{text} {_rho(group.spearman[key])}" for key, text in names)
     models = "personal models" if group.personal else "global model"
-    return f"{group.label}, {models}, {len(group.clients)} clients; Spearman with {found}"
+    of = "" if group.metric == ACCURACY else f" of {group.metric.name}"
+    return f"{group.label}, {models}, {len(group.clients)} clients; Spearman{of} with {found}"
 
 
 def _rho(found: Spearman) -> str:

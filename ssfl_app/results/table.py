@@ -7,6 +7,7 @@ from typing import IO
 
 from markupsafe import Markup
 
+from ssfl_app.metrics import ACCURACY, Metric
 from ssfl_app.results.run_folder import MB
 from ssfl_app.text import printable
 
@@ -95,7 +96,16 @@ def shown(value: object, form: str = "") -> str:
 
 def percent(fraction: float | None) -> str:
     """Return a fraction in percent, without the sign."""
-    return NONE if fraction is None else f"{100 * fraction:.2f}"
+    return in_metric(fraction, ACCURACY)
+
+
+def in_metric(value: float | None, metric: Metric, decimals: int = 2, sign: str = "") -> str:
+    """Return a value of a metric, without its unit: of a share percent with so many decimals, else four digits."""
+    if value is None:
+        return NONE
+    if metric.share:
+        return f"{100 * value:{sign}.{decimals}f}"
+    return format(value, f"{sign},.1f" if 999.95 <= abs(value) < 1e9 else f"{sign}#.4g")
 
 
 def megabytes(size: float | None) -> str:

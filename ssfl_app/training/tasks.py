@@ -5,8 +5,9 @@ Examples
 A task of your own, for targets (batch, 3) of which each is 0 or 1:
 
 >>> class Tags(Task):
+...     numbers = True
 ...     def loss(self, output, target):
-...         return F.binary_cross_entropy_with_logits(output, target.float())
+...         return F.binary_cross_entropy_with_logits(output, target)
 ...     def score(self, output, target):
 ...         return ((output > 0) == target.bool()).float().mean(dim=1).sum()
 >>> Tags().metric.name
@@ -134,8 +135,8 @@ REGISTRY: Registry[type[Task]] = Registry(
         "next-token": NextToken,
         "segmentation": Segmentation,
     },
-    "a subclass of ssfl_app.Task",
-    lambda found: isinstance(found, type) and issubclass(found, Task),
+    "a subclass of ssfl_app.Task, with a Metric for its metric",
+    lambda found: isinstance(found, type) and issubclass(found, Task) and isinstance(found.metric, Metric),
 )
 AUTO = "auto"
 

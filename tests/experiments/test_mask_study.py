@@ -243,7 +243,7 @@ def test_personal_models_go_before_the_global_one_and_it_is_said(tmp_path: Path)
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert words[0] == (
         "ssfl, density 0.1, seed 1, personal models, 2 clients; "
-        "Spearman with images none, entropy none, number of classes none"
+        "Spearman with samples none, entropy none, number of classes none"
     )
     assert "seed 2, global model" in words[1]
     assert figure.axes[1].collections[0].get_offsets().tolist() == [[0.0, 80.0], [groups[0].entropy[1], 100.0]]

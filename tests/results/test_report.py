@@ -282,7 +282,7 @@ def test_personal_models_and_work_are_shown(tmp_path: Path) -> None:
     report.write_report([run], tmp_path / "report.html")
     assert "Personal %" in (tmp_path / "report.html").read_text()
     titles = [axes.get_title("left") for axes in plots.accuracy_by_round([run]).axes]
-    assert titles[2:] == ["Clients' own test images, mean: personal models"]
+    assert titles[2:] == ["Clients' own test samples, mean: personal models"]
 
 
 def test_unfinished_run_counts_its_work(tmp_path: Path) -> None:

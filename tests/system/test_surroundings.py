@@ -205,7 +205,7 @@ def test_a_run_of_no_rounds_is_no_picture(tmp_path: Path) -> None:
     none = read_run(empty)
     report.write_report([none], tmp_path / "none.html")
     page = (tmp_path / "none.html").read_text(encoding="utf-8")
-    assert "No round was evaluated, so there are no accuracies to draw." in page
+    assert "No round was evaluated, so there is no accuracy to draw." in page
     assert "Accuracy by round" not in page
     assert len(plots.accuracy_by_round([none, whole]).axes[0].lines) == 1
     report.write_report([none, whole], tmp_path / "both.html")

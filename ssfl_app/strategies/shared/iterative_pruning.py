@@ -12,7 +12,8 @@ from fractions import Fraction
 import numpy as np
 
 from ssfl_app.core.aggregation import Aggregator, ReplyOverlapMean
-from ssfl_app.core.algorithm import Payload, Reply
+from ssfl_app.core.algorithm import Payload, Reply, ServerContext
+from ssfl_app.core.options import ConfigError
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, read_mask
 from ssfl_app.sparsity.dynamic import drop
 from ssfl_app.sparsity.layout import state_of
@@ -55,6 +56,13 @@ class IterativePruning(ClientMasks):
     """The server's half: a mask for every client."""
 
     client = IterativePruningClient
+
+    def __init__(self, context: ServerContext) -> None:
+        metric = context.metric
+        if not (metric.share and metric.higher):
+            rule = f"{self.name}.accuracy is a share that a good model is above, and {metric.name} is none"
+            raise ConfigError(f"strategy is {self.name!r}; {rule}")
+        super().__init__(context)
 
     def check_trained(self, client: int, payload: Payload) -> None:
         """Raise PayloadError unless the mask that came up is part of the old one, and none below mask.density."""
