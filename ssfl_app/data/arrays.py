@@ -50,12 +50,12 @@ def read_arrays(path: str, root: Path, image_size: int, wanted: Wanted) -> Array
         parts = []
         for part, file in zip(("train", "test"), files, strict=True):
             check_regular(path, file, file.name, f"the {part} file")
+            names = [f"{name}_{part}" if one else name for name in ("x", "y", "client")]
             try:
                 with np.load(file, allow_pickle=False) as found:
-                    names = [f"{name}_{part}" if one else name for name in ("x", "y", "client")]
                     parts.append(tuple(found[name] for name in names if name in found or name != names[2]))
             except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-                rule = f"it is an .npz with the arrays {', '.join(names[:2]) if one else 'x and y'} of numbers"
+                rule = f"it is an .npz with the arrays {names[0]} and {names[1]} of numbers"
                 raise refused(path, file.name, f"the {part} file", f"cannot be read: {rule}", error) from error
         return from_arrays(parts, "arrays", wanted.classes)
 

@@ -105,7 +105,7 @@ def _values(path: str, table: Any, name: str) -> Array:
     """Return a column: numbers (N, ...), or words or encoded images as objects."""
     import pyarrow as pa
 
-    column, rule = table.column(name), "is {}; a column is numbers, words, lists of numbers of one shape, or images"
+    column, rule = table.column(name), "is no numbers, words, lists of numbers of one shape, or images"
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
@@ -122,7 +122,7 @@ def _values(path: str, table: Any, name: str) -> Array:
             pass
     elif any(getattr(pa.types, f"is_{fit}")(kind) for fit in _KINDS):
         return np.asarray(column.to_numpy())
-    raise refused(path, f"column {name}", "a column", rule.format(kind))
+    raise refused(path, f"column {name}, {kind},", "a column", rule)
 
 
 def _inputs(path: str, parts: list[dict[str, Array]], image_size: int, wanted: Wanted) -> list[Array]:

@@ -1,0 +1,132 @@
+"""Data sets of arrays: what x and y stand for, .npz files, and the classes of sites."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ssfl_app.data.arrays import MOST_CLASSES, from_arrays
+from ssfl_app.data.cache import Wanted
+from ssfl_app.data.dataset import DataOptions, load, load_central, load_own
+from ssfl_app.data.readers import read_files
+from ssfl_app.options import ConfigError, PrivateError
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((6, 3, 2))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SSFL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(folder: Path, **arrays: Any) -> Path:
+    """Write train.npz and test.npz of the same arrays."""
+    folder.mkdir()
+    for part in ("train", "test"):
+        np.savez(folder / f"{part}.npz", **arrays)
+    return folder
+
+
+def site(folder: Path, classes: str = "", name: str = "arrays", **keys: Any) -> DataOptions:
+    return DataOptions(name, str(folder), where="sites", classes=classes, **keys)
+
+
+def test_files_of_two_parts_are_read_once_and_then_lie_on_disk(tmp_path: Path, cache: Path) -> None:
+    folder = write(tmp_path / "a", x=X, y=np.array([0, 2, 1, 0, 2, 1]), client=np.array(list("bbaacc")))
+    first, second = (load(DataOptions("arrays", str(folder))) for _ in range(2))
+    assert len(list(cache.iterdir())) == 1
+    raw = read_files("arrays", str(folder), 0, Wanted("label"))
+    assert isinstance(raw.train, np.memmap)
+    assert isinstance(raw.train_owners, np.memmap)
+    for found in (first, second):
+        assert (found.task, found.class_names, found.shape) == ("classification", ("0", "1", "2"), (3, 2))
+        assert torch.equal(found.train.inputs, torch.from_numpy(X.astype(np.float32)))
+        assert found.owners is not None
+        assert [part.tolist() for part in found.owners] == [[1, 1, 0, 0, 2, 2]] * 2
+
+
+def test_one_file_has_the_part_in_the_names_of_its_arrays(tmp_path: Path) -> None:
+    file = tmp_path / "all.npz"
+    np.savez(file, x_train=X, y_train=X[:, 0], x_test=X[:2], y_test=X[:2, 0])
+    found = load(DataOptions("arrays", str(file)))
+    assert (found.task, found.outputs, len(found.train), len(found.test)) == ("regression", 2, 6, 2)
+    assert found.owners is None
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "task", "outputs"),
+    [
+        (X, list("abcabc"), "classification", 3),
+        (X, RNG.random(6), "regression", 1),
+        (np.arange(12).reshape(6, 2), np.arange(12).reshape(6, 2), "next-token", 12),
+        (X[:, None], np.tile([[0, 1], [3, 0], [1, 1]], (6, 1, 1)), "segmentation", 4),
+    ],
+)
+def test_what_y_is_says_what_the_data_are_for(x: Any, y: Any, task: str, outputs: int) -> None:
+    found = from_arrays(((x, y), (x, y)), "mine")
+    assert (found.task, found.outputs or len(found.class_names)) == (task, outputs)
+
+
+def test_a_site_orders_its_classes_by_data_classes(tmp_path: Path) -> None:
+    words = write(tmp_path / "words", x=X, y=np.array(list("babbab")))
+    found = load_own(site(words, "c,b,a"), str(words))
+    assert (found.class_names, found.train.labels.tolist()) == (("c", "b", "a"), [1, 2, 1, 1, 2, 1])
+    with pytest.raises(PrivateError, match=r"1 of its classes are none of data.classes: b") as caught:
+        load_own(site(words, "a,c"), str(words))
+    assert caught.value.public.endswith("1 of its classes are none of data.classes")
+    numbers = write(tmp_path / "numbers", x=X, y=np.array([0, 1, 1, 0, 1, 1]))
+    assert load_own(site(numbers, "c,b,a"), str(numbers)).class_names == ("c", "b", "a")
+    with pytest.raises(ConfigError, match=r"its y has 1; data.classes names 1 classes"):
+        load_own(site(numbers, "c"), str(numbers))
+
+
+def test_masks_of_sites_need_the_names_of_their_classes(tmp_path: Path) -> None:
+    masks = write(tmp_path / "masks", x=X[:, None], y=np.zeros((6, 3, 2), int))
+    assert load_own(site(masks, "none,tumour"), str(masks)).outputs == 2
+    with pytest.raises(
+        ConfigError, match=r"data.classes is ''; with data.where 'sites' it names the classes of masks"
+    ):
+        load_own(site(masks), str(masks))
+
+
+def test_the_server_of_sites_has_test_samples_only(tmp_path: Path) -> None:
+    folder = write(tmp_path / "server", x=X, y=np.array([0, 1, 1, 0, 1, 1]))
+    (folder / "train.npz").unlink()
+    found = load_central(site(folder, "a,b"))
+    assert (len(found.test), found.shape, found.classes) == (6, (3, 2), 2)
+    with pytest.raises(ConfigError, match=r"it has none of train.npz; it has one of them"):
+        load_own(site(folder, "a,b"), str(folder))
+    with pytest.raises(
+        ConfigError, match=r"data.path is ''; with data.where 'sites' and data.name 'arrays' the server"
+    ):
+        load_central(DataOptions("arrays", where="sites", classes="a,b"))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"x": X}, "cannot be read: it is an .npz with the arrays x and y"),
+        ({"x": X, "y": np.array([{}] * 6)}, "cannot be read: it is an .npz"),  # pickles are not opened
+        ({"x": X, "y": np.arange(5)}, r"\[6, 5\] samples"),
+        ({"x": X, "y": np.array([0, 1, 2, 3, 4, -1])}, "its y has -1"),
+        ({"x": X, "y": np.array([0, 1, 2, 3, 4, MOST_CLASSES])}, "what is no class is a float"),
+        ({"x": np.where(X > 1, np.nan, X), "y": np.arange(6)}, "its training x has NaN or Inf"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_without_its_name(tmp_path: Path, arrays: Any, said: str) -> None:
+    folder = write(tmp_path / "bad", **arrays)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load(DataOptions("arrays", str(folder)))
+    assert str(tmp_path) not in getattr(caught.value, "public", str(caught.value))
+
+
+def test_text_in_place_of_an_npz(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_text("no archive")
+    with pytest.raises(ConfigError, match=r"a.npz cannot be read"):
+        load(DataOptions("arrays", str(tmp_path / "a.npz")))
+    with pytest.raises(ConfigError, match=r"data.image-size is 8; arrays is used as it is"):
+        load(DataOptions("arrays", str(tmp_path / "a.npz"), image_size=8))
