@@ -37,5 +37,8 @@ def read_hub(path: str, root: Path, image_size: int, wanted: Wanted) -> ArrayDat
         return from_tables(path, "hf", [part.with_format("arrow")[:] for part in chosen], image_size, wanted)
 
     # A fingerprint is of the content and of all that was done to it.
-    prints = [part._fingerprint for part in chosen]
-    return cached(("hf", str(root.resolve()), image_size, repr(wanted), *prints), [], read)
+    prints, files = (
+        [part._fingerprint for part in chosen],
+        [Path(f["filename"]) for p in chosen for f in p.cache_files],
+    )
+    return cached(("hf", str(root.resolve()), image_size, repr(wanted), *prints), files, read)

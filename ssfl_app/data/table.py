@@ -1,14 +1,4 @@
-"""Tables of samples, a row each: CSV and parquet files, and what else comes as columns.
-
-| column | becomes |
-|---|---|
-| numbers, true and false | a float, less the mean of the training part, by its standard deviation there |
-| words | a 0 or 1 for each word of the training part; all 0 for another word |
-| lists of numbers, as the only input | an array, as it is |
-| encoded images (a struct with a field ``bytes``), as the only input | bytes (C, H, W) |
-| words, as the only input and without a target | sequences of characters (`ssfl_app.data.text`) |
-| the target: floats | regression |
-| the target: whole numbers from 0, words, true and false | classes |
+"""Tables of samples, a row each: CSV and parquet files, and what else comes as columns. docs/data.md has the rules.
 
 Inputs are in the order of the columns' names, so that sites whose files have another order agree.
 """

@@ -1,5 +1,6 @@
 """Data sets of the library ``datasets``, from saved folders."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def test_images_with_the_names_of_their_labels(tmp_path: Path, cache: Path) -> N
         assert (found.class_names, found.train.labels.tolist()) == (("zebra", "ant", "bee"), [1, 0, 0, 1])
     assert load(DataOptions("hf", folder, image_size=3, target="label")).shape == (3, 3, 3)
     assert len(list(cache.iterdir())) == 2
+    shutil.rmtree(folder)
+    save(tmp_path / "d", {"image": list(pixels[::-1]), "label": [1, 0, 0, 1]}, features)
+    found = load(DataOptions("hf", folder, target="label"))
+    assert np.array_equal(found.train.inputs.numpy(), pixels[::-1].transpose(0, 3, 1, 2))
+    assert len(list(cache.iterdir())) == 1  # what was made of the files before is gone
 
 
 def test_numbers_of_clients_and_one_part_that_is_split(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import tomli_w
 from safetensors.numpy import save_file
 
 from ssfl_app.options import ConfigError
+from ssfl_app.data.summary import ALL
 from ssfl_app.results import plots, report
 from ssfl_app.results import run_folder as runs
 from ssfl_app.results.rows import compare_table, summary_table
@@ -418,6 +419,10 @@ def test_partition_is_drawn_and_tabled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("clients", "classes"), [(1, 2), (100, 200)])
+def test_a_partition_of_what_has_no_classes_is_a_table_of_sizes() -> None:
+    assert report.partition_table([[1200], [3]], ALL).rows == [["0", "1,200"], ["1", "3"], ["all", "1,203"]]
+
+
 def test_partition_of_any_size_is_drawn(tmp_path: Path, clients: int, classes: int) -> None:
     counts = np.random.default_rng(0).integers(0, 9, (clients, classes))
     names = [f"class ${c}" for c in range(classes)]
