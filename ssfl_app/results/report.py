@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> Table:
-    """Return a table of images, classes held and largest class by client (`plots.check_counts`), or of samples alone."""
+    """Return a table of images, classes held and largest class by client (`plots.check_counts`), or of samples."""
     array = plots.check_counts(counts, class_names)
     if tuple(class_names) == ALL:
         sizes = [[str(client), f"{count:,}"] for client, count in enumerate(array[:, 0])]

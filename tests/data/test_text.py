@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from ssfl_app.config import merge, parse
 from ssfl_app.data.dataset import DataOptions, load
 from ssfl_app.data.text import by_speaker, sequences
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import load_federation
+from tests.in_process_grid import play
 
 PLAY = """A note before the play.
 
@@ -85,3 +87,15 @@ def test_other_bytes_than_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"a.txt cannot be read as text in UTF-8 \(UnicodeDecodeError"):
         load(DataOptions("text", str(tmp_path / "a.txt")))
+
+
+def bigrams(input_shape: tuple[int, ...], outputs: int, norm: str) -> nn.Module:
+    return nn.Sequential(nn.Embedding(outputs, 12), nn.Linear(12, outputs))
+
+
+def test_natural_clients_learn_the_next_character(tmp_path: Path) -> None:
+    folder = write(tmp_path / "t", a="abcd" * 99, b="dabc" * 99, c="cdab" * 99)
+    keys = {"data.name": "text", "data.path": str(folder), "data.length": 16, "partition.name": "natural"}
+    keys |= {"run.clients": 3, "run.cohort": 3, "run.rounds": 3, "local.epochs": 10, "local.lr": 1.0}
+    last = play(keys | {"model.name": "tests.data.test_text:bigrams", "mask.density": 0.5}).records[-1]
+    assert last["central_accuracy"] > 0.95

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from ssfl_app.data.dataset import DataOptions, load, load_central, load_own
 from ssfl_app.options import ConfigError, PrivateError
 from tests.data.test_arrays import site
+from tests.in_process_grid import play
 
 nib = pytest.importorskip("nibabel")
 SHAPE = (4, 3, 2)  # right, front, top
@@ -125,3 +127,26 @@ def test_without_nibabel_its_extra_is_named(masked: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(__import__("sys").modules, "nibabel", None)
     with pytest.raises(ConfigError, match=r"it needs nibabel: pip install 'ssfl-app\[volumes\]'"):
         load(DataOptions("volumes", str(masked)))
+
+
+def voxels(input_shape: tuple[int, ...], outputs: int, norm: str) -> nn.Module:
+    layers = nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, outputs, 1)
+    return nn.Sequential(*layers)
+
+
+def test_sites_segment_their_own_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssfl_app.comm.membership.DEPLOYMENT_POLL", 0.01)
+    monkeypatch.setattr("ssfl_app.comm.exchange.DEPLOYMENT_POLL", 0.01)
+    for place, name in enumerate(("athens", "berlin", "server")):
+        for index in range(12):
+            values = some(100 * place + index, (6, 5, 4)) * (1 + place)
+            part = tmp_path / name / ("test" if index < 4 else "train")
+            put(part / "images" / f"{index}.nii.gz", values)
+            put(part / "masks" / f"{index}.nii.gz", (values > 103 * (1 + place)).astype(np.uint8))
+    nodes = [{"name": n, "data-path": str(tmp_path / n), "least-batch": 4} for n in ("athens", "berlin")]
+    keys = {"data.where": "sites", "data.name": "volumes", "data.classes": "other,bright"}
+    keys |= {"data.path": str(tmp_path / "server"), "model.name": "tests.data.test_volumes:voxels"}
+    keys |= {"run.clients": 2, "run.cohort": 2, "run.rounds": 4, "local.epochs": 10, "mask.density": 0.5}
+    last = play(keys | {"local.batch-size": 4, "local.lr": 0.3}, node_configs=nodes).records[-1]
+    assert last["local_accuracy_mean"] > 0.8
+    assert last["central_accuracy"] > 0.8

@@ -7,8 +7,8 @@ import pytest
 import tomli_w
 from safetensors.numpy import save_file
 
-from ssfl_app.options import ConfigError
 from ssfl_app.data.summary import ALL
+from ssfl_app.options import ConfigError
 from ssfl_app.results import plots, report
 from ssfl_app.results import run_folder as runs
 from ssfl_app.results.rows import compare_table, summary_table
