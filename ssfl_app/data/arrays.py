@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ssfl_app.data.cache import ArrayDataset, Wanted, cached
 from ssfl_app.data.images import measure
-from ssfl_app.data.summary import ALL
+from ssfl_app.data.summary import ALL, CLASS_NAME, odd_name
 from ssfl_app.data.unreadable import check_regular, part_files, refused
 from ssfl_app.options import ConfigError, PrivateError
 
@@ -149,6 +149,8 @@ def _targets(
         return "regression", ALL, numbers, numbers[0].shape[1]
     if y.ndim == 1 and y.dtype.kind in "USOb":
         names, places = np.unique(np.concatenate([part.astype(str) for part in parts]), return_inverse=True)
+        if odd_name(list(map(str, names))) is not None:
+            raise _wrong(name, f"one of its classes has another name; {CLASS_NAME}")
         if classes:
             if odd := [word for word in map(str, names) if word not in classes]:
                 public = f"data.name is {name!r}; {len(odd)} of its classes are none of data.classes"

@@ -80,12 +80,8 @@ class DataOptions:
 
     def check(self) -> None:
         """Raise ConfigError unless the options fit together."""
-        for key, names in (
-            ("target", COLUMNS),
-            ("inputs", COLUMNS),
-            ("client", COLUMNS),
-            ("length", (*COLUMNS, "text")),
-        ):
+        of_columns = dict.fromkeys(("target", "inputs", "client"), COLUMNS)
+        for key, names in {**of_columns, "length": (*COLUMNS, "text")}.items():
             if self.name not in names and getattr(self, key) != getattr(DataOptions, key):
                 raise ConfigError(f"data.{key} is {getattr(self, key)!r}; it is for data.name {' and '.join(names)}")
         if self.options and self.name in READERS:
@@ -243,10 +239,7 @@ def load_central(options: DataOptions) -> DataSet:
 
 
 def _own(options: DataOptions, path: str, test_only: bool = False) -> DataSet:
-    alone, inputs = (
-        options.where == "sites",
-        tuple(name.strip() for name in options.inputs.split(",") if name.strip()),
-    )
+    alone, inputs = options.where == "sites", tuple(filter(None, map(str.strip, options.inputs.split(","))))
     columns = (options.target, inputs, options.client, options.length)
     wanted = Wanted(options.label_column, options.named, options.channels, test_only, *columns, alone)
     raw = read_files(options.name, path, options.image_size, wanted, options.download)

@@ -98,17 +98,21 @@ def _values(path: str, table: Any, name: str) -> Array:
     column, rule = table.column(name), "is no numbers, words, lists of numbers of one shape, or images"
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    kind = column.type
+    if isinstance(column.type, pa.BaseExtensionType):  # arrays of the library datasets
+        column = pa.chunked_array([chunk.storage for chunk in column.chunks])
+    kind = leaf = column.type
     if column.null_count:
         rule = f"has {column.null_count} missing values; fill them, or take their rows out"
     elif pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         return np.array([row["bytes"] or b"" for row in column.to_pylist()], dtype=object)
     elif pa.types.is_nested(kind):
+        while hasattr(leaf, "value_type"):
+            leaf = leaf.value_type
         try:
-            values = np.array(column.to_pylist())
+            values = np.array(column.to_pylist(), leaf.to_pandas_dtype())
             if values.dtype.kind in "iufb":
                 return values
-        except ValueError:  # lists of several lengths
+        except (ValueError, TypeError, NotImplementedError):  # of several lengths, or of no numbers
             pass
     elif any(getattr(pa.types, f"is_{fit}")(kind) for fit in _KINDS):
         return np.asarray(column.to_numpy())

@@ -114,6 +114,7 @@ def test_the_server_of_sites_has_test_samples_only(tmp_path: Path) -> None:
         ({"x": X, "y": np.arange(5)}, r"\[6, 5\] samples"),
         ({"x": X, "y": np.array([0, 1, 2, 3, 4, -1])}, "its y has -1"),
         ({"x": X, "y": np.array([0, 1, 2, 3, 4, MOST_CLASSES])}, "what is no class is a float"),
+        ({"x": X, "y": np.array([*list("abcde"), ""])}, "one of its classes has another name"),
         ({"x": np.where(X > 1, np.nan, X), "y": np.arange(6)}, "its training x has NaN or Inf"),
     ],
 )

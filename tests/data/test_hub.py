@@ -52,6 +52,18 @@ def test_numbers_of_clients_and_one_part_that_is_split(tmp_path: Path) -> None:
     assert np.bincount(found.owners[1]).tolist() == [2, 2]
 
 
+def test_arrays_of_bytes_are_images_and_lists_of_numbers_are_tokens(tmp_path: Path) -> None:
+    pixels = some_pixels(3).transpose(0, 3, 1, 2)
+    features = {"x": datasets.Array3D((3, 6, 6), "uint8"), "y": datasets.Value("bool")}
+    folder = save(tmp_path / "d", {"x": list(pixels), "y": [True, False, True]}, features)
+    found = load(DataOptions("hf", folder, target="y"))
+    assert (found.train.inputs.numpy() == pixels).all()
+    assert (len(found.transform.mean), found.class_names) == (3, ("False", "True"))
+    tokens = [[1, 5, 2], [3, 3, 0]]
+    found = load(DataOptions("hf", save(tmp_path / "t", {"ids": tokens, "next": tokens}), target="next"))
+    assert (found.task, found.outputs, found.train.inputs.tolist()) == ("next-token", 6, tokens)
+
+
 def test_text_and_a_validation_part(tmp_path: Path) -> None:
     folder = save(tmp_path / "d", {"text": ["abc" * 10, "cab" * 10]}, parts=("train", "validation"))
     found = load(DataOptions("hf", folder, length=6))

@@ -131,6 +131,7 @@ def test_words_without_a_target_are_text(tmp_path: Path) -> None:
         ({}, {"inputs": "age,height"}, "data.inputs is 'height'"),
         ({"age": [1.0, None, None, 2.0]}, {}, "column age, double, has 2 missing values"),
         ({"age": [np.datetime64("2020-01-01", "s")] * 4}, {}, r"column age, timestamp\[ms\], is no numbers"),
+        ({"age": [["a"]] * 4}, {}, "column age, list.*, is no numbers"),
         ({"age": [[1], [1, 2], [1], [1]]}, {}, "column age, list.*, is no numbers"),
         ({"ill": [0.5] * 4}, {}, "training samples have .* they are alike"),
     ],

@@ -126,7 +126,7 @@ def test_large_alpha_is_near_uniform_and_small_alpha_is_not(name):
 
 
 @pytest.mark.parametrize("alpha", [1e-3, 1e-6, 1e-300])
-@pytest.mark.parametrize("name", ["dirichlet", "dirichlet-class"])
+@pytest.mark.parametrize("name", ["dirichlet", "dirichlet-class", "quantity"])
 def test_extreme_alpha_does_not_stall(name, alpha):
     labels = labels_of(10, 500)
     for seed in range(5):
