@@ -36,7 +36,7 @@ def write(path: Path, text: str) -> None:
     """Make a file; into one that exists the text goes above its registry."""
     if path.exists():
         whole = path.read_text("utf-8")
-        start = re.search(r"^_?[A-Z]+: (dict|Mapping)\[", whole, re.MULTILINE)
+        start = re.search(r"^_?[A-Z]+: (dict|Mapping|Registry)\[", whole, re.MULTILINE)
         assert start is not None
         text = f"{whole[: start.start()]}{text}\n\n{whole[start.start() :]}"
     path.write_text(text, "utf-8")

@@ -1,4 +1,4 @@
-"""Makes a data set of arrays: what a reader of your own returns, and what the readers of files read.
+"""Makes a data set of arrays: what a reader of your own returns, what .npz files hold, and what other readers read.
 
 A part, training or test, is ``(x, y)`` or ``(x, y, client)``, of arrays, tensors or lists, or a torch ``Dataset`` of
 pairs. What x and y are decides what they are for:
@@ -17,23 +17,55 @@ float32, other whole numbers int64, and enter the model as they are.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from ssfl_app.data.cache import ArrayDataset
+from ssfl_app.data.cache import ArrayDataset, Wanted, cached
 from ssfl_app.data.images import measure
-from ssfl_app.data.summary import ALL
-from ssfl_app.options import ConfigError
+from ssfl_app.data.summary import ALL, CLASS_NAME, odd_name
+from ssfl_app.data.unreadable import check_regular, part_files, refused
+from ssfl_app.options import ConfigError, PrivateError
 
 Array = npt.NDArray[Any]
 
+MOST_CLASSES = 100_000
+"""Classes are below it: each number up to the largest is one, and one odd value would fill the memory with them."""
 
-def from_arrays(found: object, name: str) -> ArrayDataset:
+
+def read_arrays(path: str, root: Path, image_size: int, wanted: Wanted) -> ArrayDataset:
+    """Read train.npz and test.npz of a folder, or one .npz file, whose arrays have the part in their names.
+
+    The arrays of a part are x, y and perhaps client; in one file x_train, y_train, client_train, x_test, ...
+    """
+    one = root.is_file()
+    files = [root] * 2 if one else part_files(path, root, [".npz"], wanted.test_only)
+
+    def read() -> ArrayDataset:
+        parts = []
+        for part, file in zip(("train", "test"), files, strict=True):
+            check_regular(path, file, file.name, f"the {part} file")
+            names = [f"{name}_{part}" if one else name for name in ("x", "y", "client")]
+            try:
+                with np.load(file, allow_pickle=False) as found:
+                    parts.append(tuple(found[name] for name in names if name in found or name != names[2]))
+            except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+                rule = f"it is an .npz with the arrays {names[0]} and {names[1]} of numbers"
+                raise refused(path, file.name, f"the {part} file", f"cannot be read: {rule}", error) from error
+        return from_arrays(parts, "arrays", wanted.classes)
+
+    return cached(("arrays", str(root.resolve()), *wanted.classes), files, read)
+
+
+def from_arrays(found: object, name: str, classes: tuple[str, ...] = ()) -> ArrayDataset:
     """Return the data set of training and test parts, given as a pair or under "train" and "test".
+
+    `classes` names all classes in order; numbers are positions in it. Empty: those that are found.
 
     Raises
     ------
@@ -61,7 +93,7 @@ def from_arrays(found: object, name: str) -> ArrayDataset:
             f"x {a.dtype} {a.shape[1:]} and y {b.dtype} {b.shape[1:]}" for a, b in ((x, y), (test_x, test_y))
         )
         raise _wrong(name, f"training samples have {ours}, test samples {theirs}; they are alike")
-    task, names, (y, test_y), outputs = _targets(x, (y, test_y), name)
+    task, names, (y, test_y), outputs = _targets(x, (y, test_y), name, classes)
     if (owner is None) != (test_owner is None):
         raise _wrong(name, "one part says which client a sample belongs to; both do, or none")
     if owner is not None and test_owner is not None:
@@ -107,7 +139,9 @@ def _array(values: object) -> Array:
     return np.asarray(values)
 
 
-def _targets(x: Array, parts: tuple[Array, Array], name: str) -> tuple[str, tuple[str, ...], list[Array], int]:
+def _targets(
+    x: Array, parts: tuple[Array, Array], name: str, classes: tuple[str, ...]
+) -> tuple[str, tuple[str, ...], list[Array], int]:
     """Return task, class names, targets as they are kept, and how many outputs a model has."""
     y = parts[0]
     if y.dtype.kind == "f":
@@ -115,14 +149,25 @@ def _targets(x: Array, parts: tuple[Array, Array], name: str) -> tuple[str, tupl
         return "regression", ALL, numbers, numbers[0].shape[1]
     if y.ndim == 1 and y.dtype.kind in "USOb":
         names, places = np.unique(np.concatenate([part.astype(str) for part in parts]), return_inverse=True)
+        if odd_name(list(map(str, names))) is not None:
+            raise _wrong(name, f"one of its classes has another name; {CLASS_NAME}")
+        if classes:
+            if odd := [word for word in map(str, names) if word not in classes]:
+                public = f"data.name is {name!r}; {len(odd)} of its classes are none of data.classes"
+                raise PrivateError(f"{public}: {', '.join(odd[:8])}", public)
+            places, names = np.array([classes.index(word) for word in names])[places], np.array(classes)
         cut = np.split(places.astype(np.int64), [len(y)])
         return "classification", tuple(map(str, names)), cut, 0
     whole = [part.astype(np.int64) for part in parts]
     lowest, highest = min(int(part.min()) for part in whole), max(int(part.max()) for part in whole)
     if lowest < 0:
         raise _wrong(name, f"its y has {lowest}; classes and tokens are whole numbers from 0")
+    if classes and highest >= len(classes):
+        raise _wrong(name, f"its y has {highest}; data.classes names {len(classes)} classes, and the first is 0")
+    if y.ndim == 1 and highest >= MOST_CLASSES:
+        raise _wrong(name, f"its y has {highest}; classes are below {MOST_CLASSES}, and what is no class is a float")
     if y.ndim == 1:
-        return "classification", tuple(map(str, range(highest + 1))), whole, 0
+        return "classification", classes or tuple(map(str, range(highest + 1))), whole, 0
     if x.dtype.kind in "iu" and x.shape == y.shape:
         return "next-token", ALL, whole, max(highest, int(x.max())) + 1
-    return "segmentation", ALL, whole, highest + 1
+    return "segmentation", ALL, whole, len(classes) or highest + 1

@@ -69,7 +69,7 @@ class ArrayDataset:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What images are to be made of a folder of files, beside their size.
+    """What is to be made of a user's own files, beside the size of images.
 
     Attributes
     ----------
@@ -80,13 +80,24 @@ class Wanted:
     channels : int
         1: grey, 3: colour, 0: as found.
     test_only : bool
-        Whether training images may be missing: for the server, whose images only test.
+        Whether training samples may be missing: for the server, whose samples only test.
+    target, inputs, client : str, tuple of str, str
+        Columns; "" or (): none, all others, none.
+    length : int
+        Characters of a sequence.
+    alone : bool
+        Whether nobody else sees these files: what is made of them must not depend on what happens to be there.
     """
 
     label_column: str
     classes: tuple[str, ...] = ()
     channels: int = 0
     test_only: bool = False
+    target: str = ""
+    inputs: tuple[str, ...] = ()
+    client: str = ""
+    length: int = 80
+    alone: bool = False
 
 
 def cached(key: tuple[str | int, ...], files: Sequence[Path], read: Callable[[], ArrayDataset]) -> ArrayDataset:

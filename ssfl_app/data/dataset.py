@@ -16,7 +16,7 @@ import torch
 
 from ssfl_app.data.arrays import from_arrays
 from ssfl_app.data.cache import ArrayDataset, Labels, Wanted
-from ssfl_app.data.readers import OWN, READERS, read_site_data, unseen
+from ssfl_app.data.readers import FILES, OWN, READERS, read_files, unseen
 from ssfl_app.data.summary import ALL, CLASS_NAME, DataSummary, odd_name
 from ssfl_app.data.transform import AsTheyAre
 from ssfl_app.data.transform import Transform as Transform
@@ -24,6 +24,9 @@ from ssfl_app.options import ConfigError, PrivateError, Scalar, anything, at_lea
 
 MIRRORED = ("cifar10", "cifar100", "tiny-imagenet")
 """Data sets whose published training scripts crop and mirror."""
+
+COLUMNS = ("table", "hf")
+"""Data sets of columns that have names."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class DataOptions:
     name: str = READERS.field("digits", "what is learnt from")
     path: str = anything("a folder", "", "root of the data set; empty for digits")
     download: bool = anything(
-        "true or false", False, "let torchvision download cifar10, cifar100, tiny-imagenet into path"
+        "true or false", False, "get cifar10, cifar100, tiny-imagenet into path; hf: path is a name on the hub"
     )
-    image_size: int = at_least(0, 0, "resize to this many pixels a side (parquet, folder); 0: as they are")
+    image_size: int = at_least(0, 0, "resize to this many pixels a side (files of images); 0: as they are")
     augment: str = choice(
         "auto",
         "none",
@@ -58,6 +61,16 @@ class DataOptions:
     label_column: str = option(
         "the name of a column", bool, "label", "parquet: the column of integers that says each image's class"
     )
+    target: str = anything(
+        "the name of a column", "", "table, hf: the column that is predicted; empty: next characters"
+    )
+    inputs: str = anything(
+        "names of columns", "", 'table, hf: "age,weight", what it is predicted from; empty: the rest'
+    )
+    client: str = anything(
+        "the name of a column", "", "table, hf: the column that says whose a sample is; empty: none"
+    )
+    length: int = at_least(1, 80, "text: characters of a sequence")
     options: Mapping[str, Scalar] = free("arguments of a reader of your own: data.options.year=2020")
 
     @property
@@ -67,6 +80,12 @@ class DataOptions:
 
     def check(self) -> None:
         """Raise ConfigError unless the options fit together."""
+        of_columns = dict.fromkeys(("target", "inputs", "client"), COLUMNS)
+        for key, names in {**of_columns, "length": (*COLUMNS, "text")}.items():
+            if self.name not in names and getattr(self, key) != getattr(DataOptions, key):
+                raise ConfigError(f"data.{key} is {getattr(self, key)!r}; it is for data.name {' and '.join(names)}")
+        if self.options and self.name in READERS:
+            raise ConfigError(f"data.options has {', '.join(self.options)}; data.name {self.name!r} takes none")
         if self.where == "shared":
             for key, value, none in (("classes", self.classes, ""), ("channels", self.channels, 0)):
                 if value != none:
@@ -173,8 +192,8 @@ def load(options: DataOptions) -> DataSet:
     ConfigError
         The data is not there or cannot be read; the message names ``data.path`` and what is allowed.
     """
-    if options.name in OWN:
-        return _own(options, options.path, Wanted(options.label_column))
+    if options.name in FILES:
+        return _own(options, options.path)
     if options.name in READERS:
         return _data_set(options, READERS[options.name](options.path, options.download, options.image_size))
     arguments = {key.replace("-", "_"): value for key, value in options.options.items()}
@@ -196,7 +215,7 @@ def load_own(options: DataOptions, path: str) -> DataSet:
     ConfigError
         The data cannot be read, or hold a class that `options.classes` does not name.
     """
-    return _own(options, path, Wanted(options.label_column, options.named, options.channels))
+    return _own(options, path)
 
 
 def load_central(options: DataOptions) -> DataSet:
@@ -210,13 +229,23 @@ def load_central(options: DataOptions) -> DataSet:
         The images cannot be read, or there is no path and classes, channels or image size are not named either.
     """
     if options.path:
-        wanted = Wanted(options.label_column, options.named, options.channels, test_only=True)
-        return _own(options, options.path, wanted)
+        return _own(options, options.path, test_only=True)
+    if options.name not in ("parquet", "folder"):
+        raise ConfigError(
+            f"data.path is ''; with data.where 'sites' and data.name {options.name!r} the server has a folder: its "
+            "test samples say what goes into the model and comes out of it"
+        )
     return _data_set(options, unseen(options.named, options.channels, options.image_size))
 
 
-def _own(options: DataOptions, path: str, wanted: Wanted) -> DataSet:
-    return _data_set(options, read_site_data(options.name, path, options.image_size, wanted))
+def _own(options: DataOptions, path: str, test_only: bool = False) -> DataSet:
+    alone, inputs = options.where == "sites", tuple(filter(None, map(str.strip, options.inputs.split(","))))
+    columns = (options.target, inputs, options.client, options.length)
+    wanted = Wanted(options.label_column, options.named, options.channels, test_only, *columns, alone)
+    raw = read_files(options.name, path, options.image_size, wanted, options.download)
+    if alone and raw.task == "segmentation" and not options.classes:
+        raise ConfigError("data.classes is ''; with data.where 'sites' it names the classes of masks, from 0 on")
+    return _data_set(options, raw)
 
 
 def _data_set(options: DataOptions, raw: ArrayDataset) -> DataSet:

@@ -46,13 +46,17 @@ def left_out(left: Left) -> tuple[str, ...]:
 
 
 def image_folder(
-    path: str, root: Path, classes: tuple[str, ...] = (), left: Left | None = None
+    path: str,
+    root: Path,
+    classes: tuple[str, ...] = (),
+    left: Left | None = None,
+    endings: tuple[str, ...] = EXTENSIONS,
 ) -> tuple[Files, tuple[str, ...]]:
     """Return the files of <root>/<class>/, also in folders below it, with their classes, and the class names.
 
     Links are followed, but each real folder is entered once. What is hidden is left out; `left` gets it. `path` is
     ``data.path``, for messages. `classes` names all classes in order, of which some may be missing in `root`; empty:
-    those in `root`, sorted.
+    those in `root`, sorted. A file is an image by its ending, one of `endings`.
 
     Raises
     ------
@@ -96,7 +100,7 @@ def image_folder(
             (file, label)
             for label, name in enumerate(names)
             if name in found
-            for file in _images(root / name, set(entered), left)
+            for file in _images(root / name, set(entered), left, endings)
         ]
     except OSError as error:
         raise unreadable(
@@ -108,7 +112,7 @@ def image_folder(
     if empty and not classes:
         raise unreadable(
             path,
-            f"{root.name}/{empty[0]} has no image ({', '.join(EXTENSIONS)}), {what}",
+            f"{root.name}/{empty[0]} has no image ({', '.join(endings)}), {what}",
             f"{root.name}/<class {names.index(empty[0])}> has no image, {what}",
         )
     return files, names
@@ -120,7 +124,7 @@ def _identity(folder: Path) -> tuple[int, int]:
     return metadata.st_dev, metadata.st_ino
 
 
-def _images(top: Path, entered: set[tuple[int, int]], left: Left) -> list[Path]:
+def _images(top: Path, entered: set[tuple[int, int]], left: Left, endings: tuple[str, ...]) -> list[Path]:
     """Return the images below a folder in ImageFolder's order; `entered` are folders that are not gone into again."""
     images: dict[Path, list[str]] = {}
     waiting = [top]
@@ -135,7 +139,7 @@ def _images(top: Path, entered: set[tuple[int, int]], left: Left) -> list[Path]:
                 if (identity := _identity(path)) not in entered:
                     entered.add(identity)
                     waiting.append(path)
-            elif entry.name.lower().endswith(EXTENSIONS):
+            elif entry.name.lower().endswith(endings):
                 images[folder].append(entry.name)
             else:
                 ending = Path(entry.name).suffix.lower()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ssfl_app.data.arrays import MOST_CLASSES
 from ssfl_app.data.cache import ArrayDataset, Labels, Wanted, cached
 from ssfl_app.data.image_folder import hidden
 from ssfl_app.data.images import decode, measure
@@ -30,10 +31,6 @@ _PARTS = {
 _PART_OF = {word: part for part, words in _PARTS.items() for word in words}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # "cifar10_TestSet-0" has cifar, Test, Set
 _SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)", re.ASCII)
-
-MOST_CLASSES = 100_000
-"""Labels are below it. Without names each number up to the largest label is a class, and one odd value would fill
-the memory with them."""
 
 
 @dataclass(frozen=True)

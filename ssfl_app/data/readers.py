@@ -1,7 +1,7 @@
 """Reads data sets: one reader a source, each giving the same arrays.
 
-A reader is a function ``(path, download, image_size) -> ArrayDataset``, named in `READERS`. Folders of a user's
-own files are read by `read_site_data`. All raise ConfigError.
+A reader is a function ``(path, download, image_size) -> ArrayDataset``, named in `READERS`. A user's own files are
+read by `read_files`. All raise ConfigError.
 """
 
 from collections import Counter
@@ -15,11 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from ssfl_app.data.arrays import read_arrays
 from ssfl_app.data.cache import ArrayDataset, Wanted, cached
+from ssfl_app.data.hub import read_hub
 from ssfl_app.data.image_folder import Files, Left, hidden, image_folder, left_out
 from ssfl_app.data.images import decode, measure
 from ssfl_app.data.parquet import read_parquet
+from ssfl_app.data.table import read_table
+from ssfl_app.data.text import read_text
 from ssfl_app.data.unreadable import check_regular, is_folder, one_line, unreadable
+from ssfl_app.data.volumes import read_volumes
 from ssfl_app.options import ConfigError, PrivateError
 from ssfl_app.registry import Registry
 
@@ -36,9 +41,19 @@ _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 _SHAPES = {
     "parquet": "a folder of parquet files",
     "folder": "a folder with train/<class>/* and test/<class>/* (or val)",
+    "arrays": "an .npz file, or a folder with train.npz and test.npz",
+    "table": "a .csv or .parquet file, or a folder with train and test of these",
+    "volumes": "a folder with train and test, of <class>/*.nii.gz, or of images/*.nii.gz and masks/*.nii.gz",
+    "text": "a folder of text files, or the file of a play",
+    "hf": "a folder that save_to_disk of datasets wrote; or, with data.download true, a name on the hub",
 }
-OWN = tuple(_SHAPES)
+FILES = tuple(_SHAPES)
 """Sources that are a user's own files: a data set that is dealt, or what a site holds."""
+
+OWN = FILES[:5]
+"""Those of them that a site may hold; texts of sites would have other vocabularies."""
+
+_ONE_FILE = ("arrays", "table", "text")
 
 
 def _folder(path: str, create: bool, what: str) -> Path:
@@ -150,13 +165,20 @@ def _own_folder(path: str, root: Path, image_size: int, wanted: Wanted) -> Array
     return replace(raw, notes=(*left_out(left), *raw.notes))
 
 
-def read_site_data(name: str, path: str, image_size: int, wanted: Wanted) -> ArrayDataset:
-    """Read a user's own files, in one of the formats `OWN`; mean and std are measured.
+def read_files(name: str, path: str, image_size: int, wanted: Wanted, download: bool = False) -> ArrayDataset:
+    """Read a user's own files, in one of the formats `FILES`; mean and std are measured.
 
-    parquet: see `ssfl_app.data.parquet`. folder: <path>/train/<class>/* and <path>/test/<class>/* (or val).
+    parquet: see `ssfl_app.data.parquet`. folder: <path>/train/<class>/* and <path>/test/<class>/* (or val). The
+    others: see the modules of their names.
     """
-    root = _folder(path, False, _SHAPES[name])
-    return (read_parquet if name == "parquet" else _own_folder)(path, root, image_size, wanted)
+    root = Path(path).expanduser()
+    there = bool(path) and not is_folder(path, root, "it") and root.exists()
+    if not (there and name in _ONE_FILE) and not (download and path and name == "hf"):
+        root = _folder(path, False, _SHAPES[name])
+    if name in ("arrays", "text", "volumes"):
+        _own_size(name, image_size)
+    readers = (read_parquet, _own_folder, read_arrays, read_table, read_volumes, read_text, read_hub)
+    return dict(zip(FILES, readers, strict=True))[name](path, root, image_size, wanted)
 
 
 def unseen(classes: tuple[str, ...], channels: int, image_size: int) -> ArrayDataset:
@@ -218,7 +240,7 @@ READERS: Registry[Callable[..., Any]] = Registry(
         "cifar10": partial(_cifar, "CIFAR10"),
         "cifar100": partial(_cifar, "CIFAR100"),
         "tiny-imagenet": tiny_imagenet,
-        **dict.fromkeys(OWN, read_site_data),
+        **dict.fromkeys(FILES, read_files),
     },
     "a function (path, **options) that returns training and test data",
     callable,

@@ -107,6 +107,8 @@ def mismatch(one: str, first: DataSummary, other: str, second: DataSummary) -> s
     if first.shape != second.shape:
         shapes = (one, first.shape), (other, second.shape)
         sizes = (f"{who} has {'x'.join(map(str, shape))}" for who, shape in shapes)
+        if not len(first.shape) == len(second.shape) == 3:
+            return f"{one} and {other} have inputs of different shapes: {', '.join(sizes)}"
         alike = first.shape[1:] == second.shape[1:]
         key = "data.channels to 1 or 3" if alike else "data.image-size to one size for all"
         what = "images of different shapes (channels x height x width)"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssfl_app.options import ConfigError
-from ssfl_app.partitions import dirichlet, iid, matched, pathological
+from ssfl_app.partitions import dirichlet, flwr_partitioner, iid, matched, pathological, quantity
 from ssfl_app.partitions.late import ShiftOptions, split_groups
 from ssfl_app.partitions.options import Indices as Indices
 from ssfl_app.partitions.options import SplitOptions
@@ -39,9 +39,11 @@ REGISTRY: Registry[Splitter] = Registry(
         "dirichlet-class": dirichlet.dirichlet_class,
         "pathological": pathological.pathological,
         "iid": iid.iid,
+        "quantity": quantity.quantity,
         NATURAL: iid.iid,  # without late clients `split` deals it; the data say who holds what
     },
-    "a function (labels, clients, options, generator) that returns an array of indices for each client",
+    "a function (labels, clients, options, generator) that returns an array of indices for each client, or a "
+    "partitioner of flwr-datasets",
     callable,
 )
 
@@ -94,6 +96,8 @@ def split(
     ConfigError
         More clients than training images, or classes that cannot be dealt as asked.
     """
+    if options.options and options.name in REGISTRY:
+        raise ConfigError(f"partition.options has {', '.join(options.options)}; {options.name} takes none")
     rng = generator(seed, "partition", options.name)
     if options.name == NATURAL:
         return _natural(clients, owners, shift, rng)
@@ -102,7 +106,11 @@ def split(
         if not 1 <= count <= len(train):
             rule = f"the data set has {len(train)} training images, at least one a client is needed"
             raise ConfigError(f"run.clients is {count}; {rule}")
-        shares = REGISTRY[options.name](train, count, options, rng)
+        found = REGISTRY[options.name]
+        if flwr_partitioner.is_partitioner(found):
+            shares = flwr_partitioner.deal(found, train, count, options, rng)
+        else:
+            shares = found(train, count, options, rng)
         return tuple(shares), tuple(matched.matched(shares, train, test, rng))
 
     if shift is None or not shift.round:

@@ -76,10 +76,10 @@ def dirichlet_class(labels: Indices, clients: int, options: SplitOptions, rng: n
         cuts = np.rint(steps[:-1] / steps[-1] * len(pool)).astype(np.int64)
         for share, images in zip(shares, np.split(pool, cuts), strict=True):
             share.append(images)
-    return _none_empty([np.concatenate(share) for share in shares], rng)
+    return none_empty([np.concatenate(share) for share in shares], rng)
 
 
-def _none_empty(shares: list[Indices], rng: np.random.Generator) -> list[Indices]:
+def none_empty(shares: list[Indices], rng: np.random.Generator) -> list[Indices]:
     """Give every empty client a random image of the largest one (the first of them, on a tie)."""
     sizes = np.array([len(share) for share in shares])
     for client in np.flatnonzero(sizes == 0):

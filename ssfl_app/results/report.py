@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
+from ssfl_app.data.summary import ALL
 from ssfl_app.files import write_bytes
 from ssfl_app.metrics import common
 from ssfl_app.options import ConfigError
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 
 def partition_table(counts: ArrayLike, class_names: Sequence[str]) -> Table:
-    """Return a table of images, classes held and largest class by client (`plots.check_counts`)."""
+    """Return a table of images, classes held and largest class by client (`plots.check_counts`), or of samples."""
     array = plots.check_counts(counts, class_names)
+    if tuple(class_names) == ALL:
+        sizes = [[str(client), f"{count:,}"] for client, count in enumerate(array[:, 0])]
+        return Table(["Client", "Samples"], [*sizes, ["all", f"{array.sum():,}"]], 1)
     rows = []
     for client, row in enumerate([*array, array.sum(axis=0)]):
         total, top = int(row.sum()), int(row.argmax())

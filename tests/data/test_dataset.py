@@ -19,7 +19,6 @@ from PIL import Image
 import ssfl_app
 from ssfl_app.cli.main import main
 from ssfl_app.data import cache as image_cache
-from ssfl_app.data import dataset
 from ssfl_app.data import readers as sources
 from ssfl_app.data.dataset import DataOptions, Samples, Transform, load
 from ssfl_app.data.images import measure
@@ -111,7 +110,7 @@ def test_auto_mirrors_the_three_sets_whose_published_scripts_do_and_nobody_elses
     raw = sources.digits("", False, 0)
     for name in sources.READERS:
         monkeypatch.setitem(sources.READERS, name, lambda *_: raw)
-    monkeypatch.setattr(dataset, "OWN", ())  # their files are not read either
+    monkeypatch.setattr("ssfl_app.data.dataset.read_files", lambda *_: raw)
     mirrored = [name for name in sources.READERS if load(options(name)).transform.augment == "crop-flip"]
     assert mirrored == ["cifar10", "cifar100", "tiny-imagenet"]
     assert all(load(options(name, augment="crop-flip")).transform.augment == "crop-flip" for name in sources.READERS)

@@ -180,6 +180,7 @@ DIFFERENT = [
     (holding(class_names=("dog", "cat")), "a and b have the same classes in another order. The cure: name all"),
     (holding(shape=(1, 8, 8)), "a has 3x8x8, b has 1x8x8. The cure: set data.channels"),
     (holding(shape=(3, 8, 9)), "a has 3x8x8, b has 3x8x9. The cure: set data.image-size"),
+    (holding(shape=(3, 8, 9, 2)), "a and b have inputs of different shapes: a has 3x8x8, b has 3x8x9x2"),
 ]
 
 

@@ -6,7 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssfl_app.options import ConfigError, build
-from ssfl_app.partitions import REGISTRY, PartitionOptions, split
+from ssfl_app.partitions import NATURAL, REGISTRY, PartitionOptions, split
+from ssfl_app.partitions.late import ShiftOptions
+
+DEALT = tuple(name for name in REGISTRY if name != NATURAL)
+"""Partitions that deal; by the other one the data say who holds what."""
 
 
 def labels_of(classes, each, seed=0):
@@ -20,7 +24,7 @@ def variation(counts):
 
 
 @st.composite
-def worlds(draw, names=tuple(REGISTRY)):
+def worlds(draw, names=DEALT):
     """Options, labels and clients that can be dealt; classes may differ in size or have no image at all."""
     clients = draw(st.integers(1, 12))
     classes = draw(st.integers(1, 7))
@@ -73,7 +77,7 @@ def test_same_seed_same_partition_and_no_global_generator(world, seed):
         assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", DEALT)
 def test_another_seed_is_another_partition(name):
     labels = labels_of(10, 50)
     options = PartitionOptions(name, 0.3, 2)
@@ -122,7 +126,7 @@ def test_large_alpha_is_near_uniform_and_small_alpha_is_not(name):
 
 
 @pytest.mark.parametrize("alpha", [1e-3, 1e-6, 1e-300])
-@pytest.mark.parametrize("name", ["dirichlet", "dirichlet-class"])
+@pytest.mark.parametrize("name", ["dirichlet", "dirichlet-class", "quantity"])
 def test_extreme_alpha_does_not_stall(name, alpha):
     labels = labels_of(10, 500)
     for seed in range(5):
@@ -202,3 +206,42 @@ def test_dirichlet_is_as_skewed_as_that_of_flower_datasets(alpha):
     tolerance = 0.06 if alpha < 1 else 0.02
     assert variation(one) == pytest.approx(variation(two), abs=tolerance)
     assert (one.max(axis=1) / 100).mean() == pytest.approx((two.max(axis=1) / 100).mean(), abs=tolerance)
+
+
+# ---- the data's own clients -----------------------------------------------------------------------
+
+OWNERS = np.array([3, 1, 1, 7, 3, 3]), np.array([1, 3, 3, 9])
+
+
+def natural(clients, owners=OWNERS, shift=None):
+    labels = np.zeros(6, int), np.zeros(4, int)
+    return split(PartitionOptions(NATURAL), *labels, clients, 1, shift, owners)
+
+
+def test_natural_clients_hold_what_is_theirs():
+    dealt = natural(3)
+    assert [share.tolist() for share in dealt.train] == [[1, 2], [0, 4, 5], [3]]
+    assert [share.tolist() for share in dealt.test] == [[0], [1, 2], []]
+
+
+def test_of_more_natural_clients_the_seed_draws_some():
+    chosen = {
+        tuple(map(tuple, split(PartitionOptions(NATURAL), *OWNERS, 2, s, None, OWNERS).train)) for s in range(20)
+    }
+    assert chosen == {((1, 2), (0, 4, 5)), ((1, 2), (3,)), ((0, 4, 5), (3,))}
+    assert all(np.array_equal(*pair) for pair in zip(natural(2).train, natural(2).train, strict=True))
+
+
+def test_natural_clients_that_cannot_be_had():
+    with pytest.raises(ConfigError, match=r"run.clients is 4; these data have 3 clients of their own"):
+        natural(4)
+    with pytest.raises(ConfigError, match=r"partition.name is 'natural'; these data do not say which client"):
+        natural(1, None)
+    with pytest.raises(ConfigError, match=r"shift.round is 2; it is 0 with partition.name 'natural'"):
+        natural(3, shift=ShiftOptions(2, 1, 1))
+
+
+def test_built_in_partitions_take_no_options():
+    labels = labels_of(2, 4)
+    with pytest.raises(ConfigError, match=r"partition.options has alpha; iid takes none"):
+        split(PartitionOptions("iid", options={"alpha": 2}), labels, labels, 2, 1)

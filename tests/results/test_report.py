@@ -7,6 +7,7 @@ import pytest
 import tomli_w
 from safetensors.numpy import save_file
 
+from ssfl_app.data.summary import ALL
 from ssfl_app.options import ConfigError
 from ssfl_app.results import plots, report
 from ssfl_app.results import run_folder as runs
@@ -415,6 +416,10 @@ def test_partition_is_drawn_and_tabled(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match=r"counts has shape \(3, 3\)"):
         report.partition_table(COUNTS, CLASSES[:2])
+
+
+def test_a_partition_of_what_has_no_classes_is_a_table_of_sizes() -> None:
+    assert report.partition_table([[1200], [3]], ALL).rows == [["0", "1,200"], ["1", "3"], ["all", "1,203"]]
 
 
 @pytest.mark.parametrize(("clients", "classes"), [(1, 2), (100, 200)])
