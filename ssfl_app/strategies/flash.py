@@ -22,7 +22,7 @@ public code tests the average before it masks it; here the masked model is teste
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -106,11 +106,6 @@ def dealt(total: int, shares: Mapping[str, float], room: Counts) -> Counts:
     return counts
 
 
-def rate_after(done: Fraction, prune_rate: float) -> Fraction:
-    """Return the share of its alive weights that a layer loses when a share `done` of sparse learning is over."""
-    return Fraction(repr(prune_rate)) * (1 - done)
-
-
 def evolved(mask: Mask, magnitudes: Vector, rate: Fraction, rng: np.random.Generator) -> Mask:
     """Return the mask after one step of sparse learning.
 
@@ -124,6 +119,19 @@ def evolved(mask: Mask, magnitudes: Vector, rate: Fraction, rng: np.random.Gener
         means[name] = float(alive.mean(dtype=np.float64)) if alive.size else 0.0
     room = {name: size - alive for name, alive, size in left.layers()}
     return grow(left, dealt(sum(fired.values()), means, room), rng)
+
+
+def learned(
+    mask: Mask, trainings: int, prune_rate: float, rng: np.random.Generator, train: Callable[[int, Mask], Vector]
+) -> Mask:
+    """Return the mask that sparse learning ends with; `train` returns the prunable |w| of a training, from 0 on."""
+    magnitudes = np.zeros(0, dtype=np.float32)
+    for done in range(trainings):
+        if done:
+            rate = Fraction(repr(prune_rate)) * (1 - Fraction(done, trainings))
+            mask = evolved(mask, magnitudes, rate, rng)
+        magnitudes = train(done, mask)
+    return mask
 
 
 def shares_of(mask: Mask) -> Vector:
@@ -161,14 +169,14 @@ class FlashClient(ClientAlgorithm):
         parts = [site.train] * epochs
         if epochs == 1 and len(site.train) >= 2 * site.trainer.fewest:
             parts = [site.train.take(half) for half in np.array_split(rng.permutation(len(site.train)), 2)]
-        total = 0.0
-        for done, images in enumerate(parts):
-            if done:
-                magnitudes = abs(site.layout.flatten_prunable(state_of(site.model)))
-                rate = rate_after(Fraction(done, len(parts)), self.options.prune_rate)
-                mask = evolved(mask, magnitudes, rate, rng)
-            loss = self.fit(round_, mask, purpose=f"{purpose}-{done}", data=images, lr=lr, epochs=1)
-            total += len(images) * loss
+        losses = list[float]()
+
+        def train(done: int, mask: Mask) -> Vector:
+            losses.append(self.fit(round_, mask, purpose=f"{purpose}-{done}", data=parts[done], lr=lr, epochs=1))
+            return np.abs(site.layout.flatten_prunable(state_of(site.model)))
+
+        mask = learned(mask, len(parts), self.options.prune_rate, rng, train)
+        total = sum(len(images) * loss for images, loss in zip(parts, losses, strict=True))
         return mask, total / sum(map(len, parts))
 
 
