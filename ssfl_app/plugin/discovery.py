@@ -74,10 +74,8 @@ class Discovery(MaskRule):
         if not 0 < self.share <= 1:
             raise ValueError(f"saliency_share is {self.share}; it is a fraction in (0, 1]")
         if self.criterion not in CRITERIA:
-            raise ValueError(
-                f"criterion is {self.criterion!r}; it is one of {', '.join(CRITERIA)}: what others need, a client's "
-                "optimizer is not given (grasp), not once (force, iterative-snip), or the server has no module for it"
-            )
+            why = "others need more than the gradients of one question, or a module on the server"
+            raise ValueError(f"criterion is {self.criterion!r}; it is one of {', '.join(CRITERIA)}: {why}")
 
     def find(
         self,
@@ -140,8 +138,8 @@ class Discovery(MaskRule):
             )
         said = {node: seen for node, seen in said.items() if seen.ties == ties}
         scored_by = Counter(by[node] for node in said)
-        record["scored_by"] = dict(sorted(scored_by.items()))
         record |= names(messenger.report)
+        record["scored_by"] = dict(sorted(scored_by.items()))
         record["bytes_discovery_down"] = messenger.report.down + messenger.report.mask_down
         record["bytes_discovery_up"] = messenger.report.up
         messenger.log_failures("discovery")
@@ -189,29 +187,22 @@ class Discovery(MaskRule):
         return shuffled_mask(mask, self.seed) if self.mask == "shuffled" else mask
 
     def _flash(
-        self,
-        messenger: NodeMessenger,
-        grid: Grid,
-        nodes: list[int],
-        model: Vector,
-        config: Mapping[str, Any],
-        record: dict[str, Any],
+        self, messenger: NodeMessenger, grid: Grid, nodes: list[int], model: Vector, config: Any, record: Any
     ) -> Mask:
         """Have nodes find layer densities by sparse learning, and return a random mask of their mean."""
-        layout, asked, mean = (
-            messenger.spec.layout,
-            messenger.report,
-            WeightedMean(len(messenger.spec.prunable), len(nodes)),
+        layout, asked = messenger.spec.layout, messenger.report
+        mean, messenger.mask = (
+            WeightedMean(len(layout.prunable), len(nodes)),
+            first_mask(layout, self.density, self.seed),
         )
-        messenger.mask = first_mask(layout, self.density, self.seed)
 
         def take(answer: CheckedReply) -> None:
             check_shares(layout, answer.values, messenger.mask.count)
             mean.add(answer.values, answer.weight)
 
-        told: Metadata = {"epochs": self.flash.stage_epochs, "prune-rate": self.flash.prune_rate, "seed": self.seed}
+        told: Metadata = {"epochs": self.flash.stage_epochs, "prune-rate": self.flash.prune_rate}
+        told |= {"seed": self.seed, "weighting": "samples"}
         places: dict[int, Metadata] = {node: {"place": place} for place, node in enumerate(nodes)}
-        told["weighting"] = "samples"
         messages = messenger.build_messages("layer_densities", 0, nodes, model, config, told, places)
         messenger.receive(messenger.exchange(grid, messages, 4 * len(layout.prunable)), take)
         record |= names(asked, messenger.report)
@@ -219,6 +210,8 @@ class Discovery(MaskRule):
         record["bytes_discovery_up"] += messenger.report.up
         messenger.log_failures("layer densities")
         messenger.report.require(self.min_ok_fraction, "the question for layer densities", "node")
+        if not messenger.report.ok:
+            raise RunFailed("no node told layer densities; the mask cannot be drawn")
         return last_mask(layout, mean.value(), self.density, self.seed)
 
     def _dense(self, layout: Layout, said: Mapping[int, TensorReport]) -> dict[str, str]:

@@ -49,7 +49,7 @@ def check_unranked(spec: StateSpec) -> None:
     """Raise ValueError where chance may take all weights of a row whose norm must not be 0."""
     if rows := _rows(spec):
         raise ValueError(
-            f"{[*rows]} have a weight norm, and chance may leave a row no weight; keep them out of prunable"
+            f"{[*rows]} have a weight norm, and this mask may leave a row no weight; keep them out of prunable"
         )
 
 

@@ -9,6 +9,7 @@ remainder (biases, norms) travel.
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from logging import INFO
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
@@ -157,12 +158,8 @@ class SSFL(OwnStart):
         **fedavg: Unpack[FedAvgArguments],
     ) -> None:
         if odd := sorted(fedavg.keys() - FedAvgArguments.__annotations__.keys()):
-            known = [
-                *inspect.signature(type(self)).parameters,
-                *inspect.signature(SSFL).parameters,
-                *FedAvgArguments.__annotations__,
-            ]
-            near = get_close_matches(odd[0], known, 1)
+            known = {**inspect.signature(type(self)).parameters, **inspect.signature(SSFL).parameters}
+            near = get_close_matches(odd[0], [*known, *FedAvgArguments.__annotations__], 1)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise TypeError(f"{type(self).__name__} has no argument {odd[0]!r}{meant}")
         stage = {"stage_clients": stage_clients, "stage_epochs": stage_epochs, "prune_rate": prune_rate}
@@ -212,7 +209,7 @@ class SSFL(OwnStart):
     def messenger(self) -> NodeMessenger:
         """The messages of this run; RuntimeError if `start` was not called yet."""
         if self._messenger is None:
-            raise RuntimeError("SSFL was not started; call start() first")
+            raise RuntimeError(f"{type(self).__name__} was not started; call start() first")
         return self._messenger
 
     @property
@@ -328,7 +325,7 @@ class SSFL(OwnStart):
         def take(answer: CheckedReply) -> None:
             if self.inner is None:
                 add(answer)
-                answer = answer.numbers()  # numbers only: server memory does not grow with the nodes
+                answer = replace(answer.numbers(), sent=None)  # server memory does not grow with the nodes
             answers.append(answer)
 
         self.messenger.receive(replies, take)
@@ -413,11 +410,10 @@ def _check_read(mask: str, given: Mapping[str, Any]) -> None:
     """Raise ValueError for a mask that there is not, or an argument that another one reads."""
     if mask not in _READ:
         raise ValueError(f"mask is {mask!r}; it is one of {', '.join(MASKS)}")
-    for name in given.keys() - _READ[mask]:
-        if given[name] != inspect.signature(SSFL).parameters[name].default:
-            raise ValueError(
-                f"{name} is {given[name]!r}; {'TopK' if mask == 'dense' else f'mask {mask!r}'} does not read it"
-            )
+    for name, value in given.items():
+        if name not in _READ[mask] and value != inspect.signature(SSFL).parameters[name].default:
+            who = "TopK" if mask == "dense" else f"mask {mask!r}"
+            raise ValueError(f"{name} is {value!r}; {who} does not read it")
     if given["stage_epochs"] == 1:
         raise ValueError("stage_epochs is 1; it is at least 2: the mask moves between two trainings")
 

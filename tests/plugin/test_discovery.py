@@ -151,8 +151,8 @@ def test_layer_densities_that_cannot_be_are_refused_by_name(densities: list[floa
         reply.content["arrays"] = ArrayRecord({"values": array})
         return reply
 
+    faults = {("layer_densities", 0, 1): lie}
     with pytest.raises(RunFailed, match=rf"1 of 2 nodes.*{reason}"):
-        faults = {("layer_densities", 0, 1): lie}
         two(faults=faults, mask="flash", stage_clients=1.0, stage_epochs=2, min_ok_fraction=1.0)
 
 
@@ -185,5 +185,7 @@ def test_chance_does_not_empty_the_rows_of_a_weight_norm() -> None:
     app = foreign_app()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tests.plugin.test_rounds.net", lambda norm=False: model)
-        with pytest.raises(ValueError, match=r"original1'\] have a weight norm, of which chance may empty a row"):
+        with pytest.raises(
+            ValueError, match=r"original1'\] have a weight norm, and this mask may leave a row no weight"
+        ):
             two(app=app, mask="random")
