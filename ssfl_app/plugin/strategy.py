@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from logging import INFO
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -66,8 +66,8 @@ class SSFL(OwnStart):
     density : float
         Share of the prunable weights that stay alive, in (0, 1]. 1: FedAvg with one flat vector, no question asked.
     mask : {"ssfl", "random", "shuffled", "flash"}
-        SSFL's; drawn at random; SSFL's with the bits permuted in each layer; drawn with layer densities that nodes
-        found (FLASH). The bits are those that the strategy of `ssfl run` gives for equal scores.
+        SSFL's; random; SSFL's, permuted in each layer; random of layer densities that nodes find (FLASH). The bits
+        are those of the strategy of `ssfl run`, for equal scores.
     criterion : {"snip", "pooled-snip", "magnitude"}
         What SSFL scores a weight by, see `ssfl_app.strategies.ssfl.criteria`.
     inner : FedAvg, optional
@@ -92,11 +92,10 @@ class SSFL(OwnStart):
         Weight of a client in the mean score. "samples", as in the paper, lets the train function run to its end once,
         without steps, to learn its number of examples. "uniform" leaves it after the minibatches.
     saliency_share : float
-        Share of the connected nodes that is asked for scores, in (0, 1]. Those tell what the model is, too, so some
-        are asked whatever `mask` is.
+        Share of the connected nodes that is asked for scores, in (0, 1], and what the model is, whatever `mask` is.
     stage_clients, stage_epochs, prune_rate
-        Of FLASH, as `FlashOptions` has them: the share of the connected nodes that finds layer densities, how often
-        each trains for that, at least twice, and the share of a layer that moves after the first training.
+        Of FLASH, as `FlashOptions` has them: the share of the nodes that finds layer densities, how often each trains
+        for that, at least twice, and the share of a layer that moves after the first training.
     values : str
         Value type on the wire in training and evaluation: fp32, fp16, bf16 or int8.
     min_ok_fraction : float
@@ -418,10 +417,7 @@ def _check_read(mask: str, given: Mapping[str, Any]) -> None:
         raise ValueError("stage_epochs is 1; it is at least 2: the mask moves between two trainings")
 
 
-T = TypeVar("T")
-
-
-def checked_options(kind: type[T], given: Mapping[str, Any]) -> T:
+def checked_options(kind: type[Any], given: Mapping[str, Any]) -> Any:
     """Return options of a strategy of `ssfl run`, checked by their fields; a ValueError has the argument's name."""
     try:
         return build(kind, "", {name.replace("_", "-"): value for name, value in given.items()})

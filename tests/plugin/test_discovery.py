@@ -11,10 +11,11 @@ from flwr.serverapp.strategy import FedAdam
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from ssfl_app import SSFL, SparseMod
+from ssfl_app import SSFL, SparseMod, TopK
 from ssfl_app.locks import RunFailed
 from ssfl_app.plugin.gradients import under_mask
 from ssfl_app.seeding import generator
+from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.densities import rescaled
 from ssfl_app.sparsity.dynamic import layer_densities, random_mask
 from ssfl_app.sparsity.layout import Layout
@@ -22,7 +23,7 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import pooled_snip
 from ssfl_app.strategies.flash import evolved
 from tests.plugin.test_rounds import ForeignGrid, Seen, data, direct_mask, fit, foreign_app, net, play, tensors
-from tests.plugin.test_strategy import TWO
+from tests.plugin.test_strategy import TWO, Tables, tables_app
 
 LAYOUT = Layout.of(net())
 
@@ -154,6 +155,18 @@ def test_layer_densities_that_cannot_be_are_refused_by_name(densities: list[floa
     faults = {("layer_densities", 0, 1): lie}
     with pytest.raises(RunFailed, match=rf"1 of 2 nodes.*{reason}"):
         two(faults=faults, mask="flash", stage_clients=1.0, stage_epochs=2, min_ok_fraction=1.0)
+
+
+@pytest.mark.parametrize(
+    "strategy", [SSFL(density=0.5, mask="flash", stage_epochs=2), TopK(0.5), SSFL(mask="random")]
+)
+def test_a_tied_tensor_is_one_whatever_the_rule(strategy: SSFL) -> None:
+    grid = InlineGrid(tables_app(), {}, {7: 0, 8: 1, 9: 2})
+    result = strategy.start(grid, ArrayRecord(Tables().state_dict()), num_rounds=2)
+    assert strategy.history[0]["ties"] == {"head.weight": "wte.weight"}
+    assert strategy.mask.alive.size == 24
+    state = tensors(result.arrays)
+    assert torch.equal(state["wte.weight"], state["head.weight"])
 
 
 # ---- arguments ---------------------------------------------------------------------------------------
