@@ -80,6 +80,13 @@ def test_values_travel_as_told() -> None:
     assert strategy.history[1]["bytes_train_up"] == 2 * (2 * (ALIVE + REST) + LAYOUT.prunable_size // 8)
 
 
+def test_density_1_asks_nothing_and_is_the_mean() -> None:
+    strategies: Any = [kind(density=1.0, fraction_evaluate=0.0) for kind in (TopK, SSFL)]
+    results = [play(strategy=each, rounds=2, grid=ForeignGrid(foreign_app(), 2))[1] for each in strategies]
+    assert [record["round"] for record in strategies[0].history] == [1, 2]
+    assert bits(results[0]) == bits(results[1])
+
+
 def test_the_order_of_replies_changes_no_bit() -> None:
     runs = []
     for luck in (0, 5):
