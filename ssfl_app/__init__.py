@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from ssfl_app.plugin.mod import sparse_mod as sparse_mod
     from ssfl_app.plugin.mod import sparse_numpy_mod as sparse_numpy_mod
     from ssfl_app.plugin.strategy import SSFL as SSFL
+    from ssfl_app.plugin.topk import TopK as TopK
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "SSFL": "ssfl_app.plugin.strategy",
+    "TopK": "ssfl_app.plugin.topk",
     "SparseMod": "ssfl_app.plugin.mod",
     "sparse_mod": "ssfl_app.plugin.mod",
     "sparse_numpy_mod": "ssfl_app.plugin.mod",
@@ -26,7 +28,7 @@ _HOMES = {
     "mask_gradients": "ssfl_app.plugin.gradients",
 }
 
-__all__ = ["SSFL", "SparseMod", "active_mask", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
+__all__ = ["SSFL", "SparseMod", "TopK", "active_mask", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
 
 
 def __getattr__(name: str) -> Any:

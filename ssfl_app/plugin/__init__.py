@@ -4,6 +4,7 @@
 module             what
 =================  ==========================================================================================
 `strategy`         `SSFL`, the server side: takes FedAvg's arguments and starts like FedAvg
+`topk`             `TopK`, top-k in the place of FedAvg
 `mod`              `sparse_mod` and `sparse_numpy_mod`, the client side: masked values <-> the dense arrays of an
                    unmodified train function
 `gradients`        `mask_gradients`, one optional line in a foreign training loop

@@ -10,6 +10,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.plugin.tensor_report import NOTHING, TensorReport
 from ssfl_app.sparsity.layout import Vector
+from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import PayloadError
 
 MOST = 2**40
@@ -21,7 +22,8 @@ class CheckedReply:
     """A checked answer of one node.
 
     `values` is float32: carried values of training, scores of a question, empty for an evaluation. `records` are the
-    user's own, without arrays; `metrics` is the one of them that holds numbers. `seen` comes with scores.
+    user's own, without arrays; `metrics` is the one of them that holds numbers. `seen` comes with scores; `sent` says
+    which coordinates came where that is the client's choice, `values` then has all, 0 at the others.
     """
 
     node: int
@@ -32,6 +34,7 @@ class CheckedReply:
     metadata: Metadata
     message: Message | None
     seen: TensorReport = NOTHING
+    sent: Mask | None = None
 
     def numbers(self) -> "CheckedReply":
         """Return the answer without its arrays, which are a model's size."""

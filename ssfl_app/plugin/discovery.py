@@ -1,4 +1,4 @@
-"""Round 0: every client scores the weights once, and the mean of the scores becomes the mask.
+"""Round 0: clients score the weights once, and the mean of the scores becomes the mask, or another rule makes it.
 
 A client also tells what it sees of the model: names of one tensor, and matrices that are no weights. On tensors that
 are tied all must agree: the scores of those who do not, fewer than the others, are refused. Of kinds the majority
@@ -8,7 +8,7 @@ and its zeros, which would scale a mean and shift a median, are not folded.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from typing import Any
@@ -21,29 +21,44 @@ from flwr.serverapp.strategy import FedAvg
 from ssfl_app.comm.exchange import names
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.core.means import WeightedMean
+from ssfl_app.core.options import MaskOptions
 from ssfl_app.core.robust import normalised
 from ssfl_app.locks import RunFailed
 from ssfl_app.plugin.checked_reply import CheckedReply
-from ssfl_app.plugin.gradient_probe import starts_at_zero
+from ssfl_app.plugin.gradient_probe import scales_of, starts_at_zero
 from ssfl_app.plugin.inner import is_robust, scores_by
 from ssfl_app.plugin.messenger import NodeMessenger
-from ssfl_app.plugin.ranking import MaskRule, top, unscorable, within
+from ssfl_app.plugin.ranking import MaskRule, check_unranked, top, unscorable, within
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import TensorKind, TensorReport, Ties
 from ssfl_app.sparsity.layout import Layout, Vector
 from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.saliency import pooled_snip
+from ssfl_app.strategies.flash import FlashOptions, check_shares, first_mask, last_mask
+from ssfl_app.strategies.ssfl.strategy import random_mask, shuffled_mask
 from ssfl_app.text import in_a_line
+
+MASKS = ("ssfl", "random", "shuffled", "flash")
+CRITERIA = ("snip", "pooled-snip", "magnitude")
+"""What one question for the gradients of a foreign train function answers."""
 
 
 @dataclass(frozen=True)
 class Discovery(MaskRule):
-    """How the mask is found; the arguments of `SSFL` that concern nothing else."""
+    """How the mask is found; the arguments of `SSFL` that concern nothing else.
+
+    Whatever `mask` is, clients are asked for scores: these tell what the model is, too. "dense" is `TopK`'s.
+    """
 
     batches: int
     weighting: str
     share: float
     min_ok_fraction: float
     named: bool
+    mask: str
+    criterion: str
+    seed: int
+    flash: FlashOptions
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
@@ -58,23 +73,28 @@ class Discovery(MaskRule):
             raise ValueError(f"saliency_weighting is {self.weighting!r}; it is samples or uniform")
         if not 0 < self.share <= 1:
             raise ValueError(f"saliency_share is {self.share}; it is a fraction in (0, 1]")
+        if self.criterion not in CRITERIA:
+            why = "others need more than the gradients of one question, or a module on the server"
+            raise ValueError(f"criterion is {self.criterion!r}; it is one of {', '.join(CRITERIA)}: {why}")
 
     def find(
         self,
         messenger: NodeMessenger,
         grid: Grid,
-        nodes: list[int],
+        sample: Callable[[str, float], list[int]],
         model: Vector,
         config: Mapping[str, Any],
         record: dict[str, Any],
         inner: FedAvg | None = None,
     ) -> tuple[StateSpec, Mask]:
-        """Ask the nodes for scores; return the mask of the highest mean score (SSFL, eq. 6 and 7) and its spec.
+        """Ask nodes for scores; return the mask, SSFL's of the highest mean score (eq. 6 and 7), and its spec.
 
         With a robust inner strategy it folds the scores instead, which then wait for each other in memory.
 
         Parameters
         ----------
+        sample : callable
+            Draws nodes for a purpose, a share of those that are connected.
         model : array of float32, shape (layout.size,)
             The initial weights, which go to every node that is asked.
         record : dict
@@ -87,10 +107,10 @@ class Discovery(MaskRule):
         ValueError
             The density keeps nothing.
         """
-        layout = messenger.spec.layout
+        layout, nodes = messenger.spec.layout, sample("saliency", self.share)
         means, said, by = dict[Ties, WeightedMean](), dict[int, TensorReport](), dict[int, str]()
         answers: list[CheckedReply] | None = [] if inner is not None and is_robust(inner) else None
-        asked: Metadata = {"batches": self.batches, "weighting": self.weighting}
+        asked: Metadata = {"batches": self.batches, "weighting": self.weighting, "criterion": self.criterion}
         messages = messenger.build_messages("saliency", 0, nodes, model, config, asked)
 
         def take(answer: CheckedReply) -> None:
@@ -130,6 +150,8 @@ class Discovery(MaskRule):
             scores, record["score_fold"] = scores_by(inner, good, layout.prunable_size)
         elif said:
             scores = means[ties].value()
+        if self.criterion == "pooled-snip":
+            scores = pooled_snip(scores, scales_of(layout, model)[layout.is_prunable])
         if not scores.any():
             raise RunFailed(f"no client told a score above 0; the mask cannot be found. {_cause(layout, model)}")
         compare = 2 * scored_by["scores"] > scored_by.total()
@@ -139,11 +161,58 @@ class Discovery(MaskRule):
         if not spec.prunable:
             raise RunFailed(f"no tensor is left to prune: {dense}; name some by prunable=[...]")
         alone = {} if compare else within(spec.layout, model, scores)
-        mask = top(spec, model, scores, self, alone)
+        if self.mask != "ssfl":
+            check_unranked(spec)
+        if self.mask == "flash":
+            messenger.spec, finders = spec, sample("flash-clients", self.flash.stage_clients)
+            mask = self._flash(messenger, grid, finders, model, config, record)
+        else:
+            mask = self._choose(spec, model, scores, alone)
         record |= {"density": mask.density, "layers": {name: alive / size for name, alive, size in mask.layers()}}
         record |= {"ties": dict(ties), "within": alone, "dense": dense}
         _tell(spec, mask, record)
         return spec, mask
+
+    def _choose(self, spec: StateSpec, model: Vector, scores: Vector, alone: dict[str, str]) -> Mask:
+        """Return the mask that needs no further question; what starts at 0 has no magnitude to be ranked by."""
+        if self.mask == "dense":
+            return Mask.dense(spec.layout)
+        if self.mask == "random":
+            return random_mask(spec.layout, MaskOptions(self.density, self.scope), self.seed)
+        if self.criterion == "magnitude":
+            alone = {name: by for name, by in alone.items() if by == "gradient"}
+            zero = [np.full(size, name in alone) for name, size in spec.layout.prunable_sizes.items()]
+            scores = np.where(np.concatenate(zero), scores, np.abs(model[spec.layout.is_prunable]))
+        mask = top(spec, model, scores, self, alone)
+        return shuffled_mask(mask, self.seed) if self.mask == "shuffled" else mask
+
+    def _flash(
+        self, messenger: NodeMessenger, grid: Grid, nodes: list[int], model: Vector, config: Any, record: Any
+    ) -> Mask:
+        """Have nodes find layer densities by sparse learning, and return a random mask of their mean."""
+        layout, asked = messenger.spec.layout, messenger.report
+        mean, messenger.mask = (
+            WeightedMean(len(layout.prunable), len(nodes)),
+            first_mask(layout, self.density, self.seed),
+        )
+
+        def take(answer: CheckedReply) -> None:
+            check_shares(layout, answer.values, messenger.mask.count)
+            mean.add(answer.values, answer.weight)
+
+        told: Metadata = {"epochs": self.flash.stage_epochs, "prune-rate": self.flash.prune_rate}
+        told |= {"seed": self.seed, "weighting": "samples"}
+        places: dict[int, Metadata] = {node: {"place": place} for place, node in enumerate(nodes)}
+        messages = messenger.build_messages("layer_densities", 0, nodes, model, config, told, places)
+        messenger.receive(messenger.exchange(grid, messages, 4 * len(layout.prunable)), take)
+        record |= names(asked, messenger.report)
+        record["bytes_discovery_down"] += messenger.report.down + messenger.report.mask_down
+        record["bytes_discovery_up"] += messenger.report.up
+        messenger.log_failures("layer densities")
+        messenger.report.require(self.min_ok_fraction, "the question for layer densities", "node")
+        if not messenger.report.ok:
+            raise RunFailed("no node told layer densities; the mask cannot be drawn")
+        return last_mask(layout, mean.value(), self.density, self.seed)
 
     def _dense(self, layout: Layout, said: Mapping[int, TensorReport]) -> dict[str, str]:
         """Return what most clients call no weights, and what it is; refuse a named one that none trains."""

@@ -36,7 +36,8 @@ class StopScoring(Exception):
 class GradientProbe:
     """Watches the optimizers of a train function that starts from `weights`. A context manager.
 
-    The gradients of so many optimizer steps, `batches`, count. With `leave` the function is left after them, by
+    The gradients of so many optimizer steps, `batches`, count; scored as ``|g * scale|``, or with no `scales`,
+    float32, shape (layout.size,), as they are. With `leave` the function is left after them, by
     `StopScoring`; one that catches it goes on, and its steps change nothing.
 
     Notes
@@ -46,12 +47,11 @@ class GradientProbe:
     clipping and unscaling.
     """
 
-    def __init__(self, spec: StateSpec, weights: Vector, batches: int, leave: bool) -> None:
+    def __init__(self, spec: StateSpec, weights: Vector, batches: int, leave: bool, scales: Vector | None) -> None:
         layout = spec.layout
         self._layout, self._batches, self._leave = layout, batches, leave
-        shapes, scales = dict(layout.shapes), scales_of(layout, weights)
+        shapes, self._scales = dict(layout.shapes), scales
         self._sight = ModelInspector(spec, weights)
-        self._weights = {name: scales[layout.spans[name]].reshape(shapes[name]) for name in layout.prunable}
         self._sums = {name: np.zeros(shapes[name], dtype=np.float64) for name in layout.prunable}
         self._counts = dict.fromkeys(layout.prunable, 0)
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # parameter, its values before its first step
@@ -87,7 +87,7 @@ class GradientProbe:
         return self._sight.seen
 
     def scores(self) -> Vector:
-        """Return the mean of |g * w| over the minibatches, float32, shape (layout.prunable_size,).
+        """Return the mean score over the minibatches, float32, shape (layout.prunable_size,).
 
         A tensor that has no gradient of its own (a later name of another one, a buffer) has scores of 0.
 
@@ -140,7 +140,10 @@ class GradientProbe:
         named = self._named(_parameters(optimizer))
         for parameter, name in named:
             if parameter.grad is not None and self._counts[name] < self._batches:
-                self._sums[name] += np.abs(_gradient(parameter, optimizer) * self._weights[name])
+                gradient = _gradient(parameter, optimizer)
+                if self._scales is not None:
+                    gradient = abs(gradient * self._scales[self._layout.spans[name]].reshape(gradient.shape))
+                self._sums[name] += gradient
                 self._counts[name] += 1
         if self._leave and self.complete:
             raise StopScoring
@@ -186,24 +189,24 @@ def starts_at_zero(layout: Layout, weights: Vector) -> list[str]:
     return [name for name in layout.prunable if not weights[layout.spans[name]].any()]
 
 
-def difference_scores(layout: Layout, before: Vector, after: Vector) -> Vector:
-    """Return |w0 * (w0 - w1)| of one local training, shape (layout.prunable_size,); |w1| where w0 is all 0."""
-    scores = np.abs(scales_of(layout, before) * (before - after))
-    return np.asarray(scores[layout.is_prunable])
+def difference_scores(layout: Layout, before: Vector, after: Vector, scales: Vector | None) -> Vector:
+    """Return |scale * (w0 - w1)| of one local training, shape (layout.prunable_size,), or without scales w0 - w1."""
+    change = before - after
+    return np.asarray((change if scales is None else np.abs(scales * change))[layout.is_prunable])
 
 
-def own_scores(layout: Layout, weights: Vector, told: Mapping[str, Any], gradients: bool, ties: Ties = ()) -> Vector:
+def own_scores(layout: Layout, told: Mapping[str, Any], scales: Vector | None, ties: Ties = ()) -> Vector:
     """Return the scores that a user's own function tells, float32, shape (layout.prunable_size,).
 
     A tensor of which `ties` is a later name has scores of 0. `told` are arrays or tensors by name of each prunable
-    tensor, of its shape: gradients, to be multiplied with the weights they were taken at, or scores already.
+    tensor, of its shape: gradients, to be multiplied with `scales`, or without these what is asked for already.
 
     Raises
     ------
     ValueError
         A prunable tensor is missing or has another shape.
     """
-    shapes, scales, parts = dict(layout.shapes), scales_of(layout, weights), []
+    shapes, parts = dict(layout.shapes), []
     later = {name for name, first in ties if first in layout.prunable}
     names = {first: name for name, first in reversed(ties) if name in told}  # where only a later name was told
     for name in layout.prunable:
@@ -217,5 +220,5 @@ def own_scores(layout: Layout, weights: Vector, told: Mapping[str, Any], gradien
         if value.shape != shapes[name]:
             raise ValueError(f"the saliency function told shape {value.shape} for {name}; it is {shapes[name]}")
         flat = value.reshape(-1)
-        parts.append(np.abs(flat * scales[layout.spans[name]]) if gradients else flat)
+        parts.append(flat if scales is None else np.abs(flat * scales[layout.spans[name]]))
     return np.concatenate(parts).astype(np.float32)

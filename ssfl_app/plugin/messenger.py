@@ -22,6 +22,7 @@ from ssfl_app.plugin.legacy import only
 from ssfl_app.plugin.mod import REPLY, SCORED_BY, TAKEN
 from ssfl_app.plugin.state_spec import StateSpec, Untied
 from ssfl_app.plugin.tensor_report import NOTHING, TensorReport
+from ssfl_app.sparsity.codec import Codec
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import (
@@ -38,20 +39,24 @@ _NO_MOD = "this app has no sparse_mod; ClientApp(mods=[sparse_mod]) is the cure"
 MOST_NAME = 100
 """Characters of the name of a metric or record."""
 
-Kind = Literal["train", "evaluate", "saliency"]
+Kind = Literal["train", "evaluate", "saliency", "layer_densities"]
+QUESTIONS = ("saliency", "layer_densities")
 
 
 class NodeMessenger(Messenger):
     """Writes the same message to many nodes.
 
     `values` is the value type of training and evaluation messages, both ways; they are encoded under `mask`, the
-    dense one at first. `weight_key` is the metric that weighs a reply, with at most `most_examples`.
+    dense one at first. `weight_key` is the metric that weighs a reply, with at most `most_examples`. `up` is the
+    codec of replies in training if they carry other coordinates; `taken` the last round that one counted in, by node.
     """
 
     def __init__(self, spec: StateSpec, values: str, weight_key: str, timeout: float, most_examples: float) -> None:
         super().__init__(timeout)
         self.spec, self.mask = spec, Mask.dense(spec.layout)
         self._values, self._weight_key, self._most = values, weight_key, most_examples
+        self.up: Codec | None = None
+        self.taken: dict[int, int] = {}
         self._kind: Kind = "train"
         self._sent: Metadata = {}  # the same to all nodes of an exchange
         self._decoded: dict[str, CheckedReply] = {}  # message id -> what was read of a reply that `decoded` rewrote
@@ -68,35 +73,37 @@ class NodeMessenger(Messenger):
         model: Vector,
         config: Mapping[str, Any],
         metadata: Metadata,
+        own: Mapping[int, Metadata] | None = None,
     ) -> list[Message]:
         """Return one message per node, with the carried coordinates of `model`, float32, shape (layout.size,).
 
-        The question "saliency" travels as a train message and is about the whole model in float32. `config` is the
-        user's, under "server-round" and so on; `metadata` are those beside the usual ones.
+        A question travels as a train message in float32; "saliency" is about the whole model. `config` is the user's,
+        under "server-round" and so on; `metadata` are those beside the usual ones, `own` what one node alone is told.
         """
         mask = Mask.dense(self.spec.layout) if kind == "saliency" else self.mask
-        values = "fp32" if kind == "saliency" else self._values
+        values = "fp32" if kind in QUESTIONS else self._values
         digest = self.spec.digest_under(mask)
         told: Metadata = {"ssfl": kind, "round": round_, "digest": digest, "values": values}
         self._forget()
         self._kind = kind
         self._model = model if kind == "saliency" else None
         self._sent = {**told, "weight-key": self._weight_key, **metadata}
-        payload = Payload(shared_buffers(write_values(model[mask.transmitted], values)), self._sent)
+        carried = shared_buffers(write_values(model[mask.transmitted], values))
         bitmap = {} if mask.count == mask.alive.size else {"mask": mask.packed()}  # everybody knows the dense one
         once = shared_buffers({**bitmap, **self.spec.written()})
-        verb, own = "evaluate" if kind == "evaluate" else "train", dict(config)  # the user's may change later
-        pending = PendingMessage(verb, payload, mask, {"mask": lambda: once}, own)
-        self._pending = dict.fromkeys(nodes, pending)
-        knows_it = {node for node in nodes if self._holds.get(node) == digest and kind != "saliency"}
-        return [self._message(node, () if node in knows_it else ("mask",)) for node in nodes]
+        verb, users = "evaluate" if kind == "evaluate" else "train", dict(config)  # the user's may change later
+        for node in nodes:
+            payload = Payload(carried, {**self._sent, **(own or {}).get(node, {})})
+            self._pending[node] = PendingMessage(verb, payload, mask, {"mask": lambda: once}, users)
+        knows_it = {node for node in self._pending if self._holds.get(node) == digest and kind != "saliency"}
+        return [self._message(node, () if node in knows_it else ("mask",)) for node in self._pending]
 
     def exchange(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `build_messages` made; return the replies, of about this size, as they come."""
         self._decoded = {}
-        # A subclass of SSFL may address messages to other nodes; what was written is the same for all.
-        pending = next(iter(self._pending.values()))
-        self._pending = {message.metadata.dst_node_id: pending for message in messages}
+        # A user's subclass may address messages to other nodes, to which what was written says nothing of their own.
+        known, some = self._pending, next(iter(self._pending.values()))
+        self._pending = {node: known.get(node, some) for node in (each.metadata.dst_node_id for each in messages)}
         return super().exchange(grid, messages, reply_bytes)
 
     # ---- in ----------------------------------------------------------------------------------
@@ -104,9 +111,17 @@ class NodeMessenger(Messenger):
     def receive(self, replies: Iterable[Message], take: Callable[[CheckedReply], None]) -> None:
         """Hand each good reply to `take`, and let go of it before the next one is awaited.
 
-        The others are refused by node and reason, errors that Flower reports among them.
+        The others are refused by node and reason, errors that Flower reports among them, and those that `take`
+        refuses by a PayloadError.
         """
-        for _ in map(functools.partial(self._take, take), replies):
+
+        def judged(answer: CheckedReply) -> None:
+            try:
+                take(answer)
+            except PayloadError as error:
+                self.report.refuse(answer.node, str(error))
+
+        for _ in map(functools.partial(self._take, judged), replies):
             pass
         for node, reason in self.report.refused.items():
             self.report.refused[node] = _in_our_words(reason)
@@ -156,7 +171,7 @@ class NodeMessenger(Messenger):
         except ValueError as error:
             self.report.refuse(known.node, in_a_line(str(error)))
             return None
-        return CheckedReply(known.node, values, weight, records, name, known.metadata, message)
+        return CheckedReply(known.node, values, weight, records, name, known.metadata, message, sent=known.sent)
 
     def _read(self, node: int, message: Message) -> CheckedReply:
         if "facts" not in message.content:
@@ -168,9 +183,9 @@ class NodeMessenger(Messenger):
             if key not in TAKEN and not isinstance(record, ArrayRecord):
                 records[key.removeprefix(REPLY)] = record
         _check_names(records)
-        if self._kind == "saliency":
-            if metadata.get("scored-by") not in SCORED_BY:
-                raise PayloadError(f"scored-by is {quoted(metadata.get('scored-by'))}; it is one of {SCORED_BY}")
+        if self._kind == "saliency" and metadata.get("scored-by") not in SCORED_BY:
+            raise PayloadError(f"scored-by is {quoted(metadata.get('scored-by'))}; it is one of {SCORED_BY}")
+        if self._kind in QUESTIONS:
             weight = metadata.get("samples") if self._sent["weighting"] == "samples" else 1
         else:
             name, metrics = metrics_of(records)
@@ -178,29 +193,38 @@ class NodeMessenger(Messenger):
                 raise PayloadError(f"no metric {self._weight_key!r} among {sorted(metrics)}; it weighs the reply")
             weight = metrics[self._weight_key]
         seen = NOTHING if self._model is None else TensorReport.read(payload.arrays, self.spec, self._model)
-        values, weight = self._vector(payload), weight_of(weight, self._most)
+        (values, sent), weight = self._vector(payload), weight_of(weight, self._most)
         if self._kind != "saliency":
             self._holds[node] = str(metadata["digest"])
         self.report.accept(node, {})
-        return CheckedReply(node, values, weight, records, name, metadata, message, seen)
+        return CheckedReply(node, values, weight, records, name, metadata, message, seen, sent)
 
     def _allowed(self) -> Allowed:
         """Return the arrays that an answer may have."""
         if self._kind == "evaluate":
             return {}
+        if self._kind == "train" and self.up is not None:
+            return self.up.allowed(self.spec.layout)
         seen = TensorReport.allowed(self.spec) if self._kind == "saliency" else {}
         return {**allowed_values(str(self._sent["values"]), self._carried()), **seen}
 
     def _carried(self) -> int:
+        if self._kind == "layer_densities":
+            return len(self.spec.prunable)
         mask = self.mask
         return mask.alive.size if self._kind == "saliency" else int(np.count_nonzero(mask.transmitted))
 
-    def _vector(self, payload: Payload) -> Vector:
+    def _vector(self, payload: Payload) -> tuple[Vector, Mask | None]:
         if self._kind == "evaluate":
-            return np.zeros(0, dtype=np.float32)
-        values = read_values(payload.arrays, str(self._sent["values"]), self._carried())
+            return np.zeros(0, dtype=np.float32), None
+        sent: Mask | None = None
+        if self._kind == "train" and self.up is not None:
+            state, sent = self.up.decode(payload.arrays, self.spec.layout, self.mask)
+            values = self.spec.layout.flatten(state)
+        else:
+            values = read_values(payload.arrays, str(self._sent["values"]), self._carried())
         check_values(values)
-        return values
+        return values, sent
 
     def log_failures(self, what: str) -> None:
         """Log how many answers came, and each failure by node and reason."""

@@ -1,10 +1,10 @@
 """`sparse_mod`, the client side: Masked values <-> the dense arrays that an unmodified train function knows.
 
 On the wire an SSFL message holds "arrays" (one flat vector of values; with the first message of a mask also the
-bitmap and the spec), "config" (the user's own) and "facts": its kind "ssfl" ("train", "evaluate", "saliency"), its
-"round", the "digest" of what both ends share, the type of "values", the "weight-key" that counts examples, and in a
-question "batches" and their "weighting". The mod gives the user's function a message with a complete state dict under
-the names it expects, and packs the alive values of the reply. Records of the reply that hold no arrays pass through
+bitmap and the spec), "config" (the user's own) and "facts": its kind "ssfl" (`Kind` of `messenger`), its
+"round", the "digest" of what both ends share, the type of "values", the "weight-key" that counts examples, and what
+`Discovery` asks for or `TopK` wants. The mod gives the user's function a message with a complete state dict under the
+names it expects, and packs the alive values of the reply. Records of the reply that hold no arrays pass through
 under their names, so that mods in front of this one find the metrics; "reply.<name>" is what those are called whose
 names are taken.
 
@@ -21,16 +21,18 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
-from ssfl_app.comm.payload import Metadata, Payload, PayloadEncoder, decode_payload
-from ssfl_app.plugin.gradient_probe import GradientProbe, difference_scores, own_scores
+from ssfl_app.comm.payload import ClientState, Metadata, Payload, PayloadEncoder, decode_payload
+from ssfl_app.core.options import MaskOptions
+from ssfl_app.plugin.gradient_probe import GradientProbe, difference_scores, own_scores, scales_of
 from ssfl_app.plugin.gradients import under_mask
 from ssfl_app.plugin.legacy import as_message_api, only
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import changed_together, check_untied, told_together
+from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import MaskedValues
-from ssfl_app.sparsity.layout import Vector
+from ssfl_app.sparsity.layout import Layout, Vector
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import read_values, write_values
+from ssfl_app.sparsity.values import Arrays, read_values, write_values
 
 STATE = "ssfl-plugin"
 """Record of Flower's `Context.state` that holds a node's mask (packed), the spec and their digest."""
@@ -96,6 +98,8 @@ class SparseMod:
             return _answer(message, Payload(metadata={**told, "need": "mask"}))
         if payload.metadata["ssfl"] == "saliency":
             return self._score(message, context, inner, payload, *known)
+        if payload.metadata["ssfl"] == "layer_densities":
+            return _learn_densities(message, context, inner, payload, *known)
         return _work(message, context, inner, payload, *known)
 
     def _score(
@@ -109,34 +113,33 @@ class SparseMod:
     ) -> Message:
         """Answer with a score for each prunable weight."""
         weights, metadata = _values(payload, spec, mask), payload.metadata
+        scales = None if metadata["criterion"] == "pooled-snip" else scales_of(spec.layout, weights)
         dense = _dense(message, spec, weights)
         counted = metadata["weighting"] == "samples"
-        # The function runs for its gradients only: whatever it notes in its state has not happened.
-        context = copy.copy(context)
-        context.state = copy.deepcopy(context.state)
+        context = _trial(context)
         samples: float | None = None
         if self._saliency is not None:
+            if scales is None and not self._gradients:
+                raise ValueError('SparseMod(returns="scores") tells scores; criterion "pooled-snip" takes gradients')
             told = self._saliency(dense, context)
             told, samples = told if isinstance(told, tuple) else (told, None)
             seen = told_together(spec.layout, weights, told)
-            scores = own_scores(spec.layout, weights, told, self._gradients, seen.ties)
+            scores = own_scores(spec.layout, told, scales if self._gradients else None, seen.ties)
             by = "own" if self._gradients else "scores"
         else:
             reply: Message | None = None
-            with under_mask(None), GradientProbe(spec, weights, int(metadata["batches"]), not counted) as watch:
+            batches = int(metadata["batches"])
+            with under_mask(None), GradientProbe(spec, weights, batches, not counted, scales) as watch:
                 reply = inner(dense, context)
             if reply is not None and reply.has_error():
                 return reply
             if reply is not None and counted:
-                metrics, key = only(reply.content, MetricRecord), metadata["weight-key"]
-                if key not in metrics:
-                    raise ValueError(f"no metric {key!r} among {sorted(metrics)}; it weighs this client's scores")
-                samples = metrics[key]
+                samples = _examples(reply, payload)
             if watch.stepped or reply is None:
                 scores, seen, by = watch.scores(), watch.seen, "gradient"
             else:
                 trained = spec.flatten(only(reply.content, ArrayRecord))
-                scores, by = difference_scores(spec.layout, weights, trained), "difference"
+                scores, by = difference_scores(spec.layout, weights, trained, scales), "difference"
                 seen = changed_together(spec.layout, weights, trained)
         answer: Metadata = {"round": metadata["round"], "digest": metadata["digest"], "scored-by": by}
         if counted:
@@ -160,13 +163,71 @@ def _work(
     if metadata["ssfl"] == "train":
         flat = spec.flatten(only(reply.content, ArrayRecord))
         check_untied(spec.layout, given, flat)
-        arrays = write_values(flat[mask.transmitted], str(metadata["values"]))
+        if "of" in metadata:
+            arrays = _largest(spec.layout, flat - given if metadata["of"] == "update" else flat, payload, context)
+        else:
+            arrays = write_values(flat[mask.transmitted], str(metadata["values"]))
     record = PayloadEncoder().record(Payload(arrays, {"round": metadata["round"], "digest": metadata["digest"]}))
     for name, own in reply.content.items():
         if not isinstance(own, ArrayRecord):
             record[REPLY + name if name in TAKEN or name.startswith(REPLY) else name] = own
     reply.content = record
     return reply
+
+
+def _largest(layout: Layout, values: Vector, payload: Payload, context: Context) -> Arrays:
+    """Return what goes up under `TopK`; what error feedback keeps is in the node's state, as of this round."""
+    from ssfl_app.strategies.topk import TopkOptions, split  # with all strategies, which other clients need not
+
+    told: Any = payload.metadata
+    codec = TopkOptions(index=told["index"]).codec(told["values"])
+    memory = ClientState(context, 0) if told["error-feedback"] else None
+    if memory is not None and (kept := memory.load(told["since"])) is not None:
+        values = values + kept["residual"]
+    arrays, left = split(layout, values, MaskOptions(told["density"], told["scope"], told["min-per-layer"]), codec)
+    if memory is not None:
+        memory.save(payload.round, {"residual": left}, told["since"])
+    return arrays
+
+
+def _learn_densities(
+    message: Message, context: Context, inner: ClientAppCallable, payload: Payload, spec: StateSpec, mask: Mask
+) -> Message:
+    """Answer with the layer densities that FLASH's sparse learning ends with; a training is the user's function."""
+    from ssfl_app.strategies.flash import learned, shares_of
+
+    told: Any = payload.metadata
+    flat, context, samples = _values(payload, spec, mask), _trial(context), 0.0
+
+    def train(done: int, moved: Mask) -> Vector:
+        nonlocal flat, samples
+        flat = spec.spread(flat[moved.transmitted], moved)  # without `mask_gradients` dead weights were trained
+        with under_mask(moved):
+            reply = inner(_dense(message, spec, flat), context)
+        trained = spec.flatten(only(reply.content, ArrayRecord))
+        check_untied(spec.layout, flat, trained)
+        flat, samples = spec.spread(trained[moved.transmitted], moved), _examples(reply, payload)
+        return np.abs(flat[spec.layout.is_prunable])
+
+    rng = generator(told["seed"], "flash-stage", 0, told["place"])
+    found = learned(mask, told["epochs"], told["prune-rate"], rng, train)
+    answer: Metadata = {"round": told["round"], "digest": told["digest"], "samples": samples}
+    return _answer(message, Payload(write_values(shares_of(found), "fp32"), answer))
+
+
+def _trial(context: Context) -> Context:
+    """Return a context for a training that is no round: whatever the function notes in it has not happened."""
+    context = copy.copy(context)
+    context.state = copy.deepcopy(context.state)
+    return context
+
+
+def _examples(reply: Message, payload: Payload) -> float:
+    metrics: Any = only(reply.content, MetricRecord)
+    key = payload.metadata["weight-key"]
+    if key not in metrics:
+        raise ValueError(f"no metric {key!r} among {sorted(metrics)}; it weighs this client's answer")
+    return metrics[key]  # type: ignore[no-any-return]
 
 
 def _known(payload: Payload, context: Context) -> tuple[StateSpec, Mask] | None:

@@ -45,6 +45,14 @@ def within(layout: Layout, model: Vector, scores: Vector) -> dict[str, str]:
     return dict.fromkeys(zero, "gradient") | dict.fromkeys(silent, "magnitude")
 
 
+def check_unranked(spec: StateSpec) -> None:
+    """Raise ValueError where chance may take all weights of a row whose norm must not be 0."""
+    if rows := _rows(spec):
+        raise ValueError(
+            f"{[*rows]} have a weight norm, and this mask may leave a row no weight; keep them out of prunable"
+        )
+
+
 def top(spec: StateSpec, model: Vector, scores: Vector, wanted: MaskRule, alone: Mapping[str, str]) -> Mask:
     """Return the mask of the highest scores.
 

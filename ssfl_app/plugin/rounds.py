@@ -72,9 +72,13 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
         log(INFO, "")
         log(INFO, "[DISCOVERY]")
         config = strategy.question_config(self._configs[0], self._grid)
-        nodes = strategy.sample(self._grid, "saliency", 0, strategy.discovery.share, strategy.base.min_train_nodes)
+        before = self._messenger.spec
+
+        def sample(what: str, share: float) -> list[int]:
+            return strategy.sample(self._grid, what, 0, share, strategy.base.min_train_nodes)
+
         spec, mask = strategy.discovery.find(
-            self._messenger, self._grid, nodes, strategy.model, config, record, strategy.inner
+            self._messenger, self._grid, sample, strategy.model, config, record, strategy.inner
         )
         if len(record["scored_by"]) > 1:
             log(
@@ -83,7 +87,7 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
                 "where a client trains without a torch optimizer, or without data, say SparseMod(saliency=...)",
                 ", ".join(f"{count} by {how}" for how, count in record["scored_by"].items()),
             )
-        strategy.model = spec.narrowed(strategy.model, self._messenger.spec)
+        strategy.model = spec.narrowed(strategy.model, before)
         self._messenger.spec, self._messenger.mask = spec, mask
         strategy.model[~mask.transmitted] = 0
         record["seconds"] = time.monotonic() - start

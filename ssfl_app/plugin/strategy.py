@@ -9,6 +9,7 @@ remainder (biases, norms) travel.
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from logging import INFO
 from typing import Any, Literal, TypedDict, Unpack
@@ -19,12 +20,14 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic, Result, Strategy
 
+from ssfl_app.comm.payload import Metadata
 from ssfl_app.core.means import WeightedMean
 from ssfl_app.core.own_start import OwnStart
 from ssfl_app.core.rounds import Record
+from ssfl_app.options import ConfigError, build
 from ssfl_app.plugin.checked_reply import MOST, CheckedReply
 from ssfl_app.plugin.cohort import sample, wait_for
-from ssfl_app.plugin.discovery import Discovery
+from ssfl_app.plugin.discovery import CRITERIA, MASKS, Discovery
 from ssfl_app.plugin.inner import AsModel, AsVector, Form, aggregate_by, evaluate_by, inner_round_config
 from ssfl_app.plugin.messenger import Kind, NodeMessenger
 from ssfl_app.plugin.metrics import common_metrics
@@ -34,6 +37,7 @@ from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.sparsity.values import VALUE_TYPES, check_values
+from ssfl_app.strategies.flash import FlashOptions
 from ssfl_app.text import in_a_line
 
 MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
@@ -61,6 +65,11 @@ class SSFL(OwnStart):
     ----------
     density : float
         Share of the prunable weights that stay alive, in (0, 1]. 1: FedAvg with one flat vector, no question asked.
+    mask : {"ssfl", "random", "shuffled", "flash"}
+        SSFL's; random; SSFL's, permuted in each layer; random of layer densities that nodes find (FLASH). The bits
+        are those of the strategy of `ssfl run`, for equal scores.
+    criterion : {"snip", "pooled-snip", "magnitude"}
+        What SSFL scores a weight by, see `ssfl_app.strategies.ssfl.criteria`.
     inner : FedAvg, optional
         One of Flower's Message-API strategies that derive from FedAvg: FedAvgM, FedAdam, FedYogi, FedAdagrad,
         FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan. It aggregates replies whose one array is the flat vector
@@ -69,7 +78,7 @@ class SSFL(OwnStart):
     inner_arrays : {"vector", "model"}
         What `inner` sees: that vector, or the model's arrays under their names, O(nodes * model) memory.
     seed : int
-        Of everything random: which nodes take part.
+        Of everything random: which nodes take part, and masks that are drawn.
     prunable : iterable of str, optional
         Names of the tensors to prune. Default: all floating ones of 2 dimensions or more, embeddings among them, but
         for buffers, norms, magnitudes of a weight norm and vectors in the form of a matrix.
@@ -83,7 +92,10 @@ class SSFL(OwnStart):
         Weight of a client in the mean score. "samples", as in the paper, lets the train function run to its end once,
         without steps, to learn its number of examples. "uniform" leaves it after the minibatches.
     saliency_share : float
-        Share of the connected nodes that is asked for scores, in (0, 1].
+        Share of the connected nodes that is asked for scores, in (0, 1], and what the model is, whatever `mask` is.
+    stage_clients, stage_epochs, prune_rate
+        Of FLASH, as `FlashOptions` has them: the share of the nodes that finds layer densities, how often each trains
+        for that, at least twice, and the share of a layer that moves after the first training.
     values : str
         Value type on the wire in training and evaluation: fp32, fp16, bf16 or int8.
     min_ok_fraction : float
@@ -125,6 +137,8 @@ class SSFL(OwnStart):
         self,
         density: float = 0.1,
         *,
+        mask: str = MASKS[0],
+        criterion: str = CRITERIA[0],
         inner: FedAvg | None = None,
         inner_arrays: Literal["vector", "model"] = "vector",
         seed: int = 1,
@@ -134,15 +148,22 @@ class SSFL(OwnStart):
         saliency_batches: int = 1,
         saliency_weighting: str = "samples",
         saliency_share: float = 1.0,
+        stage_clients: float = FlashOptions.stage_clients,
+        stage_epochs: int = FlashOptions.stage_epochs,
+        prune_rate: float = FlashOptions.prune_rate,
         values: str = "fp32",
         min_ok_fraction: float = 0.5,
         most_examples: float = MOST,
         **fedavg: Unpack[FedAvgArguments],
     ) -> None:
         if odd := sorted(fedavg.keys() - FedAvgArguments.__annotations__.keys()):
-            known = [*inspect.signature(SSFL.__init__).parameters, *FedAvgArguments.__annotations__]
-            near = get_close_matches(odd[0], known, 1)
-            raise TypeError(f"SSFL has no argument {odd[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            known = {**inspect.signature(type(self)).parameters, **inspect.signature(SSFL).parameters}
+            near = get_close_matches(odd[0], [*known, *FedAvgArguments.__annotations__], 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{type(self).__name__} has no argument {odd[0]!r}{meant}")
+        stage = {"stage_clients": stage_clients, "stage_epochs": stage_epochs, "prune_rate": prune_rate}
+        ranked = {"criterion": criterion, "scope": scope, "min_per_layer": min_per_layer}
+        _check_read(mask, {**ranked, **stage, "saliency_weighting": saliency_weighting})
         if inner is not None and fedavg:
             raise ValueError(f"{sorted(fedavg)} beside inner: give them to {type(inner).__name__}, which takes them")
         if inner is not None and not isinstance(inner, FedAvg):
@@ -169,8 +190,12 @@ class SSFL(OwnStart):
         self.history: list[Record] = []
         self.model: Vector = np.zeros(0, dtype=np.float32)
         self._messenger: NodeMessenger | None = None
-        asked = saliency_batches, saliency_weighting, saliency_share
-        self.discovery = Discovery(density, scope, min_per_layer, *asked, min_ok_fraction, named=prunable is not None)
+        weighting = saliency_weighting if mask in _SCORED else "uniform"  # which asks for no number of examples
+        asked = saliency_batches, weighting, saliency_share
+        self.discovery = Discovery(
+            *(density, scope, min_per_layer, *asked, min_ok_fraction, prunable is not None),
+            *(mask, criterion, seed, checked_options(FlashOptions, stage)),
+        )
         self.inner, self.base = inner, FedAvg(**fedavg) if inner is None else inner
         self._named = inner_arrays == "model"
         self._most_examples = most_examples
@@ -183,7 +208,7 @@ class SSFL(OwnStart):
     def messenger(self) -> NodeMessenger:
         """The messages of this run; RuntimeError if `start` was not called yet."""
         if self._messenger is None:
-            raise RuntimeError("SSFL was not started; call start() first")
+            raise RuntimeError(f"{type(self).__name__} was not started; call start() first")
         return self._messenger
 
     @property
@@ -192,8 +217,8 @@ class SSFL(OwnStart):
         return self.messenger.mask
 
     def changes(self, method: str) -> bool:
-        """Return whether a method of `SSFL` was replaced by the user's."""
-        return getattr(getattr(self, method), "__func__", None) is not getattr(SSFL, method)
+        """Return whether a method is the user's, and not ours."""
+        return not str(getattr(getattr(self, method), "__module__", "")).startswith("ssfl_app.plugin.")
 
     @property
     def _form(self) -> Form:
@@ -229,7 +254,8 @@ class SSFL(OwnStart):
 
     def summary(self) -> None:
         """Log the settings, as Flower's strategies do."""
-        log(INFO, "\t├──> SSFL: density %s, values %s, seed %s", self.discovery.density, self._values, self._seed)
+        told = type(self).__name__, self.discovery.mask, self.discovery.density, self._values, self._seed
+        log(INFO, "\t├──> %s: mask %s, density %s, values %s, seed %s", *told)
         if self.inner is not None:
             log(INFO, "\t├──> Carried values are aggregated by %s", type(self.inner).__name__)
         self.base.summary()
@@ -292,13 +318,13 @@ class SSFL(OwnStart):
         RunFailed
             The inner strategy returned no model.
         """
-        size, answers = int(np.count_nonzero(self.messenger.mask.transmitted)), list[CheckedReply]()
-        mean = WeightedMean(size, max(1, self._cohort)) if self.inner is None else None
+        answers = list[CheckedReply]()
+        add, finish = self.fold(max(1, self._cohort))
 
         def take(answer: CheckedReply) -> None:
-            if mean is not None:
-                mean.add(answer.values, answer.weight)
-                answer = answer.numbers()  # numbers only: server memory does not grow with the nodes
+            if self.inner is None:
+                add(answer)
+                answer = replace(answer.numbers(), sent=None)  # server memory does not grow with the nodes
             answers.append(answer)
 
         self.messenger.receive(replies, take)
@@ -312,14 +338,23 @@ class SSFL(OwnStart):
             return None, None
         if self.inner is not None:
             values, metrics = aggregate_by(self.inner, server_round, answers, self._form)
+            if values is None:
+                return None, metrics
+            self.model = self.messenger.spec.spread(values, self.mask)
         else:
-            assert mean is not None
-            values = mean.value()
+            self.model = finish()
             metrics = self.base.train_metrics_aggr_fn(contents, self.base.weighted_by_key)
-        if values is None:
-            return None, metrics
-        self.model = self.messenger.spec.spread(values, self.messenger.mask)
         return self.arrays(), metrics
+
+    def fold(self, replies: int) -> tuple[Callable[[CheckedReply], None], Callable[[], Vector]]:
+        """Return what takes each of so many replies, and what then returns the model, shape (layout.size,)."""
+        spec, mask = self.messenger.spec, self.mask
+        mean = WeightedMean(int(np.count_nonzero(mask.transmitted)), replies)
+        return lambda answer: mean.add(answer.values, answer.weight), lambda: spec.spread(mean.value(), mask)
+
+    def training_metadata(self, nodes: Iterable[int]) -> tuple[Metadata, Mapping[int, Metadata]]:
+        """Return what messages of training tell beside the usual: all nodes, and one alone."""
+        return {}, {}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -340,7 +375,8 @@ class SSFL(OwnStart):
             given, configure = self._form.arrays(self.model[self.mask.transmitted]), f"configure_{kind}"
             key = self.base.configrecord_key
             config = inner_round_config(getattr(self.inner, configure), round_, given, config, grid, key)
-        return self.messenger.build_messages(kind, round_, nodes, self.model, config, {})
+        told, own = self.training_metadata(nodes) if kind == "train" else ({}, {})
+        return self.messenger.build_messages(kind, round_, nodes, self.model, config, told, own)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the metrics of the good replies, aggregated as FedAvg does or as the inner strategy does."""
@@ -361,3 +397,30 @@ class SSFL(OwnStart):
     def arrays(self) -> ArrayRecord:
         """Return the model: dense arrays as `initial_arrays` were, dead weights exactly 0."""
         return self.messenger.spec.dense(self.model)
+
+
+_RANKED = frozenset({"criterion", "scope", "min_per_layer", "saliency_weighting"})
+_SCORED = {"ssfl": _RANKED, "shuffled": _RANKED}
+_READ = {**_SCORED, "random": {"scope"}, "dense": {"scope", "min_per_layer"}}  # dense: `TopK`
+_READ["flash"] = {"stage_clients", "stage_epochs", "prune_rate"}
+
+
+def _check_read(mask: str, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for a mask that there is not, or an argument that another one reads."""
+    if mask not in _READ:
+        raise ValueError(f"mask is {mask!r}; it is one of {', '.join(MASKS)}")
+    for name, value in given.items():
+        if name not in _READ[mask] and value != inspect.signature(SSFL).parameters[name].default:
+            who = "TopK" if mask == "dense" else f"mask {mask!r}"
+            raise ValueError(f"{name} is {value!r}; {who} does not read it")
+    if given["stage_epochs"] == 1:
+        raise ValueError("stage_epochs is 1; it is at least 2: the mask moves between two trainings")
+
+
+def checked_options(kind: type[Any], given: Mapping[str, Any]) -> Any:
+    """Return options of a strategy of `ssfl run`, checked by their fields; a ValueError has the argument's name."""
+    try:
+        return build(kind, "", {name.replace("_", "-"): value for name, value in given.items()})
+    except ConfigError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"{name.replace('-', '_')} {rest}") from error

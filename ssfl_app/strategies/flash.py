@@ -22,7 +22,7 @@ public code tests the average before it masks it; here the masked model is teste
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -35,9 +35,10 @@ from ssfl_app.core.options import FromSettings, Section, Settings, at_least, fra
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, Codec, MaskedValues, read_mask
 from ssfl_app.sparsity.densities import Counts, rescaled
-from ssfl_app.sparsity.dynamic import drop, grow, layer_densities, random_mask, top_mask
+from ssfl_app.sparsity.dynamic import drop, grow, layer_densities, top_mask
+from ssfl_app.sparsity.dynamic import random_mask as drawn_mask
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
-from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.mask import Mask, alive_count
 from ssfl_app.sparsity.values import Allowed, PayloadError, allowed_values, check_values, read_values
 
 
@@ -59,9 +60,34 @@ class FlashOptions(Section):
         return (round_ - 1) % self.joint_every == 0
 
 
-def first_mask(layout: Layout, settings: Settings) -> Mask:
+def first_mask(layout: Layout, density: float, seed: int) -> Mask:
     """Return the random mask that stage 1 starts from; both ends draw it."""
-    return Mask.random(layout, settings.mask.density, generator(settings.run.seed, "flash-start"))
+    return Mask.random(layout, density, generator(seed, "flash-start"))
+
+
+def last_mask(layout: Layout, shares: Vector, density: float, seed: int) -> Mask:
+    """Return the random mask of the layer densities that stage 1 found, in the order of the layout."""
+    return drawn_mask(layout, counts_of(layout, shares, density), generator(seed, "flash-mask"))
+
+
+def counts_of(layout: Layout, shares: Vector, density: float) -> Counts:
+    """Return how many weights of each layer are alive, by the mean of the clients' layer densities."""
+    return rescaled(layout, dict(zip(layout.prunable, shares.tolist(), strict=True)), density)
+
+
+def check_shares(layout: Layout, shares: Vector, wanted: int) -> None:
+    """Raise PayloadError unless these are layer densities of a mask with `wanted` alive weights."""
+    check_values(shares)
+    # Densities of less than one weight would add up to an empty mask, as zeros do.
+    if shares.min() < 0 or shares.max() > 1 or shares.max() * layout.prunable_size < 1:
+        raise PayloadError(
+            f"layer densities are from {shares.min():g} to {shares.max():g}; each is in 0..1, not all are 0"
+        )
+    # Sparse learning moves weights and keeps their number, so a client can promote one layer only at the cost of
+    # others.
+    alive = float(np.dot(shares.astype(np.float64), list(layout.prunable_sizes.values())))
+    if abs(alive - wanted) > 1 + 1e-6 * layout.prunable_size:
+        raise PayloadError(f"layer densities add up to {alive:.0f} alive weights; sparse learning keeps {wanted}")
 
 
 def dealt(total: int, shares: Mapping[str, float], room: Counts) -> Counts:
@@ -95,6 +121,19 @@ def evolved(mask: Mask, magnitudes: Vector, rate: Fraction, rng: np.random.Gener
     return grow(left, dealt(sum(fired.values()), means, room), rng)
 
 
+def learned(
+    mask: Mask, trainings: int, prune_rate: float, rng: np.random.Generator, train: Callable[[int, Mask], Vector]
+) -> Mask:
+    """Return the mask that sparse learning ends with; `train` returns the prunable |w| of a training, from 0 on."""
+    magnitudes = np.zeros(0, dtype=np.float32)
+    for done in range(trainings):
+        if done:
+            rate = Fraction(repr(prune_rate)) * (1 - Fraction(done, trainings))
+            mask = evolved(mask, magnitudes, rate, rng)
+        magnitudes = train(done, mask)
+    return mask
+
+
 def shares_of(mask: Mask) -> Vector:
     """Return the density of each prunable tensor, in the order of the layout."""
     return np.array(list(layer_densities(mask).values()), dtype=np.float32)
@@ -118,8 +157,8 @@ class FlashClient(ClientAlgorithm):
         if question not in self.query_types:
             return super().answer_query(question, payload)
         load_state(self.context.model, self.initial_weights(payload))
-        start, rate = first_mask(self.context.layout, self.settings), self.settings.local.lr
-        mask, _ = self.learn(0, start, self.options.stage_epochs, "flash-stage", rate)
+        start = first_mask(self.context.layout, self.settings.mask.density, self.settings.run.seed)
+        mask, _ = self.learn(0, start, self.options.stage_epochs, "flash-stage", self.settings.local.lr)
         return Payload({"values": shares_of(mask)}, {"samples": len(self.context.train)})
 
     def learn(
@@ -130,14 +169,14 @@ class FlashClient(ClientAlgorithm):
         parts = [site.train] * epochs
         if epochs == 1 and len(site.train) >= 2 * site.trainer.fewest:
             parts = [site.train.take(half) for half in np.array_split(rng.permutation(len(site.train)), 2)]
-        total = 0.0
-        for done, images in enumerate(parts):
-            if done:
-                rate = Fraction(repr(self.options.prune_rate)) * (1 - Fraction(done, len(parts)))
-                magnitudes = abs(site.layout.flatten_prunable(state_of(site.model)))
-                mask = evolved(mask, magnitudes, rate, rng)
-            loss = self.fit(round_, mask, purpose=f"{purpose}-{done}", data=images, lr=lr, epochs=1)
-            total += len(images) * loss
+        losses = list[float]()
+
+        def train(done: int, mask: Mask) -> Vector:
+            losses.append(self.fit(round_, mask, purpose=f"{purpose}-{done}", data=parts[done], lr=lr, epochs=1))
+            return np.abs(site.layout.flatten_prunable(state_of(site.model)))
+
+        mask = learned(mask, len(parts), self.options.prune_rate, rng, train)
+        total = sum(len(images) * loss for images, loss in zip(parts, losses, strict=True))
         return mask, total / sum(map(len, parts))
 
 
@@ -175,8 +214,7 @@ class Flash(SparseStrategy):
             shares.add(reply.arrays["values"], self.weight(reply))
 
         ask("layer_densities", self.asked(), self._check_shares, take)
-        rng = generator(self.settings.run.seed, "flash-mask")
-        self.mask = random_mask(self.layout, self._counts(shares), rng)
+        self.mask = last_mask(self.layout, shares.value(), self.settings.mask.density, self.settings.run.seed)
         self.state = self.mask.apply(self.state)
 
     def answers(self, round_: int, question: str | None = None) -> Allowed:
@@ -191,26 +229,10 @@ class Flash(SparseStrategy):
         chosen = generator(self.settings.run.seed, "flash-clients").choice(clients, count, replace=False)
         return sorted(int(client) for client in chosen)
 
-    def _counts(self, shares: WeightedMean) -> Counts:
-        """Return how many weights of each layer are alive, by the mean of the clients' layer densities."""
-        named = dict(zip(self.layout.prunable, shares.value().tolist(), strict=True))
-        return rescaled(self.layout, named, self.settings.mask.density)
-
     def _check_shares(self, client: int, payload: Payload) -> None:
         self.check_samples(payload)
         shares = read_values(payload.arrays, "fp32", len(self.layout.prunable))
-        check_values(shares)
-        # Densities of less than one weight would add up to an empty mask, as zeros do.
-        if shares.min() < 0 or shares.max() > 1 or shares.max() * self.layout.prunable_size < 1:
-            raise PayloadError(
-                f"layer densities are from {shares.min():g} to {shares.max():g}; each is in 0..1, not all are 0"
-            )
-        # Sparse learning moves weights and keeps their number, so a client can promote one layer only at the cost of
-        # others.
-        sizes = list(self.layout.prunable_sizes.values())
-        alive, wanted = float(np.dot(shares.astype(np.float64), sizes)), first_mask(self.layout, self.settings).count
-        if abs(alive - wanted) > 1 + 1e-6 * self.layout.prunable_size:
-            raise PayloadError(f"layer densities add up to {alive:.0f} alive weights; sparse learning keeps {wanted}")
+        check_shares(self.layout, shares, alive_count(self.layout, self.settings.mask.density))
 
 
 class FlashJoint(Flash):
@@ -233,7 +255,8 @@ class FlashJoint(Flash):
 
         def finish() -> None:
             flat = weights.value()
-            self.mask = top_mask(self.layout, abs(flat[self.layout.is_prunable]), self._counts(shares))
+            counts = counts_of(self.layout, shares.value(), self.settings.mask.density)
+            self.mask = top_mask(self.layout, abs(flat[self.layout.is_prunable]), counts)
             self.state = self.mask.apply(self.layout.unflatten(flat))
 
         return Aggregator(add, finish)

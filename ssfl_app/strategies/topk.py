@@ -30,7 +30,7 @@ from ssfl_app.core.robust import distance
 from ssfl_app.sparsity.codec import BitmapAndValues, Codec, Indexed
 from ssfl_app.sparsity.layout import Layout, Vector, state_of
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.sparsity.values import Arrays, PayloadError
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,31 @@ class TopkOptions(Section):
         "true or false", False, "with update: add what was not sent to the client's next update"
     )
 
+    @property
+    def codec(self) -> type[Codec]:
+        """How the chosen coordinates travel."""
+        return {"bitmap": BitmapAndValues, "int32": Indexed}[self.index]
+
+    def check(self) -> None:
+        """Raise ConfigError for options that exclude each other."""
+        if self.of == "weights" and self.error_feedback:
+            raise ConfigError("topk.error-feedback is true; with topk.of 'weights' it is false")
+        if self.of == "update" and self.mean == "overlap":
+            raise ConfigError("topk.mean is 'overlap'; with topk.of 'update' it is 'zeros'")
+
 
 def chosen(layout: Layout, values: Vector, wanted: MaskOptions) -> Mask:
     """Return the mask of the largest prunable coordinates of a vector of all coordinates."""
     scores = np.abs(values[layout.is_prunable])
     return Mask.top(layout, scores, wanted.density, wanted.scope, min_per_layer=wanted.min_per_layer)
+
+
+def split(layout: Layout, values: Vector, wanted: MaskOptions, codec: Codec) -> tuple[Arrays, Vector]:
+    """Return what goes up of a vector of all coordinates, and what is left of it, shape (layout.size,)."""
+    mask = chosen(layout, values, wanted)
+    arrays = codec.encode(layout, layout.unflatten(values), mask)
+    sent, _ = codec.decode(arrays, layout, mask)  # as the server reads it: rounding is left, too
+    return arrays, values - layout.flatten(sent)
 
 
 class TopkClient(ClientAlgorithm):
@@ -62,7 +82,7 @@ class TopkClient(ClientAlgorithm):
     @classmethod
     def codec_up(cls, settings: Settings, round_: int) -> type[Codec]:
         """Return how the chosen coordinates travel."""
-        return {"bitmap": BitmapAndValues, "int32": Indexed}[TopkOptions.from_settings(settings).index]
+        return TopkOptions.from_settings(settings).codec
 
     def train(self, payload: Payload) -> Payload:
         """Train the model that came down; return its largest coordinates, or those of its change."""
@@ -76,12 +96,10 @@ class TopkClient(ClientAlgorithm):
         if options.error_feedback:
             kept = self.load_client_state(payload)
             values += np.float32(0) if kept is None else kept["residual"]
-        mask = chosen(layout, values, self.settings.mask)
         up = self.codec_up(self.settings, payload.round)(self.settings.wire.up_values, self.rounder(payload))
-        arrays = up.encode(layout, layout.unflatten(values), mask)
+        arrays, left = split(layout, values, self.settings.mask, up)
         if options.error_feedback:
-            sent, _ = up.decode(arrays, layout, mask)  # as the server reads it: rounding is fed back too
-            self.save_client_state(payload, {"residual": values - layout.flatten(sent)})
+            self.save_client_state(payload, {"residual": left})
         return Payload(arrays, self.metadata(payload, loss))
 
 
@@ -94,10 +112,7 @@ class Topk(SparseStrategy):
 
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
-        if self.options.of == "weights" and self.options.error_feedback:
-            raise ConfigError("topk.error-feedback is true; with topk.of 'weights' it is false")
-        if self.options.of == "update" and self.options.mean == "overlap":
-            raise ConfigError("topk.mean is 'overlap'; with topk.of 'update' it is 'zeros'")
+        self.options.check()
         self._dense = self.mask
         self._count = self.top_count(self.settings.mask.density)
 

@@ -787,7 +787,7 @@ def test_importing_the_package_imports_neither_torch_nor_flower() -> None:
         "print(before, sorted(ssfl_app.__all__), SSFL.__name__, {'torch', 'flwr'} <= set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    names = ["SSFL", "SparseMod", "active_mask", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
+    names = ["SSFL", "SparseMod", "TopK", "active_mask", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
     assert done.stdout.strip() == f"set() {names} SSFL True"
 
 

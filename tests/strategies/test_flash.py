@@ -133,7 +133,7 @@ def first_client(run: Played, images: int | None = None) -> FlashClient:
 def test_sparse_learning_keeps_the_total() -> None:
     run = played()
     rule = first_client(run)
-    start = first_mask(run.layout, run.strategy.settings)
+    start = first_mask(run.layout, run.strategy.settings.mask.density, run.strategy.settings.run.seed)
     assert start.count == A
     for epochs in (1, 2):
         found, loss = rule.learn(1, start, epochs, "test")
@@ -146,7 +146,7 @@ def test_sparse_learning_keeps_the_total() -> None:
 
 def test_a_single_image_cannot_be_halved() -> None:
     run = played()
-    start = first_mask(run.layout, run.strategy.settings)
+    start = first_mask(run.layout, run.strategy.settings.mask.density, run.strategy.settings.run.seed)
     assert first_client(run, images=1).learn(1, start, 1, "test")[0] == start
 
 
@@ -154,7 +154,7 @@ def test_the_loss_is_the_mean_over_all_images(monkeypatch: pytest.MonkeyPatch) -
     """Three images make halves of two and one: (2 * 1 + 1 * 4) / 3."""
     run, losses = played(), iter([1.0, 4.0])
     monkeypatch.setattr(FlashClient, "fit", lambda *args, **kwargs: next(losses))
-    start = first_mask(run.layout, run.strategy.settings)
+    start = first_mask(run.layout, run.strategy.settings.mask.density, run.strategy.settings.run.seed)
     assert first_client(run, images=3).learn(1, start, 1, "test")[1] == 2
 
 

@@ -28,16 +28,26 @@ from typing import Any
 import numpy.typing as npt
 
 from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, ServerContext, SparseStrategy
-from ssfl_app.core.options import FromSettings
+from ssfl_app.core.options import FromSettings, MaskOptions
 from ssfl_app.core.validation import stored
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import MaskedValues
-from ssfl_app.sparsity.layout import State
+from ssfl_app.sparsity.layout import Layout, State
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays, allowed_values
 from ssfl_app.strategies.shared.scoring import ScoringClient, SsflOptions
 from ssfl_app.strategies.ssfl.criteria import QUESTIONS, find_mask, score_weights, steps_of
 from ssfl_app.strategies.ssfl.refresh import MaskRefresh, lifted_weights
+
+
+def random_mask(layout: Layout, wanted: MaskOptions, seed: int) -> Mask:
+    """Return the mask of `random`."""
+    return Mask.random(layout, wanted.density, generator(seed, "random-mask"), wanted.scope)
+
+
+def shuffled_mask(found: Mask, seed: int) -> Mask:
+    """Return the mask of `shuffled`, from the one that SSFL found."""
+    return found.shuffle(generator(seed, "shuffle"))
 
 
 class MaskedClient(ClientAlgorithm):
@@ -160,8 +170,7 @@ class Shuffled(Ssfl):
         self, ask: Query, round_: int = 0, state: State | None = None, carry: Payload | None = None
     ) -> Mask:
         """Return SSFL's mask, shuffled."""
-        found = super().find_mask(ask, round_, state, carry)
-        return found.shuffle(generator(self.settings.run.seed, "shuffle"))
+        return shuffled_mask(super().find_mask(ask, round_, state, carry), self.settings.run.seed)
 
 
 class Random(FixedMask):
@@ -172,5 +181,4 @@ class Random(FixedMask):
 
     def find_mask(self, ask: Query) -> Mask:
         """Draw the mask."""
-        wanted, rng = self.settings.mask, generator(self.settings.run.seed, "random-mask")
-        return Mask.random(self.layout, wanted.density, rng, wanted.scope)
+        return random_mask(self.layout, self.settings.mask, self.settings.run.seed)
