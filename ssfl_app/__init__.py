@@ -1,7 +1,7 @@
 """Sparse federated learning on Flower: SSFL and the systems it is compared with.
 
-``run`` and ``load_run`` are for scripts and notebooks, ``SparseStrategy``, ``ClientAlgorithm``, ``Mask``, ``Task`` and
-``RunCallback`` for algorithms and tasks of your own, ``SSFL`` and ``sparse_mod`` for other people's Flower projects.
+``run`` and ``load_run`` are for scripts and notebooks, ``SparseStrategy``, ``ClientAlgorithm``, ``Mask``, ``Task``
+and ``RunCallback`` for algorithms of your own, ``SSFL`` and ``sparse_mod`` for other people's Flower projects.
 The names are looked up when they are first used, so that ``import ssfl_app`` loads neither torch nor Flower.
 """
 

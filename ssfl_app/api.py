@@ -1,37 +1,98 @@
 """The Python interface: `run` plays what ``ssfl run`` plays, `load_run` reads what it left."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ssfl_app import config as configuration
+from ssfl_app.data.transform import AsTheyAre, Transform
 from ssfl_app.options import ConfigError, flatten, not_a_key
 from ssfl_app.registry import here_only, import_from, name_of
-from ssfl_app.results.run_folder import Run, read_run
-from ssfl_app.simulation.command import ENGINES, RunArgs, play, settling
+from ssfl_app.results import export, plots, run_folder
+from ssfl_app.simulation.command import ENGINES, RunArgs, settling
+from ssfl_app.simulation.play import play
+from ssfl_app.sparsity.layout import State
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHORT = {
     "strategy": "strategy",
-    "model": "model.name",
-    "data": "data.name",
-    "partition": "partition.name",
-    "task": "task.name",
-    "clients": "run.clients",
-    "cohort": "run.cohort",
-    "rounds": "run.rounds",
-    "seed": "run.seed",
+    **{word: f"{word}.name" for word in ("model", "data", "partition", "task")},
+    **{word: f"run.{word}" for word in ("clients", "cohort", "rounds", "seed")},
     "density": "mask.density",
 }
 """Arguments of `run` and the keys that they stand for."""
 
 
+@dataclass(frozen=True, repr=False)
+class Run(run_folder.Run):
+    """What a run folder holds, with what was learnt; `summary` is its summary.json."""
+
+    def __repr__(self) -> str:
+        played = f"{len(self.rounds)} of {self.config.get('run.rounds')} rounds"
+        return f"Run({str(self.folder)!r}: {run_folder.run_labels([self])[0]}, {played})"
+
+    @property
+    def history(self) -> Any:
+        """A row a round: its numbers, how many clients, and MB sent so far; a DataFrame if pandas is installed.
+
+        Without pandas it is a list of dicts. What a round did not measure is None.
+        """
+        rows = []
+        for entry, sent in zip(self.rounds, run_folder.cumulative_mb(self), strict=True):
+            row = {key: value for key, value in entry.items() if value is None or type(value) in (int, float)}
+            counts = {key: len(entry.get(key) or ()) for key in ("cohort", "ok", "lost", "refused")}
+            rows.append(row | counts | {"mb_sent": float(sent)})
+        if find_spec("pandas") is None:
+            return rows
+        import pandas
+
+        return pandas.DataFrame(rows)
+
+    def plot(self) -> "Figure":
+        """Return the headline metric over rounds as a matplotlib figure; ConfigError: no round was evaluated."""
+        if not plots.has_accuracy(self):
+            raise ConfigError(f"{self.folder} has no round that was evaluated; a plot needs one")
+        return plots.accuracy_by_round([self])
+
+    @property
+    def mask(self) -> State:
+        """What is alive: bool tensors by name, of the tensors that can be pruned; none of a dense run."""
+        return export.mask_of(self)
+
+    def model(self) -> nn.Module:
+        """Return the trained model, for evaluation, on the CPU; see `export.trained`."""
+        return export.trained(self)
+
+    @property
+    def transform(self) -> Transform | AsTheyAre:
+        """What makes the model's input of data as a reader gives them: ``run.model()(run.transform.test(x))``."""
+        return export.transform_of(self)
+
+    def export(self, to: str, out: str | Path | None = None) -> Path:
+        """Write the trained model to a file and return where it is; see `export.write`."""
+        return export.write(self, to, None if out is None else Path(out))
+
+
 def run(
     strategy: object = None,
     *,
+    model: object = None,
+    data: object = None,
+    partition: object = None,
+    task: object = None,
+    clients: int | None = None,
+    cohort: int | None = None,
+    rounds: int | None = None,
+    seed: int | None = None,
+    density: float | None = None,
     config: Mapping[str, Any] | str | Path | None = None,
     engine: str = "inline",
     out: str | Path | None = None,
@@ -39,32 +100,26 @@ def run(
     quiet: bool = False,
     **keys: Any,
 ) -> Run:
-    """Play a run and return it; it leaves the run folder that ``ssfl run`` leaves.
+    """Play a run as ``ssfl run`` does, and return what is in its folder.
 
     Parameters
     ----------
     strategy : str or type of SparseStrategy, optional
-        A name, or a class of your own; ``"ssfl"`` if nothing else says what it is.
+        ``"ssfl"`` if `config` does not say otherwise, as all that is not given has its default.
+    model, data, partition, task : str, function or class, optional
+        Names, or what they would stand for; `data` also ``((x, y), (test_x, test_y))``, arrays or tensors.
+    clients, cohort, rounds, seed, density : number, optional
+        ``run.clients`` and so on, and ``mask.density``. Without `cohort` it is at most `clients`.
     config : mapping or path, optional
-        Keys, ``{"local.lr": 0.05}`` or nested, or a TOML file with them.
+        Other keys, ``{"local.lr": 0.05}`` or nested, or a TOML file of them.
     engine : str
         ``"inline"``, in this process and its forks, or ``"ray"``, Flower's simulation.
-    out : path, optional
-        Run folder; by default ``runs/<time>-<strategy>-<dataset>``.
-    resume : path, optional
-        Go on with the run in this folder.
+    out, resume : path, optional
+        A new run folder, by default ``runs/<time>-<strategy>-<dataset>``; or that of a run to go on with.
     quiet : bool
         Show nothing. Otherwise a terminal and a notebook show a progress bar, and other outputs plain lines.
     **keys
-        The names in `SHORT`, ``clients=20`` or ``density=0.1``, and any other key with underscores:
-        ``local_lr=0.05``, ``model_options={"width": 64}``. `model`, `data`, `partition` and `task` are names, or
-        functions and classes; `data` may also be the data themselves, ``((x, y), (test_x, test_y))``. With
-        `clients` and without `cohort` no more clients train in a round than there are.
-
-    Returns
-    -------
-    Run
-        With `history`, `plot`, `model`, `mask` and `summary`.
+        Any other key, with underscores: ``local_lr=0.05``, ``model_options={"width": 64}``.
 
     Raises
     ------
@@ -73,70 +128,59 @@ def run(
     RunFailed
         It broke off; `resume` goes on with it.
     """
+    words = {word: value for word, value in locals().items() if word in SHORT and value is not None}
     if engine not in ENGINES:
         raise ConfigError(f"engine is {engine!r}; it is one of {', '.join(ENGINES)}")
     import_from(Path.cwd())
     file = Path(config) if isinstance(config, str | Path) else None
-    given = flatten(config) if isinstance(config, Mapping) else {}
-    chosen = given | ({} if strategy is None else {"strategy": strategy})
-    chosen = {key: _named(key, value) for key, value in chosen.items()}
-    known = configuration.defaults(configuration.merge({"strategy": chosen.get("strategy", "ssfl")})["strategy"])
-    flat = dict(chosen)
-    for key, value in flatten(_dotted(keys, known)).items():
-        if key in chosen:
-            raise ConfigError(f"{key} is given twice, {chosen[key]!r} and {value!r}; give one of them")
-        flat[key] = _named(key, value)
+    given = _named(flatten(config)) if isinstance(config, Mapping) else {}
+    of = given.get("strategy") or _named({"strategy": strategy or "ssfl"})["strategy"]
+    known = configuration.defaults(configuration.merge({"strategy": of})["strategy"])
+    called = _named(flatten(_spelled(words | keys, known)))
+    for key in given.keys() & called.keys():
+        raise ConfigError(f"{key} is given twice, {given[key]!r} and {called[key]!r}; give one of them")
+    flat = given | called
     if "run.clients" in flat and "run.cohort" not in flat and file is None and resume is None:
         flat["run.cohort"] = min(flat["run.clients"], known["run.cohort"])
     for key in configuration.NAMED:
         if engine != "inline" and here_only(str(flat.get(key, ""))):
             raise ConfigError(f"{key} is {flat[key]!r}; with engine {engine!r} it is in a module of its own, a file")
-    folders = [None if path is None else Path(path) for path in (out, resume)]
+    into, going_on = (None if path is None else Path(path) for path in (out, resume))
     threads = torch.get_num_threads()
     try:
-        return read_run(play(RunArgs(file, [], None, engine, *folders, flat), settling, quiet))
+        return load_run(play(RunArgs(file, [], None, engine, into, going_on, flat), settling, quiet))
     finally:
         torch.set_num_threads(threads)
 
 
 def load_run(folder: str | Path) -> Run:
-    """Return the run in a folder that `run` or ``ssfl run`` wrote.
-
-    Raises
-    ------
-    ConfigError
-        It is no such folder, or one of its files is damaged.
-    """
-    return read_run(Path(folder))
+    """Return the run in a folder that `run` or ``ssfl run`` wrote; ConfigError: it is none, or is damaged."""
+    return Run(**vars(run_folder.read_run(Path(folder))))
 
 
-def _dotted(keys: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def _spelled(words: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """Return keyword arguments under the keys that they stand for."""
-    spelled = {re.sub("[.-]", "_", key): key for key in known} | SHORT
-    spelled |= {f"{section}_options": f"{section}.options" for section in ("model", "data", "task")}
-    for word in keys:
-        if word not in spelled:
-            raise not_a_key(word, [*spelled, *known], "ssfl keys lists them")
-    return {spelled[word]: value for word, value in keys.items()}
+    keys = {re.sub("[.-]", "_", key): key for key in known} | SHORT
+    keys |= {f"{section}_options": f"{section}.options" for section in ("model", "data", "task")}
+    for word in words:
+        if word not in keys:
+            raise not_a_key(word, [*keys, *known], "ssfl keys lists them")
+    return {keys[word]: value for word, value in words.items()}
 
 
-def _named(key: str, value: Any) -> Any:
-    """Return a value as the configuration has it: things of Python by a name."""
-    if isinstance(value, Path):
-        return str(value)
+def _named(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration in which things of Python have names."""
+    return {key: _name(key, str(value) if isinstance(value, Path) else value) for key, value in flat.items()}
+
+
+def _name(key: str, value: Any) -> Any:
     if key not in configuration.NAMED or isinstance(value, str):
         return value
     if isinstance(value, nn.Module):
-        raise ConfigError(
-            f"{key} is a {type(value).__name__}, made already; it is the class or function that makes it, which is "
-            "called with (input_shape, outputs, norm)"
-        )
-    if not callable(value):
-        if key != "data.name":
-            raise ConfigError(f"{key} is {value!r}; it is a name, or a function or class")
-        return name_of(_reader_of(value), "data")
-    return name_of(value)
-
-
-def _reader_of(data: object) -> Callable[..., object]:
-    return lambda path: data
+        how = "what makes it, called with (input_shape, outputs, norm)"
+        raise ConfigError(f"{key} is a {type(value).__name__} that is made already; it is {how}")
+    if callable(value):
+        return name_of(value)
+    if key == "data.name":
+        return name_of(lambda path: value, "data")
+    raise ConfigError(f"{key} is {value!r}; it is a name, or a function or class")

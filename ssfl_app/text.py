@@ -5,14 +5,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 LONGEST = 300
 """Characters that a line keeps of what a peer said."""
-
-_LISTENER: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
 
 _ENDS = 100 * LONGEST  # characters at either end of a reason in which its cause is looked for
 
@@ -29,22 +24,8 @@ def printable(text: str, keep: str = "") -> str:
 
 def tell(text: str, *, error: bool = False) -> None:
     """Print lines for people, on stdout or stderr, at once: Flower forwards what a ServerApp prints."""
-    text, listener = printable(text, keep="\n\t"), _LISTENER.get()
-    if listener is not None and not error:
-        listener(text)
-        return
     never_fail_to_print()
-    print(text, file=sys.stderr if error else sys.stdout, flush=True)
-
-
-@contextmanager
-def told_to(listener: Callable[[str], None]) -> Iterator[None]:
-    """Hand what is told inside, but for errors, to `listener` instead of printing it."""
-    token = _LISTENER.set(listener)
-    try:
-        yield
-    finally:
-        _LISTENER.reset(token)
+    print(printable(text, keep="\n\t"), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def never_fail_to_print() -> None:

@@ -55,7 +55,8 @@ def run(
     quiet: Annotated[bool, Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Run a strategy and write a run folder. Exit code: 0 finished, 1 failed or interrupted, 2 bad input."""
-    from ssfl_app.simulation.command import RunArgs, play, telling
+    from ssfl_app.simulation.command import RunArgs, telling
+    from ssfl_app.simulation.play import play
 
     import_from(Path.cwd())
     play(RunArgs(config, override or [], nodes, engine, out, resume), telling, quiet)
@@ -130,10 +131,11 @@ def export(
     out: Annotated[Path | None, Option(help="File. [default: exported.* in the run folder]")] = None,
 ) -> None:
     """Write the trained model to a file that other programs load."""
+    from ssfl_app.results.export import write
     from ssfl_app.results.run_folder import read_run
 
     import_from(Path.cwd())
-    tell(f"model: {read_run(folder).export(to, out).resolve()}")
+    tell(f"model: {write(read_run(folder), to, out).resolve()}")
 
 
 @app.command()

@@ -1,12 +1,12 @@
-"""What people see of a run while it goes on: plain lines, or in a terminal and a notebook a bar under them."""
+"""What people see of a run while it goes on: plain lines, or in a terminal and a notebook lines above a bar."""
 
+import contextlib
+import io
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
-
-from ssfl_app.text import told_to
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,60 +15,60 @@ ROUND = re.compile(r"round +(\d+)/(\d+)  (.*)")
 """The line of a round, `recorder.round_line`: its number, how many there are, metrics, bytes and ETA."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def showing(quiet: bool = False) -> Iterator[None]:
-    """Show what is told inside; nothing but errors if `quiet`.
+    """Show what is printed inside, or nothing if `quiet`; errors go to stderr.
 
-    Where there is a bar it has what the line of the last round says, in place of these lines; the run folder's
-    console.log has all lines anyway.
+    A bar has what the line of the last round says, in place of these lines; console.log of the run has them all.
     """
-    if quiet:
-        with told_to(lambda _: None):
-            yield
-        return
     from rich.console import Console
 
-    console = Console()
-    if console.is_jupyter or (sys.stdout.isatty() and not console.is_dumb_terminal):
-        with _bar(console) as listener, told_to(listener):
-            yield
-    else:
+    console = Console(file=sys.stdout)
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            stack.enter_context(contextlib.redirect_stdout(_Lines(lambda _: None)))
+        elif console.is_jupyter or (sys.stdout.isatty() and not console.is_dumb_terminal):
+            stack.enter_context(contextlib.redirect_stdout(_Lines(_bar(console, stack))))
         yield
 
 
-@contextmanager
-def _bar(console: "Console") -> Iterator[Callable[[str], None]]:
+class _Lines(io.TextIOBase):
+    """A stdout that hands on each line."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take, self._begun = take, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            self._take(line)
+        return len(text)
+
+
+def _bar(console: "Console", stack: contextlib.ExitStack) -> Callable[[str], None]:
+    """Show a bar until `stack` is left; return what takes a line."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Column
 
     said = TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True))
-    # No thread draws it, and stdout stays what it is: this process is forked, and its forks may print.
-    plain = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
-    progress = Progress(BarColumn(20), MofNCompleteColumn(), said, console=console, **plain)
+    columns = BarColumn(20), MofNCompleteColumn(), said
+    # No thread draws it: this process is forked.
+    progress = Progress(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
     task = progress.add_task("", total=None, said="")
-    update = _in_notebook(progress) if console.is_jupyter else None
+    if console.is_jupyter:  # where rich's own display needs ipywidgets
+        from IPython.display import display
 
-    def listen(text: str) -> None:
-        found = ROUND.fullmatch(text)
-        if found:
-            progress.update(task, completed=int(found[1]), total=int(found[2]), said=found[3], refresh=update is None)
-        elif update is not None:
-            print(text)
+        say: Callable[[str], object] = partial(print, file=sys.stdout)
+        redraw: Callable[[], object] = partial(display(progress, display_id=True).update, progress)  # type: ignore[no-untyped-call]
+    else:
+        stack.enter_context(progress)
+        say, redraw = partial(console.print, markup=False, highlight=False, soft_wrap=True), progress.refresh
+
+    def take(line: str) -> None:
+        if found := ROUND.fullmatch(line):
+            progress.update(task, completed=int(found[1]), total=int(found[2]), said=found[3])
         else:
-            progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        if update is not None:
-            update(progress)
+            say(line)
+        redraw()
 
-    if update is not None:  # rich's own display in a notebook needs ipywidgets
-        yield listen
-        return
-    with progress:
-        yield listen
-
-
-def _in_notebook(shown: object) -> Callable[[object], None]:
-    """Display something rich in a notebook; return what displays it anew in the same place."""
-    from IPython.display import display
-
-    update: Callable[[object], None] = display(shown, display_id=True).update
-    return update
+    return take

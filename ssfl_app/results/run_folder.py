@@ -10,21 +10,13 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ssfl_app.options import ConfigError, flatten
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from torch import nn
-
-    from ssfl_app.data.transform import AsTheyAre, Transform
-    from ssfl_app.sparsity.layout import State
 
 MB = 1e6
 CENTRAL, LOCAL, PERSONAL = "central_accuracy", "local_accuracy_mean", "personal_accuracy_mean"
@@ -64,9 +56,9 @@ class Failure(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Run:
-    """What one run folder holds: what `ssfl_app.run` and `ssfl_app.load_run` return.
+    """What one run folder holds.
 
     ``config`` has dotted keys; ``setup`` is round 0 and ``rounds`` holds the others in order; ``summary`` is
     None for an unfinished run, ``layers`` is empty for a dense one, ``clients`` is None without its file.
@@ -85,67 +77,6 @@ class Run:
     def name(self) -> str:
         """The name of the run folder."""
         return self.folder.resolve().name
-
-    def __repr__(self) -> str:
-        known = metadata(self)
-        played, wanted = len(self.rounds), known["rounds"]
-        return f"Run({str(self.folder)!r}: {run_labels([self])[0]}, {played} of {wanted} rounds)"
-
-    @property
-    def history(self) -> Any:
-        """A row a round: numbers, how many clients, and MB sent so far; a DataFrame if pandas is installed.
-
-        Without pandas it is a list of dicts. What a round did not measure is None.
-        """
-        rows, counted = [], ("cohort", "ok", "lost", "refused")
-        for entry, sent in zip(self.rounds, cumulative_mb(self), strict=True):
-            row = {key: value for key, value in entry.items() if value is None or type(value) in (int, float)}
-            rows.append(row | {key: len(entry.get(key) or ()) for key in counted} | {"mb_sent": float(sent)})
-        if find_spec("pandas") is None:
-            return rows
-        import pandas
-
-        return pandas.DataFrame(rows)
-
-    def plot(self) -> "Figure":
-        """Return the headline metric over rounds as a matplotlib figure.
-
-        Raises
-        ------
-        ConfigError
-            No round was evaluated.
-        """
-        from ssfl_app.results import plots
-
-        if not plots.has_accuracy(self):
-            raise ConfigError(f"{self.folder} has no round that was evaluated; a plot needs one")
-        return plots.accuracy_by_round([self])
-
-    @property
-    def mask(self) -> "State":
-        """What is alive: bool tensors by name, of the tensors that can be pruned; none of a dense run."""
-        from ssfl_app.results import export
-
-        return export.mask_of(self)
-
-    def model(self) -> "nn.Module":
-        """Return the trained model: see `export.trained`."""
-        from ssfl_app.results import export
-
-        return export.trained(self)
-
-    @property
-    def transform(self) -> "Transform | AsTheyAre":
-        """What makes the model's input of data as a reader gives them: ``run.model()(run.transform.test(x))``."""
-        from ssfl_app.results import export
-
-        return export.transform_of(self)
-
-    def export(self, to: str, out: Path | None = None) -> Path:
-        """Write the trained model to a file and return where it is: see `export.write`."""
-        from ssfl_app.results import export
-
-        return export.write(self, to, out)
 
 
 def read_run(folder: Path) -> Run:

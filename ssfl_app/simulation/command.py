@@ -4,15 +4,14 @@ Torch is imported by what computes, not here: the launcher of a run on Ray only 
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError, Scalar
-from ssfl_app.results.progress import showing
 from ssfl_app.results.status import settle
 from ssfl_app.text import command, tell
 
@@ -75,35 +74,6 @@ def telling(folder: Path, *words: object) -> Iterator[None]:
         _end(f"the run failed: {error}", folder, *words)
     except KeyboardInterrupt:
         _end("interrupted", folder, *words)
-
-
-def play(words: RunArgs, ending: Callable[..., AbstractContextManager[None]], quiet: bool = False) -> Path:
-    """Play a run and return its folder; `ending` is `settling` or `telling`. `quiet`: nothing is printed.
-
-    Raises
-    ------
-    ConfigError
-        It cannot be run, and nothing was written.
-    """
-    check_engine(words.engine)
-    if words.engine == "inline":
-        from ssfl_app import client_app, server_app
-        from ssfl_app.simulation.in_process import run_inline
-        from ssfl_app.simulation.resolve import resolve
-
-        checked, _ = resolve(words)
-        folder = Path(checked.settings.run.out)
-        with ending(folder, "run"), showing(quiet):
-            run_inline(server_app.app, client_app.app, checked)
-        return folder
-    from ssfl_app.simulation.prepared_run import prepare_run
-    from ssfl_app.simulation.ray import Launch
-
-    with Launch() as launch:
-        prepared = prepare_run(words)
-        with ending(prepared.folder, "run", "--engine", words.engine), showing(quiet):
-            launch.play(prepared, tell)
-    return prepared.folder
 
 
 def _end(why: str, folder: Path, *words: object) -> NoReturn:
