@@ -45,7 +45,14 @@ with _hidden():
     import matplotlib
     import matplotlib.backends.backend_agg
     import matplotlib.backends.backend_svg
-    from matplotlib.figure import Figure as Figure
+    from matplotlib import figure
+
+
+class Figure(figure.Figure):
+    """A figure that a notebook shows, whether or not somebody has imported pyplot there."""
+
+    def _repr_png_(self) -> bytes:
+        return saved(lambda: self, format="png", dpi=100)
 
 
 def saved(draw: Callable[[], Figure], **how: Any) -> bytes:

@@ -67,8 +67,8 @@ def _bar(console: "Console", stack: contextlib.ExitStack) -> Callable[[str], Non
     def take(line: str) -> None:
         if found := ROUND.fullmatch(line):
             progress.update(task, completed=int(found[1]), total=int(found[2]), said=found[3])
+            redraw()
         else:
             say(line)
-        redraw()
 
     return take
