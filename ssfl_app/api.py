@@ -161,7 +161,7 @@ def load_run(folder: str | Path) -> Run:
 def _spelled(words: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """Return keyword arguments under the keys that they stand for."""
     keys = {re.sub("[.-]", "_", key): key for key in known} | SHORT
-    keys |= {f"{section}_options": f"{section}.options" for section in ("model", "data", "task")}
+    keys |= {"model_options": "model.options", "data_options": "data.options", "task_options": "task.options"}
     for word in words:
         if word not in keys:
             raise not_a_key(word, [*keys, *known], "ssfl keys lists them")

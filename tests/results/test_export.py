@@ -104,7 +104,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(
 def test_a_file_of_a_stranger_is_refused_by_name(digits: api.Run, tmp_path: Path) -> None:
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match="bad.safetensors cannot be read"):
+    with pytest.raises(ConfigError, match=r"bad.safetensors cannot be read"):
         read_sparse(bad)
     with pytest.raises(ConfigError, match="it is a file that `ssfl export` wrote"):
         read_sparse(digits.folder / "model.safetensors")
@@ -112,5 +112,5 @@ def test_a_file_of_a_stranger_is_refused_by_name(digits: api.Run, tmp_path: Path
 
 def test_a_model_that_became_another_one_is_refused(digits: api.Run) -> None:
     changed = api.Run(**vars(digits) | {"config": digits.config | {"model.name": "resnet20"}})
-    with pytest.raises(ConfigError, match="model.name is 'resnet20'; it makes a model of other shapes than"):
+    with pytest.raises(ConfigError, match=r"model.name is 'resnet20'; it makes a model of other shapes than"):
         changed.model()

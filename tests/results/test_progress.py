@@ -1,4 +1,4 @@
-"""What is shown of a run: plain lines in a pipe, a bar in a terminal and a notebook, nothing where that is asked for."""
+"""What is shown of a run: plain lines in a pipe, a bar in a terminal and a notebook, nothing if one asks for that."""
 
 import io
 import os
