@@ -41,21 +41,7 @@ _HOMES = {
     "mask_gradients": "ssfl_app.plugin.gradients",
 }
 
-__all__ = [
-    "ClientAlgorithm",
-    "Mask",
-    "RunCallback",
-    "SSFL",
-    "SparseMod",
-    "SparseStrategy",
-    "Task",
-    "active_mask",
-    "load_run",
-    "mask_gradients",
-    "run",
-    "sparse_mod",
-    "sparse_numpy_mod",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from ssfl_app import config as configuration
-from ssfl_app.data.transform import AsTheyAre, Transform
 from ssfl_app.options import ConfigError, flatten, not_a_key
 from ssfl_app.registry import here_only, import_from, name_of
-from ssfl_app.results import export, plots, run_folder
+from ssfl_app.results import plots, run_folder
+from ssfl_app.results.export import mask_of, trained, transform_of, write
 from ssfl_app.simulation.command import ENGINES, RunArgs, settling
 from ssfl_app.simulation.play import play
-from ssfl_app.sparsity.layout import State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +32,11 @@ SHORT = {
 
 @dataclass(frozen=True, repr=False)
 class Run(run_folder.Run):
-    """What a run folder holds, with what was learnt; `summary` is its summary.json."""
+    """What a run folder holds, with what was learnt; `summary` is its summary.json.
+
+    `mask` has bool tensors by name, none in a dense run; `transform.test` makes the input of `model()` of data as a
+    reader gives them; `export(to, out)` writes a file (`results.export`).
+    """
 
     def __repr__(self) -> str:
         played = f"{len(self.rounds)} of {self.config.get('run.rounds')} rounds"
@@ -62,23 +65,10 @@ class Run(run_folder.Run):
             raise ConfigError(f"{self.folder} has no round that was evaluated; a plot needs one")
         return plots.accuracy_by_round([self])
 
-    @property
-    def mask(self) -> State:
-        """What is alive: bool tensors by name, of the tensors that can be pruned; none of a dense run."""
-        return export.mask_of(self)
-
-    def model(self) -> nn.Module:
-        """Return the trained model, for evaluation, on the CPU; see `export.trained`."""
-        return export.trained(self)
-
-    @property
-    def transform(self) -> Transform | AsTheyAre:
-        """What makes the model's input of data as a reader gives them: ``run.model()(run.transform.test(x))``."""
-        return export.transform_of(self)
-
-    def export(self, to: str, out: str | Path | None = None) -> Path:
-        """Write the trained model to a file and return where it is; see `export.write`."""
-        return export.write(self, to, None if out is None else Path(out))
+    mask = property(mask_of)
+    transform = property(transform_of)
+    model = trained
+    export = write
 
 
 def run(
@@ -121,12 +111,7 @@ def run(
     **keys
         Any other key, with underscores: ``local_lr=0.05``, ``model_options={"width": 64}``.
 
-    Raises
-    ------
-    ConfigError
-        It cannot be run; nothing was written.
-    RunFailed
-        It broke off; `resume` goes on with it.
+    ConfigError: it cannot be run, and nothing was written. RunFailed: it broke off; `resume` goes on with it.
     """
     words = {word: value for word, value in locals().items() if word in SHORT and value is not None}
     if engine not in ENGINES:

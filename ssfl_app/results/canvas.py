@@ -55,7 +55,7 @@ class Figure(figure.Figure):
         return saved(lambda: self, format="png", dpi=100)
 
 
-def saved(draw: Callable[[], Figure], **how: Any) -> bytes:
+def saved(draw: Callable[[], figure.Figure], **how: Any) -> bytes:
     """Return the file that `Figure.savefig` makes of what `draw` returns, with these arguments of it."""
     style: Any = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     style |= {"svg.hashsalt": "ssfl"}  # else the ids of an SVG file are random

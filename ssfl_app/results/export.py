@@ -82,19 +82,16 @@ def trained(run: Run) -> nn.Module:
 class _Program(nn.Module):
     """The model, and before it what its transform does."""
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    moments: torch.Tensor
 
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.model, transform = trained(run), transform_of(run)
-        self.pixels = isinstance(transform, Transform)
-        if isinstance(transform, Transform):
-            self.register_buffer("mean", torch.tensor(transform.mean)[:, None, None])
-            self.register_buffer("std", torch.tensor(transform.std)[:, None, None])
+        moments = [transform.mean, transform.std] if isinstance(transform, Transform) else []
+        self.register_buffer("moments", torch.tensor(moments)[..., None, None])
 
     def forward(self, data: torch.Tensor) -> torch.Tensor:
-        shown = (data.to(torch.float32) / 255 - self.mean) / self.std if self.pixels else data
+        shown = (data / 255 - self.moments[0]) / self.moments[1] if len(self.moments) else data
         return self.model(shown)  # type: ignore[no-any-return]
 
 
@@ -152,7 +149,7 @@ FORMS: dict[str, tuple[str, Callable[[Run, Path], None]]] = {
 """What a model can be exported to: the end of the file's name, and what writes it."""
 
 
-def write(run: Run, to: str, out: Path | None = None) -> Path:
+def write(run: Run, to: str, out: Path | str | None = None) -> Path:
     """Write the model of a run to a file, by default ``exported.*`` in its folder; return where it is.
 
     ConfigError: there is no such form, the run is not finished, or a package that is needed is not installed.
@@ -160,6 +157,6 @@ def write(run: Run, to: str, out: Path | None = None) -> Path:
     if to not in FORMS:
         raise ConfigError(f"to is {to!r}; it is one of {', '.join(FORMS)}")
     ending, how = FORMS[to]
-    path = out or run.folder / f"exported{ending}"
+    path = Path(out or run.folder / f"exported{ending}")
     write_atomically(path, lambda temporary: how(run, temporary))
     return path

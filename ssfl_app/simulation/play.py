@@ -12,10 +12,7 @@ from ssfl_app.text import tell
 def play(words: RunArgs, ending: Callable[..., AbstractContextManager[None]], quiet: bool = False) -> Path:
     """Play a run and return its folder; `ending` is `settling` or `telling`. `quiet`: nothing is printed.
 
-    Raises
-    ------
-    ConfigError
-        It cannot be run, and nothing was written.
+    ConfigError: it cannot be run, and nothing was written.
     """
     check_engine(words.engine)
     if words.engine == "inline":
