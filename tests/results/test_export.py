@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 import ssfl_app
 from ssfl_app import api
@@ -114,3 +115,33 @@ def test_a_model_that_became_another_one_is_refused(digits: api.Run) -> None:
     changed = api.Run(**vars(digits) | {"config": digits.config | {"model.name": "resnet20"}})
     with pytest.raises(ConfigError, match=r"model.name is 'resnet20'; it makes a model of other shapes than"):
         changed.model()
+
+
+class Speller(nn.Sequential):
+    """A bigram model, for windows of tokens."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, norm: str) -> None:
+        super().__init__(nn.Embedding(outputs, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+
+def test_a_network_that_takes_tokens_is_exported_as_well(tmp_path: Path) -> None:
+    text = np.random.default_rng(0).integers(0, 11, (60, 6))
+    parts = (text[:40, :-1], text[:40, 1:]), (text[40:, :-1], text[40:, 1:])
+    keys = {
+        "clients": 2,
+        "rounds": 1,
+        "local_epochs": 1,
+        "engine_concurrent": 1,
+        "quiet": True,
+        "out": tmp_path / "run",
+    }
+    run = ssfl_app.run(model=Speller, data=parts, partition="iid", density=0.5, **keys)  # type: ignore[arg-type]
+    tokens = torch.from_numpy(text[:7, :-1])
+    with torch.no_grad():
+        expected = run.model()(run.transform.test(tokens))
+    assert expected.shape == (7, 5, 11)
+    assert torch.allclose(torch.export.load(run.export("torch-export")).module()(tokens), expected, atol=1e-5)
+    session = onnxruntime.InferenceSession(run.export("onnx"), providers=["CPUExecutionProvider"])
+    assert np.abs(session.run(None, {"data": tokens.numpy()})[0] - expected.numpy()).max() < 1e-4
+    state, _ = read_sparse(run.export("safetensors"))
+    assert all(torch.equal(state[name], tensor) for name, tensor in state_of(run.model()).items())
