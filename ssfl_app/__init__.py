@@ -1,6 +1,7 @@
 """Sparse federated learning on Flower: SSFL and the systems it is compared with.
 
-The plug-in layer for other people's Flower projects is exported here: ``from ssfl_app import SSFL, sparse_mod``.
+``run`` and ``load_run`` are for scripts and notebooks, ``SparseStrategy``, ``ClientAlgorithm``, ``Mask``, ``Task``
+and ``RunCallback`` for algorithms of your own, ``SSFL`` and ``sparse_mod`` for other people's Flower projects.
 The names are looked up when they are first used, so that ``import ssfl_app`` loads neither torch nor Flower.
 """
 
@@ -8,6 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssfl_app.api import load_run as load_run
+    from ssfl_app.api import run as run
+    from ssfl_app.core.client import ClientAlgorithm as ClientAlgorithm
+    from ssfl_app.core.rounds import RunCallback as RunCallback
+    from ssfl_app.core.strategy import SparseStrategy as SparseStrategy
     from ssfl_app.plugin.gradients import active_mask as active_mask
     from ssfl_app.plugin.gradients import mask_gradients as mask_gradients
     from ssfl_app.plugin.mod import SparseMod as SparseMod
@@ -15,10 +21,19 @@ if TYPE_CHECKING:
     from ssfl_app.plugin.mod import sparse_numpy_mod as sparse_numpy_mod
     from ssfl_app.plugin.strategy import SSFL as SSFL
     from ssfl_app.plugin.topk import TopK as TopK
+    from ssfl_app.sparsity.mask import Mask as Mask
+    from ssfl_app.training.tasks import Task as Task
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "run": "ssfl_app.api",
+    "load_run": "ssfl_app.api",
+    "SparseStrategy": "ssfl_app.core.strategy",
+    "ClientAlgorithm": "ssfl_app.core.client",
+    "Mask": "ssfl_app.sparsity.mask",
+    "Task": "ssfl_app.training.tasks",
+    "RunCallback": "ssfl_app.core.rounds",
     "SSFL": "ssfl_app.plugin.strategy",
     "TopK": "ssfl_app.plugin.topk",
     "SparseMod": "ssfl_app.plugin.mod",
@@ -28,11 +43,11 @@ _HOMES = {
     "mask_gradients": "ssfl_app.plugin.gradients",
 }
 
-__all__ = ["SSFL", "SparseMod", "TopK", "active_mask", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Return a name of the plug-in layer, which is imported now."""
+    """Return a public name, whose module is imported now."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -9,11 +9,13 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from ssfl_app.options import PrivateError, option
@@ -26,6 +28,33 @@ FOLDER = "SSFL_MODULES"
 def import_from(folder: Path) -> None:
     """Let this process, and those that it starts, import what is in a folder, after all that is installed."""
     os.environ[FOLDER] = str(folder)
+
+
+_HERE = sys.modules["this_process"] = ModuleType("this_process", "What `name_of` keeps.")
+
+
+def name_of(thing: object, word: str = "") -> str:
+    """Return "module:attribute" of a function or class, for the configuration.
+
+    One that no module holds, since it was made inside a function, is kept by this process, called `word` or as it is.
+    """
+    module, name = getattr(thing, "__module__", "") or "", getattr(thing, "__qualname__", type(thing).__name__)
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is thing:
+        return f"{module}:{name}"
+    word = word or re.sub(r"\W", "", name.rpartition(".")[2])
+    held = vars(_HERE)
+    free = (f"{word}_{number}" for number in range(1, len(held) + 2))
+    name = next(name for name in free if held.get(name, thing) is thing)
+    held[name] = thing
+    return f"{_HERE.__name__}:{name}"
+
+
+def here_only(name: str) -> bool:
+    """Return whether a name stands for something that this process alone has, and its forks."""
+    return name.partition(":")[0] in ("__main__", _HERE.__name__)
 
 
 class Unknown(PrivateError, LookupError):
@@ -61,7 +90,8 @@ class Registry(dict[str, T]):
         found: Any = _imported(module)
         for part in attribute.split("."):
             if not hasattr(found, part):
-                raise _unknown(f"module {module} has no {attribute}")
+                lost = "; it was made by the process that began the run" if here_only(module) else ""
+                raise _unknown(f"module {module} has no {attribute}{lost}")
             found = getattr(found, part)
         if not self.fits(found):
             raise _unknown(f"this is {type(found).__name__} {attribute}; it is {self.what}")
@@ -130,7 +160,7 @@ def sources(module: str, found: dict[str, Path] | None = None) -> dict[str, Path
     """
     _folder()
     found, top = {} if found is None else found, module.partition(".")[0]
-    spec = importlib.util.find_spec(top)
+    spec = None if here_only(top) else importlib.util.find_spec(top)
     if spec is None or spec.origin is None:
         return found
     file = Path(spec.origin)

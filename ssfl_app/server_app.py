@@ -27,6 +27,7 @@ from ssfl_app.files import check_regular, write_bytes, write_json
 from ssfl_app.locks import RunFailed, naming_memory
 from ssfl_app.options import ConfigError
 from ssfl_app.results.checkpoint import resume
+from ssfl_app.results.export import described
 from ssfl_app.results.recorder import Recorder, default_folder
 from ssfl_app.results.report import undone, write_report
 from ssfl_app.results.rows import summary_table
@@ -144,6 +145,7 @@ def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strateg
         "rounds": run.rounds,
         "seed": run.seed,
         "engine": engine_name(grid),
+        **described(runtime.data),
     }
     summary = recorder.finish(metadata, runtime.layout, strategy.model(), strategy.mask)
     if why := undone(lambda: write_report([read_run(recorder.folder)], recorder.folder / "report.html")):

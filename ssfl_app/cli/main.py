@@ -1,4 +1,4 @@
-"""The command line: run, compare, reproduce, study, federation, report, partition, cache."""
+"""The command line: run, compare, reproduce, study, federation, report, export, partition, keys, cache."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ import typer
 from packaging.requirements import Requirement
 from typer import Argument, Option
 
+from ssfl_app import __version__
 from ssfl_app.cli.arguments import ConfigFile, Engine, Out, Override, Resume
 from ssfl_app.cli.federation import app as federation_app
 from ssfl_app.cli.study import app as study_app
@@ -21,13 +22,26 @@ from ssfl_app.registry import import_from
 from ssfl_app.text import never_fail_to_print, tell
 
 app = typer.Typer(
-    help="Sparse federated learning on Flower.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.add_typer(study_app, name="study", help="Studies of the SSFL paper: masks, clients.")
 app.add_typer(federation_app, name="federation", help="Real SuperNodes: up, run, status, down; init, node, ...")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ssfl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Sparse federated learning on Flower."""
 
 
 @app.command()
@@ -38,29 +52,14 @@ def run(
     engine: Engine = "inline",
     out: Out = None,
     resume: Resume = None,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Run a strategy and write a run folder. Exit code: 0 finished, 1 failed or interrupted, 2 bad input."""
-    from ssfl_app.simulation.command import RunArgs, check_engine, telling
+    from ssfl_app.simulation.command import RunArgs, telling
+    from ssfl_app.simulation.play import play
 
     import_from(Path.cwd())
-    check_engine(engine)
-    words = RunArgs(config, override or [], nodes, engine, out, resume)
-    if engine == "inline":
-        from ssfl_app import client_app, server_app
-        from ssfl_app.simulation.in_process import run_inline
-        from ssfl_app.simulation.resolve import resolve
-
-        checked, _ = resolve(words)
-        with telling(Path(checked.settings.run.out), "run"):
-            run_inline(server_app.app, client_app.app, checked)
-    else:
-        from ssfl_app.simulation.prepared_run import prepare_run
-        from ssfl_app.simulation.ray import Launch
-
-        with Launch() as launch:
-            prepared = prepare_run(words)
-            with telling(prepared.folder, "run", "--engine", engine):
-                launch.play(prepared, tell)
+    play(RunArgs(config, override or [], nodes, engine, out, resume), telling, quiet)
 
 
 @app.command()
@@ -123,6 +122,20 @@ def report(
     compare_table(runs).print()
     write_report(runs, page)
     tell(f"page: {page.resolve()}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a finished run.")],
+    to: Annotated[str, Option(help="safetensors: bitmap and alive values; torch: a state dict; onnx; torch-export.")],
+    out: Annotated[Path | None, Option(help="File. [default: exported.* in the run folder]")] = None,
+) -> None:
+    """Write the trained model to a file that other programs load."""
+    from ssfl_app.results.export import write
+    from ssfl_app.results.run_folder import read_run
+
+    import_from(Path.cwd())
+    tell(f"model: {write(read_run(folder), to, out).resolve()}")
 
 
 @app.command()
@@ -220,7 +233,7 @@ def main() -> None:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         check_installed()
-        app()
+        app(prog_name="ssfl")  # also of python -m ssfl_app, or its completion has another name
     except BrokenPipeError:  # `ssfl report DIR | head`; what Python still holds for the pipe has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

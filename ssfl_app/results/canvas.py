@@ -45,10 +45,17 @@ with _hidden():
     import matplotlib
     import matplotlib.backends.backend_agg
     import matplotlib.backends.backend_svg
-    from matplotlib.figure import Figure as Figure
+    from matplotlib import figure
 
 
-def saved(draw: Callable[[], Figure], **how: Any) -> bytes:
+class Figure(figure.Figure):
+    """A figure that a notebook shows, whether or not somebody has imported pyplot there."""
+
+    def _repr_png_(self) -> bytes:
+        return saved(lambda: self, format="png", dpi=100)
+
+
+def saved(draw: Callable[[], figure.Figure], **how: Any) -> bytes:
     """Return the file that `Figure.savefig` makes of what `draw` returns, with these arguments of it."""
     style: Any = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     style |= {"svg.hashsalt": "ssfl"}  # else the ids of an SVG file are random

@@ -1,17 +1,17 @@
-"""A run as the command line asks for it: its arguments, and what people are told when it ends badly.
+"""A run as the command line or `ssfl_app.run` asks for it: its arguments, and what is recorded when it ends badly.
 
 Torch is imported by what computes, not here: the launcher of a run on Ray only waits for it.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from ssfl_app.locks import RunFailed
-from ssfl_app.options import ConfigError
+from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.results.status import settle
 from ssfl_app.text import command, tell
 
@@ -20,7 +20,10 @@ ENGINES = ("ray", "inline")
 
 @dataclass(frozen=True)
 class RunArgs:
-    """The arguments of `ssfl run`; `engine` is one of `ENGINES`, or "deployment" for `ssfl federation run`."""
+    """The arguments of `ssfl run`; `engine` is one of `ENGINES`, or "deployment" for `ssfl federation run`.
+
+    `keys` are those that Python gives, dotted, over those of `file`.
+    """
 
     file: Path | None
     overrides: list[str]
@@ -28,6 +31,7 @@ class RunArgs:
     engine: str
     out: Path | None
     resume: Path | None
+    keys: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 def check_engine(name: str) -> None:
@@ -37,29 +41,39 @@ def check_engine(name: str) -> None:
 
 
 @contextmanager
-def telling(folder: Path, *words: object) -> Iterator[None]:
-    """Play a run inside; if it fails or is interrupted, say why and how to go on, and exit with 1.
-
-    When the processes that wrote to its folder are gone, status.json says how it ended, whether they could or not.
-    `words` are those of the command that goes on with it, without ``--resume``.
-    """
+def settling(folder: Path, *_: object) -> Iterator[None]:
+    """Play a run inside; when the processes that wrote to its folder are gone, status.json says how it ended."""
     try:
         yield
     except ConfigError:  # nothing was written, and perhaps it is another's run
         raise
-    except BrokenPipeError:  # nobody reads any more, so nothing is said
+    except (BrokenPipeError, KeyboardInterrupt):
         settle(folder, "interrupted")
         raise
     except (RunFailed, OSError) as error:
         # OSError: a full disk, a folder that went away. The checkpoint before it is intact.
         settle(folder, "failed", str(error))
-        _end(f"the run failed: {error}", folder, *words)
-    except KeyboardInterrupt:
-        settle(folder, "interrupted")
-        _end("interrupted", folder, *words)
+        raise
     except Exception as error:
         settle(folder, "failed", f"{type(error).__name__}: {error}")
         raise
+
+
+@contextmanager
+def telling(folder: Path, *words: object) -> Iterator[None]:
+    """Do what `settling` does; if the run fails or is interrupted, say why and how to go on, and exit with 1.
+
+    `words` are those of the command that goes on with it, without ``--resume``.
+    """
+    try:
+        with settling(folder):
+            yield
+    except (ConfigError, BrokenPipeError):  # nobody reads any more, so nothing is said
+        raise
+    except (RunFailed, OSError) as error:
+        _end(f"the run failed: {error}", folder, *words)
+    except KeyboardInterrupt:
+        _end("interrupted", folder, *words)
 
 
 def _end(why: str, folder: Path, *words: object) -> NoReturn:

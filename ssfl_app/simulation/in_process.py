@@ -14,6 +14,7 @@ from concurrent import futures
 from threading import Event, Lock
 from uuid import uuid4
 
+import torch
 from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -148,6 +149,7 @@ def run_inline(server: ServerApp, client: ClientApp, config: Config) -> None:
     check_at_once(config)
     with naming_memory("try a smaller model or data set"):
         runtime = get_runtime(config.flat)  # before anything is forked: all processes share it
+    torch.set_num_threads(config.engine.threads)  # which a runtime that was kept does not
     on_gpu = runtime.trainer.device.type == "cuda"
     at_once = clients_at_once(config, runtime.fitting_clients() if on_gpu else None)
     where = "threads on a GPU" if on_gpu else "processes" if at_once > 1 else "this process"

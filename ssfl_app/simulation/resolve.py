@@ -39,7 +39,7 @@ def resolve(words: RunArgs) -> tuple[Config, Layout]:
     """
     nodes = words.nodes
     given = configuration.read_file(words.file) if words.file else {}
-    given |= configuration.read_overrides(words.overrides)
+    given |= dict(words.keys) | configuration.read_overrides(words.overrides)
     if nodes is not None:
         if given.get("run.clients", nodes) != nodes:
             raise ConfigError(f"--nodes is {nodes}; run.clients, {given['run.clients']}, is the same number")

@@ -1,0 +1,162 @@
+"""The trained model of a run, and the files that it is written to.
+
+``safetensors`` is the sparse form: "values" are the float32 of what is alive or cannot be pruned, in the order of the
+model's state, "mask" is one bit a weight that can be pruned (`Mask.packed`), and the header tells names and shapes.
+The others are dense, with zeros where nothing is alive. ``onnx`` and ``torch-export`` are programs for batches of any
+size; they take data as a reader gives them: pixels are bytes, and normalising them is part of the program.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, numpy, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from ssfl_app.data.dataset import DataSet
+from ssfl_app.data.transform import AsTheyAre, Transform
+from ssfl_app.files import write_atomically
+from ssfl_app.options import ConfigError, build
+from ssfl_app.results.run_folder import Run
+from ssfl_app.sparsity.codec import BitmapAndValues
+from ssfl_app.sparsity.layout import Layout, State, load_state, state_of
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.training import models
+
+Known = Mapping[str, Any]
+
+
+def described(data: DataSet) -> dict[str, Any]:
+    """Return what summary.json says of a model's input."""
+    transform, kind = data.transform, str(data.train.inputs.dtype).removeprefix("torch.")
+    moments = {"mean": transform.mean, "std": transform.std} if isinstance(transform, Transform) else {}
+    return {"input": {"shape": data.shape, "type": kind, **moments}, "outputs": data.outputs}
+
+
+def _summary(run: Run) -> Known:
+    if run.summary is None or "input" not in run.summary:
+        rule = "it is one that is finished, and of this version or a later one"
+        raise ConfigError(f"{run.folder} does not tell what its model is for; {rule}")
+    return run.summary
+
+
+def _read(path: Path) -> State:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); it is a file that `ssfl run` wrote") from error
+
+
+def mask_of(run: Run) -> State:
+    """Return the mask as bool tensors by name; none of a dense run."""
+    path = run.folder / "mask.safetensors"
+    return {name: bits.bool() for name, bits in _read(path).items()} if path.is_file() else {}
+
+
+def transform_of(run: Run) -> Transform | AsTheyAre:
+    """Return what makes the model's input of data as a reader gives them."""
+    known = _summary(run)["input"]
+    return Transform(tuple(known["mean"]), tuple(known["std"]), "none") if "mean" in known else AsTheyAre()
+
+
+def trained(run: Run) -> nn.Module:
+    """Return the model with its trained weights, for evaluation, on the CPU; dead weights are 0.
+
+    ConfigError: the run is not finished, or its model is no longer the one that it names.
+    """
+    known, mask, state = _summary(run), mask_of(run), _read(run.folder / "model.safetensors")
+    keys = {key.removeprefix("model."): value for key, value in run.config.items() if key.startswith("model.")}
+    options = build(models.ModelOptions, "model", keys)
+    model = models.create(options, tuple(known["input"]["shape"]), known["outputs"], run.config["run.seed"])
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != dict(Layout.of(model).shapes):
+        raise ConfigError(f"model.name is {options.name!r}; it makes a model of other shapes than {run.folder} has")
+    load_state(model, {n: t.where(mask[n], torch.zeros(())) if n in mask else t for n, t in state.items()})
+    return model.eval()
+
+
+class _Program(nn.Module):
+    """The model, and before it what its transform does."""
+
+    moments: torch.Tensor
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.model, transform = trained(run), transform_of(run)
+        moments = [transform.mean, transform.std] if isinstance(transform, Transform) else []
+        self.register_buffer("moments", torch.tensor(moments)[..., None, None])
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        shown = (data / 255 - self.moments[0]) / self.moments[1] if len(self.moments) else data
+        return self.model(shown)  # type: ignore[no-any-return]
+
+
+def _program(run: Run) -> torch.export.ExportedProgram:
+    known = _summary(run)["input"]
+    samples = torch.zeros(2, *known["shape"], dtype=getattr(torch, known["type"]))
+    return torch.export.export(_Program(run).eval(), (samples,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def _torch_export(run: Run, path: Path) -> None:
+    with path.open("wb") as file:
+        torch.export.save(_program(run), file)
+
+
+def _onnx(run: Run, path: Path) -> None:
+    if lacking := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+        raise ConfigError(f'{", ".join(lacking)} not installed: pip install "ssfl-app[export]"')
+    ends = {"input_names": ["data"], "output_names": ["output"]}
+    torch.onnx.export(_program(run), (), path, external_data=False, verbose=False, **ends)  # type: ignore[arg-type]
+
+
+def _sparse(run: Run, path: Path) -> None:
+    model, bits, known = trained(run), mask_of(run), _summary(run)
+    layout = Layout.of(model)
+    ones = {name: torch.ones(shape) for name, shape in layout.shapes}
+    mask = Mask(layout, layout.flatten_prunable(ones | bits).astype(np.bool_))
+    encoded = BitmapAndValues().encode(layout, state_of(model), mask)
+    header = {"shapes": layout.shapes, "prunable": layout.prunable, "config": run.config, "input": known["input"]}
+    arrays = {name: np.asarray(array) for name, array in encoded.items()}
+    numpy.save_file(arrays, path, {name: json.dumps(value) for name, value in header.items()})
+
+
+def read_sparse(path: Path) -> tuple[State, State]:
+    """Return state and mask, tensors by name, of a file that ``ssfl export --to safetensors`` wrote.
+
+    ConfigError: it is no such file.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            header, names = file.metadata() or {}, file.keys()
+            arrays = {name: file.get_tensor(name) for name in names}
+        shapes = tuple((str(name), tuple(map(int, shape))) for name, shape in json.loads(header["shapes"]))
+        state, mask = BitmapAndValues().decode(arrays, Layout(shapes, tuple(json.loads(header["prunable"]))))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); it is a file that `ssfl export` wrote") from error
+    return state, mask.tensors()
+
+
+FORMS: dict[str, tuple[str, Callable[[Run, Path], None]]] = {
+    "safetensors": (".safetensors", _sparse),
+    "torch": (".pt", lambda run, path: torch.save(trained(run).state_dict(), path)),
+    "onnx": (".onnx", _onnx),
+    "torch-export": (".pt2", _torch_export),
+}
+"""What a model can be exported to: the end of the file's name, and what writes it."""
+
+
+def write(run: Run, to: str, out: Path | str | None = None) -> Path:
+    """Write the model of a run to a file, by default ``exported.*`` in its folder; return where it is.
+
+    ConfigError: there is no such form, the run is not finished, or a package that is needed is not installed.
+    """
+    if to not in FORMS:
+        raise ConfigError(f"to is {to!r}; it is one of {', '.join(FORMS)}")
+    ending, how = FORMS[to]
+    path = Path(out or run.folder / f"exported{ending}")
+    write_atomically(path, lambda temporary: how(run, temporary))
+    return path

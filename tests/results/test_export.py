@@ -1,0 +1,147 @@
+"""The forms that a trained model is exported to give the outputs of the model, and the sparse one its very bits."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import ssfl_app
+from ssfl_app import api
+from ssfl_app.cli.main import main
+from ssfl_app.data.dataset import DataOptions, load
+from ssfl_app.options import ConfigError
+from ssfl_app.results import export
+from ssfl_app.results.export import read_sparse
+from ssfl_app.sparsity.layout import Layout, state_digest, state_of
+
+PIXELS = load(DataOptions()).test.inputs[:7]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> api.Run:
+    """Return a run of the CNN, whose inputs are pixels that are normalised."""
+    keys = {"clients": 2, "rounds": 1, "local_epochs": 1, "engine_concurrent": 1, "quiet": True}
+    return ssfl_app.run(density=0.1, out=tmp_path_factory.mktemp("export") / "run", **keys)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def expected(digits: api.Run) -> torch.Tensor:
+    with torch.no_grad():
+        output: torch.Tensor = digits.model()(digits.transform.test(PIXELS))
+    return output
+
+
+def test_the_sparse_file_loads_back_to_the_same_bits_and_has_no_dead_value(digits: api.Run) -> None:
+    file = digits.export("safetensors")
+    state, mask = read_sparse(file)
+    model = digits.model()
+    layout = Layout.of(model)
+    assert digits.summary is not None
+    assert state_digest(layout, state) == state_digest(layout, state_of(model)) == digits.summary["model_sha256"]
+    assert mask.keys() == digits.mask.keys()
+    assert all(torch.equal(mask[name], bits) for name, bits in digits.mask.items())
+    alive, dense = digits.summary["alive"], layout.size - layout.prunable_size
+    bitmap = -(-layout.prunable_size // 8)
+    with safe_open(file, framework="np") as opened:
+        sizes = {name: opened.get_tensor(name).nbytes for name in opened.keys()}  # noqa: SIM118
+        header = opened.metadata()
+    assert sum(sizes.values()) == 4 * (alive + dense) + bitmap
+    assert sizes["mask"] == bitmap
+    assert json.loads(header["input"])["mean"] == list(digits.transform.mean)  # type: ignore[union-attr]
+    assert json.loads(header["config"])["model.name"] == "cnn"
+
+
+def test_onnx_takes_pixels_and_gives_the_outputs_of_torch(digits: api.Run, expected: torch.Tensor) -> None:
+    session = onnxruntime.InferenceSession(digits.export("onnx"), providers=["CPUExecutionProvider"])
+    (given,), (output,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape[1:], output.name) == ("data", "tensor(uint8)", [1, 8, 8], "output")
+    for count in (7, 1):  # of any size
+        (found,) = session.run(None, {"data": PIXELS[:count].numpy()})
+        assert np.abs(found - expected[:count].numpy()).max() < 1e-4
+
+
+def test_an_exported_program_needs_no_source_of_the_model(digits: api.Run, expected: torch.Tensor) -> None:
+    program = torch.export.load(digits.export("torch-export")).module()
+    for count in (7, 1):
+        assert torch.allclose(program(PIXELS[:count]), expected[:count], atol=1e-5)
+
+
+def test_a_state_dict_loads_without_pickled_code(
+    digits: api.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model.pt"
+    words = ["ssfl", "export", str(digits.folder), "--to", "torch", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"model: {out}\n"
+    state = torch.load(out, weights_only=True)
+    model = digits.model()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    model.load_state_dict(state)
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_is_left(
+    digits: api.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="to is 'keras'; it is one of safetensors, torch, onnx, torch-export"):
+        digits.export("keras", tmp_path / "x")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=re.escape('onnx, onnxscript not installed: pip install "ssfl-app[export]"')
+    ):
+        digits.export("onnx", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_a_stranger_is_refused_by_name(digits: api.Run, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"bad.safetensors cannot be read"):
+        read_sparse(bad)
+    with pytest.raises(ConfigError, match="it is a file that `ssfl export` wrote"):
+        read_sparse(digits.folder / "model.safetensors")
+
+
+def test_a_model_that_became_another_one_is_refused(digits: api.Run) -> None:
+    changed = api.Run(**vars(digits) | {"config": digits.config | {"model.name": "resnet20"}})
+    with pytest.raises(ConfigError, match=r"model.name is 'resnet20'; it makes a model of other shapes than"):
+        changed.model()
+
+
+class Speller(nn.Sequential):
+    """A bigram model, for windows of tokens."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, norm: str) -> None:
+        super().__init__(nn.Embedding(outputs, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+
+def test_a_network_that_takes_tokens_is_exported_as_well(tmp_path: Path) -> None:
+    text = np.random.default_rng(0).integers(0, 11, (60, 6))
+    parts = (text[:40, :-1], text[:40, 1:]), (text[40:, :-1], text[40:, 1:])
+    keys = {
+        "clients": 2,
+        "rounds": 1,
+        "local_epochs": 1,
+        "engine_concurrent": 1,
+        "quiet": True,
+        "out": tmp_path / "run",
+    }
+    run = ssfl_app.run(model=Speller, data=parts, partition="iid", density=0.5, **keys)  # type: ignore[arg-type]
+    tokens = torch.from_numpy(text[:7, :-1])
+    with torch.no_grad():
+        expected = run.model()(run.transform.test(tokens))
+    assert expected.shape == (7, 5, 11)
+    assert torch.allclose(torch.export.load(run.export("torch-export")).module()(tokens), expected, atol=1e-5)
+    session = onnxruntime.InferenceSession(run.export("onnx"), providers=["CPUExecutionProvider"])
+    assert np.abs(session.run(None, {"data": tokens.numpy()})[0] - expected.numpy()).max() < 1e-4
+    state, _ = read_sparse(run.export("safetensors"))
+    assert all(torch.equal(state[name], tensor) for name, tensor in state_of(run.model()).items())
