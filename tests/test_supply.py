@@ -33,7 +33,9 @@ def imported(files=None):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"ssfl_app"}:
-                found.setdefault(plain(known[name][0]), file.relative_to(ROOT))
+                # Several packages may bring one top-level name, "google": the declared one is meant.
+                brought = [plain(package) for package in known[name]]
+                found.setdefault(next((p for p in brought if p in BY_NAME), brought[0]), file.relative_to(ROOT))
     return found
 
 
