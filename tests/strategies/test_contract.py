@@ -170,8 +170,12 @@ def bytes_of_a_round(played: Played, round_: int) -> tuple[int, int, int, int]:
     """Return what a strategy is said to send: to train down and up, to evaluate, and masks that go down beside."""
     first, alive = round_ == 1, [round(record["density"] * P) for record in played.records[1:]]
     match name_of(played):
-        case "fedavg" | "fedavg-ft" | "ditto":
+        case "fedavg" | "fedavg-ft" | "ditto" | "fedprox" | "moon":
             return 4 * DENSE, 4 * DENSE, 6 * DENSE, 0
+        case "scaffold":  # a control variate beside the model
+            return 4 * 2 * DENSE, 4 * 2 * DENSE, 6 * DENSE, 0
+        case "fedbn":  # two norms of 16 and 32 channels stay
+            return 4 * (DENSE - 384), 4 * (DENSE - 384), 6 * (DENSE - 384), 0
         case "dpsgd" | "dpsgd-ft":
             return 6 * DENSE, 6 * DENSE, 6 * DENSE, 0
         case "ssfl" | "shuffled" | "random" | "flash" | "prunefl":  # the mask goes down once a client
