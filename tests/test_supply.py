@@ -39,7 +39,8 @@ def imported(files=None):
 
 CORE = PROJECT["dependencies"]
 APP = PROJECT["optional-dependencies"]["app"]
-BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP}
+TESTING = PROJECT["optional-dependencies"]["testing"]
+BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + TESTING}
 
 
 def test_what_is_imported_is_declared():
@@ -50,7 +51,7 @@ def test_what_is_declared_is_imported():
     assert set(BY_NAME) - set(imported()) == set()
 
 
-@pytest.mark.parametrize("text", CORE + APP + PROJECT["optional-dependencies"]["foreign"])
+@pytest.mark.parametrize("text", CORE + APP + TESTING + PROJECT["optional-dependencies"]["foreign"])
 def test_a_dependency_has_a_lowest_version_and_one_that_it_stays_below(text):
     assert re.search(r">=[\d.]+,<[\d.]+$", text), text
 
