@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("ssfl_app.testing.test_contract")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options."""

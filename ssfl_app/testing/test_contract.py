@@ -27,7 +27,7 @@ Play = Callable[..., Played]
 def strategy(request: pytest.FixtureRequest) -> str:
     """Return the strategy that --strategy names."""
     named: str | None = request.config.getoption("--strategy")
-    return named or pytest.skip("--strategy names the strategy: mine:Mine")
+    return named or pytest.exit("--strategy is missing; it names what is played, e.g. --strategy mine:Mine", 4)
 
 
 @pytest.fixture(scope="module")
