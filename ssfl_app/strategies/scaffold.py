@@ -15,6 +15,7 @@ Departures: both means are weighted by samples (run.weighting); the paper's are 
 (local.clip) before they are corrected, and contain the weight decay. Buffers have no control variates: they are 0.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Reply, ServerContext, SparseStrategy, shared_buffers
 from ssfl_app.core.means import WeightedMean
 from ssfl_app.core.options import ConfigError, FromSettings, Section, choice
+from ssfl_app.core.robust import distance
 from ssfl_app.core.validation import stored
 from ssfl_app.sparsity.layout import Layout, Vector, state_of
 from ssfl_app.sparsity.values import VALUE_TYPES, Allowed, Arrays, SecondVector
@@ -125,6 +127,13 @@ class Scaffold(SparseStrategy):
     def answers(self, round_: int, question: str | None = None) -> Allowed:
         """Return the model and the change of the control variate."""
         return {**super().answers(round_, question), **self._vector.allowed()}
+
+    def update_norm(self, reply: Reply) -> float | None:
+        """Return the length of the model's update and of what the change of c_i does in a round's steps."""
+        local = self.settings.local
+        path = local.rate(reply.round) * local.epochs * math.ceil(reply.samples / local.batch_size)
+        change = path * distance(self._vector.read(reply.arrays))
+        return math.hypot(super().update_norm(reply) or 0.0, change)
 
     def check_trained(self, client: int, payload: Payload) -> None:
         """Refuse a change that is not whole or not finite, too."""

@@ -70,6 +70,18 @@ def test_control_variates_travel_in_their_own_type_and_never_to_a_test() -> None
     assert record["bytes_evaluate_down"] == 6 * 4 * size
 
 
+def test_a_loud_control_variate_is_refused_as_a_loud_model_is() -> None:
+    keys, client = KEYS | {"failures.norm-factor": 3.0}, play(KEYS).records[2]["cohort"][0]
+
+    def louder(payload: Payload) -> Payload:
+        return replace(payload, arrays={**payload.arrays, "control.values": 20 * payload.arrays["control.values"]})
+
+    refused = play(keys, faults={("train", 2, client): tamper(louder)}).records[2]["refused"]
+    assert list(refused) == [str(client)]
+    assert "failures.norm-factor is 3 and the median" in refused[str(client)]
+    assert play(keys).records[2]["refused"] == {}
+
+
 def test_running_statistics_have_no_control_variate() -> None:
     played = play(KEYS | {"model.norm": "batch", "run.rounds": 2})
     variates = played.layout.unflatten(control(played))

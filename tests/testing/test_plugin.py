@@ -1,6 +1,7 @@
 """A stranger's strategy, in a folder of his own: the contract test plays it by the command that the manual gives."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -9,65 +10,39 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MINE = '''
-"""The server goes only a part of the way to the mean, and remembers in which round it was."""
-
-from dataclasses import dataclass
-
-import numpy as np
+PAGE = (ROOT / "docs" / "own-strategy.md").read_text("utf-8")
+FORGETFUL = '''
+"""It steps less and less far, and after an interruption far again."""
 
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.algorithm import SparseStrategy
-from ssfl_app.core.options import FromSettings, Section, fraction
 
-
-@dataclass(frozen=True)
-class MineOptions(Section):
-    section = "mine"
-    step: float = fraction(0.9, "share of the way to the mean")
-
-
-class Mine(SparseStrategy):
-    name = "mine"
-    options = FromSettings(MineOptions)
-    uses_density = False
-    finished = 0
-
-    def aggregator(self, round_):
-        mean, old = super().aggregator(round_), self.state
-
-        def finish():
-            mean.finish()
-            self.finished += 1
-            step = self.options.step / self.finished**0.1
-            self.state = {n: old[n] + step * (t - old[n]) for n, t in self.state.items()}
-
-        return Aggregator(mean.add, finish)
-
-    def state_dict(self):
-        return super().state_dict() | {"finished": np.array([self.finished])}
-
-    def load_state_dict(self, round_, arrays):
-        super().load_state_dict(round_, arrays)
-        self.finished = int(arrays["finished"][0])
+from mine import Mine
 
 
 class Forgetful(Mine):
-    """It does not say after an interruption where it was."""
+    finished = 0
 
-    def load_state_dict(self, round_, arrays):
-        super().load_state_dict(round_, arrays)
-        self.finished = 0
+    def aggregator(self, round_):
+        kept, old = super().aggregator(round_), self.state
+
+        def finish():
+            kept.finish()
+            self.finished += 1
+            self.state = {n: old[n] + (t - old[n]) / self.finished**0.1 for n, t in self.state.items()}
+
+        return Aggregator(kept.add, finish)
 '''
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder with a strategy; beside it lies what an installation of this package tells pytest."""
+    """Return a folder with the strategy of the page; beside it lies what an installation tells pytest."""
     own, told = tmp_path / "own", tmp_path / "installed" / "ssfl_app_testing-0.dist-info"
     for path in (own, told):
         path.mkdir(parents=True)
-    (own / "mine.py").write_text(MINE, "utf-8")
+    (example,) = re.findall(r"^```python\n# mine\.py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (own / "mine.py").write_text(example, "utf-8")
+    (own / "forgetful.py").write_text(FORGETFUL, "utf-8")
     entries = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]["pytest11"]
     lines = [f"{name} = {target}" for name, target in entries.items()]
     (told / "entry_points.txt").write_text("\n".join(["[pytest11]", *lines]), "utf-8")
@@ -97,7 +72,7 @@ def test_a_strategy_of_a_folder_passes_and_its_options_are_its_own(folder: Path)
 
 
 def test_one_that_forgets_something_fails(folder: Path) -> None:
-    code, said = contract(folder, "--strategy", "mine:Forgetful", "-k", "snapshot")
+    code, said = contract(folder, "--strategy", "forgetful:Forgetful", "-k", "snapshot")
     assert code == 1, said
     assert "FAILED" in said
     assert "1 failed" in said
