@@ -20,6 +20,7 @@ from ssfl_app.data.readers import ArrayDataset, digits
 from ssfl_app.training import models
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("ssfl_app.testing.test_contract", "ssfl_app.testing.grid")
 
 
 def few_digits(path: str, download: bool, image_size: int) -> ArrayDataset:

@@ -5,9 +5,11 @@ they check: the loop, the scores, the ranking, the masking and the averages are 
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from ssfl_app.runtime import Runtime
@@ -65,10 +67,13 @@ def train_locally(
     purpose: str = "train",
     pull: float = 0.0,
     towards: State | None = None,
+    term: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
+    shift: State | None = None,
 ) -> State:
     """One client's epochs of clipped SGD with weight decay; dead weights get no gradient.
 
-    With a pull (Ditto), v <- v - lr * pull * (v - towards) after every step.
+    With a pull (Ditto), v <- v - lr * pull * (v - towards) after every step. A term of model and inputs is added to
+    the loss (FedProx, MOON), a shift to the clipped gradient (SCAFFOLD).
     """
     options, run = runtime.config.settings.local, runtime.config.settings.run
     model, data = runtime.model, runtime.data.train.take(runtime.partition.train[client])
@@ -82,7 +87,8 @@ def train_locally(
             batch = order[start : start + options.batch_size]
             model.zero_grad()
             inputs = runtime.data.transform.train(data.inputs[batch], rng)
-            functional.cross_entropy(model(inputs), data.labels[batch]).backward()
+            loss = functional.cross_entropy(model(inputs), data.labels[batch])
+            (loss if term is None else loss + term(model, inputs)).backward()
             with torch.no_grad():
                 gradients = {n: p.grad * mask[n] if n in mask else p.grad for n, p in model.named_parameters()}
                 norm = torch.sqrt(sum((g.double() ** 2).sum() for g in gradients.values()))
@@ -90,11 +96,21 @@ def train_locally(
                 for name, parameter in model.named_parameters():
                     # w - lr (g + decay w), by the operations that torch fuses: on a CPU with AVX2 and no AVX-512 a
                     # product that is rounded before it is added has another last bit, and in a round 1e-3 come of it.
-                    step = (gradients[name] * scale).add_(parameter, alpha=options.weight_decay)
+                    step = gradients[name] * scale
+                    if shift is not None:
+                        step += shift[name]
+                    step.add_(parameter, alpha=options.weight_decay)
                     parameter.add_(step, alpha=-lr)
                     if towards is not None:
                         parameter.sub_(parameter - towards[name], alpha=lr * pull)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def mean_of(runtime: Runtime, cohort: list[int], trained: list[State]) -> State:
+    """sum_k n_k t_k / sum_k n_k over the clients of a cohort."""
+    shares = [len(runtime.partition.train[client]) for client in cohort]
+    means = {name: sum(n * t[name].double() for n, t in zip(shares, trained, strict=True)) for name in trained[0]}
+    return {name: (mean / sum(shares)).float() for name, mean in means.items()}
 
 
 def one_round(
@@ -103,9 +119,7 @@ def one_round(
     """FedAvg inside a mask (all of the weights if it is empty): w = sum_k n_k w_k / sum_k n_k."""
     w = {name: tensor * mask[name] if name in mask else tensor for name, tensor in w.items()}
     trained = [train_locally(runtime, w, mask, round_, client, epochs) for client in cohort]
-    shares = [len(runtime.partition.train[client]) for client in cohort]
-    means = {name: sum(n * t[name].double() for n, t in zip(shares, trained, strict=True)) for name in w}
-    return {name: (mean / sum(shares)).float() for name, mean in means.items()}
+    return mean_of(runtime, cohort, trained)
 
 
 def ditto_personal(runtime: Runtime, v: State, w: State, round_: int, client: int) -> State:

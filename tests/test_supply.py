@@ -43,8 +43,9 @@ CORE = PROJECT["dependencies"]
 APP = PROJECT["optional-dependencies"]["app"]
 DATA = PROJECT["optional-dependencies"]["volumes"] + PROJECT["optional-dependencies"]["hf"]
 EXPORT = PROJECT["optional-dependencies"]["export"]
+TESTING = PROJECT["optional-dependencies"]["testing"]
 USED_IF_THERE = {"pandas", "ipython"}  # a table is a DataFrame; who calls from a notebook has it
-BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + DATA}
+BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + DATA + TESTING}
 
 
 def test_what_is_imported_is_declared():
@@ -56,7 +57,7 @@ def test_what_is_declared_is_imported():
     assert set(BY_NAME) - set(imported()) == set()
 
 
-@pytest.mark.parametrize("text", CORE + APP + DATA + EXPORT + PROJECT["optional-dependencies"]["foreign"])
+@pytest.mark.parametrize("text", CORE + APP + DATA + TESTING + EXPORT + PROJECT["optional-dependencies"]["foreign"])
 def test_a_dependency_has_a_lowest_version_and_one_that_it_stays_below(text):
     assert re.search(r">=[\d.]+,<[\d.]+$", text), text
 

@@ -48,6 +48,7 @@ class _Algorithm(Protocol):
     name: ClassVar[str]
     layout: Layout
     settings: Settings
+    state: State
     mask: Mask
     messenger: ClientMessenger
     update_norms: dict[int, float]
@@ -61,7 +62,8 @@ class ReplyMean:
     """The mean of replies that all carry the same coordinates, or what run.fold says, 0 at the others.
 
     It is taken on the carried values, so it costs the alive coordinates and not one model a client. Other folds than
-    the mean have the vectors wait in a file (`Rows` says what memory and disk that is).
+    the mean have the vectors wait in a file (`Rows` says what memory and disk that is). Tensors that stay
+    (`Codec.stays`) are the server's own.
 
     Raises
     ------
@@ -92,7 +94,10 @@ class ReplyMean:
             raise RunFailed(f"run.fold is {run.fold!r}; {len(fold)} replies are there, and it needs {FEWEST}")
         values = folded(fold, run.fold, run.trim) if isinstance(fold, Rows) else fold.value()
         del self._fold, fold  # three times as large as what is made now
-        return self._codec.scatter(values, self._strategy.layout, self._mask)
+        state = self._codec.scatter(values, self._strategy.layout, self._mask)
+        for name in self._codec.stays(self._strategy.layout):
+            state[name].copy_(self._strategy.state[name])
+        return state
 
 
 class ReplyZerosMean:

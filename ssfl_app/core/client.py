@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import nn
 
 from ssfl_app.comm.payload import ClientState, Metadata, Payload
@@ -115,7 +116,7 @@ class ClientAlgorithm:
     query_types : tuple of str
         What `answer_query` answers.
     stateful : bool
-        Whether the client keeps personal state (`load_client_state`, `save_client_state`).
+        Whether the client keeps personal state (`load_client_state`, `save_client_state`), or tensors that stay.
     reparametrises : bool
         Whether its layers compute with their weights in another form (`ssfl_app.training.reparam`).
     """
@@ -217,6 +218,10 @@ class ClientAlgorithm:
         kind = self.codec_up(self.settings, payload.round)
         layout, codec = self.context.layout, kind(self.settings.wire.up_values, self.rounder(payload))
         state = state_of(self.context.model) if state is None else state
+        stays = codec.stays(layout)
+        if stays:
+            own = layout.flatten(state)
+            self.save_client_state(payload, {name: own[layout.spans[name]] for name in stays})
         if not self.settings.wire.error_feedback:
             return Payload(codec.encode(layout, state, mask), self.metadata(payload, loss))
         kept = self.load_client_state(payload)
@@ -266,17 +271,29 @@ class ClientAlgorithm:
             This client does not hold the mask of the message; it is another one than the message states.
         """
         layout, digest = self.context.layout, str(payload.metadata.get("digest", ""))
-        kind = self.codec_down(self.settings, payload.round)
-        known = self.known_mask(payload, digest) if issubclass(kind, MaskedValues) else self.context.dense
-        state, mask = kind(self.settings.wire.down_values).decode(payload.arrays, layout, known)
+        codec = self.codec_down(self.settings, payload.round)(self.settings.wire.down_values)
+        known = self.known_mask(payload, digest) if isinstance(codec, MaskedValues) else self.context.dense
+        state, mask = codec.decode(payload.arrays, layout, known)
         if mask.digest != digest:
             raise PayloadError(f"digest is {digest!r}; what came down has {mask.digest!r} at this client")
         # NaN and Inf both show in the extremes, which are found in one pass and no memory.
         broken = [n for n, t in state.items() if t.numel() and not all(x.isfinite() for x in t.aminmax())]
         if broken:  # it would be trained on, and remembered
             raise PayloadError(f"values of {broken[0]} that came down are NaN or Inf; all must be finite")
+        stays = codec.stays(layout)
+        if stays:
+            state |= self._own(payload, stays)
         load_state(self.context.model, state)
         return mask
+
+    def _own(self, payload: Payload, names: tuple[str, ...]) -> State:
+        """Return the tensors that stay here, as this client's last answer left them; before it, the initial ones."""
+        kept = self.load_client_state(payload)
+        if kept is None:
+            initial = self.context.initial_state()
+            return {name: initial[name] for name in names}
+        shapes = dict(self.context.layout.shapes)
+        return {name: torch.from_numpy(kept[name].copy()).view(shapes[name]) for name in names}
 
     def initial_weights(self, payload: Payload) -> State:
         """Return the weights a question is about: those that came along, or the seed's if they are meant.

@@ -69,6 +69,10 @@ class Codec(ABC):
             The arrays are not what this codec writes for this layout.
         """
 
+    def stays(self, layout: Layout) -> tuple[str, ...]:
+        """Return the tensors that never travel: each end keeps its own. Default: none."""
+        return ()
+
     def allowed(self, layout: Layout) -> Allowed:
         """Return the arrays that `encode` may write, whatever the mask; known before anything is unfolded."""
         return allowed_values(self.values, layout.size)
@@ -120,17 +124,20 @@ class LinearCodec(Codec):
 
 
 class Dense(LinearCodec):
-    """Every coordinate."""
+    """Every coordinate that travels."""
 
     name = "dense"
 
     def positions(self, layout: Layout, mask: Mask) -> npt.NDArray[np.bool_]:
-        """Return all coordinates."""
-        return np.ones(layout.size, dtype=np.bool_)
+        """Return all coordinates but those that stay."""
+        places = np.ones(layout.size, dtype=np.bool_)
+        for name in self.stays(layout):
+            places[layout.spans[name]] = False
+        return places
 
     def count(self, layout: Layout, mask: Mask) -> int:
         """Return how many they are."""
-        return layout.size
+        return super().count(layout, mask) if self.stays(layout) else layout.size
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
         """Return the state with dead coordinates at 0."""

@@ -37,10 +37,13 @@ class Layout:
         Every tensor of the state, in order.
     prunable : tuple of str
         The tensors that a mask may name, in the same order: what `is_prunable` tells, but for norms and buffers.
+    norms : tuple of str
+        The parameters and buffers of norm layers, in the same order, where the model is known.
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     prunable: tuple[str, ...]
+    norms: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> "Layout":
@@ -50,12 +53,11 @@ class Layout:
             f"{path}.{name}".removeprefix(".")
             for path, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, NORMS)
-            for name in module._parameters
+            for name in (*module._parameters, *module._buffers)
         }
         weights = dict(model.named_parameters(remove_duplicate=False)).keys() - norms
-        return cls(
-            tuple(shapes.items()), tuple(name for name in shapes if name in weights and is_prunable(name, shapes))
-        )
+        prunable = tuple(name for name in shapes if name in weights and is_prunable(name, shapes))
+        return cls(tuple(shapes.items()), prunable, tuple(name for name in shapes if name in norms))
 
     @cached_property
     def spans(self) -> dict[str, slice]:

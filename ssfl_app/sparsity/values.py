@@ -20,6 +20,7 @@ positive scores, to which the smaller ones are raised, to their maximum. Over 16
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,43 @@ def read_values(arrays: Mapping[str, npt.NDArray[Any]], kind: str, size: int) ->
     if kind == "log8":
         return np.asarray(_series(read_array(arrays, "scales", np.float32, 2))[values])
     return values.astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True)
+class SecondVector:
+    """A vector that travels beside a model, with a value type of its own: arrays "<name>.values", "<name>.scales".
+
+    `size` is how many values it has; `kind` is one of `VALUE_TYPES`.
+    """
+
+    name: str
+    kind: str
+    size: int
+
+    def write(self, flat: Vector, rng: np.random.Generator | None = None) -> Arrays:
+        """Return the arrays that carry `flat`, shape (size,), as `write_values` rounds it."""
+        return {f"{self.name}.{part}": array for part, array in write_values(flat, self.kind, rng).items()}
+
+    def allowed(self) -> Allowed:
+        """Return the arrays that `write` makes."""
+        return {f"{self.name}.{part}": limit for part, limit in allowed_values(self.kind, self.size).items()}
+
+    def read(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Vector:
+        """Return the vector, float32, shape (size,), that is among the arrays of a message.
+
+        Raises
+        ------
+        PayloadError
+            It is not there, of another type or length, or has values that are not finite or above MAX_VALUE.
+        """
+        own = f"{self.name}."
+        try:
+            parts = {key.removeprefix(own): array for key, array in arrays.items() if key.startswith(own)}
+            flat = read_values(parts, self.kind, self.size)
+            check_values(flat)
+        except PayloadError as error:
+            raise PayloadError(f"{self.name}: {error}") from error
+        return flat
 
 
 def read_array(arrays: Mapping[str, npt.NDArray[Any]], name: str, dtype: Any, size: int | None) -> npt.NDArray[Any]:

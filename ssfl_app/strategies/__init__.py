@@ -7,13 +7,17 @@ from ssfl_app.strategies.ditto import Ditto
 from ssfl_app.strategies.dpsgd import Dpsgd, DpsgdFt
 from ssfl_app.strategies.fedavg import FedAvg
 from ssfl_app.strategies.fedavg_ft import FedAvgFt
+from ssfl_app.strategies.fedbn import FedBn
 from ssfl_app.strategies.feddst import FedDst
 from ssfl_app.strategies.fedfomo import FedFomo
 from ssfl_app.strategies.fedpm import FedPm
+from ssfl_app.strategies.fedprox import FedProx
 from ssfl_app.strategies.flash import Flash, FlashJoint
 from ssfl_app.strategies.local_mask import LocalSaliency, RandomLocal
 from ssfl_app.strategies.lotteryfl import LotteryFl
+from ssfl_app.strategies.moon import Moon
 from ssfl_app.strategies.prunefl import PruneFl
+from ssfl_app.strategies.scaffold import Scaffold
 from ssfl_app.strategies.sparsyfed import SparsyFed
 from ssfl_app.strategies.ssfl.strategy import Random, Shuffled, Ssfl
 from ssfl_app.strategies.subfedavg import SubFedAvg
@@ -43,6 +47,10 @@ _ALL: tuple[type[SparseStrategy], ...] = (
     ZeroFl,
     FedDst,
     PruneFl,
+    FedProx,
+    Scaffold,
+    FedBn,
+    Moon,
 )
 
 REGISTRY: Registry[type[SparseStrategy]] = Registry(

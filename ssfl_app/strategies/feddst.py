@@ -22,13 +22,10 @@ default; its scripts for CIFAR have 0.01. `feddst.proximal` is FedProx's mu; the
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, Reply, ServerContext, SparseStrategy
@@ -41,6 +38,7 @@ from ssfl_app.sparsity.dynamic import cosine_drop, drop, grow, random_mask, top_
 from ssfl_app.sparsity.layout import Layout, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.values import PayloadError
+from ssfl_app.strategies.shared.proximal import proximal
 
 
 @dataclass(frozen=True)
@@ -67,17 +65,6 @@ def layer_counts(layout: Layout, density: float) -> Counts:
     """Return the alive weights of each layer, floor(density * prunable) in all, as Erdos-Renyi-Kernel shares them."""
     shapes = dict(layout.shapes)
     return rescaled(layout, {name: sum(shapes[name]) / math.prod(shapes[name]) for name in layout.prunable}, density)
-
-
-def proximal(model: nn.Module, mu: float) -> Callable[[nn.Module], torch.Tensor]:
-    """Return mu / 2 |w - w'|^2 as a function of the model, w' being its weights of this moment."""
-    centre = [parameter.detach().clone() for parameter in model.parameters()]
-
-    def penalty(moved: nn.Module) -> torch.Tensor:
-        parts = [(p - c).square().sum() for p, c in zip(moved.parameters(), centre, strict=True)]
-        return mu / 2 * torch.stack(parts).sum()
-
-    return penalty
 
 
 class FedDstClient(ClientAlgorithm):

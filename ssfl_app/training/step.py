@@ -66,11 +66,14 @@ class EagerStep:
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
         autocast: bool = False,
         penalty: Callable[[nn.Module], torch.Tensor] | None = None,
+        feature_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        before_step: Callable[[nn.Module], None] | None = None,
         after_step: Callable[[nn.Module], None] | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
         self._model, self._loss, self._clip, self._autocast = model, loss, options.clip, autocast
-        self._penalty, self._after_step = penalty, after_step
+        self._penalty, self._feature_loss = penalty, feature_loss
+        self._before_step, self._after_step = before_step, after_step
         device = next(model.parameters()).device
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         keep = {} if mask is None else {n: bits.float() for n, bits in mask.tensors(device).items()}
@@ -89,12 +92,20 @@ class EagerStep:
         """Change the model by a batch, (B, ...), with its targets, (B, ...)."""
         self._stepper.zero_grad()
         with bfloat16(self._autocast):
-            loss = self._loss(self._model(inputs), targets)
-        whole = loss if self._penalty is None else loss + self._penalty(self._model)
+            if self._feature_loss is None:
+                whole = loss = self._loss(self._model(inputs), targets)
+            else:
+                output, features = with_features(self._model, inputs)
+                loss = self._loss(output, targets)
+                whole = loss + self._feature_loss(inputs, features)
+        if self._penalty is not None:
+            whole = whole + self._penalty(self._model)
         whole.backward()  # type: ignore[no-untyped-call]
         times([p.grad for p in self._masked if p.grad is not None], self._bits)
         if self._clip:
             nn.utils.clip_grad_norm_(self._trained, self._clip)
+        if self._before_step is not None:
+            self._before_step(self._model)
         self._stepper.step()
         times(self._masked, self._bits)
         if self._after_step is not None:
@@ -105,6 +116,29 @@ class EagerStep:
         """Return the sum of the losses of all images so far."""
         wait_for(self._total.device)
         return float(self._total)
+
+
+def with_features(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a model's output and its features of each input: what its last layer gets, flat, (batch, n).
+
+    The last layer is the last one, in the order in which they were defined, that has a matrix of weights.
+
+    Raises
+    ------
+    ValueError
+        There is none, or the model computes without calling it.
+    """
+    layers = [m for m in model.modules() if any(p is not None and p.ndim > 1 for p in m._parameters.values())]
+    seen: list[torch.Tensor] = []
+    hook = layers[-1].register_forward_pre_hook(lambda _, given: seen.append(given[0])) if layers else None
+    try:
+        output = model(inputs)
+    finally:
+        if hook is not None:
+            hook.remove()
+    if not seen:
+        raise ValueError("the model has no features: it calls no layer with a matrix of weights at its end")
+    return output, seen[-1].flatten(1)
 
 
 @torch.no_grad()

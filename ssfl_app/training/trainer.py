@@ -66,6 +66,8 @@ class LocalTrainer:
         lr: float,
         mask: Mask | None = None,
         penalty: Callable[[nn.Module], torch.Tensor] | None = None,
+        feature_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        before_step: Callable[[nn.Module], None] | None = None,
         after_step: Callable[[nn.Module], None] | None = None,
         epochs: int | None = None,
         optimizer: Optimizer | None = None,
@@ -83,6 +85,11 @@ class LocalTrainer:
             Order of the images and augmentation.
         penalty : callable, optional
             Added to the loss of every step, e.g. a proximal term.
+        feature_loss : callable, optional
+            Added likewise, of inputs (batch, ...) and features (batch, n): what goes into the last layer
+            (`ssfl_app.training.step.with_features`), e.g. a contrastive term.
+        before_step : callable, optional
+            Called with the model between backward and step, after mask and clipping: it may change gradients.
         after_step : callable, optional
             Called with the model after every step (and after the mask was applied).
         epochs : int, optional
@@ -92,7 +99,8 @@ class LocalTrainer:
         """
         data = self._here(data)
         model.train()
-        step = self._step(model, lr, mask, penalty=penalty, after_step=after_step, optimizer=optimizer)
+        hooks = {"penalty": penalty, "feature_loss": feature_loss, "before_step": before_step}
+        step = self._step(model, lr, mask, **hooks, after_step=after_step, optimizer=optimizer)
         seen = 0
         for _ in range(self.options.epochs if epochs is None else epochs):
             for inputs, targets in self._epoch(data, rng, step.ahead):

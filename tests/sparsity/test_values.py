@@ -18,7 +18,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import BLOCK, PayloadError, read_values, write_values
+from ssfl_app.sparsity.values import BLOCK, PayloadError, SecondVector, read_values, write_values
 from ssfl_app.strategies import REGISTRY
 from tests.in_process_grid import SMALL, Played, play, snapshot_of
 
@@ -133,7 +133,8 @@ def test_a_run_whose_values_are_rounded_goes_on_to_the_same_bits(
 
 
 def test_feedback_is_for_models_of_which_both_ends_know_the_places() -> None:
-    able, layout = {"ssfl", "shuffled", "random", "fedavg", "fedavg-ft", "flash"}, play({"strategy": "ssfl"}).layout
+    able = {"ssfl", "shuffled", "random", "fedavg", "fedavg-ft", "fedprox", "flash"}
+    layout = play({"strategy": "ssfl"}).layout
     for name in sorted(set(REGISTRY) - able):
         other = parse(merge(SMALL, {"strategy": name, "wire.error-feedback": True})).settings
         with pytest.raises(ConfigError, match=rf"wire.error-feedback is true; it is false with strategy {name},"):
@@ -221,3 +222,32 @@ def test_a_run_with_deflated_bitmaps_is_the_same_run_for_fewer_bytes(strategy: s
         return sum(r["bytes_mask_down"] + r["bytes_train_down"] + r["bytes_train_up"] for r in played.records[1:])
 
     assert total(small) < total(plain)
+
+
+# ---- a second vector beside a model ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "int8"])
+def test_a_second_vector_travels_beside_a_model_and_is_read_alone(kind: str) -> None:
+    flat = np.linspace(-1, 1, 1500, dtype=np.float32)
+    vector = SecondVector("control", kind, 1500)
+    arrays = vector.write(flat)
+    assert arrays.keys() == vector.allowed().keys()
+    assert all(
+        arrays[name].dtype == dtype and arrays[name].size <= most for name, (dtype, most) in vector.allowed().items()
+    )
+    model = write_values(np.zeros(3, np.float32), "fp32")
+    assert not arrays.keys() & model.keys()
+    np.testing.assert_array_equal(vector.read(arrays | model), read_values(write_values(flat, kind), kind, 1500))
+
+
+def test_a_second_vector_that_is_none_is_refused_by_its_name() -> None:
+    vector, flat = SecondVector("control", "fp32", 3), np.ones(3, np.float32)
+    for arrays, reason in (
+        ({"values": flat}, "control: no array 'values'"),
+        ({"control.values": flat[:2]}, "control: values has length 2; it must be 3"),
+        ({"control.values": flat * np.inf}, "control: 3 values are NaN or Inf"),
+        ({"control.values": flat.astype(np.float16)}, "control: values is float16"),
+    ):
+        with pytest.raises(PayloadError, match=reason):
+            vector.read(arrays)

@@ -245,6 +245,6 @@ def test_lossy_values_work_with_and_without_a_mask_that_moves() -> None:
 def test_options_are_refused_by_name() -> None:
     for key, value in (("every", 0), ("until", 0.0), ("until", 1.5), ("alpha", 0.0), ("proximal", -1.0)):
         with pytest.raises(ConfigError, match=f"feddst.{key} is {value}"):
-            parse(merge(SMALL, {f"feddst.{key}": value}))
+            parse(merge(SMALL, {"strategy": "feddst", f"feddst.{key}": value}))
     with pytest.raises(ConfigError, match=r"mask.min-per-layer is 3; it is 0 with strategy feddst"):
         feddst(mask__min_per_layer=3)

@@ -12,6 +12,7 @@ from ssfl_app.data.dataset import Samples, Transform
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.models import ModelOptions, create
+from ssfl_app.training.step import with_features
 from ssfl_app.training.trainer import EVALUATION_BATCH, LocalOptions, LocalTrainer
 
 PLAIN = {
@@ -197,6 +198,43 @@ def test_a_proximal_penalty_is_added_to_the_loss():
     assert one == other  # the loss that is reported is the cross-entropy
     for (name, w), p, q in zip(start.named_parameters(), plain.parameters(), prox.parameters(), strict=True):
         torch.testing.assert_close(q, p - 0.1 * 3.0 * (w - centre[name]), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_may_be_changed_between_clipping_and_the_step():
+    """One clipped step with a shift of all gradients is the plain one minus lr times the shift."""
+    start, plain, shifted = network("none"), network("none"), network("none")
+    lengths = []
+
+    def shift(model):
+        lengths.append(float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm()))
+        for parameter in model.parameters():
+            parameter.grad += 5.0
+
+    fit = trainer(epochs=1, batch_size=20, clip=0.1).fit
+    assert fit(plain, images(), np.random.default_rng(1), lr=0.1) == fit(
+        shifted, images(), np.random.default_rng(1), lr=0.1, before_step=shift
+    )
+    assert lengths == pytest.approx([0.1], rel=1e-3)
+    for w, p, q in zip(start.parameters(), plain.parameters(), shifted.parameters(), strict=True):
+        assert not torch.equal(w, p)
+        torch.testing.assert_close(q, p - 0.5, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_of_features_is_added_and_not_reported():
+    """Features are what the last layer gets; under a term that pulls them to 0 they are shorter afterwards."""
+    plain, pulled, seen = network(), network(), []
+
+    def term(inputs, features):
+        seen.append((len(inputs), tuple(features.shape)))
+        return features.square().mean()
+
+    fit = trainer(epochs=1, batch_size=8).fit
+    fit(plain, images(), np.random.default_rng(1), lr=0.1)
+    fit(pulled, images(), np.random.default_rng(1), lr=0.1, feature_loss=term)
+    width = next(m for m in reversed(list(pulled.modules())) if isinstance(m, torch.nn.Linear)).in_features
+    assert seen == [(8, (8, width)), (8, (8, width)), (4, (4, width))]
+    inputs = images().inputs.float()[:8]
+    assert with_features(pulled, inputs)[1].square().mean() < with_features(plain, inputs)[1].square().mean()
 
 
 @pytest.mark.parametrize(
