@@ -185,7 +185,14 @@ def play(
     config = parse(flat)
     runtime = get_runtime(flat)
     grid = grid or ScriptedGrid(flat, luck, faults)
-    context = ServerContext(runtime.layout, config.settings, runtime.model, runtime.data.shape, folder=folder)
+    context = ServerContext(
+        runtime.layout,
+        config.settings,
+        runtime.model,
+        runtime.data.shape,
+        folder=folder,
+        metric=runtime.trainer.task.metric,
+    )
     strategy = REGISTRY[config.strategy](context)
     played = Played(strategy, runtime, grid)
     strategy.callback = played
