@@ -40,7 +40,7 @@ def test_a_model_is_encoded_anew_where_the_codec_of_a_round_is_another_one() -> 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_floor_is_refused_where_a_ranking_cannot_hold_it_and_nowhere_else(name: str) -> None:
     """Two layers of 8 weights each: at density 0.25 a ranking leaves 4 alive, and a floor of 3 reserves 6."""
-    layout = Layout.of(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4)))
+    layout = Layout.of(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2), nn.Linear(2, 4)))
     ranks = {"ssfl", "shuffled", "local-saliency", "topk", "sparsyfed", "zerofl"}
     wanted: dict[str, str | float] = {"strategy": name, "mask.density": 0.25, "mask.min-per-layer": 3}
     for scope in ("global", "layer"):
