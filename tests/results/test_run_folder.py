@@ -193,7 +193,7 @@ BAD_KEYS = [
     ),
     ("data.name='mnist'", "data.name is 'mnist'; it is one of digits, "),
     ("model.name='vgg'", "model.name is 'vgg'; it is one of cnn, "),
-    ("strategy='fedprox'", "strategy is 'fedprox'; it is one of ssfl, "),
+    ("strategy='fedsgd'", "strategy is 'fedsgd'; it is one of ssfl, "),
     ("run.device='cuda'", "run.device is 'cuda'; "),
     ("run.device='tpu'", "run.device is 'tpu'; it is one of auto, cpu, cuda"),
     ("strategy=random", "strategy is random; it is a TOML value, strings in quotes: 'random'"),
