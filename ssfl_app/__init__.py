@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssfl_app.callbacks.base import RunCallback as RunCallback
     from ssfl_app.plugin.gradients import active_mask as active_mask
     from ssfl_app.plugin.gradients import mask_gradients as mask_gradients
     from ssfl_app.plugin.mod import SparseMod as SparseMod
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "RunCallback": "ssfl_app.callbacks.base",
     "SSFL": "ssfl_app.plugin.strategy",
     "SparseMod": "ssfl_app.plugin.mod",
     "sparse_mod": "ssfl_app.plugin.mod",
@@ -26,11 +28,11 @@ _HOMES = {
     "mask_gradients": "ssfl_app.plugin.gradients",
 }
 
-__all__ = ["SSFL", "SparseMod", "active_mask", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
+__all__ = ["RunCallback", "SSFL", "SparseMod", "active_mask", "mask_gradients", "sparse_mod", "sparse_numpy_mod"]
 
 
 def __getattr__(name: str) -> Any:
-    """Return a name of the plug-in layer, which is imported now."""
+    """Return a public name, which is imported now."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
