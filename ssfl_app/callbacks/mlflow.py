@@ -1,6 +1,6 @@
 """MLflow: a file store in the folder ``mlflow`` of a run, with one run in it, which a resumed run goes on with.
 
-A store keeps what it has: of rounds that are played again after a resume, the points that were logged first stay.
+Points of rounds that a resumed run plays again are taken out of its files first.
 """
 
 import os
@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from ssfl_app.callbacks.base import Record, RunInfo, Tracker
+from ssfl_app.files import write_bytes
 
 MOST = 100
 """Parameters that a call may log."""
@@ -27,8 +28,8 @@ class MlFlow(Tracker):
 
         super().begin(run)
         self.client: Any = MlflowClient(tracking_uri=(run.folder / "mlflow").as_uri())
-        experiment = self.client.get_experiment_by_name("ssfl")
-        experiment = experiment.experiment_id if experiment else self.client.create_experiment("ssfl")
+        there = self.client.get_experiment_by_name("ssfl")
+        experiment = there.experiment_id if there else self.client.create_experiment("ssfl")
         found = self.client.search_runs([experiment])
         if found:
             self.id = found[0].info.run_id
@@ -38,18 +39,19 @@ class MlFlow(Tracker):
         parameters = [Param(key, str(value)) for key, value in run.config.items()]
         for first in range(0, 0 if found else len(parameters), MOST):
             self.client.log_batch(self.id, params=parameters[first : first + MOST])
-        logged = self.client.get_run(self.id).data.metrics
-        self.last = {
-            name: max(point.step for point in self.client.get_metric_history(self.id, name)) for name in logged
-        }
+        for file in (run.folder / "mlflow" / experiment / self.id / "metrics").rglob("*"):
+            # A line a point: time, value, step. The store has no call that takes points back.
+            kept = [
+                line for line in file.read_text("utf-8").splitlines(True) if int(line.split()[2]) < run.next_round
+            ]
+            write_bytes(file, "".join(kept).encode())
 
     def log(self, round_: int, values: dict[str, float]) -> None:
-        """Log what the store does not have."""
+        """Log the numbers."""
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        new = [Metric(name, float(value), now, round_) for name, value in values.items()]
-        self.client.log_batch(self.id, [point for point in new if round_ > self.last.get(point.key, -1)])
+        self.client.log_batch(self.id, [Metric(name, float(value), now, round_) for name, value in values.items()])
 
     def end(self, status: str, summary: Record) -> None:
         """Say how the run ended."""

@@ -29,7 +29,12 @@ class Wandb(Tracker):
         if self.file.exists():
             known = json.loads(self.file.read_bytes())
         self.id, self.last = str(known["id"]), int(known["round"])
-        private: Any = {"x_disable_stats": True, "x_disable_machine_info": True, "disable_git": True, "disable_code": True}
+        private: Any = {
+            "x_disable_stats": True,
+            "x_disable_machine_info": True,
+            "disable_git": True,
+            "disable_code": True,
+        }
         self.run: Any = wandb.init(
             mode="online" if os.environ.get("WANDB_MODE") == "online" else "offline",
             project="ssfl",

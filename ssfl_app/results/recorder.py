@@ -181,8 +181,10 @@ class Recorder:
     def model(self, layout: Layout, state: State, mask: Mask, name: str, mask_name: str) -> bool:
         """Write a model and, if it is sparse, its mask to files of these names; return whether it is sparse."""
         sparse = mask.count < layout.prunable_size
-        for file, tensors in {name: state, **({mask_name: mask.tensors()} if sparse else {})}.items():
-            write_atomically(self.folder / file, lambda f, tensors=tensors: safe_torch.save_file(_whole(tensors), f))
+        write_atomically(self.folder / name, lambda f: safe_torch.save_file(_whole(state), f))
+        if sparse:
+            bits = _whole(mask.tensors())
+            write_atomically(self.folder / mask_name, lambda f: safe_torch.save_file(bits, f))
         return sparse
 
     def _bytes(self) -> Record:
