@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from ssfl_app import callbacks
+
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 NAME = re.compile(r"([A-Za-z0-9_.-]+)")
+
+
+SHARED = {"google": "protobuf"}
+"""Packages of which several distributions bring parts, and the one that is imported here."""
 
 
 def plain(name):
@@ -33,13 +39,14 @@ def imported(files=None):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"ssfl_app"}:
-                found.setdefault(plain(known[name][0]), file.relative_to(ROOT))
+                found.setdefault(plain(SHARED.get(name, known[name][0])), file.relative_to(ROOT))
     return found
 
 
 CORE = PROJECT["dependencies"]
 APP = PROJECT["optional-dependencies"]["app"]
-BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP}
+TRACKERS = [text for name in callbacks.REGISTRY for text in PROJECT["optional-dependencies"][name]]  # an extra each
+BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + TRACKERS}
 
 
 def test_what_is_imported_is_declared():
@@ -47,10 +54,10 @@ def test_what_is_imported_is_declared():
 
 
 def test_what_is_declared_is_imported():
-    assert set(BY_NAME) - set(imported()) == set()
+    assert set(BY_NAME) - set(imported()) == {"tensorboard"}  # through torch.utils.tensorboard
 
 
-@pytest.mark.parametrize("text", CORE + APP + PROJECT["optional-dependencies"]["foreign"])
+@pytest.mark.parametrize("text", CORE + APP + TRACKERS + PROJECT["optional-dependencies"]["foreign"])
 def test_a_dependency_has_a_lowest_version_and_one_that_it_stays_below(text):
     assert re.search(r">=[\d.]+,<[\d.]+$", text), text
 
@@ -59,7 +66,7 @@ def test_flower_installs_for_the_app_what_the_app_needs():
     """Its `uv sync` knows dependencies and the default groups of an app, but no extras."""
     assert PYPROJECT["tool"]["uv"]["default-groups"] == ["app"]
     assert PYPROJECT["dependency-groups"]["app"] == ["ssfl-app[app]"]
-    assert "ssfl-app[app,foreign]" in PROJECT["optional-dependencies"]["dev"]
+    assert "ssfl-app[app,foreign,tensorboard,mlflow,wandb]" in PROJECT["optional-dependencies"]["dev"]
 
 
 # ---- in somebody else's project: `pip install ssfl-app`, without the extra -----------------------------------------

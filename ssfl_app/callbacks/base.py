@@ -1,5 +1,6 @@
 """The callback: what sees a run go by on its server, a tracker or code of one's own."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,8 @@ def points(record: Record, metric: Metric = ACCURACY) -> dict[str, float]:
     >>> points({"round": 2, "central_accuracy": 0.5, "ok": [1], "lost": {"0": "late"}}, Metric("Dice"))
     {'central_Dice': 0.5, 'lost': 1, 'refused': 0}
     """
-    named = {key.replace("accuracy", metric.name.replace(" ", "_")): value for key, value in record.items()}
+    name = re.sub(r"[^\w.-]+", "_", metric.name)  # what all three libraries take
+    named = {key.replace("accuracy", name): value for key, value in record.items()}
     found = {key: value for key, value in named.items() if type(value) in (int, float) and key != "round"}
     for kind in ("lost", "refused"):
         found[kind] = sum(len(each) for key, each in record.items() if key.rpartition("_")[2] == kind)

@@ -7,10 +7,12 @@ but GET of the page, with a policy that no other page may frame or read it.
 
 import hashlib
 import re
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from ssfl_app.options import ConfigError
 from ssfl_app.results import page
@@ -140,6 +142,11 @@ class LiveServer(ThreadingHTTPServer):
             raise ConfigError(f"--port is {port}; it is a port that is free here ({error.strerror})") from error
         self.hosts = [[f"{name}:{self.server_port}"] for name in ("127.0.0.1", "localhost")]
         self.hosts += [["127.0.0.1"], ["localhost"]] if self.server_port == 80 else []
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what is a fault of this code, not that a browser went away."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 def serve(folders: Sequence[Path], port: int, say: Callable[[str], None]) -> None:
