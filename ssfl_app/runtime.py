@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ssfl_app import callbacks
 from ssfl_app import config as configuration
-from ssfl_app.callbacks import check_installed
 from ssfl_app.comm.payload import ClientState
 from ssfl_app.config import Config
 from ssfl_app.core.client import ClientAlgorithm, ClientContext
@@ -284,7 +284,7 @@ def check(config: Config, keep: bool = False) -> Layout:
         Its device, clients at once, data, partition or mask cannot be had, or a tracker's library is missing.
     """
     check_at_once(config)
-    check_installed(config.settings.run.trackers)
+    callbacks.find(config.settings.run.trackers)
     images, partition = _load(config, "")
     _CHECKED.clear()
     if keep:

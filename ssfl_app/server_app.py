@@ -14,10 +14,9 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from ssfl_app import locks
-from ssfl_app.callbacks import make
+from ssfl_app import callbacks, locks
 from ssfl_app.callbacks.base import RunCallback, RunInfo
-from ssfl_app.callbacks.stopping import Progress, progress
+from ssfl_app.callbacks.stopping import progress
 from ssfl_app.comm.exchange import fewer_at_once, is_simulation
 from ssfl_app.comm.handshake import Handshake
 from ssfl_app.comm.membership import Claim
@@ -64,7 +63,11 @@ def main(grid: Grid, context: Context) -> None:
     run = config.settings.run
     folder = Path(run.out) if run.out else Path.cwd() / default_folder(config.strategy, config.data.name)
     check_folder(folder, config.flat)
-    trackers = make(run.trackers)
+    kinds = callbacks.find(run.trackers)
+    try:
+        trackers = {name: kind() for name, kind in kinds.items()}
+    except Exception as error:
+        raise ConfigError(f"run.trackers is {run.trackers!r}; one of them cannot be made: {error!r}") from error
     recorder = Recorder(folder, config.flat, tell)
     callback = RecordingCallback(recorder, runtime, trackers)
     try:
@@ -236,22 +239,20 @@ class RecordingCallback(RunCallback):
 
     def outcome(self) -> Record:
         """Return what the summary has of early stopping, the best round and trackers that failed; say it, too."""
-        records, found = self.recorder.records, Record()
+        records, options, metric = self.recorder.records, self._options, self._metric
+        failed = {name: why for record in records for name, why in record.get("failed_trackers", {}).items()}
+        found: Record = {"failed_trackers": failed} if failed else {}
         if why := self.stopped():
             found["stopped"] = why
             self.recorder.say(f"stopped after round {records[-1]['round']}: {why}")
-        if self._options.keep_best or self._options.patience:
-            now = progress(records, self._options, self._metric)
-            found |= {"best_round": now.best or None, "best_value": now.value if now.best else None}
-            self.recorder.say(self._best(now))
-        failed = {name: why for record in records for name, why in record.get("failed_trackers", {}).items()}
-        return found | ({"failed_trackers": failed} if failed else {})
-
-    def _best(self, now: Progress) -> str:
-        name, unit = self._metric.name, self._metric.unit
-        value = f"{self._metric.scale * now.value:.{2 if unit else 4}f}{unit}"
-        kept = ": best.safetensors" if self._options.keep_best and now.best else ""
-        return f"best: round {now.best}, {name} {value}{kept}" if now.best else f"best: no round has a finite {name}"
+        now = progress(records, options, metric)
+        if (options.keep_best or options.patience) and now.best:
+            found |= {"best_round": now.best, "best_value": now.value}
+            kept = ": best.safetensors" if options.keep_best else ""
+            self.recorder.say(
+                f"best: round {now.best}, {metric.name} {metric.scale * now.value:.4g}{metric.unit}{kept}"
+            )
+        return found
 
     def _keep(self, strategy: SparseStrategy) -> None:
         model = self.runtime.layout, strategy.model(), strategy.mask
@@ -298,12 +299,9 @@ class RecordingCallback(RunCallback):
     def round(self, record: Record, strategy: SparseStrategy) -> str:
         """Record a round; take a checkpoint when one is due; return why the run is to end now."""
         run, round_ = self.runtime.config.settings.run, record["round"]
-        now, patience = (
-            progress([*self.recorder.records, record], self._options, self._metric),
-            self._options.patience,
-        )
+        now = progress([*self.recorder.records, record], self._options, self._metric)
         why = self._tell("round", record, strategy)
-        if patience and now.since >= patience:
+        if 0 < self._options.patience <= now.since:
             why = f"no better {self._metric.name} in {now.since} evaluated rounds"
         record |= {"stopped": why} if why and 0 < round_ < run.rounds else {}
         if self._failed:

@@ -1,7 +1,7 @@
 """Callbacks of a run, by name: trackers, and classes of one's own."""
 
-import functools
 from importlib.util import find_spec
+from typing import Any
 
 from ssfl_app.callbacks.base import RunCallback
 from ssfl_app.callbacks.mlflow import MlFlow
@@ -28,29 +28,18 @@ def _check(text: str) -> bool:
     return all(REGISTRY[name] is not None for name in names) and len(set(names)) == len(names)
 
 
-field = functools.partial(
-    option, "names with commas between them, none of them twice", _check, "", names=[*REGISTRY, '"module:attribute"']
-)
-"""Return a dataclass field for several of these names."""
+def field(about: str) -> Any:
+    """Return a dataclass field for several of these names."""
+    rule, names = "names with commas between them, none of them twice", [*REGISTRY, '"module:attribute"']
+    return option(rule, _check, "", about, names)
 
 
-def check_installed(text: str) -> None:
-    """Raise ConfigError if the library of a callback is missing where the server runs."""
-    for name in names_in(text):
-        library = REGISTRY[name].library
-        found = find_spec(library) if library else None
-        if library and (found is None or found.origin is None):  # a folder of this name is no library
+def find(text: str) -> dict[str, type[RunCallback]]:
+    """Return the callbacks of these names; ConfigError if the library of one is missing where the server runs."""
+    found = {name: REGISTRY[name] for name in names_in(text)}
+    for name, library in [(name, kind.library) for name, kind in found.items() if kind.library]:
+        spec = find_spec(library)
+        if spec is None or spec.origin is None:  # a folder of this name is no library
             extra = f"ssfl-app[{name}]" if name in REGISTRY else library
             raise ConfigError(f'run.trackers is {text!r}; {library} is not installed here: pip install "{extra}"')
-
-
-def make(text: str) -> dict[str, RunCallback]:
-    """Return the callbacks of a run by name; ConfigError: a library is missing, or one cannot be made."""
-    check_installed(text)
-    made = {}
-    for name in names_in(text):
-        try:
-            made[name] = REGISTRY[name]()
-        except Exception as error:
-            raise ConfigError(f"run.trackers is {text!r}; {name}() says {type(error).__name__}: {error}") from error
-    return made
+    return found

@@ -7,14 +7,11 @@ import os
 import time
 from typing import Any
 
-from ssfl_app.callbacks.base import Record, RunInfo, Tracker
+from ssfl_app.callbacks.base import Record, RunCallback, RunInfo, points
 from ssfl_app.files import write_bytes
 
-MOST = 100
-"""Parameters that a call may log."""
 
-
-class MlFlow(Tracker):
+class MlFlow(RunCallback):
     """Logs a metric a number and round, and the configuration as parameters."""
 
     library = "mlflow"
@@ -22,36 +19,31 @@ class MlFlow(Tracker):
     def begin(self, run: RunInfo) -> None:
         """Open the store, and the run in it; nothing leaves this machine."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3.7 on refuses one unless this is set
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # without it newer versions refuse one
         from mlflow import MlflowClient
-        from mlflow.entities import Param
 
-        super().begin(run)
-        self.client: Any = MlflowClient(tracking_uri=(run.folder / "mlflow").as_uri())
+        self.metric, self.client = run.metric, MlflowClient(tracking_uri=(run.folder / "mlflow").as_uri())
         there = self.client.get_experiment_by_name("ssfl")
         experiment = there.experiment_id if there else self.client.create_experiment("ssfl")
         found = self.client.search_runs([experiment])
-        if found:
-            self.id = found[0].info.run_id
-            self.client.update_run(self.id, status="RUNNING")
-        else:
-            self.id = self.client.create_run(experiment, run_name=run.folder.name).info.run_id
-        parameters = [Param(key, str(value)) for key, value in run.config.items()]
-        for first in range(0, 0 if found else len(parameters), MOST):
-            self.client.log_batch(self.id, params=parameters[first : first + MOST])
-        for file in (run.folder / "mlflow" / experiment / self.id / "metrics").rglob("*"):
+        self.id = (found or [self.client.create_run(experiment, run_name=run.folder.name)])[0].info.run_id
+        self.client.update_run(self.id, status="RUNNING")
+        for key, value in () if found else run.config.items():
+            self.client.log_param(self.id, key, value)
+        for file in (run.folder / "mlflow" / experiment / self.id / "metrics").iterdir():
             # A line a point: time, value, step. The store has no call that takes points back.
             kept = [
                 line for line in file.read_text("utf-8").splitlines(True) if int(line.split()[2]) < run.next_round
             ]
             write_bytes(file, "".join(kept).encode())
 
-    def log(self, round_: int, values: dict[str, float]) -> None:
+    def round(self, record: Record, strategy: Any) -> None:
         """Log the numbers."""
         from mlflow.entities import Metric
 
-        now = int(1000 * time.time())
-        self.client.log_batch(self.id, [Metric(name, float(value), now, round_) for name, value in values.items()])
+        now, named = int(1000 * time.time()), points(record, self.metric)
+        values = [Metric(name, float(value), now, record["round"]) for name, value in named.items()]
+        self.client.log_batch(self.id, values)
 
     def end(self, status: str, summary: Record) -> None:
         """Say how the run ended."""

@@ -6,13 +6,12 @@ So a run that is resumed, whose records are those of its checkpoint, stops where
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ssfl_app.metrics import Metric
 from ssfl_app.options import anything, at_least, choice
 
 KEYS = {"central": "central_accuracy", "local": "local_accuracy_mean", "personal": "personal_accuracy_mean"}
-"""Where records have the means of the headline metric."""
 
 
 @dataclass(frozen=True)
@@ -25,36 +24,22 @@ class StopOptions:
     keep_best: bool = anything("true or false", False, "write the model of the best round to best.safetensors")
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How a run stands after some rounds.
-
-    Attributes
-    ----------
-    best, value : int, float
-        The best round, the first of equals, and its value; round 0 if no round had a finite value.
-    since : int
-        Evaluated rounds since the last that was better by more than ``stop.min-delta``.
-    """
+class Progress(NamedTuple):
+    """The best round, the first of equals (0: none), its value, and for how many evaluated rounds none was better."""
 
     best: int = 0
     value: float = math.nan
     since: int = 0
 
 
-def value_of(record: Mapping[str, Any], metric: str) -> float | None:
-    """Return the value that a round is judged by, NaN included; None if it was not evaluated."""
-    keys = list(KEYS.values()) if metric == "auto" else [KEYS[metric]]
-    return next((record[key] for key in keys if record.get(key) is not None), None)
-
-
 def progress(records: Iterable[Mapping[str, Any]], options: StopOptions, metric: Metric) -> Progress:
-    """Return how a run stands after these records."""
+    """Return how a run stands after these records; `since` counts values that are not better by stop.min-delta."""
     best, value, since, bar = 0, math.nan, 0, math.nan
+    keys = [KEYS[options.metric]] if options.metric in KEYS else list(KEYS.values())
     step = options.min_delta if metric.higher else -options.min_delta
     for record in records:
-        new = value_of(record, options.metric)
-        if new is None:
+        new = next((record[key] for key in keys if record.get(key) is not None), None)
+        if new is None:  # not evaluated
             continue
         since += 1
         if math.isfinite(new) and (not best or metric.better(new, value)):

@@ -8,11 +8,11 @@ import os
 from typing import Any
 from uuid import uuid4
 
-from ssfl_app.callbacks.base import Record, RunInfo, Tracker
+from ssfl_app.callbacks.base import Record, RunCallback, RunInfo, points
 from ssfl_app.files import write_json
 
 
-class Wandb(Tracker):
+class Wandb(RunCallback):
     """Logs a row a round, and the configuration; WANDB_MODE=online uploads at once."""
 
     library = "wandb"
@@ -22,35 +22,28 @@ class Wandb(Tracker):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
         import wandb
 
-        super().begin(run)
-        self.file = run.folder / "wandb" / "ssfl.json"
+        self.metric, self.file = run.metric, run.folder / "wandb" / "ssfl.json"
         self.file.parent.mkdir(exist_ok=True)
-        known: Any = {"id": uuid4().hex[:8], "round": -1}
+        self.known: Any = {"id": uuid4().hex[:8], "round": -1}
         if self.file.exists():
-            known = json.loads(self.file.read_bytes())
-        self.id, self.last = str(known["id"]), int(known["round"])
-        private: Any = {
-            "x_disable_stats": True,
-            "x_disable_machine_info": True,
-            "disable_git": True,
-            "disable_code": True,
-        }
-        self.run: Any = wandb.init(
+            self.known = json.loads(self.file.read_bytes())
+        private: Any = {"x_disable_stats": True, "x_disable_machine_info": True, "disable_git": True}
+        self.run = wandb.init(
             mode="online" if os.environ.get("WANDB_MODE") == "online" else "offline",
             project="ssfl",
-            id=self.id,
+            id=self.known["id"],
             name=run.folder.name,
             dir=run.folder,
             config=dict(run.config),
-            settings=wandb.Settings(silent=True, console="off", **private),
+            settings=wandb.Settings(silent=True, console="off", disable_code=True, **private),
         )
 
-    def log(self, round_: int, values: dict[str, float]) -> None:
+    def round(self, record: Record, strategy: Any) -> None:
         """Log a round that was not logged yet."""
-        if round_ > self.last:
-            self.last = round_
-            write_json(self.file, {"id": self.id, "round": round_})  # first: killed in between, no point comes twice
-            self.run.log(values, step=round_)
+        if record["round"] > self.known["round"]:
+            self.known["round"] = record["round"]
+            write_json(self.file, self.known)  # first: killed in between, no point comes twice
+            self.run.log(points(record, self.metric), step=record["round"])
 
     def end(self, status: str, summary: Record) -> None:
         """Wait until all is on the disk."""

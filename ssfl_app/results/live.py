@@ -5,7 +5,6 @@ as its host, which one that came through a name of somebody else's (DNS rebindin
 but GET of the page, with a policy that no other page may frame or read it.
 """
 
-import hashlib
 import re
 import sys
 import threading
@@ -20,7 +19,6 @@ from ssfl_app.results.report import report_page
 from ssfl_app.results.run_folder import read_run
 
 READ = ("config.toml", "rounds.jsonl", "summary.json", "clients.json", "mask.safetensors")
-"""Files of a run folder that the page is made of."""
 
 # It replaces what is shown and leaves the place in the page, and open tables, as they are.
 SCRIPT = """
@@ -42,41 +40,6 @@ async function look() {
 }
 look();
 """
-
-
-class LivePage:
-    """The page of some run folders, as bytes."""
-
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._folders = folders
-        self._lock, self._seen, self._made = threading.Lock(), object(), b""
-
-    def get(self) -> bytes:
-        """Return the page, made anew if a file has changed."""
-        with self._lock:
-            seen = [_stamp(folder / name) for folder in self._folders for name in READ]
-            if seen != self._seen:
-                self._made, self._seen = self._render().encode(), seen
-            return self._made
-
-    def _render(self) -> str:
-        try:
-            made = report_page([read_run(folder) for folder in self._folders])
-        except ConfigError as error:  # no round is there yet, or a file is being replaced
-            title = ", ".join(folder.resolve().name for folder in self._folders)
-            made = page.render({"title": title, "subtitle": "", "warnings": [str(error)], "sections": []})
-        made = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", made, count=1)  # a header has it
-        return made.replace("</body>", '<script src="/live.js"></script>\n</body>')
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
-
-
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -86,48 +49,33 @@ POLICY = (
 class _Handler(BaseHTTPRequestHandler):
     server: "LiveServer"
     timeout = 10  # seconds for a request to come; socketserver reads it
+    server_version, sys_version = "ssfl", ""
 
     def do_GET(self) -> None:
         """Answer with the page, or 304 if the caller has it."""
+        status, body, kind, tag = 404, b"", "text/html", ""
         if self.headers.get_all("Host") not in self.server.hosts:
-            self._answer(421, b"")
+            status = 421
         elif self.path == "/live.js":
-            self._answer(200, SCRIPT.encode(), "text/javascript")
+            status, body, kind = 200, SCRIPT.encode(), "text/javascript"
         elif self.path == "/":
-            body = self.server.page.get()
-            tag = f'"{hashlib.sha256(body).hexdigest()}"'
-            known = self.headers.get("If-None-Match") == tag
-            self._answer(304 if known else 200, b"" if known else body, "text/html", tag)
-        else:
-            self._answer(404, b"")
-
-    def _answer(self, status: int, body: bytes, kind: str = "text/plain", tag: str = "") -> None:
+            body, tag = self.server.page()
+            status, body = (304, b"") if self.headers.get("If-None-Match") == tag else (200, body)
         self.send_response(status)
         headers = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body)), "ETag": tag}
         headers |= {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
         headers |= {"Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}
         for name, value in headers.items():
-            if value:
-                self.send_header(name, value)
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
-
-    def version_string(self) -> str:
-        """Say nothing of the server's version."""
-        return "ssfl"
 
     def log_message(self, format: str, *args: object) -> None:
         """Print no line a request."""
 
 
 class LiveServer(ThreadingHTTPServer):
-    """Serves the page on 127.0.0.1; port 0 is a free one.
-
-    Raises
-    ------
-    ConfigError
-        A folder is none of a run, or the port is taken.
-    """
+    """Serves the page on 127.0.0.1; port 0 is a free one. ConfigError: no run folder, or the port is taken."""
 
     daemon_threads = True
 
@@ -135,13 +83,30 @@ class LiveServer(ThreadingHTTPServer):
         for folder in folders:
             if not (folder / "config.toml").is_file():
                 raise ConfigError(f"{folder} is a folder without config.toml; it is one that `ssfl run` writes to")
-        self.page = LivePage(folders)
+        self._folders, self._lock, self._seen, self._made = folders, threading.Lock(), "", b""
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
             raise ConfigError(f"--port is {port}; it is a port that is free here ({error.strerror})") from error
         self.hosts = [[f"{name}:{self.server_port}"] for name in ("127.0.0.1", "localhost")]
-        self.hosts += [["127.0.0.1"], ["localhost"]] if self.server_port == 80 else []
+
+    def page(self) -> tuple[bytes, str]:
+        """Return the page, made anew if a file has changed, and a tag of it."""
+        with self._lock:
+            files = [folder / name for folder in self._folders for name in READ]
+            stats = [file.stat() for file in files if file.exists()]
+            seen = '"' + "-".join(f"{stat.st_ino}.{stat.st_mtime_ns}.{stat.st_size}" for stat in stats) + '"'
+            if seen != self._seen:
+                self._made, self._seen = self._render().encode(), seen
+            return self._made, seen
+
+    def _render(self) -> str:
+        try:
+            made = report_page([read_run(folder) for folder in self._folders])
+        except ConfigError as error:  # no round is there yet, or a file is damaged
+            made = page.render({"title": "Runs", "subtitle": "", "warnings": [str(error)], "sections": []})
+        made = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", made, count=1)  # a header has it
+        return made.replace("</body>", '<script src="/live.js"></script>\n</body>')
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print what is a fault of this code, not that a browser went away."""

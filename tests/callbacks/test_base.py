@@ -74,7 +74,7 @@ def test_a_run_stops_and_says_why(stopped: tuple[Path, dict[str, Any]]) -> None:
     assert summary["stopped"] == "no better accuracy in 2 evaluated rounds"
     said = (folder / "console.log").read_text()
     assert "stopped after round 3: no better accuracy in 2 evaluated rounds" in said
-    assert f"best: round {summary['best_round']}, accuracy {100 * summary['best_value']:.2f} %: best.safet" in said
+    assert f"best: round {summary['best_round']}, accuracy {100 * summary['best_value']:.4g} %: best.safet" in said
 
 
 def test_the_best_model_is_that_of_its_round(stopped: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -151,6 +151,13 @@ def test_one_that_fails_is_a_warning_and_changes_no_bit(tmp_path: Path, monkeypa
     assert play(tmp_path / "plain", {"run.rounds": 2})["model_sha256"] == failing["model_sha256"]
 
 
+def test_one_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Seen, "__init__", lambda self, needed: None)
+    with pytest.raises(ConfigError, match="one of them cannot be made: TypeError"):
+        play(tmp_path / "run", {"run.trackers": ME})
+    assert not (tmp_path / "run").exists()
+
+
 def test_its_module_is_one_that_the_run_names() -> None:
     flat = merge({"run.trackers": f"tensorboard, {ME},json:dumps"})
     assert foreign_modules(flat) == ["json", __name__]
@@ -181,4 +188,4 @@ def test_a_missing_library_is_refused_before_anything_is_written(
     (tmp_path / "mlflow_is_not_here").mkdir()  # a folder of this name is no library
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     with pytest.raises(ConfigError, match="not installed here"):
-        callbacks.check_installed("mlflow")
+        callbacks.find("mlflow")

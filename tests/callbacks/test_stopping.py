@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from ssfl_app.callbacks.stopping import Progress, StopOptions, progress, value_of
+from ssfl_app.callbacks.stopping import Progress, StopOptions, progress
 from ssfl_app.config import parse
 from ssfl_app.metrics import ACCURACY, Metric
 from ssfl_app.options import ConfigError
@@ -44,9 +44,10 @@ def test_a_diverged_model_is_never_better(metric: Metric) -> None:
 
 
 def test_whose_value_it_is() -> None:
-    record = {"central_accuracy": None, "local_accuracy_mean": 0.25, "personal_accuracy_mean": 0.75}
-    found = [value_of(record, metric) for metric in ("auto", "central", "local", "personal")]
-    assert found == [0.25, None, 0.25, 0.75]
+    record = {"round": 1, "central_accuracy": None, "local_accuracy_mean": 0.25, "personal_accuracy_mean": 0.75}
+    found = [progress([record], StopOptions(metric=m), ACCURACY) for m in ("auto", "central", "local", "personal")]
+    assert [(now.best, now.value) for now in found if now.best] == [(1, 0.25), (1, 0.25), (1, 0.75)]
+    assert found[1].since == 0
 
 
 def test_a_strategy_that_needs_its_last_round_does_not_stop_early() -> None:

@@ -12,6 +12,7 @@ import pytest
 from ssfl_app import client_app, server_app
 from ssfl_app.callbacks.base import points
 from ssfl_app.config import Flat, merge, parse, read_file
+from ssfl_app.metrics import ACCURACY
 from ssfl_app.results.recorder import Recorder
 from ssfl_app.simulation.in_process import run_inline
 from tests.in_process_grid import FEW, SMALL
@@ -44,7 +45,7 @@ def recorded(folder: Path) -> Points:
     """Return the points that a tracker is to have: those of rounds.jsonl."""
     found: Points = {}
     for record in map(json.loads, (folder / "rounds.jsonl").read_text().splitlines()):
-        for name, value in points(record).items():
+        for name, value in points(record, ACCURACY).items():
             if name != "seconds":  # of a round that was played twice they differ
                 found.setdefault(name, []).append((record["round"], pytest.approx(value, rel=1e-6)))
     assert [round_ for round_, _ in found["lost"]] == [0, 1, 2, 3, 4]
@@ -137,7 +138,7 @@ def test_a_number_that_is_not_finite_is_logged_too(tmp_path: Path) -> None:
     from mlflow import MlflowClient
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from ssfl_app.callbacks import make
+    from ssfl_app.callbacks import find
     from ssfl_app.callbacks.base import RunInfo
     from ssfl_app.metrics import Metric
 
@@ -149,7 +150,8 @@ def test_a_number_that_is_not_finite_is_logged_too(tmp_path: Path) -> None:
         "central_accuracy": 2.5,
         "lost": {"3": ""},
     }
-    for tracker in make("tensorboard,mlflow").values():
+    for kind in find("tensorboard,mlflow").values():
+        tracker = kind()
         tracker.begin(RunInfo(tmp_path, {"mask.density": 0.1}, metric, 1))
         tracker.round(record, None)
         tracker.end("failed", {})
