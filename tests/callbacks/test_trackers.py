@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,3 +167,33 @@ def test_a_number_that_is_not_finite_is_logged_too(tmp_path: Path) -> None:
     assert run.info.status == "FAILED"
     assert (run.data.metrics["central_mean_absolute_error"], run.data.metrics["lost"]) == (2.5, 1)
     assert math.isnan(run.data.metrics["train_loss"])
+
+
+OFFLINE = """
+import sys
+from pathlib import Path
+from ssfl_app.callbacks import find
+from ssfl_app.callbacks.base import RunInfo
+from ssfl_app.metrics import ACCURACY
+for name, kind in find("tensorboard,mlflow,wandb").items():
+    tracker = kind()
+    tracker.begin(RunInfo(Path(sys.argv[1]), {"mask.density": 0.1}, ACCURACY, 0))
+    tracker.round({"round": 0, "train_loss": 0.5}, None)
+    tracker.end("finished", {})
+"""
+
+
+def test_nothing_asks_for_the_network(tmp_path: Path) -> None:
+    """What the libraries would fetch or send goes by a proxy, and nobody comes there."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        clean = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        variables = clean | dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), address)
+        variables |= {"WANDB_API_KEY": "0" * 40}
+        variables.pop("WANDB_MODE", None)
+        line = [sys.executable, "-c", OFFLINE, str(tmp_path)]
+        subprocess.run(line, env=variables, check=True, timeout=120, cwd=Path(__file__).parents[2])
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
