@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ssfl_app.api import load_run as load_run
     from ssfl_app.api import run as run
+    from ssfl_app.callbacks.base import RunCallback as RunCallback
     from ssfl_app.core.client import ClientAlgorithm as ClientAlgorithm
-    from ssfl_app.core.rounds import RunCallback as RunCallback
     from ssfl_app.core.strategy import SparseStrategy as SparseStrategy
     from ssfl_app.plugin.gradients import active_mask as active_mask
     from ssfl_app.plugin.gradients import mask_gradients as mask_gradients
@@ -33,7 +33,7 @@ _HOMES = {
     "ClientAlgorithm": "ssfl_app.core.client",
     "Mask": "ssfl_app.sparsity.mask",
     "Task": "ssfl_app.training.tasks",
-    "RunCallback": "ssfl_app.core.rounds",
+    "RunCallback": "ssfl_app.callbacks.base",
     "SSFL": "ssfl_app.plugin.strategy",
     "TopK": "ssfl_app.plugin.topk",
     "SparseMod": "ssfl_app.plugin.mod",

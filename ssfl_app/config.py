@@ -13,6 +13,8 @@ from typing import Any
 
 import tomli_w
 
+from ssfl_app import callbacks
+from ssfl_app.callbacks.stopping import StopOptions
 from ssfl_app.core.options import FailureOptions, MaskOptions, RunOptions, Settings, WireOptions
 from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.data.dataset import DataOptions
@@ -23,6 +25,7 @@ from ssfl_app.partitions import PartitionOptions
 from ssfl_app.partitions.late import ShiftOptions
 from ssfl_app.registry import Registry, Unknown
 from ssfl_app.strategies import REGISTRY
+from ssfl_app.strategies.shared.fine_tuning import FineTuningClient
 from ssfl_app.text import command
 from ssfl_app.training.models import REGISTRY as MODELS
 from ssfl_app.training.models import ModelOptions
@@ -59,6 +62,7 @@ SHARED: dict[str, type] = {
     "wire": WireOptions,
     "failures": FailureOptions,
     "shift": ShiftOptions,
+    "stop": StopOptions,
     "data": DataOptions,
     "partition": PartitionOptions,
     "model": ModelOptions,
@@ -80,11 +84,12 @@ NAMED: dict[str, Registry[Any]] = {
     "task.name": TASKS,
     "data.name": READERS,
     "partition.name": PARTITIONS,
+    "run.trackers": callbacks.REGISTRY,
 }
-"""Keys whose values may be foreign: `ssfl_app.registry`."""
+"""Keys whose values may be foreign, of run.trackers several: `ssfl_app.registry`."""
 
 # What may differ between a run and its continuation.
-RESUME_MAY_CHANGE = ("run.out", "run.resume", "engine.actors", "engine.concurrent", "engine.graphs")
+RESUME_MAY_CHANGE = ("run.out", "run.resume", "run.trackers", "engine.actors", "engine.concurrent", "engine.graphs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +124,9 @@ def find_strategy(value: object, key: str = "strategy") -> type[SparseStrategy]:
 
 def foreign_modules(flat: Mapping[str, Scalar]) -> list[str]:
     """Return the modules of all that a configuration names and this package does not bring, sorted."""
-    given = {key: str(flat[key]) for key in NAMED if flat.get(key, AUTO) != AUTO}
-    return sorted({NAMED[key].module_of(name) for key, name in given.items()} - {""})
+    given = {key: callbacks.names_in(str(flat.get(key, AUTO))) for key in NAMED}
+    found = {NAMED[key].module_of(name) for key, names in given.items() for name in names if name != AUTO}
+    return sorted(found - {""})
 
 
 def parse(flat: Mapping[str, Any]) -> Config:
@@ -148,10 +154,13 @@ def parse(flat: Mapping[str, Any]) -> Config:
         )
     made["shift"].check(run.clients, run.cohort)
     made["data"].check()
+    if made["stop"].patience and issubclass(kind.client, FineTuningClient):
+        rule = f"{flat['strategy']} fine-tunes in the last round, which a run that stops early does not reach"
+        raise ConfigError(f"stop.patience is {made['stop'].patience}; it is 0 here: {rule}")
     if made["data"].where == "sites" and made["shift"].round:
         raise ConfigError(f"shift.round is {made['shift'].round}; it is 0 with data.where 'sites'")
     _fit_to_place(made, kind.has_floor)
-    shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures", "shift")}
+    shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures", "shift", "stop")}
     parts = {name: made[name] for name in ("data", "partition", "model", "task", "engine")}
     settings = Settings(**shared, sections={name: made[name] for name in own})
     return Config(str(flat["strategy"]), settings, **parts, flat=flat)

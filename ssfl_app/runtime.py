@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ssfl_app import callbacks
 from ssfl_app import config as configuration
 from ssfl_app.comm.payload import ClientState
 from ssfl_app.config import Config
@@ -280,9 +281,10 @@ def check(config: Config, keep: bool = False) -> Layout:
     Raises
     ------
     ConfigError
-        Its device, clients at once, data, partition or mask cannot be had.
+        Its device, clients at once, data, partition or mask cannot be had, or a tracker's library is missing.
     """
     check_at_once(config)
+    callbacks.find(config.settings.run.trackers)
     images, partition = _load(config, "")
     _CHECKED.clear()
     if keep:

@@ -14,7 +14,9 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from ssfl_app import locks
+from ssfl_app import callbacks, locks
+from ssfl_app.callbacks.base import RunCallback, RunInfo
+from ssfl_app.callbacks.stopping import progress
 from ssfl_app.comm.exchange import fewer_at_once, is_simulation
 from ssfl_app.comm.handshake import Handshake
 from ssfl_app.comm.membership import Claim
@@ -62,8 +64,13 @@ def main(grid: Grid, context: Context) -> None:
     run = config.settings.run
     folder = Path(run.out) if run.out else Path.cwd() / default_folder(config.strategy, config.data.name)
     check_folder(folder, config.flat)
+    kinds = callbacks.find(run.trackers)
+    try:
+        trackers = {name: kind() for name, kind in kinds.items()}
+    except Exception as error:
+        raise ConfigError(f"run.trackers is {run.trackers!r}; one of them cannot be made: {error!r}") from error
     recorder = Recorder(folder, config.flat, tell, runtime.trainer.task.metric)
-    callback = RecordingCallback(recorder, runtime)
+    callback = RecordingCallback(recorder, runtime, trackers)
     try:
         strategy = REGISTRY[config.strategy](server_context(grid, runtime, callback))
         saved = resume(strategy, folder, config.flat) if run.resume else None
@@ -73,17 +80,21 @@ def main(grid: Grid, context: Context) -> None:
             recorder.begin(saved)
             if saved is not None:
                 recorder.say(f"resuming after round {saved.round}")
+            callback.start(strategy, 0 if saved is None else saved.round + 1)
             with naming_memory(fewer_at_once(grid)):
-                conduct(grid, runtime, callback, strategy)
+                summary = conduct(grid, runtime, callback, strategy)
+            callback.end("finished", summary)
             recorder.status("finished")
         except (KeyboardInterrupt, BrokenPipeError):  # nobody reads the lines any more: `ssfl run | head`
             with contextlib.suppress(OSError):
                 recorder.status("interrupted")
+                callback.end("interrupted", {})
             raise
         except Exception as error:
             named = isinstance(error, ConfigError | RunFailed)
             with contextlib.suppress(OSError):  # where the reason cannot be written, it is still raised
                 recorder.status("failed", str(error) if named else f"{type(error).__name__}: {error}")
+                callback.end("failed", {})
             raise
     finally:
         recorder.close()
@@ -123,8 +134,8 @@ def server_context(grid: Grid, runtime: Runtime, callback: "RecordingCallback") 
     )
 
 
-def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strategy: SparseStrategy) -> None:
-    """Play a run, new or resumed, from the handshake to the report."""
+def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strategy: SparseStrategy) -> Record:
+    """Play a run, new or resumed, from the handshake to the report; return its summary."""
     config, run, recorder = runtime.config, runtime.config.settings.run, callback.recorder
     registry = strategy.messenger.registry
     registry.say, registry.misfit = recorder.say, functools.partial(misfit, runtime)
@@ -132,7 +143,9 @@ def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strateg
         write_bytes(token_path(recorder.folder), f"{strategy.context.token}\n".encode())
         registry.bound = functools.partial(bound_places, runtime.own)
     # Not kept in a variable: the initial weights would stay in memory for the whole run.
-    strategy.start(grid, ArrayRecord(runtime.initial_state()), run.rounds, evaluate_fn=central_evaluation(runtime))
+    # A run that stopped early is over when it is resumed, too.
+    rounds = recorder.records[-1]["round"] if callback.stopped() else run.rounds
+    strategy.start(grid, ArrayRecord(runtime.initial_state()), rounds, evaluate_fn=central_evaluation(runtime))
     callback.accuracies()
     metadata: Record = {
         "strategy": config.strategy,
@@ -142,16 +155,18 @@ def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strateg
         "clients": run.clients,
         "cohort": run.cohort,
         "trained_clients": len(strategy.cohort(1)),
-        "rounds": run.rounds,
+        "rounds": recorder.records[-1]["round"],
         "seed": run.seed,
         "engine": engine_name(grid),
         **described(runtime.data),
+        **callback.outcome(),
     }
     summary = recorder.finish(metadata, runtime.layout, strategy.model(), strategy.mask)
     if why := undone(lambda: write_report([read_run(recorder.folder)], recorder.folder / "report.html")):
         cure = command("ssfl", "report", recorder.folder)
         recorder.say(f"warning: report.html could not be made ({why}); to try again: {cure}")
     recorder.say(summary_table(summary, recorder.folder, recorder.metric).text())
+    return summary
 
 
 def run_token(folder: Path) -> str:
@@ -200,13 +215,63 @@ def central_evaluation(runtime: Runtime) -> Callable[[int, ArrayRecord], MetricR
     return evaluate
 
 
-class RecordingCallback:
-    """Sees the run go by and has it recorded."""
+class RecordingCallback(RunCallback):
+    """Sees the run go by, has it recorded, tells the trackers, and knows when it is to stop early."""
 
-    def __init__(self, recorder: Recorder, runtime: Runtime) -> None:
+    def __init__(self, recorder: Recorder, runtime: Runtime, trackers: Mapping[str, RunCallback]) -> None:
         self.recorder = recorder
         self.runtime = runtime
         self._sites: dict[int, Metadata] = {}
+        self._trackers, self._failed = dict(trackers), dict[str, str]()
+        self._options, self._metric = runtime.config.settings.stop, runtime.trainer.task.metric
+
+    def start(self, strategy: SparseStrategy, next_round: int) -> None:
+        """Let the trackers begin; write the best model again if the run was killed before it was written."""
+        best = progress(self.recorder.records, self._options, self._metric).best
+        if self._options.keep_best and best and best == next_round - 1:
+            self._keep(strategy)
+        self._tell("begin", RunInfo(self.recorder.folder, self.runtime.config.flat, self._metric, next_round))
+
+    def end(self, status: str, summary: Mapping[str, Any]) -> None:
+        """Let the trackers end."""
+        self._tell("end", status, summary)
+
+    def stopped(self) -> str:
+        """Return why the run ended before its last round; "" if it did not."""
+        return str(self.recorder.records[-1].get("stopped", "")) if self.recorder.records else ""
+
+    def outcome(self) -> Record:
+        """Return what the summary has of early stopping, the best round and trackers that failed; say it, too."""
+        records, options, metric = self.recorder.records, self._options, self._metric
+        failed = {name: why for record in records for name, why in record.get("failed_trackers", {}).items()}
+        found: Record = {"failed_trackers": failed} if failed else {}
+        if why := self.stopped():
+            found["stopped"] = why
+            self.recorder.say(f"stopped after round {records[-1]['round']}: {why}")
+        now = progress(records, options, metric)
+        if (options.keep_best or options.patience) and now.best:
+            found |= {"best_round": now.best, "best_value": now.value}
+            kept = ": best.safetensors" if options.keep_best else ""
+            self.recorder.say(
+                f"best: round {now.best}, {metric.name} {metric.scale * now.value:.4g}{metric.unit}{kept}"
+            )
+        return found
+
+    def _keep(self, strategy: SparseStrategy) -> None:
+        model = self.runtime.layout, strategy.model(), strategy.mask
+        self.recorder.model(*model, "best.safetensors", "best-mask.safetensors")
+
+    def _tell(self, method: str, *arguments: Any) -> str:
+        """Have all trackers see something; return why they end the run. One that fails is told nothing more."""
+        reasons = []
+        for name, tracker in list(self._trackers.items()):
+            try:
+                reasons.append(getattr(tracker, method)(*arguments))
+            except Exception as error:
+                del self._trackers[name]
+                self._failed[name] = f"{type(error).__name__}: {error}"
+                self.recorder.say(f"warning: {name} of run.trackers gets nothing more: {self._failed[name]}")
+        return "; ".join(str(why) for why in reasons if why)
 
     def met(self, sites: Mapping[int, Metadata]) -> None:
         """Name devices, and describe the run in a few lines."""
@@ -227,17 +292,30 @@ class RecordingCallback:
                 "on the CPU. `ssfl run` gives it to them; with `flwr run` set client-resources-num-gpus"
             )
         self._write_clients({})
+        self._tell("met", sites)
 
     def warn(self, line: str) -> None:
         """Tell people."""
         self.recorder.say(f"warning: {line}")
+        self._tell("warn", line)
 
-    def round(self, record: Record, strategy: SparseStrategy) -> None:
-        """Record a round; take a checkpoint when one is due."""
+    def round(self, record: Record, strategy: SparseStrategy) -> str:
+        """Record a round; take a checkpoint when one is due; return why the run is to end now."""
+        run, round_ = self.runtime.config.settings.run, record["round"]
+        now = progress([*self.recorder.records, record], self._options, self._metric)
+        why = self._tell("round", record, strategy)
+        if 0 < self._options.patience <= now.since:
+            why = f"no better {self._metric.name} in {now.since} evaluated rounds"
+        record |= {"stopped": why} if why and 0 < round_ < run.rounds else {}
+        if self._failed:
+            record, self._failed = record | {"failed_trackers": self._failed}, {}
         self.recorder.round(record)
-        run = self.runtime.config.settings.run
-        if record["round"] % run.checkpoint_every == 0 or record["round"] == run.rounds:
-            self.recorder.checkpoint(record["round"], strategy.state_dict())
+        best = self._options.keep_best and now.best == round_ > 0
+        if round_ % run.checkpoint_every == 0 or round_ == run.rounds or "stopped" in record or best:
+            self.recorder.checkpoint(round_, strategy.state_dict())
+        if best:  # after the checkpoint: the file and what a resumed run knows of it agree
+            self._keep(strategy)
+        return str(record.get("stopped", ""))
 
     def accuracies(self) -> None:
         """Add the last known accuracy of every client to clients.json."""

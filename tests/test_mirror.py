@@ -16,6 +16,7 @@ ACROSS = {"system", "apps"}
 # Tests that are about no one module of the package, or about all modules of their folder.
 OTHERS = {
     "test_mirror.py",
+    "callbacks/test_trackers.py",  # every tracker
     "test_supply.py",  # pyproject.toml and deploy/
     "partitions/test_partitions.py",  # every way to deal
     "plugin/test_docs.py",  # docs/plugin.md

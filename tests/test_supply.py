@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from ssfl_app import callbacks
+
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 NAME = re.compile(r"([A-Za-z0-9_.-]+)")
+
+
+SHARED = {"google": "protobuf"}
+"""Packages of which several distributions bring parts, and the one that is imported here."""
 
 
 def plain(name):
@@ -44,8 +50,10 @@ APP = PROJECT["optional-dependencies"]["app"]
 DATA = PROJECT["optional-dependencies"]["volumes"] + PROJECT["optional-dependencies"]["hf"]
 EXPORT = PROJECT["optional-dependencies"]["export"]
 TESTING = PROJECT["optional-dependencies"]["testing"]
+EXTRAS = PROJECT["optional-dependencies"]
+TRACKERS = [text for name in callbacks.REGISTRY for text in EXTRAS[name]]  # an extra each
 USED_IF_THERE = {"pandas", "ipython"}  # a table is a DataFrame; who calls from a notebook has it
-BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + DATA + TESTING}
+BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + DATA + TESTING + TRACKERS}
 
 
 def test_what_is_imported_is_declared():
@@ -54,10 +62,12 @@ def test_what_is_imported_is_declared():
 
 
 def test_what_is_declared_is_imported():
-    assert set(BY_NAME) - set(imported()) == set()
+    assert set(BY_NAME) - set(imported()) == {"tensorboard"}  # through torch.utils.tensorboard
 
 
-@pytest.mark.parametrize("text", CORE + APP + DATA + TESTING + EXPORT + PROJECT["optional-dependencies"]["foreign"])
+@pytest.mark.parametrize(
+    "text", CORE + APP + DATA + TESTING + TRACKERS + EXPORT + PROJECT["optional-dependencies"]["foreign"]
+)
 def test_a_dependency_has_a_lowest_version_and_one_that_it_stays_below(text):
     assert re.search(r">=[\d.]+,<[\d.]+$", text), text
 
@@ -66,7 +76,9 @@ def test_flower_installs_for_the_app_what_the_app_needs():
     """Its `uv sync` knows dependencies and the default groups of an app, but no extras."""
     assert PYPROJECT["tool"]["uv"]["default-groups"] == ["app"]
     assert PYPROJECT["dependency-groups"]["app"] == ["ssfl-app[app]"]
-    assert "ssfl-app[app,export,foreign,volumes,hf]" in PROJECT["optional-dependencies"]["dev"]
+    assert (
+        "ssfl-app[app,export,foreign,volumes,hf,tensorboard,mlflow,wandb]" in PROJECT["optional-dependencies"]["dev"]
+    )
 
 
 # ---- in somebody else's project: `pip install ssfl-app`, without the extra -----------------------------------------

@@ -111,8 +111,17 @@ def reproduce(
 def report(
     folders: Annotated[list[Path], Argument(metavar="DIR...", help="Run folders.")],
     out: Annotated[Path | None, Option(help="HTML file. [default: DIR/report.html of one, ./report.html]")] = None,
+    serve: Annotated[bool, Option("--serve", help="Show the page on this machine while runs go on.")] = False,
+    port: Annotated[int, Option(help="Of --serve; 0: a free one.", min=0, max=65535)] = 0,
 ) -> None:
-    """Compare runs: a table here, and one page with the plots."""
+    """Compare runs: a table here, and one page with the plots. With --serve a live page, until Ctrl-C."""
+    if serve:
+        from ssfl_app.results.live import serve as serve_page
+
+        if out is not None:
+            raise ConfigError(f"--out is {out}; --serve writes no file, give one of them")
+        serve_page(folders, port, tell)
+        return
     from ssfl_app.results.report import write_report
     from ssfl_app.results.rows import compare_table
     from ssfl_app.results.run_folder import read_run

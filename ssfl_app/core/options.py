@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
+from ssfl_app import callbacks
+from ssfl_app.callbacks.stopping import StopOptions
 from ssfl_app.core.robust import FOLDS
 from ssfl_app.options import ConfigError, above, anything, at_least, choice, fraction, option
 from ssfl_app.partitions.late import ShiftOptions
@@ -38,6 +40,7 @@ class RunOptions:
     round_timeout: float = above(0, 600.0, "seconds a round may wait for its clients")
     join_timeout: float = above(0, 120.0, "seconds to wait until all clients are connected")
     out: str = anything("a folder, or empty", "", "run folder; empty: runs/<time>-<strategy>-<dataset>")
+    trackers: str = callbacks.field(about="with commas: who sees the run go by (docs/trackers.md)")
     resume: bool = anything("true or false", False, "go on from the checkpoint in run.out")
 
 
@@ -88,6 +91,7 @@ class Settings:
     wire: WireOptions
     failures: FailureOptions
     shift: ShiftOptions
+    stop: StopOptions
     sections: Mapping[str, Any]
 
 

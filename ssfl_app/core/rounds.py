@@ -3,16 +3,17 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from ssfl_app.callbacks.base import RunCallback
 from ssfl_app.comm.exchange import ExchangeReport, names
 from ssfl_app.comm.messenger import Check, ClientMessenger, Messenger, Reply
-from ssfl_app.comm.payload import Metadata, Payload, shared_buffers
+from ssfl_app.comm.payload import Payload, shared_buffers
 from ssfl_app.core.options import Settings
 from ssfl_app.sparsity.codec import Dense
 from ssfl_app.sparsity.layout import Layout, State, state_digest
@@ -40,19 +41,6 @@ class Query(Protocol):
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 Record = dict[str, Any]
-
-
-class RunCallback(Protocol):
-    """Sees a run go by: the recorder of the run folder, or a test."""
-
-    def met(self, sites: Mapping[int, Metadata]) -> None:
-        """All clients are connected; `sites` holds what each said of itself."""
-
-    def warn(self, line: str) -> None:
-        """Something is wrong that the run can go on with."""
-
-    def round(self, record: Record, strategy: Any) -> None:
-        """Round `record["round"]` of this strategy is over; 0 is setup."""
 
 
 S = TypeVar("S")
@@ -158,7 +146,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         return 4 * self._strategy.layout.size
 
     def run(self, first: int, last: int) -> Result:
-        """Play rounds `first` to `last`; 0 is setup."""
+        """Play rounds `first` to `last`, or until a callback ends the run; 0 is setup."""
         sites = self._messenger.registry.wait_for_clients(self._grid)
         if self._strategy.callback is not None:
             self._strategy.callback.met(sites)
@@ -178,13 +166,14 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
             record["density"], record["density_all"] = self._strategy.densities()
             if found:  # the strategy asked: how far is its mask from the one before?
                 record["mask_distance"] = before.jaccard_distance(self._strategy.mask)
-            self._tell(record | {"seconds": time.monotonic() - began})
+            if self._tell(record | {"seconds": time.monotonic() - began}):
+                break
         self._result.arrays = ArrayRecord(dict(self._strategy.model()))
         return self._result
 
-    def _tell(self, record: Record) -> None:
-        if self._strategy.callback is not None:
-            self._strategy.callback.round(record, self._strategy)
+    def _tell(self, record: Record) -> str | None:
+        callback = self._strategy.callback
+        return None if callback is None else callback.round(record, self._strategy)
 
     def _empty_layers(self) -> Record:
         """Return what a record says of layers without an alive weight; warn when there are others than before."""

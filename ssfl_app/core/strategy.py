@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import nn
 
+from ssfl_app.callbacks.base import RunCallback
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.messenger import ClientMessenger, Outgoing, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
@@ -29,7 +30,7 @@ from ssfl_app.core.means import MAX_WEIGHT
 from ssfl_app.core.options import FromSettings, Section, Settings
 from ssfl_app.core.own_start import OwnStart
 from ssfl_app.core.robust import distance, there
-from ssfl_app.core.rounds import ClientRoundLoop, Query, RunCallback
+from ssfl_app.core.rounds import ClientRoundLoop, Query
 from ssfl_app.core.validation import check_number, check_samples, check_tested, stored
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.metrics import ACCURACY, Metric

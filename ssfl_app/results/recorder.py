@@ -45,6 +45,7 @@ _BEFORE_CONFIG = {".lock", "checkpoint", "clients", "status.json", "flower.log"}
 
 # What is written into as it is; anything else is replaced as a whole, a link as well.
 _WRITTEN = {".lock", "console.log", "rounds.jsonl", "flower.log", "checkpoint", "clients"}
+_WRITTEN |= {"tensorboard", "mlflow", "wandb"}
 
 
 def default_folder(strategy: str, data: str) -> Path:
@@ -151,11 +152,7 @@ class Recorder:
 
         `metadata` is what the recorder cannot know: strategy, dataset, engine and so on. It comes first.
         """
-        write_atomically(self.folder / "model.safetensors", lambda f: safe_torch.save_file(_whole(state), f))
-        sparse = mask.count < layout.prunable_size
-        if sparse:
-            bits = _whole(mask.tensors())
-            write_atomically(self.folder / "mask.safetensors", lambda f: safe_torch.save_file(bits, f))
+        sparse = self.model(layout, state, mask, "model.safetensors", "mask.safetensors")
         rounds = [record for record in self.records if record["round"]]
         messages = sum(r["messages_train_down"] + r["messages_train_up"] for r in rounds)
         accuracies = ("central_accuracy", "local_accuracy_mean", "personal_accuracy_mean")
@@ -182,6 +179,15 @@ class Recorder:
         }
         write_json(self.folder / "summary.json", summary)
         return summary
+
+    def model(self, layout: Layout, state: State, mask: Mask, name: str, mask_name: str) -> bool:
+        """Write a model and, if it is sparse, its mask to files of these names; return whether it is sparse."""
+        sparse = mask.count < layout.prunable_size
+        write_atomically(self.folder / name, lambda f: safe_torch.save_file(_whole(state), f))
+        if sparse:
+            bits = _whole(mask.tensors())
+            write_atomically(self.folder / mask_name, lambda f: safe_torch.save_file(bits, f))
+        return sparse
 
     def _bytes(self) -> Record:
         # Discovery may also take place between rounds.

@@ -62,6 +62,11 @@ def undone(draw: Callable[[], object]) -> str:
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
     """Write a self-contained HTML report of one run or a comparison of several, at least one, to `path`."""
+    write_bytes(path, report_page(runs).encode())
+
+
+def report_page(runs: Sequence[Run]) -> str:
+    """Return that report."""
     if not runs:
         raise ConfigError("runs is empty; a report is made of one run or more")
     names = run_names(runs)
@@ -72,7 +77,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
         "warnings": [_unfinished(run) for run in runs if not run.summary],
         "sections": _single(runs[0]) if single else _several(runs),
     }
-    write_bytes(path, page.render(context).encode())
+    return page.render(context)
 
 
 def _single(run: Run) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, Error, Message
 
 from ssfl_app import client_app
+from ssfl_app.callbacks.base import RunCallback
 from ssfl_app.comm.payload import Payload, PayloadEncoder, decode_payload
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.core.strategy import ServerContext, SparseStrategy
@@ -124,7 +125,7 @@ class ScriptedGrid(InlineGrid):
 
 
 @dataclass
-class Played:
+class Played(RunCallback):
     """A finished run."""
 
     strategy: SparseStrategy

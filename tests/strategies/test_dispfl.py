@@ -54,7 +54,9 @@ class TestTheMean:
     def test_by_hand(self) -> None:
         """Owners only, whatever they weigh; 0 where there are none; everything else by the plain mean."""
         layout = Layout((("w", (1, 5)), ("b", (1,))), ("w",))
-        settings = parse(merge(defaults(), SMALL | {"run.clients": 3, "run.cohort": 3, "mask.density": 0.6})).settings
+        settings = parse(
+            merge(defaults(), SMALL | {"strategy": "dispfl", "run.clients": 3, "run.cohort": 3, "mask.density": 0.6})
+        ).settings
         server = DisPfl(ServerContext(layout, settings))
         bits = np.array([[1, 1, 0, 0, 1], [0, 1, 1, 0, 1], [0, 0, 0, 0, 1]], dtype=np.bool_)
         values = [[1, 2, 9, 9, 1, 1], [9, 4, 5, 9, 2, 2], [9, 9, 9, 9, 6, 6]]

@@ -34,7 +34,7 @@ SCALAR = Layout((("w", (1,)),), ("w",))
 def peers(values: list[float], topology: str) -> Dpsgd:
     """Clients whose models are one number each."""
     keys: Flat = {"run.clients": len(values), "run.cohort": 1, "gossip.topology": topology}
-    strategy = Dpsgd(ServerContext(SCALAR, parse(merge(SMALL, keys)).settings))
+    strategy = Dpsgd(ServerContext(SCALAR, parse(merge(SMALL, {"strategy": "dpsgd"}, keys)).settings))
     strategy.state = {"w": torch.zeros(1)}
     strategy.before_training(lambda *_: iter(()))
     aggregate(strategy, 1, [reply(client, value) for client, value in enumerate(values)])

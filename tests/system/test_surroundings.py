@@ -385,7 +385,9 @@ def test_a_run_whose_reader_goes_away_is_an_interrupted_one(
     assert json.loads((tmp_path / "run" / "status.json").read_bytes())["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("name", [".lock", "console.log", "rounds.jsonl", "flower.log", "clients", "checkpoint"])
+@pytest.mark.parametrize(
+    "name", [".lock", "console.log", "rounds.jsonl", "flower.log", "clients", "checkpoint", "wandb"]
+)
 def test_nothing_is_written_through_a_link_of_a_strangers_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

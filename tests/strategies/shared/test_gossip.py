@@ -13,7 +13,9 @@ from tests.in_process_grid import SMALL
 
 
 def settings(**keys: Any) -> Settings:
-    return parse(merge(SMALL, {key.replace("__", "."): value for key, value in keys.items()})).settings
+    return parse(
+        merge(SMALL, {"strategy": "dpsgd"} | {key.replace("__", "."): value for key, value in keys.items()})
+    ).settings
 
 
 def mixing(options: Settings, round_: int = 1) -> np.ndarray[Any, Any]:
