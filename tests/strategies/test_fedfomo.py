@@ -29,7 +29,7 @@ SCALAR = Layout((("w", (1,)),), ("w",))
 
 def server(**keys: Any) -> FedFomo:
     """A server that has a model of every client."""
-    flat = merge(SMALL, {"fedfomo." + key: value for key, value in keys.items()})
+    flat = merge(SMALL, {"strategy": "fedfomo"}, {"fedfomo." + key: value for key, value in keys.items()})
     strategy = FedFomo(ServerContext(SCALAR, parse(flat).settings))
     strategy._last = {client: vector(client) for client in range(6)}
     return strategy
@@ -131,7 +131,7 @@ class TestChoice:
             same.train_payload(2, 0).arrays["values.4"] is same.train_payload(2, 1).arrays["values.4"]
         )  # both times client 5
         keys: Flat = {"wire.down-values": "fp16"}
-        half = FedFomo(ServerContext(SCALAR, parse(merge(SMALL, keys)).settings))
+        half = FedFomo(ServerContext(SCALAR, parse(merge(SMALL, {"strategy": "fedfomo"}, keys)).settings))
         half._last = {client: vector(client / 3) for client in range(6)}
         assert half.train_payload(2, 0).arrays["values.4"] is half.train_payload(2, 1).arrays["values.4"]
         assert half.train_payload(2, 0).arrays["values.4"] == np.float16(5 / 3)

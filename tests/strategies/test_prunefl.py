@@ -229,6 +229,6 @@ def test_a_bad_model_of_the_first_client_ends_the_run_by_name(array: str) -> Non
 def test_options_are_refused_by_name() -> None:
     for key, value in (("checks", -1), ("every", 0), ("prune", 0.0), ("density", "least")):
         with pytest.raises(ConfigError, match=f"prunefl.{key} is {value!r}"):
-            parse(merge(SMALL, {f"prunefl.{key}": value}))
+            parse(merge(SMALL, {"strategy": "prunefl", f"prunefl.{key}": value}))
     with pytest.raises(ConfigError, match=r"mask.min-per-layer is 3; it is 0 with strategy prunefl"):
         prunefl(mask__min_per_layer=3)
