@@ -73,7 +73,8 @@ class SparseClient(NumPyClient):
             return [], 0, {"need": str(need)}
         work = {"passes": trainer.passes - passes, "looks": trainer.looks - looks}
         self.array_names, self._parameters = tuple(reply.arrays), list(reply.arrays.values())
-        return self._parameters, int(reply.metadata["samples"]), {**reply.metadata, **work, **self._notes()}
+        metadata = {**reply.metadata, **work, **self._notes()}
+        return self.get_parameters(config), int(reply.metadata["samples"]), metadata
 
     def evaluate(self, parameters: NDArrays, config: Metadata) -> tuple[float, int, Metadata]:
         """Test the model on this client's own test images; return loss, samples and metadata."""

@@ -73,7 +73,7 @@ def test_the_means_by_hand(keys: Flat, wanted: list[float], alive: list[bool]) -
 
 
 def test_largest_means_magnitude_and_the_bias_is_not_ranked() -> None:
-    settings = parse(merge(SMALL, {"mask.density": 0.5})).settings
+    settings = parse(merge(SMALL, {"strategy": "topk", "mask.density": 0.5})).settings
     values = np.array([-3, 1, 2, -0.5, 100], dtype=np.float32)
     assert chosen(SMALLEST, values, settings.mask).alive.tolist() == [True, False, True, False]
 

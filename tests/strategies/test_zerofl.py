@@ -143,7 +143,7 @@ def test_what_travels_in_each_way(uplink: str, monkeypatch: pytest.MonkeyPatch) 
 def test_the_share_is_the_sum_of_two_decimals_and_at_most_1(density: float, r_mask: float, count: int) -> None:
     # In binary 0.7 + 0.1 is 0.79..., which would make 7 of 10.
     layout = Layout((("weight", (1, 10)),), ("weight",))
-    settings = parse(merge(SMALL, {"mask.density": density, "zerofl.r-mask": r_mask})).settings
+    settings = parse(merge(SMALL, {"strategy": "zerofl", "mask.density": density, "zerofl.r-mask": r_mask})).settings
     assert sent_mask(layout, np.arange(10, dtype=np.float32), settings).count == count
 
 
@@ -191,7 +191,7 @@ def test_the_fold_by_hand(uplink: str, wanted: list[float], used: list[float]) -
 
 def server(keys: Flat) -> ZeroFl:
     settings: Flat = {"strategy": "zerofl", "mask.density": 0.5}
-    return ZeroFl(ServerContext(SMALLEST, parse(merge(SMALL, settings, keys)).settings))
+    return ZeroFl(ServerContext(SMALLEST, parse(merge(SMALL, {"strategy": "zerofl"}, settings, keys)).settings))
 
 
 def test_the_model_goes_down_whole_and_once_for_all() -> None:

@@ -91,9 +91,11 @@ def test_a_gpu_that_flower_hides_is_one_clear_line(tmp_path: Path, monkeypatch: 
     recorder = Recorder(tmp_path / "run", merge(SMALL), said.append)
     shop = get_runtime(merge(SMALL))
     site = {"code": runtime.code_digest(), "device": "cpu"}
-    RecordingCallback(recorder, shop).met({0: {**site, "gpu-is-hidden": False}})
+    RecordingCallback(recorder, shop, {}).met({0: {**site, "gpu-is-hidden": False}})
     assert len(said) == 1
-    RecordingCallback(recorder, shop).met({0: {**site, "gpu-is-hidden": False}, 1: {**site, "gpu-is-hidden": True}})
+    RecordingCallback(recorder, shop, {}).met(
+        {0: {**site, "gpu-is-hidden": False}, 1: {**site, "gpu-is-hidden": True}}
+    )
     assert [line for line in said if "Flower hides it from the clients (num-gpus 0)" in line] == [said[-1]]
     assert "\n" not in said[-1]
     recorder.close()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssfl_app.comm.payload import Payload
-from ssfl_app.config import Flat, defaults, parse
+from ssfl_app.config import Flat, parse
 from ssfl_app.core.strategy import ServerContext
 from ssfl_app.sparsity.codec import BitmapAndValues, read_mask
 from ssfl_app.sparsity.layout import Layout, load_state
@@ -61,7 +61,7 @@ class TestPruning:
         with torch.no_grad():
             model[0].weight.copy_(torch.tensor([[1.0, -2, 3, -4, 5, -6, 7, -8, 9, -10]]))
             model[1].weight.copy_(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
-        settings = parse(defaults() | {"mask.density": density}).settings
+        settings = parse({"strategy": "lotteryfl", "mask.density": density}).settings
         site: Any = SimpleNamespace(model=model, layout=Layout.of(model), settings=settings)
         return IterativePruningClient(site)
 
