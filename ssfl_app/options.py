@@ -155,6 +155,11 @@ def build(section: type[T], name: str, values: Mapping[str, Scalar]) -> T:
         elif key not in known or key in inner:
             names = [prefix + option for option in known]
             raise not_a_key(prefix + key, names, f"{name or 'the top level'} has {', '.join(known)}")
+    for key, table in inner.items():
+        for word, given in table.items():
+            if not word.replace("-", "_").isidentifier() or type(given) not in (bool, int, float, str):
+                rule = "a key of your own is one word, its value a number, text, true or false"
+                raise ConfigError(f"{prefix}{key}.{word} is {given!r}; {rule}")
     types = get_type_hints(section)
     made: dict[str, Any] = {spec.name: inner[key] for key, spec in known.items() if key in inner}
     for key in [key for key in known if key not in inner]:

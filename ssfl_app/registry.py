@@ -161,11 +161,11 @@ def sources(module: str, found: dict[str, Path] | None = None) -> dict[str, Path
     _folder()
     found, top = {} if found is None else found, module.partition(".")[0]
     spec = None if here_only(top) else importlib.util.find_spec(top)
-    if spec is None or spec.origin is None:
+    for folder in map(Path, (spec and spec.submodule_search_locations) or ()):  # without an __init__.py too
+        found |= {p.relative_to(folder.parent).as_posix(): p for p in sorted(folder.rglob("*.py"))}
+    if spec is None or spec.submodule_search_locations or not spec.has_location:
         return found
-    file = Path(spec.origin)
-    if spec.submodule_search_locations:
-        return found | {p.relative_to(file.parents[1]).as_posix(): p for p in sorted(file.parent.rglob("*.py"))}
+    file = Path(str(spec.origin))
     found |= {file.name: file}
     for node in ast.walk(ast.parse(file.read_bytes())) if "site-packages" not in file.parts else ():
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -288,6 +288,7 @@ def check(config: Config, keep: bool = False) -> Layout:
     images, partition = _load(config, "")
     _CHECKED.clear()
     if keep:
+        _open.cache_clear()  # a notebook plays the same keys again after it changed what a name or path stands for
         _CHECKED[tuple(sorted(config.flat.items())), ""] = config, (images, partition)
     layout = Layout.of(models.outline(config.model, images.shape, images.outputs))
     metric = make_task(config.task, images.task).metric

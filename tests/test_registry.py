@@ -169,6 +169,21 @@ def test_the_code_digest_covers_what_is_imported(folder: Path) -> None:
     code_digest.cache_clear()
 
 
+def test_a_package_without_an_init_is_covered_and_what_the_interpreter_brings_has_no_files(folder: Path) -> None:
+    (folder / "bare_models").mkdir()
+    (folder / "bare_models" / "mlp.py").write_text("x = 1\n")
+    assert sources("bare_models.mlp") == {"bare_models/mlp.py": folder / "bare_models" / "mlp.py"}
+    assert sources("builtins") == sources("sys") == sources("os") == {}
+
+
+@pytest.mark.parametrize(("key", "value"), [("width", [1, 2]), ("width", None), ("optim.lr", 1)])
+def test_an_option_of_your_own_is_one_word_and_a_scalar(key: str, value: object) -> None:
+    with pytest.raises(
+        ConfigError, match=re.escape(f"model.options.{key} is {value!r}; a key of your own is one word")
+    ):
+        parse({"model.name": "cnn", f"model.options.{key}": value})
+
+
 def test_modules_that_import_each_other_have_an_end(folder: Path) -> None:
     (folder / "below.py").write_text("import nets\ndef width_of(width):\n    return width\n")
     assert sorted(sources("nets")) == ["below.py", "nets.py"]

@@ -3,8 +3,10 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
+from torch import nn
 
 from ssfl_app import client_app, runtime, server_app
 from ssfl_app import config as configuration
@@ -12,6 +14,7 @@ from ssfl_app.cli.main import run
 from ssfl_app.comm.node_config import SIMULATED
 from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import merge
+from ssfl_app.registry import name_of
 from ssfl_app.simulation.command import RunArgs
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.simulation.prepared_run import _prepare
@@ -69,3 +72,19 @@ def test_a_process_that_answers_for_many_clients_parses_loads_and_deals_once(cal
         context = Context(run_id=1, node_id=client + 1, node_config=node, state=RecordDict(), run_config=merge(KEYS))  # type: ignore[arg-type]
         assert not client_app.handle(hello, context).has_error()
     assert calls == ONCE
+
+
+def _linear(shape: tuple[int, ...], outputs: int, norm: str) -> nn.Module:
+    return nn.Linear(*shape, outputs)
+
+
+def test_a_run_that_begins_anew_reads_the_data_anew(tmp_path: Path) -> None:
+    file = tmp_path / "some.npz"
+    named = {"data.name": "arrays", "data.path": str(file), "model.name": name_of(_linear), "mask.density": 1.0}
+    config, shapes = configuration.parse(SMALL | named), []
+    for width in (3, 4):
+        x, y = np.ones((40, width)), np.arange(40) % 2
+        np.savez(file, x_train=x, y_train=y, x_test=x, y_test=y)
+        runtime.check(config, keep=True)
+        shapes.append(runtime.get_runtime(config.flat).data.shape)
+    assert shapes == [(3,), (4,)]

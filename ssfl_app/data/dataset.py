@@ -198,11 +198,13 @@ def load(options: DataOptions) -> DataSet:
         return _data_set(options, READERS[options.name](options.path, options.download, options.image_size))
     arguments = {key.replace("-", "_"): value for key, value in options.options.items()}
     try:
-        found = READERS[options.name](options.path, **arguments)
-    except (TypeError, OSError, ValueError) as error:
+        raw = from_arrays(READERS[options.name](options.path, **arguments), options.name)
+    except ConfigError:
+        raise
+    except Exception as error:  # of somebody else's code there may be any
         public = f"data.name is {options.name!r}; it says {type(error).__name__}"
         raise PrivateError(f"{public}: {error}", public) from error
-    return _data_set(options, from_arrays(found, options.name))
+    return _data_set(options, raw)
 
 
 def load_own(options: DataOptions, path: str) -> DataSet:

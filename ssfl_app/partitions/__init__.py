@@ -111,6 +111,8 @@ def split(
             shares = flwr_partitioner.deal(found, train, count, options, rng)
         else:
             shares = found(train, count, options, rng)
+        if options.name not in REGISTRY:
+            _check_dealt(options.name, shares, len(train), count)
         return tuple(shares), tuple(matched.matched(shares, train, test, rng))
 
     if shift is None or not shift.round:
@@ -118,6 +120,16 @@ def split(
     else:
         shares = split_groups(shift, train_labels, test_labels, clients, deal)
     return Partition(*(tuple(np.sort(share).astype(np.int64) for share in part) for part in shares))
+
+
+def _check_dealt(name: str, shares: object, samples: int, clients: int) -> None:
+    """Raise ConfigError unless each client has an array of indices, none empty, and no sample is dealt twice."""
+    lists = [np.asarray(share) for share in shares] if isinstance(shares, list | tuple) else []
+    well = len(lists) == clients and all(a.ndim == 1 and len(a) and a.dtype.kind in "iu" for a in lists)
+    dealt = np.concatenate(lists) if well else np.empty(0)
+    if not well or dealt.min() < 0 or dealt.max() >= samples or len(np.unique(dealt)) < len(dealt):
+        rule = f"it gives {clients} arrays of indices below {samples}, none empty and no index twice"
+        raise ConfigError(f"partition.name is {name!r}; {rule}")
 
 
 def _natural(

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.gpu import own_stream, wait_for
 from ssfl_app.training.reparam import originals
-from ssfl_app.training.step import LocalOptions, bfloat16, times
+from ssfl_app.training.step import LocalOptions, bfloat16, mask_gradients, times
 
 AHEAD = 48 << 20
 """Bytes of augmented images that are prepared at a time: a few launches for 4096 images of CIFAR."""
@@ -129,7 +129,7 @@ class GraphedStep:
             loss = F.cross_entropy(self._model(batch.inputs), batch.labels)
         loss.backward()  # type: ignore[no-untyped-call]
         if self._masked:
-            times([w.grad for w in self._weights.values() if w.grad is not None], self._bits)
+            mask_gradients(list(self._weights.values()), self._bits)
         if self._clip:
             nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._optimizer.step()

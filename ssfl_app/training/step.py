@@ -101,7 +101,7 @@ class EagerStep:
         if self._penalty is not None:
             whole = whole + self._penalty(self._model)
         whole.backward()  # type: ignore[no-untyped-call]
-        times([p.grad for p in self._masked if p.grad is not None], self._bits)
+        mask_gradients(self._masked, self._bits)
         if self._clip:
             nn.utils.clip_grad_norm_(self._trained, self._clip)
         if self._before_step is not None:
@@ -146,6 +146,12 @@ def times(tensors: Sequence[torch.Tensor], bits: Sequence[torch.Tensor]) -> None
     """Multiply tensors by masks of 0 and 1 in place."""
     if bits:
         torch._foreach_mul_(list(tensors), list(bits))
+
+
+def mask_gradients(weights: Sequence[torch.Tensor], bits: Sequence[torch.Tensor]) -> None:
+    """Multiply the gradients of weights by masks; one that the loss does not see, or that is frozen, has none."""
+    there = [(w.grad, mask) for w, mask in zip(weights, bits, strict=True) if w.grad is not None]
+    times([grad for grad, _ in there], [mask for _, mask in there])
 
 
 def bfloat16(wanted: bool) -> AbstractContextManager[object]:

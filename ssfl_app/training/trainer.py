@@ -159,7 +159,7 @@ class LocalTrainer:
         weights = originals(model)
         with _preserve_buffers(model):
             loss = self._loss(model, data, temperature)
-            gradients = torch.autograd.grad(loss, list(weights.values()))
+            gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
             wait_for(self.device)
         return dict(zip(weights, gradients, strict=True))
 
@@ -176,7 +176,7 @@ class LocalTrainer:
         weights = originals(model)
         with _preserve_buffers(model):
             loss = self._loss(model, data, temperature)
-            slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True, materialize_grads=True)
             along = [(g * direction[n].to(g)).sum() for n, g in zip(weights, slopes, strict=True)]
             products = torch.autograd.grad(torch.stack(along).sum(), list(weights.values()), materialize_grads=True)
             wait_for(self.device)

@@ -15,6 +15,7 @@ from ssfl_app.data.dataset import DataOptions, load, load_central, load_own
 from ssfl_app.data.readers import read_files
 from ssfl_app.data.summary import ALL
 from ssfl_app.options import ConfigError, PrivateError
+from ssfl_app.registry import name_of
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((6, 3, 2))
@@ -207,3 +208,26 @@ GOOD = (ROWS, [0, 1, 0, 1])
 def test_arrays_that_make_no_data_set_are_refused(found: object, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"data.name is 'mine:data'; {said}")):
         from_arrays(found, "mine:data")
+
+
+@pytest.mark.parametrize("error", [KeyError("column"), RuntimeError("at /srv/x")], ids=["key", "runtime"])
+def test_a_reader_that_raises_is_told_in_a_line_and_a_node_says_no_more_than_its_kind(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: str) -> None:
+        raise error
+
+    options = DataOptions(name_of(read))
+    with pytest.raises(PrivateError, match=f"it says {type(error).__name__}: ") as caught:
+        load(options)
+    assert caught.value.public.endswith(f"it says {type(error).__name__}")
+
+
+def test_rows_of_several_lengths_are_refused_in_a_line() -> None:
+    odd = ([[1.0, 2.0], [3.0]], [0, 1])
+
+    def read(path: str) -> object:
+        return odd, odd
+
+    with pytest.raises(PrivateError, match="it says ValueError"):
+        load(DataOptions(name_of(read)))

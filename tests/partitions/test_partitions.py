@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ssfl_app.options import ConfigError, build
 from ssfl_app.partitions import NATURAL, REGISTRY, PartitionOptions, split
 from ssfl_app.partitions.late import ShiftOptions
+from ssfl_app.registry import name_of
 
 DEALT = tuple(name for name in REGISTRY if name != NATURAL)
 """Partitions that deal; by the other one the data say who holds what."""
@@ -245,3 +246,16 @@ def test_built_in_partitions_take_no_options():
     labels = labels_of(2, 4)
     with pytest.raises(ConfigError, match=r"partition.options has alpha; iid takes none"):
         split(PartitionOptions("iid", options={"alpha": 2}), labels, labels, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [None, [[0], [1]], [[0], [1], [1]], [[0], [1], []], [[0], [1], [9]], [[0], [1], [-1]], [[0], [1], [0.5]]],
+)
+def test_what_a_function_of_your_own_deals_is_checked(shares):
+    def mine(labels, clients, options, generator):
+        return shares
+
+    labels = np.arange(9) % 2
+    with pytest.raises(ConfigError, match="it gives 3 arrays of indices below 9, none empty and no index twice"):
+        split(PartitionOptions(name_of(mine)), labels, labels, clients=3, seed=1)

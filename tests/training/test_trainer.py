@@ -285,3 +285,33 @@ def test_global_generators_are_left_alone():
     run.gradient(model, images())
     run.evaluate(model, images())
     assert states() == before
+
+
+class _Spare(nn.Module):
+    """Of three matrices one takes no part in the output, and one is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.spare, self.last = nn.Linear(64, 4), nn.Linear(64, 4), nn.Linear(4, 3)
+        self.first.weight.requires_grad_(False)
+
+    def forward(self, x):
+        return self.last(self.first(x.flatten(1)))
+
+
+def test_a_matrix_that_is_frozen_or_not_seen_trains_under_a_mask():
+    model = _Spare()
+    mask, before = half(model), bits(model)
+    trainer(clip=1.0).fit(model, images(), np.random.default_rng(1), lr=0.1, mask=mask)
+    alive = mask.tensors()
+    for name in ("first.weight", "spare.weight"):
+        assert torch.equal(model.state_dict()[name], before[name] * alive[name])
+    assert not torch.equal(model.last.weight, before["last.weight"] * alive["last.weight"])
+
+
+def test_a_matrix_that_the_loss_does_not_see_has_gradient_zero():
+    model = _Spare().requires_grad_(True)
+    found = trainer().gradient(model, images())
+    assert not found["spare.weight"].any()
+    assert found["first.weight"].any()
+    assert not trainer().curvature(model, images(), found)["spare.weight"].any()
