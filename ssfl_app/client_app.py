@@ -20,6 +20,7 @@ from ssfl_app.comm.node_config import NodeConfig, read_node_config, simulated
 from ssfl_app.comm.payload import ClientState, Metadata, Payload, PayloadEncoder, decode_arrays, decode_metadata
 from ssfl_app.core.client import ClientAlgorithm, Need
 from ssfl_app.options import ConfigError, PrivateError
+from ssfl_app.registry import only_brought
 from ssfl_app.runtime import code_digest, get_runtime, gpu_is_hidden
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.text import quoted, tell
@@ -170,7 +171,8 @@ def _answer(message: Message, context: Context) -> Message:
     number = 0 if hello and place.name else client_number(place, metadata)
     flat = place.obeyed(context.run_config)
     try:
-        runtime = get_runtime(flat, place.data_path)
+        with only_brought(not place.simulated):
+            runtime = get_runtime(flat, place.data_path)
     except ConfigError as error:
         raise place.in_its_words(error) from error
     if hello and not place.simulated:  # into this node's log; in simulation the server says it of the same files

@@ -319,12 +319,16 @@ def write_toml(flat: Mapping[str, Scalar]) -> str:
     return tomli_w.dumps(nested(flat))
 
 
-def first_clash(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> str | None:
-    """Return, as a sentence, the first of our keys by which this is another run than theirs; None if none is."""
+def first_clash(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar], whole: bool = False) -> str | None:
+    """Return, as a sentence, the first of our keys by which this is another run than theirs; None if none is.
+
+    If ours are the `whole` configuration, options of your own that only the other run has count too.
+    """
     theirs = complete(theirs)
-    for key, value in sorted(ours.items()):
-        if not key.startswith(RESUME_MAY_CHANGE) and value != theirs.get(key):
-            return f"{key} is {value!r}; that run was started with {theirs.get(key)!r}"
+    others = [key for key in theirs if whole and key.startswith(_FREE)]
+    for key in sorted({*ours, *others}):
+        if not key.startswith(RESUME_MAY_CHANGE) and ours.get(key) != theirs.get(key):
+            return f"{key} is {ours.get(key)!r}; that run was started with {theirs.get(key)!r}"
     return None
 
 

@@ -122,7 +122,8 @@ def not_a_key(key: str, known: Collection[str], rule: str) -> ConfigError:
     """
     last = {name.rpartition(".")[2]: name for name in reversed(list(known))}  # of equal last words the first one
     word = key.rpartition(".")[2]
-    near = get_close_matches(key, [name for name in known if name.partition(".")[0] == key.partition(".")[0]], 1, 0.9)
+    section = key.rpartition(".")[0]
+    near = get_close_matches(key, [name for name in known if name.rpartition(".")[0] == section], 1, 0.9)
     near = near or ([last[word]] if word in last else get_close_matches(key, known, 1, 0.75))
     near = near or [last[found] for found in get_close_matches(word, last, 1, 0.75)]
     return ConfigError(f"{key} is not a key; {f'did you mean {near[0]}?' if near else rule}")

@@ -11,7 +11,9 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
@@ -86,13 +88,20 @@ class Registry(dict[str, T]):
         self.group, self.what, self.fits = group, what, fits
 
     def __missing__(self, name: str) -> T:
-        module, _, attribute = self._address(name).partition(":")
+        address = self._address(name)
+        module, _, attribute = address.partition(":")
+        if address == name:
+            _check_brought(module)
         found: Any = _imported(module)
         for part in attribute.split("."):
             if not hasattr(found, part):
                 lost = "; it was made by the process that began the run" if here_only(module) else ""
                 raise _unknown(f"module {module} has no {attribute}{lost}")
             found = getattr(found, part)
+            if isinstance(found, ModuleType):
+                raise _unknown(f"{part} is a module; what is in it is named by its own module")
+        if address == name:
+            _check_brought(str(getattr(found, "__module__", None) or module))
         if not self.fits(found):
             raise _unknown(f"this is {type(found).__name__} {attribute}; it is {self.what}")
         return found  # type: ignore[no-any-return]
@@ -130,6 +139,35 @@ def _unknown(text: str, public: str = "") -> Unknown:
 @functools.cache
 def _entry_points(group: str) -> dict[str, str]:
     return {entry.name: entry.value.partition("[")[0].strip() for entry in metadata.entry_points(group=group)}
+
+
+@contextmanager
+def only_brought(wanted: bool) -> Iterator[None]:
+    """Where it is `wanted` let names stand only for what the Flower app brought, built in or entry points, inside.
+
+    A node obeys a server's names, and what is installed on it holds functions that delete and run things.
+    """
+    token = _ONLY_BROUGHT.set(wanted)
+    try:
+        yield
+    finally:
+        _ONLY_BROUGHT.reset(token)
+
+
+_ONLY_BROUGHT: ContextVar[bool] = ContextVar("only_brought", default=False)
+
+
+def _check_brought(module: str) -> None:
+    """Raise Unknown if the module is installed here, or this package, and only those of the app may be named."""
+    top = module.partition(".")[0]
+    if not _ONLY_BROUGHT.get() or top == "flwr_datasets":  # its partitioners read no files
+        return
+    spec = None if top in sys.stdlib_module_names else importlib.util.find_spec(top)
+    places = [*(spec.submodule_search_locations or []), spec.origin or ""] if spec else []
+    installed = {"site-packages", "dist-packages"}
+    if top in {*sys.stdlib_module_names, "ssfl_app"} or any(installed & set(Path(place).parts) for place in places):
+        rule = "a name stands for what the Flower app brought, or an entry point"
+        raise _unknown(f"{top} is installed on this node; {rule}")
 
 
 def _folder() -> str:

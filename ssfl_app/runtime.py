@@ -35,7 +35,7 @@ from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.shared.scoring import SsflOptions
 from ssfl_app.training import models
 from ssfl_app.training.gpu import MOST_AT_ONCE, memory_need
-from ssfl_app.training.reparam import without_other_form
+from ssfl_app.training.reparam import originals, without_other_form
 from ssfl_app.training.tasks import make_task
 from ssfl_app.training.trainer import LocalTrainer, Steps
 
@@ -218,11 +218,16 @@ def check_model(config: Config, images: DataSet, partition: Partition | None) ->
     later round would cure is refused before the first.
     """
     client, settings, name = REGISTRY[config.strategy].client, config.settings, config.model.name
-    if client.reparametrises and name not in models.REGISTRY:
-        odd = without_other_form(models.outline(config.model, images.shape, images.outputs))
-        if odd:
+    if name not in models.REGISTRY:
+        outline = models.outline(config.model, images.shape, images.outputs)
+        if client.reparametrises and (odd := without_other_form(outline)):
             rule = f"it computes with weights in another form, which {name} has no way to with {odd[0]}"
             raise ConfigError(f"strategy is {config.strategy!r}; {rule}")
+        frozen = [weight for weight, w in originals(outline).items() if not w.requires_grad]
+        if frozen and REGISTRY[config.strategy].uses_density:
+            raise ConfigError(
+                f"model.name is {name!r}; its {frozen[0]} is frozen, and a mask is of weights that train"
+            )
     fewest = models.fewest(config.model, images.shape, images.outputs)
     if fewest == 1:
         return

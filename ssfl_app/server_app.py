@@ -112,7 +112,7 @@ def check_folder(folder: Path, flat: Flat) -> None:
         raise ConfigError(f"run.out is {folder}; its config.toml is a regular file")
     if not flat["run.resume"]:
         raise ConfigError(f"run.out is {folder}; it holds a run already: go on with run.resume, or name another one")
-    clash = first_clash(flat, read_file(path))
+    clash = first_clash(flat, read_file(path), whole=True)
     if clash is not None:
         raise ConfigError(f"run.out is {folder}; {clash}")
 

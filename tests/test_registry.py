@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Message
 
-from ssfl_app import registry
+from ssfl_app import client_app, registry
+from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import BUILTIN, complete, defaults, first_clash, foreign_modules, keys, merge, parse, read_file
 from ssfl_app.options import ConfigError, PrivateError
 from ssfl_app.registry import Registry, Unknown, import_from, sources
-from ssfl_app.runtime import code_digest
+from ssfl_app.runtime import check, code_digest
+from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.layout import state_of
 from ssfl_app.training.models import ModelOptions, create, fewest, outline
 
@@ -82,6 +85,30 @@ def test_a_model_of_the_folder_is_made_with_its_options_and_the_weights_of_the_s
     made = outline(options, (1, 8, 8), 3)
     assert made[1].weight.is_meta
     assert fewest(options, (1, 8, 8), 3) == 2  # nobody knows what its BatchNorm sees
+
+
+def test_frozen_weights_have_no_mask_and_lazy_layers_no_layout(folder: Path) -> None:
+    (folder / "odd.py").write_text(
+        "from torch import nn\n"
+        "def frozen(shape, outputs, norm):\n"
+        "    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, outputs))\n"
+        "    net[1].weight.requires_grad_(False)\n"
+        "    return net\n"
+        "def lazy(shape, outputs, norm):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(outputs))\n"
+    )
+    with pytest.raises(ConfigError, match=r"model.name is 'odd:frozen'; its 1.weight is frozen"):
+        check(parse({"model.name": "odd:frozen"}))
+    check(parse({"model.name": "odd:frozen", "strategy": "fedavg"}))
+    with pytest.raises(ConfigError, match=r"model.name is 'odd:lazy'; it has lazy layers"):
+        check(parse({"model.name": "odd:lazy"}))
+
+
+def test_an_option_that_only_the_other_run_has_makes_it_another_run() -> None:
+    theirs = merge({"model.options.width": 3})
+    assert first_clash(merge(), theirs) is None  # what a command line gives may be less
+    said = first_clash(merge(), theirs, whole=True)
+    assert said == "model.options.width is None; that run was started with 3"
 
 
 def test_a_class_in_a_module_is_reached_by_dots(folder: Path) -> None:
@@ -210,3 +237,25 @@ def test_a_folder_of_before_a_key_was_added_is_the_same_run(tmp_path: Path) -> N
     fresh = merge({"run.rounds": 4, "strategy": "topk", "run.checkpoint-every": 2})
     assert first_clash(fresh, old) is None
     assert first_clash(old, {key: old[key] for key in ("strategy", "run.rounds", "run.checkpoint-every")}) is None
+
+
+@pytest.mark.parametrize("name", ["shutil:rmtree", "nets:os.path", "nets:rmtree", "ssfl_app.data.cache:clear"])
+def test_a_real_node_takes_names_only_of_what_the_app_brought(folder: Path, name: str) -> None:
+    """The folder is the node's own data; a reader that is installed there would delete it."""
+    (folder / "nets.py").write_text("import os\nfrom shutil import rmtree\n")
+    own = folder / "own"
+    own.mkdir()
+    flat = merge({"run.clients": 1, "run.cohort": 1}) | {"data.name": name}
+    site = {"partition-id": 0, "num-partitions": 1, "data-path": str(own)}
+    grid = InlineGrid(client_app.app, flat, {7: 0}, {7: site})
+    (reply,) = grid.send_and_receive([Message(PayloadEncoder().record(Payload()), 7, "query.hello")])
+    assert reply.has_error()
+    assert "data.name is" in reply.error.reason
+    assert own.is_dir()
+
+
+def test_the_model_of_an_app_is_taken_by_a_real_node(folder: Path) -> None:
+    flat = merge({"run.clients": 1, "run.cohort": 1, "model.name": "nets:seen"})
+    grid = InlineGrid(client_app.app, flat, {7: 0}, {7: {"partition-id": 0, "num-partitions": 1}})
+    (reply,) = grid.send_and_receive([Message(PayloadEncoder().record(Payload()), 7, "query.hello")])
+    assert not reply.has_error(), reply.error.reason

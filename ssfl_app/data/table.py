@@ -42,9 +42,12 @@ def _table(path: str, file: Path, public: str) -> Any:
 
     check_regular(path, file, file.name, public)
     try:
-        return parquet.read_table(file) if file.suffix == ".parquet" else csv.read_csv(file)
+        table = parquet.read_table(file) if file.suffix == ".parquet" else csv.read_csv(file)
     except (pa.ArrowException, OSError) as error:
         raise refused(path, file.name, public, f"cannot be read as {file.suffix[1:] or 'csv'}", error) from error
+    if len(set(table.column_names)) < table.num_columns:
+        raise refused(path, file.name, public, "has two columns of one name")
+    return table
 
 
 def from_tables(path: str, name: str, tables: list[Any], image_size: int, wanted: Wanted) -> ArrayDataset:

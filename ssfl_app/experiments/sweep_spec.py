@@ -80,7 +80,7 @@ def run_clash(run: RunSpec, theirs: Mapping[str, Any]) -> str | None:
 
     Keys that this strategy does not look at are left out: options of other strategies, and mask.density if dense.
     """
-    return configuration.first_clash(_matters(run), theirs)
+    return configuration.first_clash(_matters(run), theirs, whole=True)
 
 
 def _matters(run: RunSpec) -> Flat:

@@ -141,6 +141,8 @@ def _natural(
         raise ConfigError(f"shift.round is {shift.round}; it is 0 with partition.name 'natural'")
     known = np.unique(owners[0])
     if clients > len(known):
-        raise ConfigError(f"run.clients is {clients}; these data have {len(known)} clients of their own")
+        raise ConfigError(
+            f"run.clients is {clients}; these data have {len(known)} clients of their own: ask for that many"
+        )
     chosen = known if clients == len(known) else np.sort(rng.choice(known, clients, replace=False))
     return Partition(*(tuple(np.flatnonzero(part == owner) for owner in chosen) for part in owners))

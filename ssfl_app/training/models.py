@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 
 from ssfl_app.options import ConfigError, Scalar, choice, free
 from ssfl_app.registry import Registry
@@ -146,6 +147,8 @@ def _made(options: ModelOptions, shape: tuple[int, ...], outputs: int) -> nn.Mod
         ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name is {options.name!r}; it made {type(model).__name__}, not a torch.nn.Module")
+    if any(isinstance(weight, UninitializedParameter) for weight in model.parameters()):
+        raise ConfigError(f"model.name is {options.name!r}; it has lazy layers, and all shapes are known beforehand")
     return model
 
 

@@ -34,7 +34,7 @@ def power_propagation(model: nn.Module, beta: float | Mapping[str, float]) -> It
     layer. With beta > 1 a weight of exactly 0 has gradient 0. A beta of 1 changes no bit; none is below it. There is
     one for all, or one for each prunable tensor. `inverse_power` gives the w of a wanted v.
     """
-    names = originals(model)
+    names = _prunable(model)
     betas = beta if isinstance(beta, Mapping) else dict.fromkeys(names, beta)
     _check_names("beta", betas, names)
     for name, value in betas.items():
@@ -98,7 +98,7 @@ def top_weights(model: nn.Module, density: float, dense: Collection[str] = ()) -
     a weight may come back. Chosen anew in each forward pass, in evaluation too. SWAT; ZeroFL. The density is in
     (0, 1]; `dense` names prunable tensors that are left alone, such as ZeroFL's first convolution.
     """
-    weights = originals(model)
+    weights = _weights(model)
     _check_names("dense", dense, weights.keys() & set(dense))
     counts = {name: keep_count(density, w.numel()) for name, w in weights.items()}
     sparse = [name for name, count in counts.items() if name not in dense and count < weights[name].numel()]
@@ -118,7 +118,7 @@ def bernoulli_weights(
     The model's prunable tensors hold s, and `constants` has the fixed weights of each, of its shape. The generator is
     on the CPU: what is drawn does not depend on the model's device.
     """
-    scores = originals(model)
+    scores = _weights(model)
     _check_names("constants", constants, scores)
     for name, score in scores.items():
         have, need = tuple(constants[name].shape), tuple(score.shape)
@@ -156,6 +156,10 @@ def without_other_form(model: nn.Module) -> list[str]:
     A recurrent layer, for one, holds its weights twice, and would go on with w.
     """
     return [name for name in originals(model) if name not in _prunable(model)]
+
+
+def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: _original(module) for name, module in _prunable(model).items()}
 
 
 def _original(module: nn.Module) -> nn.Parameter:
