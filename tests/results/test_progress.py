@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+import select
 import sys
 from types import SimpleNamespace
 
@@ -48,6 +49,14 @@ def test_quiet_prints_errors_only(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "ssfl: it failed\n")
     tell("afterwards")
     assert capfd.readouterr().out == "afterwards\n"
+
+
+def written(terminal: int) -> str:
+    """Return all that was written to a pseudo-terminal, which hands it out in parts."""
+    shown = b""
+    while select.select([terminal], [], [], 0.2)[0]:
+        shown += os.read(terminal, 100_000)
+    return shown.decode()
 
 
 def test_a_terminal_gets_a_bar_below_the_other_lines(monkeypatch: pytest.MonkeyPatch) -> None:
