@@ -93,7 +93,7 @@ def try_one(n: int, stays: bool, work: Path, new: list[str]) -> dict[str, object
 
 
 def main() -> None:
-    READERS["digits"], models.REGISTRY["cnn"] = few_digits, narrow_cnn
+    READERS["digits"], models.REGISTRY["cnn"] = few_digits, models.of_images(narrow_cnn)
     work, n, stride = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     new = ["run", "--engine", "inline", "-c", sys.argv[4], "--out"]
     if child([*new, str(work / "whole")], work / "said") != 0:
