@@ -1,6 +1,6 @@
 """Models, data, tasks and strategies of one's own: the files of ``examples/own``, from a folder of their own.
 
-What they reach is recorded by ``benchmarks/own.py``; here they run, learn, and give the same bits on the engines.
+What they reach ``benchmarks/own.py`` plays; here they run, learn, and give the same bits on the engines.
 """
 
 import json
