@@ -37,7 +37,7 @@ class Section:
 GOOD = {"how-many": 3, "share": 0.5, "rate": 0.1, "kind": "red", "on": True, "even": 4}
 
 
-def test_a_room_is_built_of_its_keys():
+def test_a_section_is_built_of_its_keys():
     assert build(Section, "zoo", GOOD) == Section(3, 0.5, 0.1, "red", True, 4)
 
 

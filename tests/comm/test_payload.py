@@ -93,7 +93,7 @@ def test_every_second_entry_of_an_array_is_packed_as_if_it_were_copied():
     ]
 
 
-def test_an_array_that_parcels_share_is_serialised_once():
+def test_an_array_that_payloads_share_is_serialised_once():
     packer, model = PayloadEncoder(), np.arange(1000, dtype=np.float32)
     records = [packer.record(Payload({"values": model}, {"round": i})) for i in range(3)]
     one, *others = [record["arrays"]["values"] for record in records]

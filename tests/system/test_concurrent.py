@@ -190,7 +190,7 @@ def test_each_thread_has_a_bench_and_shares_the_data():
     assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
 
 
-def test_a_workshop_is_opened_once_however_many_ask():
+def test_a_runtime_is_made_once_however_many_ask():
     flat, found = merge(SMALL, {"run.seed": 6}), []
     threads = [threading.Thread(target=lambda: found.append(get_runtime(flat))) for _ in range(4)]
     for thread in threads:

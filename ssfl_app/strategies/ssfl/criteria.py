@@ -100,8 +100,8 @@ def find_mask(
         carry = carry or Payload(metadata={"weights": state_digest(layout, state)})
     elif carry is None:
         carry = Payload(Dense().encode(layout, state, Mask.dense(layout)))
-    inquiry = _ScoreCollector(strategy, ask, tuple(clients), state, carry)
-    return _RULES[SsflOptions.from_settings(strategy.settings).criterion](inquiry)
+    collector = _ScoreCollector(strategy, ask, tuple(clients), state, carry)
+    return _RULES[SsflOptions.from_settings(strategy.settings).criterion](collector)
 
 
 @dataclass(frozen=True)
@@ -157,27 +157,27 @@ class _ScoreCollector:
         return mask
 
 
-def _by_snip(inquiry: _ScoreCollector) -> Mask:
-    return inquiry.top(inquiry.mean("saliency"))
+def _by_snip(collector: _ScoreCollector) -> Mask:
+    return collector.top(collector.mean("saliency"))
 
 
-def _by_pooled_snip(inquiry: _ScoreCollector) -> Mask:
-    return inquiry.top(pooled_snip(inquiry.mean("saliency"), inquiry.weights))
+def _by_pooled_snip(collector: _ScoreCollector) -> Mask:
+    return collector.top(pooled_snip(collector.mean("saliency"), collector.weights))
 
 
-def _by_grasp(inquiry: _ScoreCollector) -> Mask:
-    gradient = inquiry.mean("saliency")
+def _by_grasp(collector: _ScoreCollector) -> Mask:
+    gradient = collector.mean("saliency")
     length = np.linalg.norm(gradient.astype(np.float64))
     direction = (gradient / (length or 1.0)).astype(np.float32)
-    return inquiry.top(grasp(inquiry.mean("curvature", arrays={"direction": direction}), inquiry.weights))
+    return collector.top(grasp(collector.mean("curvature", arrays={"direction": direction}), collector.weights))
 
 
-def _by_magnitude(inquiry: _ScoreCollector) -> Mask:
-    return inquiry.top(np.abs(inquiry.weights))
+def _by_magnitude(collector: _ScoreCollector) -> Mask:
+    return collector.top(np.abs(collector.weights))
 
 
-def _by_synflow(inquiry: _ScoreCollector) -> Mask:
-    strategy, layout = inquiry.strategy, inquiry.strategy.layout
+def _by_synflow(collector: _ScoreCollector) -> Mask:
+    strategy, layout = collector.strategy, collector.strategy.layout
     workbench, shape = strategy.context.workbench, strategy.context.input_shape
     if workbench is None or shape is None:
         rule = "ssfl.criterion synflow computes with the model on the server"
@@ -185,26 +185,28 @@ def _by_synflow(inquiry: _ScoreCollector) -> Mask:
     net = flow_net(workbench)
 
     def score(step: int, mask: Mask) -> Vector:
-        alive = mask.apply(inquiry.state)
+        alive = mask.apply(collector.state)
         flows = synflow(net, {name: alive[name] for name in layout.prunable}, shape)
         # Path sums of a deep net leave the range of float32; their ratios do not.
         largest = max(float(flow.max()) for flow in flows.values()) or 1.0
         return layout.flatten_prunable({name: flow / largest for name, flow in flows.items()})
 
-    return inquiry.steps(score, returning=False)
+    return collector.steps(score, returning=False)
 
 
-def _by_iterative_snip(inquiry: _ScoreCollector) -> Mask:
+def _by_iterative_snip(collector: _ScoreCollector) -> Mask:
     def score(step: int, mask: Mask) -> Vector:
         scores = np.zeros(mask.alive.size, dtype=np.float32)
-        scores[mask.alive] = inquiry.mean("saliency", mask.count, _net(step, mask), step)
+        scores[mask.alive] = collector.mean("saliency", mask.count, _net(step, mask), step)
         return scores
 
-    return inquiry.steps(score, returning=False)
+    return collector.steps(score, returning=False)
 
 
-def _by_force(inquiry: _ScoreCollector) -> Mask:
-    return inquiry.steps(lambda step, mask: inquiry.mean("saliency", None, _net(step, mask), step), returning=True)
+def _by_force(collector: _ScoreCollector) -> Mask:
+    return collector.steps(
+        lambda step, mask: collector.mean("saliency", None, _net(step, mask), step), returning=True
+    )
 
 
 def _net(step: int, mask: Mask) -> Arrays:
