@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -155,7 +156,8 @@ def _spelled(words: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, An
 
 def _named(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration in which things of Python have names."""
-    return {key: _name(key, str(value) if isinstance(value, Path) else value) for key, value in flat.items()}
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in flat.items()}
+    return {key: _name(key, str(value) if isinstance(value, Path) else value) for key, value in plain.items()}
 
 
 def _name(key: str, value: Any) -> Any:

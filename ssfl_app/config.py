@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,8 @@ def merge(*layers: Mapping[str, Scalar]) -> Flat:
     for key in given:
         if key not in known and not key.startswith(_FREE):
             sections = dict.fromkeys(key.partition(".")[0] for key in known if "." in key)
-            raise not_a_key(key, known, f"keys are strategy and those of {', '.join(sections)}")
+            own = get_close_matches(key, [free + key.rpartition(".")[2] for free in _FREE], 1, 0.8)
+            raise not_a_key(key, own or known, f"keys are strategy and those of {', '.join(sections)}")
     return merged
 
 

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from ssfl_app.options import PrivateError, option
+from ssfl_app.text import one_line
 
 T = TypeVar("T")
 FOLDER = "SSFL_MODULES"
@@ -95,8 +96,10 @@ class Registry(dict[str, T]):
         found: Any = _imported(module)
         for part in attribute.split("."):
             if not hasattr(found, part):
+                where = f" ({file})" if (file := getattr(found, "__file__", None)) else ""
                 lost = "; it was made by the process that began the run" if here_only(module) else ""
-                raise _unknown(f"module {module} has no {attribute}{lost}")
+                public = f"module {module} has no {attribute}{lost}"
+                raise _unknown(f"module {module}{where} has no {attribute}{lost}", public)
             found = getattr(found, part)
             if isinstance(found, ModuleType):
                 raise _unknown(f"{part} is a module; what is in it is named by its own module")
@@ -188,7 +191,7 @@ def _imported(module: str) -> Any:
             public = f"there is no module {error.name} where it runs"
             raise _unknown(f"there is no module {error.name}{where} among those installed", public) from error
         said = f"module {module} cannot be imported"
-        raise _unknown(f"{said} ({type(error).__name__}: {error})", f"{said} ({type(error).__name__})") from error
+        raise _unknown(f"{said} ({one_line(error)})", f"{said} ({type(error).__name__})") from error
 
 
 def sources(module: str, found: dict[str, Path] | None = None) -> dict[str, Path]:

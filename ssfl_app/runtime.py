@@ -7,8 +7,10 @@ and partition, and each has a `WorkerState` of its own: what a message writes to
 
 import functools
 import hashlib
+import math
 import os
 import threading
+import warnings
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -29,14 +31,16 @@ from ssfl_app.data.summary import ALL, DataSummary
 from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Indices, Partition, split
 from ssfl_app.registry import sources
+from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import Layout, State, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.shared.scoring import SsflOptions
+from ssfl_app.text import one_line
 from ssfl_app.training import models
 from ssfl_app.training.gpu import MOST_AT_ONCE, memory_need
 from ssfl_app.training.reparam import originals, without_other_form
-from ssfl_app.training.tasks import make_task
+from ssfl_app.training.tasks import Classification, make_task
 from ssfl_app.training.trainer import LocalTrainer, Steps
 
 
@@ -278,8 +282,36 @@ def _for_task(config: Config, images: DataSet) -> DataSet:
     return images
 
 
+def _rehearse(config: Config, images: DataSet) -> None:
+    """Raise ConfigError unless a model or task that is not built in trains on a few samples and is scored.
+
+    It costs a model's memory on the CPU, for that long. Where weights can die, all are dead once: a layer that
+    divides by their norm computes no number then, and would end a run in some later round.
+    """
+    samples, name = images.train if len(images.train) else images.test, config.model.name
+    usual = name in models.REGISTRY and type(make_task(config.task, images.task)) is Classification
+    if usual or not len(samples):
+        return
+    trainer, few = _trainer(config, images, torch.device("cpu")), samples.take(np.arange(min(2, len(samples))))
+    model = models.create(config.model, images.shape, images.outputs, config.settings.run.seed)
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+            trainer.fit(model, few, generator(0, "rehearsal"), lr=0.01, epochs=1)
+            alive = trainer.evaluate(model, few)[0]
+            weights = originals(model) if REGISTRY[config.strategy].uses_density else {}
+            for weight in weights.values():
+                weight.data.zero_()
+            dead = trainer.evaluate(model, few)[0]
+    except Exception as error:
+        what = f"{len(few)} samples of data.name {config.data.name!r}, inputs {tuple(few.inputs.shape)} of "
+        what += f"{few.inputs.dtype} and targets {tuple(few.targets.shape)} of {few.targets.dtype}"
+        raise ConfigError(f"model.name is {name!r}; trained on {what}, it says {one_line(error)}") from error
+    if math.isfinite(alive) and not math.isfinite(dead):
+        raise ConfigError(f"model.name is {name!r}; where a mask takes all weights of a layer it computes {dead}")
+
+
 def check(config: Config, keep: bool = False) -> Layout:
-    """Find out whether a configuration can be run, without building its model; return the model's layout.
+    """Find out whether a configuration can be run, without building a built-in model; return the model's layout.
 
     With `keep` the data that were loaded for it wait for `get_runtime`.
 
@@ -295,6 +327,7 @@ def check(config: Config, keep: bool = False) -> Layout:
     if keep:
         _open.cache_clear()  # a notebook plays the same keys again after it changed what a name or path stands for
         _CHECKED[tuple(sorted(config.flat.items())), ""] = config, (images, partition)
+    _rehearse(config, images)
     layout = Layout.of(models.outline(config.model, images.shape, images.outputs))
     metric = make_task(config.task, images.task).metric
     REGISTRY[config.strategy](ServerContext(layout, config.settings, metric=metric))

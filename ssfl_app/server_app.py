@@ -40,6 +40,7 @@ from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.text import command, tell
 from ssfl_app.training.malloc import return_freed_memory
+from ssfl_app.training.tasks import AUTO
 
 app = ServerApp()
 
@@ -280,9 +281,10 @@ class RecordingCallback(RunCallback):
         config, data = self.runtime.config, self.runtime.data
         devices = ", ".join(sorted({str(metadata.get("device", "unknown device")) for metadata in sites.values()}))
         dealt = "own data" if self.runtime.own else f"{config.partition.name} partition"
+        task = data.task if config.task.name == AUTO else config.task.name
         self.recorder.say(
-            f"{config.strategy} on {data.name}: {len(sites)} clients on {devices}, {dealt}, {config.model.name} with "
-            f"{self.runtime.layout.size:,} parameters, augmentation {data.transform.augment}"
+            f"{config.strategy} on {data.name} ({task}): {len(sites)} clients on {devices}, {dealt}, "
+            f"{config.model.name} with {self.runtime.layout.size:,} parameters, augmentation {data.transform.augment}"
         )
         for note in data.notes:
             self.recorder.say(f"note: {note}")

@@ -90,3 +90,8 @@ def quoted(value: object, most: int = 60) -> str:
     long = isinstance(value, str | bytes) and len(value) > most
     text = in_a_line(repr(value[:most] if isinstance(value, str | bytes) else value))  # cut before it is copied
     return text[: most - 3] + "..." if long or len(text) > most else text
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -226,7 +226,8 @@ def test_keys_are_spelled_as_python_and_toml_have_them() -> None:
     run = ssfl_app.run("random", config="my.toml", local_lr=0.05, local_epochs=1, mask_min_per_layer=0, quiet=True)
     assert (run.config["strategy"], run.config["run.cohort"], run.config["local.lr"]) == ("random", 2, 0.05)
     nested = {"strategy": "fedavg", "local": {"epochs": 1}, "run.clients": 3, "run.rounds": 1, "data.path": ""}
-    assert ssfl_app.run(config=nested, quiet=True).config["strategy"] == "fedavg"
+    counted = ssfl_app.run(config=nested, cohort=np.int64(2), local_lr=np.float64(0.05), quiet=True)
+    assert (counted.config["strategy"], counted.config["run.cohort"]) == ("fedavg", 2)
 
 
 def test_an_older_or_dense_run_says_what_it_lacks(played: api.Run, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_class_in_a_module_is_reached_by_dots(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("nets:nett", "module nets has no nett"),
+        ("nets:nett", "module nets ({folder}/nets.py) has no nett"),
         ("nest:net", "there is no module nest in {folder} or among those installed"),
         ("nets.inner:net", "there is no module nets.inner in {folder}"),
         ("broken:net", "module broken cannot be imported (ZeroDivisionError: division by zero)"),
@@ -259,3 +259,38 @@ def test_the_model_of_an_app_is_taken_by_a_real_node(folder: Path) -> None:
     grid = InlineGrid(client_app.app, flat, {7: 0}, {7: {"partition-id": 0, "num-partitions": 1}})
     (reply,) = grid.send_and_receive([Message(PayloadEncoder().record(Payload()), 7, "query.hello")])
     assert not reply.has_error(), reply.error.reason
+
+
+@pytest.mark.parametrize(
+    ("body", "keys", "said"),
+    [
+        (
+            "Linear(64, outputs).double()",
+            {},
+            r"trained on 2 samples of data.name 'digits', inputs .* says RuntimeError",
+        ),
+        ("Linear(63, outputs)", {}, "says RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        ("Linear(64, outputs)", {"task.name": "segmentation"}, "says .*Error"),
+        ("Linear(64, 1)", {}, "says IndexError"),
+        ("utils.parametrizations.weight_norm(nn.Linear(64, outputs))", {}, "where a mask takes all .*computes nan"),
+    ],
+)
+def test_what_a_model_cannot_do_with_the_data_is_said_before_a_run(
+    folder: Path, body: str, keys: dict[str, str], said: str
+) -> None:
+    name = f"misfit{len(body)}{len(keys)}"  # a module is imported once
+    (folder / f"{name}.py").write_text(
+        f"from torch import nn\ndef net(shape, outputs, norm):\n    return nn.Sequential(nn.Flatten(), nn.{body})\n"
+    )
+    before = torch.get_rng_state()
+    with pytest.raises(ConfigError, match=rf"model.name is '{name}:net'; .*{said}") as caught:
+        check(parse({"model.name": f"{name}:net", **keys}))
+    assert "\n" not in str(caught.value)
+    assert torch.equal(torch.get_rng_state(), before)
+    if "weight_norm" in body:
+        check(parse({"model.name": f"{name}:net", "strategy": "fedavg"}))
+
+
+def test_a_misspelt_table_of_options_of_your_own(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.optoins.width is not a key; did you mean model.options.width\?"):
+        merge({"model.optoins.width": 3})

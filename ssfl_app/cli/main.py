@@ -19,7 +19,7 @@ from ssfl_app.cli.study import app as study_app
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.registry import import_from
-from ssfl_app.text import never_fail_to_print, tell
+from ssfl_app.text import never_fail_to_print, one_line, tell
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -194,7 +194,6 @@ def cache(
 ) -> None:
     """Show where decoded images are kept, and how many bytes they have."""
     from ssfl_app.data import cache as image_cache
-    from ssfl_app.data.unreadable import one_line
 
     try:
         folder = image_cache.cache_folder()

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.data.unreadable import check_regular, one_line, unreadable
+from ssfl_app.data.unreadable import check_regular, unreadable
 from ssfl_app.options import PrivateError
+from ssfl_app.text import one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,7 +18,8 @@ from ssfl_app.data.arrays import MOST_CLASSES
 from ssfl_app.data.cache import ArrayDataset, Labels, Wanted, cached
 from ssfl_app.data.image_folder import hidden
 from ssfl_app.data.images import decode, measure
-from ssfl_app.data.unreadable import check_names, check_regular, one_line, unreadable
+from ssfl_app.data.unreadable import check_names, check_regular, unreadable
+from ssfl_app.text import one_line
 
 _WHAT = "a folder of parquet files, each with the word train or test (or val) in its name"
 _IMAGE_COLUMNS = ("img", "image")

@@ -23,10 +23,11 @@ from ssfl_app.data.images import decode, measure
 from ssfl_app.data.parquet import read_parquet
 from ssfl_app.data.table import read_table
 from ssfl_app.data.text import read_text
-from ssfl_app.data.unreadable import check_regular, is_folder, one_line, unreadable
+from ssfl_app.data.unreadable import check_regular, is_folder, unreadable
 from ssfl_app.data.volumes import read_volumes
 from ssfl_app.options import ConfigError, PrivateError
 from ssfl_app.registry import Registry
+from ssfl_app.text import one_line
 
 # Mean and std of each channel as the published training scripts have them (DisPFL, SSFL).
 _CIFAR_MOMENTS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ssfl_app.data.summary import CLASS_NAME, odd_name
 from ssfl_app.options import ConfigError, PrivateError
-from ssfl_app.text import quoted
+from ssfl_app.text import one_line, quoted
 
 
 def unreadable(path: str | Path, what: str, public: str | None = None) -> PrivateError:
@@ -67,8 +67,3 @@ def part_files(path: str, root: Path, names: Sequence[str], test_only: bool) -> 
             raise unreadable(path, rule)
         check_regular(path, files[0], files[0].name, files[0].name)
     return [files[0] for files in found]
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

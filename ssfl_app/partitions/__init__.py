@@ -24,6 +24,7 @@ from ssfl_app.partitions.options import Indices as Indices
 from ssfl_app.partitions.options import SplitOptions
 from ssfl_app.registry import Registry
 from ssfl_app.seeding import generator
+from ssfl_app.text import one_line
 
 Splitter = Callable[[Indices, int, SplitOptions, np.random.Generator], list[Indices]]
 """splitter(labels (N,), K clients, options, generator) -> K arrays of indices into `labels`: every image once, no
@@ -109,8 +110,13 @@ def split(
         found = REGISTRY[options.name]
         if flwr_partitioner.is_partitioner(found):
             shares = flwr_partitioner.deal(found, train, count, options, rng)
-        else:
+        elif options.name in REGISTRY:
             shares = found(train, count, options, rng)
+        else:
+            try:
+                shares = found(train, count, options, rng)
+            except Exception as error:
+                raise ConfigError(f"partition.name is {options.name!r}; it says {one_line(error)}") from error
         if options.name not in REGISTRY:
             _check_dealt(options.name, shares, len(train), count)
         return tuple(shares), tuple(matched.matched(shares, train, test, rng))

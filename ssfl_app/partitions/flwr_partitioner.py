@@ -5,6 +5,7 @@ of the labels, which is called label.
 """
 
 import inspect
+import warnings
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,13 @@ def deal(kind: Any, labels: Indices, clients: int, options: SplitOptions, rng: n
     arguments = {name: value for name, value in given.items() if name in taken}
     arguments |= {name.replace("-", "_"): value for name, value in options.options.items()}
     try:
-        partitioner = kind(**arguments)
-        partitioner.dataset = Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
-        count = partitioner.num_partitions
-        shares = [np.asarray(partitioner.load_partition(k)["index"], np.int64) for k in range(min(count, clients))]
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of each new try
+            partitioner = kind(**arguments)
+            partitioner.dataset = Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
+            count = partitioner.num_partitions
+            shares = [
+                np.asarray(partitioner.load_partition(k)["index"], np.int64) for k in range(min(count, clients))
+            ]
     except (TypeError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(f"partition.name is {options.name!r}; called with {arguments} it says {error}") from error
     if count != clients:

@@ -26,6 +26,7 @@ from torch.nn.parameter import UninitializedParameter
 from ssfl_app.options import ConfigError, Scalar, choice, free
 from ssfl_app.registry import Registry
 from ssfl_app.seeding import torch_generator
+from ssfl_app.text import one_line
 
 NORMS = ("group", "batch", "none")
 
@@ -143,7 +144,7 @@ def _made(options: ModelOptions, shape: tuple[int, ...], outputs: int) -> nn.Mod
     except Exception as error:
         called = ", ".join([f"{shape}, {outputs}, {options.norm!r}", *(f"{k}={v!r}" for k, v in arguments.items())])
         raise ConfigError(
-            f"model.name is {options.name!r}; called with ({called}) it says {type(error).__name__}: {error}"
+            f"model.name is {options.name!r}; called with ({called}) it says {one_line(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name is {options.name!r}; it made {type(model).__name__}, not a torch.nn.Module")

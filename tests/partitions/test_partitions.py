@@ -259,3 +259,12 @@ def test_what_a_function_of_your_own_deals_is_checked(shares):
     labels = np.arange(9) % 2
     with pytest.raises(ConfigError, match="it gives 3 arrays of indices below 9, none empty and no index twice"):
         split(PartitionOptions(name_of(mine)), labels, labels, clients=3, seed=1)
+
+
+def test_a_function_of_your_own_that_fails_is_named():
+    def mine(labels, clients, options, generator):
+        return labels[len(labels)]
+
+    labels = np.arange(9) % 2
+    with pytest.raises(ConfigError, match=r"partition.name is 'this_process:mine.*'; it says IndexError: index 9"):
+        split(PartitionOptions(name_of(mine)), labels, labels, clients=3, seed=1)
