@@ -7,6 +7,7 @@ can be damaged in many ways.
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -134,9 +135,12 @@ class Replayed:
         """Return all that a reply may change: what a checkpoint holds, the model, the mask, and the accuracies."""
         strategy = self.strategy
         return {
-            **{f"snapshot {name}": array.tobytes() for name, array in strategy.state_dict().items()},
-            "model": strategy.layout.flatten(strategy.model()).tobytes(),
-            "mask": strategy.mask.packed().tobytes(),
+            **{
+                f"snapshot {name}": sha256(array.tobytes()).hexdigest()
+                for name, array in strategy.state_dict().items()
+            },
+            "model": sha256(strategy.layout.flatten(strategy.model()).tobytes()).hexdigest(),
+            "mask": sha256(strategy.mask.packed().tobytes()).hexdigest(),
             "densities": strategy.densities(),
             "accuracies": (strategy.accuracy, strategy.personal_accuracy),
             "losses": strategy.losses,
