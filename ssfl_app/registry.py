@@ -197,22 +197,30 @@ def _imported(module: str) -> Any:
 def sources(module: str, found: dict[str, Path] | None = None) -> dict[str, Path]:
     """Return the files of a foreign module by their names below its folder: what server and clients must share.
 
-    They are all files of its package, or the module and what it imports of its own folder, in turn, beside `found`.
+    They are all files of its package, or the module, and what those import of the same folder, in turn, with `found`.
     """
     _folder()
     found, top = {} if found is None else found, module.partition(".")[0]
     spec = None if here_only(top) else importlib.util.find_spec(top)
-    for folder in map(Path, (spec and spec.submodule_search_locations) or ()):  # without an __init__.py too
-        found |= {p.relative_to(folder.parent).as_posix(): p for p in sorted(folder.rglob("*.py"))}
-    if spec is None or spec.submodule_search_locations or not spec.has_location:
-        return found
-    file = Path(str(spec.origin))
-    found |= {file.name: file}
-    for node in ast.walk(ast.parse(file.read_bytes())) if "site-packages" not in file.parts else ():
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for name in {name.partition(".")[0] for name in names} - {"ssfl_app", ""}:
+    parts = [Path(part) for part in (spec and spec.submodule_search_locations) or ()]  # without an __init__.py too
+    own = {path: part.parent for part in parts for path in sorted(part.rglob("*.py"))}
+    if spec is not None and spec.has_location and not parts:
+        own = {Path(str(spec.origin)): Path(str(spec.origin)).parent}
+    found |= {path.relative_to(folder).as_posix(): path for path, folder in own.items()}
+    for path, folder in own.items():
+        for name in _imports(path) if "site-packages" not in path.parts else ():
             known = any(key.startswith((f"{name}.py", f"{name}/")) for key in found)
-            if not known and any((file.parent / there).exists() for there in (f"{name}.py", f"{name}/__init__.py")):
+            if not known and any((folder / there).exists() for there in (f"{name}.py", f"{name}/__init__.py")):
                 found = sources(name, found)
     return found
+
+
+def _imports(file: Path) -> set[str]:
+    """Return the packages and modules that a file names in its imports, but for this package and its own."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except SyntaxError:  # in a package lie templates, and files of other versions of Python
+        return set()
+    names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {name.partition(".")[0] for name in names} - {"ssfl_app", ""}

@@ -200,6 +200,9 @@ def test_a_package_without_an_init_is_covered_and_what_the_interpreter_brings_ha
     (folder / "bare_models").mkdir()
     (folder / "bare_models" / "mlp.py").write_text("x = 1\n")
     assert sources("bare_models.mlp") == {"bare_models/mlp.py": folder / "bare_models" / "mlp.py"}
+    (folder / "bare_models" / "old.py").write_text("print 'no Python 3'\n")
+    (folder / "bare_models" / "mlp.py").write_text("def f():\n    from below import width_of\n")
+    assert set(sources("bare_models")) == {"bare_models/mlp.py", "bare_models/old.py", "below.py"}
     assert sources("builtins") == sources("sys") == sources("os") == {}
 
 
