@@ -60,8 +60,11 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: 
     tested = {CENTRAL: "central test set", LOCAL: "mean over clients"}
     tested |= {PERSONAL: "personal models"} if known.get(PERSONAL) is not None else {}
     work = NONE if passes is None else f"{ask('image_passes')} in training, {ask('validation_passes')} forward only"
+    best, ended = in_metric(known.get("best_value"), metric) + metric.unit, known.get("stopped")
     rows = [
         *([f"{metric.name}, {x}", in_metric(known.get(k), metric) + metric.unit + better] for k, x in tested.items()),
+        *([[f"{metric.name}, best round", f"{best}, round {known['best_round']}"]] if "best_round" in known else []),
+        *([["stopped", f"after round {ask('rounds')}: {ended}"]] if ended else []),
         ["density", f"{ask('density', '.3g')}: {alive}"],
         ["discovery and mask", f"{mb('bytes_discovery_down')} MB down, {mb('bytes_discovery_up')} MB up"],
         ["training", f"{mb('bytes_train_down')} MB down, {mb('bytes_train_up')} MB up"],

@@ -14,6 +14,7 @@ from ssfl_app import RunCallback, callbacks, client_app, server_app
 from ssfl_app.config import Flat, foreign_modules, merge, parse
 from ssfl_app.options import ConfigError
 from ssfl_app.results.recorder import Recorder
+from ssfl_app.results.rows import summary_table
 from ssfl_app.simulation.in_process import run_inline
 from tests.in_process_grid import FEW, SMALL
 
@@ -72,6 +73,9 @@ def test_a_run_stops_and_says_why(stopped: tuple[Path, dict[str, Any]]) -> None:
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"
     assert summary["rounds"] == rounds(folder)[-1]["round"] == 3
     assert summary["stopped"] == "no better accuracy in 2 evaluated rounds"
+    shown = dict(summary_table(summary).rows)
+    assert shown["stopped"] == "after round 3: no better accuracy in 2 evaluated rounds"
+    assert shown["accuracy, best round"].endswith(f" %, round {summary['best_round']}")
     said = (folder / "console.log").read_text()
     assert "stopped after round 3: no better accuracy in 2 evaluated rounds" in said
     assert f"best: round {summary['best_round']}, accuracy {100 * summary['best_value']:.4g} %: best.safet" in said
