@@ -281,7 +281,7 @@ def read_overrides(texts: Iterable[str]) -> Flat:
 
 def read_given(file: Path | None, overrides: Iterable[str] | None) -> Flat:
     """Return the keys that a command line gives: those of a file, overridden by `read_overrides`."""
-    return (read_file(file) if file else {}) | read_overrides(overrides or [])
+    return _overlay(read_file(file) if file else {}, read_overrides(overrides or []))
 
 
 def merge(*layers: Mapping[str, Scalar]) -> Flat:
@@ -292,7 +292,7 @@ def merge(*layers: Mapping[str, Scalar]) -> Flat:
     ConfigError
         A layer names a key that does not exist.
     """
-    given = {key: value for layer in layers for key, value in layer.items()}
+    given = _overlay(*layers)
     find_strategy(given.get("strategy", "ssfl"))
     merged = complete(given)
     known = defaults(merged["strategy"])
@@ -302,6 +302,19 @@ def merge(*layers: Mapping[str, Scalar]) -> Flat:
             own = get_close_matches(key, [free + key.rpartition(".")[2] for free in _FREE], 1, 0.8)
             raise not_a_key(key, own or known, f"keys are strategy and those of {', '.join(sections)}")
     return merged
+
+
+def _overlay(*layers: Mapping[str, Scalar]) -> Flat:
+    """Return all keys, of later layers first; options that only a strategy reads which a later layer replaces go."""
+    given: Flat = {}
+    for layer in layers:
+        ours, theirs = given.get("strategy", "ssfl"), layer.get("strategy")
+        if theirs not in (None, ours):
+            find_strategy(theirs)
+            gone = defaults(ours).keys() - defaults(theirs).keys()
+            given = {key: value for key, value in given.items() if key not in gone}
+        given |= layer
+    return given
 
 
 def nested(flat: Mapping[str, Scalar]) -> dict[str, Any]:

@@ -12,7 +12,18 @@ from flwr.app import Message
 
 from ssfl_app import client_app, registry
 from ssfl_app.comm.payload import Payload, PayloadEncoder
-from ssfl_app.config import BUILTIN, complete, defaults, first_clash, foreign_modules, keys, merge, parse, read_file
+from ssfl_app.config import (
+    BUILTIN,
+    complete,
+    defaults,
+    first_clash,
+    foreign_modules,
+    keys,
+    merge,
+    parse,
+    read_file,
+    read_given,
+)
 from ssfl_app.options import ConfigError, PrivateError
 from ssfl_app.registry import Registry, Unknown, import_from, sources
 from ssfl_app.runtime import check, code_digest
@@ -176,6 +187,9 @@ def test_a_strategy_of_the_folder_brings_its_keys(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"half.shear is not a key; did you mean half.share\?"):
         merge({"strategy": "halves:Half", "half.shear": 1})
     assert "half" not in BUILTIN
+    (folder / "half.toml").write_text("strategy = 'halves:Half'\n[half]\nshare = 1\n[sparsyfed]\nbeta = 1.5\n")
+    given = read_given(folder / "half.toml", ["strategy='fedavg' run.rounds=3"])
+    assert given == {"strategy": "fedavg", "run.rounds": 3, "sparsyfed.beta": 1.5}  # what fedavg is compared with
 
 
 def test_the_code_digest_covers_what_is_imported(folder: Path) -> None:
