@@ -202,6 +202,15 @@ def test_readme_is_read_to_its_end() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 250
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_rows_of_results_are_those_that_scripts_recorded(page: str) -> None:
+    records = [ROOT / "benchmarks" / "results" / f"{name}.md" for name in ("digits", "digits-study-short", "cifar10")]
+    recorded = {line for file in records for line in file.read_text("utf-8").splitlines()}
+    rows = re.findall(r"^\| `[a-z-]+` \| [\d.]+ \| .*$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+    assert len(rows) >= 4
+    assert [row for row in rows if row not in recorded] == []
+
+
 def table(page: str, title: str) -> list[list[str]]:
     """Return the cells of the first table below a title of a page, without its head."""
     text = (ROOT / page).read_text("utf-8")
