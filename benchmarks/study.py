@@ -1,9 +1,9 @@
 """Play every system on digits and record it: python benchmarks/study.py [--jobs N] [--record-only] [--out DIR]
 
 `ssfl compare configs/digits-study.toml` in scratch/digits-study, which goes on where it stopped; then the tables, the
-picture and the numbers are copied to benchmarks/results/digits-study.*, README's short table is written beside them
-(digits-study-short.md: density 0.05 and the dense methods), and the paper's order at density 0.05 is looked at: what
-does not hold is printed.
+picture and the numbers are copied to benchmarks/results/digits-study.*, the short table of docs/results.md is written
+beside them (digits-study-short.md: density 0.05 and the dense methods), and the paper's order at density 0.05 is
+looked at: what does not hold is printed.
 """
 
 import argparse

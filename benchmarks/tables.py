@@ -1,10 +1,10 @@
-"""Run the tables of README with `ssfl run` and record them: python benchmarks/tables.py digits|cifar10
+"""Run the tables of docs/results.md with `ssfl run` and record them: python benchmarks/tables.py digits|cifar10
 
 cifar10 reads the folder that SSFL_CIFAR10 names.
 
 Every run is `ssfl run` in a process of its own: cifar10 on the Ray engine, digits (24 short runs) on the in-process
 one, which gives the same digits and whose seconds are those of one core. The record in benchmarks/results/ holds
-each run's summary.json and environment.json; the Markdown table beside it is what README shows. Runs that the
+each run's summary.json and environment.json; the Markdown table beside it is what that page shows. Runs that the
 record already has are not played again: delete it to start over.
 """
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ssfl_app.sparsity.mask import Mask as Mask
     from ssfl_app.training.tasks import Task as Task
 
-__version__ = "0.1.0"
+    __version__: str
 
 _HOMES = {
     "run": "ssfl_app.api",
@@ -47,7 +47,13 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name, whose module is imported now."""
+    """Return a public name, whose module is imported now; or the version, which stands in pyproject.toml."""
+    if name == "__version__":  # Flower wants it there; an app that Flower installed has no metadata to ask
+        import tomllib
+
+        from ssfl_app.files import app_folder
+
+        return tomllib.loads((app_folder() / "pyproject.toml").read_text("utf-8"))["project"]["version"]
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

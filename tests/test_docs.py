@@ -1,4 +1,4 @@
-"""What the documentation names exists: files, modules, classes, functions; and README lists what is registered."""
+"""What the documentation names exists: files, modules, classes, functions; and tables list what is registered."""
 
 import ast
 import re
@@ -162,7 +162,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_the_table_of_strategies_is_the_registry() -> None:
-    rows = table("Strategies")
+    rows = table("README.md", "Strategies")
     assert sorted(name for first, *_ in rows for name in re.findall(r"`([^`]+)`", first)) == sorted(REGISTRY)
     for first, *_ in rows:
         for page in re.findall(r"\((docs/[^)]+)\)", first):
@@ -171,7 +171,7 @@ def test_the_table_of_strategies_is_the_registry() -> None:
 
 def test_the_table_of_options_has_every_key() -> None:
     listed: set[str] = set()
-    for first, keys in table("Configuration"):
+    for first, keys in table("docs/configuration.md", "Configuration"):
         sections = re.findall(r"`([^`]+)`", first)
         if len(sections) > 1:  # of single strategies; their pages have them
             pages = "".join(page.read_text("utf-8") for page in PAGES if page.parent.name == "strategies")
@@ -183,8 +183,8 @@ def test_the_table_of_options_has_every_key() -> None:
     assert listed == set(defaults())
 
 
-def test_readme_names_what_can_be_chosen() -> None:
-    keys = {first.strip("`"): text for first, text in table("Configuration")}
+def test_the_table_of_options_names_what_can_be_chosen() -> None:
+    keys = {first.strip("`"): text for first, text in table("docs/configuration.md", "Configuration")}
     for section, key, names in (
         ("data", "name", [name for name in READERS if name != FEW]),
         ("partition", "name", partitions.REGISTRY),
@@ -198,9 +198,22 @@ def test_readme_names_what_can_be_chosen() -> None:
         assert match[1].split(", ") == list(names)
 
 
-def table(title: str) -> list[list[str]]:
-    """Return the cells of the first table below a title of README, without its head."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    rows = re.search(rf"^## {title}\n(?:(?!\|).*\n)*((?:\|.*\n)+)", text, re.MULTILINE)
+def test_readme_is_read_to_its_end() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 250
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_rows_of_results_are_those_that_scripts_recorded(page: str) -> None:
+    records = [ROOT / "benchmarks" / "results" / f"{name}.md" for name in ("digits", "digits-study-short", "cifar10")]
+    recorded = {line for file in records for line in file.read_text("utf-8").splitlines()}
+    rows = re.findall(r"^\| `[a-z-]+` \| [\d.]+ \| .*$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+    assert len(rows) >= 4
+    assert [row for row in rows if row not in recorded] == []
+
+
+def table(page: str, title: str) -> list[list[str]]:
+    """Return the cells of the first table below a title of a page, without its head."""
+    text = (ROOT / page).read_text("utf-8")
+    rows = re.search(rf"^##? {title}\n(?:(?!\|).*\n)*((?:\|.*\n)+)", text, re.MULTILINE)
     assert rows is not None
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[1].splitlines()[2:]]

@@ -18,6 +18,7 @@ OTHERS = {
     "test_mirror.py",
     "callbacks/test_trackers.py",  # every tracker
     "test_supply.py",  # pyproject.toml and deploy/
+    "test_wheel.py",  # what pyproject.toml makes
     "partitions/test_partitions.py",  # every way to deal
     "plugin/test_docs.py",  # docs/plugin.md
     "strategies/test_contract.py",  # every strategy

@@ -52,7 +52,7 @@ def keys_of(name: str, work: Path, images: int, tiny: bool) -> str:
         data = work / f"cifar10-{images}"
         if not data.exists():
             write_cifar(Path(CIFAR10), data, images, max(100, images // 10))
-        # One epoch in batches of 32, as in README's table; the last round is the only one that is evaluated.
+        # One epoch in batches of 32, as in docs/results.md; the last round is the only one that is evaluated.
         keys += f"data.name='parquet' data.path='{data}' data.augment='crop-flip' "
         keys += "model.name='resnet20' local.epochs=1 local.batch-size=32 "
         keys += "run.rounds=5 run.evaluate-every=5 "

@@ -12,7 +12,6 @@ import typer
 from packaging.requirements import Requirement
 from typer import Argument, Option
 
-from ssfl_app import __version__
 from ssfl_app.cli.arguments import ConfigFile, Engine, Out, Override, Resume
 from ssfl_app.cli.federation import app as federation_app
 from ssfl_app.cli.study import app as study_app
@@ -31,6 +30,8 @@ app.add_typer(federation_app, name="federation", help="Real SuperNodes: up, run,
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from ssfl_app import __version__
+
         typer.echo(f"ssfl {__version__}")
         raise typer.Exit
 
@@ -223,10 +224,11 @@ def lacking(package: str, extras: Iterable[str]) -> Iterator[str]:
 def check_installed() -> None:
     """Raise ConfigError if only what the plug-in layer needs was installed.
 
-    Now, not when a picture is drawn at the end of a long run. A checkout on PYTHONPATH has no metadata to ask.
+    Now, not when a picture is drawn at the end of a long run. A checkout on PYTHONPATH has no metadata to ask. Ray is
+    asked for by the engine that needs it.
     """
     try:
-        if missing := sorted(lacking("ssfl-app", ["app"])):
+        if missing := sorted({*lacking("ssfl-app", ["app"])} - {"ray"}):
             raise ConfigError(f'{", ".join(missing)} not installed: pip install "ssfl-app[app]"')
     except metadata.PackageNotFoundError:
         return

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,9 +36,11 @@ class RunArgs:
 
 
 def check_engine(name: str) -> None:
-    """Raise ConfigError unless `name` is one of `ENGINES`."""
+    """Raise ConfigError unless `name` is one of `ENGINES`, and what it needs is installed."""
     if name not in ENGINES:
         raise ConfigError(f"--engine is {name!r}; it is one of {', '.join(ENGINES)}")
+    if name == "ray" and find_spec("ray") is None:
+        raise ConfigError("--engine is 'ray'; ray is not installed: pip install \"ssfl-app[app]\"")
 
 
 @contextmanager

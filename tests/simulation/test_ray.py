@@ -243,7 +243,7 @@ def test_a_run_that_fails_on_ray_has_exit_code_1_and_says_why(tmp_path: Path) ->
 
 
 def test_plain_flwr_run_gives_the_same_digits(inline: dict[str, object], tmp_path: Path) -> None:
-    """As README says: a folder name that Flower accepts, two switches, the number of SuperNodes."""
+    """As docs/flower-run.md says: a folder name that Flower accepts, two switches, the number of SuperNodes."""
     app = tmp_path / "ssfl-app"
     shutil.copytree(ROOT / "ssfl_app", app / "ssfl_app", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "LICENSE", "README.md"):
