@@ -126,8 +126,6 @@ def run(
     for key in given.keys() & called.keys():
         raise ConfigError(f"{key} is given twice, {given[key]!r} and {called[key]!r}; give one of them")
     flat = given | called
-    if "run.clients" in flat and "run.cohort" not in flat and file is None and resume is None:
-        flat["run.cohort"] = min(flat["run.clients"], known["run.cohort"])
     for key in configuration.NAMED:
         if engine != "inline" and here_only(str(flat.get(key, ""))):
             raise ConfigError(f"{key} is {flat[key]!r}; with engine {engine!r} it is in a module of its own, a file")
@@ -150,7 +148,7 @@ def _spelled(words: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, An
     keys |= {"model_options": "model.options", "data_options": "data.options", "task_options": "task.options"}
     for word in words:
         if word not in keys:
-            raise not_a_key(word, [*keys, *known], "ssfl keys lists them")
+            raise not_a_key(word, list(keys), "ssfl keys lists them, here with underscores")
     return {keys[word]: value for word, value in words.items()}
 
 

@@ -195,8 +195,14 @@ def defaults(strategy: object = "ssfl") -> Flat:
 
 
 def complete(flat: Mapping[str, Any]) -> Flat:
-    """Return a configuration with the defaults of what it lacks: one that an older version wrote has fewer keys."""
-    return {**defaults(flat.get("strategy", "ssfl")), **flat}
+    """Return a configuration with the defaults of what it lacks: one that an older version wrote has fewer keys.
+
+    A cohort that nobody asked for is of all clients where there are fewer of them than by default.
+    """
+    found = {**defaults(flat.get("strategy", "ssfl")), **flat}
+    if "run.cohort" not in flat and type(clients := found["run.clients"]) is int and clients > 0:
+        found["run.cohort"] = min(clients, int(found["run.cohort"]))
+    return found
 
 
 def keys(strategy: str = "") -> list[tuple[str, "Field[Any]"]]:
@@ -281,7 +287,7 @@ def read_overrides(texts: Iterable[str]) -> Flat:
 
 def read_given(file: Path | None, overrides: Iterable[str] | None) -> Flat:
     """Return the keys that a command line gives: those of a file, overridden by `read_overrides`."""
-    return _overlay(read_file(file) if file else {}, read_overrides(overrides or []))
+    return overlay(read_file(file) if file else {}, read_overrides(overrides or []))
 
 
 def merge(*layers: Mapping[str, Scalar]) -> Flat:
@@ -292,7 +298,7 @@ def merge(*layers: Mapping[str, Scalar]) -> Flat:
     ConfigError
         A layer names a key that does not exist.
     """
-    given = _overlay(*layers)
+    given = overlay(*layers)
     find_strategy(given.get("strategy", "ssfl"))
     merged = complete(given)
     known = defaults(merged["strategy"])
@@ -304,7 +310,7 @@ def merge(*layers: Mapping[str, Scalar]) -> Flat:
     return merged
 
 
-def _overlay(*layers: Mapping[str, Scalar]) -> Flat:
+def overlay(*layers: Mapping[str, Scalar]) -> Flat:
     """Return all keys, of later layers first; options that only a strategy reads which a later layer replaces go."""
     given: Flat = {}
     for layer in layers:

@@ -255,6 +255,7 @@ def test_an_older_or_dense_run_says_what_it_lacks(played: api.Run, tmp_path: Pat
         ({"task": Net}, "task.name is 'tests.test_api:Net'; this is type Net; it is a subclass of ssfl_app.Task"),
         ({"data": [1, 2]}, "data.name is 'this_process:data_"),
         ({"client": 4}, "client is not a key; did you mean clients?"),
+        ({"trackers": "tensorboard"}, "trackers is not a key; did you mean run_trackers?"),
         ({"local_lr_decy": 1.0}, "local_lr_decy is not a key; did you mean local_lr_decay?"),
         ({"density": 0.1, "config": {"mask.density": 0.2}}, "mask.density is given twice, 0.2 and 0.1; give one"),
         ({"density": 1.7}, "mask.density is 1.7; it is a fraction in (0, 1]"),

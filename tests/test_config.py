@@ -169,6 +169,8 @@ def test_a_strategy_that_is_no_scalar_is_refused(value):
 
 def test_a_cohort_of_all_clients_is_allowed():
     assert parse(defaults() | {"run.clients": 5, "run.cohort": 5}).settings.run.cohort == 5
+    assert parse({"run.clients": 5}).settings.run.cohort == 5  # one command is enough
+    assert parse({"run.clients": 50}).settings.run.cohort == defaults()["run.cohort"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from ssfl_app.text import never_fail_to_print, one_line, tell
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click does
 )
 app.add_typer(study_app, name="study", help="Studies of the SSFL paper: masks, clients.")
 app.add_typer(federation_app, name="federation", help="Real SuperNodes: up, run, status, down; init, node, ...")

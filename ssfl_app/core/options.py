@@ -23,7 +23,7 @@ class RunOptions:
     """Keys of the section ``run``."""
 
     clients: int = at_least(1, 20, "clients of the federation; one SuperNode each")
-    cohort: int = at_least(1, 10, "clients that train in a round")
+    cohort: int = at_least(1, 10, "clients that train in a round; not given, at most all")
     rounds: int = at_least(1, 20, "rounds of training")
     seed: int = anything("a whole number", 1, "of everything random: init, partition, cohorts, minibatches")
     weighting: str = choice("samples", "uniform", about="weight of a client in the mean of a round")

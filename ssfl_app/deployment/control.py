@@ -92,7 +92,7 @@ def wait_until_online(federation: Federation, timeout: float, say: Callable[[str
             online = sum(node["status"] == "online" for node in nodes(federation))
         stand = f"{online} of {len(federation.nodes)} nodes are online"
         if online != said:
-            say(stand)
+            say(stand if online >= len(federation.nodes) else f"waiting: {stand}")
             said = online
         if online >= len(federation.nodes):
             return

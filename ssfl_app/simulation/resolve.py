@@ -38,8 +38,7 @@ def resolve(words: RunArgs) -> tuple[Config, Layout]:
         Anything about it cannot be run: keys, values, data, partition, GPU, folders.
     """
     nodes = words.nodes
-    given = configuration.read_file(words.file) if words.file else {}
-    given |= dict(words.keys) | configuration.read_overrides(words.overrides)
+    given = configuration.overlay(configuration.read_given(words.file, words.overrides), words.keys)
     if nodes is not None:
         if given.get("run.clients", nodes) != nodes:
             raise ConfigError(f"--nodes is {nodes}; run.clients, {given['run.clients']}, is the same number")
