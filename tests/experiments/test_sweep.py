@@ -172,7 +172,19 @@ def test_row_by_hand(tmp_path: Path) -> None:
     (table,) = compare.groups([entry(tmp_path, **new, density_all=0.25)], [], "ssfl")
     # 3 + 0.5 MB down and 2 + 0.25 MB up; the 7 MB of evaluation are left out.
     accuracy = ["95.0", "90.0", NONE, NONE, NONE]
-    assert cells(table.rows[0]) == ["`ssfl`", "0.1", "0.25", "8", *accuracy, "3.50", "2.25", "9.00", "12,345", "12"]
+    assert cells(table.rows[0]) == [
+        "`ssfl`",
+        "0.1",
+        "0.25",
+        "8",
+        *accuracy,
+        NONE,
+        "3.50",
+        "2.25",
+        "9.00",
+        "12,345",
+        "12",
+    ]
     text = markdown([table], "ssfl", [])
     assert "`ssfl`: every client trains in every round; image passes and MB count them all." in text
     assert "`ssfl`: validates while training" in text
@@ -223,7 +235,7 @@ def test_missing_runs_are_rows_and_are_named(tmp_path: Path) -> None:
     other = Entry({**whole.config, "strategy": "random"}, dense=False, run=None, reason="failed: the disk is full")
     made = compare.groups([whole, lost, other], [], "ssfl")
     assert cells(made[0].rows[0])[0] == "`ssfl` (1 of 2 seeds)"
-    assert cells(made[0].rows[1]) == ["`random`", "0.1", NONE, NONE, "failed", *[NONE] * 9]
+    assert cells(made[0].rows[1]) == ["`random`", "0.1", NONE, NONE, "failed", *[NONE] * 10]
     text = markdown(made, "ssfl", [])
     assert "- `ssfl`, density 0.1, seed 2: failed: loss is NaN." in text
     assert "- `random`, density 0.1, seed 1: failed: the disk is full." in text
@@ -334,12 +346,14 @@ def test_two_baselines_are_refused(tmp_path: Path) -> None:
 # ---- playing -----------------------------------------------------------------------------------
 
 
-Words = tuple[list[Path], list[str], Path, str, int, bool]
+Words = tuple[list[Path], list[str], Path, str, int, str, bool]
 
 
-def words(tmp_path: Path, text: str, *overrides: str, jobs: int = 2, report_only: bool = False) -> Words:
+def words(
+    tmp_path: Path, text: str, *overrides: str, jobs: int = 2, budget: str = "none", report_only: bool = False
+) -> Words:
     (tmp_path / "sweep.toml").write_text(TINY + text)
-    return [tmp_path / "sweep.toml"], list(overrides), tmp_path / "out", "inline", jobs, report_only
+    return [tmp_path / "sweep.toml"], list(overrides), tmp_path / "out", "inline", jobs, budget, report_only
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
