@@ -167,7 +167,7 @@ def build(section: type[T], name: str, values: Mapping[str, Scalar]) -> T:
             if not word.replace("-", "_").isidentifier() or type(given) not in (bool, int, float, str):
                 rule = "a key of your own is one word, its value a number, text, true or false"
                 raise ConfigError(f"{prefix}{key}.{word} is {given!r}; {rule}")
-    types = _types(section)
+    types = _types(section)  # type: ignore[arg-type]
     made: dict[str, Any] = {spec.name: inner[key] for key, spec in known.items() if key in inner}
     for key in [key for key in known if key not in inner]:
         spec, allowed = known[key], known[key].metadata["allowed"]

@@ -624,10 +624,10 @@ def test_example_sweep_file_is_valid() -> None:
 
 
 def test_the_study_is_a_valid_sweep_with_as_many_settings_for_each_row() -> None:
-    made = read_plan([Path(__file__).parents[2] / "configs" / "digits-study.toml"], ["run.rounds=1"])
+    made = read_plan([Path(__file__).parents[2] / "configs" / "digits-study.toml"], ["run.seed=1"])
     places, rows = 2, [block.runs for block in made.blocks]
     assert made.axes == ["partition.name"]
-    assert len(made.searches) * 6 == len(made.runs) == sum(map(len, rows))
+    assert len(made.searches) == len(made.runs) == sum(map(len, rows))
     assert {len(search.candidates) for search in made.searches} == {4}
     assert len(made.blocks) == places * 3
     # In order of importance.
