@@ -11,7 +11,7 @@ from typing import Any
 from ssfl_app.experiments.jobs import check_all, finish, old_reason, play, read_budget, state
 from ssfl_app.experiments.run_spec import RunSpec
 from ssfl_app.experiments.sweep_spec import SweepSpec, read_plan
-from ssfl_app.experiments.tuning import Choice, Outcome, Search, choose, headline
+from ssfl_app.experiments.tuning import Choice, Outcome, Search, at_an_end, choose, headline
 from ssfl_app.files import write_bytes, write_json
 from ssfl_app.options import ConfigError
 from ssfl_app.results.compare import COMMON, OWN, Entry, as_json, groups
@@ -79,6 +79,7 @@ class Sweep:
     def __init__(self, plan: SweepSpec, folder: Path) -> None:
         self.plan, self.folder, self.homes = plan, folder, folder / "runs"
         self.failed: dict[str, str] = {}  # slug -> why, of the runs that were played now
+        self._finished: dict[str, Outcome] = {}  # by slug: what was read once
 
     def play(self, engine: str, jobs: int, seconds: float, say: Callable[[str], None]) -> None:
         """Play what is missing as far as the time goes: common and tuning runs of a block, then what is chosen."""
@@ -114,12 +115,15 @@ class Sweep:
         return choose(search, self._outcome)
 
     def _outcome(self, run: RunSpec) -> Outcome:
+        if run.slug in self._finished:
+            return self._finished[run.slug]
         home = self.homes / run.slug
         stands = state(run, home)
         if stands == "finished":
             made = read_run(home)
             value = headline(made)
-            return Outcome(value, made.metric, "" if value is not None else "failed: its metric is no number")
+            found = Outcome(value, made.metric, "" if value is not None else "failed: its metric is no number")
+            return self._finished.setdefault(run.slug, found)
         return Outcome(failed=self.failed.get(run.slug, "") or (old_reason(home) if stands == "unfinished" else ""))
 
     def entries(self) -> tuple[list[tuple[RunSpec, Entry]], list[tuple[RunSpec, Entry]]]:
@@ -142,7 +146,16 @@ class Sweep:
             return []
         tried = [len(search.candidates) for search in searches]
         seeds = ", ".join(str(run.flat["run.seed"]) for run in searches[0].candidates[0].tried)
-        return [f"{OWN.capitalize()}: {RULE.format(count=max(tried), seeds=seeds)}"]
+        ends = []
+        for search in searches:
+            best, first = self.choice(search).best, search.candidates[0].tried[0]
+            found = {} if best is None else at_an_end(search, best)
+            if found:
+                place = {} if first.density is None else {"density": first.density}
+                words = {**place, **{key: first.flat[key] for key in self.plan.axes}, **found}
+                ends.append(f"`{first.row}` ({', '.join(f'{key} {value}' for key, value in words.items())})")
+        more = [f"The chosen value is the least or the greatest of its grid: {'; '.join(ends)}."] if ends else []
+        return [f"{OWN.capitalize()}: {RULE.format(count=max(tried), seeds=seeds)}", *more]
 
     def record(self) -> dict[str, Any]:
         """Return what each row tried and chose, as JSON has it."""

@@ -58,6 +58,17 @@ class Choice:
     reason: str = ""
 
 
+def at_an_end(search: Search, best: Candidate) -> Flat:
+    """Return the chosen values that are the least or the greatest of three or more: a better one may lie beyond."""
+    found: Flat = {}
+    for key, value in best.values.items():
+        tried = {each.values[key] for each in search.candidates}
+        numbers = sorted(x for x in tried if isinstance(x, int | float) and not isinstance(x, bool))
+        if len(numbers) >= 3 and value in (numbers[0], numbers[-1]):
+            found[key] = value
+    return found
+
+
 def headline(run: Run) -> float | None:
     """Return what a setting is chosen by: the metric of personal models on own tests, else central; None: not finite.
 

@@ -575,6 +575,7 @@ def test_two_sweeps_do_not_play_in_one_folder(tmp_path: Path) -> None:
     [
         (["missing.toml"], "CONFIG is missing.toml; it is a TOML file"),
         (["a.toml", "--engine", "spark"], "--engine is 'spark'; it is one of ray, inline"),
+        (["a.toml", "--budget", "soon"], "--budget is 'soon'; it is a time above 0 such as 90s, 10m or 2h, or none"),
         (["a.toml", "--jobs", "0"], "--jobs is 0; it is a number of at least 1"),
         (["a.toml", "-c", "local.epoch=1"], "local.epoch is not a key"),
         (["a.toml", "-c", "run.out='x'"], "run.out is 'x'; `ssfl compare` sets it itself, by --out"),

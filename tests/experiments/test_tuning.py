@@ -9,7 +9,7 @@ import pytest
 from ssfl_app.experiments.run_spec import RunSpec
 from ssfl_app.experiments.sweep import run_sweep
 from ssfl_app.experiments.sweep_spec import SweepSpec, read_plan
-from ssfl_app.experiments.tuning import Candidate, Choice, Outcome, Search, choose, headline
+from ssfl_app.experiments.tuning import Candidate, Choice, Outcome, Search, at_an_end, choose, headline
 from ssfl_app.metrics import ACCURACY, Metric
 from ssfl_app.options import ConfigError
 from ssfl_app.results.run_folder import metadata, read_run
@@ -190,6 +190,15 @@ def test_a_setting_that_failed_is_out_and_nothing_is_chosen_before_all_are_playe
     )
 
 
+def test_a_value_at_an_end_of_three_or_more_is_named() -> None:
+    grid = [
+        Candidate({"local.lr": lr, "local.momentum": m, "x": w}, [], [])
+        for lr in (0.1, 1.0, 0.3)
+        for m, w in ((0, "a"), (0.9, "b"))
+    ]
+    assert [at_an_end(Search(grid), each) for each in grid[::2]] == [{"local.lr": 0.1}, {"local.lr": 1.0}, {}]
+
+
 def test_headline_is_that_of_personal_models_if_there_are_any(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('strategy = "ditto"\n')
     (tmp_path / "rounds.jsonl").write_text("")
@@ -245,6 +254,10 @@ def test_a_sweep_tunes_then_plays_each_row_with_its_choice_and_nothing_twice(tmp
     page = (out / "comparison.md").read_text()
     assert [line for line in page.splitlines() if line.startswith("## ")] == ["## common settings", "## own settings"]
     assert f"| `fedavg` | local.lr {best} " in page
+    assert (
+        f"The chosen value is the least or the greatest of its grid: `fedavg` (local.lr {best})." in page
+        or best == 0.2
+    )
     assert "Own settings: each row at each density tried 3 settings on the seeds 7, which no table has" in page
 
     # The same again: only what failed is tried again, and the result is the same.
