@@ -40,7 +40,7 @@ def markdown(
 ) -> str:
     """Return the Markdown file: a table for each combination of axes, the picture, notes, and where it was played.
 
-    `notes` come after its own ones, about columns and rows.
+    `environments` has one for each run, `notes` come after those about columns and rows.
     """
     lines = [f"# {title}", ""]
     for group in made:
@@ -159,7 +159,7 @@ def _origin(made: Sequence[Group], environments: Sequence[Mapping[str, Any]]) ->
     rows = [row for group in made for row in group.rows]
     seeds = sorted({seed for row in rows for seed in (*row.seeds, *row.missing)})
     parts = [f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} ({', '.join(map(str, seeds))})"]
-    parts.append(f"{sum(len(row.seeds) for row in rows)} runs")
+    parts.append(f"{len(environments)} runs")  # one may be in two tables
     return "; ".join([*parts, *origin(environments)]) + "."
 
 
