@@ -186,7 +186,7 @@ def picture(made: Sequence[Group], names: Sequence[str]) -> "Figure":
     legend = 0.25 * math.ceil(len(names) / columns)
     figure = _figure(max(7.0, width), (5.6 if crowded else 4.3) * down + legend)
     alike = len({group.metric for group in made}) < 2
-    panels = figure.subplots(down, across, sharey=alike, squeeze=False).flat
+    panels = list(figure.subplots(down, across, sharey=alike, squeeze=False).flat)
     for axes, group in zip(panels, made, strict=False):
         _panel(axes, group, names)
     for number, axes in enumerate(panels):

@@ -259,10 +259,15 @@ def test_a_table_for_each_combination_of_axes(tmp_path: Path) -> None:
     assert "91.5 ± 6.4" in text  # 0.91 and 0.92: 12.7062 * 0.00707 / sqrt(2)
     assert "digits, dirichlet partition, cnn, 8 clients, 3 rounds." in lines
     assert lines[-1] == "2 seeds (1, 2); 8 runs; 2 cores of Abacus, no GPU; torch 9.9; 2026-01-01 to 2026-01-02."
-    assert [axes.get_title("left") for axes in picture(made, ["ssfl", "random"]).axes] == [
-        "partition.name = iid",
-        "partition.name = dirichlet",
-    ]
+    panels = picture(made, ["ssfl", "random"]).axes
+    assert [axes.get_title("left") for axes in panels] == ["partition.name = iid", "partition.name = dirichlet"]
+    assert [axes.yaxis.label.get_visible() for axes in panels] == [True, False]  # they share one scale
+
+
+def test_the_scale_of_a_picture_ends_where_a_share_does(tmp_path: Path) -> None:
+    entries = [entry(tmp_path, "ssfl", seed, own=value) for seed, value in ((1, 0.2), (2, 0.99))]
+    (axes,) = picture(compare.groups(entries, [], "ssfl"), ["ssfl"]).axes
+    assert axes.get_ylim() == (0.0, 101.0)
 
 
 def test_a_variant_is_a_row_with_its_name_and_its_settings(tmp_path: Path) -> None:
