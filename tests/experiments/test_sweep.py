@@ -536,6 +536,19 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
         run_sweep(*words(tmp_path, asked_text(asked), "local.lr=0.05"), said.append)
 
 
+def test_a_run_that_the_end_of_the_budget_cuts_is_no_failure(tmp_path: Path) -> None:
+    said: list[str] = []
+    asked = words(
+        tmp_path, '[compare]\nstrategies = ["fedavg", "random"]\n', "run.rounds=100000", jobs=1, budget="2s"
+    )
+    run_sweep(*asked, said.append)
+    assert "fedavg seed 1: the time is over; it goes on another time" in said
+    (table,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["tables"]
+    cut, waiting = (row["missing"]["1"] for row in table["rows"])
+    assert cut in ("unfinished", "not played")  # on a slow machine it had not begun
+    assert waiting == "not played"
+
+
 def asked_text(asked: Words) -> str:
     return asked[0][0].read_text().removeprefix(TINY)
 
