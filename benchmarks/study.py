@@ -1,8 +1,9 @@
-"""Play every system on digits and record it: python benchmarks/study.py [--jobs N] [--record-only] [--out DIR]
+"""Play every system on digits and record it: python -m benchmarks.study [--minutes M] [--jobs N] [--commit]
 
-`ssfl compare configs/digits-study.toml` in scratch/digits-study, which goes on where it stopped; then the tables, the
-picture and the numbers are copied to benchmarks/results/digits-study.*, the short table of docs/results.md is written
-beside them (digits-study-short.md: density 0.05 and the dense methods), and the paper's order at density 0.05 is
+`ssfl compare configs/digits-study.toml` in scratch/digits-study, as far as the time goes; the same command goes on
+where that stopped. Every quarter of an hour the tables, the picture and the numbers are copied to
+benchmarks/results/digits-study.* and the short table of docs/results.md is written beside them (digits-study-short.md: density 0.05
+and the dense methods); with --commit these files are committed. At the end the paper's order at density 0.05 is
 looked at: what does not hold is printed.
 """
 
@@ -11,79 +12,149 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+SWEEP = ROOT / "configs" / "digits-study.toml"
 DENSITY = 0.05
+OWN = "own settings"
+SLICE = 15 * 60  # seconds from one record to the next
+NONE = "\N{EN DASH}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="time for all; default: until all is played"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--record-only", action="store_true", help="play nothing")
+    parser.add_argument("--commit", action="store_true", help="commit each record")
     parser.add_argument("--out", type=Path, default=ROOT / "scratch" / "digits-study")
     words = parser.parse_args()
-    command = [str(Path(sys.executable).parent / "ssfl"), "compare", str(ROOT / "configs" / "digits-study.toml")]
-    command += ["--out", str(words.out), "--jobs", str(words.jobs)]
-    subprocess.run([*command, *(["--report-only"] if words.record_only else [])], check=True)
-    for kind in ("md", "png", "json"):
-        shutil.copy(words.out / f"comparison.{kind}", RESULTS / f"digits-study.{kind}")
-    full = (RESULTS / "digits-study.md").read_text()
-    (RESULTS / "digits-study.md").write_text(full.replace("(comparison.png)", "(digits-study.png)"))
-    tables = json.loads((RESULTS / "digits-study.json").read_text())["tables"]
-    short = "\n\n".join(f"{partition(table)}:\n\n{short_table(table)}" for table in tables)
-    (RESULTS / "digits-study-short.md").write_text(short + "\n")
+    end = time.monotonic() + 60 * words.minutes
+    while True:
+        left = min(SLICE, end - time.monotonic())
+        part = ["--report-only"] if words.record_only else ["--budget", f"{max(1.0, left):.0f}s"]
+        command = [sys.executable, "-m", "ssfl_app", "compare", str(SWEEP), "--out", str(words.out)]
+        done = subprocess.run([*command, "--jobs", str(words.jobs), *part], cwd=ROOT)
+        if done.returncode not in (0, 1):  # 1: a run failed, which the table says
+            sys.exit(done.returncode)
+        tables = record(words.out)
+        if words.commit:
+            commit()
+        if words.record_only or not waits(tables) or end - time.monotonic() < 1:
+            break
     for table in tables:
-        print(partition(table), "\n".join(check_order(table)) or "the paper's order holds", sep="\n")
+        print(title(table), "\n".join(check_order(table)) or "the paper's order holds", sep="\n")
 
 
-def partition(table: dict) -> str:
+def record(out: Path, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """Copy what a comparison in `out` wrote, write the short tables, and return all tables."""
+    for kind in ("md", "png", "json"):
+        shutil.copy(out / f"comparison.{kind}", results / f"digits-study.{kind}")
+    full = (results / "digits-study.md").read_text("utf-8")
+    (results / "digits-study.md").write_text(full.replace("(comparison.png)", "(digits-study.png)"), "utf-8")
+    tables: list[dict[str, Any]] = json.loads((results / "digits-study.json").read_text("utf-8"))["tables"]
+    pairs = [(table, own_table(table, tables)) for table in tables if table["terms"] != OWN]
+    short = "\n\n".join(f"{partition(table)}:\n\n{short_table(table, own)}" for table, own in pairs)
+    (results / "digits-study-short.md").write_text(short + "\n", "utf-8")
+    return tables
+
+
+def commit() -> None:
+    """Commit the files of the record, if they are others than those that are committed."""
+    files = [str(path) for path in sorted(RESULTS.glob("digits-study*"))]
+    subprocess.run(["git", "add", "--", *files], cwd=ROOT, check=True)
+    if subprocess.run(["git", "diff", "--cached", "--quiet", "--", *files], cwd=ROOT).returncode:
+        message = "Digits study, as far as it is played"
+        subprocess.run(["git", "commit", "--quiet", "-m", message, "--", *files], cwd=ROOT, check=True)
+
+
+def waits(tables: list[dict[str, Any]]) -> bool:
+    """Return whether there are runs that are neither finished nor failed."""
+    reasons = [why for table in tables for row in table["rows"] for why in row["missing"].values()]
+    return any(not why.startswith("failed") for why in reasons)
+
+
+def own_table(table: dict[str, Any], tables: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the rows of the table with own settings that belongs to one with common settings, by name."""
+    found = [other for other in tables if other["terms"] == OWN and other["axes"] == table["axes"]]
+    return {row["row"]: row for other in found for row in shown_rows(other)}
+
+
+def shown_rows(table: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows at density 0.05 and at none that have a run."""
+    return [row for row in table["rows"] if row["mask_density"] in (None, DENSITY) and row["seeds"]]
+
+
+def partition(table: dict[str, Any]) -> str:
     return str(table["axes"]["partition.name"]).capitalize()
 
 
-def short_table(table: dict) -> str:
-    rows = [row for row in table["rows"] if row["mask_density"] in (None, DENSITY)]
-    rows.sort(key=lambda row: (row["mask_density"] is None, -row["means"]["own"]["mean"]))
-    head = "| strategy | density | central % | own tests % | with | p against SSFL | MB | image passes |"
-    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *map(short_row, rows)])
+def title(table: dict[str, Any]) -> str:
+    return ", ".join(filter(None, [partition(table), table["terms"]]))
 
 
-def short_row(row: dict) -> str:
-    mean = row["means"]
-    gap = row["difference"] or {}
-    p = ""
-    if gap.get("p") is not None:
-        p = "<0.01" if gap["p"] < 0.01 else f"{gap['p']:.2f}"
-    return " | ".join(
-        [
-            f"| `{row['strategy']}`",
-            f"{mean['density']['mean']:.3g}",
-            accuracy(mean["central"]),
-            accuracy(mean["own"]),
-            "global" if mean["personal"] is None else "personal",
-            p,
-            f"{(mean['down']['mean'] + mean['up']['mean']) / 1e6:.1f}",
-            f"{mean['image_passes']['mean']:,.0f} |",
-        ]
+def short_table(table: dict[str, Any], own: dict[str, dict[str, Any]]) -> str:
+    rows = sorted(shown_rows(table), key=lambda row: (row["mask_density"] is None, -(value(row, "own") or 0)))
+    head = (
+        *("row", "density", "central %", "own tests %", "with", "p (Holm) against SSFL"),
+        *("own settings: own tests %", "p (Holm)", "settings", "MB", "image passes"),
     )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(short_row(row, own.get(row['row'])))} |" for row in rows)])
 
 
-def accuracy(found: dict) -> str:
-    return f"{100 * found['mean']:.1f} ± {100 * found['half_width_95']:.1f}"
+def short_row(row: dict[str, Any], own: dict[str, Any] | None) -> list[str]:
+    count = "" if not row["missing"] else f" ({len(row['seeds'])} of {len(row['seeds']) + len(row['missing'])} seeds)"
+    best = [NONE, NONE, NONE]
+    if own is not None:
+        best = [accuracy(own, "own"), probability(own), ", ".join(f"{k} {v}" for k, v in own["settings"].items())]
+    return [
+        f"`{row['row']}`{count}",
+        f"{value(row, 'density') or 0:.3g}",
+        accuracy(row, "central"),
+        accuracy(row, "own"),
+        "global" if value(row, "personal") is None else "personal",
+        probability(row),
+        *best,
+        f"{((value(row, 'down') or 0) + (value(row, 'up') or 0)) / 1e6:.1f}",
+        f"{value(row, 'image_passes') or 0:,.0f}",
+    ]
 
 
-def check_order(table: dict) -> list[str]:
+def value(row: dict[str, Any], key: str) -> float | None:
+    return None if row["means"].get(key) is None else float(row["means"][key]["mean"])
+
+
+def accuracy(row: dict[str, Any], key: str) -> str:
+    found = row["means"].get(key)
+    if found is None:
+        return NONE
+    half = found["half_width_95"]
+    return f"{100 * found['mean']:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+
+
+def probability(row: dict[str, Any]) -> str:
+    p = (row["difference"] or {}).get("p_holm")
+    return NONE if p is None else "<0.01" if p < 0.01 else f"{p:.2f}"
+
+
+def check_order(table: dict[str, Any]) -> list[str]:
     """Return where the numbers at density 0.05 contradict the paper."""
-    known = {row["strategy"]: row["means"] for row in table["rows"] if row["mask_density"] in (None, DENSITY)}
+    known = {row["row"]: row for row in shown_rows(table)}
     claims = [("ssfl", "random"), ("shuffled", "random"), ("random", "random-local")]
     claims += [("ssfl", other) for other in ("shuffled", "dispfl", "subfedavg", "fedpm", "topk")]
     found = []
     for metric in ("central", "own"):
         for better, worse in claims:
-            gap = 100 * (known[worse][metric]["mean"] - known[better][metric]["mean"])
-            if gap > 0:
-                found.append(f"{metric}: {worse} is {gap:.1f} points above {better}")
+            high, low = (value(known[name], metric) if name in known else None for name in (better, worse))
+            if high is not None and low is not None and low > high:
+                found.append(f"{metric}: {worse} is {100 * (low - high):.1f} points above {better}")
     return found
 
 

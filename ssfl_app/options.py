@@ -15,6 +15,7 @@ Traceback (most recent call last):
 ssfl_app.options.ConfigError: mask.density is 1.7; it is a fraction in (0, 1]
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
@@ -129,6 +130,11 @@ def not_a_key(key: str, known: Collection[str], rule: str) -> ConfigError:
     return ConfigError(f"{key} is not a key; {f'did you mean {near[0]}?' if near else rule}")
 
 
+@functools.cache
+def _types(section: type) -> dict[str, Any]:
+    return get_type_hints(section)  # kept: a sweep builds its sections thousands of times
+
+
 def build(section: type[T], name: str, values: Mapping[str, Scalar]) -> T:
     """Return the options of one section from its keys, or say what is wrong with the first bad one.
 
@@ -161,7 +167,7 @@ def build(section: type[T], name: str, values: Mapping[str, Scalar]) -> T:
             if not word.replace("-", "_").isidentifier() or type(given) not in (bool, int, float, str):
                 rule = "a key of your own is one word, its value a number, text, true or false"
                 raise ConfigError(f"{prefix}{key}.{word} is {given!r}; {rule}")
-    types = get_type_hints(section)
+    types = _types(section)  # type: ignore[arg-type]
     made: dict[str, Any] = {spec.name: inner[key] for key, spec in known.items() if key in inner}
     for key in [key for key in known if key not in inner]:
         spec, allowed = known[key], known[key].metadata["allowed"]

@@ -71,16 +71,17 @@ def compare(
     out: Annotated[Path | None, Option(help="Folder. [default: runs/compare-<name of the file>]")] = None,
     engine: Engine = "inline",
     jobs: Annotated[int, Option(help="Runs that are played at once.")] = 1,
+    budget: Annotated[str, Option(help="Time for all runs: 90s, 10m, 2h, or none.")] = "none",
     report_only: Annotated[bool, Option("--report-only", help="Play nothing; compare what is there.")] = False,
 ) -> None:
     """Run strategies x seeds x densities, go on where that stopped, and write one table and one picture.
 
-    Exit code: 0 all runs finished, 1 one failed, 2 bad configuration.
+    Exit code: 0 all runs finished or budget over, 1 one failed, 2 bad configuration.
     """
     from ssfl_app.experiments.sweep import run_sweep
 
     import_from(Path.cwd())
-    run_sweep(files, override or [], out, engine, jobs, report_only, tell)
+    run_sweep(files, override or [], out, engine, jobs, budget, report_only, tell)
 
 
 @app.command()

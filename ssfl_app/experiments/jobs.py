@@ -6,6 +6,7 @@ configuration is an error: nothing is mixed and nothing is overwritten.
 
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -19,7 +20,7 @@ from ssfl_app import config as configuration
 from ssfl_app import locks
 from ssfl_app.core.strategy import ServerContext
 from ssfl_app.experiments import workers
-from ssfl_app.experiments.sweep_spec import TASK, RunSpec, run_clash
+from ssfl_app.experiments.run_spec import TASK, RunSpec, run_clash
 from ssfl_app.options import ConfigError
 from ssfl_app.results.status import read_status
 from ssfl_app.runtime import check, check_at_once, find_device
@@ -27,6 +28,7 @@ from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.text import tell
 
+UNITS = {"s": 1, "m": 60, "h": 3600}
 STOP_TIMEOUT = 60.0  # an inline run ends when its clients are through with what they are at
 
 
@@ -46,6 +48,16 @@ class Job(NamedTuple):
     errors: Path
 
 
+def read_budget(text: str) -> float:
+    """Return "90s", "10m" or "2h" in seconds, "none" is infinite; ConfigError: it is none of these."""
+    if text == "none":
+        return math.inf
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if match is None or not float(match[1]):
+        raise ConfigError(f"--budget is {text!r}; it is a time above 0 such as 90s, 10m or 2h, or none")
+    return float(match[1]) * UNITS[match[2]]
+
+
 def task(run: RunSpec) -> tuple[object, ...]:
     """Return what data and model of a run depend on: runs that agree in it are checked with one look at them."""
     kept = (*TASK, "run.clients", "run.cohort", "run.device")
@@ -55,7 +67,12 @@ def task(run: RunSpec) -> tuple[object, ...]:
 def check_all(runs: Sequence[RunSpec]) -> None:
     """Raise ConfigError for the first run that cannot be played; data and model are looked at once for each task."""
     layouts: dict[tuple[object, ...], Layout] = {}
+    seen = set[tuple[object, ...]]()
     for run in runs:
+        same = tuple(value for key, value in sorted(run.flat.items()) if key != "run.seed")
+        if same in seen:
+            continue
+        seen.add(same)
         config = configuration.parse(run.flat)
         check_at_once(config)
         if task(run) not in layouts:

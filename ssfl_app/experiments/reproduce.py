@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ssfl_app import config as configuration
 from ssfl_app.experiments import jobs
-from ssfl_app.experiments.reproduce_rows import Row, read_budget, read_rows, tables
-from ssfl_app.experiments.sweep_spec import RunSpec
+from ssfl_app.experiments.reproduce_rows import Row, read_rows, tables
+from ssfl_app.experiments.run_spec import RunSpec
 from ssfl_app.files import write_bytes, write_json
 from ssfl_app.options import ConfigError
 from ssfl_app.results import published
@@ -34,7 +34,7 @@ def reproduce(
     nothing was played.
     """
     check_engine(engine)
-    seconds, override = read_budget(budget), configuration.read_overrides(overrides)
+    seconds, override = jobs.read_budget(budget), configuration.read_overrides(overrides)
     rows = read_rows(table, profile, override)
     folder = (out or Path("runs") / f"reproduce-{table}-{profile}").expanduser().resolve()
     _check(rows)

@@ -5,14 +5,12 @@ A row is a file ``configs/<table>-<row>.toml`` with a table ``[published]``: an 
 those of a data set, a strategy or a row. Where -c names a key, it has the last word.
 """
 
-import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssfl_app import config as configuration
 from ssfl_app.config import Flat
-from ssfl_app.experiments.sweep_spec import OURS, RunSpec, planned
+from ssfl_app.experiments.run_spec import OURS, RunSpec, planned
 from ssfl_app.files import app_folder
 from ssfl_app.options import ConfigError
 from ssfl_app.results.published import PUBLISHED, Published, read_published
@@ -20,7 +18,6 @@ from ssfl_app.strategies import REGISTRY
 
 FIRST = ("ssfl", "fedavg")
 """What is compared with what, above all: these rows are played before others of the same cost."""
-UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
 @dataclass(frozen=True)
@@ -101,13 +98,3 @@ def _order(row: Row) -> tuple[object, ...]:
     rank = FIRST.index(strategy) if strategy in FIRST else len(FIRST)
     costly, others = REGISTRY[strategy].full_participation, rank == len(FIRST)
     return costly, others, pathological, rank, strategy, -float(flat["mask.density"]), row.name
-
-
-def read_budget(text: str) -> float:
-    """Return "90s", "10m" or "2h" in seconds, "none" is infinite; ConfigError: it is none of these."""
-    if text == "none":
-        return math.inf
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if match is None or not float(match[1]):
-        raise ConfigError(f"--budget is {text!r}; it is a time above 0 such as 90s, 10m or 2h, or none")
-    return float(match[1]) * UNITS[match[2]]

@@ -24,8 +24,8 @@ GENERAL = (
 )
 GAP = (
     "Δ is in {points}: the personal models if the method has them, else the global one, minus the same of "
-    "`{baseline}` at the same density and seeds. p: paired t-test over these seeds, not corrected for the number of "
-    "rows; “same” means that all differences are 0."
+    "`{baseline}` at the same density and seeds. p: paired t-test over these seeds; p (Holm): corrected by Holm's "
+    "method for all tests of the table; “same” means that all differences are 0."
 )
 TASK = ("data.name", "partition.name", "model.name", "run.clients", "run.rounds")  # what the line above a table tells
 
@@ -36,16 +36,33 @@ def markdown(
     environments: Sequence[Mapping[str, Any]],
     title: str = "Comparison",
     picture: str = "comparison.png",
+    notes: Sequence[str] = (),
 ) -> str:
-    """Return the Markdown file: a table for each combination of axes, the picture, notes, and where it was played."""
+    """Return the Markdown file: a table for each combination of axes, the picture, notes, and where it was played.
+
+    `environments` has one for each run, `notes` come after those about columns and rows.
+    """
     lines = [f"# {title}", ""]
     for group in made:
-        if group.axes:
+        if group.axes or group.terms:
             lines += [f"## {_axes(group)}", ""]
+        own = any(row.settings for row in group.rows)
+        table = [
+            [name, settings(row), *rest] if own else [name, *rest]
+            for row in group.rows
+            for name, *rest in [cells(row)]
+        ]
         named = headers(baseline, group.metric)
-        lines += [_task(group), "", *Table(named, [cells(row) for row in group.rows], 1).markdown(), ""]
+        named = [named[0], "its settings", *named[1:]] if own else named
+        lines += [_task(group), "", *Table(named, table, 1 + own).markdown(), ""]
     title = common(group.metric for group in made).title
-    lines += [f"![{title} on own tests against bytes]({picture})", "", *_notes(made, baseline), ""]
+    lines += [
+        f"![{title} on own tests against bytes]({picture})",
+        "",
+        *_notes(made, baseline),
+        *(f"- {note}" for note in notes),
+        "",
+    ]
     return "\n".join([*lines, _origin(made, environments), ""])
 
 
@@ -53,16 +70,16 @@ def headers(baseline: str, metric: Metric = ACCURACY) -> list[str]:
     """Return the titles of the columns that `cells` fills, whose values are in `metric`."""
     named = "SSFL" if baseline == "ssfl" else f"`{baseline}`"
     own = (f"{what} {metric.column}" for what in ("central", "global on own tests", "personal on own tests"))
-    gap = (f"Δ own tests vs {named}", "p")
+    gap = (f"Δ own tests vs {named}", "p", "p (Holm)")
     return ["strategy", "density", "of all params", "clients trained a round", *own, *gap, *COSTS]
 
 
 def cells(row: Row) -> list[str]:
     """Return a row of the table; one whose runs are all missing has the reason's first word in place of values."""
-    name = f"`{row.strategy}`"
+    name = f"`{row.name}`"
     if not row.seeds:
         reasons = sorted({reason.partition(":")[0] for reason in row.missing.values()})
-        return [name, shown(row.wanted, ".3g"), NONE, NONE, ", ".join(reasons), *[NONE] * (4 + len(COSTS))]
+        return [name, shown(row.wanted, ".3g"), NONE, NONE, ", ".join(reasons), *[NONE] * (5 + len(COSTS))]
     if row.missing:
         name += f" ({len(row.seeds)} of {len(row.seeds) + len(row.missing)} seeds)"
     shares = [_estimate(row.estimate(key), row.metric) for key in ("central", "global", "personal")]
@@ -83,13 +100,23 @@ def _estimate(found: Estimate | None, metric: Metric, sign: str = "") -> str:
 def _gap(row: Row) -> list[str]:
     found = row.difference
     if found is None:
-        return [NONE, NONE]
-    p = NONE if found.p is None else "<0.001" if found.p < 0.001 else f"{found.p:.3f}"
-    return [_estimate(found.estimate, row.metric, "+"), "same" if found.same else p]
+        return [NONE, NONE, NONE]
+    p = "same" if found.same else probability(found.p)
+    return [_estimate(found.estimate, row.metric, "+"), p, probability(found.p_holm)]
+
+
+def probability(p: float | None) -> str:
+    """Return a p-value with three decimals."""
+    return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def settings(row: Row) -> str:
+    """Return the values that a row has of its own."""
+    return ", ".join(f"{key} {value}" for key, value in row.settings.items()) or NONE
 
 
 def _axes(group: Group) -> str:
-    return ", ".join(f"{key} = {value}" for key, value in group.axes.items())
+    return ", ".join([*(f"{key} = {value}" for key, value in group.axes.items()), *filter(None, [group.terms])])
 
 
 def _task(group: Group) -> str:
@@ -119,20 +146,20 @@ def _notes(made: Sequence[Group], baseline: str) -> list[str]:
     for group in made:
         for row in group.rows:
             wanted = [] if row.wanted is None else [f"density {row.wanted:.3g}"]
-            where = ", ".join([f"`{row.strategy}`", *wanted, *([_axes(group)] if group.axes else [])])
+            where = ", ".join([f"`{row.name}`", *wanted, *filter(None, [_axes(group)])])
             notes += [f"{where}, seed {seed}: {reason}." for seed, reason in sorted(row.missing.items())]
     return [f"- {note}" for note in notes]
 
 
 def _names(rows: Sequence[Row]) -> str:
-    return ", ".join(dict.fromkeys(f"`{row.strategy}`" for row in rows))
+    return ", ".join(dict.fromkeys(f"`{row.name}`" for row in rows))
 
 
 def _origin(made: Sequence[Group], environments: Sequence[Mapping[str, Any]]) -> str:
     rows = [row for group in made for row in group.rows]
     seeds = sorted({seed for row in rows for seed in (*row.seeds, *row.missing)})
     parts = [f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} ({', '.join(map(str, seeds))})"]
-    parts.append(f"{sum(len(row.seeds) for row in rows)} runs")
+    parts.append(f"{len(environments)} runs")  # one may be in two tables
     return "; ".join([*parts, *origin(environments)]) + "."
 
 
@@ -147,21 +174,21 @@ def origin(environments: Sequence[Mapping[str, Any]]) -> list[str]:
     return parts + ([days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"] if days else [])
 
 
-def picture(made: Sequence[Group], strategies: Sequence[str]) -> "Figure":
+def picture(made: Sequence[Group], names: Sequence[str]) -> "Figure":
     """Return the metric on own tests against MB sent, a panel for each table; bars are 95 % intervals.
 
-    `strategies` are all names, in the order of the legend; colours and markers go by it.
+    `names` are those of all rows, in the order of the legend; colours and markers go by it.
     """
     crowded = max((len(group.rows) for group in made), default=0) > CROWD
     across = max(1, min(2 if crowded else 3, len(made)))
     down, width = max(1, math.ceil(len(made) / across)), (8.0 if crowded else 5.4) * across
-    columns = max(1, min(len(strategies), int(13 * width) // (max(map(len, strategies), default=0) + 9)))
-    legend = 0.25 * math.ceil(len(strategies) / columns)
+    columns = max(1, min(len(names), int(13 * width) // (max(map(len, names), default=0) + 9)))
+    legend = 0.25 * math.ceil(len(names) / columns)
     figure = _figure(max(7.0, width), (5.6 if crowded else 4.3) * down + legend)
     alike = len({group.metric for group in made}) < 2
-    panels = figure.subplots(down, across, sharey=alike, squeeze=False).flat
+    panels = list(figure.subplots(down, across, sharey=alike, squeeze=False).flat)
     for axes, group in zip(panels, made, strict=False):
-        _panel(axes, group, strategies)
+        _panel(axes, group, names)
     for number, axes in enumerate(panels):
         axes.set_visible(number < len(made))
         axes.yaxis.label.set_visible(number % across == 0 or not alike)
@@ -171,22 +198,22 @@ def picture(made: Sequence[Group], strategies: Sequence[str]) -> "Figure":
     # One legend for all panels: a strategy may have points in some of them only.
     pairs = [axes.get_legend_handles_labels() for axes in figure.axes]
     found = {label: handle for handles, labels in pairs for handle, label in zip(handles, labels, strict=True)}
-    listed = [name for name in map(_plain, strategies) if name in found]
+    listed = [name for name in map(_plain, names) if name in found]
     if listed:
         look = {"frameon": False, "fontsize": 9, "ncols": columns}
         figure.legend([found[name] for name in listed], listed, loc="outside lower center", **look)
     return figure
 
 
-def _panel(axes: "Axes", group: Group, strategies: Sequence[str]) -> None:
+def _panel(axes: "Axes", group: Group, names: Sequence[str]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     rows = [(row, found) for row in group.rows if (found := row.estimate("own")) is not None]
     # A method that sends nothing has no place on a logarithmic axis: it stands at the left, with its 0 written there.
     nothing = min((_sent(row) for row, _ in rows if _sent(row)), default=1.0) / 2
     scale = group.metric.scale
-    for index, name in enumerate(strategies):
-        mine = [(row, found) for row, found in rows if row.strategy == name]
+    for index, name in enumerate(names):
+        mine = [(row, found) for row, found in rows if row.name == name]
         xs = [_sent(row) or nothing for row, _ in mine]
         ys, bars = [scale * found.mean for _, found in mine], [scale * (found.half or 0) for _, found in mine]
         if not mine:
@@ -203,7 +230,7 @@ def _panel(axes: "Axes", group: Group, strategies: Sequence[str]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    title = _axes(group) if group.axes else f"{group.metric.title} against bytes; numbers are densities"
+    title = _axes(group) or f"{group.metric.title} against bytes; numbers are densities"
     words = title, "MB down and up, with masks and discovery", group.metric.axis("on own tests")
     _finish(axes, *map(_plain, words))
 

@@ -21,17 +21,17 @@ from ssfl_app.cli.main import main
 from ssfl_app.core.strategy import ServerContext
 from ssfl_app.data.readers import OWN, READERS
 from ssfl_app.experiments import jobs, reproduce, reproduce_rows
+from ssfl_app.experiments.jobs import read_budget
 from ssfl_app.experiments.reproduce import Progress, duration
 from ssfl_app.experiments.reproduce_rows import (
     Row,
     folder_of_configs,
     layer,
     profiles,
-    read_budget,
     read_rows,
     tables,
 )
-from ssfl_app.experiments.sweep_spec import RunSpec, run_clash
+from ssfl_app.experiments.run_spec import RunSpec, run_clash
 from ssfl_app.options import ConfigError, flatten
 from ssfl_app.results.published import METRICS, Published, read_published
 from ssfl_app.results.run_folder import metadata, read_run

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ssfl_app.experiments.sweep import run_sweep
 from ssfl_app.experiments.sweep_spec import SweepSpec, read_plan
 from ssfl_app.options import ConfigError
 from ssfl_app.results import compare
-from ssfl_app.results.compare import Entry, Estimate, Row, estimate
+from ssfl_app.results.compare import Entry, Estimate, Row, estimate, holm
 from ssfl_app.results.compare_page import cells, headers, markdown, picture
 from ssfl_app.results.run_folder import metadata, read_run
 from ssfl_app.results.status import read_status
@@ -141,6 +142,41 @@ def test_own_is_personal_where_a_method_has_it(tmp_path: Path) -> None:
     assert column("Δ own tests vs SSFL", row) == "+10.0"
 
 
+def test_holm_by_a_worked_example() -> None:
+    # Sorted 0.005, 0.01, 0.03, 0.04; times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04. The last is not below the one before.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.5, 0.9]) == [1.0, 1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+
+
+def test_the_tests_of_a_table_are_corrected_together(tmp_path: Path) -> None:
+    seeds = {"ssfl": [0.9, 0.8, 0.85], "random": [0.8, 0.71, 0.76], "shuffled": [0.91, 0.79, 0.86], "topk": [0.9]}
+    entries = [
+        entry(tmp_path, name, seed, own=value, partition=partition)
+        for partition in ("iid", "dirichlet")
+        for name, values in seeds.items()
+        for seed, value in enumerate(values, 1)
+        if (partition, name) != ("dirichlet", "shuffled")
+    ]
+    both, one = compare.groups(entries, ["partition.name"], "ssfl")
+    _, random, shuffled, topk = (row.difference for row in both.rows)
+    assert random is not None
+    assert shuffled is not None
+    assert topk is not None
+    low, high = (
+        stats.ttest_rel(seeds["random"], seeds["ssfl"]).pvalue,
+        stats.ttest_rel(*[seeds[n] for n in ("shuffled", "ssfl")]).pvalue,
+    )
+    assert (random.p_holm, shuffled.p_holm, topk.p_holm) == (pytest.approx(2 * low), pytest.approx(high), None)
+    # A family is one table: there the same difference is the only test.
+    assert one.rows[1].difference is not None
+    assert one.rows[1].difference.p_holm == pytest.approx(low)
+    assert column("p (Holm)", both.rows[1]) == f"{2 * low:.3f}"
+    made = compare.as_json([both], "ssfl", [])["tables"][0]["rows"][1]["difference"]
+    assert (made["p"], made["p_holm"]) == (random.p, random.p_holm)
+
+
 # ---- table, file, picture ----------------------------------------------------------------------
 
 
@@ -172,7 +208,19 @@ def test_row_by_hand(tmp_path: Path) -> None:
     (table,) = compare.groups([entry(tmp_path, **new, density_all=0.25)], [], "ssfl")
     # 3 + 0.5 MB down and 2 + 0.25 MB up; the 7 MB of evaluation are left out.
     accuracy = ["95.0", "90.0", NONE, NONE, NONE]
-    assert cells(table.rows[0]) == ["`ssfl`", "0.1", "0.25", "8", *accuracy, "3.50", "2.25", "9.00", "12,345", "12"]
+    assert cells(table.rows[0]) == [
+        "`ssfl`",
+        "0.1",
+        "0.25",
+        "8",
+        *accuracy,
+        NONE,
+        "3.50",
+        "2.25",
+        "9.00",
+        "12,345",
+        "12",
+    ]
     text = markdown([table], "ssfl", [])
     assert "`ssfl`: every client trains in every round; image passes and MB count them all." in text
     assert "`ssfl`: validates while training" in text
@@ -211,10 +259,40 @@ def test_a_table_for_each_combination_of_axes(tmp_path: Path) -> None:
     assert "91.5 ± 6.4" in text  # 0.91 and 0.92: 12.7062 * 0.00707 / sqrt(2)
     assert "digits, dirichlet partition, cnn, 8 clients, 3 rounds." in lines
     assert lines[-1] == "2 seeds (1, 2); 8 runs; 2 cores of Abacus, no GPU; torch 9.9; 2026-01-01 to 2026-01-02."
-    assert [axes.get_title("left") for axes in picture(made, ["ssfl", "random"]).axes] == [
-        "partition.name = iid",
-        "partition.name = dirichlet",
+    panels = picture(made, ["ssfl", "random"]).axes
+    assert [axes.get_title("left") for axes in panels] == ["partition.name = iid", "partition.name = dirichlet"]
+    assert [axes.yaxis.label.get_visible() for axes in panels] == [True, False]  # they share one scale
+
+
+def test_the_scale_of_a_picture_ends_where_a_share_does(tmp_path: Path) -> None:
+    entries = [entry(tmp_path, "ssfl", seed, own=value) for seed, value in ((1, 0.2), (2, 0.99))]
+    (axes,) = picture(compare.groups(entries, [], "ssfl"), ["ssfl"]).axes
+    assert axes.get_ylim() == (0.0, 101.0)
+
+
+def test_a_variant_is_a_row_with_its_name_and_its_settings(tmp_path: Path) -> None:
+    whole, dense = entry(tmp_path, "ssfl", density=0.1), entry(tmp_path, "fedavg", own=0.8)
+    narrow = replace(
+        entry(tmp_path, "fedavg", density=0.2, own=0.7), dense=False, variant="narrow", settings={"model.width": 0.3}
+    )
+    narrow = replace(narrow, config={**narrow.config, "mask.density": 0.1})
+    (table,) = compare.groups([whole, dense, narrow], [], "ssfl")
+    assert [(row.name, row.wanted) for row in table.rows] == [("fedavg", None), ("ssfl", 0.1), ("narrow", 0.1)]
+    page = markdown([table], "ssfl", [])
+    lines = [[cell.strip() for cell in line.split("|")[1:4]] for line in page.splitlines() if line.startswith("|")]
+    assert lines[0] == ["strategy", "its settings", "density"]
+    assert lines[2:] == [["`fedavg`", "–", "1"], ["`ssfl`", "–", "0.1"], ["`narrow`", "model.width 0.3", "1"]]  # noqa: RUF001
+    made = compare.as_json([table], "narrow", [])["tables"][0]["rows"][2]
+    assert [made[key] for key in ("row", "strategy", "settings", "mask_density")] == [
+        *("narrow", "fedavg"),
+        {"model.width": 0.3},
+        0.1,
     ]
+    # It may be what others are compared with, and it is a name in the picture.
+    (table,) = compare.groups([whole, dense, narrow], [], "narrow")
+    assert [row.difference and round(row.difference.estimate.mean, 3) for row in table.rows] == [0.1, 0.2, None]
+    (axes,) = picture([table], ["ssfl", "fedavg", "narrow"]).axes
+    assert {"ssfl", "fedavg", "narrow"} <= {str(line.get_label()) for line in axes.lines}
 
 
 def test_missing_runs_are_rows_and_are_named(tmp_path: Path) -> None:
@@ -223,7 +301,7 @@ def test_missing_runs_are_rows_and_are_named(tmp_path: Path) -> None:
     other = Entry({**whole.config, "strategy": "random"}, dense=False, run=None, reason="failed: the disk is full")
     made = compare.groups([whole, lost, other], [], "ssfl")
     assert cells(made[0].rows[0])[0] == "`ssfl` (1 of 2 seeds)"
-    assert cells(made[0].rows[1]) == ["`random`", "0.1", NONE, NONE, "failed", *[NONE] * 9]
+    assert cells(made[0].rows[1]) == ["`random`", "0.1", NONE, NONE, "failed", *[NONE] * 10]
     text = markdown(made, "ssfl", [])
     assert "- `ssfl`, density 0.1, seed 2: failed: loss is NaN." in text
     assert "- `random`, density 0.1, seed 1: failed: the disk is full." in text
@@ -290,6 +368,56 @@ def test_axes_and_keys_of_one_strategy(tmp_path: Path) -> None:
     ]
 
 
+ALSO = """
+[compare]
+strategies = ["ssfl", "fedavg"]
+densities = [0.5, 0.1]
+baseline = "slow"
+[compare.only.ssfl]
+"local.epochs" = 2
+[[compare.also]]
+name = "slow"
+"local.lr" = 0.01
+[[compare.also]]
+name = "small-0.1"
+strategy = "fedavg"
+"mask.density" = 0.1
+model.name = "resnet20"
+"""
+
+
+def test_variants_are_rows_of_the_same_table(tmp_path: Path) -> None:
+    made = plan(tmp_path, ALSO)
+    assert (made.axes, made.baseline) == ([], "slow")
+    # What is dense stands at one density, if it names one; the keys of a strategy are those of its variants too.
+    assert [(run.slug, run.row, run.density) for run in made.runs] == [
+        ("ssfl-d0.5-s1", "ssfl", 0.5),
+        ("fedavg-s1", "fedavg", None),
+        ("slow-d0.5-s1", "slow", 0.5),
+        ("ssfl-d0.1-s1", "ssfl", 0.1),
+        ("slow-d0.1-s1", "slow", 0.1),
+        ("small-0.1-s1", "small-0.1", 0.1),
+    ]
+    slow, small = (next(run for run in made.runs if run.variant == name) for name in ("slow", "small-0.1"))
+    assert [slow.flat[key] for key in ("strategy", "local.epochs", "local.lr")] == ["ssfl", 2, 0.01]
+    assert [small.flat[key] for key in ("strategy", "model.name")] == ["fedavg", "resnet20"]
+    assert slow.settings == ("local.epochs", "local.lr")
+    # -c has the last word: the variant of another density is no part of that.
+    assert [run.slug for run in plan(tmp_path, ALSO, overrides=["mask.density=0.5"]).runs] == [
+        *("ssfl-d0.5-s1", "fedavg-s1", "slow-d0.5-s1"),
+    ]
+    assert plan(tmp_path, ALSO.replace('"mask.density" = 0.1', '"mask.density" = 0.2')).runs[-1].density == 0.2
+
+
+def test_all_of_a_density_comes_first_if_asked(tmp_path: Path) -> None:
+    text = "[compare]\ndensities = [0.5, 0.1]\nseeds = [1, 2]\n"
+    slugs = [[run.slug for run in plan(tmp_path, text + more).runs] for more in ("", 'order = "density"\n')]
+    assert slugs == [
+        ["ssfl-d0.5-s1", "ssfl-d0.1-s1", "ssfl-d0.5-s2", "ssfl-d0.1-s2"],
+        ["ssfl-d0.5-s1", "ssfl-d0.5-s2", "ssfl-d0.1-s1", "ssfl-d0.1-s2"],
+    ]
+
+
 def test_files_are_pooled(tmp_path: Path) -> None:
     seeds = '[compare]\nstrategies = ["ssfl", "fedavg"]\nseeds = [1, 2]\n'
     assert len(plan(tmp_path, seeds, "[compare]\nseeds = [2, 3]\n").runs) == 5
@@ -307,6 +435,18 @@ BAD = [
     ("[compare]\ndensities = []\n", "compare.densities is []; it is a list of one value or more"),
     ('[compare]\nstrategies = ["sfsl"]\n', "compare.strategies is 'sfsl'; it is one of ssfl, "),
     ('[compare]\nbaseline = "x"\n', "compare.baseline is 'x'; it is one of ssfl, "),
+    ('[compare]\norder = "strategy"\n', "compare.order is 'strategy'; it is one of seed, density"),
+    ("[compare]\nalso = 3\n", "compare.also is 3; it is tables [[compare.also]], one for each variant"),
+    ("[[compare.also]]\n'local.lr' = 0.1\n", "compare.also has the name ''; it is a name of letters, digits and"),
+    ("[[compare.also]]\nname = 'fedavg'\n", "compare.also has the name 'fedavg'; it is a name of letters"),
+    ("[[compare.also]]\nname = 'a'\n[[compare.also]]\nname = 'a'\n", "compare.also has the name 'a'; it is a name"),
+    ("[[compare.also]]\nname = 'a'\nstrategy = 'x'\n", "strategy of a in compare.also is 'x'; it is one of ssfl, "),
+    ("[[compare.also]]\nname = 'a'\n'partition.alpha' = 1.0\n", "compare.also has partition.alpha for a; "),
+    ("[[compare.also]]\nname = 'a'\n'local.lrr' = 1.0\n", "local.lrr is not a key"),
+    (
+        "[[compare.also]]\nname = 'a'\n'local.lr' = 0.1\n[compare.axes]\n'local.lr' = [0.2]\n",
+        "compare.also has local.lr for a; it is a key that rows of one table may differ in",
+    ),
     ("[compare]\nseed = [1]\n", "compare.seed is not a key; did you mean compare.seeds?"),
     ("[compare.axes]\n'local.epoch' = [1]\n", "local.epoch is not a key"),
     ("[compare.axes]\n'run.seed' = [1]\n", "compare.axes has run.seed; its values stand in compare.seeds"),
@@ -334,12 +474,14 @@ def test_two_baselines_are_refused(tmp_path: Path) -> None:
 # ---- playing -----------------------------------------------------------------------------------
 
 
-Words = tuple[list[Path], list[str], Path, str, int, bool]
+Words = tuple[list[Path], list[str], Path, str, int, str, bool]
 
 
-def words(tmp_path: Path, text: str, *overrides: str, jobs: int = 2, report_only: bool = False) -> Words:
+def words(
+    tmp_path: Path, text: str, *overrides: str, jobs: int = 2, budget: str = "none", report_only: bool = False
+) -> Words:
     (tmp_path / "sweep.toml").write_text(TINY + text)
-    return [tmp_path / "sweep.toml"], list(overrides), tmp_path / "out", "inline", jobs, report_only
+    return [tmp_path / "sweep.toml"], list(overrides), tmp_path / "out", "inline", jobs, budget, report_only
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -394,6 +536,19 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
         run_sweep(*words(tmp_path, asked_text(asked), "local.lr=0.05"), said.append)
 
 
+def test_a_run_that_the_end_of_the_budget_cuts_is_no_failure(tmp_path: Path) -> None:
+    said: list[str] = []
+    asked = words(
+        tmp_path, '[compare]\nstrategies = ["fedavg", "random"]\n', "run.rounds=100000", jobs=1, budget="2s"
+    )
+    run_sweep(*asked, said.append)
+    assert "fedavg seed 1: the time is over; it goes on another time" in said
+    (table,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["tables"]
+    cut, waiting = (row["missing"]["1"] for row in table["rows"])
+    assert cut in ("unfinished", "not played")  # on a slow machine it had not begun
+    assert waiting == "not played"
+
+
 def asked_text(asked: Words) -> str:
     return asked[0][0].read_text().removeprefix(TINY)
 
@@ -438,6 +593,7 @@ def test_two_sweeps_do_not_play_in_one_folder(tmp_path: Path) -> None:
     [
         (["missing.toml"], "CONFIG is missing.toml; it is a TOML file"),
         (["a.toml", "--engine", "spark"], "--engine is 'spark'; it is one of ray, inline"),
+        (["a.toml", "--budget", "soon"], "--budget is 'soon'; it is a time above 0 such as 90s, 10m or 2h, or none"),
         (["a.toml", "--jobs", "0"], "--jobs is 0; it is a number of at least 1"),
         (["a.toml", "-c", "local.epoch=1"], "local.epoch is not a key"),
         (["a.toml", "-c", "run.out='x'"], "run.out is 'x'; `ssfl compare` sets it itself, by --out"),
@@ -484,3 +640,17 @@ def test_example_sweep_file_is_valid() -> None:
     made = read_plan([Path(__file__).parents[2] / "configs" / "digits-compare.toml"], [])
     assert len(made.runs) == 3 * (3 * 2 + 1)
     assert made.axes == []
+
+
+def test_the_study_is_a_valid_sweep_with_as_many_settings_for_each_row() -> None:
+    made = read_plan([Path(__file__).parents[2] / "configs" / "digits-study.toml"], ["run.seed=1"])
+    places, rows = 2, [block.runs for block in made.blocks]
+    assert made.axes == ["partition.name"]
+    assert len(made.searches) == len(made.runs) == sum(map(len, rows))
+    assert {len(search.candidates) for search in made.searches} == {4}
+    assert len(made.blocks) == places * 3
+    # In order of importance.
+    assert {(run.flat["partition.name"], run.density) for run in rows[0]} == {
+        ("dirichlet", 0.05),
+        ("dirichlet", None),
+    }
