@@ -56,6 +56,21 @@ OTHERS = {
     "sparsyfed, rate 0.5": "strategy='sparsyfed' local.lr=0.5",
     "topk": "strategy='topk'",
 }
+# Other ways to choose the mask: what they change tells why SSFL's is as good as it is.
+CAUSES = {
+    "ssfl, layer by layer": "mask.scope='layer'",
+    "ssfl, iterative": "ssfl.criterion='iterative-snip'",
+    "ssfl, force": "ssfl.criterion='force'",
+    "ssfl, synflow": "ssfl.criterion='synflow'",
+}
+# What the paper leaves open or has in an appendix; SSFL itself asks all clients for one balanced minibatch.
+ABLATIONS = {
+    **{f"ssfl, {count} minibatches": f"ssfl.saliency-batches={count}" for count in (2, 4, 8, 16)},
+    **{f"ssfl, share {share} of the clients asked": f"ssfl.saliency-share={share}" for share in (0.1, 0.2, 0.5)},
+    "ssfl, plain minibatches": "ssfl.saliency-sampling='plain'",
+    "ssfl, uniform weights of the clients": "ssfl.saliency-weighting='uniform'",
+    **{f"ssfl, mask after {rounds} dense rounds": f"ssfl.warmup-rounds={rounds}" for rounds in (1, 2)},
+}
 # As many image passes as with ten clients: a tenth of the images a round, ten times the rounds.
 LARGER = "run.clients=100 run.rounds=400 run.evaluate-every=50 run.checkpoint-every=10 local.lr-decay=0.99426"
 
@@ -75,6 +90,8 @@ def plan(given: dict[str, Any]) -> list[Entry]:
     found = [entry for seed in SEEDS for entry in part("ten clients", DENSE | LEADERS, [0.05], [seed])]
     found += part("ten clients", OTHERS, [0.05], SEEDS[:1])
     found += part("ten clients", LEADERS, [0.1, 0.2, 0.02], SEEDS[:1])
+    found += part("ten clients, how ssfl chooses", CAUSES, [0.05], SEEDS[:1])
+    found += part("ten clients, how ssfl chooses", ABLATIONS, [0.05, 0.1], SEEDS[:1])
     found += part("ten clients", LEADERS, [0.1, 0.2, 0.02], SEEDS[1:])
     for seed in SEEDS:
         found += part("100 clients, 10 a round", DENSE | LEADERS, [0.05], [seed], LARGER)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,13 @@ def test_an_older_folder_says_less(tmp_path: Path) -> None:
     assert [column(name, row) for name in ("of all params", "clients trained a round")] == ["0.19", "4"]
     assert [column(name, row) for name in ("peer MB", "image passes", "personal on own tests %")] == [NONE] * 3
     assert "every client trains" not in markdown([table], "ssfl", [])
+
+
+def test_the_width_of_a_model_is_told(tmp_path: Path) -> None:
+    one = entry(tmp_path)
+    half = replace(one, config={**one.config, "model.width": 0.5})
+    text = markdown(compare.groups([half], [], "ssfl"), "ssfl", [], "mine")
+    assert "digits, iid partition, cnn of width 0.5, 8 clients, 3 rounds." in text.splitlines()
 
 
 def test_a_table_for_each_combination_of_axes(tmp_path: Path) -> None:

@@ -323,6 +323,11 @@ def test_the_width_for_a_number_of_parameters(name):
     assert parameters(ModelOptions(name, width=ends[1]), (3, 32, 32), 10) == whole
 
 
+def test_the_width_that_docs_compare_names():
+    assert width_for(ModelOptions("conv4"), (3, 32, 32), 10, 12_994) == 0.219
+    assert parameters(ModelOptions("conv4", width=0.219), (3, 32, 32), 10) == 13_094
+
+
 def test_width_is_for_built_in_models():
     with pytest.raises(ConfigError, match=r"model.width is 0.5; it is for built-in models, .* has model.options"):
         outline(ModelOptions("torch.nn:Linear", width=0.5), (8,), 2)
