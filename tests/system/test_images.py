@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import images
+from benchmarks import image_masks, images
 from ssfl_app.experiments import jobs
+from ssfl_app.results.study_plots import SCORES
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.training.models import ModelOptions, outline, parameters
 
@@ -127,3 +128,24 @@ def test_what_the_minutes_cut_goes_on_and_what_is_recorded_is_not_played_again(
     # Under other terms it is another run.
     with pytest.raises(TypeError):
         play(some=images.plan(TINY | {"local.lr": 0.2})[:2])
+
+
+def run(row: str, central: float, density: float = 0.05, seed: int = 1) -> dict[str, Any]:
+    return {"part": "ten clients", "row": row, "central": central, "mask_density": density, "seed": seed}
+
+
+def test_the_masks_of_the_study_by_their_minibatches() -> None:
+    numbers = image_masks.minibatches()
+    assert sorted(numbers.values()) == [1, 2, 5, 10, 20, 40, 80, 160]
+    assert set(numbers) <= {"ssfl", *images.ABLATIONS}
+    known = [run("ssfl", 0.5), run("ssfl", 0.7, seed=2), run("ssfl", 0.1, 0.1), run("random", 0.9)]
+    known += [run("ssfl, 8 minibatches", 0.8), run("dense", 0.9)]
+    assert image_masks.accuracies(known, 0.05) == [(10, pytest.approx(0.6)), (80, 0.8)]
+    error = {"error": {key: [0.5, 0.25] for key in ("mean", "low", "high")}}
+    errors = {str(d): {"batches": [1, 10], "errors": {SCORES: error}} for d in image_masks.DENSITIES}
+    left, right = image_masks.picture(errors, known).axes
+    assert list(left.lines[0].get_ydata()) == [50.0, 25.0]
+    assert [list(line.get_ydata()) for line in right.lines[:2]] == [
+        pytest.approx([60.0, 80.0]),
+        pytest.approx([10.0]),
+    ]
