@@ -22,7 +22,8 @@ from ssfl_app.runtime import Runtime, check, get_runtime
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.saliency import balanced_batch, pooled_snip
+from ssfl_app.sparsity.saliency import pooled_snip
+from ssfl_app.strategies.shared.scoring import SsflOptions
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MAX_CACHE = 1e9
@@ -106,14 +107,13 @@ def cut(images: Indices, size: int, rng: np.random.Generator) -> list[Indices]:
 class Scorer:
     """Gradients and scores at the initial weights, which the model of `runtime`, a workbench, has from now on.
 
-    `batch_size` is that of SSFL. The scores of `drawn` of its minibatches will be asked for, and are kept if all fit
-    into MAX_CACHE.
+    The scores of `drawn` of SSFL's minibatches will be asked for, and are kept if all fit into MAX_CACHE.
     """
 
-    def __init__(self, runtime: Runtime, batch_size: int, drawn: int) -> None:
+    def __init__(self, runtime: Runtime, drawn: int) -> None:
         load_state(runtime.model, runtime.initial_state())
         self.weights = runtime.layout.flatten_prunable(state_of(runtime.model))
-        self._runtime, self._size = runtime, batch_size
+        self._runtime, self._options = runtime, SsflOptions.from_settings(runtime.config.settings)
         self._labels = runtime.data.train.labels.cpu().numpy()
         self._seed = runtime.config.settings.run.seed
         self._kept: dict[Draw, Vector] | None = {} if self.weights.nbytes * drawn < MAX_CACHE else None
@@ -130,11 +130,11 @@ class Scorer:
         return pooled_snip(gradient, self.weights)
 
     def drawn(self, place: Draw) -> Vector:
-        """Return the scores of a client's class-balanced minibatch, the one that SSFL draws."""
+        """Return the scores of a client's minibatch, the one that SSFL draws."""
         if self._kept and place in self._kept:
             return self._kept[place]
         own, rng = self._runtime.partition.train[place[0]], generator(self._seed, "saliency", *place)
-        scores = self.score(self.gradient(own[balanced_batch(self._labels[own], self._size, rng)]))
+        scores = self.score(self.gradient(own[self._options.minibatch(self._labels[own], rng)]))
         if self._kept is not None:
             self._kept[place] = scores
         return scores
@@ -188,7 +188,7 @@ def study_masks(
     drawn = [(client, batch) for batch in range(depth) for client in range(run.clients)]
     parts = enumerate(runtime.partition.train)
     pieces = [piece for k, part in parts for piece in cut(part, size, generator(run.seed, "study-oracle", k))]
-    scorer = Scorer(runtime, size, len(drawn))
+    scorer = Scorer(runtime, len(drawn))
     say(f"two oracles of all training images: {len(pieces)} minibatches")
     scores = oracle_scores(scorer, pieces)
     say(f"one of SSFL's minibatches: {len(drawn)}, {depth} a client")

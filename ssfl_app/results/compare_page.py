@@ -121,6 +121,8 @@ def _axes(group: Group) -> str:
 
 def _task(group: Group) -> str:
     data, partition, model, clients, rounds = (group.config.get(key) for key in TASK)
+    width = float(group.config.get("model.width", 1.0))
+    model = str(model) if width == 1.0 else f"{model} of width {width:g}"
     return f"{data}, {partition} partition, {model}, {clients} clients, {rounds} rounds."
 
 

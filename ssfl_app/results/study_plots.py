@@ -21,7 +21,7 @@ MEASURES = ("error", "jaccard", "flip-rate")
 LEGENDS = {
     SCORES: "(a) mean of scores: mean of |g·w| over all training images, {cut} minibatches of one client each",
     GRADIENT: "(b) score of the mean gradient: |mean(g)·w| over the same; signs cancel, more batches do not reach it",
-    DRAWS: "(a') mean of scores over all {drawn} class-balanced minibatches the n are drawn from: 0 with all of them",
+    DRAWS: "(a') mean of scores over all {drawn} minibatches the n are drawn from: 0 with all of them",
 }
 TITLES = {
     "error": "Mask error |A xor B| / 2k",

@@ -94,3 +94,8 @@ def balanced_batch(labels: npt.NDArray[np.int64], size: int, rng: np.random.Gene
         members = np.flatnonzero(labels == label)
         chosen.append(rng.choice(members, count, replace=count > members.size))
     return rng.permutation(np.concatenate(chosen)).astype(np.int64)
+
+
+def plain_batch(count: int, size: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Return the indices of `size` of `count` images, or all of them, whatever their classes: (min(size, count),)."""
+    return rng.permutation(count)[:size]

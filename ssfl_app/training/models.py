@@ -1,4 +1,4 @@
-"""Models: a small CNN, ResNet-18/50 with CIFAR stem, and the CIFAR ResNets of He et al.
+"""Models: two small CNNs, ResNet-18/50 with CIFAR stem, and the CIFAR ResNets of He et al.
 
 Blocks come from torchvision; only what differs is here. ResNet-18 and ResNet-50 are those of the DisPFL and SSFL
 code: 3x3 stem of stride 1, no max-pool, every norm a GroupNorm. With 10 classes and norm "group" ResNet-18 has
@@ -7,15 +7,19 @@ code: 3x3 stem of stride 1, no max-pool, every norm a GroupNorm. With 10 classes
 CIFAR ResNet-20/32/44/56/110 (He et al., CVPR 2016, section 4.2) have 3 stages of 16/32/64 channels and
 parameter-free shortcuts (option A).
 
+All of them can be narrower or wider: `scaled` says how many channels a layer then has.
+
 Under BatchNorm a batch in training needs two values a channel: `fewest` says of how many images that is.
 
 A model is built without touching torch's global generator, and its initial weights depend on the seed only.
 """
 
+import bisect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
-from ssfl_app.options import ConfigError, Scalar, choice, free
+from ssfl_app.options import ConfigError, Scalar, above, choice, free
 from ssfl_app.registry import Registry
 from ssfl_app.seeding import torch_generator
 from ssfl_app.text import one_line
@@ -32,8 +36,8 @@ NORMS = ("group", "batch", "none")
 
 
 def _groups(channels: int) -> int:
-    # 32 groups from 64 channels on, as published; narrower layers keep 2 channels a group.
-    return max(1, min(32, channels // 2))
+    # 32 groups from 64 channels on, as published, or a little fewer; narrower layers keep 2 channels a group.
+    return max(1, channels // max(2, math.ceil(channels / 32)))
 
 
 def norm_layer(name: str) -> Callable[[int], nn.Module]:
@@ -45,31 +49,65 @@ def norm_layer(name: str) -> Callable[[int], nn.Module]:
     return lambda channels: nn.Identity()
 
 
-def _cnn(channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+def scaled(channels: int, width: float, times: int = 1) -> int:
+    """Return a whole number near channels * width such that GroupNorm's groups divide it, and `times` as many.
+
+    It is the nearest one, the smaller of two that are equally near, and at least 1.
+
+    Examples
+    --------
+    >>> [scaled(64, width) for width in (1, 0.5, 0.45, 0.01, 1.6)]
+    [64, 32, 28, 1, 104]
+    """
+    wanted = channels * width
+    fit = (n for n in range(1, 2 * math.ceil(wanted) + 1) if not any(k % _groups(k) for k in (n, n * times)))
+    return min(fit, key=lambda n: abs(n - wanted))
+
+
+def _cnn(channels: int, classes: int, norm: Callable[[int], nn.Module], width: float) -> nn.Module:
+    first, second, hidden = scaled(32, width), scaled(64, width), max(1, round(128 * width))
     return nn.Sequential(
-        nn.Conv2d(channels, 32, 3, padding=1, bias=False),
-        norm(32),
+        nn.Conv2d(channels, first, 3, padding=1, bias=False),
+        norm(first),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1, bias=False),
-        norm(64),
+        nn.Conv2d(first, second, 3, padding=1, bias=False),
+        norm(second),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(4),
         nn.Flatten(),
-        nn.Linear(64 * 16, 128),
+        nn.Linear(second * 16, hidden),
         nn.ReLU(),
-        nn.Linear(128, classes),
+        nn.Linear(hidden, classes),
     )
 
 
+def _conv4(channels: int, classes: int, norm: Callable[[int], nn.Module], width: float) -> nn.Module:
+    layers: list[nn.Module] = []
+    planes = channels
+    for convolution, wanted in enumerate((32, 64, 128, 128)):
+        inputs, planes = planes, scaled(wanted, width)
+        layers += [nn.Conv2d(inputs, planes, 3, padding=1, bias=False), norm(planes), nn.ReLU()]
+        if convolution < 3:
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # an image of one pixel stays one
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(planes * 4, classes))
+
+
 def _imagenet_resnet(
-    block: str, layers: list[int], channels: int, classes: int, norm: Callable[[int], nn.Module]
+    block: str, layers: list[int], channels: int, classes: int, norm: Callable[[int], nn.Module], width: float
 ) -> nn.Module:
     from torchvision.models import resnet
 
-    model: nn.Module = resnet.ResNet(getattr(resnet, block), layers, num_classes=classes, norm_layer=norm)
-    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    kind = getattr(resnet, block)
+    model: Any = resnet.ResNet(kind, layers, norm_layer=norm)
+    planes = [scaled(wanted, width, kind.expansion) for wanted in (64, 128, 256, 512)]
+    model.conv1, model.bn1 = nn.Conv2d(channels, planes[0], 3, padding=1, bias=False), norm(planes[0])
     model.maxpool = nn.Identity()
-    return model
+    model.inplanes = planes[0]
+    for stage, blocks in enumerate(layers):
+        made = model._make_layer(kind, planes[stage], blocks, stride=2 if stage else 1)
+        setattr(model, f"layer{stage + 1}", made)
+    model.fc = nn.Linear(planes[-1] * kind.expansion, classes)
+    return cast(nn.Module, model)
 
 
 class _PadShortcut(nn.Module):
@@ -83,32 +121,35 @@ class _PadShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
 
 
-def _cifar_resnet(depth: int, channels: int, classes: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+def _cifar_resnet(
+    depth: int, channels: int, classes: int, norm: Callable[[int], nn.Module], width: float
+) -> nn.Module:
     from torchvision.models.resnet import BasicBlock
 
     blocks: list[nn.Module] = []
-    width = 16
-    for planes in (16, 32, 64):
+    inputs = scaled(16, width)
+    stem = [nn.Conv2d(channels, inputs, 3, padding=1, bias=False), norm(inputs), nn.ReLU()]
+    for stage, wanted in enumerate((16, 32, 64)):
+        planes = scaled(wanted, width)
         for i in range((depth - 2) // 6):
-            first = i == 0 and planes != 16
-            shortcut = _PadShortcut(planes - width) if first else None
-            blocks.append(BasicBlock(width, planes, 2 if first else 1, shortcut, norm_layer=norm))
-            width = planes
-    stem = [nn.Conv2d(channels, 16, 3, padding=1, bias=False), norm(16), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+            first = i == 0 and stage > 0
+            shortcut = _PadShortcut(planes - inputs) if first else None
+            blocks.append(BasicBlock(inputs, planes, 2 if first else 1, shortcut, norm_layer=norm))
+            inputs = planes
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
 Factory = Callable[..., nn.Module]
 """factory(input_shape, outputs, norm, **options): a model for inputs (batch, *input_shape); `norm` of `NORMS`."""
 
 
-def of_images(make: Callable[[int, int, Callable[[int], nn.Module]], nn.Module]) -> Factory:
-    """Return the factory of a model of images by its constructor, which takes channels, classes and a norm."""
+def of_images(make: Callable[[int, int, Callable[[int], nn.Module], float], nn.Module]) -> Factory:
+    """Return the factory of a model of images by its constructor: of channels, classes, a norm and model.width."""
 
-    def factory(input_shape: tuple[int, ...], outputs: int, norm: str) -> nn.Module:
+    def factory(input_shape: tuple[int, ...], outputs: int, norm: str, width: float = 1.0) -> nn.Module:
         if len(input_shape) != 3:
             raise ValueError(f"inputs have shape {input_shape}; this model takes images, (channels, height, width)")
-        return make(input_shape[0], outputs, norm_layer(norm))
+        return make(input_shape[0], outputs, norm_layer(norm), width)
 
     return factory
 
@@ -117,6 +158,7 @@ REGISTRY: Registry[Factory] = Registry(
     "ssfl.models",
     {
         "cnn": of_images(_cnn),
+        "conv4": of_images(_conv4),
         "resnet18": of_images(partial(_imagenet_resnet, "BasicBlock", [2, 2, 2, 2])),
         "resnet50": of_images(partial(_imagenet_resnet, "Bottleneck", [3, 4, 6, 3])),
         **{f"resnet{depth}": of_images(partial(_cifar_resnet, depth)) for depth in (20, 32, 44, 56, 110)},
@@ -124,8 +166,6 @@ REGISTRY: Registry[Factory] = Registry(
     "a function (input_shape, outputs, norm, **options) that returns a torch.nn.Module",
     callable,
 )
-SHRINKS = dict.fromkeys(REGISTRY, 4) | {"cnn": 1, "resnet18": 8, "resnet50": 8}
-"""By how much each side of an image is divided, rounded up, in the smallest map that a norm sees."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +174,20 @@ class ModelOptions:
 
     name: str = REGISTRY.field("cnn", "what is trained")
     norm: str = choice(*NORMS, about="the layers that normalise")
+    width: float = above(0, 1.0, "of a built-in model: its layers have this many times the channels")
     options: Mapping[str, Scalar] = free("arguments of a model of your own: model.options.width=64")
 
 
 def _made(options: ModelOptions, shape: tuple[int, ...], outputs: int) -> nn.Module:
     arguments = {key.replace("-", "_"): value for key, value in options.options.items()}
+    if options.name in REGISTRY:
+        for key, value in options.options.items():
+            rule = f"it is for a model of your own, and {options.name} is built in: it has model.width and model.norm"
+            raise ConfigError(f"model.options.{key} is {value!r}; {rule}")
+        arguments = {"width": options.width}
+    elif options.width != 1.0:
+        rule = f"it is for built-in models, and a model of your own such as {options.name} has model.options"
+        raise ConfigError(f"model.width is {options.width}; {rule}")
     try:
         model: object = REGISTRY[options.name](shape, outputs, options.norm, **arguments)
     except Exception as error:
@@ -181,12 +230,39 @@ def outline(options: ModelOptions, shape: tuple[int, ...], outputs: int) -> nn.M
 def fewest(options: ModelOptions, shape: tuple[int, ...], outputs: int = 1) -> int:
     """Return how many inputs a training batch has at least: 2 where a BatchNorm sees one value a channel, else 1.
 
-    A norm over a batch needs two values of each channel, and a map of one pixel gives it one an image. Of a model
-    that is not built in it is not known what its norms see: 2 if there is a BatchNorm.
+    A norm over a batch needs two values of each channel, and a map of one pixel gives it one an image. How large the
+    maps of a built-in model are, a forward pass without numbers shows. Of another model it is not known: 2 if there
+    is a BatchNorm.
     """
+    if options.name in REGISTRY and options.norm != "batch":
+        return 1
+    model, pixels = outline(options, shape, outputs), list[int]()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if options.name not in REGISTRY:
-        return 1 + any(isinstance(module, _BatchNorm) for module in outline(options, shape, outputs).modules())
-    return 2 if options.norm == "batch" and max(shape[1:]) <= SHRINKS[options.name] else 1
+        return 1 + bool(norms)
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda _, inputs: pixels.append(inputs[0][0, 0].numel()))
+    model(torch.empty(2, *shape, device="meta"))
+    return 2 if min(pixels) == 1 else 1
+
+
+def parameters(options: ModelOptions, shape: tuple[int, ...], outputs: int) -> int:
+    """Return how many parameters a model has, biases and norms included."""
+    return sum(parameter.numel() for parameter in outline(options, shape, outputs).parameters())
+
+
+def width_for(options: ModelOptions, shape: tuple[int, ...], outputs: int, count: int) -> float:
+    """Return the model.width, in thousandths up to 1, at which a built-in model has nearest to `count` parameters.
+
+    This is the dense control of a sparse method: `count` is what its mask leaves alive, with biases and norms.
+    """
+    widths = [thousandth / 1000 for thousandth in range(1, 1001)]
+
+    def size(width: float) -> int:
+        return parameters(replace(options, width=width), shape, outputs)
+
+    above = bisect.bisect_left(widths, count, key=size, hi=len(widths) - 1)
+    return min(widths[max(0, above - 1) : above + 1], key=lambda width: abs(size(width) - count))
 
 
 def create(options: ModelOptions, shape: tuple[int, ...], outputs: int, seed: int) -> nn.Module:

@@ -37,7 +37,7 @@ def digits() -> study.MaskStudy:
 
 @pytest.fixture(scope="module")
 def scorer() -> study.Scorer:
-    return study.Scorer(get_runtime(FLAT), 16, 64)
+    return study.Scorer(get_runtime(FLAT), 64)
 
 
 def test_distances_by_hand() -> None:
@@ -180,7 +180,7 @@ def test_the_figure_has_a_panel_a_measure_and_marks_the_clients(digits: study.Ma
     assert "(a) mean of scores" in words[0]
     assert "96 minibatches" in words[0]
     assert "(b) score of the mean gradient" in words[1]
-    assert "all 64 class-balanced" in words[2]
+    assert "all 64 minibatches" in words[2]
 
 
 def test_the_command_writes_picture_numbers_and_table(tmp_path: Path) -> None:

@@ -236,6 +236,13 @@ def test_an_older_folder_says_less(tmp_path: Path) -> None:
     assert "every client trains" not in markdown([table], "ssfl", [])
 
 
+def test_the_width_of_a_model_is_told(tmp_path: Path) -> None:
+    one = entry(tmp_path)
+    half = replace(one, config={**one.config, "model.width": 0.5})
+    text = markdown(compare.groups([half], [], "ssfl"), "ssfl", [], "mine")
+    assert "digits, iid partition, cnn of width 0.5, 8 clients, 3 rounds." in text.splitlines()
+
+
 def test_a_table_for_each_combination_of_axes(tmp_path: Path) -> None:
     entries = [
         entry(tmp_path, strategy, seed, partition=partition, own=0.9 + seed / 100)

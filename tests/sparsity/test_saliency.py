@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ssfl_app.data.dataset import Samples, Transform
-from ssfl_app.sparsity.saliency import balanced_batch, snip
+from ssfl_app.sparsity.saliency import balanced_batch, plain_batch, snip
 from ssfl_app.training.trainer import LocalOptions, LocalTrainer
 
 law = settings(deadline=None, derandomize=True, max_examples=80)
@@ -138,6 +138,14 @@ def test_the_same_generator_gives_the_same_batch():
     one, other, third = (balanced_batch(labels, 20, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(one, other)
     assert not np.array_equal(one, third)
+
+
+def test_a_plain_batch_has_images_as_they_come_each_once():
+    rng = np.random.default_rng(4)
+    batches = np.stack([plain_batch(6, 4, rng) for _ in range(1000)])
+    assert all(len(set(batch)) == 4 for batch in batches)
+    assert np.abs(np.bincount(batches.reshape(-1), minlength=6) - 4000 / 6).max() < 75  # standard deviation 14.9
+    assert sorted(plain_batch(6, 64, rng)) == list(range(6))
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])

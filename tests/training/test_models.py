@@ -8,8 +8,23 @@ import pytest
 import torch
 from torch import nn
 
+from ssfl_app.data.dataset import Samples
+from ssfl_app.data.transform import Transform
+from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.layout import Layout, state_of
-from ssfl_app.training.models import NORMS, REGISTRY, SHRINKS, ModelOptions, create, fewest, norm_layer, outline
+from ssfl_app.training.models import (
+    NORMS,
+    REGISTRY,
+    ModelOptions,
+    create,
+    fewest,
+    norm_layer,
+    outline,
+    parameters,
+    scaled,
+    width_for,
+)
+from ssfl_app.training.trainer import LocalOptions, LocalTrainer
 
 CIFAR = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 
@@ -20,7 +35,7 @@ def skeleton(name, norm="group", channels=3, classes=10):
         return REGISTRY[name]((channels, 8, 8), classes, norm)
 
 
-def parameters(model):
+def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -38,7 +53,7 @@ def parameters(model):
 def test_resnets_are_as_large_as_published(name, classes, total, prunable, norm):
     model = skeleton(name, norm, classes=classes)
     layout = Layout.of(model)
-    assert parameters(model) == total
+    assert count(model) == total
     assert layout.prunable_size == prunable
     # Running means and variances belong to the state, one for each norm weight and bias; counters do not.
     assert layout.size == total + (total - prunable - classes if norm == "batch" else 0)
@@ -61,8 +76,8 @@ def test_resnet18_has_62_tensors_of_four_kinds():
 @pytest.mark.parametrize(("name", "millions"), [("resnet18", 11.17), ("resnet50", 23.52)])
 def test_resnets_without_norms_have_conv_and_linear_weights_only(name, millions):
     model = skeleton(name, "none")
-    assert parameters(model) == Layout.of(model).prunable_size + 10
-    assert parameters(model) / 1e6 == pytest.approx(millions, abs=0.06)
+    assert count(model) == Layout.of(model).prunable_size + 10
+    assert count(model) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
 @pytest.mark.parametrize(("name", "millions"), zip(CIFAR, ["0.27", "0.46", "0.66", "0.85", "1.7"], strict=True))
@@ -75,14 +90,14 @@ def test_cifar_resnets_are_as_large_as_those_of_he_et_al(name, millions):
     norms = 2 * (16 + 2 * n * (16 + 32 + 64))
     for norm in ("batch", "group"):
         model = skeleton(name, norm)
-        assert parameters(model) == convolutions + norms + 64 * 10 + 10
+        assert count(model) == convolutions + norms + 64 * 10 + 10
         assert Layout.of(model).prunable_size == convolutions + 64 * 10
     digits = len(millions.partition(".")[2])
-    assert f"{parameters(model) / 1e6:.{digits}f}" == millions
+    assert f"{count(model) / 1e6:.{digits}f}" == millions
 
 
 def test_resnet20_by_number():
-    assert parameters(skeleton("resnet20", "batch")) == 269_722  # as counted in public reimplementations
+    assert count(skeleton("resnet20", "batch")) == 269_722  # as counted in public reimplementations
 
 
 def test_the_cnn_by_hand():
@@ -90,7 +105,7 @@ def test_the_cnn_by_hand():
     for norm, extra in (("none", 0), ("group", 192), ("batch", 192)):
         model = skeleton("cnn", norm)
         assert Layout.of(model).prunable_size == convolutions + linear
-        assert parameters(model) == convolutions + linear + 138 + extra
+        assert count(model) == convolutions + linear + 138 + extra
 
 
 @pytest.mark.parametrize(
@@ -109,8 +124,8 @@ def test_every_model_has_the_norm_that_was_asked_for(name, norm, kind, others):
 
 
 def test_groups_are_32_and_two_channels_each_in_narrow_layers():
-    norms = [norm_layer("group")(channels) for channels in (2, 16, 32, 64, 512)]
-    assert [norm.num_groups for norm in norms] == [1, 8, 16, 32, 32]
+    norms = [norm_layer("group")(channels) for channels in (2, 16, 32, 64, 66, 100, 512, 2048)]
+    assert [norm.num_groups for norm in norms] == [1, 8, 16, 32, 22, 25, 32, 32]
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -194,16 +209,125 @@ def test_the_shortcut_of_cifar_resnets_is_every_second_pixel_with_zero_channels_
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_the_smallest_map_of_a_norm_is_known(name):
-    """By a forward pass that computes nothing: one pixel up to that side, more beyond."""
-    options, pixels = ModelOptions(name, "batch"), []
-    model = outline(options, (1, 8, 8), 10)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.register_forward_pre_hook(lambda _, inputs: pixels.append(inputs[0][0, 0].numel()))
-    for side in (SHRINKS[name], SHRINKS[name] + 1):
-        pixels.clear()
-        model(torch.empty(2, 1, side, 1, device="meta"))
-        assert (1 in pixels) == (side == SHRINKS[name])
-        assert fewest(options, (1, side, 1)) == fewest(options, (1, 1, side)) == (2 if 1 in pixels else 1)
-        assert fewest(ModelOptions(name, "group"), (1, side, 1)) == 1
+def test_how_many_images_a_batch_needs_under_batchnorm(name):
+    """Two where its last norm sees one pixel an image: by hand, up to this side of an image."""
+    side = {"cnn": 1, "resnet18": 8, "resnet50": 8, "conv4": 8}.get(name, 4)
+    for pixels, images in ((side, 2), (side + 1, 1)):
+        for shape in ((1, pixels, 1), (1, 1, pixels)):
+            assert fewest(ModelOptions(name, "batch"), shape) == images
+            assert fewest(ModelOptions(name, "group"), shape) == 1
+
+
+def hand_count(name, norm, w):
+    """Parameters of a model for 3 x 32 x 32 and 10 classes whose layers have the channels `w`."""
+    pairs = list(zip((3, *w), w, strict=False))
+    if name == "conv4":
+        return 9 * sum(a * b for a, b in pairs) + 2 * sum(w) * norm + 4 * w[-1] * 10 + 10
+    first, second, hidden = w
+    return (
+        9 * (3 * first + first * second) + 2 * (first + second) * norm + (16 * second + 1) * hidden + 10 * hidden + 10
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "channels"),
+    [
+        ("conv4", 1.0, (32, 64, 128, 128)),
+        ("conv4", 0.5, (16, 32, 64, 64)),
+        ("conv4", 0.2, (6, 12, 26, 26)),
+        ("conv4", 1.5, (48, 96, 192, 192)),
+        ("cnn", 1.0, (32, 64, 128)),
+        ("cnn", 0.25, (8, 16, 32)),
+        ("cnn", 0.22, (8, 14, 28)),
+    ],
+)
+def test_small_models_of_every_width_by_hand(name, width, channels):
+    for norm, factor in (("group", 1), ("batch", 1), ("none", 0)):
+        assert parameters(ModelOptions(name, norm, width), (3, 32, 32), 10) == hand_count(name, factor, channels)
+
+
+def test_conv4_has_246_314_parameters():
+    assert parameters(ModelOptions("conv4"), (3, 32, 32), 10) == 246_314
+
+
+@pytest.mark.parametrize("width", [0.5, 0.25])
+def test_a_narrow_resnet20_by_hand(width):
+    one, two, three = (int(width * planes) for planes in (16, 32, 64))
+    convolutions = 3 * one + 6 * one**2 + one * two + 5 * two**2 + two * three + 5 * three**2
+    norms = 2 * (7 * one + 6 * two + 6 * three)
+    assert parameters(ModelOptions("resnet20", width=width), (3, 32, 32), 10) == 9 * convolutions + norms + 10 * (
+        three + 1
+    )
+
+
+def test_a_resnet18_of_half_the_width_by_hand():
+    stages = ((32, 32), (32, 64), (64, 128), (128, 256))  # the channels that come in, and those of all convolutions
+    convolutions = 9 * 3 * 32 + sum(9 * (a * b + 3 * b * b) + a * b * (a != b) for a, b in stages)
+    norms = 2 * (32 + sum(4 * b + b * (a != b) for a, b in stages))
+    assert parameters(ModelOptions("resnet18", width=0.5), (3, 32, 32), 10) == convolutions + norms + 257 * 10
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_at_full_width_the_stages_are_torchvisions(name):
+    from torchvision.models import resnet
+
+    with torch.device("meta"):
+        theirs = getattr(resnet, name)(norm_layer=norm_layer("group"))
+    shapes = [{k: w.shape for k, w in net.state_dict().items() if k[0] == "l"} for net in (theirs, skeleton(name))]
+    assert shapes[0] == shapes[1]
+    assert [k for k, _ in skeleton(name).named_children()] == [k for k, _ in theirs.named_children()]
+
+
+@pytest.mark.parametrize("width", [0.5, 0.25])
+@pytest.mark.parametrize("name", REGISTRY)
+def test_models_of_every_width_train(name, width):
+    rng = np.random.default_rng(1)
+    inputs = torch.from_numpy(rng.integers(0, 256, (4, 3, 8, 8), dtype=np.uint8))
+    data = Samples(inputs, torch.tensor([0, 1, 2, 0]))
+    model = create(ModelOptions(name, width=width), (3, 8, 8), 3, seed=1)
+    before = state_of(create(ModelOptions(name, width=width), (3, 8, 8), 3, seed=1))
+    images = Transform((0.5,) * 3, (0.25,) * 3, "none")
+    loss = LocalTrainer(LocalOptions(epochs=1, batch_size=4), images, torch.device("cpu")).fit(
+        model, data, rng, lr=0.1
+    )
+    assert math.isfinite(loss)
+    assert all(tensor.isfinite().all() for tensor in state_of(model).values())
+    assert not any(torch.equal(tensor, before[weight]) for weight, tensor in state_of(model).items())
+
+
+def test_channels_are_near_the_width_and_groups_divide_them():
+    for channels, times in ((16, 1), (64, 1), (512, 1), (64, 4), (512, 4)):
+        found = [scaled(channels, width / 100, times) for width in range(1, 201)]
+        assert found == sorted(found)
+        assert found[99] == channels
+        for width, number in enumerate(found, 1):
+            assert abs(number - channels * width / 100) <= max(2, channels * width / 700)
+            for planes in (number, number * times):
+                norm_layer("group")(planes)  # says so if they do not
+
+
+@pytest.mark.parametrize("name", ["cnn", "conv4", "resnet20"])
+def test_the_width_for_a_number_of_parameters(name):
+    options = ModelOptions(name)
+    whole = parameters(options, (3, 32, 32), 10)
+    for density in (0.05, 0.1, 0.2, 0.5):
+        width = width_for(options, (3, 32, 32), 10, round(density * whole))
+        near = [
+            parameters(ModelOptions(name, width=other), (3, 32, 32), 10)
+            for other in (width - 0.1, width, width + 0.1)
+        ]
+        assert near[0] < density * whole < near[2]
+        assert near[1] == pytest.approx(density * whole, rel=0.08)
+    ends = [width_for(options, (3, 32, 32), 10, count) for count in (1, 10 * whole)]
+    assert parameters(ModelOptions(name, width=ends[0]), (3, 32, 32), 10) < whole / 500
+    assert parameters(ModelOptions(name, width=ends[1]), (3, 32, 32), 10) == whole
+
+
+def test_the_width_that_docs_compare_names():
+    assert width_for(ModelOptions("conv4"), (3, 32, 32), 10, 12_994) == 0.219
+    assert parameters(ModelOptions("conv4", width=0.219), (3, 32, 32), 10) == 13_094
+
+
+def test_width_is_for_built_in_models():
+    with pytest.raises(ConfigError, match=r"model.width is 0.5; it is for built-in models, .* has model.options"):
+        outline(ModelOptions("torch.nn:Linear", width=0.5), (8,), 2)

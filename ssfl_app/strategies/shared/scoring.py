@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ssfl_app.core.algorithm import ClientAlgorithm, Samples
 from ssfl_app.core.means import WeightedMean
@@ -12,7 +13,7 @@ from ssfl_app.core.robust import SCORE_FOLDS
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import Layout, State, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.saliency import balanced_batch, snip
+from ssfl_app.sparsity.saliency import balanced_batch, plain_batch, snip
 from ssfl_app.sparsity.values import SCORE_TYPES
 
 CRITERIA = ("snip", "pooled-snip", "grasp", "synflow", "iterative-snip", "force", "magnitude")
@@ -24,8 +25,11 @@ class SsflOptions(Section):
 
     section = "ssfl"
 
-    saliency_batches: int = at_least(1, 1, "class-balanced minibatches a client scores")
+    saliency_batches: int = at_least(1, 1, "minibatches a client scores")
     saliency_batch_size: int = at_least(1, 64, "images in each of them")
+    saliency_sampling: str = choice(
+        "balanced", "plain", about="balanced: equally many images of each class a client has; plain: any images"
+    )
     saliency_weighting: str = choice("samples", "uniform", about="weight of a client in the mean score")
     score_fold: str = choice(
         "auto",
@@ -46,6 +50,12 @@ class SsflOptions(Section):
     refresh_weights: str = choice(
         "initial", "zero", "restart", about="weights that come back start at w0 or 0; or all at w0"
     )
+
+    def minibatch(self, labels: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Return the indices of a minibatch of images with these `labels`, (n >= 1,)."""
+        if self.saliency_sampling == "plain":
+            return plain_batch(len(labels), self.saliency_batch_size, rng)
+        return balanced_batch(labels, self.saliency_batch_size, rng)
 
 
 class ScoringClient(ClientAlgorithm):
@@ -72,7 +82,7 @@ def ranked(layout: Layout, scores: Vector, wanted: MaskOptions, density: float |
 def mean_over_batches(
     rule: ClientAlgorithm, state: State, score: Callable[[Samples], State], first: int = 0
 ) -> Vector:
-    """Return the mean of `score` over the class-balanced minibatches of ``ssfl``, float32, shape (prunable,).
+    """Return the mean of `score` over the minibatches of ``ssfl``, float32, shape (prunable,).
 
     The workbench holds `state`. Minibatch number `first` is the first one; equal numbers are equal images.
 
@@ -87,7 +97,7 @@ def mean_over_batches(
     labels, seen = site.train.labels.cpu().numpy(), np.zeros(len(site.train), dtype=bool)
     for batch in range(first, first + options.saliency_batches):
         rng = generator(rule.settings.run.seed, "saliency", site.client_id, batch)
-        chosen = balanced_batch(labels, options.saliency_batch_size, rng)
+        chosen = options.minibatch(labels, rng)
         seen[chosen] = True
         mean.add(site.layout.flatten_prunable(score(site.train.take(chosen))))
     site.enough(int(np.count_nonzero(seen)), "scores")
@@ -95,6 +105,6 @@ def mean_over_batches(
 
 
 def snip_scores(rule: ClientAlgorithm, state: State) -> Vector:
-    """Return |dL/dw * w| at `state`, float32, shape (prunable,): the mean over class-balanced minibatches."""
+    """Return |dL/dw * w| at `state`, float32, shape (prunable,): the mean over the minibatches of ``ssfl``."""
     model, trainer = rule.context.model, rule.context.trainer
     return mean_over_batches(rule, state, lambda images: snip(trainer.gradient(model, images), state_of(model)))

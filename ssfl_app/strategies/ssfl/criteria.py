@@ -21,8 +21,8 @@ Where clients may lie, ssfl.score-fold takes another fold than the mean in every
 docs/robustness.md); the bytes are the same.
 
 P prunable weights; step t of T keeps the density d ** (t / T), so A_1 = P; the first step needs no bitmap. Means are
-weighted by samples (ssfl.saliency-weighting). g_k is client k's mean gradient over its class-balanced minibatches,
-at weights w that both ends know.
+weighted by samples (ssfl.saliency-weighting). g_k is client k's mean gradient over its minibatches, which are
+class-balanced (ssfl.saliency-sampling), at weights w that both ends know.
 
 SNIP: Lee et al., ICLR 2019. GraSP: Wang et al., ICLR 2020. SynFlow: Tanaka et al., NeurIPS 2020. FORCE and iterative
 SNIP: de Jorge et al., "Progressive skeletonization: trimming more fat from a network at initialization", ICLR 2021.

@@ -23,7 +23,7 @@ from ssfl_app.runtime import Runtime, get_runtime
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import Layout, load_state
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.saliency import balanced_batch, flow_net, grasp, pooled_snip, synflow
+from ssfl_app.sparsity.saliency import balanced_batch, flow_net, grasp, plain_batch, pooled_snip, synflow
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.shared.scoring import CRITERIA
 from ssfl_app.strategies.ssfl.criteria import QUESTIONS, find_mask
@@ -301,6 +301,20 @@ def test_force_scores_removed_weights_too_and_brings_some_back() -> None:
     masks = [*nets(played), played.strategy.mask]
     assert [mask.count for mask in masks] == [PRUNABLE, *counts(0.2, 4)]
     assert (masks[-1].alive & ~masks[1].alive).any()
+
+
+def test_a_plain_minibatch_is_any_images_of_the_client() -> None:
+    played = found("snip", ssfl__saliency_sampling="plain")
+    (answer,) = (p.arrays["values"] for (kind, _, who), p in played.grid.got if (kind, who) == ("query.saliency", 3))
+    runtime, w0 = played.runtime, played.runtime.initial_state()
+    chosen = runtime.partition.train[3][
+        plain_batch(len(runtime.partition.train[3]), 64, generator(1, "saliency", 3, 0))
+    ]
+    load_state(runtime.model, w0)
+    gradient = runtime.trainer.gradient(runtime.model, runtime.data.train.take(chosen))
+    scores = np.abs(runtime.layout.flatten_prunable(gradient) * runtime.layout.flatten_prunable(w0))
+    np.testing.assert_allclose(answer, scores, rtol=1e-4, atol=1e-9)
+    assert played.strategy.mask != found("snip").strategy.mask
 
 
 @pytest.mark.parametrize("criterion", ["iterative-snip", "force"])

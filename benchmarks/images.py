@@ -1,0 +1,279 @@
+"""CIFAR-10 images on a CPU, as many runs as fit: python -m benchmarks.images --data DIR --minutes M [--jobs 2]
+
+The common terms are those of configs/cifar10-study.toml; `plan` has the runs, the most important first. That is the
+gate, dense FedAvg: if it stays below `GATE`, nothing else is played. What the end of the minutes cuts goes on with
+the next call, from its checkpoint in --out; a run that the record has is not played again. Each run that ends is
+written to benchmarks/results/images.json at once, and the tables beside it are made of that file alone.
+
+"narrow" are dense networks of uniform width that have as many parameters as the masked ones have alive ones, biases
+and norms included. Accuracies are means of the last three evaluations.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ssfl_app import config as configuration
+from ssfl_app.experiments import jobs
+from ssfl_app.experiments.sweep_spec import RunSpec, planned
+from ssfl_app.files import write_bytes, write_json
+from ssfl_app.results.compare import estimate, numbers
+from ssfl_app.results.run_folder import CENTRAL, LOCAL, PERSONAL, evaluated, read_run
+from ssfl_app.results.table import NONE, Table, megabytes
+from ssfl_app.sparsity.layout import Layout
+from ssfl_app.training.models import ModelOptions, outline, width_for
+
+ROOT = Path(__file__).parents[1]
+TERMS = ROOT / "configs" / "cifar10-study.toml"
+RECORD = ROOT / "benchmarks" / "results" / "images.json"
+INPUT = (3, 32, 32), 10
+GATE = 0.6
+LAST = 3  # evaluations that an accuracy is the mean of
+SEEDS = (1, 2, 3)
+
+DENSE = {"dense": "strategy='fedavg'"}
+LEADERS = {
+    "ssfl": "strategy='ssfl'",
+    "shuffled": "strategy='shuffled'",
+    "random": "strategy='random'",
+    "random, layer by layer": "strategy='random' mask.scope='layer'",
+    "narrow": "strategy='fedavg'",
+}
+# Knobs that a method's own paper turns: SparsyFed's rate; PruneFL's 50 rounds are more than there are here.
+OTHERS = {
+    "random-local": "strategy='random-local'",
+    "local-saliency": "strategy='local-saliency'",
+    "dispfl": "strategy='dispfl'",
+    "flash": "strategy='flash'",
+    "prunefl": "strategy='prunefl' prunefl.every=10",
+    "sparsyfed, rate 0.5": "strategy='sparsyfed' local.lr=0.5",
+    "topk": "strategy='topk'",
+}
+# Other ways to choose the mask: what they change tells why SSFL's is as good as it is.
+CAUSES = {
+    "ssfl, layer by layer": "mask.scope='layer'",
+    "ssfl, iterative": "ssfl.criterion='iterative-snip'",
+    "ssfl, force": "ssfl.criterion='force'",
+    "ssfl, synflow": "ssfl.criterion='synflow'",
+}
+# What the paper leaves open or has in an appendix; SSFL itself asks all clients for one balanced minibatch.
+ABLATIONS = {
+    **{f"ssfl, {count} minibatches": f"ssfl.saliency-batches={count}" for count in (2, 4, 8, 16)},
+    **{f"ssfl, share {share} of the clients asked": f"ssfl.saliency-share={share}" for share in (0.1, 0.2, 0.5)},
+    "ssfl, plain minibatches": "ssfl.saliency-sampling='plain'",
+    "ssfl, uniform weights of the clients": "ssfl.saliency-weighting='uniform'",
+    **{f"ssfl, mask after {rounds} dense rounds": f"ssfl.warmup-rounds={rounds}" for rounds in (1, 2)},
+}
+# As many image passes as with ten clients: a tenth of the images a round, ten times the rounds.
+LARGER = "run.clients=100 run.rounds=400 run.evaluate-every=50 run.checkpoint-every=10 local.lr-decay=0.99426"
+
+
+class Entry(NamedTuple):
+    """A run of the study: where it stands in the tables, and what is played."""
+
+    part: str
+    row: str
+    density: float
+    run: RunSpec
+
+
+def plan(given: dict[str, Any]) -> list[Entry]:
+    """Return the runs, the most important one first; `given` keys have the last word in all of them."""
+    part = partial(entries, given)
+    found = [entry for seed in SEEDS for entry in part("ten clients", DENSE | LEADERS, [0.05], [seed])]
+    found += part("ten clients", OTHERS, [0.05], SEEDS[:1])
+    found += part("ten clients", LEADERS, [0.1, 0.2, 0.02], SEEDS[:1])
+    found += part("ten clients, how ssfl chooses", CAUSES, [0.05], SEEDS[:1])
+    found += part("ten clients, how ssfl chooses", ABLATIONS, [0.05, 0.1], SEEDS[:1])
+    found += part("ten clients", LEADERS, [0.1, 0.2, 0.02], SEEDS[1:])
+    for seed in SEEDS:
+        found += part("100 clients, 10 a round", DENSE | LEADERS, [0.05], [seed], LARGER)
+    return found
+
+
+def entries(
+    given: dict[str, Any],
+    part: str,
+    rows: dict[str, str],
+    densities: Sequence[float],
+    seeds: Sequence[int],
+    terms: str = "",
+) -> Iterator[Entry]:
+    """Yield the rows of a part of the study at all densities, for all seeds."""
+    for density in densities:
+        for seed in seeds:
+            for row, keys in rows.items():
+                own = configuration.read_overrides([terms, keys]) | {"run.seed": seed, "mask.density": density}
+                width = {"model.width": narrow(density)} if row == "narrow" else {}
+                flat = configuration.merge(configuration.read_file(TERMS), width, own, given)
+                words = [part, row, *([] if row in DENSE else [f"d{density}"]), f"s{seed}"]
+                slug = re.sub(r"[^\w.]+", "-", "-".join(words))
+                run = replace(planned(flat, dense=row in DENSE), slug=slug, name=", ".join(words))
+                yield Entry(part, row, density, run)
+
+
+def narrow(density: float) -> float:
+    """Return the width at which the dense model has as many parameters as a mask of this density leaves alive."""
+    options = ModelOptions(str(configuration.read_file(TERMS)["model.name"]))
+    layout = Layout.of(outline(options, *INPUT))
+    return width_for(options, *INPUT, layout.size - layout.prunable_size + round(density * layout.prunable_size))
+
+
+def keys_of(run: RunSpec) -> dict[str, Any]:
+    """Return what differs from the defaults, but for where the data lie: what a run is in the record."""
+    defaults = configuration.defaults(run.flat["strategy"])
+    return {key: value for key, value in run.flat.items() if value != defaults.get(key) and key != "data.path"}
+
+
+def measured(entry: Entry, home: Path) -> dict[str, Any]:
+    """Return the record of a run that is finished."""
+    run = read_run(home)
+    means, at = {}, set[int]()
+    for name, key in (("central", CENTRAL), ("global", LOCAL), ("personal", PERSONAL)):
+        where, values = evaluated(run, key)
+        means[name] = statistics.fmean(values[-LAST:].tolist()) if len(values) else None
+        at |= set(where[-LAST:].tolist())
+    means["own"] = means["global"] if means["personal"] is None else means["personal"]
+    known = run.summary or {}
+    return {
+        "part": entry.part,
+        "row": entry.row,
+        "mask_density": entry.density,
+        "seed": run.config["run.seed"],
+        "keys": keys_of(entry.run),
+        **numbers(run),
+        **means,
+        "train_loss": statistics.fmean(run.rounds[i]["train_loss"] for i in sorted(at)),
+        "central_by_round": {r["round"]: r[CENTRAL] for r in run.rounds if r.get(CENTRAL) is not None},
+        "layers": {layer.name: layer.alive / layer.size for layer in run.layers},
+        **{key: known.get(key) for key in ("parameters", "prunable", "alive", "model_sha256", "mask_sha256")},
+        "environment": run.environment,
+    }
+
+
+class Study:
+    """The record of the runs that are finished, by slug, and its tables; `say` is told what happens."""
+
+    def __init__(self, runs: Sequence[Entry], record: Path, homes: Path) -> None:
+        self.runs, self.record, self.homes = {entry.run.slug: entry for entry in runs}, record, homes
+        self.known: dict[str, Any] = json.loads(record.read_text("utf-8"))["runs"] if record.is_file() else {}
+        self.take()
+
+    def waiting(self) -> list[RunSpec]:
+        """Return the runs that the record lacks, or has with other keys, in their order."""
+        told = {slug: known["keys"] for slug, known in self.known.items()}
+        return [entry.run for slug, entry in self.runs.items() if told.get(slug) != keys_of(entry.run)]
+
+    def take(self) -> None:
+        """Write what is finished into the record, and the tables."""
+        for run in self.waiting():
+            home = self.homes / run.slug
+            if jobs.state(run, home) == "finished":
+                self.known[run.slug] = measured(self.runs[run.slug], home)
+        write_json(self.record, {"runs": self.known})
+        write_bytes(self.record.with_suffix(".md"), tables(self.known.values()).encode())
+
+    def result(self, run: RunSpec, why: str) -> str:
+        """Return what is told of a run that ended or was cut."""
+        self.take()
+        if run.slug in self.known and not why:
+            return f"central {percent(self.known[run.slug]['central'])} %"
+        home = self.homes / run.slug
+        done = read_run(home).rounds if (home / "rounds.jsonl").is_file() else []
+        return why or f"round {done[-1]['round'] if done else 0} of {run.flat['run.rounds']}; goes on next time"
+
+
+def play(runs: Sequence[Entry], record: Path, out: Path, minutes: float, at_once: int) -> str:
+    """Play what fits and return what is to be said at the end."""
+    end = time.monotonic() + 60 * minutes
+    study = Study(runs, record, out / "runs")
+    gate = runs[0].run
+    if gate in study.waiting():
+        jobs.check_all([gate])
+        some = {"homes": study.homes, "budget": end - time.monotonic()}
+        jobs.play([gate], out, "inline", say, study.result, **some)
+    if gate in study.waiting():
+        return "the gate is not finished"
+    if (reached := study.known[gate.slug]["central"]) < GATE:
+        return f"the gate, {gate.name}, reached {percent(reached)} %, below {percent(GATE)} %: nothing else is played"
+    if rest := study.waiting():
+        jobs.check_all(rest)
+        some = {"homes": study.homes, "at_once": at_once, "budget": end - time.monotonic()}
+        jobs.play(rest, out, "inline", say, study.result, **some)
+    return f"{len(runs) - len(study.waiting())} of {len(runs)} runs are in {record}"
+
+
+def tables(known: Sequence[dict[str, Any]]) -> str:
+    """Return a table for each part of the study: means over seeds with their 95 % intervals."""
+    lines = ["# CIFAR-10 images on a CPU", ""]
+    for part in dict.fromkeys(each["part"] for each in known):
+        rows: dict[tuple[float, str], list[dict[str, Any]]] = {}
+        for each in known:
+            if each["part"] == part:
+                rows.setdefault((1.0 if each["row"] in DENSE else each["mask_density"], each["row"]), []).append(each)
+        made = [cells(row, density, rows[density, row]) for density, row in sorted(rows, key=lambda pair: -pair[0])]
+        lines += [f"## {part}", "", *Table(HEADERS, made, 1).markdown(), ""]
+    places = {(each["environment"]["cores"], each["environment"]["cpu"]) for each in known}
+    for cores, cpu in sorted(places):
+        dates = sorted(each["environment"]["time"][:10] for each in known if each["environment"]["cpu"] == cpu)
+        lines.append(f"{cores} cores of {cpu}, no GPU, {dates[0]} to {dates[-1]}. {NOTE}")
+    return "\n".join([*lines, ""])
+
+
+HEADERS = ["row", "density", "seeds", "central %", "own tests %", "train loss", "alive parameters"]
+HEADERS += ["MB", "image passes", "minutes"]
+NOTE = (
+    "± is half the 95 % interval of the mean over seeds. Accuracies and the clients' loss are means of the last "
+    f"{LAST} evaluated rounds; own tests: the personal model where a method has one. MB: training, masks and "
+    "discovery, both directions. Minutes are of a run beside other work."
+)
+
+
+def cells(row: str, density: float, runs: list[dict[str, Any]]) -> list[str]:
+    def share(key: str) -> str:
+        found = estimate(run[key] for run in runs if run[key] is not None)
+        if found is None:
+            return NONE
+        return percent(found.mean) + (f" ± {percent(found.half)}" if found.half is not None else "")
+
+    def mean(key: str) -> float:
+        return statistics.fmean(run[key] for run in runs)
+
+    alive = statistics.fmean(run["density_all"] * run["parameters"] for run in runs)
+    seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
+    costs = [f"{alive:,.0f}", megabytes(mean("down") + mean("up")), f"{mean('image_passes'):,.0f}"]
+    shares = [share("central"), share("own"), f"{mean('train_loss'):.3f}"]
+    return [row, f"{density:g}", seeds, *shares, *costs, f"{mean('seconds') / 60:.0f}"]
+
+
+def percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.1f}"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Play what fits into the minutes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder with train and test parquet files of CIFAR-10")
+    parser.add_argument("--minutes", type=float, required=True, help="0: make the tables of the record")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--out", type=Path, default=ROOT / "scratch" / "images", help="of the run folders")
+    parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument("-c", action="append", default=[], help="keys that all runs get; take another --record")
+    given = parser.parse_args(words)
+    keys = configuration.read_overrides([*given.c, f"data.path='{given.data}'"])
+    say(play(plan(keys), given.record, given.out.resolve(), given.minutes, given.jobs))
+
+
+if __name__ == "__main__":
+    main()
