@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from ssfl_app import config as configuration
 from ssfl_app.experiments import jobs
-from ssfl_app.experiments.sweep_spec import RunSpec, planned
+from ssfl_app.experiments.run_spec import RunSpec, planned
 from ssfl_app.files import write_bytes, write_json
 from ssfl_app.results.compare import estimate, numbers
 from ssfl_app.results.run_folder import CENTRAL, LOCAL, PERSONAL, evaluated, read_run

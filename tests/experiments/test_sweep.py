@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from ssfl_app.results.compare_page import cells, headers, markdown, picture
 from ssfl_app.results.run_folder import metadata, read_run
 from ssfl_app.results.status import read_status
 from ssfl_app.results.table import NONE
+from ssfl_app.sparsity.layout import Layout
+from ssfl_app.training.models import ModelOptions, outline, width_for
 
 TINY = """
 [run]
@@ -661,3 +664,14 @@ def test_the_study_is_a_valid_sweep_with_as_many_settings_for_each_row() -> None
         ("dirichlet", 0.05),
         ("dirichlet", None),
     }
+
+
+def test_the_narrow_networks_of_the_study_are_as_large_as_the_masked_ones() -> None:
+    with (Path(__file__).parents[2] / "configs" / "digits-study.toml").open("rb") as file:
+        variants = tomllib.load(file)["compare"]["also"]
+    options, digits = ModelOptions("cnn"), ((1, 8, 8), 10)
+    layout = Layout.of(outline(options, *digits))
+    assert [variant["mask.density"] for variant in variants] == [0.5, 0.1, 0.05]
+    for variant in variants:
+        alive = layout.size - layout.prunable_size + round(variant["mask.density"] * layout.prunable_size)
+        assert variant["model.width"] == width_for(options, *digits, alive)
