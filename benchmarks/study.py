@@ -2,9 +2,9 @@
 
 `ssfl compare configs/digits-study.toml` in scratch/digits-study, as far as the time goes; the same command goes on
 where that stopped. Every quarter of an hour the tables, the picture and the numbers are copied to
-benchmarks/results/digits-study.* and the short table of docs/results.md is written beside them (density 0.05 and the
-dense methods: digits-study-short.md); with --commit these files are committed. At the end the paper's order at density
-0.05 is looked at: what does not hold is printed.
+benchmarks/results/digits-study.*, and the short table of docs/results.md (density 0.05 and the dense methods) is
+written beside them, digits-study-short.md; with --commit these files are committed. At the end the paper's order at
+density 0.05 is looked at: what does not hold is printed.
 """
 
 import argparse
