@@ -77,7 +77,7 @@ def test_flower_installs_for_the_app_what_the_app_needs():
     assert PYPROJECT["tool"]["uv"]["default-groups"] == ["app"]
     assert PYPROJECT["dependency-groups"]["app"] == ["ssfl-app[app]"]
     assert (
-        "ssfl-app[app,export,foreign,volumes,hf,tensorboard,mlflow,wandb]" in PROJECT["optional-dependencies"]["dev"]
+        "ssfl-app[app,export,foreign,volumes,hf,tensorboard,mlflow,wandb,docs]" in PROJECT["optional-dependencies"]["dev"]
     )
 
 
