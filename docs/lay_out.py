@@ -1,8 +1,8 @@
 """Lay out what the docs site is built of, in build/docs: the pages, the files that they link to, and the reference.
 
-`make docs` runs it, then Zensical, which `zensical.toml` tells the order of the pages. The tree is the repository's, so
-that links are as they are on the pages, also those that lead out of docs/. Keys and command line are written here, from
-the fields of the options and from typer; what stands in docs/reference/api.md comes from the docstrings.
+`make docs` runs it, then Zensical, which `zensical.toml` tells the order of the pages. The tree is the repository's,
+so that links are as they are on the pages, also those that lead out of docs/. Keys and command line are written here,
+from the fields of the options and from typer; what stands in docs/reference/api.md comes from the docstrings.
 """
 
 import re
@@ -13,8 +13,9 @@ import click
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
-from ssfl_app import config
 from ssfl_app.cli.main import app
+from ssfl_app.config import keys as every_key
+from ssfl_app.config import meaning as meaning_of
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "build" / "docs"
@@ -49,8 +50,8 @@ def lay_out(site: Path) -> None:
 def for_the_web(page: Path) -> str:
     """Return a page as Python-Markdown and browsers want it; all else about it is as GitHub shows it.
 
-    A file name after the language of a block becomes its title, what stands below an item of a list is indented by four
-    spaces, and a link to a folder leads to the README in it.
+    A file name after the language of a block becomes its title, what stands below an item of a list is indented by
+    four spaces, and a link to a folder leads to the README in it.
     """
     blocks = re.split(r"(^```.*?^```$)", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     for at, block in enumerate(blocks):
@@ -64,22 +65,24 @@ def for_the_web(page: Path) -> str:
 
 def keys() -> str:
     """Return the page of all keys, a table a section."""
-    lines = ["# Keys of the configuration", ""]
-    lines += ["Made of the fields of the options. `ssfl keys` prints the same, `ssfl keys STRATEGY` what one reads.", ""]
-    lines += ["`strategy` stands above the sections; its default is `ssfl`.", ""]
+    lines = ["# Keys of the configuration", "", "Made of the fields of the options. `ssfl keys` prints the same, "]
+    lines[-1] += "`ssfl keys STRATEGY` what one reads. `strategy` stands above the sections; its default is `ssfl`."
     section = ""
-    for key, field in config.keys():
+    for key, field in every_key():
         before, section = section, key.partition(".")[0]
         if section != before:
             lines += ["", f"## {section}", "", "| key | default | meaning |", "|---|---|---|"]
-        meaning = config.meaning(field).replace("|", "\\|").replace("<", "&lt;")
+        meaning = meaning_of(field).replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| `{key}` | `{field.default!r}` | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
 def command_line() -> str:
-    """Return the page of all commands, as typer writes it."""
+    """Return the page of all commands, as typer writes it, without those that only processes of ours call."""
     command = get_command(app)
+    for group in (command, *command.commands.values()):
+        if isinstance(group, click.Group):
+            group.commands = {name: each for name, each in group.commands.items() if not each.hidden}
     with click.Context(command, info_name="ssfl") as context:
         return get_docs_for_click(obj=command, ctx=context, name="ssfl", title="The command line")
 

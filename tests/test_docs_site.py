@@ -1,4 +1,4 @@
-"""The docs site is whole: every page is in its order, every link leads somewhere, and nothing comes from elsewhere."""
+"""The docs site is whole: each page is in the nav, each link leads somewhere, and nothing comes from elsewhere."""
 
 import re
 import runpy
