@@ -27,7 +27,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from sybil.region import Region
 
-from ssfl_app import config, registry
+from ssfl_app import config, registry, runtime
 from ssfl_app.cli.main import main
 from ssfl_app.data import dataset
 from ssfl_app.sparsity.layout import state_of
@@ -121,7 +121,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setitem(dataset.READERS, "digits", few_digits)
     before = set(sys.modules)
+    runtime._open.cache_clear()  # it may hold all digits, and must not hold every second one afterwards
     yield tmp_path
+    runtime._open.cache_clear()
     if (tmp_path / "federation" / "federation.json").exists():  # a page that failed half-way leaves it up
         subprocess.run([*SSFL, "federation", "down"], check=False)
     for name in set(sys.modules) - before:
