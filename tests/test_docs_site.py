@@ -88,6 +88,17 @@ def test_every_link_and_anchor_of_the_site_leads_somewhere(site: Path, pages: di
     assert broken == []
 
 
+def test_no_markdown_is_left_over(site: Path, pages: dict[Path, Page]) -> None:
+    """Python-Markdown knows no list without an empty line before it, nor a block indented by three spaces."""
+    left = []
+    for file in pages:
+        text = file.read_text("utf-8").partition("<article")[2].partition("</article>")[0]
+        text = re.sub(r"<(pre|code)\b.*?</\1>", "", text, flags=re.DOTALL)
+        found = re.findall(r"^(?:[-*] |\d+\. |#+ ).*|.*```.*|.*\|---.*", re.sub(r"<[^>]+>", "", text), re.MULTILINE)
+        left += [f"{file.relative_to(site)}: {line}" for line in found]
+    assert left == []
+
+
 def test_no_page_loads_anything_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
     assert [load for page in pages.values() for load in page.loads if "//" in load] == []
     styles = "".join(file.read_text("utf-8") for file in site.rglob("*.css"))
