@@ -12,12 +12,12 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint types tests fast bench clean
+.PHONY: demo test lint types tests fast docs bench clean
 
 demo: $(VENV)/.installed  ## install, and run SSFL on 20 clients, in process (well under a minute after installation)
 	$(BIN)/ssfl run
 
-test: $(VENV)/.installed-dev lint types tests  ## everything CI checks
+test: $(VENV)/.installed-dev lint types docs tests  ## everything CI checks
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -32,6 +32,10 @@ tests: $(VENV)/.installed-dev
 
 fast: $(VENV)/.installed-dev  ## the tests that start no Flower processes
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
+
+docs: $(VENV)/.installed-dev  ## the docs site, in site/; a link that leads nowhere is an error
+	$(BIN)/python docs/lay_out.py
+	$(BIN)/zensical build --strict
 
 bench: $(VENV)/.installed-dev  ## record benchmarks/results again (by hand, longer: tables.py cifar10, study.py, shift.py, masks.py)
 	$(BIN)/python benchmarks/demo.py
@@ -52,4 +56,4 @@ $(VENV)/.installed-dev: $(FILES) | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site .cache *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -112,7 +112,12 @@ def run(
     **keys
         Any other key, with underscores: ``local_lr=0.05``, ``model_options={"width": 64}``.
 
-    ConfigError: it cannot be run, and nothing was written. RunFailed: it broke off; `resume` goes on with it.
+    Raises
+    ------
+    ConfigError
+        It cannot be run, and nothing was written.
+    RunFailed
+        It broke off; `resume` goes on with it.
     """
     words = {word: value for word, value in locals().items() if word in SHORT and value is not None}
     if engine not in ENGINES:

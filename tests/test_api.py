@@ -272,17 +272,3 @@ def test_what_cannot_be_run_is_refused_in_one_line_and_nothing_is_written(
         ssfl_app.run(quiet=True, **given)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_blocks_of_the_page_run_and_the_recipes_agree(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text("utf-8")
-    names: dict[str, Any] = {"__name__": "page"}
-    for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
-        exec(compile(block, "docs/python.md", "exec"), names)
-    run, probabilities = names["run"], names["probabilities"]
-    right = (probabilities.argmax(dim=1).numpy() == names["y"][400:]).mean()
-    assert right == pytest.approx(run.summary["central_accuracy"])
-    assert right > 0.9
-    assert np.abs(torch.from_numpy(names["output"]).softmax(dim=1) - probabilities).max() < 1e-5
-    assert all(torch.equal(names["state"][name], tensor) for name, tensor in state_of(names["model"]).items())
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

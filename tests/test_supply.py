@@ -76,9 +76,8 @@ def test_flower_installs_for_the_app_what_the_app_needs():
     """Its `uv sync` knows dependencies and the default groups of an app, but no extras."""
     assert PYPROJECT["tool"]["uv"]["default-groups"] == ["app"]
     assert PYPROJECT["dependency-groups"]["app"] == ["ssfl-app[app]"]
-    assert (
-        "ssfl-app[app,export,foreign,volumes,hf,tensorboard,mlflow,wandb]" in PROJECT["optional-dependencies"]["dev"]
-    )
+    extras = "app,export,foreign,volumes,hf,tensorboard,mlflow,wandb,docs"
+    assert f"ssfl-app[{extras}]" in PROJECT["optional-dependencies"]["dev"]
 
 
 # ---- in somebody else's project: `pip install ssfl-app`, without the extra -----------------------------------------

@@ -72,7 +72,8 @@ def table(record: dict[str, Any]) -> str:
     lines += ["", "| a node with | its exit code | it says | the SuperLink says |", "|---|---|---|---|"]
     for row in record.get("refusals", []):
         code = "still trying" if row["exit_code"] is None else row["exit_code"]
-        lines.append(f"| {row['who']} | {code} | {row['node_says']} | {row['superlink_says']} |")
+        says = " | ".join(row[by].replace("[", "\\[") for by in ("node_says", "superlink_says"))  # no links
+        lines.append(f"| {row['who']} | {code} | {says} |")
     return "\n".join(lines) + "\n"
 
 

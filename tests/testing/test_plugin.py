@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     own, told = tmp_path / "own", tmp_path / "installed" / "ssfl_app_testing-0.dist-info"
     for path in (own, told):
         path.mkdir(parents=True)
-    (example,) = re.findall(r"^```python\n# mine\.py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(r"^```python mine\.py\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     (own / "mine.py").write_text(example, "utf-8")
     (own / "forgetful.py").write_text(FORGETFUL, "utf-8")
     entries = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]["pytest11"]

@@ -169,7 +169,7 @@ def test_the_task_of_the_page_runs_from_the_folder_one_stands_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (block,) = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs" / "tasks.md").read_text(), re.MULTILINE | re.DOTALL
+        r"^```python tags\.py\n(.*?)^```", (ROOT / "docs" / "tasks.md").read_text(), re.MULTILINE | re.DOTALL
     )
     (tmp_path / "tags_of_a_page.py").write_text(block + DATA)
     monkeypatch.setattr(sys, "path", list(sys.path))
