@@ -206,7 +206,7 @@ def recipes_agree(place: Path, names: dict[str, Any]) -> None:
 
 
 def the_run_folder_is_described(place: Path, _: dict[str, Any]) -> None:
-    page = (ROOT / "docs" / "reference" / "run-folder.md").read_text("utf-8")
+    page = (ROOT / "docs" / "run-folder.md").read_text("utf-8")
     described = {
         name for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(.+?)`", row)
     }
