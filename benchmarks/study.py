@@ -69,7 +69,9 @@ def short_row(row: dict) -> str:
     )
 
 
-def accuracy(found: dict) -> str:
+def accuracy(found: dict | None) -> str:
+    if found is None:  # a method without a global model
+        return "–"
     return f"{100 * found['mean']:.1f} ± {100 * found['half_width_95']:.1f}"
 
 
@@ -81,6 +83,8 @@ def check_order(table: dict) -> list[str]:
     found = []
     for metric in ("central", "own"):
         for better, worse in claims:
+            if known[worse][metric] is None:
+                continue
             gap = 100 * (known[worse][metric]["mean"] - known[better][metric]["mean"])
             if gap > 0:
                 found.append(f"{metric}: {worse} is {gap:.1f} points above {better}")

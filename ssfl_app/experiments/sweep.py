@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ssfl_app.experiments.jobs import Played, check_all, finish, old_reason, play, state
+from ssfl_app.callbacks.stopping import KEYS
 from ssfl_app.experiments.sweep_spec import RunSpec, read_plan
 from ssfl_app.files import write_bytes, write_json
 from ssfl_app.options import ConfigError
@@ -49,8 +50,9 @@ def run_sweep(
                 return why
             made = read_run(homes / run.slug)
             known, metric = metadata(made), made.metric
-            value = in_metric(known[CENTRAL], metric) + metric.unit
-            return f"central {metric.name} {value}, {known['seconds_total']:.0f} s"
+            what, key = next(((what, key) for what, key in KEYS.items() if known[key] is not None), ("central", CENTRAL))
+            value = in_metric(known[key], metric) + metric.unit
+            return f"{what} {metric.name} {value}, {known['seconds_total']:.0f} s"
 
         played = play(plan.runs, folder, engine, say, result, homes=homes, at_once=jobs)
         if played.interrupted:
