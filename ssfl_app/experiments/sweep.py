@@ -50,7 +50,9 @@ def run_sweep(
                 return why
             made = read_run(homes / run.slug)
             known, metric = metadata(made), made.metric
-            what, key = next(((what, key) for what, key in KEYS.items() if known[key] is not None), ("central", CENTRAL))
+            what, key = next(
+                ((what, key) for what, key in KEYS.items() if known[key] is not None), ("central", CENTRAL)
+            )
             value = in_metric(known[key], metric) + metric.unit
             return f"{what} {metric.name} {value}, {known['seconds_total']:.0f} s"
 
