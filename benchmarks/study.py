@@ -71,7 +71,7 @@ def short_row(row: dict) -> str:
 
 def accuracy(found: dict | None) -> str:
     if found is None:  # a method without a global model
-        return "–"
+        return "-"
     return f"{100 * found['mean']:.1f} ± {100 * found['half_width_95']:.1f}"
 
 

@@ -126,8 +126,8 @@ class SparseStrategy(OwnStart):
             raise ConfigError(f"mask.min-per-layer is {floor}; it is 0 with strategy {self.name}")
         if settings.stop.metric in ("central", "local") and not self.has_global_model:
             raise ConfigError(
-                f"stop.metric is {settings.stop.metric!r}; it is auto or personal with strategy {self.name}, which has "
-                "no global model"
+                f"stop.metric is {settings.stop.metric!r}; it is auto or personal with strategy {self.name}, "
+                "which has no global model"
             )
         self.context, self.layout, self.settings, self.callback = context, layout, settings, context.callback
         if self.uses_density and layout.prunable_size and not self.alive():

@@ -6,8 +6,8 @@ A run lives in ``DIR/runs/<slug>``; `jobs` says what becomes of a folder that is
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ssfl_app.experiments.jobs import Played, check_all, finish, old_reason, play, state
 from ssfl_app.callbacks.stopping import KEYS
+from ssfl_app.experiments.jobs import Played, check_all, finish, old_reason, play, state
 from ssfl_app.experiments.sweep_spec import RunSpec, read_plan
 from ssfl_app.files import write_bytes, write_json
 from ssfl_app.options import ConfigError
