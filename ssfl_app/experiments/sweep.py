@@ -14,7 +14,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.results.compare import Entry, as_json, groups
 from ssfl_app.results.compare_page import markdown, picture
 from ssfl_app.results.report import write_picture
-from ssfl_app.results.run_folder import CENTRAL, metadata, read_run
+from ssfl_app.results.run_folder import metadata, read_run
 from ssfl_app.results.table import in_metric
 from ssfl_app.simulation.command import check_engine
 
@@ -50,10 +50,8 @@ def run_sweep(
                 return why
             made = read_run(homes / run.slug)
             known, metric = metadata(made), made.metric
-            what, key = next(
-                ((what, key) for what, key in KEYS.items() if known[key] is not None), ("central", CENTRAL)
-            )
-            value = in_metric(known[key], metric) + metric.unit
+            what = next((what for what, key in KEYS.items() if known[key] is not None), "central")
+            value = in_metric(known[KEYS[what]], metric) + metric.unit
             return f"{what} {metric.name} {value}, {known['seconds_total']:.0f} s"
 
         played = play(plan.runs, folder, engine, say, result, homes=homes, at_once=jobs)
