@@ -161,7 +161,7 @@ def feddst_merged(
         total = sum(n * w[name].double() * m[name] for n, w, m in zip(samples, models, masks, strict=True))
         owned = sum(n * m[name].double() for n, m in zip(samples, masks, strict=True))
         mean = torch.where(owned > 0, total / owned, 0.0).float()
-        order = sorted(range(mean.numel()), key=lambda i, m=mean.flatten().abs().tolist(): -m[i])
+        order = np.argsort(-mean.abs().numpy().ravel(), kind="stable")
         mask[name] = torch.zeros_like(mean)
         mask[name].view(-1)[order[: alive[name]]] = 1
         merged[name] = mean * mask[name]
