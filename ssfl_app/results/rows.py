@@ -48,6 +48,9 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: 
     def ask(key: str, form: str = ",") -> str:
         return shown(known.get(key), form)
 
+    def said(value: float | None) -> str:
+        return NONE if value is None else in_metric(value, metric) + metric.unit + better
+
     def mb(key: str) -> str:
         return megabytes(known.get(key))
 
@@ -61,7 +64,7 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: 
     tested |= {PERSONAL: "personal models"} if known.get(PERSONAL) is not None else {}
     work = NONE if passes is None else f"{ask('image_passes')} in training, {ask('validation_passes')} forward only"
     rows = [
-        *([f"{metric.name}, {x}", in_metric(known.get(k), metric) + metric.unit + better] for k, x in tested.items()),
+        *([f"{metric.name}, {x}", said(known.get(k))] for k, x in tested.items()),
         ["density", f"{ask('density', '.3g')}: {alive}"],
         ["discovery and mask", f"{mb('bytes_discovery_down')} MB down, {mb('bytes_discovery_up')} MB up"],
         ["training", f"{mb('bytes_train_down')} MB down, {mb('bytes_train_up')} MB up"],

@@ -16,7 +16,7 @@ from ssfl_app.metrics import ACCURACY
 from ssfl_app.options import ConfigError
 from ssfl_app.results.plots import accuracy_by_round
 from ssfl_app.results.recorder import Recorder
-from ssfl_app.results.rows import compare_table, round_table
+from ssfl_app.results.rows import compare_table, round_table, summary_table
 from ssfl_app.results.run_folder import read_run
 from ssfl_app.results.table import in_metric
 from ssfl_app.simulation.in_process import run_inline
@@ -137,6 +137,7 @@ def test_without_a_global_model_personal_ones_say_which_round_is_best(tmp_path: 
     assert (summary["central_accuracy"], summary["local_accuracy_mean"]) == (None, None)
     assert "central    -" in (folder / "console.log").read_text()
     run = read_run(folder)
+    assert summary_table(summary).rows[0] == ["accuracy, central test set", "-"]
     (row,) = compare_table([run]).rows
     assert row[6:9] == ["-", "-", in_metric(found[-1], ACCURACY)]
     assert [cells[7:10] for cells in round_table(run).rows] == [["-", "-", in_metric(x, ACCURACY)] for x in found]
