@@ -57,6 +57,36 @@ def saliency_mask(runtime: Runtime, w0: State) -> State:
     return mask
 
 
+def mask_in_steps(runtime: Runtime, w0: State, steps: int, returning: bool) -> State:
+    """Iterative SNIP, or FORCE if weights may return, of the first client alone; with one step both are SNIP.
+
+    De Jorge et al., ICLR 2021: in step t of T the floor(P d^(t / T)) largest |g w0| stay, with g of the masked net.
+    """
+    config, model, data = runtime.config, runtime.model, runtime.data.train
+    names, part = [n for n, t in w0.items() if t.ndim > 1], runtime.partition.train[0]
+    mask = {name: torch.ones_like(w0[name]) for name in names}
+    for step in range(steps):
+        rng = generator(config.settings.run.seed, "saliency", 0, step)
+        batch_size = config.settings.sections["ssfl"].saliency_batch_size
+        chosen = part[balanced_batch(data.labels.numpy()[part], batch_size, rng)]
+        model.load_state_dict({name: t * mask[name] if name in mask else t for name, t in w0.items()})
+        model.zero_grad()
+        functional.cross_entropy(
+            model(runtime.data.transform.test(data.inputs[chosen])), data.labels[chosen]
+        ).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        scored = []  # (score, tensor, place) of all candidates
+        for number, name in enumerate(names):
+            scores, alive = (gradients[name] * w0[name]).abs().flatten().tolist(), mask[name].flatten().tolist()
+            scored += [(-s, number, i) for i, (s, a) in enumerate(zip(scores, alive, strict=True)) if a or returning]
+        size = sum(w0[name].numel() for name in names)
+        kept = sorted(scored)[: int(size * config.settings.mask.density ** ((step + 1) / steps))]
+        mask = {name: torch.zeros_like(w0[name]) for name in names}
+        for _, number, place in kept:
+            mask[names[number]].view(-1)[place] = 1
+    return mask
+
+
 def train_locally(
     runtime: Runtime,
     w: State,
@@ -120,6 +150,26 @@ def one_round(
     w = {name: tensor * mask[name] if name in mask else tensor for name, tensor in w.items()}
     trained = [train_locally(runtime, w, mask, round_, client, epochs) for client in cohort]
     return mean_of(runtime, cohort, trained)
+
+
+def feddst_merged(
+    models: list[State], masks: list[State], samples: list[int], alive: dict[str, int]
+) -> tuple[State, State]:
+    """FedDST: sum_k n_k m_k w_k / sum_k n_k m_k, of which the largest of each layer stay; that model and its mask."""
+    merged, mask = {}, {}
+    for name in masks[0]:
+        total = sum(n * w[name].double() * m[name] for n, w, m in zip(samples, models, masks, strict=True))
+        owned = sum(n * m[name].double() for n, m in zip(samples, masks, strict=True))
+        mean = torch.where(owned > 0, total / owned, 0.0).float()
+        order = np.argsort(-mean.abs().numpy().ravel(), kind="stable")
+        mask[name] = torch.zeros_like(mean)
+        mask[name].view(-1)[order[: alive[name]]] = 1
+        merged[name] = mean * mask[name]
+    for name in models[0].keys() - masks[0].keys():
+        merged[name] = (
+            sum(n * w[name].double() for n, w in zip(samples, models, strict=True)) / sum(samples)
+        ).float()
+    return merged, mask
 
 
 def ditto_personal(runtime: Runtime, v: State, w: State, round_: int, client: int) -> State:

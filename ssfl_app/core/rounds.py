@@ -117,6 +117,7 @@ class _Algorithm(Protocol):
 
     name: ClassVar[str]
     has_floor: ClassVar[bool]
+    has_global_model: ClassVar[bool]
     layout: Layout
     settings: Settings
     state: State
@@ -252,7 +253,8 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
                 if known:
                     record[f"{name}_accuracy_mean"] = math.fsum(known.values()) / len(known)
                     record[f"{name}_accuracy"] = {str(c): known[c] for c in sorted(known)}
-        central = self._central(round_, lambda: ArrayRecord(dict(strategy.model())))
+        tested = strategy.has_global_model
+        central = self._central(round_, lambda: ArrayRecord(dict(strategy.model()))) if tested else None
         if central is not None:
             record |= {f"central_{name}": central[name] for name in ("loss", "accuracy")}
         report, failed = self._messenger.report, names(self._messenger.report)

@@ -93,6 +93,8 @@ class SparseStrategy(OwnStart):
         Whether mask.density changes anything.
     has_floor : bool
         Whether mask.min-per-layer may be more than 0.
+    has_global_model : bool
+        Whether somebody uses `model()`; False: it is not tested, and clients report a personal accuracy only.
     error_feedback_ok : bool
         Whether the strategy can make up for rounding: both ends know which coordinates travel, the same ones for all
         clients, and a client has no other state that it keeps between rounds.
@@ -114,6 +116,7 @@ class SparseStrategy(OwnStart):
     full_participation: ClassVar[bool] = False
     uses_density: ClassVar[bool] = True
     has_floor: ClassVar[bool] = True
+    has_global_model: ClassVar[bool] = True
     error_feedback_ok: ClassVar[bool] = False
 
     def __init__(self, context: ServerContext) -> None:
@@ -121,6 +124,11 @@ class SparseStrategy(OwnStart):
         floor = settings.mask.min_per_layer
         if floor and not self.has_floor:
             raise ConfigError(f"mask.min-per-layer is {floor}; it is 0 with strategy {self.name}")
+        if settings.stop.metric in ("central", "local") and not self.has_global_model:
+            raise ConfigError(
+                f"stop.metric is {settings.stop.metric!r}; it is auto or personal with strategy {self.name}, "
+                "which has no global model"
+            )
         self.context, self.layout, self.settings, self.callback = context, layout, settings, context.callback
         if self.uses_density and layout.prunable_size and not self.alive():
             raise ConfigError(f"mask.{none_alive(layout, settings.mask.density)}")

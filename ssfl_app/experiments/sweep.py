@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssfl_app.callbacks.stopping import KEYS
 from ssfl_app.experiments.jobs import check_all, finish, old_reason, play, read_budget, state
 from ssfl_app.experiments.run_spec import RunSpec
 from ssfl_app.experiments.sweep_spec import SweepSpec, read_plan
@@ -17,7 +18,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.results.compare import COMMON, OWN, Entry, as_json, groups
 from ssfl_app.results.compare_page import markdown, picture
 from ssfl_app.results.report import write_picture
-from ssfl_app.results.run_folder import CENTRAL, metadata, read_run
+from ssfl_app.results.run_folder import metadata, read_run
 from ssfl_app.results.table import in_metric
 from ssfl_app.simulation.command import check_engine
 
@@ -107,8 +108,9 @@ class Sweep:
             return why or "the time is over; it goes on another time"
         made = read_run(home)
         known, metric = metadata(made), made.metric
-        value = in_metric(known[CENTRAL], metric) + metric.unit
-        return f"central {metric.name} {value}, {known['seconds_total']:.0f} s"
+        what = next((what for what, key in KEYS.items() if known[key] is not None), "central")
+        value = in_metric(known[KEYS[what]], metric) + metric.unit
+        return f"{what} {metric.name} {value}, {known['seconds_total']:.0f} s"
 
     def choice(self, search: Search) -> Choice:
         """Return what the tuning runs of a row say that are there."""

@@ -48,6 +48,9 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: 
     def ask(key: str, form: str = ",") -> str:
         return shown(known.get(key), form)
 
+    def said(value: float | None) -> str:
+        return NONE if value is None else in_metric(value, metric) + metric.unit + better
+
     def mb(key: str) -> str:
         return megabytes(known.get(key))
 
@@ -62,7 +65,7 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: 
     work = NONE if passes is None else f"{ask('image_passes')} in training, {ask('validation_passes')} forward only"
     best, ended = in_metric(known.get("best_value"), metric) + metric.unit, known.get("stopped")
     rows = [
-        *([f"{metric.name}, {x}", in_metric(known.get(k), metric) + metric.unit + better] for k, x in tested.items()),
+        *([f"{metric.name}, {x}", said(known.get(k))] for k, x in tested.items()),
         *([[f"{metric.name}, best round", f"{best}, round {known['best_round']}"]] if "best_round" in known else []),
         *([["stopped", f"after round {ask('rounds')}: {ended}"]] if ended else []),
         ["density", f"{ask('density', '.3g')}: {alive}"],

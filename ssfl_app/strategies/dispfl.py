@@ -22,8 +22,9 @@ Departures: who comes alive is drawn at random (dispfl.regrow "random"), as in a
 by the gradient of one minibatch ("gradient"; the minibatch is not augmented). mask.density is over the prunable
 weights, as everywhere here, and the rest is dense; the public code counts biases and norms in. The mean is unweighted
 whatever run.weighting says: peers do not tell each other how much they hold. The accuracy after the mean and before
-training, which that code logs too, is not measured. Central evaluation tests the mean over the owners among all
-clients, a model that nobody uses. A client whose answer is lost takes part with the last model the server took.
+training, which that code logs too, is not measured. There is no global model, and only personal accuracy; the model
+that a run leaves is the mean over the owners among all clients, which nobody uses. A client whose answer is lost
+takes part with the last model the server took.
 """
 
 import math
@@ -106,6 +107,7 @@ class DisPfl(ClientMasks):
     options = FromSettings(DisPflOptions)
     gossip = FromSettings(GossipOptions)
     full_participation = True
+    has_global_model = False
 
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)

@@ -10,7 +10,7 @@ Zhang, Sapra, Fidler, Yeung and Alvarez, "Personalized federated learning with f
 3. adds the peers' w_j to its preferences p_i.
 
 With probability 1 - fedfomo.epsilon its fedfomo.peers peers are those it prefers most, else random ones. There is no
-global model: personal accuracy is what counts; the central one is that of the uniform mean of all models.
+global model, and only personal accuracy; the model that a run leaves is the uniform mean of all models.
 
 The server relays: it keeps all models and p, chooses the peers, and sends their models; a client returns its model
 and the peers' w_j. With n peers that is ``4 (P + R) n`` bytes down and ``4 (P + R) + 4 n`` up a client and round with
@@ -135,6 +135,7 @@ class FedFomo(PeerModelServer):
 
     name = "fedfomo"
     client = FedFomoClient
+    has_global_model = False
     options = FromSettings(FedFomoOptions)
 
     def __init__(self, context: ServerContext) -> None:

@@ -16,9 +16,10 @@ of each layer, as many as the mean of the clients' layer densities says. In the 
 Sparse learning over one epoch changes the mask in the middle, between random halves of the images.
 
 Departures: linear layers are pruned too, and means are weighted by run.weighting (published: conv only, uniform). The
-first mask is exact in total (there: a coin for each weight), and so is every later one. Regrowth may fill a layer
-(there: 99 %), and nearly dense layers are pruned like others. Stage 2 starts from the run's initial weights. The
-public code tests the average before it masks it; here the masked model is tested.
+first mask is exact in total (there: a coin for each weight), and so is every later one (there: mean densities are
+scaled down where they are too large, never up). Regrowth may fill a layer (there: 99 %), and nearly dense layers are
+pruned like others. Stage 2 starts from the run's initial weights. The public code tests the average before it masks
+it; here the masked model is tested.
 """
 
 import math

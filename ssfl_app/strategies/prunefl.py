@@ -3,13 +3,14 @@
 Jiang, Wang, Valls, Ko, Lee, Leung and Tassiulas, "Model pruning enables efficient federated learning on edge
 devices", IEEE TNNLS 2022. A *readjustment* of the mask, given the squared gradients g^2 of all prunable weights
 
-1. removes a share of the alive weights, those of smallest |w|, whatever their layer;
-2. adds weights, removed or dead, in the order of g_j^2, while ``g_j^2 > mean of g^2 over the alive``: that is what
-   training gains in a unit of time if each weight costs the same time. They start at 0; what was removed and comes
-   back keeps its value.
+1. removes a share of each layer's alive weights, those of smallest |w| (prunefl.scope "global": of all together);
+2. adds weights of any layer, removed or dead, in the order of g_j^2, while ``g_j^2 > mean of g^2 over the alive``:
+   that is what training gains in a unit of time if each weight costs the same time. They start at 0; what was removed
+   and comes back keeps its value.
 
 *Stage 1*, before round 1: a random client trains from w0 alone, first densely, and readjusts after each of up to
-`checks` local rounds, until the mask changed by less than a tenth five times running. It sends model and mask.
+`checks` local rounds, until the number of alive weights changed by at most a tenth from one readjustment to the next
+five times running. It sends model and mask.
 *Stage 2*: FedAvg inside the mask; in every round that `every` divides, clients also send g^2 at the weights that came
 down, and the server readjusts after the mean, removing the share ``prune * 0.5 ** (round / 10000)``.
 
@@ -20,9 +21,10 @@ With A alive of P prunable coordinates and R others, fp32: stage 1 costs ``4 (A 
 round ``4 (A + R)`` each way, ``4 P`` more up in a round that readjusts and ceil(P / 8) more down after it.
 
 Departures: every weight costs the same time (published: measured on the authors' machines, for each layer of their
-nets). g^2 is the mean over one pass of minibatches at one model (there: summed along local steps); it is that of the
-cross-entropy without augmentation. Checks of stage 1 are a local round apart, with the first round's learning rate
-(there: 50 rounds of 5 steps, up to 1000).
+nets, and a constant for the rest of a round). Biases' g^2 are left out of the mean. g^2 is the mean over one pass of
+minibatches at one model (there: summed along local steps); it is that of the cross-entropy without augmentation.
+Checks of stage 1 are a local round apart from the first one on, with the first round's learning rate (there: 50
+rounds of one pass over 200 images, up to 1000 rounds, and none until training accuracy is 1.5 / classes).
 """
 
 from dataclasses import dataclass
@@ -36,7 +38,8 @@ from ssfl_app.core.options import FromSettings, Section, Settings, at_least, cho
 from ssfl_app.core.robust import ScoreFold
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues, read_mask
-from ssfl_app.sparsity.layout import Vector, load_state, state_of
+from ssfl_app.sparsity.dynamic import drop
+from ssfl_app.sparsity.layout import Layout, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count, largest
 from ssfl_app.sparsity.values import MAX_VALUE, Allowed, PayloadError, check_values, read_array
 from ssfl_app.strategies.shared.scoring import SsflOptions
@@ -45,7 +48,7 @@ HALF_LIFE = 10_000
 """Rounds after which half as many weights are removed."""
 
 SETTLED, CALM = 0.1, 5
-"""Stage 1 ends after this many readjustments in a row that changed less than this share of the alive weights."""
+"""Stage 1 ends after this many readjustments in a row that changed the count by at most this share."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +62,28 @@ class PruneFlOptions(Section):
     )
     every: int = at_least(1, 50, "rounds from one readjustment to the next")
     prune: float = fraction(0.3, "share of the alive weights that one removes, before it adds some")
+    scope: str = choice("layer", "global", about="the share goes in each layer, or among all weights together")
     density: str = choice(
         "target", "max", about="mask.density is kept, or is the most that the published rule may add"
     )
 
 
-def readjusted(mask: Mask, magnitudes: Vector, squares: Vector, share: float, most: int, target: bool) -> Mask:
+def readjusted(
+    options: PruneFlOptions, mask: Mask, magnitudes: Vector, squares: Vector, share: float, most: int
+) -> Mask:
     """Return the mask after a readjustment by |w| and g^2, float32, shape (prunable,).
 
-    A share of the alive weights, in (0, 1], is removed. Nothing is added beyond `most` alive weights; with `target`
-    they are filled up whatever g^2 is.
+    A share of the alive weights, in (0, 1], is removed, rounded down. Nothing is added beyond `most` alive weights;
+    with the density "target" they are filled up whatever g^2 is.
     """
-    kept = mask.count - keep_count(share, mask.count)
-    alive = largest(np.where(mask.alive, magnitudes, np.float32(-1)), kept)
+    if options.scope == "layer":
+        alive = drop(mask, magnitudes, {name: keep_count(share, count) for name, count, _ in mask.layers()}).alive
+    else:
+        alive = largest(np.where(mask.alive, magnitudes, np.float32(-1)), mask.count - keep_count(share, mask.count))
+    alive, kept = alive.copy(), int(np.count_nonzero(alive))
     outside = np.flatnonzero(~alive)
     order = outside[largest(squares[outside], min(outside.size, max(0, most - kept)))]
-    if not target and order.size:
+    if options.density != "target" and order.size:
         order = order[np.argsort(-squares[order], kind="stable")]
         gains = squares[order].astype(np.float64)
         before = squares[alive].sum(dtype=np.float64) + np.cumsum(gains) - gains
@@ -84,23 +93,28 @@ def readjusted(mask: Mask, magnitudes: Vector, squares: Vector, share: float, mo
     return Mask(mask.layout, alive)
 
 
-def pruned_counts(options: PruneFlOptions, density: float, size: int) -> tuple[int, int]:
-    """Return the least and the most alive weights that stage 1 can end with, of `size`: a client's word has limits.
+def pruned_counts(options: PruneFlOptions, density: float, layout: Layout) -> tuple[int, int]:
+    """Return the least and the most alive weights that stage 1 can end with: a client's word has limits.
 
-    With the density "target" each readjustment says how many are alive after it, so all that is open is whether it
-    ended early. With "max" fewer may have been added.
+    With the density "target" all that is open is how a share is rounded down in each layer. With "max" fewer may have
+    been added.
     """
-    most, counts, calm = keep_count(density, size), [size], 0
-    low = size
-    while len(counts) <= options.checks and calm < CALM:
-        before = counts[-1]
-        counts.append(max(before - keep_count(options.prune, before), min(most, before)))
-        calm = calm + 1 if before - counts[-1] < SETTLED * before else 0
-    high = counts[-1]  # nobody can have been calm for longer before
-    for _ in range(options.checks):
+    size, calm = layout.prunable_size, 0
+    most, rounded = keep_count(density, size), len(layout.prunable) - 1 if options.scope == "layer" else 0
+    low = high = size
+    for check in range(options.checks):
         left = low - keep_count(options.prune, low)
-        low = left if options.density == "max" else max(left, min(most, low))
+        low = left if options.density == "max" else max(left, most)
+        if calm < CALM:  # who removes less cannot have been calm for longer before
+            before, removed = high, max(0, keep_count(options.prune, high) - rounded)
+            high = max(before - removed, most)
+            calm = _calm(check, calm, before, high)
     return low, high
+
+
+def _calm(check: int, calm: int, before: int, after: int) -> int:
+    # The first one, from a dense model, is compared with nothing.
+    return calm + 1 if check and abs(after - before) <= SETTLED * before else 0
 
 
 class PruneFlClient(ClientAlgorithm):
@@ -130,9 +144,8 @@ class PruneFlClient(ClientAlgorithm):
             self.fit(0, mask, purpose=f"prunefl-{check}", lr=self.settings.local.lr)
             weights = np.abs(site.layout.flatten_prunable(state_of(site.model)))
             squares = self.squares(0, f"prunefl-squares-{check}")
-            before, mask = mask, readjusted(mask, weights, squares, options.prune, most, options.density == "target")
-            changed = int(np.count_nonzero(before.alive ^ mask.alive))
-            calm = calm + 1 if changed < SETTLED * before.count else 0
+            before, mask = mask, readjusted(options, mask, weights, squares, options.prune, most)
+            calm = _calm(check, calm, before.count, mask.count)
         return Payload(
             BitmapAndValues().encode(site.layout, state_of(site.model), mask), {"samples": len(site.train)}
         )
@@ -213,7 +226,7 @@ class PruneFl(SparseStrategy):
         def finish() -> None:
             state, most = mean.finish(), keep_count(density, self.layout.prunable_size)
             weights, share = np.abs(self.layout.flatten_prunable(state)), options.prune * 0.5 ** (round_ / HALF_LIFE)
-            self.mask = readjusted(self.mask, weights, squares.value(), share, most, options.density == "target")
+            self.mask = readjusted(options, self.mask, weights, squares.value(), share, most)
             self.state = self.mask.apply(state)
 
         return Aggregator(add, finish)
@@ -221,7 +234,7 @@ class PruneFl(SparseStrategy):
     def _check_pruned(self, client: int, payload: Payload) -> None:
         self.check_samples(payload)
         BitmapAndValues().check(payload.arrays, self.layout, self.mask)
-        low, high = pruned_counts(self.options, self.settings.mask.density, self.layout.prunable_size)
+        low, high = pruned_counts(self.options, self.settings.mask.density, self.layout)
         count = read_mask(payload.arrays, self.layout).count
         if not low <= count <= high:
             raise PayloadError(f"a mask has {count} alive weights; stage 1 ends with {low} to {high}")

@@ -21,7 +21,8 @@ training images, as in the public code of DisPFL, whose step is the default (0.0
 prunes the weight of one kind of norm by mistake: here conv and linear weights only. It divides by the masks before
 pruning, which shrinks what was just pruned by some: here by those that the weights carry. The published mean is
 unweighted (run.weighting "uniform"). Shares are rounded down where the public codes take a percentile, and what is
-less than one weight a layer above mask.density stays.
+less than one weight a layer above mask.density stays. The authors' last step is at most 5 %, here at most
+subfedavg.step; their m'' is that after epoch 5.
 """
 
 import math

@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 
 from ssfl_app import RunCallback, callbacks, client_app, server_app
 from ssfl_app.config import Flat, foreign_modules, merge, parse
+from ssfl_app.metrics import ACCURACY
 from ssfl_app.options import ConfigError
+from ssfl_app.results.plots import accuracy_by_round
 from ssfl_app.results.recorder import Recorder
-from ssfl_app.results.rows import summary_table
+from ssfl_app.results.rows import compare_table, round_table, summary_table
+from ssfl_app.results.run_folder import read_run
+from ssfl_app.results.table import in_metric
 from ssfl_app.simulation.in_process import run_inline
 from tests.in_process_grid import FEW, SMALL
 
@@ -124,6 +128,24 @@ def test_a_run_that_stopped_is_over_when_it_is_resumed(stopped: tuple[Path, dict
     before = (folder / "rounds.jsonl").read_bytes()
     assert play(folder, STOP | {"run.resume": True})["model_sha256"] == summary["model_sha256"]
     assert (folder / "rounds.jsonl").read_bytes() == before
+
+
+def test_without_a_global_model_personal_ones_say_which_round_is_best(tmp_path: Path) -> None:
+    """And the tables show that there is no central accuracy."""
+    folder = tmp_path / "run"
+    summary = play(folder, {"strategy": "dispfl", "stop.keep-best": True, "run.rounds": 2})
+    found = [record["personal_accuracy_mean"] for record in rounds(folder)[1:]]
+    assert summary["best_value"] == max(found)
+    assert (folder / "best.safetensors").is_file()
+    assert (summary["central_accuracy"], summary["local_accuracy_mean"]) == (None, None)
+    assert "central    -" in (folder / "console.log").read_text()
+    run = read_run(folder)
+    assert summary_table(summary).rows[0] == ["accuracy, central test set", "-"]
+    (row,) = compare_table([run]).rows
+    assert row[6:9] == ["-", "-", in_metric(found[-1], ACCURACY)]
+    assert [cells[7:10] for cells in round_table(run).rows] == [["-", "-", in_metric(x, ACCURACY)] for x in found]
+    titles = [axes.get_title("left") for axes in accuracy_by_round([run]).axes]
+    assert titles == ["Clients' own test samples, mean: personal models"]
 
 
 def test_rounds_without_evaluation_do_not_count(tmp_path: Path) -> None:

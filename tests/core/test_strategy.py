@@ -37,6 +37,18 @@ def test_a_model_is_encoded_anew_where_the_codec_of_a_round_is_another_one() -> 
     assert set(strategy.train_payload(2, 0).arrays) == {"values", "mask"}
 
 
+@pytest.mark.parametrize("name", ["dispfl", "fedfomo"])
+@pytest.mark.parametrize("metric", ["central", "local"])
+def test_a_global_model_that_is_not_there_stops_no_run(name: str, metric: str) -> None:
+    def made(metric: str) -> SparseStrategy:
+        settings = parse(merge(SMALL, {"strategy": name, "stop.metric": metric})).settings
+        return REGISTRY[name](ServerContext(Layout.of(nn.Linear(4, 2)), settings))
+
+    with pytest.raises(ConfigError, match=f"stop.metric is '{metric}'; it is auto or personal with strategy {name}"):
+        made(metric)
+    assert {made(other).name for other in ("auto", "personal")} == {name}
+
+
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_floor_is_refused_where_a_ranking_cannot_hold_it_and_nowhere_else(name: str) -> None:
     """Two layers of 8 weights each: at density 0.25 a ranking leaves 4 alive, and a floor of 3 reserves 6."""

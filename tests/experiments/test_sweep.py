@@ -183,6 +183,13 @@ def test_the_tests_of_a_table_are_corrected_together(tmp_path: Path) -> None:
 # ---- table, file, picture ----------------------------------------------------------------------
 
 
+def test_a_method_without_a_global_model_has_no_central_accuracy(tmp_path: Path) -> None:
+    entries = [entry(tmp_path, "dispfl", central_accuracy=None, local_accuracy_mean=None, personal_accuracy_mean=0.8)]
+    (row,) = compare.groups(entries, [], "ssfl")[0].rows
+    shown = [column(f"{what} %", row) for what in ("central", "global on own tests", "personal on own tests")]
+    assert shown == [NONE, NONE, "80.0"]
+
+
 def test_rows_are_sorted_by_density_then_in_the_order_of_the_sweep(tmp_path: Path) -> None:
     entries = [
         entry(tmp_path, strategy, 1, density)
@@ -557,6 +564,12 @@ def test_a_run_that_the_end_of_the_budget_cuts_is_no_failure(tmp_path: Path) -> 
     cut, waiting = (row["missing"]["1"] for row in table["rows"])
     assert cut in ("unfinished", "not played")  # on a slow machine it had not begun
     assert waiting == "not played"
+
+
+def test_a_run_without_a_global_model_is_told_by_its_personal_ones(tmp_path: Path) -> None:
+    said: list[str] = []
+    run_sweep(*words(tmp_path, "", "strategy='dispfl'", "run.rounds=1"), said.append)
+    assert any(line.startswith("[1/1] dispfl") and ": personal accuracy " in line for line in said)
 
 
 def asked_text(asked: Words) -> str:

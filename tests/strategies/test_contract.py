@@ -85,6 +85,13 @@ def test_is_registered_under_its_own_name(played: Played) -> None:
     assert REGISTRY[name_of(played)] is type(played.strategy)
 
 
+def test_a_method_without_a_global_model_has_none_tested(played: Played) -> None:
+    last, whole = played.records[-1], type(played.strategy).has_global_model
+    assert whole == (name_of(played) not in ("dispfl", "fedfomo"))
+    assert (last["central_accuracy"] is None) == (last["central_loss"] is None) == (not whole)
+    assert whole or (last["local_accuracy_mean"] is None and 0 < last["personal_accuracy_mean"] <= 1)
+
+
 def test_has_exactly_the_density_it_promises(played: Played) -> None:
     name, layout = name_of(played), played.layout
     density, _ = played.strategy.densities()

@@ -6,15 +6,19 @@ because somewhere a ReLU switches, and that would hide or fake a disagreement.
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
+from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import ClientState, Payload
 from ssfl_app.config import Flat
 from ssfl_app.sparsity.codec import BitmapAndValues, MaskedValues
+from ssfl_app.sparsity.dynamic import random_mask
+from ssfl_app.strategies.feddst import FedDst
 from tests import oracles
-from tests.in_process_grid import Played, play
+from tests.in_process_grid import Played, aggregate, play
 
 pytestmark = pytest.mark.narrow
 
@@ -56,6 +60,45 @@ def test_ssfl(partition: str) -> None:
     # The scores of both are sums in other orders: a pair at the very threshold may change places.
     assert differing <= 2
     compare(played, ours)
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ({"ssfl.criterion": "snip"}, 1),
+        ({"ssfl.criterion": "iterative-snip", "ssfl.steps": 5}, 5),
+        ({"ssfl.criterion": "force", "ssfl.steps": 5}, 5),
+    ],
+)
+@pytest.mark.parametrize("density", [0.5, 0.1, 0.02])
+def test_masks_of_one_client_differ_in_no_bit(keys: Flat, steps: int, density: float) -> None:
+    one: Flat = {"strategy": "ssfl", "run.clients": 1, "run.cohort": 1, "mask.density": density}
+    played = play(one | keys, until=0)
+    w0 = oracles.initial_weights(played.runtime)
+    theirs = oracles.mask_in_steps(played.runtime, w0, steps, keys["ssfl.criterion"] == "force")
+    ours = played.strategy.mask.tensors()
+    assert ours.keys() == theirs.keys()
+    assert sum(int((ours[name] ^ theirs[name].bool()).sum()) for name in ours) == 0
+    assert played.strategy.mask.density == pytest.approx(density, abs=1e-4)
+
+
+def test_feddst_merges_and_prunes() -> None:
+    """Of five clients whose masks have moved apart, a half of each layer."""
+    played = play({"strategy": "feddst"}, until=0)
+    strategy, layout, rng = played.strategy, played.layout, np.random.default_rng(3)
+    assert isinstance(strategy, FedDst)
+    masks = [random_mask(layout, strategy.counts, rng) for _ in range(5)]
+    samples = [3, 41, 7, 12, 25]
+    models = [mask.apply(layout.unflatten(rng.standard_normal(layout.size).astype(np.float32))) for mask in masks]
+    replies = [
+        Reply(BitmapAndValues().encode(layout, state, mask), {"round": 1}, client=client, samples=samples[client])
+        for client, (state, mask) in enumerate(zip(models, masks, strict=True))
+    ]
+    aggregate(strategy, 1, replies)
+    model, mask = oracles.feddst_merged(models, [mask.tensors() for mask in masks], samples, strategy.counts)
+    ours = strategy.mask.tensors()
+    assert sum(int((ours[name] ^ mask[name].bool()).sum()) for name in ours) == 0
+    close(strategy.state, model)
 
 
 def test_fedavg_when_every_step_is_clipped() -> None:

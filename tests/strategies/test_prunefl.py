@@ -14,7 +14,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import Layout, load_state
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.strategies.prunefl import readjusted
+from ssfl_app.strategies.prunefl import PruneFlOptions, pruned_counts, readjusted
 from tests.in_process_grid import SMALL, Played, answer_error, play, tamper
 
 pytestmark = pytest.mark.few
@@ -46,9 +46,13 @@ MAGNITUDES = [5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 9.0, 9.0, 9.0, 9.0]  # of dead weigh
 SQUARES = [1.0, 1.0, 1.0, 9.0, 0.1, 0.2, 0.3, 4.0, 2.0, 1.2]
 
 
-def after(share: float, most: int, target: bool) -> list[int]:
+def options(target: bool, scope: str = "layer") -> PruneFlOptions:
+    return PruneFlOptions(density="target" if target else "max", scope=scope)
+
+
+def after(share: float, most: int, target: bool, scope: str = "layer", layout: Layout = TEN) -> list[int]:
     vectors = np.array(MAGNITUDES, np.float32), np.array(SQUARES, np.float32)
-    alive = readjusted(Mask(TEN, np.array(ALIVE)), *vectors, share, most, target).alive
+    alive = readjusted(options(target, scope), Mask(layout, np.array(ALIVE)), *vectors, share, most).alive
     return np.flatnonzero(alive).tolist()
 
 
@@ -71,14 +75,43 @@ def test_a_target_is_filled_up_by_squared_gradients() -> None:
 def test_a_share_is_rounded_down_and_equal_magnitudes_keep_the_lower_index() -> None:
     assert after(0.3, 3, target=True) == [0, 1, 2, 3, 4]  # floor(1.8) = 1 is removed
     ones = np.ones(10, np.float32)
-    mask = readjusted(Mask.dense(TEN), ones, ones, 0.5, 5, True)
+    mask = readjusted(options(target=True), Mask.dense(TEN), ones, ones, 0.5, 5)
     assert np.flatnonzero(mask.alive).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_nothing_is_worth_adding_where_no_gradient_is_above_the_mean() -> None:
     flat = np.ones(10, np.float32)
-    assert readjusted(Mask.dense(TEN), flat, flat, 0.5, 10, False).count == 5
-    assert readjusted(Mask.dense(TEN), flat, 0 * flat, 1.0, 10, False).count == 0
+    assert readjusted(options(target=False), Mask.dense(TEN), flat, flat, 0.5, 10).count == 5
+    assert readjusted(options(target=False), Mask.dense(TEN), flat, 0 * flat, 1.0, 10).count == 0
+
+
+def test_the_share_goes_in_each_layer_and_what_comes_back_is_of_any_layer() -> None:
+    """Two layers: weights 0 to 3, of which 3 and 2 go, and 4 to 9, of which 5 goes; by size alone 3, 4 and 5 go."""
+    two = Layout((("v", (2, 2)), ("w", (2, 3))), ("v", "w"))
+    assert after(0.5, 3, target=True, layout=two) == [0, 1, 4]
+    assert after(0.5, 5, target=True, layout=two) == [0, 1, 3, 4, 7]
+    assert after(0.5, 3, target=True, scope="global", layout=two) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.07])
+def test_the_published_rule_against_a_slow_one(share: float) -> None:
+    """As the authors' code goes about it: layer by layer, then one weight at a time while it gains (equal costs)."""
+    layout, rng = prunefl(until=0).layout, np.random.default_rng(1)
+    mask = Mask.random(layout, 0.2, rng)
+    magnitudes, squares = (rng.standard_normal(P).astype(np.float32) ** 2 for _ in range(2))
+    kept = np.zeros(P, bool)
+    for span in layout.prunable_spans.values():
+        places = span.start + np.flatnonzero(mask.alive[span])
+        threshold = np.sort(magnitudes[places])[int(share * places.size)]
+        kept[places[magnitudes[places] >= threshold]] = True
+    gain, cost = float(squares[kept].sum(dtype=np.float64)), int(kept.sum())
+    for place in sorted(np.flatnonzero(~kept), key=lambda place: -squares[place]):
+        if squares[place] <= gain / cost:
+            break
+        kept[place], gain, cost = True, gain + float(squares[place]), cost + 1
+    ours = readjusted(options(target=False), mask, magnitudes, squares, share, P)
+    assert mask.count - sum(int(share * alive) for _, alive, _ in mask.layers()) < ours.count < P
+    assert np.count_nonzero(ours.alive ^ kept) == 0
 
 
 # ---- stage 1 -------------------------------------------------------------------------------------
@@ -100,13 +133,19 @@ def test_one_client_prunes_alone_and_sends_model_and_mask() -> None:
     assert (record["bytes_discovery_down"], record["bytes_discovery_up"]) == (0, 4 * (A + R) + BITMAP)
 
 
-def test_three_tenths_go_at_a_time_until_the_target_is_met() -> None:
-    counts, count = [], P
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_three_tenths_go_at_a_time_until_the_target_is_met(scope: str) -> None:
+    counts = []
     for checks in (1, 2, 3, 4, 5):
-        removed = count * 3 // 10
-        count = max(A, count - removed)
-        counts.append(prunefl(prunefl__checks=checks, until=0).strategy.mask.count)
-        assert counts[-1] == count
+        mask = prunefl(prunefl__checks=checks, prunefl__scope=scope, until=0).strategy.mask
+        if checks == 1:  # of a dense model: nothing was added, so each layer shows its share
+            layers = [size - alive == size * 3 // 10 for _, alive, size in mask.layers()]
+            assert all(layers) == (scope == "layer")
+        counts.append(mask.count)
+        low, high = pruned_counts(PruneFlOptions(checks=checks, scope=scope), 0.2, mask.layout)
+        assert low <= mask.count <= high <= low + 3 * checks
+        assert scope == "layer" or low == high
+    assert counts == sorted(counts, reverse=True)
     assert counts[-1] == A
 
 
@@ -122,9 +161,9 @@ def test_other_seeds_ask_other_clients() -> None:
 
 
 def test_stage_1_ends_when_the_mask_is_calm() -> None:
-    """A step of 0.001 leaves 99.8 % of the mask alone: five checks, each an epoch and a pass, and no sixth."""
+    """A step of 0.001 changes the count by 0.1 %: five checks after the first, each an epoch and a pass."""
     played = prunefl(prunefl__checks=9, prunefl__prune=0.001, until=0)
-    assert played.records[0]["image_passes"] == 5 * 2 * len(played.runtime.partition.train[pruned(played)[0]])
+    assert played.records[0]["image_passes"] == 6 * 2 * len(played.runtime.partition.train[pruned(played)[0]])
 
 
 def test_without_stage_1_the_run_starts_dense_and_prunes_on_the_way() -> None:
@@ -139,8 +178,9 @@ def test_without_stage_1_the_run_starts_dense_and_prunes_on_the_way() -> None:
 # ---- stage 2 -------------------------------------------------------------------------------------
 
 
-def test_the_server_readjusts_by_the_mean_weights_and_the_mean_squares() -> None:
-    played = prunefl(prunefl__every=2, run__evaluate_every=1)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_the_server_readjusts_by_the_mean_weights_and_the_mean_squares(scope: str) -> None:
+    played = prunefl(prunefl__every=2, run__evaluate_every=1, prunefl__scope=scope)
     assert [one == other for one, other in zip(played.masks, played.masks[1:], strict=False)] == [True, False, True]
     replies = up(played, 2)
     layout, old = played.layout, played.masks[1]
@@ -148,10 +188,12 @@ def test_the_server_readjusts_by_the_mean_weights_and_the_mean_squares() -> None
     models = [layout.flatten_prunable(MaskedValues().decode(p.arrays, layout, old)[0]) for p in replies.values()]
     weights = np.average(models, axis=0, weights=shares).astype(np.float32)
     squares = np.average([p.arrays["squares"] for p in replies.values()], axis=0, weights=shares).astype(np.float32)
-    kept = A - int(0.3 * 0.5 ** (2 / 10000) * A)
-    order = np.argsort(-np.where(old.alive, np.abs(weights), -1), kind="stable")
-    alive = np.zeros(P, bool)
-    alive[order[:kept]] = True
+    share, alive = 0.3 * 0.5 ** (2 / 10000), np.zeros(P, bool)
+    for span in layout.prunable_spans.values() if scope == "layer" else [slice(0, P)]:
+        order = np.argsort(-np.where(old.alive, np.abs(weights), -1)[span], kind="stable")
+        held = int(old.alive[span].sum())
+        alive[span.start + order[: held - int(share * held)]] = True
+    kept = int(alive.sum())
     more = np.argsort(-np.where(alive, -1, squares), kind="stable")[: A - kept]
     born = np.zeros(P, bool)
     born[more] = True
@@ -227,7 +269,7 @@ def test_a_bad_model_of_the_first_client_ends_the_run_by_name(array: str) -> Non
 
 
 def test_options_are_refused_by_name() -> None:
-    for key, value in (("checks", -1), ("every", 0), ("prune", 0.0), ("density", "least")):
+    for key, value in (("checks", -1), ("every", 0), ("prune", 0.0), ("density", "least"), ("scope", "all")):
         with pytest.raises(ConfigError, match=f"prunefl.{key} is {value!r}"):
             parse(merge(SMALL, {"strategy": "prunefl", f"prunefl.{key}": value}))
     with pytest.raises(ConfigError, match=r"mask.min-per-layer is 3; it is 0 with strategy prunefl"):

@@ -11,6 +11,7 @@ import torch
 from flwr.app import Context, RecordDict
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.payload import ClientState, Payload
@@ -163,6 +164,55 @@ def test_v_starts_as_the_initial_weights_of_the_run(exponent: str, gap: float) -
     assert v.keys() == initial.keys()
 
 
+def test_what_is_kept_is_what_global_pruning_of_torch_keeps() -> None:
+    """The authors prune by torch's L1 pruning over all conv and linear weights, the first ones too."""
+    shop, rule = shop_and_rule({})
+    came, mask = BitmapAndValues().decode(
+        rule.train(letter(shop.layout, shop.initial_state(), shop.dense)).arrays, shop.layout
+    )
+    modules = [(module, "weight") for module in shop.model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    prune.global_unstructured(modules, prune.L1Unstructured, amount=P - K)
+    theirs = np.concatenate([module.weight_mask.numpy().ravel() for module, _ in modules]) > 0
+    values = np.concatenate([module.weight.detach().numpy().ravel() for module, _ in modules])
+    for module, name in modules:
+        prune.remove(module, name)
+    assert np.count_nonzero(theirs ^ mask.alive) == 0
+    assert np.array_equal(values, shop.layout.flatten_prunable(came))
+
+
+def test_a_rate_acts_like_a_third_to_two_thirds_of_it_on_v_at_first() -> None:
+    """dv/dw squared is what a step of w moves v by: beta^2 |w|^(2 beta - 2), here with |w|^beta = |v|."""
+    played = run(run__rounds=1)
+    initial = played.runtime.initial_state()
+    shares = [float((1.25**2 * initial[n].abs() ** (0.5 / 1.25)).mean()) for n in played.layout.prunable]
+    assert [round(0.1 * share, 2) for share in (min(shares), max(shares))] == [0.03, 0.07]
+
+
+# ---- the floor -----------------------------------------------------------------------------------
+
+
+def test_an_emptied_layer_gets_its_largest_weights_back_and_no_other_one() -> None:
+    two = Layout((("v", (2, 2)), ("w", (2, 4)), ("x", (1, 4))), ("v", "w", "x"))
+    magnitudes = np.array([9, 8, 7, 6, 0.5, 3, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0], np.float32)
+    kept = Mask(two, np.arange(16) < 3)
+    assert sparsyfed.refilled(kept, magnitudes, 0.0) == kept
+    assert np.flatnonzero(sparsyfed.refilled(kept, magnitudes, 0.25).alive).tolist() == [0, 1, 2, 5, 7]
+    # A weight of 0 is none that comes back: it would never train.
+    assert np.flatnonzero(sparsyfed.refilled(kept, magnitudes, 1.0).alive).tolist() == [0, 1, 2, 4, 5, 7, 8]
+
+
+def test_a_floor_keeps_every_layer_and_is_sent() -> None:
+    """At density 0.01 the wide layer of the untrained net is emptied; a hundredth of it comes back."""
+    sparse = {"mask__density": 0.01, "run__rounds": 2, "run__evaluate_every": 2}
+    bare, floored = (masks(run(**sparse, sparsyfed__floor=share), 1, "up") for share in (0.0, 0.01))
+    for without, filled in zip(bare, floored, strict=True):
+        assert without.count == math.floor(0.01 * P)
+        assert not (without.alive & ~filled.alive).any()
+        for (_, before, size), (_, after, _) in zip(without.layers(), filled.layers(), strict=True):
+            assert after == (before or size // 100)
+    assert any(not alive for _, alive, _ in bare[0].layers())
+
+
 # ---- spectral exponents --------------------------------------------------------------------------
 
 
@@ -242,15 +292,19 @@ def test_scope_and_floor_of_the_mask_hold_for_what_is_sent() -> None:
 # ---- refusals ------------------------------------------------------------------------------------
 
 
-def test_a_reply_of_another_density_is_refused() -> None:
+@pytest.mark.parametrize("floor", [0.0, 0.01])
+def test_a_reply_of_another_density_is_refused(floor: float) -> None:
     def everything(payload: Payload) -> Payload:
         layout = get_runtime(merge(SMALL, {"strategy": "sparsyfed"})).layout
         state, _ = BitmapAndValues().decode(payload.arrays, layout)
         return Payload(BitmapAndValues().encode(layout, state, Mask.dense(layout)), payload.metadata)
 
     client = run().records[1]["cohort"][1]
-    broken = play({"strategy": "sparsyfed", "run.rounds": 1}, faults={("train", 1, client): tamper(everything)})
-    assert broken.records[1]["refused"] == {str(client): f"{P} weights came up; mask.density 0.2 is {K}"}
+    keys: Flat = {"strategy": "sparsyfed", "run.rounds": 1, "sparsyfed.floor": floor}
+    broken = play(keys, faults={("train", 1, client): tamper(everything)})
+    why = f"{P} weights came up; mask.density 0.2 is {K}"
+    why += ", and sparsyfed.floor 0.01 adds to layers that are empty" if floor else ""
+    assert broken.records[1]["refused"] == {str(client): why}
     assert len(broken.records[1]["ok"]) == 3
     assert broken.records[1]["density"] < 0.3
 
@@ -259,6 +313,7 @@ def test_a_reply_of_another_density_is_refused() -> None:
     ("keys", "message"),
     [
         ({"sparsyfed.beta": 0.9}, "sparsyfed.beta is 0.9; it is a number of at least 1"),
+        ({"sparsyfed.floor": 1.5}, "sparsyfed.floor is 1.5; it is a number from 0 to 1"),
         ({"sparsyfed.exponent": "free"}, "sparsyfed.exponent is 'free'; it is one of fixed, spectral"),
         ({"sparsyfed.prune-activations": 1}, "sparsyfed.prune-activations is 1; it is true or false"),
         ({"mask.density": 0.5, "mask.min-per-layer": 40}, "mask.min-per-layer is 40; it reserves 4 weights"),

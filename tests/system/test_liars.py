@@ -41,7 +41,8 @@ ROBUST: Flat = {"ssfl.score-fold": "normalised", "failures.norm-factor": 3.0}
 
 # Keys that a strategy needs beside these, so that no single client decides.
 ALSO: dict[str, Flat] = {
-    "prunefl": {"prunefl.checks": 0},  # by default one client prunes alone, and is believed
+    # By default one client prunes alone, and is believed. Three epochs for the reason below.
+    "prunefl": {"prunefl.checks": 0, "local.epochs": 3},
     # A majority of bits is tested, not one draw of them, in which one client's noise costs half of what was learnt.
     "fedpm": {"fedpm.evaluate": "threshold", "local.epochs": 3, **WHOLE},
     # After one epoch of few images their models have learnt so little that one client's absence shows.
