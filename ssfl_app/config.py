@@ -7,6 +7,7 @@ import functools
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import Field, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -314,11 +315,11 @@ def overlay(*layers: Mapping[str, Scalar]) -> Flat:
     """Return all keys, of later layers first; options that only a strategy reads which a later layer replaces go."""
     given: Flat = {}
     for layer in layers:
-        ours, theirs = given.get("strategy", "ssfl"), layer.get("strategy")
+        ours, theirs, gone = given.get("strategy", "ssfl"), layer.get("strategy"), set[str]()
         if theirs not in (None, ours):
-            find_strategy(theirs)
-            gone = defaults(ours).keys() - defaults(theirs).keys()
-            given = {key: value for key, value in given.items() if key not in gone}
+            with suppress(ConfigError):  # nobody asks for what is replaced
+                gone = defaults(ours).keys() - defaults(theirs).keys()
+        given = {key: value for key, value in given.items() if key not in gone}
         given |= layer
     return given
 
@@ -340,12 +341,16 @@ def write_toml(flat: Mapping[str, Scalar]) -> str:
     return tomli_w.dumps(nested(flat))
 
 
+_BEFORE = {"prunefl": {"prunefl.scope": "the rule before version 0.2.0"}}
+"""By strategy, what a recorded configuration without these keys was played by: no default of today."""
+
+
 def first_clash(ours: Mapping[str, Scalar], theirs: Mapping[str, Scalar], whole: bool = False) -> str | None:
     """Return, as a sentence, the first of our keys by which this is another run than theirs; None if none is.
 
     If ours are the `whole` configuration, options of your own that only the other run has count too.
     """
-    theirs = complete(theirs)
+    theirs = complete({**_BEFORE.get(str(theirs.get("strategy")), {}), **theirs})
     others = [key for key in theirs if whole and key.startswith(_FREE)]
     for key in sorted({*ours, *others}):
         if not key.startswith(RESUME_MAY_CHANGE) and ours.get(key) != theirs.get(key):

@@ -219,7 +219,7 @@ def _imports(file: Path) -> set[str]:
     """Return the packages and modules that a file names in its imports, but for this package and its own."""
     try:
         nodes = list(ast.walk(ast.parse(file.read_bytes())))
-    except SyntaxError:  # in a package lie templates, and files of other versions of Python
+    except (SyntaxError, ValueError):  # in a package lie templates, and files of other versions of Python
         return set()
     names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
     names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]

@@ -31,7 +31,6 @@ from ssfl_app.data.summary import ALL, DataSummary
 from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Indices, Partition, split
 from ssfl_app.registry import sources
-from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import Layout, State, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
@@ -283,31 +282,43 @@ def _for_task(config: Config, images: DataSet) -> DataSet:
 
 
 def _rehearse(config: Config, images: DataSet) -> None:
-    """Raise ConfigError unless a model or task that is not built in trains on a few samples and is scored.
+    """Raise ConfigError unless a model or task that is not built in computes a loss of a few samples and is scored.
 
     It costs a model's memory on the CPU, for that long. Where weights can die, all are dead once: a layer that
     divides by their norm computes no number then, and would end a run in some later round.
     """
-    samples, name = images.train if len(images.train) else images.test, config.model.name
-    usual = name in models.REGISTRY and type(make_task(config.task, images.task)) is Classification
-    if usual or not len(samples):
+    samples, task = images.train if len(images.train) else images.test, make_task(config.task, images.task)
+    if not len(samples) or (config.model.name in models.REGISTRY and type(task) is Classification):
         return
     trainer, few = _trainer(config, images, torch.device("cpu")), samples.take(np.arange(min(2, len(samples))))
     model = models.create(config.model, images.shape, images.outputs, config.settings.run.seed)
+    names = f"model.name is {config.model.name!r} and task.name {config.task.name!r}"
+    # Nothing goes backward and nothing computes in threads: a process that did either has no forks that learn.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-            trainer.fit(model, few, generator(0, "rehearsal"), lr=0.01, epochs=1)
+            if not trainer.loss(model, few).requires_grad:
+                raise ConfigError(f"{names}; the loss of the model's output has no gradient")
             alive = trainer.evaluate(model, few)[0]
-            weights = originals(model) if REGISTRY[config.strategy].uses_density else {}
-            for weight in weights.values():
+            for weight in originals(model).values() if REGISTRY[config.strategy].uses_density else ():
                 weight.data.zero_()
             dead = trainer.evaluate(model, few)[0]
+    except ConfigError:
+        raise
+    except NotImplementedError as error:
+        if "backend" in str(error):  # of an operator that the CPU does not have
+            return
+        raise ConfigError(f"{names}; one of them lacks something: {one_line(error)}") from error
     except Exception as error:
         what = f"{len(few)} samples of data.name {config.data.name!r}, inputs {tuple(few.inputs.shape)} of "
         what += f"{few.inputs.dtype} and targets {tuple(few.targets.shape)} of {few.targets.dtype}"
-        raise ConfigError(f"model.name is {name!r}; trained on {what}, it says {one_line(error)}") from error
+        raise ConfigError(f"{names}; of {what} there is no loss or score: {one_line(error)}") from error
+    finally:
+        torch.set_num_threads(threads)
     if math.isfinite(alive) and not math.isfinite(dead):
-        raise ConfigError(f"model.name is {name!r}; where a mask takes all weights of a layer it computes {dead}")
+        rule = "a strategy without a mask takes it, or a layer that does not divide by the norm of its weights"
+        raise ConfigError(f"{names}; where a mask takes all weights of a layer the loss is {dead}: {rule}")
 
 
 def check(config: Config, keep: bool = False) -> Layout:

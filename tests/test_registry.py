@@ -30,6 +30,7 @@ from ssfl_app.runtime import check, code_digest
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.sparsity.layout import state_of
 from ssfl_app.training.models import ModelOptions, create, fewest, outline
+from ssfl_app.training.trainer import LocalTrainer
 
 NET = """
 from torch import nn
@@ -284,12 +285,17 @@ def test_the_model_of_an_app_is_taken_by_a_real_node(folder: Path) -> None:
         (
             "Linear(64, outputs).double()",
             {},
-            r"trained on 2 samples of data.name 'digits', inputs .* says RuntimeError",
+            "of 2 samples of data.name 'digits', inputs .* no loss or score: Runtime",
         ),
-        ("Linear(63, outputs)", {}, "says RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
-        ("Linear(64, outputs)", {"task.name": "segmentation"}, "says .*Error"),
-        ("Linear(64, 1)", {}, "says IndexError"),
-        ("utils.parametrizations.weight_norm(nn.Linear(64, outputs))", {}, "where a mask takes all .*computes nan"),
+        ("Linear(63, outputs)", {}, "no loss or score: RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        ("Linear(64, outputs)", {"task.name": "segmentation"}, "and task.name 'segmentation'; .*Error"),
+        ("Linear(64, 1)", {}, "no loss or score: IndexError"),
+        ("Linear(64, outputs).requires_grad_(False)", {"strategy": "fedavg"}, "has no gradient"),
+        (
+            "utils.parametrizations.weight_norm(nn.Linear(64, outputs))",
+            {},
+            "a mask takes all .* the loss is nan: a str",
+        ),
     ],
 )
 def test_what_a_model_cannot_do_with_the_data_is_said_before_a_run(
@@ -300,7 +306,7 @@ def test_what_a_model_cannot_do_with_the_data_is_said_before_a_run(
         f"from torch import nn\ndef net(shape, outputs, norm):\n    return nn.Sequential(nn.Flatten(), nn.{body})\n"
     )
     before = torch.get_rng_state()
-    with pytest.raises(ConfigError, match=rf"model.name is '{name}:net'; .*{said}") as caught:
+    with pytest.raises(ConfigError, match=rf"model.name is '{name}:net' .*{said}") as caught:
         check(parse({"model.name": f"{name}:net", **keys}))
     assert "\n" not in str(caught.value)
     assert torch.equal(torch.get_rng_state(), before)
@@ -311,3 +317,33 @@ def test_what_a_model_cannot_do_with_the_data_is_said_before_a_run(
 def test_a_misspelt_table_of_options_of_your_own(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.optoins.width is not a key; did you mean model.options.width\?"):
         merge({"model.optoins.width": 3})
+
+
+def test_what_stands_before_a_run_leaves_threads_and_gradients_to_the_processes_that_train(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that computed in threads, or went backward beside a GPU, has no forks that can train."""
+    threads: list[int] = []
+    monkeypatch.setattr(LocalTrainer, "evaluate", lambda *_: threads.append(torch.get_num_threads()) or (0.0, 0.0))
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    monkeypatch.setattr(LocalTrainer, "fit", None)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        check(parse({"model.name": "nets:seen"}))
+        assert (threads, torch.get_num_threads()) == ([1, 1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_by_a_rule_that_has_changed_is_another_run() -> None:
+    old = {key: value for key, value in merge({"strategy": "prunefl"}).items() if key != "prunefl.scope"}
+    said = first_clash(merge({"strategy": "prunefl", "prunefl.scope": "global"}), old)
+    assert said == "prunefl.scope is 'global'; that run was started with 'the rule before version 0.2.0'"
+    others = {key: value for key, value in merge().items() if key != "prunefl.scope"}
+    assert first_clash(merge(), others) is None
+
+
+def test_a_strategy_that_is_replaced_is_not_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("strategy = 'fedagv'\n")
+    assert read_given(tmp_path / "run.toml", ["strategy='ssfl'"]) == {"strategy": "ssfl"}

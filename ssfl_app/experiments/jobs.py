@@ -75,9 +75,11 @@ def check_all(runs: Sequence[RunSpec]) -> None:
         seen.add(same)
         config = configuration.parse(run.flat)
         check_at_once(config)
-        if task(run) not in layouts:
-            layouts[task(run)] = check(config)
-        REGISTRY[config.strategy](ServerContext(layouts[task(run)], config.settings))
+        kind = REGISTRY[config.strategy]
+        place = (*task(run), kind.uses_density)
+        if place not in layouts:
+            layouts[place] = check(config)
+        kind(ServerContext(layouts[place], config.settings))
 
 
 def play(

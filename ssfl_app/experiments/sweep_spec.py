@@ -227,7 +227,7 @@ def _variants(tables: Any, strategy: Any, axes: Sequence[str]) -> list[_Row]:
             raise ConfigError(f"compare.also has the name {name!r}; {rule}")
         kind = _named(f"strategy of {name} in compare.also", own.pop("strategy", strategy))
         for key in own:
-            if key in ("run.seed", *OURS, *axes) or key.partition(".")[0] in _SAME_DATA:
+            if key in ("run.seed", "run.clients", "run.cohort", *OURS, *axes) or key.partition(".")[0] in _SAME_DATA:
                 raise ConfigError(
                     f"compare.also has {key} for {name}; it is a key that rows of one table may differ in"
                 )

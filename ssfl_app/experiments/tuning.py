@@ -18,7 +18,16 @@ from ssfl_app.metrics import Metric
 from ssfl_app.options import ConfigError
 from ssfl_app.results.run_folder import CENTRAL, PERSONAL, Run, metadata
 
-_FIXED = ("strategy", "run.seed", "mask.density", *OURS, *configuration.RESUME_MAY_CHANGE)
+_FIXED = (
+    "strategy",
+    "run.seed",
+    "run.clients",
+    "run.cohort",
+    "run.rounds",
+    "mask.density",
+    *OURS,
+    *configuration.RESUME_MAY_CHANGE,
+)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
-from ssfl_app.options import ConfigError, Scalar, above, choice, free
+from ssfl_app.options import ConfigError, Scalar, choice, free, option
 from ssfl_app.registry import Registry
 from ssfl_app.seeding import torch_generator
 from ssfl_app.text import one_line
@@ -174,7 +174,9 @@ class ModelOptions:
 
     name: str = REGISTRY.field("cnn", "what is trained")
     norm: str = choice(*NORMS, about="the layers that normalise")
-    width: float = above(0, 1.0, "of a built-in model: its layers have this many times the channels")
+    width: float = option(
+        "a number in (0, 16]", lambda x: 0 < x <= 16, 1.0, "of a built-in model: times the channels of its layers"
+    )
     options: Mapping[str, Scalar] = free("arguments of a model of your own: model.options.width=64")
 
 

@@ -158,7 +158,7 @@ class LocalTrainer:
         self.passes += len(data)
         weights = originals(model)
         with _preserve_buffers(model):
-            loss = self._loss(model, data, temperature)
+            loss = self.loss(model, data, temperature)
             gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
             wait_for(self.device)
         return dict(zip(weights, gradients, strict=True))
@@ -175,7 +175,7 @@ class LocalTrainer:
         self.passes += 2 * len(data)
         weights = originals(model)
         with _preserve_buffers(model):
-            loss = self._loss(model, data, temperature)
+            loss = self.loss(model, data, temperature)
             slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True, materialize_grads=True)
             along = [(g * direction[n].to(g)).sum() for n, g in zip(weights, slopes, strict=True)]
             products = torch.autograd.grad(torch.stack(along).sum(), list(weights.values()), materialize_grads=True)
@@ -198,7 +198,8 @@ class LocalTrainer:
         wait_for(self.device)
         return float(loss) / len(data), float(score) / len(data)
 
-    def _loss(self, model: nn.Module, data: Samples, temperature: float) -> torch.Tensor:
+    def loss(self, model: nn.Module, data: Samples, temperature: float = 1.0) -> torch.Tensor:
+        """Return the loss of `gradient`, a scalar, of samples that are on the device."""
         # A temperature of 1 changes no bit.
         return temperature * self.task.loss(model(self.transform.test(data.inputs)) / temperature, data.targets)
 

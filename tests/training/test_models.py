@@ -208,10 +208,12 @@ def test_the_shortcut_of_cifar_resnets_is_every_second_pixel_with_zero_channels_
     assert not any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) for m in model.modules())
 
 
-@pytest.mark.parametrize("name", REGISTRY)
-def test_how_many_images_a_batch_needs_under_batchnorm(name):
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("cnn", 1), ("conv4", 8), ("resnet18", 8), ("resnet50", 8), *((f"resnet{d}", 4) for d in (20, 32, 44, 56, 110))],
+)
+def test_how_many_images_a_batch_needs_under_batchnorm(name, side):
     """Two where its last norm sees one pixel an image: by hand, up to this side of an image."""
-    side = {"cnn": 1, "resnet18": 8, "resnet50": 8, "conv4": 8}.get(name, 4)
     for pixels, images in ((side, 2), (side + 1, 1)):
         for shape in ((1, pixels, 1), (1, 1, pixels)):
             assert fewest(ModelOptions(name, "batch"), shape) == images
