@@ -20,7 +20,7 @@ from benchmarks.drills.field import federation, ssfl
 HERE = Path(__file__).parent
 OWN = HERE.parent / "examples" / "own"
 DENSE = "strategy='fedavg'"
-DISTANCE = {"tumours": 0.03, "progression": 0.05, "speakers": 0.05, "lesions": 0.25, "momentum": 0.02, "topics": 0.05}
+DISTANCE = {"tumours": 0.03, "progression": 0.05, "speakers": 0.05, "lesions": 0.1, "momentum": 0.02, "topics": 0.05}
 """How much worse the headline metric may be, in its own unit."""
 
 LOWER = {"progression"}
