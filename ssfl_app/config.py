@@ -25,6 +25,7 @@ from ssfl_app.options import ConfigError, Scalar, anything, at_least, build, cho
 from ssfl_app.partitions import REGISTRY as PARTITIONS
 from ssfl_app.partitions import PartitionOptions
 from ssfl_app.partitions.late import ShiftOptions
+from ssfl_app.privacy.options import PrivacyOptions
 from ssfl_app.registry import Registry, Unknown
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.shared.fine_tuning import FineTuningClient
@@ -62,6 +63,7 @@ SHARED: dict[str, type] = {
     "mask": MaskOptions,
     "local": LocalOptions,
     "wire": WireOptions,
+    "privacy": PrivacyOptions,
     "failures": FailureOptions,
     "shift": ShiftOptions,
     "stop": StopOptions,
@@ -162,7 +164,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
     if made["data"].where == "sites" and made["shift"].round:
         raise ConfigError(f"shift.round is {made['shift'].round}; it is 0 with data.where 'sites'")
     _fit_to_place(made, kind.has_floor)
-    shared = {name: made[name] for name in ("run", "mask", "local", "wire", "failures", "shift", "stop")}
+    shared = {name: made[name] for name in ("run", "mask", "local", "wire", "privacy", "failures", "shift", "stop")}
     parts = {name: made[name] for name in ("data", "partition", "model", "task", "engine")}
     settings = Settings(**shared, sections={name: made[name] for name in own})
     return Config(str(flat["strategy"]), settings, **parts, flat=flat)

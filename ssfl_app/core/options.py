@@ -10,6 +10,7 @@ from ssfl_app.callbacks.stopping import StopOptions
 from ssfl_app.core.robust import FOLDS
 from ssfl_app.options import ConfigError, above, anything, at_least, choice, fraction, option
 from ssfl_app.partitions.late import ShiftOptions
+from ssfl_app.privacy.options import PrivacyOptions
 from ssfl_app.sparsity.values import VALUE_TYPES
 from ssfl_app.training.trainer import LocalOptions
 
@@ -89,6 +90,7 @@ class Settings:
     mask: MaskOptions
     local: LocalOptions
     wire: WireOptions
+    privacy: PrivacyOptions
     failures: FailureOptions
     shift: ShiftOptions
     stop: StopOptions
