@@ -4,6 +4,7 @@
 nothing else. `serve` takes a message apart for it and writes its answer as one.
 """
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
+from ssfl_app.comm.handshake import KEY
 from ssfl_app.comm.messenger import CLIENT, FOLDER, RUN
 from ssfl_app.comm.node_config import NodeConfig, read_node_config, simulated
 from ssfl_app.comm.payload import ClientState, Metadata, Payload, PayloadEncoder, decode_arrays, decode_metadata
 from ssfl_app.core.client import ClientAlgorithm, Need
+from ssfl_app.core.summand import Identity
 from ssfl_app.options import ConfigError, PrivateError
+from ssfl_app.privacy.keys import KeyPair, load_or_make, read_pins
 from ssfl_app.registry import only_brought
 from ssfl_app.runtime import code_digest, get_runtime, gpu_is_hidden
 from ssfl_app.sparsity.values import PayloadError
@@ -28,6 +32,11 @@ from ssfl_app.training.malloc import keep_heap
 
 MOST_BITMAPS = 4
 """Bitmaps of a message; what else it holds is never deflated."""
+
+KEY_FILE = "masking.key"
+"""File of a node's state-path: the key pair that it masks its answers with."""
+
+_KEY = "ssfl-key"  # record of Flower's state
 
 NDArrays = list[npt.NDArray[Any]]
 
@@ -56,6 +65,7 @@ class SparseClient(NumPyClient):
             "device": str(context.trainer.device),
             "gpu-is-hidden": gpu_is_hidden(),
             "code": code_digest(self.modules),
+            **({KEY: context.identity().keys.public} if context.settings.privacy.secure_aggregation else {}),
         }
 
     def get_parameters(self, config: Metadata) -> NDArrays:
@@ -68,7 +78,7 @@ class SparseClient(NumPyClient):
         trainer = algorithm.context.trainer
         passes, looks, question = trainer.passes, trainer.looks, config.get("question")
         try:
-            reply = algorithm.train(payload) if question is None else algorithm.answer_query(str(question), payload)
+            reply = answered(algorithm, question, payload)
         except Need as need:
             self.array_names = ()
             return [], 0, {"need": str(need)}
@@ -94,6 +104,15 @@ class SparseClient(NumPyClient):
     def _notes(self) -> Metadata:
         notes = self.algorithm.context.memory.notes
         return {"note": "; ".join(notes)} if notes else {}
+
+
+def answered(algorithm: ClientAlgorithm, question: object, payload: Payload) -> Payload:
+    """Return the answer to a question, or to a training message if there is none."""
+    if question is None:
+        return algorithm.train(payload)
+    if question == "unmask":
+        return algorithm.context.summands.unmask(payload)
+    return algorithm.answer_query(str(question), payload)
 
 
 def serve(
@@ -181,7 +200,8 @@ def _answer(message: Message, context: Context) -> Message:
     if runtime.trainer.device.type == "cpu":
         keep_heap()
     memory = ClientState(context, number) if hello else memory_of(context, place, number, metadata)
-    client = SparseClient(runtime.rule(number, memory, place.least_batch), place.name, runtime.modules)
+    me = functools.partial(identity, context, place)
+    client = SparseClient(runtime.rule(number, memory, place.least_batch, me), place.name, runtime.modules)
     bitmap, encoder = -(-runtime.layout.prunable_size // 8), PayloadEncoder(runtime.config.settings.wire.bitmaps)
     return serve(client, message, metadata, encoder, MOST_BITMAPS * bitmap)
 
@@ -215,6 +235,29 @@ def memory_of(context: Context, place: NodeConfig, number: int, metadata: Metada
     if not isinstance(token, str) or not re.fullmatch("[0-9a-f]{16}", token):
         raise PayloadError(f"{RUN} is {quoted(token)}; it is 16 hex digits")
     return ClientState(context, number, place.state_path / token / place.name, survives=True)
+
+
+def identity(context: Context, place: NodeConfig) -> Identity:
+    """Return the keys of a client: a file below a real node's state-path, of simulated ones in Flower's state.
+
+    Raises
+    ------
+    ConfigError
+        A real node has no state-path, or what lies there cannot be read.
+    """
+    if not place.simulated:
+        if place.state_path is None:
+            raise ConfigError(
+                "state-path is missing in --node-config; with privacy.secure-aggregation a node keeps its key there"
+            )
+        pins = frozenset[str]() if place.pins is None else read_pins(place.pins)
+        return Identity(load_or_make(place.state_path / KEY_FILE), pins)
+    held: Any = context.state.get(_KEY)
+    if held is None:
+        keys = KeyPair.new()
+        context.state[_KEY] = ConfigRecord({"private": keys.private_bytes()})
+        return Identity(keys)
+    return Identity(KeyPair.of(bytes(held["private"])))
 
 
 class OpenClientApp(ClientApp):

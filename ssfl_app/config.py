@@ -27,6 +27,7 @@ from ssfl_app.partitions import PartitionOptions
 from ssfl_app.partitions.late import ShiftOptions
 from ssfl_app.privacy.options import PrivacyOptions
 from ssfl_app.registry import Registry, Unknown
+from ssfl_app.sparsity.values import SUMMED_TYPES
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.shared.fine_tuning import FineTuningClient
 from ssfl_app.text import command
@@ -180,7 +181,8 @@ def _fit_to_place(made: dict[str, Any], has_floor: bool) -> None:
     """Give options that depend on where the data are their values: what a site says of itself may be false."""
     sites = made["data"].where == "sites"
     if "ssfl" in made and made["ssfl"].score_fold == "auto":
-        made["ssfl"] = replace(made["ssfl"], score_fold="normalised" if sites else "mean")
+        lone = made["ssfl"].score_values in SUMMED_TYPES  # one client's scores are not seen alone
+        made["ssfl"] = replace(made["ssfl"], score_fold="normalised" if sites and not lone else "mean")
     if made["mask"].min_per_layer == -1:
         made["mask"] = replace(made["mask"], min_per_layer=int(sites and has_floor))
 
@@ -200,11 +202,14 @@ def defaults(strategy: object = "ssfl") -> Flat:
 def complete(flat: Mapping[str, Any]) -> Flat:
     """Return a configuration with the defaults of what it lacks: one that an older version wrote has fewer keys.
 
-    A cohort that nobody asked for is of all clients where there are fewer of them than by default.
+    A cohort that nobody asked for is of all clients where there are fewer of them than by default, and what only its
+    sum is learnt of is written as whole numbers.
     """
     found = {**defaults(flat.get("strategy", "ssfl")), **flat}
     if "run.cohort" not in flat and type(clients := found["run.clients"]) is int and clients > 0:
         found["run.cohort"] = min(clients, int(found["run.cohort"]))
+    if found["privacy.secure-aggregation"] is True:
+        found |= {key: "fixed32" for key in ("wire.up-values", "ssfl.score-values") if key not in flat}
     return found
 
 

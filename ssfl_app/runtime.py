@@ -11,6 +11,7 @@ import math
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -23,8 +24,9 @@ from ssfl_app import callbacks
 from ssfl_app import config as configuration
 from ssfl_app.comm.payload import ClientState
 from ssfl_app.config import Config
-from ssfl_app.core.client import ClientAlgorithm, ClientContext
+from ssfl_app.core.client import ClientAlgorithm, ClientContext, no_identity
 from ssfl_app.core.strategy import ServerContext
+from ssfl_app.core.summand import Identity
 from ssfl_app.data import dataset as data
 from ssfl_app.data.dataset import DataSet, Samples
 from ssfl_app.data.summary import ALL, DataSummary
@@ -121,8 +123,14 @@ class Runtime:
         """Return what a client holds."""
         return self.data.holding(*self.share(client))
 
-    def rule(self, client: int, memory: ClientState, least_batch: int = 1) -> ClientAlgorithm:
-        """Return the client side of the strategy for one client; see `NodeConfig.least_batch`."""
+    def rule(
+        self,
+        client: int,
+        memory: ClientState,
+        least_batch: int = 1,
+        identity: Callable[[], Identity] = no_identity,
+    ) -> ClientAlgorithm:
+        """Return the client side of the strategy for one client; see `ClientContext`."""
         state = self.worker_state
         site = ClientContext(
             client_id=client,
@@ -134,6 +142,7 @@ class Runtime:
             indices=self.share(client),
             memory=memory,
             least_batch=least_batch,
+            identity=identity,
             initial_state=self.initial_state,
             dense=self.dense,
             masks=state.masks,

@@ -33,6 +33,10 @@ MOST_BYTES = 2**20
 """Bytes of all metadata of a handshake."""
 
 
+KEY = "key"
+"""Fact of an answer to ``query.hello``: the 32 bytes of a client's public key, under secure aggregation."""
+
+
 @dataclass(frozen=True)
 class Handshake:
     """A checked answer to ``query.hello``: a client's number, or the name of a site, and what it says of itself."""
@@ -56,10 +60,13 @@ def read_handshake(node: int, reply: Message) -> Handshake:
     if sum(len(name) + len(str(value)) for name, value in metadata.items()) > MOST_BYTES:
         raise PayloadError(f"the handshake is larger than {MOST_BYTES} characters")
     number, name = metadata.get("client"), metadata.get("name", "")
-    for key in ("code", "device"):
-        text = metadata.get(key)
+    for word in ("code", "device"):
+        text = metadata.get(word)
         if not isinstance(text, str) or len(text) > 64 or not text.isprintable():
-            raise PayloadError(f"{key} is {quoted(text)}; it is one line of at most 64 characters")
+            raise PayloadError(f"{word} is {quoted(text)}; it is one line of at most 64 characters")
+    key = metadata.get(KEY, bytes(32))
+    if not isinstance(key, bytes) or len(key) != 32:
+        raise PayloadError(f"{KEY} is {quoted(key)}; it is 32 bytes")
     if "name" in metadata:
         if number is not None or not isinstance(name, str) or not NAME.fullmatch(name):
             raise PayloadError(

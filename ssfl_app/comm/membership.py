@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from flwr.serverapp import Grid
 
 from ssfl_app.comm.exchange import DEPLOYMENT_POLL, SIMULATION_POLL, is_simulation
-from ssfl_app.comm.handshake import Handshake, HandshakePoller
+from ssfl_app.comm.handshake import KEY, Handshake, HandshakePoller
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.data.summary import DataSummary, read_data_summary
 from ssfl_app.locks import RunFailed
@@ -118,6 +118,15 @@ class ClientRegistry:
         """Return what a client said at the handshake that it holds; None if it did not say."""
         metadata = self._metadata.get(client, {})
         return read_data_summary(metadata) if "classes" in metadata else None
+
+    def key_of(self, client: int) -> bytes:
+        """Return the public key that a client said at the handshake; RunFailed if it said none."""
+        key = self._metadata.get(client, {}).get(KEY)
+        if not isinstance(key, bytes):
+            raise RunFailed(
+                f"{_called(self._place(client))} said no key at the handshake, and privacy.secure-aggregation is true"
+            )
+        return key
 
     def _stranger(self, handshake: Handshake, bound: Mapping[Claim, int]) -> str | None:
         """Return why the place that a node claims cannot be its own, whoever else is there."""

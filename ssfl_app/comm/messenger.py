@@ -11,8 +11,11 @@ refused by name and counted. It never reaches an algorithm.
 
 import functools
 import itertools
+import secrets
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,6 +90,7 @@ class Messenger:
         self._timeout, self._bitmaps = timeout, bitmaps
         self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
         self._client_of: dict[str, int] = {}  # message id -> client
+        self._grid: Grid | None = None  # of the last exchange
         self._forget()
 
     def node_of(self, client: int) -> int:
@@ -114,7 +118,7 @@ class Messenger:
 
     def exchange(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `build_messages` made; return the replies, of about this size, as they come."""
-        exchange = MessageExchange(grid, self._timeout, reply_bytes)
+        exchange, self._grid = MessageExchange(grid, self._timeout, reply_bytes), grid
         self.report, self.report.asked = exchange.report, len(messages)
         client_at = {self.node_of(client): client for client in self._pending}
         self._push(exchange, {client_at[message.metadata.dst_node_id]: message for message in messages})
@@ -134,6 +138,18 @@ class Messenger:
             return None
         self._client_of[reply.metadata.reply_to_message_id] = client
         return reply
+
+    @contextmanager
+    def aside(self) -> Iterator[ExchangeReport]:
+        """Let an exchange inside belong to the one before it: its bytes count there, as does who is gone in it."""
+        before = self.report
+        try:
+            yield before
+        finally:
+            before.down, before.up = before.down + self.report.down, before.up + self.report.up
+            for client, why in {**self.report.lost, **self.report.refused}.items():
+                before.notes[client] = f"its answer counts, and it did not help to unmask the sum: {why}"
+            self.report = before
 
     def _push(self, exchange: MessageExchange, messages: dict[int, Message]) -> None:
         for client, message in messages.items():
@@ -200,6 +216,20 @@ class ClientMessenger(Messenger):
         super().__init__(timeout, bitmaps)
         self.registry, self.folder, self.token, self.dealt, self.work = registry, folder, token, dealt, work
         self._mask_travels = mask_travels
+        self.session, self._last_exchange = token or secrets.token_hex(8), 0
+
+    def held(self, client: int) -> int | None:
+        """Return how many training samples a client holds; None: nobody said."""
+        held = self._holding(client)
+        return None if held is None else sum(held.counts)
+
+    def _holding(self, client: int) -> DataSummary | None:
+        return self.registry.holding(client) if self.dealt is None else self.dealt(client)
+
+    def next_exchange(self) -> int:
+        """Return the number of a new exchange of sums: larger than all before, in a run that was resumed, too."""
+        self._last_exchange = max(self._last_exchange + 1, time.time_ns() // 1_000_000)
+        return self._last_exchange
 
     def node_of(self, client: int) -> int:
         """Return the node that holds a client's place."""
@@ -278,9 +308,26 @@ class ClientMessenger(Messenger):
         if share is not None:
             self.report.require(share, what)
 
+    def ask_more(
+        self,
+        question: str,
+        round_: int,
+        payloads: Mapping[int, Payload],
+        allowed: Allowed,
+        check: Check,
+        take: Callable[[Reply], None],
+    ) -> None:
+        """Ask clients whose answers in this exchange are in: a second exchange, which belongs to it (`aside`)."""
+        assert self._grid is not None
+        with self.aside():
+            outgoing = ((client, payload, None) for client, payload in payloads.items())
+            messages = self.build_messages(f"query.{question}", round_, outgoing, {})
+            replies = self.exchange(self._grid, messages, 0)
+            self.receive(replies, allowed, check, take, None, f"the question {question!r}")
+
     def _read(self, allowed: Allowed, check: Check, client: int, message: Message) -> Reply:
         payload, pending = self._opened(client, message, allowed), self._pending[client]
-        metadata, held = payload.metadata, self.registry.holding(client) if self.dealt is None else self.dealt(client)
+        metadata, held = payload.metadata, self._holding(client)
         if held is None:
             check_counts(metadata, None, MOST_WORK)
         else:

@@ -6,6 +6,7 @@
 | ``name='site-a' data-path='/data/a'`` | a site with data of its own; the server numbers the sites by their names |
 | ``state-path='/var/lib/ssfl'`` | with either: masks and personal models are files below it and survive a restart |
 | ``least-batch=64`` | with either: images that an answer of scores, gradients or a model is made of; else 32 |
+| ``pins='/etc/ssfl/pins'`` | with either: fingerprints of the only nodes that it masks its answers together with |
 | ``server-data-path=true`` | with the first: a shared set may be read where ``data.path`` of the run says |
 
 Loss and accuracy on the test images leave the node whatever ``least-batch`` is; so do the counts of the handshake.
@@ -41,7 +42,16 @@ LEAST_BATCH = 32
 SIMULATED = "ssfl-simulated"
 """Key of the node config of a client in this process: it is no real node."""
 
-_KEYS = ("partition-id", "num-partitions", "name", "data-path", "state-path", "least-batch", "server-data-path")
+_KEYS = (
+    "partition-id",
+    "num-partitions",
+    "name",
+    "data-path",
+    "state-path",
+    "least-batch",
+    "server-data-path",
+    "pins",
+)
 _START = {
     "shared": '--node-config "partition-id=0", each its own number',
     "sites": "--node-config \"name='site-a' data-path='/data/site-a'\"",
@@ -65,6 +75,7 @@ class NodeConfig:
     simulated: bool
     least_batch: int
     server_data_path: bool
+    pins: Path | None = None
 
     def in_its_words(self, error: ConfigError) -> ConfigError:
         """Return an error about the data with the key that this node was started with."""
@@ -135,7 +146,9 @@ def read_node_config(node_config: Mapping[str, object], where: str) -> NodeConfi
     obeys = node_config.get("server-data-path", False)
     if type(obeys) is not bool:
         raise ConfigError(f"server-data-path is {obeys!r} in --node-config; it is true or false")
-    return NodeConfig(number, name, data, Path(state) if state else None, alone, least, obeys)
+    pins = _folder(node_config, "pins")
+    paths = Path(state) if state else None, Path(pins) if pins else None
+    return NodeConfig(number, name, data, paths[0], alone, least, obeys, paths[1])
 
 
 def _whole(value: object, key: str, least: int) -> int:

@@ -8,6 +8,7 @@ Bytes of type uint8, bitmaps above all, can travel deflated: their layers have d
 0.5 a bit holds less than one bit (wire.bitmaps).
 """
 
+import json
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from ssfl_app.comm.client_files import Files, MaskFile, client_state_errors, content_of
-from ssfl_app.files import write_bytes
+from ssfl_app.files import check_regular, write_bytes, write_json
 from ssfl_app.seal import Damaged, sealed, unsealed
 from ssfl_app.sparsity.codec import nbytes
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
@@ -28,10 +29,10 @@ MetadataValue = bool | int | float | str | bytes
 Metadata = dict[str, MetadataValue]
 
 SERIAL_TYPE, DEFLATED = "ssfl.raw.v1", "ssfl.zlib.v1"
-_DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "u1", "i1", "<i4", "<i8")}
+_DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "<u4", "u1", "i1", "<i4", "<i8")}
 MASKS = "masks"
 """Folder of bitmaps, one file a digest, in the folder that simulated clients share."""
-_MEMORY, _PERSONAL = "ssfl", "ssfl-personal"
+_MEMORY, _PERSONAL, _EXCHANGES = "ssfl", "ssfl-personal", "ssfl-exchanges"
 
 
 @dataclass(frozen=True)
@@ -217,9 +218,12 @@ class ClientState:
         self._masks = None if folder is None else folder / MASKS
         self._personal: Files | _Records = _Records(context.state)
         self._mask: MaskFile | None = None
+        self._journal: Path | None = None
         if folder is not None:
             own = folder / f"client-{client:05d}"
-            self._personal, self._mask = Files(own), MaskFile(own / "mask") if survives else None
+            self._personal = Files(own)
+            if survives:
+                self._mask, self._journal = MaskFile(own / "mask"), own / "exchanges.json"
 
     def bitmap(self, digest: str) -> npt.NDArray[np.uint8] | None:
         """Return the bitmap that is kept of the mask with this digest, or None; a disk may have damaged it."""
@@ -275,6 +279,42 @@ class ClientState:
         if since:
             self._note(f"its personal state of round {since} {fault}; it began anew")
         return None
+
+    def reached(self, what: str) -> int:
+        """Return the last exchange of sums in which this client did something once, "masked" or "unmasked"; or 0."""
+        held = self._exchanges()
+        return int(held.get(what, 0))
+
+    @client_state_errors()
+    def advance(self, what: str, exchange: int) -> None:
+        """Note an exchange, before it is answered.
+
+        Raises
+        ------
+        PayloadError
+            It is not later than the last one: a second answer would tell the server what the first one hides.
+        """
+        held = self._exchanges()
+        if exchange <= int(held.get(what, 0)):
+            raise PayloadError(f"exchange is {exchange}; this client has {what} that of {held[what]} already")
+        held[what] = exchange
+        if self._journal is None:
+            self._state[_EXCHANGES] = ConfigRecord(dict(held))
+        else:
+            write_json(self._journal, held)
+
+    def _exchanges(self) -> dict[str, int]:
+        if self._journal is None:
+            found: Any = self._state.get(_EXCHANGES)
+        else:
+            try:
+                check_regular(self._journal)
+                found = json.loads(self._journal.read_bytes())
+            except FileNotFoundError:
+                return {}
+            except ValueError as error:
+                raise PayloadError("which exchanges this client answered is damaged on its disk") from error
+        return {name: int(value) for name, value in (found or {}).items()}
 
     def _note(self, text: str) -> None:
         if text not in self.notes:  # a client may load its state more than once for one message

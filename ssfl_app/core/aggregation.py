@@ -5,6 +5,7 @@ aggregator        of a coordinate                                          used 
 ================  =======================================================  =====================================
 ReplyMean         sum n_k w_k / sum n_k, on the carried vector; or what    one shared mask, or none
                   run.fold makes of the vectors, unweighted (`robust`)
+ReplySum          the same mean, of updates that are whole numbers (`sums`)  the same, wire.up-values fixed32
 ReplyZerosMean    sum n_k m_k w_k / sum n_k: what is not sent counts as    top-k of weights, SparsyFed
                   0
 ReplyOverlapMean  sum n_k m_k w_k / sum n_k m_k; the old value if nobody   personal masks
@@ -24,6 +25,7 @@ from ssfl_app.comm.messenger import ClientMessenger, Reply
 from ssfl_app.core.means import OverlapMean, WeightedMean
 from ssfl_app.core.options import Settings
 from ssfl_app.core.robust import FEWEST, Held, Rows, folded
+from ssfl_app.core.sums import Summation
 from ssfl_app.locks import RunFailed
 from ssfl_app.sparsity.codec import Codec, LinearCodec
 from ssfl_app.sparsity.layout import Layout, State, Vector
@@ -52,7 +54,9 @@ class _Algorithm(Protocol):
     mask: Mask
     messenger: ClientMessenger
     update_norms: dict[int, float]
+    clipped: int
 
+    def sent_down(self, round_: int) -> tuple[State, Mask]: ...
     def codec_up(self, round_: int) -> Codec: ...
     def weight(self, reply: Reply) -> int: ...
     def decoded(self, reply: Reply) -> tuple[Vector, Mask]: ...
@@ -97,6 +101,35 @@ class ReplyMean:
         state = self._codec.scatter(values, self._strategy.layout, self._mask)
         for name in self._codec.stays(self._strategy.layout):
             state[name].copy_(self._strategy.state[name])
+        return state
+
+
+class ReplySum:
+    """The global model plus the mean update, where clients send updates that are only added; 0 where none is sent.
+
+    The update is from what came down to the clients, which wire.down-values may have rounded.
+    """
+
+    def __init__(self, strategy: _Algorithm, round_: int, summation: Summation) -> None:
+        codec = strategy.codec_up(round_)
+        assert isinstance(codec, LinearCodec)  # `check_sums`
+        self._strategy, self._codec, self._mask, self._summation = strategy, codec, strategy.mask, summation
+        self._round = round_
+
+    def add(self, reply: Reply) -> None:
+        """Add a reply."""
+        self._summation.add(reply)
+
+    def finish(self) -> State:
+        """Return the model; RunFailed if the sum cannot be told."""
+        strategy, layout = self._strategy, self._strategy.layout
+        found = self._summation.finish()
+        strategy.clipped += found.clipped
+        down, _ = strategy.sent_down(self._round)
+        values = layout.flatten(down)[self._codec.index(layout, self._mask)] + found.mean
+        state = self._codec.scatter(values.astype(np.float32), layout, self._mask)
+        for name in self._codec.stays(layout):
+            state[name].copy_(strategy.state[name])
         return state
 
 

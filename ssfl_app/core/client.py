@@ -11,13 +11,14 @@ from torch import nn
 
 from ssfl_app.comm.payload import ClientState, Metadata, Payload
 from ssfl_app.core.options import Settings
+from ssfl_app.core.summand import Identity, SummandWriter, told
 from ssfl_app.data.dataset import DataSet, Samples
 from ssfl_app.partitions import Indices
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.codec import Codec, Dense, MaskedValues, read_mask
+from ssfl_app.sparsity.codec import Codec, Dense, LinearCodec, MaskedValues, read_mask
 from ssfl_app.sparsity.layout import Layout, State, Vector, load_state, state_digest, state_of
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import Arrays, PayloadError
+from ssfl_app.sparsity.values import SUMMED_TYPES, Arrays, PayloadError
 from ssfl_app.training.trainer import LocalTrainer
 
 
@@ -29,6 +30,11 @@ class Need(Exception):
     """
 
 
+def no_identity() -> Identity:
+    """Raise PayloadError: this client has no keys."""
+    raise PayloadError("this client has no keys to mask its answer with")
+
+
 @dataclass
 class ClientContext:
     """Where a client works: its number, the options of the run, its model, images and memory.
@@ -38,6 +44,7 @@ class ClientContext:
     `initial_state` makes the initial weights from the seed; `dense` is the mask under which everything is alive.
     `masks` keeps unpacked masks by digest; only `memory` says whether the client *holds* a mask.
     `least_batch`: of fewer images no answer is made, except loss and accuracy on the test images.
+    `identity` returns what it masks with, under privacy.secure-aggregation.
     """
 
     client_id: int
@@ -52,6 +59,7 @@ class ClientContext:
     dense: Mask
     masks: dict[str, Mask] = field(default_factory=dict)
     least_batch: int = 1
+    identity: Callable[[], Identity] = no_identity
 
     def enough(self, images: int, what: str) -> None:
         """Raise PayloadError if `what`, which the server would be told, is made of too few different images."""
@@ -67,6 +75,14 @@ class ClientContext:
     def test(self) -> Samples:
         """Test images of the client, likewise."""
         return self.data.test.take(self.indices[1])
+
+    @cached_property
+    def summands(self) -> SummandWriter:
+        """Writes the answers that the server only adds."""
+        privacy = self.settings.privacy
+        return SummandWriter(
+            self.client_id, self.identity, self.memory, privacy.secure_aggregation, privacy.threshold
+        )
 
     def mask(self, digest: str) -> Mask | None:
         """Return the mask with this digest if the client holds it; one that a disk damaged is not held."""
@@ -119,6 +135,8 @@ class ClientAlgorithm:
         Whether the client keeps personal state (`load_client_state`, `save_client_state`), or tensors that stay.
     reparametrises : bool
         Whether its layers compute with their weights in another form (`ssfl_app.training.reparam`).
+    summed : tuple of str
+        Of `query_types`, those whose answers the server only adds, so that they can be masked (`summands`).
     """
 
     down: ClassVar[type[Codec]] = Dense
@@ -126,9 +144,11 @@ class ClientAlgorithm:
     query_types: ClassVar[tuple[str, ...]] = ()
     stateful: ClassVar[bool] = False
     reparametrises: ClassVar[bool] = False
+    summed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, context: ClientContext) -> None:
         self.context, self.settings = context, context.settings
+        self._came: Vector | None = None  # the model that came down, where an update is told
 
     @classmethod
     def codec_down(cls, settings: Settings, round_: int) -> type[Codec]:
@@ -222,12 +242,25 @@ class ClientAlgorithm:
         if stays:
             own = layout.flatten(state)
             self.save_client_state(payload, {name: own[layout.spans[name]] for name in stays})
+        if self.settings.wire.up_values in SUMMED_TYPES:
+            return self._summand(payload, codec, mask, layout.flatten(state), loss)
         if not self.settings.wire.error_feedback:
             return Payload(codec.encode(layout, state, mask), self.metadata(payload, loss))
         kept = self.load_client_state(payload)
         arrays, lost = encode_with(codec, layout, state, mask, None if kept is None else kept["residual"])
         self.save_client_state(payload, {"residual": lost})
         return Payload(arrays, self.metadata(payload, loss))
+
+    def _summand(self, payload: Payload, codec: Codec, mask: Mask, trained: Vector, loss: float) -> Payload:
+        """Return the answer that is only added: how far `trained`, shape (layout.size,), is from what came down."""
+        assert isinstance(codec, LinearCodec)  # the server refuses others
+        assert self._came is not None
+        places = codec.index(self.context.layout, mask)
+        weight = len(self.context.train) if self.settings.run.weighting == "samples" else 1
+        arrays = self.context.summands.write(
+            payload, trained[places] - self._came[places], codec.values, weight, codec.rng, loss
+        )
+        return Payload(arrays, told(self.metadata(payload, loss)))
 
     def rounder(self, payload: Payload) -> np.random.Generator | None:
         """Return what the values of the answer to a training message are rounded with, if stochastically."""
@@ -284,6 +317,8 @@ class ClientAlgorithm:
         if stays:
             state |= self._own(payload, stays)
         load_state(self.context.model, state)
+        if self.settings.wire.up_values in SUMMED_TYPES:
+            self._came = layout.flatten(state)
         return mask
 
     def _own(self, payload: Payload, names: tuple[str, ...]) -> State:

@@ -11,7 +11,7 @@ from ssfl_app.core.robust import FOLDS
 from ssfl_app.options import ConfigError, above, anything, at_least, choice, fraction, option
 from ssfl_app.partitions.late import ShiftOptions
 from ssfl_app.privacy.options import PrivacyOptions
-from ssfl_app.sparsity.values import VALUE_TYPES
+from ssfl_app.sparsity.values import SUMMED_TYPES, VALUE_TYPES
 from ssfl_app.training.trainer import LocalOptions
 
 # What a strategy's file needs for options of its own.
@@ -61,7 +61,8 @@ class WireOptions:
     """Keys of the section ``wire``."""
 
     down_values: str = choice(*VALUE_TYPES, about="how values travel to clients")
-    up_values: str = choice(*VALUE_TYPES, about="how they come back")
+    up_values: str = choice(*VALUE_TYPES, *SUMMED_TYPES, about="how they come back; fixed: docs/privacy.md")
+    range: float = above(0, 1.0, "largest magnitude of an update or a score with fixed32 or fixed16")
     rounding: str = choice("nearest", "stochastic", about="how fp16, bf16 and int8 round")
     error_feedback: bool = anything(
         "true or false", False, "add what rounding took from a model to the next one that travels"

@@ -30,10 +30,12 @@ class Query(Protocol):
         clients: Iterable[int],
         check: Check,
         take: Callable[[Reply], None],
-        payload: Payload | None = None,
+        payload: Payload | Callable[[int], Payload] | None = None,
+        allowed: Allowed | None = None,
     ) -> None:
         """Hand each good reply to `take` when it comes.
 
+        `payload` may be one for each client; `allowed` are the arrays of answers, if not those of the strategy.
         Without a payload the question is about the weights of this moment: it states their digest as the entry
         "weights", and a client that makes others from the seed asks for them. A payload may state it as well.
         """
@@ -124,6 +126,7 @@ class _Algorithm(Protocol):
     mask: Mask
     callback: RunCallback | None
     peer_bytes: int
+    clipped: int
     accuracy: dict[int, float]
     personal_accuracy: dict[int, float]
     update_norms: dict[int, float]
@@ -140,6 +143,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
     """Plays the rounds of a `SparseStrategy`."""
 
     _empty: tuple[str, ...] = ()  # layers without an alive weight
+    _clipped = False  # whether it was said that values were clipped
 
     @property
     def _reply_bytes(self) -> int:
@@ -173,7 +177,14 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         return self._result
 
     def _tell(self, record: Record) -> str | None:
-        callback = self._strategy.callback
+        callback, clipped = self._strategy.callback, self._strategy.clipped
+        if clipped:
+            record["clipped"], self._strategy.clipped = clipped, 0
+            if callback is not None and not self._clipped:
+                callback.warn(
+                    f"clients clipped {clipped} values to wire.range, {self._strategy.settings.wire.range:g}"
+                )
+            self._clipped = True
         return None if callback is None else callback.round(record, self._strategy)
 
     def _empty_layers(self) -> Record:
@@ -195,19 +206,21 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
             clients: Iterable[int],
             check: Check,
             take: Callable[[Reply], None],
-            payload: Payload | None = None,
+            payload: Payload | Callable[[int], Payload] | None = None,
+            allowed: Allowed | None = None,
         ) -> None:
             if payload is None:
                 payload = Payload(metadata={"weights": state_digest(strategy.layout, strategy.state)})
-            weights = {"weights": functools.cache(self._weights)} if "weights" in payload.metadata else {}
-            messages = self._messenger.build_messages(
-                f"query.{question}", round_, ((client, payload, None) for client in clients), {}, weights
-            )
+            outgoing = [(client, payload(client) if callable(payload) else payload, None) for client in clients]
+            stated = any("weights" in sent.metadata for _, sent, _ in outgoing)
+            weights = {"weights": functools.cache(self._weights)} if stated else {}
+            messages = self._messenger.build_messages(f"query.{question}", round_, outgoing, {}, weights)
             replies = self._messenger.exchange(self._grid, messages, self._reply_bytes)
             reports.append(self._messenger.report)
             share = strategy.settings.failures.min_ok_fraction
             what = f"the question {question!r}"
-            self._messenger.receive(replies, strategy.answers(round_, question), check, take, share, what)
+            allowed = strategy.answers(round_, question) if allowed is None else allowed
+            self._messenger.receive(replies, allowed, check, take, share, what)
 
         hook(ask)
         if prefix and not reports:

@@ -24,13 +24,14 @@ from ssfl_app.callbacks.base import RunCallback
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.messenger import ClientMessenger, Outgoing, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
-from ssfl_app.core.aggregation import Aggregator, ReplyMean, within_norm
+from ssfl_app.core.aggregation import Aggregator, ReplyMean, ReplySum, within_norm
 from ssfl_app.core.client import ClientAlgorithm, encode_with
 from ssfl_app.core.means import MAX_WEIGHT
 from ssfl_app.core.options import FromSettings, Section, Settings
 from ssfl_app.core.own_start import OwnStart
 from ssfl_app.core.robust import distance, there
 from ssfl_app.core.rounds import ClientRoundLoop, Query
+from ssfl_app.core.sums import Summation, check_sums, training_sum
 from ssfl_app.core.validation import check_number, check_samples, check_tested, stored
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.metrics import ACCURACY, Metric
@@ -39,7 +40,7 @@ from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, LinearCodec, MaskedValues
 from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask, alive_count, check_floor, none_alive
-from ssfl_app.sparsity.values import Allowed, Arrays
+from ssfl_app.sparsity.values import SUMMED_TYPES, Allowed, Arrays
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class SparseStrategy(OwnStart):
         Of each client in the last evaluation: of the global model, and of the client's own one if it has one.
     losses : dict of int to float
         Training loss of each client that answered well in the last round.
+    clipped : int
+        Values that clients clipped since the round began, where their answers are only added.
     update_norms : dict of int to float
         Length of each update that came in the last round (`update_norm`), of refused ones too: with the default
         aggregator, or with failures.norm-factor.
@@ -162,10 +165,13 @@ class SparseStrategy(OwnStart):
                 f"wire.error-feedback is true; it is false with strategy {self.name}, where clients have masks, "
                 "models or memories of their own"
             )
-        if run.fold != "mean" and not self._has_default_aggregator():
+        if run.fold != "mean" and not self.has_default_aggregator():
             raise ConfigError(
                 f"run.fold is {run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of its own"
             )
+        self.clipped = 0
+        self._summation: Summation | None = None  # of the training that goes on
+        check_sums(self)
 
     @classmethod
     def sections(cls) -> dict[str, type[Section]]:
@@ -219,9 +225,16 @@ class SparseStrategy(OwnStart):
         arrays, self._lost = encode_with(codec, self.layout, self.state, mask, self._residual)
         return arrays
 
+    def sent_down(self, round_: int) -> tuple[State, Mask]:
+        """Return the global model as clients have it who got it in a round, and the mask."""
+        codec = self.codec_down(round_)
+        if codec.values == "fp32":
+            return self.state, self.mask
+        return codec.decode(codec.encode(self.layout, self.state, self.mask), self.layout, self.mask)
+
     def aggregator(self, round_: int) -> Aggregator:
         """Return what takes the replies of a round and changes the global model. Default: their weighted mean."""
-        mean = ReplyMean(self, round_)
+        mean = ReplyMean(self, round_) if self._summation is None else ReplySum(self, round_, self._summation)
 
         def finish() -> None:
             self.state = mean.finish()
@@ -272,7 +285,8 @@ class SparseStrategy(OwnStart):
         """Return the weight of a reply in the mean of a round: its samples, or 1."""
         return reply.samples if self.settings.run.weighting == "samples" else 1
 
-    def _has_default_aggregator(self) -> bool:
+    def has_default_aggregator(self) -> bool:
+        """Return whether the mean of a round is the default one."""
         return type(self).aggregator is SparseStrategy.aggregator
 
     def codec_down(self, round_: int) -> Codec:
@@ -343,7 +357,14 @@ class SparseStrategy(OwnStart):
         """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
         self.check_playing()
         cohort = self.cohort(server_round)
-        payloads = (self._outgoing(client, self.train_payload(server_round, client)) for client in cohort)
+        self._summation, outgoing = None, self._outgoing
+        if self.settings.wire.up_values in SUMMED_TYPES:
+            self._summation = summation = training_sum(self, server_round, cohort)
+
+            def outgoing(client: int, payload: Payload) -> Outgoing:
+                return self._outgoing(client, summation.outgoing(client, payload))
+
+        payloads = (outgoing(client, self.train_payload(server_round, client)) for client in cohort)
         return self.messenger.build_messages("train", server_round, payloads, config)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]:
@@ -362,22 +383,28 @@ class SparseStrategy(OwnStart):
         if failures.norm_factor:
             aggregator = within_norm(self, aggregator, what)
 
+        summation = self._summation
+        allowed = self.answers(server_round) if summation is None else summation.allowed()
+
         def take(reply: Reply) -> None:
-            seen[reply.client] = (reply.samples, float(reply.metadata["loss"]))
-            if failures.norm_factor or self._has_default_aggregator():
+            seen[reply.client] = (reply.samples, float(reply.metadata.get("loss", 0.0)))
+            if summation is None and (failures.norm_factor or self.has_default_aggregator()):
                 norm = self.update_norm(reply)
                 if norm is not None:
                     self.update_norms[reply.client] = norm
             aggregator.add(reply)
 
         share = failures.min_ok_fraction
-        self.messenger.receive(replies, self.answers(server_round), self.check_trained, take, share, what)
+        self.messenger.receive(replies, allowed, self.check_trained, take, share, what)
         self._there = None  # before a vector is made of the sums
         aggregator.finish()
         self._made_in_round, self._residual, self._lost = server_round, self._lost, None
         for client in self.messenger.report.refused:  # beside the other replies, after it was seen
             seen.pop(client, None)
         self._last_accepted[list(seen)] = server_round
+        if summation is not None:
+            self._summation, self.losses = None, {}
+            return None, MetricRecord({"loss": summation.loss})
         self.losses = {client: loss for client, (_, loss) in sorted(seen.items())}
         # fsum is exact before it rounds, so the order of arrival does not show here either.
         samples = sum(n for n, _ in seen.values())
@@ -451,6 +478,9 @@ class SparseStrategy(OwnStart):
 
     def check_trained(self, client: int, payload: Payload) -> None:
         """Raise PayloadError unless an aggregator may see this reply. Default: loss, samples and the model."""
+        if self._summation is not None:
+            self._summation.check(client, payload)
+            return
         check_number(payload, "loss")
         self.check_samples(payload)
         self.codec_up(payload.round).check(payload.arrays, self.layout, self.mask_for(client))

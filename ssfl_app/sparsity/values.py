@@ -14,6 +14,8 @@ int8   1 + 4 / 1024    max|block| / 254, blocks of 1024 values
 log8   1               half a step of x, see below; scores, x >= 0
 =====  ==============  ================================================================
 
+fixed32 and fixed16 are whole numbers that the server only adds: `ssfl_app.sparsity.fixed`.
+
 log8 is for scores that are averaged and ranked: what counts is their order, over many octaves. Plain fp16 would turn
 every score under 6e-8 into 0. Code 0 is 0; codes 1 to 255 are a geometric series from the 0.5 % quantile of the
 positive scores, to which the smaller ones are raised, to their maximum. Over 16 octaves a step is 4.5 %.
@@ -34,7 +36,9 @@ Allowed = Mapping[str, tuple[npt.DTypeLike, int]]
 """The arrays that a message may have: type and largest length by name."""
 
 VALUE_TYPES = ("fp32", "fp16", "bf16", "int8")
-SCORE_TYPES = ("fp32", "bf16", "log8")
+SCORE_TYPES = ("fp32", "bf16", "log8", "fixed32")
+SUMMED_TYPES: Mapping[str, npt.DTypeLike] = {"fixed32": np.uint32, "fixed16": np.uint16}
+"""Value types of answers that are added as whole numbers, modulo 2**32 or 2**16."""
 BLOCK = 1024
 LOWEST = 0.005
 """Share of the positive scores that log8 does not tell apart."""
@@ -56,6 +60,7 @@ _TYPES: Mapping[str, npt.DTypeLike] = {
     "bf16": np.uint16,
     "int8": np.int8,
     "log8": np.uint8,
+    **SUMMED_TYPES,
 }
 
 

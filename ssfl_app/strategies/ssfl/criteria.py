@@ -32,6 +32,7 @@ the same ranking. Each step of iterative-snip and force takes other minibatches.
 averaged after the magnitude is taken, except for pooled-snip and grasp, which average what is linear.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -40,11 +41,20 @@ import numpy as np
 from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, Reply, SparseStrategy
 from ssfl_app.core.options import ConfigError, Settings
 from ssfl_app.core.robust import ScoreFold
+from ssfl_app.core.sums import Summation
 from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import flow_net, grasp, pooled_snip, snip, synflow
-from ssfl_app.sparsity.values import Arrays, PayloadError, check_values, read_array, read_values, write_values
+from ssfl_app.sparsity.values import (
+    SUMMED_TYPES,
+    Arrays,
+    PayloadError,
+    check_values,
+    read_array,
+    read_values,
+    write_values,
+)
 from ssfl_app.strategies.shared.scoring import SsflOptions, mean_over_batches, ranked, snip_scores
 
 QUESTIONS = ("saliency", "curvature")
@@ -76,6 +86,7 @@ def find_mask(
     clients: Iterable[int],
     state: State | None = None,
     carry: Payload | None = None,
+    round_: int = 0,
 ) -> Mask:
     """Return the mask that ssfl.criterion chooses; the client of `strategy` hands `QUESTIONS` to `score_weights`.
 
@@ -88,6 +99,8 @@ def find_mask(
     carry : Payload, optional
         What every question takes along so that a client can make `state`; default, with a `state`: all of it, as
         `Dense` writes it, 4 bytes a coordinate, which `score_weights` then reads by itself.
+    round_ : int
+        Before which training it is found; 0: before all.
 
     Raises
     ------
@@ -100,7 +113,7 @@ def find_mask(
         carry = carry or Payload(metadata={"weights": state_digest(layout, state)})
     elif carry is None:
         carry = Payload(Dense().encode(layout, state, Mask.dense(layout)))
-    collector = _ScoreCollector(strategy, ask, tuple(clients), state, carry)
+    collector = _ScoreCollector(strategy, ask, tuple(clients), state, carry, round_)
     return _RULES[SsflOptions.from_settings(strategy.settings).criterion](collector)
 
 
@@ -113,6 +126,7 @@ class _ScoreCollector:
     clients: tuple[int, ...]
     state: State
     carry: Payload
+    round: int
 
     @property
     def weights(self) -> Vector:
@@ -125,6 +139,8 @@ class _ScoreCollector:
         fold, by_samples = ScoreFold(options.score_fold, count), options.saliency_weighting == "samples"
         metadata = {**self.carry.metadata, "step": step} if step else self.carry.metadata
         payload = Payload({**self.carry.arrays, **(arrays or {})}, metadata)
+        if options.score_values in SUMMED_TYPES:
+            return self._summed(question, count, payload, step)
 
         def check(client: int, payload: Payload) -> None:
             self.strategy.check_samples(payload)
@@ -140,6 +156,26 @@ class _ScoreCollector:
 
         self.ask(question, self.clients, check, take, payload)
         return fold.value()
+
+    def _summed(self, question: str, count: int, payload: Payload, step: int) -> Vector:
+        """Return the weighted mean of vectors that come as summands, masked where that is asked for."""
+        options = SsflOptions.from_settings(self.strategy.settings)
+        summation = Summation(
+            self.strategy,
+            self.clients,
+            count,
+            options.score_values,
+            by_samples=options.saliency_weighting == "samples",
+            round_=self.round,
+            what=f"the question {question!r}, step {step}",
+        )
+        asked = functools.partial(summation.outgoing, payload=payload)
+        self.ask(question, self.clients, summation.check, summation.add, asked, summation.allowed())
+        found = summation.finish()
+        self.strategy.clipped += found.clipped
+        mean = found.mean.astype(np.float32)
+        # Rounding aside no honest sum of magnitudes is below 0.
+        return np.maximum(mean, 0) if options.criterion in MAGNITUDES else mean
 
     def top(self, scores: Vector, density: float | None = None) -> Mask:
         """Return the mask of the largest scores, of mask.density by default."""
@@ -262,7 +298,11 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
         )
     else:
         values = mean_over_batches(rule, state, lambda i: site.trainer.gradient(site.model, i, temperature))
-    return Payload(write_values(values, options.score_values), {"samples": len(site.train)})
+    samples = len(site.train)
+    if options.score_values in SUMMED_TYPES:
+        weight = samples if options.saliency_weighting == "samples" else 1
+        return Payload(site.summands.write(payload, values, options.score_values, weight), {"samples": samples})
+    return Payload(write_values(values, options.score_values), {"samples": samples})
 
 
 def _on_masked_net(rule: ClientAlgorithm, state: State, payload: Payload) -> Vector:

@@ -61,6 +61,7 @@ class SaliencyClient(ScoringClient, MaskedClient):
     """Scores weights as ssfl.criterion says."""
 
     query_types = QUESTIONS
+    summed = QUESTIONS
 
     def answer_query(self, question: str, payload: Payload) -> Payload:
         """Return the scores at the dense weights the question is about."""
@@ -145,7 +146,7 @@ class Ssfl(FixedMask):
 
         `state` and `carry`: the weights it is about, if they are not the initial ones (`criteria.find_mask`).
         """
-        return find_mask(self, ask, self.asked(round_), state, carry)
+        return find_mask(self, ask, self.asked(round_), state, carry, round_)
 
     def answers(self, round_: int, question: str | None = None) -> Allowed:
         """Return a score for each weight for a question."""

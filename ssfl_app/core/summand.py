@@ -1,0 +1,135 @@
+"""What a client answers where the server only adds: a summand, masked under privacy.secure-aggregation.
+
+The server's side is `ssfl_app.core.sums`; the protocol of the masks is that of `ssfl_app.privacy.masking`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ssfl_app.comm.payload import ClientState, Metadata, Payload
+from ssfl_app.privacy.keys import KeyPair, fingerprint
+from ssfl_app.privacy.masking import Masker, Peer, read_peers
+from ssfl_app.sparsity.fixed import FixedPoint, Summand
+from ssfl_app.sparsity.layout import Vector
+from ssfl_app.sparsity.values import Arrays, PayloadError, read_array
+from ssfl_app.text import quoted
+
+STEP, LOSS_STEP, RANGE, MOST = "step", "loss-step", "range", "most"
+EXCHANGE, ABOUT, OWN = "exchange", "about", "own-key"
+PEERS = "own-peers"
+"""Facts and arrays of a message whose answer is added; OWN is the key that the server has of its client."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a client has to mask with: its keys, and fingerprints of those that it masks together with; none: any."""
+
+    keys: KeyPair
+    pins: frozenset[str] = frozenset()
+
+
+def about_bytes(exchange: int, about: str) -> bytes:
+    """Return what masks and shares of an exchange are bound to."""
+    return f"{exchange}|{about}".encode()
+
+
+def fixed_point(metadata: Mapping[str, object], kind: str) -> FixedPoint:
+    """Return how values of this kind are written, as a message states it; PayloadError if it is not stated."""
+    facts = {name: metadata.get(name) for name in (STEP, RANGE)} | {LOSS_STEP: metadata.get(LOSS_STEP, 1.0)}
+    for name, value in facts.items():
+        if not isinstance(value, float) or not 0 < value < math.inf:
+            raise PayloadError(f"{name} is {quoted(value)}; with values of {kind} it is a number above 0")
+    most = metadata.get(MOST)
+    if type(most) is not int or most < 1:
+        raise PayloadError(f"{MOST} is {quoted(most)}; it is a whole number of at least 1")
+    step, range_, loss_step = (float(facts[name]) for name in (STEP, RANGE, LOSS_STEP))  # type: ignore[arg-type]
+    return FixedPoint(kind, step, range_, loss_step, most)
+
+
+class SummandWriter:
+    """Writes the answers of one client.
+
+    Parameters
+    ----------
+    number : int
+        Of the client.
+    identity : callable
+        Returns what it masks with.
+    memory : ClientState
+        Which exchanges it answered already.
+    secure : bool
+        Whether it masks.
+    threshold : float
+        privacy.threshold.
+    """
+
+    def __init__(
+        self, number: int, identity: Callable[[], Identity], memory: ClientState, secure: bool, threshold: float
+    ) -> None:
+        self._number, self._identity, self._memory = number, identity, memory
+        self._secure, self._threshold = secure, threshold
+
+    def write(
+        self,
+        payload: Payload,
+        values: Vector,
+        kind: str,
+        weight: int,
+        rng: np.random.Generator | None = None,
+        loss: float | None = None,
+    ) -> Arrays:
+        """Return the arrays of an answer to `payload`: a summand of `values`, and of a training its loss.
+
+        Raises
+        ------
+        PayloadError
+            The message does not say what is needed, or asks for a second answer under the same masks.
+        """
+        summand, _ = fixed_point(payload.metadata, kind).write(values, weight, rng, loss)
+        if not self._secure:
+            return {"values": summand}
+        masker = self._masker(payload, summand)
+        self._memory.advance("masked", self._exchange(payload))
+        shares = masker.mask(summand)
+        return {"values": summand, **shares}
+
+    def unmask(self, payload: Payload) -> Payload:
+        """Return the shares that unmask the sum of an exchange, once; PayloadError if they must not be told."""
+        exchange = self._exchange(payload)
+        if not self._secure or self._memory.reached("masked") < exchange:
+            raise PayloadError(f"{EXCHANGE} is {exchange}; this client sent no masked answer in it")
+        masker = self._masker(payload, np.zeros(0, dtype=np.uint32))
+        self._memory.advance("unmasked", exchange)
+        return Payload(masker.unmask(payload.arrays), {"samples": 0})
+
+    def _exchange(self, payload: Payload) -> int:
+        exchange = payload.metadata.get(EXCHANGE)
+        if type(exchange) is not int or exchange < 1:
+            raise PayloadError(f"{EXCHANGE} is {quoted(exchange)}; with secure aggregation it is a number from 1")
+        return exchange
+
+    def _masker(self, payload: Payload, summand: Summand) -> Masker:
+        identity, exchange, about = self._identity(), self._exchange(payload), payload.metadata.get(ABOUT)
+        if not isinstance(about, str) or len(about) > 512:
+            raise PayloadError(f"{ABOUT} is {quoted(about)}; it is a line")
+        if payload.metadata.get(OWN) != identity.keys.public:
+            raise PayloadError("the server has another key of this client than it works with")
+        peers = read_peers(read_array(payload.arrays, PEERS, np.uint8, None))
+        self._check(peers, identity.pins)
+        return Masker(
+            identity.keys, self._number, peers, about_bytes(exchange, about), self._threshold, summand.dtype
+        )
+
+    def _check(self, peers: tuple[Peer, ...], pins: frozenset[str]) -> None:
+        strangers = [peer for peer in peers if pins and fingerprint(peer.public) not in pins]
+        if strangers:
+            who = f"client {strangers[0].number} has the key {fingerprint(strangers[0].public)}"
+            raise PayloadError(f"{who}; it is none of those that are pinned here")
+
+
+def told(metadata: Metadata) -> Metadata:
+    """Return the metadata of an answer without what is told as a sum."""
+    return {name: value for name, value in metadata.items() if name != "loss"}

@@ -1,0 +1,293 @@
+"""Exchanges whose answers the server adds and does nothing else with, in the clear or masked.
+
+With wire.up-values (of updates) or ssfl.score-values (of scores) fixed32 or fixed16, clients answer with whole
+numbers (`ssfl_app.sparsity.fixed`). With privacy.secure-aggregation they mask them, and the server learns their sum
+by a second exchange (`ssfl_app.privacy.masking` has the protocol). Both sums have the same bits.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.comm.messenger import ClientMessenger, Reply
+from ssfl_app.comm.payload import Metadata, Payload
+from ssfl_app.core.client import ClientAlgorithm
+from ssfl_app.core.options import Settings
+from ssfl_app.core.summand import (
+    ABOUT,
+    EXCHANGE,
+    LOSS_STEP,
+    MOST,
+    OWN,
+    PEERS,
+    RANGE,
+    STEP,
+    about_bytes,
+)
+from ssfl_app.locks import RunFailed
+from ssfl_app.options import ConfigError
+from ssfl_app.privacy.masking import (
+    LEAST_NEIGHBOURS,
+    FalseShares,
+    MaskedSum,
+    TooFew,
+    allowed,
+    neighbours,
+    write_peers,
+)
+from ssfl_app.sparsity.codec import Codec, LinearCodec
+from ssfl_app.sparsity.fixed import FixedPoint, Summand, signed
+from ssfl_app.sparsity.layout import Layout
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import SUMMED_TYPES, Allowed, Arrays, PayloadError, read_array
+
+
+class _Algorithm(Protocol):
+    """What is used of a strategy here (`SparseStrategy` says what each part means)."""
+
+    name: ClassVar[str]
+    client: ClassVar[type[ClientAlgorithm]]
+    layout: Layout
+    mask: Mask
+    settings: Settings
+    messenger: ClientMessenger
+
+    def codec_up(self, round_: int) -> Codec: ...
+    def has_default_aggregator(self) -> bool: ...
+    def cohort(self, round_: int) -> list[int]: ...
+
+
+def check_sums(strategy: _Algorithm) -> None:
+    """Raise ConfigError unless what the configuration adds only can be added only, and fits.
+
+    Raises
+    ------
+    ConfigError
+        Something else is done with answers than to add them, one by one: named with its key.
+    """
+    settings, name = strategy.settings, strategy.name
+    secure, run = settings.privacy.secure_aggregation, settings.run
+    scores = settings.sections["ssfl"].score_values if strategy.client.summed else ""
+    keys = {"wire.up-values": settings.wire.up_values} | ({"ssfl.score-values": scores} if scores else {})
+    summed = {key: value for key, value in keys.items() if value in SUMMED_TYPES}
+    if secure and len(summed) < len(keys):
+        key, value = next((key, value) for key, value in keys.items() if key not in summed)
+        raise ConfigError(
+            f"{key} is {value!r}; it is 'fixed32' with privacy.secure-aggregation: whole numbers add up"
+        )
+    if not summed:
+        return
+    cause = "privacy.secure-aggregation is true" if secure else "{} is {!r}".format(*next(iter(summed.items())))
+    if "wire.up-values" in summed and not strategy.has_default_aggregator():
+        raise ConfigError(f"{cause}; with strategy {name} the server does more with models than to average them")
+    if secure and set(strategy.client.query_types) - set(strategy.client.summed):
+        question = strategy.client.query_types[0]
+        raise ConfigError(f"{cause}; with strategy {name} the server reads each answer to {question!r}")
+    refused = {
+        "run.fold": (run.fold, "mean"),
+        "failures.norm-factor": (settings.failures.norm_factor, 0.0),
+        "wire.error-feedback": (settings.wire.error_feedback, False),
+    }
+    if scores:
+        options = settings.sections["ssfl"]
+        refused |= {"ssfl.score-fold": (options.score_fold, "mean")}
+        refused |= {"ssfl.refresh": (options.refresh, "never")} if options.refresh == "drift" else {}
+    for key, (value, needed) in refused.items():
+        if value != needed:
+            raise ConfigError(f"{key} is {value!r}; it is {needed!r} where {cause}: the server learns sums only")
+    try:
+        for value in summed.values():
+            FixedPoint.of(value, settings.wire.range, run.clients, run.cohort)
+    except ValueError as error:
+        raise ConfigError(f"{cause}; {error}. It is fixed32 for so many") from error
+    if secure and run.cohort <= LEAST_NEIGHBOURS:
+        fewest = LEAST_NEIGHBOURS + 1
+        raise ConfigError(f"run.cohort is {run.cohort}; it is at least {fewest} with privacy.secure-aggregation")
+
+
+def training_sum(strategy: _Algorithm, round_: int, cohort: list[int]) -> "Summation":
+    """Return the sum of the updates of a round."""
+    codec = strategy.codec_up(round_)
+    assert isinstance(codec, LinearCodec)  # `check_sums`
+    return Summation(
+        strategy,
+        cohort,
+        codec.count(strategy.layout, strategy.mask),
+        codec.values,
+        by_samples=strategy.settings.run.weighting == "samples",
+        round_=round_,
+        what=f"training under {strategy.mask.digest}",
+        loss=True,
+    )
+
+
+class ClearSum:
+    """The sum of summands that come as they are."""
+
+    def __init__(self, size: int, dtype: npt.DTypeLike) -> None:
+        self._sum = np.zeros(size, dtype=dtype)
+
+    def add(self, client: int, values: Summand, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Add one."""
+        self._sum += values
+
+    def total(self) -> Summand:
+        """Return the sum modulo 2**32 or 2**16."""
+        return self._sum
+
+
+@dataclass
+class Summed:
+    """What an exchange found: means over the clients whose answers are in it, weighted.
+
+    Attributes
+    ----------
+    mean : array of float64, shape (size,)
+    clipped : int
+        Values that clients clipped.
+    """
+
+    mean: npt.NDArray[np.float64]
+    clipped: int
+
+
+class Summation:
+    """The answers of one exchange; after `finish`, `loss` is the mean training loss that they tell.
+
+    Parameters
+    ----------
+    strategy : SparseStrategy
+        Whose messages these are; its `messenger` plays the second exchange.
+    clients : iterable of int
+        Who is asked.
+    size : int
+        Values of an answer.
+    kind : str
+        Of `SUMMED_TYPES`.
+    by_samples : bool
+        Whether a client weighs as many training samples as it holds, or 1.
+    round_ : int
+    what : str
+        What is asked, for people and for the clients, which bind their masks to it.
+    loss : bool
+        Whether clients tell their training loss, too.
+
+    Raises
+    ------
+    RunFailed
+        A client did not say what it holds; with secure aggregation its node has no key, or too few are asked.
+    """
+
+    def __init__(
+        self,
+        strategy: _Algorithm,
+        clients: Iterable[int],
+        size: int,
+        kind: str,
+        *,
+        by_samples: bool,
+        round_: int,
+        what: str,
+        loss: bool = False,
+    ) -> None:
+        self._round, self.loss = round_, 0.0
+        self._messenger, self._privacy, self._what = strategy.messenger, strategy.settings.privacy, what
+        self._size, self._loss, asked = size, loss, sorted(clients)
+        self.weights = {client: self._held(client) if by_samples else 1 for client in asked}
+        self.fixed = FixedPoint.of(kind, strategy.settings.wire.range, sum(self.weights.values()), len(asked))
+        self._dtype, self._in = SUMMED_TYPES[kind], set[int]()
+        self._numbers = size + (2 if loss else 1)
+        self._facts: Metadata = {STEP: self.fixed.step, RANGE: self.fixed.range, MOST: self.fixed.most}
+        self._facts |= {LOSS_STEP: self.fixed.loss_step} if loss else {}
+        self._keys: dict[int, bytes] = {}
+        self._masked: MaskedSum | None = None
+        self._peers: dict[int, Arrays] = {}
+        if self._privacy.secure_aggregation:
+            self._masked = self._opened(asked, strategy.settings.run.seed)
+        self._sum: MaskedSum | ClearSum = self._masked or ClearSum(self._numbers, self._dtype)
+
+    def _held(self, client: int) -> int:
+        held = self._messenger.held(client)
+        if held is None:
+            raise RunFailed(f"{self._what}: client {client} did not say at the handshake how many samples it holds")
+        return held
+
+    def _opened(self, asked: list[int], seed: int) -> MaskedSum:
+        """Return the sum of masked answers; note what each client is told of its neighbours."""
+        exchange = self._messenger.next_exchange()
+        about = f"{self._messenger.session}/{exchange}/{self._what}"
+        graph, registry = neighbours(asked, seed, exchange), self._messenger.registry
+        self._keys = {client: registry.key_of(client) for client in asked}
+        self._most = max(map(len, graph.values()), default=0)
+        bound = about_bytes(exchange, about)
+        masked = MaskedSum(self._numbers, self._dtype, graph, self._keys, bound, self._privacy.threshold)
+        self._peers = {client: {PEERS: write_peers(masked.peers(client))} for client in asked}
+        self._facts |= {EXCHANGE: exchange, ABOUT: about}
+        return masked
+
+    def outgoing(self, client: int, payload: Payload) -> Payload:
+        """Return the message of a client with what it needs to answer."""
+        return Payload({**payload.arrays, **self._peers.get(client, {})}, {**payload.metadata, **self._told(client)})
+
+    def _told(self, client: int) -> Metadata:
+        return self._facts | ({OWN: self._keys[client]} if self._masked else {})
+
+    def allowed(self) -> Allowed:
+        """Return the arrays of an answer."""
+        return {"values": (self._dtype, self._numbers), **(allowed(self._most) if self._masked else {})}
+
+    def check(self, client: int, payload: Payload) -> None:
+        """Raise PayloadError unless an answer may be added: a clear one within its range, any with all its parts."""
+        values, samples = read_array(payload.arrays, "values", self._dtype, self._numbers), self.weights[client]
+        if payload.metadata["samples"] != self._messenger.held(client):
+            told = payload.metadata["samples"]
+            raise PayloadError(f"samples is {told!r}; this client holds {self._messenger.held(client)}")
+        if self._masked is not None:
+            self._masked.check(client, payload.arrays)
+        elif not self.fixed.in_range(values, samples, self._size):
+            raise PayloadError(f"a value is beyond wire.range, {self.fixed.range:g}, by the weight {samples}")
+
+    def add(self, reply: Reply) -> None:
+        """Add a checked answer."""
+        self._sum.add(reply.client, reply.arrays["values"], reply.arrays)
+        self._in.add(reply.client)
+
+    def finish(self) -> Summed:
+        """Return the means; with secure aggregation ask for what removes the masks.
+
+        Raises
+        ------
+        RunFailed
+            Too few clients answered, or the sum is beyond what good answers add up to.
+        """
+        total = self._sum.total() if self._masked is None else self._unmasked(self._masked)
+        weight = sum(self.weights[client] for client in self._in)
+        if not self.fixed.in_range(total, weight, self._size):
+            raise RunFailed(f"{self._what}: the sum is beyond wire.range, {self.fixed.range:g}: a client lied")
+        numbers = signed(total)
+        if self._loss:
+            self.loss = self.fixed.mean_loss(int(numbers[self._size + 1]), weight)
+        return Summed(self.fixed.mean(total[: self._size], weight), int(numbers[self._size]))
+
+    def _unmasked(self, masked: MaskedSum) -> Summand:
+        try:
+            requests = masked.requests()
+            payloads = {client: self._second(client, arrays) for client, arrays in requests.items()}
+
+            def check(client: int, payload: Payload) -> None:
+                masked.check_answer(client, payload.arrays)
+
+            def take(reply: Reply) -> None:
+                masked.answer(reply.client, reply.arrays)
+
+            self._messenger.ask_more("unmask", self._round, payloads, allowed(self._most), check, take)
+            return masked.total()
+        except (TooFew, FalseShares) as error:
+            raise RunFailed(f"{self._what}: {error}; privacy.threshold is {self._privacy.threshold:g}") from error
+
+    def _second(self, client: int, arrays: Arrays) -> Payload:
+        facts = self._told(client)
+        return Payload({**arrays, **self._peers[client]}, {name: facts[name] for name in (EXCHANGE, ABOUT, OWN)})
