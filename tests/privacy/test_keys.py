@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssfl_app.options import ConfigError
-from ssfl_app.privacy.keys import KEY_BYTES, KeyPair, fingerprint, load_or_make, read_pins
+from ssfl_app.privacy.keys import KeyPair, fingerprint, load_or_make, read_pins
 from ssfl_app.sparsity.values import PayloadError
 
 # RFC 7748, section 6.1.
@@ -76,7 +76,10 @@ def open_folder(path: Path) -> None:
         (swapped, "key.json is damaged: its keys are no pair"),
         (lambda path: path.write_bytes(path.read_bytes()[:-20]), "key.json is damaged: it holds no key pair"),
         (lambda path: path.write_bytes(b"\xff"), "key.json is damaged: it holds no key pair"),
-        (lambda path: path.write_text('{"private": "00", "public": ""}'), "key.json is damaged: it holds no key pair"),
+        (
+            lambda path: path.write_text('{"private": "00", "public": ""}'),
+            "key.json is damaged: it holds no key pair",
+        ),
         (lambda path: path.write_text("[]"), "key.json is damaged: it holds no key pair"),
         (readable, "key.json has mode 640; it must be 600"),
         (open_folder, "made has mode 770; it holds a private key"),
