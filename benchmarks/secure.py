@@ -20,11 +20,11 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from ssfl_app.files import write_json
-from ssfl_app.privacy.keys import KeyPair
-from ssfl_app.privacy.masking import MaskedSum, Masker, neighbours, write_peers
-from ssfl_app.results.recorder import environment
-from ssfl_app.sparsity.values import Arrays
+from ssfl_app.files import write_json  # noqa: E402
+from ssfl_app.privacy.keys import KeyPair  # noqa: E402
+from ssfl_app.privacy.masking import MaskedSum, Masker, neighbours, write_peers  # noqa: E402
+from ssfl_app.results.recorder import environment  # noqa: E402
+from ssfl_app.sparsity.values import Arrays  # noqa: E402
 
 VALUES, TURNS, THRESHOLD, WIDTH = 5_600_000, 5, 2 / 3, np.uint32
 MOST_SECONDS, MOST_BYTES = 0.2, 20_000
@@ -72,27 +72,26 @@ class Exchange:
 
 
 def client_seconds(count: int) -> list[float]:
-    """Return the CPU of a client in each of some exchanges of `count` clients: both messages."""
-    rows = []
-    for turn in range(TURNS):
-        exchange = Exchange(count, 1, turn)
-        values = np.zeros(VALUES, WIDTH)
+    """Return the CPU of a client in an exchange of `count` clients, both messages, as often as there are turns."""
+    exchange, values, first, second = Exchange(count, 1, 0), np.zeros(VALUES, WIDTH), [], []
+    # The others' vectors are short, and no mask is removed: of them only what they sealed for this client matters.
+    for client in range(1, count):
+        exchange.server.add(client, short := np.zeros(1, WIDTH), exchange.masker(client).mask(short))
+    for _ in range(TURNS):
         began = time.process_time()
         arrays = exchange.masker(0).mask(values)
-        spent = time.process_time() - began
-        exchange.server.add(0, np.zeros(1, WIDTH), arrays)
-        # The others' vectors are short and their masks are not removed: only what they sealed for this one matters.
-        for client in range(1, count):
-            exchange.server.add(client, one := np.zeros(1, WIDTH), exchange.masker(client).mask(one))
-        request = exchange.server.requests()[0]
+        first.append(time.process_time() - began)
+    exchange.server.add(0, np.zeros(1, WIDTH), arrays)
+    request = exchange.server.requests()[0]
+    for _ in range(TURNS):
         began = time.process_time()
         exchange.masker(0).unmask(request)
-        rows.append(spent + time.process_time() - began)
-    return rows
+        second.append(time.process_time() - began)
+    return [sum(each) for each in zip(first, second, strict=True)]
 
 
 def server_seconds(gone: int) -> list[float]:
-    """Return the CPU of the server of ten clients, of which `gone` drop out before the first answer, and the second."""
+    """Return the server's CPU for ten clients, of which `gone` drop out before each of the two answers."""
     rows = []
     for turn in range(TURNS):
         exchange = Exchange(10, VALUES, turn)

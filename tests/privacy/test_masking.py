@@ -246,6 +246,18 @@ def test_a_client_that_dropped_is_not_unmasked() -> None:
     assert np.count_nonzero(late == exchange.plain[10]) < 3
 
 
+def test_a_client_that_masks_again_tells_nothing_of_its_other_secret() -> None:
+    """Started anew, it may be asked again for the same exchange. One nonce for both would be two-time pads."""
+    parts, told = [], []
+    for _ in range(2):
+        exchange = Exchange(3)
+        exchange.upload([10, 11, 12])
+        request = exchange.server.requests()[10]  # the first share is client 11's
+        parts.append(request["shares"][8:24])
+        told.append(exchange.maskers[10].unmask(request)["shares"][:16])
+    assert ((parts[0] ^ parts[1]) != (told[0] ^ told[1])).any()
+
+
 # ---- A server that lies ------------------------------------------------------------------------
 
 
@@ -289,8 +301,8 @@ def test_the_request_is_what_the_tests_below_change() -> None:
         ({"neighbours": numbers(2, 10, 99)}, "neighbours of client 11 are cut short, or nobody"),
         ({"neighbours": numbers(0, 0, 0, 0, 0, 0)}, "neighbours has length 6; it must be 5"),
         ({"neighbours": numbers(0, 0, 0, 0, 0)}, "pair-shares has length 560; it must be 0"),
-        ({"shares": np.zeros(31, np.uint8)}, "shares has length 31; it must be 160"),
-        ({"shares": np.zeros(160, np.uint8)}, "share of client 11: not encrypted for client 10 in this exchange"),
+        ({"shares": np.zeros(31, np.uint8)}, "shares has length 31; it must be 200"),
+        ({"shares": np.zeros(200, np.uint8)}, "share of client 11: not encrypted for client 10 in this exchange"),
         ({"pair-shares": np.zeros(560, np.uint8)}, "pair shares of client 11: not encrypted for client 10"),
         ({"uploaded": np.array([10.0])}, "uploaded is float64 of rank 1"),
     ],
@@ -353,7 +365,7 @@ def test_too_many_dropouts_around_another_client_are_refused() -> None:
     # What the server sends beside the numbers fits them; the number of dropouts alone does not.
     order = [n for n in exchange.graph[one] if n != near[0]]
     left = [place for place, n in enumerate(order) if n in kept]
-    false["shares"] = np.concatenate([request["shares"].reshape(-1, 32)[place] for place in left])
+    false["shares"] = np.concatenate([request["shares"].reshape(-1, 40)[place] for place in left])
     rows = request["neighbours"].tolist()
     lists, sealed, at = [], [], 0
     for place in range(len(order)):
@@ -435,17 +447,24 @@ def test_a_false_share_is_told_with_the_name_of_the_liar(name: str) -> None:
     assert found.value.clients == (12,)
 
 
-def test_false_shares_of_their_owner_are_told() -> None:
+def test_false_shares_of_their_owner_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     exchange = Exchange(7)
-    exchange.upload([10, 11, 12, 13, 15, 16])
-    plain = exchange.plain[14].copy()
-    arrays = exchange.maskers[14].mask(plain)
-    arrays["shares"] = arrays["shares"].copy()
-    arrays["shares"][0] ^= 1  # its check is of another secret
-    exchange.server.add(14, plain, arrays)
+    split = exchange.maskers[14]._split
+    monkeypatch.setattr(exchange.maskers[14], "_split", lambda secret: split(bytes(16)))
+    exchange.upload(exchange.clients)
     exchange.answer(exchange.server.requests(), exchange.clients)
     with pytest.raises(FalseShares, match="client 14 gave out false shares of a secret, or one of clients 10, 11"):
         exchange.server.total()
+
+
+def test_a_false_check_of_an_own_secret_is_found_by_the_neighbours() -> None:
+    exchange = Exchange(4)
+    exchange.upload([10, 11, 12])
+    values = exchange.plain[13].copy()
+    arrays = exchange.maskers[13].mask(values)
+    exchange.server.add(13, values, arrays | {"shares": arrays["shares"] ^ (np.arange(arrays["shares"].size) == 0)})
+    with pytest.raises(PayloadError, match="share of client 13: not encrypted for client 10"):
+        exchange.answer(exchange.server.requests(), [10])
 
 
 @pytest.mark.parametrize("name", ["shares", "pair-shares"])
