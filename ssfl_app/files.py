@@ -13,10 +13,11 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], mode: int = 0o666) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see all or nothing.
 
-    When this returns the file is on the disk. It has the mode that the umask gives, whatever made it.
+    When this returns the file is on the disk. It has what the umask leaves of `mode`, from the beginning, whatever
+    made it.
 
     Raises
     ------
@@ -26,10 +27,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
+        temporary.touch(mode, exist_ok=False)
+        left = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
+        temporary.chmod(left)  # safetensors puts a file of mode 0600 in its place
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -17,7 +17,7 @@ from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.values import Arrays, PayloadError, read_array
 from ssfl_app.text import quoted
 
-STEP, LOSS_STEP, RANGE, MOST = "step", "loss-step", "range", "most"
+UNIT, LOSS_UNIT, RANGE, MOST = "unit", "loss-unit", "range", "most"
 EXCHANGE, ABOUT, OWN = "exchange", "about", "own-key"
 PEERS = "own-peers"
 """Facts and arrays of a message whose answer is added; OWN is the key that the server has of its client."""
@@ -38,14 +38,14 @@ def about_bytes(exchange: int, about: str) -> bytes:
 
 def fixed_point(metadata: Mapping[str, object], kind: str) -> FixedPoint:
     """Return how values of this kind are written, as a message states it; PayloadError if it is not stated."""
-    facts = {name: metadata.get(name) for name in (STEP, RANGE)} | {LOSS_STEP: metadata.get(LOSS_STEP, 1.0)}
+    facts = {name: metadata.get(name) for name in (UNIT, RANGE)} | {LOSS_UNIT: metadata.get(LOSS_UNIT, 1.0)}
     for name, value in facts.items():
         if not isinstance(value, float) or not 0 < value < math.inf:
             raise PayloadError(f"{name} is {quoted(value)}; with values of {kind} it is a number above 0")
     most = metadata.get(MOST)
     if type(most) is not int or most < 1:
         raise PayloadError(f"{MOST} is {quoted(most)}; it is a whole number of at least 1")
-    step, range_, loss_step = (float(facts[name]) for name in (STEP, RANGE, LOSS_STEP))  # type: ignore[arg-type]
+    step, range_, loss_step = (float(facts[name]) for name in (UNIT, RANGE, LOSS_UNIT))  # type: ignore[arg-type]
     return FixedPoint(kind, step, range_, loss_step, most)
 
 

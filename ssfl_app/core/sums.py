@@ -19,12 +19,12 @@ from ssfl_app.core.options import Settings
 from ssfl_app.core.summand import (
     ABOUT,
     EXCHANGE,
-    LOSS_STEP,
+    LOSS_UNIT,
     MOST,
     OWN,
     PEERS,
     RANGE,
-    STEP,
+    UNIT,
     about_bytes,
 )
 from ssfl_app.locks import RunFailed
@@ -200,8 +200,8 @@ class Summation:
         self.fixed = FixedPoint.of(kind, strategy.settings.wire.range, sum(self.weights.values()), len(asked))
         self._dtype, self._in = SUMMED_TYPES[kind], set[int]()
         self._numbers = size + (2 if loss else 1)
-        self._facts: Metadata = {STEP: self.fixed.step, RANGE: self.fixed.range, MOST: self.fixed.most}
-        self._facts |= {LOSS_STEP: self.fixed.loss_step} if loss else {}
+        self._facts: Metadata = {UNIT: self.fixed.step, RANGE: self.fixed.range, MOST: self.fixed.most}
+        self._facts |= {LOSS_UNIT: self.fixed.loss_step} if loss else {}
         self._keys: dict[int, bytes] = {}
         self._masked: MaskedSum | None = None
         self._peers: dict[int, Arrays] = {}

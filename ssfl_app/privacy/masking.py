@@ -42,7 +42,6 @@ _SECRET = 16  # bytes of a secret and of each share of it: what Shamir takes
 _TAG = 16  # bytes that ChaCha20-Poly1305 adds
 _CHECK = 8  # bytes by which a secret is known again
 _PEER = 4 + KEY_BYTES
-_NONCE = bytes(12)
 _BLOCK = 1 << 18  # bytes of key stream made at once: they stay in the second cache
 
 
@@ -201,12 +200,13 @@ class Masker:
 
         shared = [self._split(secret) for secret in (own, *pairs.values())]
         context = write_peers(self._peers).tobytes()
-        shares = [_check(own, self._about)]
+        mark = _check(own, self._about)
+        shares = [mark]
         pair_shares = [_check(secret, self._about) for secret in pairs.values()]
         for place, peer in enumerate(self._peers):
             of_own, *of_pairs = (rows[place] for rows in shared)
-            shares.append(self._seal(b"share", peer, of_own, b""))
-            pair_shares.append(self._seal(b"pair shares", peer, b"".join(of_pairs), context))
+            shares.append(self._seal(b"share", peer, mark, of_own, b""))
+            pair_shares.append(self._seal(b"pair shares", peer, mark, b"".join(of_pairs), context))
         return {"shares": _array(b"".join(shares)), "pair-shares": _array(b"".join(pair_shares))}
 
     def unmask(self, arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
@@ -227,22 +227,27 @@ class Masker:
         uploaded, dropped = self._story(arrays, people)
         near = [peer for peer in self._peers if peer.number in uploaded]
         self._enough(self._me.number, len(near), len(self._peers))
-        content = read_array(arrays, "shares", np.uint8, (_SECRET + _TAG) * len(near)).tobytes()
-        parts = _pieces(content, _SECRET + _TAG)
-        shares = [self._open(b"share", peer, part, b"") for peer, part in zip(near, parts, strict=True)]
+        size = _CHECK + _SECRET + _TAG
+        parts = _pieces(read_array(arrays, "shares", np.uint8, size * len(near)).tobytes(), size)
+        marks = [part[:_CHECK] for part in parts]
+        shares = [
+            self._open(b"share", peer, part[:_CHECK], part[_CHECK:], b"")
+            for peer, part in zip(near, parts, strict=True)
+        ]
 
         pair_shares: list[bytes] = []
         if "neighbours" in arrays:
             lists = self._lists(arrays, people, near)
             sizes = [_SECRET * len(theirs) + _TAG if theirs else 0 for theirs in lists]
             content = read_array(arrays, "pair-shares", np.uint8, sum(sizes)).tobytes()
-            for peer, theirs, size in zip(near, lists, sizes, strict=True):
+            for peer, mark, theirs, size in zip(near, marks, lists, sizes, strict=True):
                 part, content = content[:size], content[size:]
                 gone = [place for place, other in enumerate(theirs) if other.number in dropped]
                 self._enough(peer.number, len(theirs) - len(gone), len(theirs))
                 if gone:
                     # The list is part of what its owner encrypted: the places in it mean the clients it had in mind.
-                    told = _pieces(self._open(b"pair shares", peer, part, write_peers(theirs).tobytes()), _SECRET)
+                    context = write_peers(theirs).tobytes()
+                    told = _pieces(self._open(b"pair shares", peer, mark, part, context), _SECRET)
                     pair_shares += [told[place] for place in gone]
         return {"shares": _array(b"".join(shares)), "pair-shares": _array(b"".join(pair_shares))}
 
@@ -304,17 +309,16 @@ class Masker:
         return [share for _, share in Shamir.split(needed(self._threshold, count), count, secret, False)]
 
     def _cipher(self, purpose: bytes, sender: Peer, receiver: Peer) -> ChaCha20Poly1305:
-        # A key serves one message, so that the nonce may always be the same.
         other = receiver if sender == self._me else sender
         context = sender.public + receiver.public + self._about
         return ChaCha20Poly1305(_derive(self._secrets[other.number], purpose, context, KEY_BYTES))
 
-    def _seal(self, purpose: bytes, receiver: Peer, content: bytes, context: bytes) -> bytes:
-        return self._cipher(purpose, self._me, receiver).encrypt(_NONCE, content, context)
+    def _seal(self, purpose: bytes, receiver: Peer, mark: bytes, content: bytes, context: bytes) -> bytes:
+        return self._cipher(purpose, self._me, receiver).encrypt(_nonce(mark), content, context)
 
-    def _open(self, purpose: bytes, sender: Peer, part: bytes, context: bytes) -> bytes:
+    def _open(self, purpose: bytes, sender: Peer, mark: bytes, part: bytes, context: bytes) -> bytes:
         try:
-            return self._cipher(purpose, sender, self._me).decrypt(_NONCE, part, context)
+            return self._cipher(purpose, sender, self._me).decrypt(_nonce(mark), part, context)
         except InvalidTag:
             raise PayloadError(
                 f"{purpose.decode()} of client {sender.number}: not encrypted for client {self._me.number} in this "
@@ -386,7 +390,8 @@ class MaskedSum:
     def requests(self) -> dict[int, Arrays]:
         """Return the arrays of the second message to each client that uploaded; nobody may be added from now on.
 
-        ``uploaded`` and ``dropped``: numbers. ``shares``: those for this client of its neighbours' own secrets. If a
+        ``uploaded`` and ``dropped``: numbers. ``shares``: those for this client of its neighbours' own secrets, each
+        behind the check of the secret. If a
         neighbour of these dropped, also ``peers``: all clients that are named; ``neighbours``: of each of its
         neighbours that uploaded how many, and which, where one dropped (else 0); ``pair-shares`` of those.
 
@@ -467,7 +472,7 @@ class MaskedSum:
         for other in near:
             own, pairs = self._uploads[other]
             count, place = len(self._graph[other]), self._graph[other].index(client)
-            shares += _pieces(own[_CHECK:], _SECRET + _TAG)[place]
+            shares += own[:_CHECK] + _pieces(own[_CHECK:], _SECRET + _TAG)[place]
             if other in torn:
                 pair_shares += _pieces(pairs[_CHECK * count :], _SECRET * count + _TAG)[place]
         arrays: Arrays = {
@@ -548,6 +553,12 @@ def _derive(secret: bytes, purpose: bytes, context: bytes, size: int) -> bytes:
 
 def _check(secret: bytes, about: bytes) -> bytes:
     return _derive(secret, b"check", about, _CHECK)
+
+
+def _nonce(mark: bytes) -> bytes:
+    # The check of an own secret, which is a fresh one even where a client, started anew, masks for an exchange again:
+    # with one nonce the share that is told of the one secret would tell that of the other.
+    return mark + bytes(12 - len(mark))
 
 
 def _add(values: npt.NDArray[Any], streams: list[tuple[bytes, int]]) -> None:

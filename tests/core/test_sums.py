@@ -1,0 +1,258 @@
+"""Sums in the clear and masked ones have the same bits, whoever is gone; the server sees nothing else."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from flwr.common.constant import ErrorCode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssfl_app.comm.payload import Payload
+from ssfl_app.config import Flat, merge, parse
+from ssfl_app.core.summand import ABOUT, EXCHANGE, LOSS_UNIT, OWN, PEERS
+from ssfl_app.locks import RunFailed
+from ssfl_app.options import ConfigError
+from ssfl_app.testing.grid import Fault, Played, Where, answer_error, play, tamper
+
+CLEAR: Flat = {"wire.up-values": "fixed32", "ssfl.score-values": "fixed32"}
+SECURE: Flat = {"privacy.secure-aggregation": True}
+SIX: Flat = {"run.clients": 6, "run.cohort": 6, "run.rounds": 2}
+LOOSE: Flat = SIX | {"privacy.threshold": 0.5}
+
+GONE = answer_error(ErrorCode.NODE_UNAVAILABLE)
+
+
+def summable(strategy: str) -> Flat:
+    return {"strategy": strategy} | ({"ssfl.score-values": "fixed32"} if strategy in ("ssfl", "shuffled") else {})
+
+
+def both(keys: Flat, faults: Mapping[Where, Fault] | None = None) -> tuple[Played, Played]:
+    """Return the run in the clear, without faults of the second exchange, and the secure one, in another order."""
+    first = {where: fault for where, fault in (faults or {}).items() if where[0] != "query.unmask"}
+    strategy = str(keys.get("strategy", "ssfl"))
+    clear = {"wire.up-values": "fixed32"} | summable(strategy)
+    return play(keys | clear, luck=1, faults=first), play(keys | SECURE, luck=2, faults=faults)
+
+
+def without_bytes(played: Played) -> list[dict[str, object]]:
+    told = [{k: v for k, v in record.items() if "bytes" not in k and k != "notes"} for record in played.metrics()]
+    return told
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ssfl", "shuffled", "random", "fedavg", "fedavg-ft", "fedprox", "fedbn", "moon", "ditto"]
+)
+def test_a_secure_run_has_the_bits_of_a_clear_one(strategy: str) -> None:
+    keys = SIX | {"run.cohort": 4, "strategy": strategy}
+    clear, secure = both(keys)
+    assert secure.bits() == clear.bits()
+    assert [mask.digest for mask in secure.masks] == [mask.digest for mask in clear.masks]
+    assert without_bytes(secure) == without_bytes(clear)
+
+
+@pytest.mark.parametrize("criterion", ["pooled-snip", "grasp", "iterative-snip", "force"])
+def test_all_scores_add_up_alike(criterion: str) -> None:
+    keys: Flat = {"run.clients": 4, "run.rounds": 1, "ssfl.criterion": criterion, "ssfl.steps": 0}
+    clear, secure = both(keys)
+    assert secure.masks[-1].digest == clear.masks[-1].digest
+    assert secure.bits() == clear.bits()
+
+
+@pytest.mark.parametrize("keys", [{"run.weighting": "uniform"}, {"wire.rounding": "stochastic"}, {"wire.down-values": "fp16"}])
+def test_whatever_else_is_set(keys: Flat) -> None:
+    clear, secure = both(SIX | keys)
+    assert secure.bits() == clear.bits()
+
+
+@settings(max_examples=12)
+@given(
+    first=st.sets(st.integers(0, 5), max_size=2),
+    second=st.sets(st.integers(0, 5), max_size=2),
+    question=st.sampled_from(["query.saliency", "train"]),
+    luck=st.integers(0, 99),
+)
+def test_any_dropouts_leave_the_same_bits(first: set[int], second: set[int], question: str, luck: int) -> None:
+    """Before the upload, and between the exchanges; one too many ends the run by name."""
+    round_ = 0 if question == "query.saliency" else 1
+    keys = LOOSE | {"run.rounds": 1}
+    lost = {(question, round_, client): GONE for client in first}
+    faults = lost | {("query.unmask", round_, client): GONE for client in second}
+    left = 6 - len(first | second)  # who answers twice
+    # Each that uploaded needs 3 of its 5 neighbours to tell its shares: all that are left but itself.
+    if left - (0 if second - first else 1) < 3 or (left - 1 < 3):
+        with pytest.raises(RunFailed, match=r"neighbours of client \d"):
+            play(keys | SECURE, luck=luck, faults=faults)
+        return
+    clear, secure = play(keys | CLEAR, faults=lost), play(keys | SECURE, luck=luck, faults=faults)
+    assert secure.bits() == clear.bits()
+
+
+def test_who_is_gone_at_unmasking_is_named_and_counts() -> None:
+    _, secure = both(SIX, {("query.unmask", 1, 3): GONE})
+    record = secure.records[1]
+    assert "unmask" in record["notes"]["3"]
+    assert record["ok"] == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_server_sees_no_values_of_a_client() -> None:
+    clear, secure = both(SIX)
+    plain = {where: reply.arrays["values"] for where, reply in clear.grid.got if "values" in reply.arrays}
+    masked = {where: reply.arrays["values"] for where, reply in secure.grid.got if "values" in reply.arrays}
+    assert plain.keys() == masked.keys()
+    assert len(plain) == 18
+    seen = b"".join(
+        array.tobytes() for _, reply in [*secure.grid.got, *secure.grid.sent] for array in reply.arrays.values()
+    )
+    for where, values in plain.items():
+        told = values[np.flatnonzero(values)[:8]].tobytes()  # not zeros, which are anywhere
+        assert told not in seen
+        assert np.mean(masked[where] == values) < 1e-3
+    for where, reply in secure.grid.got:
+        if where[0] == "train":
+            assert "loss" not in reply.metadata
+
+
+def test_loss_and_clipped_values_are_told_as_sums() -> None:
+    clear, secure = both(SIX | {"wire.range": 2.0**-9})
+    for played in (clear, secure):
+        assert played.records[1]["clipped"] > 0
+        assert any("wire.range" in line for line in played.warnings)
+        exact = play(SIX)
+        assert played.records[1]["train_loss"] == pytest.approx(exact.records[1]["train_loss"], abs=1e-5)
+
+
+def test_fixed_point_is_close_to_float() -> None:
+    exact, fixed = play(SIX), play(SIX | CLEAR)
+    assert fixed.masks[0].digest == exact.masks[0].digest
+    ours, theirs = (played.layout.flatten(played.states[1]) for played in (fixed, exact))
+    assert np.abs(ours - theirs).max() < 6 / 2 * 2.0**-30
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"strategy": "dispfl"}, "does more with models"),
+        ({"strategy": "topk"}, "does more with models"),
+        ({"strategy": "flash"}, "'layer_densities'"),
+        ({"run.fold": "median"}, "run.fold is 'median'"),
+        ({"failures.norm-factor": 3.0}, "failures.norm-factor is 3"),
+        ({"wire.error-feedback": True}, "wire.error-feedback is True"),
+        ({"ssfl.score-fold": "median"}, "ssfl.score-fold is 'median'"),
+        ({"ssfl.refresh": "drift"}, "ssfl.refresh is 'drift'"),
+        ({"wire.up-values": "fp16"}, "wire.up-values is 'fp16'"),
+        ({"ssfl.score-values": "log8"}, "ssfl.score-values is 'log8'"),
+        ({"run.cohort": 2}, "run.cohort is 2"),
+        ({"run.clients": 100, "run.cohort": 100, "wire.up-values": "fixed16"}, "leave 326 steps"),
+    ],
+)
+def test_what_cannot_be_summed_is_refused_by_name(keys: Flat, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        play(SECURE | keys)
+
+
+def test_a_clear_sum_refuses_what_is_beyond_its_range() -> None:
+    def liar(payload: Payload) -> Payload:
+        values = payload.arrays["values"].copy()
+        values[0] = 2**30
+        return Payload({**payload.arrays, "values": values}, payload.metadata)
+
+    played = play(SIX | CLEAR, faults={("train", 1, 2): tamper(liar)})
+    assert "beyond wire.range" in played.records[1]["refused"]["2"]
+
+
+def test_a_masked_sum_beyond_its_range_ends_the_run() -> None:
+    def liar(payload: Payload) -> Payload:
+        values = payload.arrays["values"].copy()
+        values[0] += np.uint32(2**31 - 1)
+        return Payload({**payload.arrays, "values": values}, payload.metadata)
+
+    with pytest.raises(RunFailed, match="a client lied"):
+        play(SIX | SECURE, faults={("train", 1, 2): tamper(liar)})
+
+
+# ---- what a client refuses ----------------------------------------------------------------------------------------
+
+
+def refusal(where: Where, change: Mapping[str, object]) -> str:
+    """Return why a client refused a message whose facts a lying server changed."""
+
+    def lying(grid, message):  # type: ignore[no-untyped-def]
+        facts = message.content["facts"]
+        for name, value in change.items():
+            facts[name] = value
+        return grid.work(message)
+
+    played = play(SIX | SECURE, faults={where: lying})
+    record = played.records[where[1]]
+    return str(record["refused"].get(str(where[2])) or record["notes"][str(where[2])])
+
+
+def test_a_client_masks_once_in_an_exchange_and_only_in_later_ones() -> None:
+    assert "has masked that of" in refusal(("train", 1, 2), {EXCHANGE: 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({OWN: bytes(32)}, "another key"),
+        ({EXCHANGE: "7"}, "exchange is '7'"),
+        ({ABOUT: 3}, "about is 3"),
+        ({LOSS_UNIT: float("nan")}, "loss-unit is nan"),
+    ],
+)
+def test_a_malformed_message_is_refused(change: dict[str, object], said: str) -> None:
+    assert said in refusal(("train", 1, 2), change)
+
+
+def test_a_client_unmasks_once_and_what_it_masked() -> None:
+    played = play(SIX | SECURE)
+    grid = played.grid
+    where = ("query.unmask", 2, 2)
+    again = next(payload for at, payload in grid.sent if at == where)
+    for change, said in (({}, "has unmasked that of"), ({EXCHANGE: 2**60}, "sent no masked answer")):
+        assert said in ask_again(played, where, Payload(again.arrays, {**again.metadata, **change}))
+
+
+def ask_again(played: Played, where: Where, payload: Payload) -> str:
+    from flwr.app import Message
+
+    from ssfl_app.comm.payload import PayloadEncoder
+    from ssfl_app.sparsity.values import PayloadError
+
+    node = next(node for node, c in played.grid._contexts.items() if played.grid.number(c) == where[2])
+    message = Message(PayloadEncoder().record(payload), node, where[0])
+    with pytest.raises(PayloadError) as caught:
+        from ssfl_app.client_app import app
+
+        app(message, played.grid._contexts[node])
+    return str(caught.value)
+
+
+def test_pins_bind_the_keys_of_others() -> None:
+    from ssfl_app.core.summand import Identity, SummandWriter
+    from ssfl_app.privacy.keys import KeyPair, fingerprint
+    from ssfl_app.privacy.masking import Peer, write_peers
+
+    me, others = KeyPair.new(), [KeyPair.new() for _ in range(3)]
+    peers = write_peers([Peer(i + 1, pair.public) for i, pair in enumerate(others)])
+    facts = {"unit": 2.0**-20, "range": 1.0, "most": 9, EXCHANGE: 5, ABOUT: "x", OWN: me.public}
+
+    class Memory:
+        def advance(self, what: str, exchange: int) -> None: ...
+
+    known = frozenset(fingerprint(pair.public) for pair in others)
+    for pins, fits in ((known, True), (known - {fingerprint(others[1].public)}, False)):
+        writer = SummandWriter(0, lambda pins=pins: Identity(me, pins), Memory(), True, 2 / 3)  # type: ignore[misc,arg-type]
+        payload = Payload({PEERS: peers}, facts)
+        if fits:
+            assert writer.write(payload, np.zeros(4, np.float32), "fixed32", 1)["values"].size == 5
+        else:
+            with pytest.raises(ValueError, match="client 2 has the key .* pinned"):
+                writer.write(payload, np.zeros(4, np.float32), "fixed32", 1)
+
+
+def test_secure_aggregation_chooses_whole_numbers_where_nobody_chose() -> None:
+    flat = merge(SECURE)
+    assert (flat["wire.up-values"], flat["ssfl.score-values"]) == ("fixed32", "fixed32")
+    assert parse(flat).settings.sections["ssfl"].score_fold == "mean"
