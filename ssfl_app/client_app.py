@@ -23,7 +23,7 @@ from ssfl_app.comm.payload import ClientState, Metadata, Payload, PayloadEncoder
 from ssfl_app.core.client import ClientAlgorithm, Need
 from ssfl_app.core.summand import Identity
 from ssfl_app.options import ConfigError, PrivateError
-from ssfl_app.privacy.keys import KeyPair, load_or_make, read_pins
+from ssfl_app.privacy.keys import KEY_FILE, KeyPair, load_or_make, read_pins
 from ssfl_app.registry import only_brought
 from ssfl_app.runtime import code_digest, get_runtime, gpu_is_hidden
 from ssfl_app.sparsity.values import PayloadError
@@ -32,9 +32,6 @@ from ssfl_app.training.malloc import keep_heap
 
 MOST_BITMAPS = 4
 """Bitmaps of a message; what else it holds is never deflated."""
-
-KEY_FILE = "masking.key"
-"""File of a node's state-path: the key pair that it masks its answers with."""
 
 _KEY = "ssfl-key"  # record of Flower's state
 

@@ -18,7 +18,7 @@ from ssfl_app import callbacks, locks
 from ssfl_app.callbacks.base import RunCallback, RunInfo
 from ssfl_app.callbacks.stopping import progress
 from ssfl_app.comm.exchange import fewer_at_once, is_simulation
-from ssfl_app.comm.handshake import Handshake
+from ssfl_app.comm.handshake import KEY, Handshake
 from ssfl_app.comm.membership import Claim
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.config import Flat, first_clash, read_file
@@ -28,6 +28,7 @@ from ssfl_app.data.summary import mismatch, other_images, read_data_summary
 from ssfl_app.files import check_regular, write_bytes, write_json
 from ssfl_app.locks import RunFailed, naming_memory
 from ssfl_app.options import ConfigError
+from ssfl_app.privacy.keys import fingerprint
 from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.export import described
 from ssfl_app.results.recorder import Recorder, default_folder
@@ -293,6 +294,11 @@ class RecordingCallback(RunCallback):
                 "note: this machine has a GPU, but Flower hides it from the clients (num-gpus 0): they train "
                 "on the CPU. `ssfl run` gives it to them; with `flwr run` set client-resources-num-gpus"
             )
+        if config.settings.privacy.secure_aggregation:
+            self.recorder.say(
+                "secure aggregation: answers are masked; without pins at the nodes this protects against an "
+                "honest-but-curious server (docs/privacy.md)"
+            )
         self._write_clients({})
         self._tell("met", sites)
 
@@ -334,6 +340,7 @@ class RecordingCallback(RunCallback):
             held = read_data_summary(metadata) if runtime.own else runtime.holding(client)
             row: dict[str, Any] = {"client": client}
             row |= {"name": str(metadata["name"])} if "name" in metadata else {}
+            row |= {"key": fingerprint(bytes(metadata[KEY]))} if KEY in metadata else {}
             row |= {"train": list(held.counts), "test_images": held.test_images}
             row |= {name: known.get(name, {}).get(str(client)) for name in ("accuracy", "personal_accuracy")}
             clients.append(row)

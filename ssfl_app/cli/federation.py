@@ -260,11 +260,17 @@ def node(
     superlink: Annotated[str, Option(help="HOST:PORT of the SuperLink.")],
     config: Annotated[str, Option("--node-config", help="\"name='a' data-path='/data/a'\" or partition-id=0.")],
     port: Annotated[int, Option(help="For the node's own processes, on 127.0.0.1.", min=1, max=65535)] = 9094,
+    pin: Annotated[
+        Path | None, Option(help="Fingerprints, a line each, of the only nodes that it masks its answers with.")
+    ] = None,
 ) -> None:
     """Run the SuperNode of this host in the foreground; it is started again when it ends."""
-    from ssfl_app.deployment.services import keep_node, node_service
+    from ssfl_app.deployment.services import check_config, keep_node, masking_key, node_service
 
     folder = _folder(home, "DIR")
     if not (folder / "key").is_file() or not (folder / "ca.crt").is_file():
         raise ConfigError(f"DIR is {folder}; it is a folder with ca.crt and key, as `ssfl federation init` makes it")
-    keep_node(node_service(folder, superlink, config, port))
+    service = node_service(folder, superlink, config, port, None if pin is None else _folder(pin, "--pin"))
+    state = check_config(config).get("state-path", folder / "state")
+    typer.echo(f"fingerprint of this node's masking key: {masking_key(Path(str(state)))}")
+    keep_node(service)

@@ -21,6 +21,7 @@ from ssfl_app.deployment.credentials import check_host, expires, private
 from ssfl_app.deployment.federation import Federation
 from ssfl_app.deployment.supervisor import Service, Supervisor
 from ssfl_app.options import ConfigError
+from ssfl_app.privacy.keys import KEY_FILE, fingerprint, load_or_make, read_pins
 from ssfl_app.simulation.processes import LOOPBACK, check_port, environment, proxies, wait_until_healthy
 
 GIVES_UP = "Giving up reconnection"
@@ -62,8 +63,8 @@ def front_service(federation: Federation, bind: str) -> Service:
     return Service("front", [*command, "--bind", bind], home, environment(home / "flwr"), home / "front.log")
 
 
-def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
-    """Return a SuperNode whose credentials lie in `home`.
+def node_service(home: Path, superlink: str, config: str, port: int, pins: Path | None = None) -> Service:
+    """Return a SuperNode whose credentials lie in `home`; the key that it masks its answers with is made.
 
     `superlink` is HOST:PORT, and its certificate must name that host; `config` is Flower's ``--node-config``, which
     gets a ``state-path`` unless it has one; `port` is for the node's own processes, on the loopback interface.
@@ -82,8 +83,13 @@ def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
     # Of its own: nodes that share an FLWR_HOME read each other's half-copied apps.
     private(home)
     private(home / "flwr")
+    state = Path(str(said.get("state-path", home / "state")))
     if "state-path" not in said:
-        config = f"{config} state-path='{home / 'state'}'".strip()
+        config = f"{config} state-path='{state}'".strip()
+    masking_key(state)
+    if pins is not None:
+        read_pins(pins)  # before it is needed
+        config = f"{config} pins='{pins}'"
     command = ["flower-supernode", "--superlink", superlink, "--root-certificates", str(home / "ca.crt")]
     command += ["--auth-supernode-private-key", str(home / "key"), "--node-config", config]
     command += ["--host", "127.0.0.1", "--port", str(port)]
@@ -91,6 +97,11 @@ def node_service(home: Path, superlink: str, config: str, port: int) -> Service:
     beyond = {} if host in LOOPBACK else proxies()
     variables = environment(home / "flwr", OMP_NUM_THREADS="1", **beyond)
     return Service(home.name, command, home, variables, home / "node.log", GIVES_UP)
+
+
+def masking_key(state: Path) -> str:
+    """Return the fingerprint of the key with which a node masks its answers; it is made if there is none."""
+    return fingerprint(load_or_make(state / KEY_FILE).public)
 
 
 def check_config(config: str) -> dict[str, Any]:

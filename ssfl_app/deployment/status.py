@@ -12,6 +12,7 @@ import psutil
 from ssfl_app.deployment.control import is_up, node_id, nodes
 from ssfl_app.deployment.federation import SERVICES, Federation
 from ssfl_app.locks import RunFailed
+from ssfl_app.privacy.keys import KEY_FILE, fingerprint, load_or_make
 from ssfl_app.results.table import NONE, Table
 from ssfl_app.simulation.processes import STOP_TIMEOUT, end_families, families, words_of
 
@@ -42,10 +43,17 @@ def overview(federation: Federation) -> tuple[str, Table, bool | None]:
         elif seen not in ("", "online"):
             seen = ": ".join(filter(None, [seen, complaint(federation.folder / "nodes" / name / "node.log")]))
         stands.append(seen == "online" or (name in SERVICES and bool(service.get("pid"))))
-        rows.append([name, str(service.get("pid") or NONE), str(service.get("restarts", NONE)), seen, config])
+        key = "" if name in SERVICES else masking_key(federation.folder / "nodes" / name / "state")
+        rows.append([name, str(service.get("pid") or NONE), str(service.get("restarts", NONE)), seen, key, config])
     title = f"{federation.folder}: {'up' if up else 'not running'}, SuperLink at {federation.address}"
-    table = Table(["service", "process", "restarts", "as the SuperLink sees it", "node-config"], rows)
+    table = Table(["service", "process", "restarts", "as the SuperLink sees it", "masking key", "node-config"], rows)
     return title, table, all(stands) if up else None
+
+
+def masking_key(state: Path) -> str:
+    """Return the fingerprint of the key with which a node masks its answers, "" if there is none yet."""
+    path = state / KEY_FILE
+    return fingerprint(load_or_make(path).public) if path.exists() else ""
 
 
 def complaint(log: Path) -> str:

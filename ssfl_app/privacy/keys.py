@@ -16,6 +16,9 @@ from ssfl_app.text import quoted
 KEY_BYTES = 32
 """Length of a key, private or public."""
 
+KEY_FILE = "masking.key"
+"""File of a node's state-path with the key pair that it masks its answers with."""
+
 _DIGITS = 32
 _OTHERS_READ, _OTHERS_WRITE = 0o077, 0o022
 

@@ -4,15 +4,20 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssfl_app.comm.payload import Payload
+from ssfl_app.client_app import app
+from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import Flat, merge, parse
-from ssfl_app.core.summand import ABOUT, EXCHANGE, LOSS_UNIT, OWN, PEERS
+from ssfl_app.core.summand import ABOUT, EXCHANGE, LOSS_UNIT, OWN, PEERS, Identity, SummandWriter
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
+from ssfl_app.privacy.keys import KeyPair, fingerprint
+from ssfl_app.privacy.masking import Peer, write_peers
+from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.testing.grid import Fault, Played, Where, answer_error, play, tamper
 
 CLEAR: Flat = {"wire.up-values": "fixed32", "ssfl.score-values": "fixed32"}
@@ -59,13 +64,15 @@ def test_all_scores_add_up_alike(criterion: str) -> None:
     assert secure.bits() == clear.bits()
 
 
-@pytest.mark.parametrize("keys", [{"run.weighting": "uniform"}, {"wire.rounding": "stochastic"}, {"wire.down-values": "fp16"}])
+@pytest.mark.parametrize(
+    "keys", [{"run.weighting": "uniform"}, {"wire.rounding": "stochastic"}, {"wire.down-values": "fp16"}]
+)
 def test_whatever_else_is_set(keys: Flat) -> None:
     clear, secure = both(SIX | keys)
     assert secure.bits() == clear.bits()
 
 
-@settings(max_examples=12)
+@settings(max_examples=10, deadline=None)
 @given(
     first=st.sets(st.integers(0, 5), max_size=2),
     second=st.sets(st.integers(0, 5), max_size=2),
@@ -126,7 +133,7 @@ def test_fixed_point_is_close_to_float() -> None:
     exact, fixed = play(SIX), play(SIX | CLEAR)
     assert fixed.masks[0].digest == exact.masks[0].digest
     ours, theirs = (played.layout.flatten(played.states[1]) for played in (fixed, exact))
-    assert np.abs(ours - theirs).max() < 6 / 2 * 2.0**-30
+    assert np.abs(ours - theirs).max() <= 6 / 2 * 2.0**-30 + 2.0**-25  # and float32's own, below 1
 
 
 @pytest.mark.parametrize(
@@ -215,25 +222,13 @@ def test_a_client_unmasks_once_and_what_it_masked() -> None:
 
 
 def ask_again(played: Played, where: Where, payload: Payload) -> str:
-    from flwr.app import Message
-
-    from ssfl_app.comm.payload import PayloadEncoder
-    from ssfl_app.sparsity.values import PayloadError
-
-    node = next(node for node, c in played.grid._contexts.items() if played.grid.number(c) == where[2])
-    message = Message(PayloadEncoder().record(payload), node, where[0])
+    node, context = next((n, c) for n, c in played.grid._contexts.items() if played.grid.number(c) == where[2])
     with pytest.raises(PayloadError) as caught:
-        from ssfl_app.client_app import app
-
-        app(message, played.grid._contexts[node])
+        app(Message(PayloadEncoder().record(payload), node, where[0]), context)
     return str(caught.value)
 
 
 def test_pins_bind_the_keys_of_others() -> None:
-    from ssfl_app.core.summand import Identity, SummandWriter
-    from ssfl_app.privacy.keys import KeyPair, fingerprint
-    from ssfl_app.privacy.masking import Peer, write_peers
-
     me, others = KeyPair.new(), [KeyPair.new() for _ in range(3)]
     peers = write_peers([Peer(i + 1, pair.public) for i, pair in enumerate(others)])
     facts = {"unit": 2.0**-20, "range": 1.0, "most": 9, EXCHANGE: 5, ABOUT: "x", OWN: me.public}
