@@ -340,7 +340,7 @@ class RecordingCallback(RunCallback):
             held = read_data_summary(metadata) if runtime.own else runtime.holding(client)
             row: dict[str, Any] = {"client": client}
             row |= {"name": str(metadata["name"])} if "name" in metadata else {}
-            row |= {"key": fingerprint(bytes(metadata[KEY]))} if KEY in metadata else {}
+            row |= {"key": fingerprint(key)} if isinstance(key := metadata.get(KEY), bytes) else {}
             row |= {"train": list(held.counts), "test_images": held.test_images}
             row |= {name: known.get(name, {}).get(str(client)) for name in ("accuracy", "personal_accuracy")}
             clients.append(row)

@@ -41,8 +41,7 @@ def both(keys: Flat, faults: Mapping[Where, Fault] | None = None) -> tuple[Playe
 
 
 def without_bytes(played: Played) -> list[dict[str, object]]:
-    told = [{k: v for k, v in record.items() if "bytes" not in k and k != "notes"} for record in played.metrics()]
-    return told
+    return [{k: v for k, v in record.items() if "bytes" not in k and k != "notes"} for record in played.metrics()]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +242,7 @@ def test_pins_bind_the_keys_of_others() -> None:
         if fits:
             assert writer.write(payload, np.zeros(4, np.float32), "fixed32", 1)["values"].size == 5
         else:
-            with pytest.raises(ValueError, match="client 2 has the key .* pinned"):
+            with pytest.raises(ValueError, match=r"client 2 has the key .* pinned"):
                 writer.write(payload, np.zeros(4, np.float32), "fixed32", 1)
 
 
