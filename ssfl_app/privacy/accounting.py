@@ -150,7 +150,8 @@ def noise_multiplier(plan: Plan, epsilon: float, delta: float) -> float:
     from scipy.optimize import brentq
 
     def excess(noise: float) -> float:
-        return math.log(_epsilon(plan, noise, delta, plan.rounds, plan.searches) / epsilon)
+        told = _epsilon(plan, noise, delta, plan.rounds, plan.searches)
+        return math.log(max(told, 1e-9) / epsilon)  # 0 where delta alone does
 
     alone = _epsilon(plan, 1.0, delta, 0, plan.searches)
     if alone >= epsilon:

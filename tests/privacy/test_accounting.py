@@ -123,6 +123,7 @@ def test_a_large_budget_has_the_least_noise_that_is_taken(monkeypatch):
     assert LEAST_NOISE == 0.1
     monkeypatch.setattr(accounting, "LEAST_NOISE", 0.4)  # with 0.1 the library takes seconds
     assert noise_multiplier(Plan(1, 0.1), 1e6, 1e-3) == 0.4
+    assert noise_multiplier(Plan(1, 0.1), 1.0, 0.5) == 0.4  # delta alone does
 
 
 def test_a_budget_that_no_noise_keeps_is_refused():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ssfl_app.privacy.clipping import clipped
 
-law = settings(deadline=None, derandomize=True, max_examples=200)
+law = settings(deadline=None, derandomize=True, max_examples=60)
 
 numbers = st.floats(-1e6, 1e6, width=32)
 
