@@ -1,1 +1,1 @@
-"""Secure aggregation and differential privacy: what a server learns of its clients, and its model tells of them."""
+"""Secure aggregation and differential privacy: what a server learns of clients, and what a model tells of them."""

@@ -69,8 +69,13 @@ def rescaled(layout: Layout, shares: Mapping[str, float], density: float) -> Cou
     for name, share in shares.items():
         if not (math.isfinite(share) and share >= 0):
             raise ValueError(f"share of {name} is {share}; it must be finite and at least 0")
-    exact = {name: Fraction(float(share)) for name, share in shares.items()}
-    filled = _fill(layout.prunable_sizes, exact, Fraction(keep_count(density, layout.prunable_size)))
+    return spread(layout.prunable_sizes, shares, keep_count(density, layout.prunable_size))
+
+
+def spread(sizes: Counts, shares: Mapping[str, float], budget: int) -> Counts:
+    """Return `budget` coordinates as counts of some tensors, as `rescaled` does; `shares` are finite, at least 0."""
+    exact = {name: Fraction(float(shares[name])) for name in sizes}
+    filled = _fill(sizes, exact, Fraction(budget))
     counts = {name: math.floor(share) for name, share in filled.items()}
     left = int(sum(filled.values())) - sum(counts.values())
     for name in sorted(counts, key=lambda name: counts[name] - filled[name])[:left]:
