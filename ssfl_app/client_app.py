@@ -180,6 +180,11 @@ def _answer(message: Message, context: Context) -> Message:
             tell(f"note: {note}")
     if runtime.trainer.device.type == "cpu":
         keep_heap()
+    level = runtime.config.settings.privacy.level
+    if level == "record" and not place.simulated and place.state_path is None:
+        raise PayloadError(
+            f"privacy.level is {level!r}; this node has no state-path, and would forget at a restart what it has spent"
+        )
     memory = ClientState(context, number) if hello else memory_of(context, place, number, metadata)
     client = SparseClient(runtime.rule(number, memory, place.least_batch), place.name, runtime.modules)
     bitmap, encoder = -(-runtime.layout.prunable_size // 8), PayloadEncoder(runtime.config.settings.wire.bitmaps)
