@@ -196,6 +196,11 @@ def _answer(message: Message, context: Context) -> Message:
             tell(f"note: {note}")
     if runtime.trainer.device.type == "cpu":
         keep_heap()
+    level = runtime.config.settings.privacy.level
+    if level == "record" and not place.simulated and place.state_path is None:
+        raise PayloadError(
+            f"privacy.level is {level!r}; this node has no state-path, and would forget at a restart what it has spent"
+        )
     memory = ClientState(context, number) if hello else memory_of(context, place, number, metadata)
     me = functools.partial(identity, context, place)
     client = SparseClient(runtime.rule(number, memory, place.least_batch, me), place.name, runtime.modules)

@@ -159,6 +159,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
         )
     made["shift"].check(run.clients, run.cohort)
     made["data"].check()
+    made["privacy"].check()
     if made["stop"].patience and issubclass(kind.client, FineTuningClient):
         rule = f"{flat['strategy']} fine-tunes in the last round, which a run that stops early does not reach"
         raise ConfigError(f"stop.patience is {made['stop'].patience}; it is 0 here: {rule}")

@@ -40,6 +40,7 @@ from ssfl_app.strategies.shared.scoring import SsflOptions
 from ssfl_app.text import one_line
 from ssfl_app.training import models
 from ssfl_app.training.gpu import MOST_AT_ONCE, memory_need
+from ssfl_app.training.private_step import check_private
 from ssfl_app.training.reparam import originals, without_other_form
 from ssfl_app.training.tasks import Classification, make_task
 from ssfl_app.training.trainer import LocalTrainer, Steps
@@ -240,6 +241,9 @@ def check_model(config: Config, images: DataSet, partition: Partition | None) ->
             raise ConfigError(
                 f"model.name is {name!r}; its {frozen[0]} is frozen, and a mask is of weights that train"
             )
+    if settings.privacy.level == "record":
+        outline = models.outline(config.model, images.shape, images.outputs)
+        check_private(outline, name, config.model.norm, name in models.REGISTRY)
     fewest = models.fewest(config.model, images.shape, images.outputs)
     if fewest == 1:
         return

@@ -32,7 +32,7 @@ SERIAL_TYPE, DEFLATED = "ssfl.raw.v1", "ssfl.zlib.v1"
 _DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "<u4", "u1", "i1", "<i4", "<i8")}
 MASKS = "masks"
 """Folder of bitmaps, one file a digest, in the folder that simulated clients share."""
-_MEMORY, _PERSONAL, _EXCHANGES = "ssfl", "ssfl-personal", "ssfl-exchanges"
+_MEMORY, _PERSONAL, _EXCHANGES, _LEDGER = "ssfl", "ssfl-personal", "ssfl-exchanges", "ssfl-privacy"
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,12 @@ def _inflate(name: str, array: Array) -> bytes:
     return data
 
 
+def _number(value: object) -> int | float:
+    if type(value) not in (int, float):
+        raise TypeError(f"{value!r} is no number")
+    return value  # type: ignore[return-value]
+
+
 def _shape(array: Array) -> str:
     return quoted(tuple(array.shape[:9]))
 
@@ -219,9 +225,10 @@ class ClientState:
         self._personal: Files | _Records = _Records(context.state)
         self._mask: MaskFile | None = None
         self._journal: Path | None = None
+        self._ledger: Path | None = None
         if folder is not None:
             own = folder / f"client-{client:05d}"
-            self._personal = Files(own)
+            self._personal, self._ledger = Files(own), own / "privacy.json"
             if survives:
                 self._mask, self._journal = MaskFile(own / "mask"), own / "exchanges.json"
 
@@ -249,6 +256,34 @@ class ClientState:
             self._state[_MEMORY] = ConfigRecord({"digest": digest})
             return
         self._state[_MEMORY] = ConfigRecord({"digest": digest, "mask": bitmap.tobytes()})
+
+    @client_state_errors()
+    def ledger(self) -> dict[str, int | float]:
+        """Return what was written last by `write_ledger`, or {}: unlike personal state it knows no going back.
+
+        Raises
+        ------
+        PayloadError
+            It is damaged: nobody knows what was spent.
+        """
+        held = self._state.get(_LEDGER)
+        if self._ledger is None:
+            return dict(held) if isinstance(held, ConfigRecord) else {}  # type: ignore[arg-type]
+        if not self._ledger.exists():
+            return {}
+        try:
+            found = json.loads(self._ledger.read_bytes())
+            return {name: _number(found[name]) for name in found}
+        except (ValueError, TypeError) as error:
+            raise PayloadError("the ledger of this client's privacy budget is damaged; it answers no more") from error
+
+    @client_state_errors()
+    def write_ledger(self, ledger: dict[str, int | float]) -> None:
+        """Keep what was spent of the privacy budget; it is on the disk, if there is a folder, when this returns."""
+        if self._ledger is None:
+            self._state[_LEDGER] = ConfigRecord(dict(ledger))
+        else:
+            write_bytes(self._ledger, json.dumps(ledger).encode())
 
     @client_state_errors()
     def load(self, since: int) -> Arrays | None:

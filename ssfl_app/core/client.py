@@ -13,7 +13,9 @@ from ssfl_app.comm.payload import ClientState, Metadata, Payload
 from ssfl_app.core.options import Settings
 from ssfl_app.core.summand import Identity, SummandWriter, told
 from ssfl_app.data.dataset import DataSet, Samples
+from ssfl_app.options import ConfigError
 from ssfl_app.partitions import Indices
+from ssfl_app.privacy import record
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, Dense, LinearCodec, MaskedValues, read_mask
 from ssfl_app.sparsity.layout import Layout, State, Vector, load_state, state_digest, state_of
@@ -137,6 +139,9 @@ class ClientAlgorithm:
         Whether its layers compute with their weights in another form (`ssfl_app.training.reparam`).
     summed : tuple of str
         Of `query_types`, those whose answers the server only adds, so that they can be masked (`summands`).
+    record_level : bool
+        Whether nothing that it sends of its data but their number is made otherwise than by one `fit`: what
+        privacy.level "record" asks. A subclass that is such a client says so itself; it does not inherit it.
     """
 
     down: ClassVar[type[Codec]] = Dense
@@ -145,10 +150,22 @@ class ClientAlgorithm:
     stateful: ClassVar[bool] = False
     reparametrises: ClassVar[bool] = False
     summed: ClassVar[tuple[str, ...]] = ()
+    record_level: ClassVar[bool] = True
 
     def __init__(self, context: ClientContext) -> None:
         self.context, self.settings = context, context.settings
+        self.check_privacy(self.settings)
         self._came: Vector | None = None  # the model that came down, where an update is told
+
+    @classmethod
+    def check_privacy(cls, settings: Settings) -> None:
+        """Raise ConfigError if what this client sends is not as private as the options say."""
+        if settings.privacy.level == "record" and not vars(cls).get("record_level", False):
+            asks = f"answers {', '.join(cls.query_types)}" if cls.query_types else "trains in a way of its own"
+            raise ConfigError(
+                f"privacy.level is 'record'; {cls.__name__} {asks}, which no noise covers: strategy is 'random', or "
+                "'fedavg' or 'fedprox', which train all weights"
+            )
 
     @classmethod
     def codec_down(cls, settings: Settings, round_: int) -> type[Codec]:
@@ -231,7 +248,27 @@ class ClientAlgorithm:
         rng = generator(self.settings.run.seed, purpose, round_, site.client_id)
         sparse = mask if mask is not None and mask.count < site.layout.prunable_size else None
         rate = self.settings.local.rate(round_) if lr is None else lr
+        if self.settings.privacy.level == "record":
+            changes["private"] = self._begin_private(len(images), changes.get("epochs"))
+            # Of augmentation. A public one would be drawn in another order with a record more.
+            rng = np.random.default_rng()
         return site.trainer.fit(site.model, images, rng, lr=rate, mask=sparse, **changes)
+
+    def _begin_private(self, images: int, epochs: int | None) -> record.PrivateSteps:
+        """Return what a private local round is made with, after it is written down that it began.
+
+        Raises
+        ------
+        PayloadError
+            The budget of this client does not pay for it.
+        """
+        options, local, memory = self.settings.privacy, self.settings.local, self.context.memory
+        sampling = record.Sampling.of(images, local.batch_size, local.epochs if epochs is None else epochs)
+        ledger = record.begun(memory.ledger(), options, sampling, self.settings.run.rounds)
+        memory.write_ledger(ledger)
+        noise = record.secret_generator(self.context.trainer.device)
+        choice = record.secret_generator(torch.device("cpu"))
+        return record.PrivateSteps(options.clip, ledger["noise"], sampling, noise, choice)
 
     def reply(self, payload: Payload, mask: Mask, loss: float, state: State | None = None) -> Payload:
         """Return the answer to a training message: a state, that of the workbench by default, under `mask`."""
@@ -269,11 +306,25 @@ class ClientAlgorithm:
         return generator(self.settings.run.seed, "rounding-up", payload.round, self.context.client_id)
 
     def metadata(self, payload: Payload, loss: float) -> Metadata:
-        """Return the metadata of an answer to a training message."""
-        return {"samples": len(self.context.train), "loss": loss, "digest": payload.metadata["digest"]}
+        """Return the metadata of an answer to a training message.
+
+        With privacy.level "record" there is no loss, but the epsilon of all rounds that this client has begun.
+        """
+        told: Metadata = {"loss": loss}
+        if self.settings.privacy.level == "record":
+            told = {"epsilon": record.spent(self.context.memory.ledger())}
+        return {"samples": len(self.context.train), **told, "digest": payload.metadata["digest"]}
 
     def tested(self, payload: Payload, name: str = "accuracy") -> Metadata:
-        """Return the metadata of an answer to an evaluation message, the workbench's accuracy as `name`."""
+        """Return the metadata of an answer to an evaluation message, the workbench's accuracy as `name`.
+
+        Raises
+        ------
+        PayloadError
+            privacy.level is "record", and no noise covers an accuracy.
+        """
+        if self.settings.privacy.level == "record":
+            raise PayloadError("privacy.level is 'record'; a client tells no accuracy")
         metadata: Metadata = {"samples": len(self.context.test), "digest": payload.metadata["digest"]}
         if len(self.context.test):
             metadata["loss"], metadata[name] = self.context.trainer.evaluate(self.context.model, self.context.test)

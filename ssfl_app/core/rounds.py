@@ -130,10 +130,12 @@ class _Algorithm(Protocol):
     accuracy: dict[int, float]
     personal_accuracy: dict[int, float]
     update_norms: dict[int, float]
+    epsilons: dict[int, float]
 
     def before_training(self, ask: Query) -> None: ...
     def before_round(self, round_: int, ask: Query) -> None: ...
     def cohort(self, round_: int) -> list[int]: ...
+    def evaluated(self, round_: int) -> bool: ...
     def model(self) -> State: ...
     def answers(self, round_: int, question: str | None = None) -> Allowed: ...
     def densities(self) -> tuple[float, float]: ...
@@ -247,7 +249,8 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
             "round": round_,
             "cohort": strategy.cohort(round_),
             **names(report),
-            "train_loss": metrics["loss"],
+            "train_loss": metrics.get("loss"),
+            **({"epsilon": max(strategy.epsilons.values())} if strategy.epsilons else {}),
             **({"update_norms": {str(c): norms[c] for c in sorted(norms)}} if norms else {}),
             **counts,
             "image_passes": report.train_examples,
@@ -259,7 +262,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         means = ("local_accuracy_mean", "personal_accuracy_mean")
         record: Record = dict.fromkeys(("central_loss", "central_accuracy", *means)) | {"bytes_evaluate_down": 0}
         sent, clients = self._evaluation(round_)
-        if not sent:
+        if not sent and not strategy.evaluated(round_):
             return record
         if clients is not None:
             for name, known in (("local", strategy.accuracy), ("personal", strategy.personal_accuracy)):
@@ -270,6 +273,8 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         central = self._central(round_, lambda: ArrayRecord(dict(strategy.model()))) if tested else None
         if central is not None:
             record |= {f"central_{name}": central[name] for name in ("loss", "accuracy")}
+        if not sent:
+            return record
         report, failed = self._messenger.report, names(self._messenger.report)
         record |= {f"evaluate_{name}": failed[name] for name in ("lost", "refused", "notes") if name in failed}
         record |= {"bytes_evaluate_down": report.down, "bytes_mask_down": report.mask_down}

@@ -32,7 +32,7 @@ from ssfl_app.core.own_start import OwnStart
 from ssfl_app.core.robust import distance, there
 from ssfl_app.core.rounds import ClientRoundLoop, Query
 from ssfl_app.core.sums import Summation, check_sums, training_sum
-from ssfl_app.core.validation import check_number, check_samples, check_tested, stored
+from ssfl_app.core.validation import check_epsilon, check_number, check_samples, check_tested, stored
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.metrics import ACCURACY, Metric
 from ssfl_app.options import ConfigError
@@ -106,7 +106,9 @@ class SparseStrategy(OwnStart):
     accuracy, personal_accuracy : dict of int to float
         Of each client in the last evaluation: of the global model, and of the client's own one if it has one.
     losses : dict of int to float
-        Training loss of each client that answered well in the last round.
+        Training loss of each client that answered well in the last round; with privacy.level "record" of none.
+    epsilons : dict of int to float
+        With privacy.level "record": what each client last told that all rounds it has begun cost.
     clipped : int
         Values that clients clipped since the round began, where their answers are only added.
     update_norms : dict of int to float
@@ -152,6 +154,7 @@ class SparseStrategy(OwnStart):
         self.accuracy: dict[int, float] = {}
         self.personal_accuracy: dict[int, float] = {}
         self.losses: dict[int, float] = {}
+        self.epsilons: dict[int, float] = {}
         self.update_norms: dict[int, float] = {}
         self._next_round = 0  # 0: `before_training` is still to come
         self._encoded: tuple[State, Mask, type[Codec], Arrays] | None = None
@@ -165,6 +168,7 @@ class SparseStrategy(OwnStart):
                 f"wire.error-feedback is true; it is false with strategy {self.name}, where clients have masks, "
                 "models or memories of their own"
             )
+        self.client.check_privacy(settings)
         if run.fold != "mean" and not self.has_default_aggregator():
             raise ConfigError(
                 f"run.fold is {run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of its own"
@@ -317,6 +321,16 @@ class SparseStrategy(OwnStart):
         chosen = generator(run.seed, "cohort", round_).choice(len(present), run.cohort, replace=False)
         return sorted(int(client) for client in chosen)
 
+    @property
+    def _silent(self) -> bool:
+        # Clients tell no loss and no accuracy: what is no part of a private model has no noise.
+        return self.settings.privacy.level == "record"
+
+    def evaluated(self, round_: int) -> bool:
+        """Return whether the model is tested after a round."""
+        run = self.settings.run
+        return round_ % run.evaluate_every == 0 or round_ == run.rounds
+
     def present(self, round_: int) -> range:
         """Return the clients that take part in a round: all, unless some join late."""
         return range(self.settings.shift.present(self.settings.run.clients, round_))
@@ -368,14 +382,14 @@ class SparseStrategy(OwnStart):
         return self.messenger.build_messages("train", server_round, payloads, config)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]:
-        """Aggregate the replies into `self.state` and return their mean loss; refuse bad ones by name.
+        """Aggregate the replies into `self.state` and return their mean loss, if told; refuse bad ones by name.
 
         Raises
         ------
         RunFailed
             Too few clients answered well. The global model is unchanged.
         """
-        seen: dict[int, tuple[int, float]] = {}
+        seen: dict[int, tuple[int, float | None]] = {}
         failures, what = self.settings.failures, f"training in round {server_round}"
         self.update_norms = {}
         self._encoded = None  # it holds the model that this round replaces
@@ -387,7 +401,10 @@ class SparseStrategy(OwnStart):
         allowed = self.answers(server_round) if summation is None else summation.allowed()
 
         def take(reply: Reply) -> None:
-            seen[reply.client] = (reply.samples, float(reply.metadata.get("loss", 0.0)))
+            told = reply.metadata.get("loss")
+            seen[reply.client] = (reply.samples, None if told is None else float(told))
+            if "epsilon" in reply.metadata:
+                self.epsilons[reply.client] = float(reply.metadata["epsilon"])
             if summation is None and (failures.norm_factor or self.has_default_aggregator()):
                 norm = self.update_norm(reply)
                 if norm is not None:
@@ -402,23 +419,26 @@ class SparseStrategy(OwnStart):
         for client in self.messenger.report.refused:  # beside the other replies, after it was seen
             seen.pop(client, None)
         self._last_accepted[list(seen)] = server_round
+        told = {client: (n, loss) for client, (n, loss) in sorted(seen.items()) if loss is not None}
+        self.losses = {client: loss for client, (_, loss) in told.items()}
         if summation is not None:
-            self._summation, self.losses = None, {}
-            return None, MetricRecord({"loss": summation.loss})
-        self.losses = {client: loss for client, (_, loss) in sorted(seen.items())}
+            self._summation = None
+            return None, MetricRecord({} if summation.loss is None else {"loss": summation.loss})
+        if not told:
+            return None, MetricRecord()
         # fsum is exact before it rounds, so the order of arrival does not show here either.
-        samples = sum(n for n, _ in seen.values())
-        return None, MetricRecord({"loss": math.fsum(n * loss for n, loss in seen.values()) / samples})
+        samples = sum(n for n, _ in told.values())
+        return None, MetricRecord({"loss": math.fsum(n * loss for n, loss in told.values()) / samples})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return an evaluation message for every client, in rounds that are evaluated."""
+        """Return an evaluation message for every client, in rounds that are evaluated; none if they tell nothing."""
         self.check_playing()
-        run = self.settings.run
-        if server_round % run.evaluate_every and server_round != run.rounds:
+        if self._silent or not self.evaluated(server_round):
             return []
-        payloads = (self._outgoing(client, self.eval_payload(server_round, client)) for client in range(run.clients))
+        clients = range(self.settings.run.clients)
+        payloads = (self._outgoing(client, self.eval_payload(server_round, client)) for client in clients)
         return self.messenger.build_messages("evaluate", server_round, payloads, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -481,7 +501,10 @@ class SparseStrategy(OwnStart):
         if self._summation is not None:
             self._summation.check(client, payload)
             return
-        check_number(payload, "loss")
+        if self._silent:
+            check_epsilon(payload)
+        else:
+            check_number(payload, "loss")
         self.check_samples(payload)
         self.codec_up(payload.round).check(payload.arrays, self.layout, self.mask_for(client))
 

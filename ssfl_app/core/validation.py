@@ -21,6 +21,13 @@ def check_number(payload: Payload, name: str, called: str = "") -> None:
         raise PayloadError(f"{called or name} is {value!r}; {rule}")
 
 
+def check_epsilon(payload: Payload) -> None:
+    """Raise PayloadError unless the fact "epsilon" is a number of at least 0; it may be infinite."""
+    value = payload.metadata.get("epsilon")
+    if not isinstance(value, float) or not value >= 0:
+        raise PayloadError(f"epsilon is {value!r}; it must be a number of at least 0")
+
+
 def check_samples(payload: Payload, most: int) -> None:
     """Raise PayloadError unless the reply's samples can weigh it in a mean over all clients."""
     samples = payload.metadata["samples"]

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from ssfl_app.options import above, anything, choice, option
+from ssfl_app.options import ConfigError, above, anything, choice, option
 
 LEVELS = ("none", "client", "record")
 
@@ -41,3 +41,13 @@ class PrivacyOptions:
     def private(self) -> bool:
         """Whether there is differential privacy, of whatever level."""
         return self.level != "none"
+
+    def check(self) -> None:
+        """Raise ConfigError unless a level has either a budget or a noise, and no level has neither."""
+        given = {"epsilon": self.epsilon, "noise-multiplier": self.noise_multiplier}
+        known = [f"privacy.{name} is {value:g}" for name, value in given.items() if value]
+        if known and not self.private:
+            raise ConfigError(f"{known[0]}; privacy.level is 'none', which adds no noise: it is 'client' or 'record'")
+        if self.private and len(known) != 1:
+            both = " and ".join(known) or "neither privacy.epsilon nor privacy.noise-multiplier is given"
+            raise ConfigError(f"{both}; with privacy.level {self.level!r} one of the two is above 0")

@@ -254,7 +254,8 @@ def round_line(record: Record, rounds: int, left: float, metric: Metric = ACCURA
     return "  ".join(
         [
             f"round {record['round']:>{len(str(rounds))}}/{rounds}",
-            f"loss {record['train_loss']:.4f}",
+            *([] if record["train_loss"] is None else [f"loss {record['train_loss']:.4f}"]),
+            *([f"epsilon {record['epsilon']:.3f}"] if "epsilon" in record else []),
             ("" if metric == ACCURACY else f"{metric.name}: ") + f"central {said('central_accuracy')}",
             f"local {said('local_accuracy_mean')}",
             *([] if personal is None else [f"personal {said('personal_accuracy_mean')}"]),

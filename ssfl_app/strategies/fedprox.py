@@ -27,6 +27,7 @@ class FedProxOptions(Section):
 class FedProxClient(ClientAlgorithm):
     """Trains with a proximal term."""
 
+    record_level = True
     options = FromSettings(FedProxOptions)
 
     def train(self, payload: Payload) -> Payload:

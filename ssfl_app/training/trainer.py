@@ -11,10 +11,12 @@ from torch import nn
 
 from ssfl_app.data.dataset import Samples
 from ssfl_app.data.transform import AsTheyAre, Transform
+from ssfl_app.privacy.record import PrivateSteps, needed
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.cuda_graph import GraphedStep
 from ssfl_app.training.gpu import EVALUATION_BATCH, wait_for
+from ssfl_app.training.private_step import PrivateStep
 from ssfl_app.training.reparam import originals
 from ssfl_app.training.step import EagerStep, has_plain_forward, set_precision
 from ssfl_app.training.step import LocalOptions as LocalOptions
@@ -71,6 +73,7 @@ class LocalTrainer:
         after_step: Callable[[nn.Module], None] | None = None,
         epochs: int | None = None,
         optimizer: Optimizer | None = None,
+        private: PrivateSteps | None = None,
     ) -> float:
         """Train in place and return the mean loss over all images seen.
 
@@ -96,20 +99,32 @@ class LocalTrainer:
             Passes over the data; `options.epochs` if not given.
         optimizer : callable, optional
             Makes another one than the SGD of `options`. Parameters that need no gradient are left alone by both.
+        private : PrivateSteps, optional
+            Train by DP-SGD, in as many steps as this says and not by `epochs`. Then `rng` is a secret one too, and
+            the mean loss, which is not private, is NaN if no batch had a sample.
         """
         data = self._here(data)
         model.train()
         hooks = {"penalty": penalty, "feature_loss": feature_loss, "before_step": before_step}
-        step = self._step(model, lr, mask, **hooks, after_step=after_step, optimizer=optimizer)
+        step = self._step(model, lr, mask, private, **hooks, after_step=after_step, optimizer=optimizer)
+        if private is None:
+            passes = range(self.options.epochs if epochs is None else epochs)
+            batches = (batch for _ in passes for batch in self._epoch(data, rng, step.ahead))
+        else:
+            batches = self._drawn(data, rng, private)
         seen = 0
-        for _ in range(self.options.epochs if epochs is None else epochs):
-            for inputs, targets in self._epoch(data, rng, step.ahead):
-                step(inputs, targets)
-                seen += len(targets)
-        self.passes += seen
-        return step.total() / seen
+        for inputs, targets in batches:
+            step(inputs, targets)
+            seen += len(targets)
+        # How many were drawn tells of who was, and the server is told of passes: those on average.
+        self.passes += seen if private is None else private.sampling.steps * private.sampling.batch
+        return step.total() / seen if seen else float("nan")
 
-    def _step(self, model: nn.Module, lr: float, mask: Mask | None, **special: Any) -> EagerStep | GraphedStep:
+    def _step(
+        self, model: nn.Module, lr: float, mask: Mask | None, private: PrivateSteps | None, **special: Any
+    ) -> EagerStep | GraphedStep:
+        if private is not None:
+            return PrivateStep(model, self.options, lr, mask, private, loss=self.task.loss, **special)
         half = self.precision == "bf16" and self.device.type == "cuda"
         usual = (half or self.steps != "plain") and has_plain_forward(model)
         autocast = half and usual
@@ -141,6 +156,22 @@ class LocalTrainer:
         for group, part in zip(groups, torch.split(plan, [sum(group) for group in groups], dim=1), strict=True):
             inputs, targets = self.transform.apply(data.inputs[part[0]], part[1:]), data.targets[part[0]]
             yield from zip(torch.split(inputs, group), torch.split(targets, group), strict=True)
+
+    def _drawn(
+        self, data: Samples, rng: np.random.Generator, private: PrivateSteps
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield batches in which each sample is with the same probability, by itself; some may be empty."""
+        draw = needed("opacus.utils.uniform_sampler").UniformWithReplacementSampler
+        sampling = private.sampling
+        if sampling.samples != len(data):
+            raise ValueError(f"data has {len(data)} samples; the private steps are for {sampling.samples}")
+        for chosen in draw(
+            num_samples=len(data), sample_rate=sampling.rate, generator=private.choice, steps=sampling.steps
+        ):
+            part = torch.tensor(chosen, dtype=torch.int64, device=self.device)
+            inputs = data.inputs[part]
+            draws = torch.from_numpy(self.transform.draw(inputs, rng)).to(self.device)
+            yield self.transform.apply(inputs, draws), data.targets[part]
 
     def _here(self, data: Samples) -> Samples:
         """Return the images on the device, which from now on computes as `precision` says."""

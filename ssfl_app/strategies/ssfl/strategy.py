@@ -55,6 +55,7 @@ class MaskedClient(ClientAlgorithm):
 
     down = MaskedValues
     up = MaskedValues
+    record_level = True
 
 
 class SaliencyClient(ScoringClient, MaskedClient):
