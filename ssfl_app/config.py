@@ -209,8 +209,12 @@ def complete(flat: Mapping[str, Any]) -> Flat:
     found = {**defaults(flat.get("strategy", "ssfl")), **flat}
     if "run.cohort" not in flat and type(clients := found["run.clients"]) is int and clients > 0:
         found["run.cohort"] = min(clients, int(found["run.cohort"]))
-    if found["privacy.secure-aggregation"] is True:
+    by_client = found["privacy.level"] == "client"
+    if found["privacy.secure-aggregation"] is True or by_client:
         found |= {key: "fixed32" for key in ("wire.up-values", "ssfl.score-values") if key not in flat}
+    if by_client:
+        implied = {"run.weighting": "uniform", "ssfl.discovery": "private-densities"}
+        found |= {key: value for key, value in implied.items() if key not in flat}
     return found
 
 

@@ -21,14 +21,17 @@ from ssfl_app.comm.exchange import fewer_at_once, is_simulation
 from ssfl_app.comm.handshake import KEY, Handshake
 from ssfl_app.comm.membership import Claim
 from ssfl_app.comm.payload import Metadata
-from ssfl_app.config import Flat, first_clash, read_file
+from ssfl_app.config import Config, Flat, first_clash, read_file
 from ssfl_app.core.rounds import Record
 from ssfl_app.core.strategy import ServerContext, SparseStrategy
 from ssfl_app.data.summary import mismatch, other_images, read_data_summary
 from ssfl_app.files import check_regular, write_bytes, write_json
 from ssfl_app.locks import RunFailed, naming_memory
 from ssfl_app.options import ConfigError
+from ssfl_app.privacy.accounting import Plan, budget, failure_chance
 from ssfl_app.privacy.keys import fingerprint
+from ssfl_app.privacy.ledger import Ledger
+from ssfl_app.privacy.masking import LEAST_NEIGHBOURS
 from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.export import described
 from ssfl_app.results.recorder import Recorder, default_folder
@@ -74,12 +77,15 @@ def main(grid: Grid, context: Context) -> None:
     recorder = Recorder(folder, config.flat, tell, runtime.trainer.task.metric)
     callback = RecordingCallback(recorder, runtime, trackers)
     try:
-        strategy = REGISTRY[config.strategy](server_context(grid, runtime, callback))
+        strategy = REGISTRY[config.strategy](server_context(grid, runtime, callback, privacy_ledger(config, folder)))
         saved = resume(strategy, folder, config.flat) if run.resume else None
         if saved is not None and runtime.own:
             strategy.messenger.registry.expected = site_names(folder)
+        callback.ledger = strategy.ledger
         try:
             recorder.begin(saved)
+            if strategy.ledger is not None:
+                strategy.ledger.save()
             if saved is not None:
                 recorder.say(f"resuming after round {saved.round}")
             callback.start(strategy, 0 if saved is None else saved.round + 1)
@@ -119,7 +125,30 @@ def check_folder(folder: Path, flat: Flat) -> None:
         raise ConfigError(f"run.out is {folder}; {clash}")
 
 
-def server_context(grid: Grid, runtime: Runtime, callback: "RecordingCallback") -> ServerContext:
+def privacy_ledger(config: Config, folder: Path) -> Ledger | None:
+    """Return what a run with privacy.level "client" spends and may spend; None for others. Nothing is written.
+
+    Raises
+    ------
+    ConfigError
+        Budget, noise and rounds do not fit; of a run that goes on, the ledger is missing, damaged or another's.
+    """
+    settings = config.settings
+    run, privacy, scoring = settings.run, settings.privacy, settings.sections.get("ssfl")
+    if privacy.level != "client":
+        return None
+    share = run.cohort / run.clients
+    asks = scoring is not None and scoring.discovery == "private-densities" and config.strategy == "ssfl"
+    plan = Plan(run.rounds, share, privacy.discovery_multiplier if asks else 0.0)
+    fewest = LEAST_NEIGHBOURS + 1
+    failure = failure_chance(run.clients, share, fewest, run.rounds) if privacy.secure_aggregation else 0.0
+    make = Ledger.resume if run.resume and (folder / "config.toml").exists() else Ledger.start
+    return make(folder, plan, budget(privacy, plan, failure))
+
+
+def server_context(
+    grid: Grid, runtime: Runtime, callback: "RecordingCallback", ledger: Ledger | None
+) -> ServerContext:
     """Return what the strategy of a run works with; nothing is written."""
     run_folder = callback.recorder.folder
     simulated = is_simulation(grid)  # its clients share this machine; elsewhere each keeps its own in Flower's state
@@ -133,6 +162,7 @@ def server_context(grid: Grid, runtime: Runtime, callback: "RecordingCallback") 
         token=None if simulated else run_token(run_folder),
         dealt=None if runtime.own else functools.cache(runtime.holding),
         metric=callback.recorder.metric,
+        ledger=ledger,
     )
 
 
@@ -162,6 +192,7 @@ def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strateg
         "engine": engine_name(grid),
         **described(runtime.data),
         **callback.outcome(),
+        **spent(strategy),
     }
     summary = recorder.finish(metadata, runtime.layout, strategy.model(), strategy.mask)
     if why := undone(lambda: write_report([read_run(recorder.folder)], recorder.folder / "report.html")):
@@ -169,6 +200,15 @@ def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strateg
         recorder.say(f"warning: report.html could not be made ({why}); to try again: {cure}")
     recorder.say(summary_table(summary, recorder.folder, recorder.metric).text())
     return summary
+
+
+def spent(strategy: SparseStrategy) -> Record:
+    """Return what the summary has of differential privacy."""
+    privacy, ledger = strategy.settings.privacy, strategy.ledger
+    if not privacy.private:
+        return {}
+    noise = {} if ledger is None else {"noise_multiplier": ledger.budget.noise_multiplier}
+    return {"privacy_level": privacy.level, "epsilon": strategy.epsilon, "delta": privacy.delta, **noise}
 
 
 def run_token(folder: Path) -> str:
@@ -224,6 +264,7 @@ class RecordingCallback(RunCallback):
         self.recorder = recorder
         self.runtime = runtime
         self._sites: dict[int, Metadata] = {}
+        self.ledger: Ledger | None = None
         self._trackers, self._failed = dict(trackers), dict[str, str]()
         self._options, self._metric = runtime.config.settings.stop, runtime.trainer.task.metric
 
@@ -298,6 +339,13 @@ class RecordingCallback(RunCallback):
             self.recorder.say(
                 "secure aggregation: answers are masked; without pins at the nodes this protects against an "
                 "honest-but-curious server (docs/privacy.md)"
+            )
+        if self.ledger is not None:
+            plan, paid = self.ledger.plan, self.ledger.budget
+            self.recorder.say(
+                f"differential privacy of clients: noise multiplier {paid.noise_multiplier:g}, clip "
+                f"{config.settings.privacy.clip:g}; {plan.rounds} rounds cost epsilon {paid.epsilon:.4g} at delta "
+                f"{config.settings.privacy.delta:g}, and {self.ledger.epsilon:.4g} is spent"
             )
         self._write_clients({})
         self._tell("met", sites)

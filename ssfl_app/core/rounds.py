@@ -15,6 +15,7 @@ from ssfl_app.comm.exchange import ExchangeReport, names
 from ssfl_app.comm.messenger import Check, ClientMessenger, Messenger, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
 from ssfl_app.core.options import Settings
+from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.sparsity.codec import Dense
 from ssfl_app.sparsity.layout import Layout, State, state_digest
 from ssfl_app.sparsity.mask import Mask
@@ -130,8 +131,11 @@ class _Algorithm(Protocol):
     accuracy: dict[int, float]
     personal_accuracy: dict[int, float]
     update_norms: dict[int, float]
-    epsilons: dict[int, float]
 
+    @property
+    def epsilon(self) -> float | None: ...
+    @property
+    def ledger(self) -> Ledger | None: ...
     def before_training(self, ask: Query) -> None: ...
     def before_round(self, round_: int, ask: Query) -> None: ...
     def cohort(self, round_: int) -> list[int]: ...
@@ -227,13 +231,14 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         hook(ask)
         if prefix and not reports:
             return {}
+        hidden = strategy.ledger is not None
         return {
-            f"{prefix}asked": sorted({c for o in reports for c in [*o.ok, *o.lost, *o.refused]}),
-            **{prefix + name: value for name, value in names(*reports).items()},
+            f"{prefix}asked": [] if hidden else sorted({c for o in reports for c in [*o.ok, *o.lost, *o.refused]}),
+            **{prefix + name: value for name, value in names(*([] if hidden else reports)).items()},
             "bytes_discovery_down": sum(o.down for o in reports),
             "bytes_discovery_up": sum(o.up for o in reports),
-            "image_passes": sum(o.train_examples for o in reports),
-            "validation_passes": sum(o.eval_examples for o in reports),
+            "image_passes": 0 if hidden else sum(o.train_examples for o in reports),
+            "validation_passes": 0 if hidden else sum(o.eval_examples for o in reports),
         }
 
     def _weights(self) -> Arrays:
@@ -245,12 +250,17 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         _, metrics, counts = self._training(round_, self._reply_bytes)
         assert metrics is not None
         report, norms = self._messenger.report, strategy.update_norms
+        if strategy.ledger is not None:  # who took part is what the noise hides; how many it does not
+            bad = len(report.lost) + len(report.refused)
+            told = {"round": round_, "cohort": [], **names(ExchangeReport()), "train_loss": None}
+            told |= {"bad_replies": bad} if bad else {}
+            return {**told, "epsilon": strategy.epsilon, **counts, "image_passes": 0, "validation_passes": 0}
         return {
             "round": round_,
             "cohort": strategy.cohort(round_),
             **names(report),
             "train_loss": metrics.get("loss"),
-            **({"epsilon": max(strategy.epsilons.values())} if strategy.epsilons else {}),
+            **({} if strategy.epsilon is None else {"epsilon": strategy.epsilon}),
             **({"update_norms": {str(c): norms[c] for c in sorted(norms)}} if norms else {}),
             **counts,
             "image_passes": report.train_examples,

@@ -7,6 +7,7 @@ in `ssfl_app.comm.messenger`, the client side is in `client`.
 
 import functools
 import math
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from ssfl_app.core.validation import check_epsilon, check_number, check_samples,
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.metrics import ACCURACY, Metric
 from ssfl_app.options import ConfigError
+from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import Codec, LinearCodec, MaskedValues
 from ssfl_app.sparsity.layout import Layout, State, Vector
@@ -66,6 +68,8 @@ class ServerContext:
         What the server knows that it deals to a client; None: a client holds what it said in the handshake.
     metric : Metric
         What the values are that are called accuracy here.
+    ledger : Ledger or None
+        What is spent of the privacy of clients, with privacy.level "client".
     """
 
     layout: Layout
@@ -77,6 +81,7 @@ class ServerContext:
     token: str | None = None
     dealt: Callable[[int], DataSummary] | None = None
     metric: Metric = ACCURACY
+    ledger: Ledger | None = None
 
 
 class SparseStrategy(OwnStart):
@@ -159,6 +164,7 @@ class SparseStrategy(OwnStart):
         self._next_round = 0  # 0: `before_training` is still to come
         self._encoded: tuple[State, Mask, type[Codec], Arrays] | None = None
         self._there: tuple[State, Mask, list[Vector]] | None = None  # what `state` has where replies carry values
+        self._cohort: tuple[int, list[int]] = (0, [])
         self._last_accepted = np.zeros(settings.run.clients, dtype=np.int64)  # client -> its last good round
         self._made_in_round = 0  # the round that made `state`
         self._residual: Vector | None = None  # what rounding took from the models sent before this one
@@ -318,13 +324,35 @@ class SparseStrategy(OwnStart):
         run, present = self.settings.run, self.present(round_)
         if self.full_participation:
             return list(present)
+        if self.settings.privacy.level == "client":
+            return self._drawn_secretly(round_)
         chosen = generator(run.seed, "cohort", round_).choice(len(present), run.cohort, replace=False)
         return sorted(int(client) for client in chosen)
+
+    def _drawn_secretly(self, round_: int) -> list[int]:
+        # Each client by itself, by a seed that nobody knows: who takes part is what the noise hides. Kept, since a
+        # round asks more than once.
+        if self._cohort[0] != round_:
+            run, rng = self.settings.run, generator(secrets.randbits(128), "cohort", round_)
+            self._cohort = round_, np.flatnonzero(rng.random(run.clients) < run.cohort / run.clients).tolist()
+        return list(self._cohort[1])
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """What is spent of the privacy of clients, with privacy.level "client"."""
+        return self.context.ledger
+
+    @property
+    def epsilon(self) -> float | None:
+        """What was spent so far: of all clients, or with privacy.level "record" of the one that spent most."""
+        if self.ledger is not None:
+            return self.ledger.epsilon
+        return max(self.epsilons.values(), default=None)
 
     @property
     def _silent(self) -> bool:
         # Clients tell no loss and no accuracy: what is no part of a private model has no noise.
-        return self.settings.privacy.level == "record"
+        return self.settings.privacy.private
 
     def evaluated(self, round_: int) -> bool:
         """Return whether the model is tested after a round."""
@@ -411,7 +439,8 @@ class SparseStrategy(OwnStart):
                     self.update_norms[reply.client] = norm
             aggregator.add(reply)
 
-        share = failures.min_ok_fraction
+        # A sum of differential privacy is told whoever is in it.
+        share = None if self.ledger is not None else failures.min_ok_fraction
         self.messenger.receive(replies, allowed, self.check_trained, take, share, what)
         self._there = None  # before a vector is made of the sums
         aggregator.finish()
@@ -498,12 +527,12 @@ class SparseStrategy(OwnStart):
 
     def check_trained(self, client: int, payload: Payload) -> None:
         """Raise PayloadError unless an aggregator may see this reply. Default: loss, samples and the model."""
+        if self.settings.privacy.level == "record":
+            check_epsilon(payload)
         if self._summation is not None:
             self._summation.check(client, payload)
             return
-        if self._silent:
-            check_epsilon(payload)
-        else:
+        if not self._silent:
             check_number(payload, "loss")
         self.check_samples(payload)
         self.codec_up(payload.round).check(payload.arrays, self.layout, self.mask_for(client))

@@ -10,17 +10,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssfl_app.comm.payload import ClientState, Metadata, Payload
+from ssfl_app.privacy.clipping import clipped
 from ssfl_app.privacy.keys import KeyPair, fingerprint
 from ssfl_app.privacy.masking import Masker, Peer, read_peers
+from ssfl_app.privacy.noise import gaussian
 from ssfl_app.sparsity.fixed import FixedPoint, Summand
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.values import Arrays, PayloadError, read_array
 from ssfl_app.text import quoted
 
 UNIT, LOSS_UNIT, RANGE, MOST = "unit", "loss-unit", "range", "most"
+CLIP, NOISE = "clip", "noise"
 EXCHANGE, ABOUT, OWN = "exchange", "about", "own-key"
 PEERS = "own-peers"
-"""Facts and arrays of a message whose answer is added; OWN is the key that the server has of its client."""
+"""Facts and arrays of a message whose answer is added; OWN is the key that the server has of its client.
+
+With CLIP the sum is a release of differential privacy (privacy.level "client"): the vector of a client is at most so
+long, nothing stands beside it, and each client adds a share of the noise, of NOISE steps, if that is not 0.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,13 +95,28 @@ class SummandWriter:
         PayloadError
             The message does not say what is needed, or asks for a second answer under the same masks.
         """
-        summand, _ = fixed_point(payload.metadata, kind).write(values, weight, rng, loss)
+        fixed = fixed_point(payload.metadata, kind)
+        if CLIP in payload.metadata:
+            summand = self._released(payload, fixed, values)
+        else:
+            summand, _ = fixed.write(values, weight, rng, loss if LOSS_UNIT in payload.metadata else None)
         if not self._secure:
             return {"values": summand}
         masker = self._masker(payload, summand)
         self._memory.advance("masked", self._exchange(payload))
         shares = masker.mask(summand)
         return {"values": summand, **shares}
+
+    def _released(self, payload: Payload, fixed: FixedPoint, values: Vector) -> Summand:
+        """Return values of bounded length, with this client's share of the noise."""
+        clip, noise = payload.metadata[CLIP], payload.metadata.get(NOISE)
+        if not isinstance(clip, float) or not isinstance(noise, float) or not 0 < clip < math.inf or noise < 0:
+            raise PayloadError(f"{CLIP} is {quoted(clip)} and {NOISE} {quoted(noise)}; they are numbers above 0")
+        try:
+            whole = clipped(values, clip, fixed.step)
+            return fixed.modulo(whole + gaussian(noise, whole.size) if noise else whole)
+        except ValueError as error:
+            raise PayloadError(str(error)) from error
 
     def unmask(self, payload: Payload) -> Payload:
         """Return the shares that unmask the sum of an exchange, once; PayloadError if they must not be told."""

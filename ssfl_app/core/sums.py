@@ -5,8 +5,10 @@ numbers (`ssfl_app.sparsity.fixed`). With privacy.secure-aggregation they mask t
 by a second exchange (`ssfl_app.privacy.masking` has the protocol). Both sums have the same bits.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -18,9 +20,11 @@ from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import Settings
 from ssfl_app.core.summand import (
     ABOUT,
+    CLIP,
     EXCHANGE,
     LOSS_UNIT,
     MOST,
+    NOISE,
     OWN,
     PEERS,
     RANGE,
@@ -29,6 +33,7 @@ from ssfl_app.core.summand import (
 )
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
+from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.privacy.masking import (
     LEAST_NEIGHBOURS,
     FalseShares,
@@ -38,6 +43,7 @@ from ssfl_app.privacy.masking import (
     neighbours,
     write_peers,
 )
+from ssfl_app.privacy.noise import gaussian, shares
 from ssfl_app.sparsity.codec import Codec, LinearCodec
 from ssfl_app.sparsity.fixed import FixedPoint, Summand, signed
 from ssfl_app.sparsity.layout import Layout
@@ -55,6 +61,8 @@ class _Algorithm(Protocol):
     settings: Settings
     messenger: ClientMessenger
 
+    @property
+    def ledger(self) -> Ledger | None: ...
     def codec_up(self, round_: int) -> Codec: ...
     def has_default_aggregator(self) -> bool: ...
     def cohort(self, round_: int) -> list[int]: ...
@@ -69,21 +77,25 @@ def check_sums(strategy: _Algorithm) -> None:
         Something else is done with answers than to add them, one by one: named with its key.
     """
     settings, name = strategy.settings, strategy.name
+    private = settings.privacy.level == "client"
     secure, run = settings.privacy.secure_aggregation, settings.run
     scores = settings.sections["ssfl"].score_values if strategy.client.summed else ""
     keys = {"wire.up-values": settings.wire.up_values} | ({"ssfl.score-values": scores} if scores else {})
     summed = {key: value for key, value in keys.items() if value in SUMMED_TYPES}
-    if secure and len(summed) < len(keys):
+    needs = [
+        why for why, holds in (("privacy.secure-aggregation", secure), ("privacy.level 'client'", private)) if holds
+    ]
+    if needs and len(summed) < len(keys):
         key, value = next((key, value) for key, value in keys.items() if key not in summed)
         raise ConfigError(
             f"{key} is {value!r}; it is 'fixed32' with privacy.secure-aggregation: whole numbers add up"
         )
     if not summed:
         return
-    cause = "privacy.secure-aggregation is true" if secure else "{} is {!r}".format(*next(iter(summed.items())))
+    cause = f"with {needs[0]}" if needs else "{} is {!r}".format(*next(iter(summed.items())))
     if "wire.up-values" in summed and not strategy.has_default_aggregator():
         raise ConfigError(f"{cause}; with strategy {name} the server does more with models than to average them")
-    if secure and set(strategy.client.query_types) - set(strategy.client.summed):
+    if needs and set(strategy.client.query_types) - set(strategy.client.summed):
         question = strategy.client.query_types[0]
         raise ConfigError(f"{cause}; with strategy {name} the server reads each answer to {question!r}")
     refused = {
@@ -95,9 +107,12 @@ def check_sums(strategy: _Algorithm) -> None:
         options = settings.sections["ssfl"]
         refused |= {"ssfl.score-fold": (options.score_fold, "mean")}
         refused |= {"ssfl.refresh": (options.refresh, "never")} if options.refresh == "drift" else {}
+    if private:
+        refused |= {"run.weighting": (run.weighting, "uniform"), "shift.round": (settings.shift.round, 0)}
+        refused |= {"ssfl.discovery": (settings.sections["ssfl"].discovery, "private-densities")} if scores else {}
     for key, (value, needed) in refused.items():
         if value != needed:
-            raise ConfigError(f"{key} is {value!r}; it is {needed!r} where {cause}: the server learns sums only")
+            raise ConfigError(f"{key} is {value!r}; it is {needed!r}: {cause}, the server learns sums only")
     try:
         for value in summed.values():
             FixedPoint.of(value, settings.wire.range, run.clients, run.cohort)
@@ -112,15 +127,28 @@ def training_sum(strategy: _Algorithm, round_: int, cohort: list[int]) -> "Summa
     """Return the sum of the updates of a round."""
     codec = strategy.codec_up(round_)
     assert isinstance(codec, LinearCodec)  # `check_sums`
+    settings, ledger = strategy.settings, strategy.ledger
+    release = None
+    if settings.privacy.level == "client":
+        if ledger is None:
+            raise RunFailed("privacy.level is 'client'; without a ledger nobody knows what is spent")
+        release = Release(settings.privacy.clip, ledger.budget.noise_multiplier, settings.run.cohort)
+        if settings.privacy.secure_aggregation and len(cohort) <= LEAST_NEIGHBOURS:
+            drawn = f"training in round {round_}: {len(cohort)} clients were drawn"
+            raise RunFailed(
+                f"{drawn}; a masked sum is of {LEAST_NEIGHBOURS + 1} at least. Delta has the chance of this"
+            )
+        ledger.begin("round")
     return Summation(
         strategy,
         cohort,
         codec.count(strategy.layout, strategy.mask),
         codec.values,
-        by_samples=strategy.settings.run.weighting == "samples",
+        by_samples=settings.run.weighting == "samples",
         round_=round_,
         what=f"training under {strategy.mask.digest}",
-        loss=True,
+        loss=settings.privacy.level == "none",
+        release=release,
     )
 
 
@@ -137,6 +165,33 @@ class ClearSum:
     def total(self) -> Summand:
         """Return the sum modulo 2**32 or 2**16."""
         return self._sum
+
+
+@dataclass(frozen=True)
+class Release:
+    """What makes a sum one of differential privacy, of clients (`ssfl_app.privacy.accounting` has the definitions).
+
+    Attributes
+    ----------
+    clip : float
+        Largest Euclidean length of what a client adds.
+    multiplier : float
+        Standard deviation of the noise, by `clip`; 0: there is none.
+    expected : float
+        How many clients are expected; the sum is divided by it, whoever came.
+    """
+
+    clip: float
+    multiplier: float
+    expected: float
+
+    def sigma(self, step: float) -> float:
+        """Return the standard deviation of the noise in steps."""
+        return self.multiplier * self.clip / step
+
+    def headroom(self, clients: int) -> float:
+        """Return how many times `clip` a coordinate of the sum, with its noise, may be."""
+        return clients + 10 * self.multiplier * math.sqrt(2)  # shares sum to more noise where more answer
 
 
 @dataclass
@@ -174,6 +229,8 @@ class Summation:
         What is asked, for people and for the clients, which bind their masks to it.
     loss : bool
         Whether clients tell their training loss, too.
+    release : Release, optional
+        The sum is one of differential privacy; then nothing else is told, and all clients weigh 1.
 
     Raises
     ------
@@ -192,22 +249,40 @@ class Summation:
         round_: int,
         what: str,
         loss: bool = False,
+        release: Release | None = None,
     ) -> None:
-        self._round, self.loss = round_, 0.0
+        self._round, self.loss = round_, None if release or not loss else 0.0
         self._messenger, self._privacy, self._what = strategy.messenger, strategy.settings.privacy, what
-        self._size, self._loss, asked = size, loss, sorted(clients)
+        self._size, asked = size, sorted(clients)
         self.weights = {client: self._held(client) if by_samples else 1 for client in asked}
-        self.fixed = FixedPoint.of(kind, strategy.settings.wire.range, sum(self.weights.values()), len(asked))
-        self._dtype, self._in = SUMMED_TYPES[kind], set[int]()
-        self._numbers = size + (2 if loss else 1)
+        self._dtype, self._in, self._release = SUMMED_TYPES[kind], set[int](), release
+        if release is None:
+            self._most_weight = float(sum(self.weights.values()))
+            self.fixed = FixedPoint.of(kind, strategy.settings.wire.range, self._most_weight, len(asked))
+            self._numbers = size + (2 if loss else 1)
+        else:
+            self._most_weight = release.headroom(strategy.settings.run.clients)
+            self.fixed = FixedPoint.of(kind, release.clip, self._most_weight, strategy.settings.run.clients)
+            self._numbers = size
         self._facts: Metadata = {UNIT: self.fixed.step, RANGE: self.fixed.range, MOST: self.fixed.most}
-        self._facts |= {LOSS_UNIT: self.fixed.loss_step} if loss else {}
+        self._facts |= {LOSS_UNIT: self.fixed.loss_step} if loss and release is None else {}
+        self._facts |= {} if release is None else {CLIP: release.clip, NOISE: self._share(release, len(asked))}
         self._keys: dict[int, bytes] = {}
         self._masked: MaskedSum | None = None
         self._peers: dict[int, Arrays] = {}
         if self._privacy.secure_aggregation:
             self._masked = self._opened(asked, strategy.settings.run.seed)
         self._sum: MaskedSum | ClearSum = self._masked or ClearSum(self._numbers, self._dtype)
+
+    @property
+    def _least(self) -> int:
+        """How many must be in the sum, so that their shares of the noise are all of it."""
+        return max(1, math.ceil(self._privacy.threshold * len(self.weights)))
+
+    def _share(self, release: Release, asked: int) -> float:
+        """Return the standard deviation of a client's share of the noise, in steps; 0: the server adds all of it."""
+        sigma = release.sigma(self.fixed.step)
+        return shares(sigma, self._least) if sigma and self._privacy.secure_aggregation and asked else 0.0
 
     def _held(self, client: int) -> int:
         held = self._messenger.held(client)
@@ -242,12 +317,17 @@ class Summation:
     def check(self, client: int, payload: Payload) -> None:
         """Raise PayloadError unless an answer may be added: a clear one within its range, any with all its parts."""
         values, samples = read_array(payload.arrays, "values", self._dtype, self._numbers), self.weights[client]
-        if payload.metadata["samples"] != self._messenger.held(client):
+        if self._release is not None:
+            limit = math.floor((Fraction(self._release.clip) / Fraction(self.fixed.step)) ** 2)
+            whole = signed(values).astype(np.int64)
+            if self._masked is None and int(whole @ whole) > limit:
+                raise PayloadError(f"its vector is longer than {self._release.clip:g}, to which clients clip them")
+        elif payload.metadata["samples"] != self._messenger.held(client):
             told = payload.metadata["samples"]
             raise PayloadError(f"samples is {told!r}; this client holds {self._messenger.held(client)}")
         if self._masked is not None:
             self._masked.check(client, payload.arrays)
-        elif not self.fixed.in_range(values, samples, self._size):
+        elif self._release is None and not self.fixed.in_range(values, samples, self._size):
             raise PayloadError(f"a value is beyond wire.range, {self.fixed.range:g}, by the weight {samples}")
 
     def add(self, reply: Reply) -> None:
@@ -264,13 +344,24 @@ class Summation:
             Too few clients answered, or the sum is beyond what good answers add up to.
         """
         total = self._sum.total() if self._masked is None else self._unmasked(self._masked)
-        weight = sum(self.weights[client] for client in self._in)
+        weight: float = sum(self.weights[client] for client in self._in)
+        if self._release is not None:
+            return self._released(self._release, total)
         if not self.fixed.in_range(total, weight, self._size):
             raise RunFailed(f"{self._what}: the sum is beyond wire.range, {self.fixed.range:g}: a client lied")
         numbers = signed(total)
-        if self._loss:
+        if self.loss is not None:
             self.loss = self.fixed.mean_loss(int(numbers[self._size + 1]), weight)
         return Summed(self.fixed.mean(total[: self._size], weight), int(numbers[self._size]))
+
+    def _released(self, release: Release, total: Summand) -> Summed:
+        """Return the mean with its noise, by the number of clients that is expected."""
+        sigma, noised = release.sigma(self.fixed.step), total
+        if self._masked is None and sigma:
+            noised = self.fixed.modulo(signed(total).astype(np.int64) + gaussian(sigma, total.size))
+        elif self._masked is not None and sigma and len(self._in) < self._least:
+            raise RunFailed(f"{self._what}: {len(self._in)} clients answered; with {self._least} the noise is whole")
+        return Summed(self.fixed.mean(noised, release.expected), 0)
 
     def _unmasked(self, masked: MaskedSum) -> Summand:
         try:

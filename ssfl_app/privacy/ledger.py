@@ -45,12 +45,15 @@ class Ledger:
 
     @classmethod
     def start(cls, folder: Path, plan: Plan, budget: Budget) -> "Ledger":
-        """Write the ledger of a run that begins in a folder; a ConfigError if there is one."""
+        """Return the ledger of a run that begins in a folder; a ConfigError if there is one. Then `save` it."""
         ledger = cls(folder / FILE, plan, budget, dict.fromkeys(KINDS, 0))
         if ledger._path.exists():
             raise ConfigError(f"{ledger._path} is the ledger of another run; begin this one in another folder")
-        ledger._write(ledger.begun)
         return ledger
+
+    def save(self) -> None:
+        """Write it: a run that has begun has a ledger, and cannot be resumed without."""
+        self._write(self.begun)
 
     @classmethod
     def resume(cls, folder: Path, plan: Plan, budget: Budget) -> "Ledger":

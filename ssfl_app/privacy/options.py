@@ -37,6 +37,10 @@ class PrivacyOptions:
         "standard deviation of the noise by privacy.clip; 0: it follows from privacy.epsilon",
     )
 
+    discovery_multiplier: float = above(
+        0, 4.0, 'the same of a discovery by ssfl.discovery "private-densities", with level "client"'
+    )
+
     @property
     def private(self) -> bool:
         """Whether there is differential privacy, of whatever level."""

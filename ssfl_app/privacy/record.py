@@ -92,7 +92,7 @@ def needed(module: str) -> Any:
     except ImportError as error:
         library = module.partition(".")[0].replace("_", "-")
         raise ConfigError(
-            f'privacy.level is not \'none\'; {library} is not installed here: pip install "ssfl-app[privacy]"'
+            f"privacy.level is not 'none'; {library} is not installed here: pip install \"ssfl-app[privacy]\""
         ) from error
 
 

@@ -68,6 +68,7 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: 
         *([f"{metric.name}, {x}", said(known.get(k))] for k, x in tested.items()),
         *([[f"{metric.name}, best round", f"{best}, round {known['best_round']}"]] if "best_round" in known else []),
         *([["stopped", f"after round {ask('rounds')}: {ended}"]] if ended else []),
+        *([["privacy", _privacy(known)]] if "privacy_level" in known else []),
         ["density", f"{ask('density', '.3g')}: {alive}"],
         ["discovery and mask", f"{mb('bytes_discovery_down')} MB down, {mb('bytes_discovery_up')} MB up"],
         ["training", f"{mb('bytes_train_down')} MB down, {mb('bytes_train_up')} MB up"],
@@ -83,6 +84,12 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: 
         if known.get(f"{what}_sha256"):
             rows.append([f"SHA-256 of the {what}", str(known[f"{what}_sha256"])])
     return Table([], rows if folder is None else [*rows, ["results", str(folder)]])
+
+
+def _privacy(known: Mapping[str, Any]) -> str:
+    of = "a client" if known["privacy_level"] == "client" else "a record, at the site that spent most"
+    noise = f", noise multiplier {known['noise_multiplier']:g}" if "noise_multiplier" in known else ""
+    return f"epsilon {shown(known.get('epsilon'), '.3f')} at delta {shown(known.get('delta'), 'g')} for {of}{noise}"
 
 
 def round_table(run: Run) -> Table:

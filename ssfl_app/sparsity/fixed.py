@@ -7,7 +7,7 @@ sum of masked answers has the bits of the sum of clear ones. x is the update (wh
 The weight is in before anything is rounded, so large weights cost no precision: of the mean, one unit is about
 ``range / 2**31`` (fixed32) or ``range / 2**15`` (fixed16), and m clients are off by at most m / 2 units.
 
-Beside the values stand what else is only told as a sum (`Extras`).
+Beside the values stands what else is told as a sum only: how many were clipped, and the training loss.
 """
 
 import math
@@ -56,7 +56,7 @@ class FixedPoint:
     most: int
 
     @classmethod
-    def of(cls, kind: str, range_: float, weight: int, clients: int) -> "FixedPoint":
+    def of(cls, kind: str, range_: float, weight: float, clients: int) -> "FixedPoint":
         """Return how `clients` of together this weight write values, so that no sum of theirs overflows.
 
         Raises
@@ -114,17 +114,22 @@ class FixedPoint:
             made[size + 1] = np.int64(round(weight * min(max(loss, -most), most) / self.loss_step)).astype(dtype)
         return made, clipped
 
-    def in_range(self, summand: Summand, weight: int, values: int) -> bool:
+    def modulo(self, whole: npt.NDArray[np.int64]) -> Summand:
+        """Return whole numbers as a summand."""
+        made: Summand = whole.astype(SUMMED_TYPES[self.kind])
+        return made
+
+    def in_range(self, summand: Summand, weight: float, values: int) -> bool:
         """Return whether a client, or clients together, of this weight can have made the first `values` numbers."""
         most = math.floor(weight * self.range / self.step) + self.most
         whole = signed(summand[:values])
         return not whole.size or (int(whole.max()) <= most and int(whole.min()) >= -most)
 
-    def mean(self, total: Summand, weight: int) -> npt.NDArray[np.float64]:
+    def mean(self, total: Summand, weight: float) -> npt.NDArray[np.float64]:
         """Return the weighted mean of the values whose sum this is, float64."""
         return signed(total).astype(np.float64) * (self.step / weight)
 
-    def mean_loss(self, total: int, weight: int) -> float:
+    def mean_loss(self, total: int, weight: float) -> float:
         """Return the weighted mean of the losses whose sum this is."""
         return total * self.loss_step / weight
 

@@ -107,6 +107,7 @@ class LocalTrainer:
         model.train()
         hooks = {"penalty": penalty, "feature_loss": feature_loss, "before_step": before_step}
         step = self._step(model, lr, mask, private, **hooks, after_step=after_step, optimizer=optimizer)
+        batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
         if private is None:
             passes = range(self.options.epochs if epochs is None else epochs)
             batches = (batch for _ in passes for batch in self._epoch(data, rng, step.ahead))

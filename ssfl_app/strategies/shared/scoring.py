@@ -41,6 +41,11 @@ class SsflOptions(Section):
     )
     saliency_share: float = fraction(1.0, "share of the clients that is asked for scores, in (0, 1]")
     criterion: str = choice(*CRITERIA, about="what a weight is scored by")
+    discovery: str = choice(
+        "scores",
+        "private-densities",
+        about="what clients tell: a score a weight, or a number a layer (docs/privacy.md)",
+    )
     steps: int = at_least(0, 0, "of synflow (0: 100), iterative-snip and force (0: 5)")
     grasp_temperature: float = above(0, 200.0, "logits are divided by it under grasp")
     warmup_rounds: int = at_least(0, 0, "dense rounds first; the mask is then found at the weights of that moment")

@@ -41,7 +41,8 @@ import numpy as np
 from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, Reply, SparseStrategy
 from ssfl_app.core.options import ConfigError, Settings
 from ssfl_app.core.robust import ScoreFold
-from ssfl_app.core.sums import Summation
+from ssfl_app.core.sums import Release, Summation
+from ssfl_app.privacy.densities import densities, drawn_mask, own_shares, tiny_layers
 from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest
 from ssfl_app.sparsity.mask import Mask
@@ -58,6 +59,8 @@ from ssfl_app.sparsity.values import (
 from ssfl_app.strategies.shared.scoring import SsflOptions, mean_over_batches, ranked, snip_scores
 
 QUESTIONS = ("saliency", "curvature")
+DENSITIES = "layer_shares"
+"""The question of ssfl.discovery "private-densities"."""
 MAGNITUDES = ("snip", "iterative-snip", "force")
 """Criteria whose clients answer with magnitudes; the others ask for gradients."""
 SIGNED = ("pooled-snip", "grasp")
@@ -71,6 +74,10 @@ def steps_of(settings: Settings) -> int:
     options = SsflOptions.from_settings(settings)
     if options.steps and options.criterion not in STEPS:
         raise ConfigError(f"ssfl.steps is {options.steps}; it is 0 with ssfl.criterion {options.criterion}")
+    if options.discovery == "private-densities" and (options.criterion != "snip" or options.refresh != "never"):
+        key = "criterion" if options.criterion != "snip" else "refresh"
+        rule = f"it is {'snip' if key == 'criterion' else 'never'!r} with ssfl.discovery 'private-densities'"
+        raise ConfigError(f"ssfl.{key} is {getattr(options, key)!r}; {rule}")
     if options.score_values == "log8" and options.criterion in SIGNED:
         rule = f"it is fp32 or bf16 with ssfl.criterion {options.criterion}, whose values have signs"
         raise ConfigError(f"ssfl.score-values is 'log8'; {rule}")
@@ -114,7 +121,10 @@ def find_mask(
     elif carry is None:
         carry = Payload(Dense().encode(layout, state, Mask.dense(layout)))
     collector = _ScoreCollector(strategy, ask, tuple(clients), state, carry, round_)
-    return _RULES[SsflOptions.from_settings(strategy.settings).criterion](collector)
+    options = SsflOptions.from_settings(strategy.settings)
+    if options.discovery == "private-densities":
+        return _by_private_densities(collector)
+    return _RULES[options.criterion](collector)
 
 
 @dataclass(frozen=True)
@@ -245,6 +255,30 @@ def _by_force(collector: _ScoreCollector) -> Mask:
     )
 
 
+def _by_private_densities(collector: _ScoreCollector) -> Mask:
+    """Return the mask that is drawn inside the layers, of densities that a noisy sum tells (`privacy.densities`)."""
+    strategy, layout = collector.strategy, collector.strategy.layout
+    density, run, ledger = strategy.settings.mask.density, strategy.settings.run, strategy.ledger
+    multiplier = 0.0 if ledger is None else strategy.settings.privacy.discovery_multiplier
+    if ledger is not None:
+        ledger.begin("discovery")
+    size = len(layout.prunable) - len(tiny_layers(layout, density))
+    summation = Summation(
+        strategy,
+        collector.clients,
+        size,
+        "fixed32",
+        by_samples=False,
+        round_=collector.round,
+        what=f"the question {DENSITIES!r}",
+        release=Release(1.0, multiplier, len(collector.clients)),
+    )
+    asked = functools.partial(summation.outgoing, payload=collector.carry)
+    collector.ask(DENSITIES, collector.clients, summation.check, summation.add, asked, summation.allowed())
+    counts = densities(summation.finish().mean, layout, density)
+    return drawn_mask(layout, counts, run.seed)
+
+
 def _net(step: int, mask: Mask) -> Arrays:
     # Before the first step everything is alive, and both ends know it.
     return {"net": mask.packed()} if step else {}
@@ -282,6 +316,10 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
         The criterion has no such question, or what came along is malformed.
     """
     options, site = SsflOptions.from_settings(rule.settings), rule.context
+    if question == DENSITIES and options.discovery == "private-densities":
+        scores = snip_scores(rule, rule.initial_weights(payload) if state is None else state)
+        told = own_shares(scores, site.layout, rule.settings.mask.density).astype(np.float32)
+        return Payload(site.summands.write(payload, told, "fixed32", 1), {"samples": len(site.train)})
     if question not in QUESTIONS or (question == "curvature" and options.criterion != "grasp"):
         raise PayloadError(f"question is {question!r}; ssfl.criterion is {options.criterion}")
     state = rule.initial_weights(payload) if state is None else state

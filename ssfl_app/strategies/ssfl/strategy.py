@@ -25,18 +25,20 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, ServerContext, SparseStrategy
-from ssfl_app.core.options import FromSettings, MaskOptions
+from ssfl_app.core.options import ConfigError, FromSettings, MaskOptions
 from ssfl_app.core.validation import stored
+from ssfl_app.privacy.densities import drawn_mask
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import Layout, State
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import Allowed, Arrays, allowed_values
+from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, allowed_values, read_array
 from ssfl_app.strategies.shared.scoring import ScoringClient, SsflOptions
-from ssfl_app.strategies.ssfl.criteria import QUESTIONS, find_mask, score_weights, steps_of
+from ssfl_app.strategies.ssfl.criteria import DENSITIES, QUESTIONS, find_mask, score_weights, steps_of
 from ssfl_app.strategies.ssfl.refresh import MaskRefresh, lifted_weights
 
 
@@ -50,6 +52,10 @@ def shuffled_mask(found: Mask, seed: int) -> Mask:
     return found.shuffle(generator(seed, "shuffle"))
 
 
+COUNTS = "layer-counts"
+"""Array beside a model: how many weights each layer keeps, in the layout's order."""
+
+
 class MaskedClient(ClientAlgorithm):
     """FedAvg's client, paid for the alive values only."""
 
@@ -61,8 +67,8 @@ class MaskedClient(ClientAlgorithm):
 class SaliencyClient(ScoringClient, MaskedClient):
     """Scores weights as ssfl.criterion says."""
 
-    query_types = QUESTIONS
-    summed = QUESTIONS
+    query_types = (*QUESTIONS, DENSITIES)
+    summed = query_types
 
     def answer_query(self, question: str, payload: Payload) -> Payload:
         """Return the scores at the dense weights the question is about."""
@@ -70,6 +76,21 @@ class SaliencyClient(ScoringClient, MaskedClient):
             return super().answer_query(question, payload)
         refresh = "alive" in payload.arrays and "values" not in payload.arrays
         return score_weights(self, question, payload, lifted_weights(self, payload) if refresh else None)
+
+    def known_mask(self, payload: Payload, digest: str) -> Mask:
+        """Return the shared mask; one of private densities is drawn here, of what each layer keeps."""
+        told = payload.arrays.get(COUNTS)
+        if told is not None and "mask" not in payload.arrays and self.context.mask(digest) is None:
+            layout = self.context.layout
+            counts = read_array(payload.arrays, COUNTS, np.int32, len(layout.prunable)).tolist()
+            if any(
+                not 0 <= count <= size for count, size in zip(counts, layout.prunable_sizes.values(), strict=True)
+            ):
+                raise PayloadError(f"{COUNTS} are {counts}; a layer keeps from 0 to all of its weights")
+            drawn = drawn_mask(layout, dict(zip(layout.prunable, counts, strict=True)), self.settings.run.seed)
+            if drawn.digest == digest:
+                self.context.memory.keep(digest, drawn.packed())
+        return super().known_mask(payload, digest)
 
 
 class FixedMask(SparseStrategy):
@@ -128,6 +149,14 @@ class Ssfl(FixedMask):
             self.state = mask.apply(self._refresher.start(trained, lifted, self._initial))
             self.mask = mask
 
+    def train_payload(self, round_: int, client: int) -> Payload:
+        """Return the model; and, if a client can draw the mask itself, what each layer keeps."""
+        payload = super().train_payload(round_, client)
+        if self.options.discovery != "private-densities" or self.mask.count == self.mask.alive.size:
+            return payload
+        counts = np.array([alive for _, alive, _ in self.mask.layers()], dtype=np.int32)
+        return Payload({**payload.arrays, COUNTS: counts}, payload.metadata)
+
     def state_dict(self) -> Arrays:
         """Return all that `load_state_dict` needs."""
         initial = {"initial": self.layout.flatten(self._initial)} if self._initial else {}
@@ -147,7 +176,11 @@ class Ssfl(FixedMask):
 
         `state` and `carry`: the weights it is about, if they are not the initial ones (`criteria.find_mask`).
         """
-        return find_mask(self, ask, self.asked(round_), state, carry, round_)
+        mask = find_mask(self, ask, self.asked(round_), state, carry, round_)
+        if self.options.discovery == "private-densities":
+            for client in range(self.settings.run.clients):  # each draws it
+                self.messenger.mark_mask_held(client, mask)
+        return mask
 
     def answers(self, round_: int, question: str | None = None) -> Allowed:
         """Return a score for each weight for a question."""
@@ -167,6 +200,12 @@ class Shuffled(Ssfl):
     """SSFL's mask with the bits permuted inside every layer."""
 
     name = "shuffled"
+
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        if self.options.discovery != "scores":
+            rule = "it is 'scores' with strategy shuffled; that of ssfl is random inside the layers, too"
+            raise ConfigError(f"ssfl.discovery is {self.options.discovery!r}; {rule}")
 
     def find_mask(
         self, ask: Query, round_: int = 0, state: State | None = None, carry: Payload | None = None
