@@ -33,6 +33,7 @@ from ssfl_app.core.summand import (
 )
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
+from ssfl_app.privacy.clipping import squared_length
 from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.privacy.masking import (
     LEAST_NEIGHBOURS,
@@ -320,7 +321,7 @@ class Summation:
         if self._release is not None:
             limit = math.floor((Fraction(self._release.clip) / Fraction(self.fixed.step)) ** 2)
             whole = signed(values).astype(np.int64)
-            if self._masked is None and int(whole @ whole) > limit:
+            if self._masked is None and squared_length(whole) > limit:
                 raise PayloadError(f"its vector is longer than {self._release.clip:g}, to which clients clip them")
         elif payload.metadata["samples"] != self._messenger.held(client):
             told = payload.metadata["samples"]

@@ -46,8 +46,21 @@ def clipped(values: npt.NDArray[Any], clip: float, step: float = 1.0) -> npt.NDA
     slack = 2.0**-24
     while True:
         whole = np.rint(exact * (factor / step)).astype(np.int64)
-        square = int(whole @ whole)
+        square = squared_length(whole)
         if square <= most:
             return whole
         factor *= min(math.sqrt(most / square), 1 - slack)
         slack = min(2 * slack, 0.5)
+
+
+def squared_length(whole: npt.NDArray[np.int64]) -> int:
+    """Return the sum of the squares of whole numbers below 2**32 in magnitude, whatever it is: int64 wraps around.
+
+    Examples
+    --------
+    >>> squared_length(np.full(4, 2**31)) == 2**64
+    True
+    """
+    size = np.abs(whole).astype(np.uint64)
+    high, low = size >> np.uint64(16), size & np.uint64(0xFFFF)
+    return (int(high @ high) << 32) + (int(high @ low) << 17) + int(low @ low)

@@ -62,7 +62,14 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: 
     peers, passes = known.get("bytes_peer"), known.get("image_passes")
     tested = {CENTRAL: "central test set", LOCAL: "mean over clients"}
     tested |= {PERSONAL: "personal models"} if known.get(PERSONAL) is not None else {}
-    work = NONE if passes is None else f"{ask('image_passes')} in training, {ask('validation_passes')} forward only"
+    hidden = known.get("privacy_level") == "client"
+    work = (
+        "not told"
+        if hidden
+        else NONE
+        if passes is None
+        else f"{ask('image_passes')} in training, {ask('validation_passes')} forward only"
+    )
     best, ended = in_metric(known.get("best_value"), metric) + metric.unit, known.get("stopped")
     rows = [
         *([f"{metric.name}, {x}", said(known.get(k))] for k, x in tested.items()),

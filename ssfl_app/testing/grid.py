@@ -15,6 +15,7 @@ from ssfl_app.callbacks.base import RunCallback
 from ssfl_app.comm.payload import Payload, PayloadEncoder, decode_payload
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.core.strategy import ServerContext, SparseStrategy
+from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.runtime import Runtime, get_runtime
 from ssfl_app.server_app import central_evaluation
 from ssfl_app.simulation.in_process import InlineGrid
@@ -180,12 +181,13 @@ def play(
     until: int | None = None,
     grid: ScriptedGrid | None = None,
     prepare: Callable[[SparseStrategy], None] | None = None,
+    ledger: Ledger | None = None,
 ) -> Played:
     """Play a run without a run folder: strategy, exchange, wire and clients are the real ones.
 
     Clients keep what they remember in `folder`, or in Flower's state without one. The run breaks off after round
     `until`. Nodes are those of a `grid`, or of one with this `luck` and these `faults`; `prepare` sees the strategy
-    before it starts.
+    before it starts. A `ledger` is needed with privacy.level "client".
     """
     flat = merge(SMALL, keys)
     config = parse(flat)
@@ -198,6 +200,7 @@ def play(
         runtime.data.shape,
         folder=folder,
         metric=runtime.trainer.task.metric,
+        ledger=ledger,
     )
     strategy = REGISTRY[config.strategy](context)
     played = Played(strategy, runtime, grid)
