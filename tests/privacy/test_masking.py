@@ -258,6 +258,19 @@ def test_a_client_that_masks_again_tells_nothing_of_its_other_secret() -> None:
     assert ((parts[0] ^ parts[1]) != (told[0] ^ told[1])).any()
 
 
+def test_a_pair_secret_serves_one_exchange_and_two_clients() -> None:
+    """The server may have learnt those of an exchange with dropouts."""
+    one, two = (Exchange(3, about=about) for about in (b"run, exchange 1", b"run, exchange 2"))
+    peers = {client: Peer(client, KEYS[client].public) for client in one.clients}
+    secrets = {
+        (exchange, pair): exchange.maskers[pair[0]]._pair_secret(peers[pair[1]])
+        for exchange in (one, two)
+        for pair in ((10, 11), (11, 10), (10, 12))
+    }
+    assert secrets[one, (10, 11)] == secrets[one, (11, 10)]
+    assert len(set(secrets.values())) == 4
+
+
 # ---- A server that lies ------------------------------------------------------------------------
 
 
