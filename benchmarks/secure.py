@@ -71,9 +71,9 @@ class Exchange:
         assert np.array_equal(self.timed(self.server.total), self.expected)
 
 
-def client_seconds(count: int) -> list[float]:
-    """Return the CPU of a client in an exchange of `count` clients, both messages, as often as there are turns."""
-    exchange, values, first, second = Exchange(count, 1, 0), np.zeros(VALUES, WIDTH), [], []
+def client_seconds(count: int, size: int) -> list[float]:
+    """Return the CPU of a client with `size` values among `count` clients, both messages, a row a turn."""
+    exchange, values, first, second = Exchange(count, 1, 0), np.zeros(size, WIDTH), [], []
     # The others' vectors are short, and no mask is removed: of them only what they sealed for this client matters.
     for client in range(1, count):
         exchange.server.add(client, short := np.zeros(1, WIDTH), exchange.masker(client).mask(short))
@@ -116,8 +116,9 @@ def main() -> None:
         "bits": 8 * np.dtype(WIDTH).itemsize,
         "threshold": THRESHOLD,
     }
-    clients = {str(near): summary(client_seconds(near + 1)) for near in (9, 30)}
+    clients = {str(near): summary(client_seconds(near + 1, VALUES)) for near in (9, 30)}
     record["client_cpu_by_neighbours"] = clients
+    record["client_cpu_of_one_value"] = {str(near): summary(client_seconds(near + 1, 1)) for near in (9, 30)}
     record["server_cpu_of_10_clients"] = {
         "no_dropout": summary(server_seconds(0)),
         "one_dropout_in_each_exchange": summary(server_seconds(1)),

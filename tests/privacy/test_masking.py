@@ -1,10 +1,12 @@
 """Secure aggregation without a network: sums are exact, dropouts and lies are told, and no vector can be read."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -256,6 +258,19 @@ def test_a_client_that_masks_again_tells_nothing_of_its_other_secret() -> None:
         parts.append(request["shares"][8:24])
         told.append(exchange.maskers[10].unmask(request)["shares"][:16])
     assert ((parts[0] ^ parts[1]) != (told[0] ^ told[1])).any()
+
+
+def test_a_pair_secret_serves_one_exchange_and_two_clients() -> None:
+    """The server may have learnt those of an exchange with dropouts."""
+    one, two = (Exchange(3, about=about) for about in (b"run, exchange 1", b"run, exchange 2"))
+    peers = {client: Peer(client, KEYS[client].public) for client in one.clients}
+    secrets = {
+        (exchange, pair): exchange.maskers[pair[0]]._pair_secret(peers[pair[1]])
+        for exchange in (one, two)
+        for pair in ((10, 11), (11, 10), (10, 12))
+    }
+    assert secrets[one, (10, 11)] == secrets[one, (11, 10)]
+    assert len(set(secrets.values())) == 4
 
 
 # ---- A server that lies ------------------------------------------------------------------------
@@ -632,3 +647,23 @@ def test_an_exchange_costs_less_than_20_kb_a_client_at_30_neighbours(monkeypatch
             exchange.answers[client],
         )
         assert 15_000 < sum(array.nbytes for arrays in parts for array in arrays.values()) < 20_000
+
+
+def test_the_page_has_the_numbers_of_the_record() -> None:
+    root = Path(__file__).parents[2]
+    record = json.loads((root / "benchmarks" / "results" / "secure.json").read_text("utf-8"))
+    page = (root / "docs" / "privacy.md").read_text("utf-8").partition("### What it costs")[2]
+    clients, server = record["client_cpu_by_neighbours"], record["server_cpu_of_10_clients"]
+    told = [
+        record["date"],
+        f"{record['environment']['cores']} cores of {record['environment']['cpu']}",
+        f"load of\nthe machine {record['load']:.1f}",
+        *(
+            f"client with {near} neighbours | {clients[near]['median_seconds']:.3f} | {size:,} |"
+            for near, size in record["bytes_by_neighbours"].items()
+        ),
+        f"server of 10 clients | {server['no_dropout']['median_seconds']:.3f} |",
+        f"before each answer | {server['one_dropout_in_each_exchange']['median_seconds']:.3f} |",
+        *(f"{row['median_seconds']:.3f} s (" for row in record["client_cpu_of_one_value"].values()),
+    ]
+    assert [text for text in told if text not in page] == []
