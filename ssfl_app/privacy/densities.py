@@ -6,8 +6,8 @@ of a score a weight, and no more than 1 by which it can move the sum, whatever i
 densities of the proportions, and both ends draw the mask inside each layer from a public seed.
 
 Why the square root. Noise is alike in all numbers. With counts it drowns the smallest layers, with densities (count /
-size) it moves the largest ones, which hold most of the budget; the root is between the two, and never far from the
-better one (``benchmarks/private_densities.py``; measured on 100 clients of digits).
+size) the largest ones, which hold most of the budget; the root is between the two. All three are measured by
+``benchmarks/private_densities.py``.
 
 What is public costs nothing: the densities of small layers (`tiny_layers`), and a floor, a tenth of the density
 (`FLOOR`), since an empty layer would end training. Only proportions of the noisy numbers count, so the number of

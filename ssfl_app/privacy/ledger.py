@@ -42,6 +42,9 @@ class Ledger:
 
     def __init__(self, path: Path, plan: Plan, budget: Budget, begun: Mapping[str, int]) -> None:
         self._path, self.plan, self.budget, self.begun = path, plan, budget, dict(begun)
+        self._planned = {"discovery": plan.searches, "round": plan.rounds}
+        if self._excess(self._planned):
+            raise ConfigError(f"{plan} spends epsilon {self._after(self._planned):.4g}; {budget} has less")
 
     @classmethod
     def start(cls, folder: Path, plan: Plan, budget: Budget) -> "Ledger":
@@ -103,12 +106,12 @@ class Ledger:
         if kind not in KINDS or (kind == "discovery" and not self.plan.discovery_multiplier):
             raise ValueError(f"a release is a {kind!r}; the plan has none")
         begun = self.begun | {kind: self.begun[kind] + 1}
-        after, most = self._after(begun), self.budget.epsilon
-        if after > most * (1 + 1e-6):
+        # What was planned is within the budget; to compose what was begun takes up to a second.
+        if any(begun[each] > self._planned[each] for each in KINDS) and self._excess(begun):
             done = " and ".join(f"{count} of {name}" for name, count in self.begun.items() if count)
             raise BudgetSpent(
-                f"the privacy budget is spent: one more {kind} after {done or 'nothing'} makes epsilon {after:.4g}; "
-                f"it is at most {most:.4g}"
+                f"the privacy budget is spent: one more {kind} after {done} makes epsilon {self._after(begun):.4g}; "
+                f"it is at most {self.budget.epsilon:.4g}"
             )
         self._write(begun)
         self.begun = begun
@@ -116,6 +119,9 @@ class Ledger:
     def _after(self, begun: Mapping[str, int]) -> float:
         spent = self.budget
         return epsilon(self.plan, spent.noise_multiplier, spent.delta, begun["round"], begun["discovery"])
+
+    def _excess(self, begun: Mapping[str, int]) -> bool:
+        return self._after(begun) > self.budget.epsilon * (1 + 1e-6)
 
     def _write(self, begun: Mapping[str, int]) -> None:
         facts = {"plan": asdict(self.plan), "budget": asdict(self.budget), "begun": dict(begun)}

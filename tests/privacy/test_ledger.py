@@ -57,6 +57,24 @@ def test_a_run_that_is_played_again_pays_again(tmp_path):
         Ledger.resume(tmp_path, PLAN, BUDGET).begin("round")
 
 
+def test_a_second_search_is_paid_with_rounds(tmp_path):
+    ledger = Ledger.start(tmp_path, PLAN, BUDGET)
+    for kind in ("discovery", "discovery", "round"):
+        ledger.begin(kind)
+    left = next(done for done in (1, 2, 3) if epsilon(PLAN, 3.0, 1e-3, done + 1, 2) > BUDGET.epsilon)
+    assert left < PLAN.rounds
+    for _ in range(left - 1):
+        ledger.begin("round")
+    with pytest.raises(BudgetSpent, match=rf"one more round after 2 of discovery and {left} of round makes epsilon"):
+        ledger.begin("round")
+
+
+def test_a_plan_beyond_the_budget_is_refused_at_the_start(tmp_path):
+    with pytest.raises(ConfigError, match=r"spends epsilon .*has less"):
+        Ledger.start(tmp_path, PLAN, Budget(0.9 * BUDGET.epsilon, 1e-3, 3.0))
+    assert not (tmp_path / FILE).exists()
+
+
 def test_a_release_that_cannot_be_written_is_not_counted_and_not_made(tmp_path, monkeypatch):
     ledger = Ledger.start(tmp_path, PLAN, BUDGET)
 
