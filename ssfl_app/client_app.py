@@ -183,7 +183,7 @@ def _answer(message: Message, context: Context) -> Message:
     level = runtime.config.settings.privacy.level
     if level == "record" and not place.simulated and place.state_path is None:
         raise PayloadError(
-            f"privacy.level is {level!r}; this node has no state-path, and would forget at a restart what it has spent"
+            f"privacy.level is {level!r}; this node has no state-path, and would forget at a restart what it spent"
         )
     memory = ClientState(context, number) if hello else memory_of(context, place, number, metadata)
     client = SparseClient(runtime.rule(number, memory, place.least_batch), place.name, runtime.modules)

@@ -33,7 +33,13 @@ class PrivateStep(EagerStep):
     """
 
     def __init__(
-        self, model: nn.Module, options: LocalOptions, lr: float, mask: Mask | None, private: PrivateSteps, **special: Any
+        self,
+        model: nn.Module,
+        options: LocalOptions,
+        lr: float,
+        mask: Mask | None,
+        private: PrivateSteps,
+        **special: Any,
     ) -> None:
         if special.get("feature_loss") is not None:
             raise ValueError("feature_loss is given; a private step takes none")
@@ -102,5 +108,3 @@ def check_private(model: nn.Module, name: str, norm: str, builtin: bool) -> None
         raise ConfigError(f"model.norm is {norm!r}; it is 'group' or 'none' with privacy.level 'record'")
     reason = str(faults[0]).partition(". ")[0].partition("\n")[0]
     raise ConfigError(f"model.name is {name!r}; with privacy.level 'record' Opacus refuses it: {reason}")
-
-
