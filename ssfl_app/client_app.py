@@ -199,7 +199,7 @@ def _answer(message: Message, context: Context) -> Message:
     level = runtime.config.settings.privacy.level
     if level == "record" and not place.simulated and place.state_path is None:
         raise PayloadError(
-            f"privacy.level is {level!r}; this node has no state-path, and would forget what it spent at a restart"
+            f"privacy.level is {level!r}; this node has no state-path, and would forget at a restart what it spent"
         )
     memory = ClientState(context, number) if hello else memory_of(context, place, number, metadata)
     me = functools.partial(identity, context, place)

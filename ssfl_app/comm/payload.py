@@ -8,7 +8,6 @@ Bytes of type uint8, bitmaps above all, can travel deflated: their layers have d
 0.5 a bit holds less than one bit (wire.bitmaps).
 """
 
-import json
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from ssfl_app.comm.client_files import Files, MaskFile, client_state_errors, content_of
 from ssfl_app.files import check_regular, write_bytes, write_json
-from ssfl_app.seal import Damaged, sealed, unsealed
+from ssfl_app.seal import Damaged, read_sealed, sealed, unsealed, write_sealed
 from ssfl_app.sparsity.codec import nbytes
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
 from ssfl_app.text import in_a_line, quoted
@@ -182,12 +181,6 @@ def _inflate(name: str, array: Array) -> bytes:
     return data
 
 
-def _number(value: object) -> int | float:
-    if type(value) not in (int, float):
-        raise TypeError(f"{value!r} is no number")
-    return value  # type: ignore[return-value]
-
-
 def _shape(array: Array) -> str:
     return quoted(tuple(array.shape[:9]))
 
@@ -228,7 +221,7 @@ class ClientState:
         self._ledger: Path | None = None
         if folder is not None:
             own = folder / f"client-{client:05d}"
-            self._personal, self._ledger = Files(own), own / "privacy.json"
+            self._personal, self._ledger = Files(own), own / "privacy.safetensors"
             if survives:
                 self._mask, self._journal = MaskFile(own / "mask"), own / "exchanges.json"
 
@@ -272,9 +265,8 @@ class ClientState:
         if not self._ledger.exists():
             return {}
         try:
-            found = json.loads(self._ledger.read_bytes())
-            return {name: _number(found[name]) for name in found}
-        except (ValueError, TypeError) as error:
+            return read_sealed(self._ledger)[0]
+        except Damaged as error:
             raise PayloadError("the ledger of this client's privacy budget is damaged; it answers no more") from error
 
     @client_state_errors()
@@ -283,7 +275,7 @@ class ClientState:
         if self._ledger is None:
             self._state[_LEDGER] = ConfigRecord(dict(ledger))
         else:
-            write_bytes(self._ledger, json.dumps(ledger).encode())
+            write_sealed(self._ledger, ledger, {})
 
     @client_state_errors()
     def load(self, since: int) -> Arrays | None:

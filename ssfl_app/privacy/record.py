@@ -1,8 +1,8 @@
 """DP-SGD on a site (privacy.level "record"): its batches, its noise, and what its rounds cost.
 
 Abadi, Chu, Goodfellow, McMahan, Mironov, Talwar and Zhang, "Deep learning with differential privacy", CCS 2016,
-algorithm 1. A batch holds each of a site's n samples with probability ``q = batch / n``; each sample's gradient is cut
-to the length C, their sum gets Gaussian noise of standard deviation ``z C`` and is divided by the expected batch.
+algorithm 1. A batch holds each of a site's n samples with probability ``q = batch / n``; each sample's gradient is
+cut to the length C, their sum gets Gaussian noise of standard deviation ``z C`` and is divided by the expected batch.
 
 Two data sets are neighbours if one has a record more. n itself, which sets q, is taken as known to all.
 
@@ -10,6 +10,7 @@ Accounting is by the privacy loss distribution of Poisson-sampled Gaussians, of 
 `ssfl_app.training.private_step`.
 """
 
+import functools
 import importlib
 import os
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from ssfl_app.privacy.options import PrivacyOptions
 from ssfl_app.sparsity.values import PayloadError
 
 GRID = 1e-3
-"""Between values of the privacy loss in its distribution; each is rounded up, so epsilon is never too small."""
+"""Between values of the privacy loss in its distribution; the bound holds for any, and is tighter for a finer one."""
 
 Ledger = dict[str, int | float]
 """What a site remembers of a run: what its noise follows from, the noise, and how many rounds it has begun."""
@@ -99,8 +100,8 @@ def needed(module: str) -> Any:
 def secret_generator(device: torch.device) -> torch.Generator:
     """Return a generator whose state is the operating system's random bytes: os.urandom, nothing of a run.
 
-    A seed would not do on the CPU, where torch keeps 32 bits of it: all of them can be tried. So there the whole state
-    of its Mersenne Twister is drawn. On a GPU the generator is Philox, with a key of 64 bits.
+    A seed would not do on the CPU, where torch keeps 32 bits of it: all of them can be tried. So there the whole
+    state of its Mersenne Twister is drawn. On a GPU the generator is Philox, with a key of 64 bits.
     """
     generator = torch.Generator(device)
     if device.type != "cpu":
@@ -113,19 +114,23 @@ def secret_generator(device: torch.device) -> torch.Generator:
     return generator.set_state(torch.from_numpy(state))
 
 
+@functools.lru_cache
 def epsilon(noise_multiplier: float, sampling: Sampling, rounds: int, delta: float) -> float:
     """Return what `rounds` local rounds cost at this delta: every step of them, for one record more or less."""
     dp, pld = needed("dp_accounting"), needed("dp_accounting.pld")
-    accountant = pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, GRID)
+    # A step's loss grows by the square of 1 / noise, and on one grid for all so would the memory.
+    grid = GRID * max(1.0, 1 / (2 * noise_multiplier) ** 2)
+    accountant = pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, grid)
     return float(accountant.compose(_event(dp, noise_multiplier, sampling, rounds)).get_epsilon(delta))
 
 
+@functools.lru_cache
 def noise_multiplier(wanted: float, delta: float, sampling: Sampling, rounds: int) -> float:
-    """Return the least noise multiplier, to a thousandth, with which `rounds` rounds cost at most epsilon `wanted`."""
+    """Return the least noise multiplier, to a thousandth, with which `rounds` cost at most epsilon `wanted`."""
     dp, pld = needed("dp_accounting"), needed("dp_accounting.pld")
     return float(
         dp.calibrate_dp_mechanism(
-            lambda: pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, GRID),
+            lambda: pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, max(GRID, 1e-4 * wanted)),
             lambda noise: _event(dp, noise, sampling, rounds),
             wanted,
             delta,

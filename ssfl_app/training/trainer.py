@@ -107,14 +107,10 @@ class LocalTrainer:
         model.train()
         hooks = {"penalty": penalty, "feature_loss": feature_loss, "before_step": before_step}
         step = self._step(model, lr, mask, private, **hooks, after_step=after_step, optimizer=optimizer)
-        batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
-        if private is None:
-            passes = range(self.options.epochs if epochs is None else epochs)
-            batches = (batch for _ in passes for batch in self._epoch(data, rng, step.ahead))
-        else:
-            batches = self._drawn(data, rng, private)
+        passes = range(self.options.epochs if epochs is None else epochs)
+        in_epochs = (batch for _ in passes for batch in self._epoch(data, rng, step.ahead))
         seen = 0
-        for inputs, targets in batches:
+        for inputs, targets in in_epochs if private is None else self._drawn(data, rng, private):
             step(inputs, targets)
             seen += len(targets)
         # How many were drawn tells of who was, and the server is told of passes: those on average.
