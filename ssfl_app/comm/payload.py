@@ -18,7 +18,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from ssfl_app.comm.client_files import Files, MaskFile, client_state_errors, content_of
-from ssfl_app.files import check_regular, write_bytes, write_json
+from ssfl_app.files import write_bytes
 from ssfl_app.seal import Damaged, read_sealed, sealed, unsealed, write_sealed
 from ssfl_app.sparsity.codec import nbytes
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
@@ -217,13 +217,12 @@ class ClientState:
         self._masks = None if folder is None else folder / MASKS
         self._personal: Files | _Records = _Records(context.state)
         self._mask: MaskFile | None = None
-        self._journal: Path | None = None
-        self._ledger: Path | None = None
-        if folder is not None:
-            own = folder / f"client-{client:05d}"
-            self._personal, self._ledger = Files(own), own / "privacy.safetensors"
-            if survives:
-                self._mask, self._journal = MaskFile(own / "mask"), own / "exchanges.json"
+        own = None if folder is None else folder / f"client-{client:05d}"
+        kept = own if survives else None  # simulated clients have new keys when a run goes on, and new exchanges
+        self._exchanges = _Facts(context.state, _EXCHANGES, kept and kept / "exchanges.safetensors")
+        self._ledger = _Facts(context.state, _LEDGER, own and own / "privacy.safetensors")
+        if own is not None:
+            self._personal, self._mask = Files(own), MaskFile(own / "mask") if survives else None
 
     def bitmap(self, digest: str) -> npt.NDArray[np.uint8] | None:
         """Return the bitmap that is kept of the mask with this digest, or None; a disk may have damaged it."""
@@ -259,23 +258,12 @@ class ClientState:
         PayloadError
             It is damaged: nobody knows what was spent.
         """
-        held = self._state.get(_LEDGER)
-        if self._ledger is None:
-            return dict(held) if isinstance(held, ConfigRecord) else {}  # type: ignore[arg-type]
-        if not self._ledger.exists():
-            return {}
-        try:
-            return read_sealed(self._ledger)[0]
-        except Damaged as error:
-            raise PayloadError("the ledger of this client's privacy budget is damaged; it answers no more") from error
+        return self._ledger.read()
 
     @client_state_errors()
     def write_ledger(self, ledger: dict[str, int | float]) -> None:
         """Keep what was spent of the privacy budget; it is on the disk, if there is a folder, when this returns."""
-        if self._ledger is None:
-            self._state[_LEDGER] = ConfigRecord(dict(ledger))
-        else:
-            write_sealed(self._ledger, ledger, {})
+        self._ledger.write(ledger)
 
     @client_state_errors()
     def load(self, since: int) -> Arrays | None:
@@ -309,8 +297,7 @@ class ClientState:
 
     def reached(self, what: str) -> int:
         """Return the last exchange of sums in which this client did something once, "masked" or "unmasked"; or 0."""
-        held = self._exchanges()
-        return int(held.get(what, 0))
+        return int(self._exchanges.read().get(what, 0))
 
     @client_state_errors()
     def advance(self, what: str, exchange: int) -> None:
@@ -321,27 +308,11 @@ class ClientState:
         PayloadError
             It is not later than the last one: a second answer would tell the server what the first one hides.
         """
-        held = self._exchanges()
+        held = self._exchanges.read()
         if exchange <= int(held.get(what, 0)):
             raise PayloadError(f"exchange is {exchange}; this client has {what} that of {held[what]} already")
         held[what] = exchange
-        if self._journal is None:
-            self._state[_EXCHANGES] = ConfigRecord(dict(held))
-        else:
-            write_json(self._journal, held)
-
-    def _exchanges(self) -> dict[str, int]:
-        if self._journal is None:
-            found: Any = self._state.get(_EXCHANGES)
-        else:
-            try:
-                check_regular(self._journal)
-                found = json.loads(self._journal.read_bytes())
-            except FileNotFoundError:
-                return {}
-            except ValueError as error:
-                raise PayloadError("which exchanges this client answered is damaged on its disk") from error
-        return {name: int(value) for name, value in (found or {}).items()}
+        self._exchanges.write(held)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:  # a client may load its state more than once for one message
@@ -354,6 +325,31 @@ class ClientState:
         older = [version for version in self._personal.rounds() if version <= back_to]
         for version in older[:-1]:
             self._personal.delete(version)
+
+
+class _Facts:
+    """A few numbers that know no going back: a sealed file, or a record of Flower's state without one."""
+
+    def __init__(self, state: RecordDict, name: str, path: Path | None) -> None:
+        self._state, self._name, self._path = state, name, path
+
+    def read(self) -> dict[str, int | float]:
+        held = self._state.get(self._name)
+        if self._path is None:
+            return dict(held) if isinstance(held, ConfigRecord) else {}  # type: ignore[arg-type]
+        if not self._path.exists():
+            return {}
+        try:
+            return read_sealed(self._path)[0]
+        except Damaged as error:
+            what = "the ledger of this client's privacy budget" if self._name == _LEDGER else "what it has masked"
+            raise PayloadError(f"{what} is damaged; it answers no more") from error
+
+    def write(self, facts: dict[str, int | float]) -> None:
+        if self._path is None:
+            self._state[self._name] = ConfigRecord(dict(facts))
+        else:
+            write_sealed(self._path, facts, {})
 
 
 class _Records:
