@@ -82,7 +82,8 @@ class Messenger:
     """Carries messages, sends after what clients ask for, and opens the replies one at a time.
 
     An exchange may take `timeout` seconds, and so long do messages live. `report` is of the exchange that goes on, or
-    of the last one; `bitmaps` is as `PayloadEncoder` has it.
+    of the last one; `bitmaps` is as `PayloadEncoder` has it. `session` tells this run from others where masks are
+    bound to it.
     """
 
     def __init__(self, timeout: float, bitmaps: str = "plain") -> None:
@@ -91,11 +92,17 @@ class Messenger:
         self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
         self._client_of: dict[str, int] = {}  # message id -> client
         self._grid: Grid | None = None  # of the last exchange
+        self.session, self._last_exchange = secrets.token_hex(8), 0
         self._forget()
 
     def node_of(self, client: int) -> int:
         """Return the node that a client lives on. Default: clients are named by their nodes."""
         return client
+
+    def next_exchange(self) -> int:
+        """Return the number of a new exchange of sums: larger than all before, in a run that was resumed, too."""
+        self._last_exchange = max(self._last_exchange + 1, time.time_ns() // 1_000_000)
+        return self._last_exchange
 
     # ---- out ---------------------------------------------------------------------------------
 
@@ -216,7 +223,7 @@ class ClientMessenger(Messenger):
         super().__init__(timeout, bitmaps)
         self.registry, self.folder, self.token, self.dealt, self.work = registry, folder, token, dealt, work
         self._mask_travels = mask_travels
-        self.session, self._last_exchange = token or secrets.token_hex(8), 0
+        self.session = token or self.session
 
     def held(self, client: int) -> int | None:
         """Return how many training samples a client holds; None: nobody said."""
@@ -225,11 +232,6 @@ class ClientMessenger(Messenger):
 
     def _holding(self, client: int) -> DataSummary | None:
         return self.registry.holding(client) if self.dealt is None else self.dealt(client)
-
-    def next_exchange(self) -> int:
-        """Return the number of a new exchange of sums: larger than all before, in a run that was resumed, too."""
-        self._last_exchange = max(self._last_exchange + 1, time.time_ns() // 1_000_000)
-        return self._last_exchange
 
     def node_of(self, client: int) -> int:
         """Return the node that holds a client's place."""

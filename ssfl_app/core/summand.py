@@ -19,12 +19,13 @@ from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.values import Arrays, PayloadError, read_array
 from ssfl_app.text import quoted
 
-UNIT, LOSS_UNIT, RANGE, MOST = "unit", "loss-unit", "range", "most"
+UNIT, LOSS_UNIT, RANGE, MOST, MOST_WEIGHT = "unit", "loss-unit", "range", "most", "most-weight"
 CLIP, NOISE = "clip", "noise"
 EXCHANGE, ABOUT, OWN = "exchange", "about", "own-key"
 PEERS = "own-peers"
 """Facts and arrays of a message whose answer is added; OWN is the key that the server has of its client.
 
+With MOST_WEIGHT the server does not know the weights, at most so large: they are added up beside the values.
 With CLIP the sum is a release of differential privacy (privacy.level "client"): the vector of a client is at most so
 long, nothing stands beside it, and each client adds a share of the noise, of NOISE steps, if that is not 0.
 """
@@ -38,9 +39,9 @@ class Identity:
     pins: frozenset[str] = frozenset()
 
 
-def about_bytes(exchange: int, about: str) -> bytes:
+def about_bytes(exchange: int, about: str, threshold: float) -> bytes:
     """Return what masks and shares of an exchange are bound to."""
-    return f"{exchange}|{about}".encode()
+    return f"{exchange}|{threshold!r}|{about}".encode()
 
 
 def fixed_point(metadata: Mapping[str, object], kind: str) -> FixedPoint:
@@ -99,7 +100,11 @@ class SummandWriter:
         if CLIP in payload.metadata:
             summand = self._released(payload, fixed, values)
         else:
+            most = payload.metadata.get(MOST_WEIGHT)
+            if most is not None and (type(most) is not int or not 1 <= weight <= most):
+                raise PayloadError(f"weight is {weight}; it is a whole number from 1 to {quoted(most)}")
             summand, _ = fixed.write(values, weight, rng, loss if LOSS_UNIT in payload.metadata else None)
+            summand = summand if most is None else np.append(summand, summand.dtype.type(weight))
         if not self._secure:
             return {"values": summand}
         masker = self._masker(payload, summand)
@@ -142,7 +147,12 @@ class SummandWriter:
         peers = read_peers(read_array(payload.arrays, PEERS, np.uint8, None))
         self._check(peers, identity.pins)
         return Masker(
-            identity.keys, self._number, peers, about_bytes(exchange, about), self._threshold, summand.dtype
+            identity.keys,
+            self._number,
+            peers,
+            about_bytes(exchange, about, self._threshold),
+            self._threshold,
+            summand.dtype,
         )
 
     def _check(self, peers: tuple[Peer, ...], pins: frozenset[str]) -> None:

@@ -6,7 +6,7 @@ by a second exchange (`ssfl_app.privacy.masking` has the protocol). Both sums ha
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Protocol
@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.comm.messenger import ClientMessenger, Reply
+from ssfl_app.comm.messenger import Check, ClientMessenger, Reply
 from ssfl_app.comm.payload import Metadata, Payload
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import Settings
@@ -159,6 +159,17 @@ class ClearSum:
     def __init__(self, size: int, dtype: npt.DTypeLike) -> None:
         self._sum = np.zeros(size, dtype=dtype)
 
+    def told(self, client: int) -> Payload:
+        """Return what a client is told to write its summand: nothing."""
+        return Payload()
+
+    def allowed(self) -> Allowed:
+        """Return the arrays beside a summand: none."""
+        return {}
+
+    def check(self, client: int, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Accept what is beside a summand."""
+
     def add(self, client: int, values: Summand, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Add one."""
         self._sum += values
@@ -166,6 +177,103 @@ class ClearSum:
     def total(self) -> Summand:
         """Return the sum modulo 2**32 or 2**16."""
         return self._sum
+
+
+class _Messenger(Protocol):
+    """What is used of a messenger here."""
+
+    session: str
+
+    def next_exchange(self) -> int: ...
+    def ask_more(
+        self,
+        question: str,
+        round_: int,
+        payloads: Mapping[int, Payload],
+        allowed: Allowed,
+        check: Check,
+        take: Callable[[Reply], None],
+    ) -> None: ...
+
+
+class SecureSum:
+    """The sum of summands that come masked; what `ClearSum` does, and the second exchange.
+
+    Parameters
+    ----------
+    messenger : Messenger
+        Who asks in the second exchange.
+    keys : dict of int to bytes
+        The public key of each client that is asked.
+    size, dtype
+        Of summands.
+    seed : int
+        Of the graph of neighbours.
+    threshold : float
+        ``privacy.threshold``.
+    round_ : int
+    what : str
+        What is asked, for people and for the clients, which bind their masks to it.
+    """
+
+    def __init__(
+        self,
+        messenger: _Messenger,
+        keys: Mapping[int, bytes],
+        size: int,
+        dtype: npt.DTypeLike,
+        *,
+        seed: int,
+        threshold: float,
+        round_: int,
+        what: str,
+    ) -> None:
+        exchange = messenger.next_exchange()
+        about = f"{messenger.session}/{exchange}/{what}"
+        graph, bound = neighbours(list(keys), seed, exchange), about_bytes(exchange, about, threshold)
+        self._messenger, self._round, self._keys = messenger, round_, dict(keys)
+        self._masked = MaskedSum(size, dtype, graph, self._keys, bound, threshold)
+        self._peers: dict[int, Arrays] = {each: {PEERS: write_peers(self._masked.peers(each))} for each in graph}
+        self._facts: Metadata = {EXCHANGE: exchange, ABOUT: about}
+        self._most = max(map(len, graph.values()), default=0)
+
+    def told(self, client: int) -> Payload:
+        """Return what a client is told in both exchanges."""
+        return Payload(self._peers[client], self._facts | {OWN: self._keys[client]})
+
+    def allowed(self) -> Allowed:
+        """Return the arrays beside a summand."""
+        return allowed(self._most)
+
+    def check(self, client: int, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Raise PayloadError unless the arrays beside a summand are all there."""
+        self._masked.check(client, arrays)
+
+    def add(self, client: int, values: Summand, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Add one."""
+        self._masked.add(client, values, arrays)
+
+    def total(self) -> Summand:
+        """Ask for what removes the masks; return the sum modulo 2**32 or 2**16.
+
+        Raises
+        ------
+        TooFew, FalseShares
+            As `MaskedSum` has them.
+        """
+        masked, payloads = self._masked, dict[int, Payload]()
+        for client, arrays in masked.requests().items():
+            told = self.told(client)
+            payloads[client] = Payload({**arrays, **told.arrays}, told.metadata)
+
+        def check(client: int, payload: Payload) -> None:
+            masked.check_answer(client, payload.arrays)
+
+        def take(reply: Reply) -> None:
+            masked.answer(reply.client, reply.arrays)
+
+        self._messenger.ask_more("unmask", self._round, payloads, allowed(self._most), check, take)
+        return masked.total()
 
 
 @dataclass(frozen=True)
@@ -252,7 +360,7 @@ class Summation:
         loss: bool = False,
         release: Release | None = None,
     ) -> None:
-        self._round, self.loss = round_, None if release or not loss else 0.0
+        self.loss = None if release or not loss else 0.0
         self._messenger, self._privacy, self._what = strategy.messenger, strategy.settings.privacy, what
         self._size, asked = size, sorted(clients)
         self.weights = {client: self._held(client) if by_samples else 1 for client in asked}
@@ -268,12 +376,23 @@ class Summation:
         self._facts: Metadata = {UNIT: self.fixed.step, RANGE: self.fixed.range, MOST: self.fixed.most}
         self._facts |= {LOSS_UNIT: self.fixed.loss_step} if loss and release is None else {}
         self._facts |= {} if release is None else {CLIP: release.clip, NOISE: self._share(release, len(asked))}
-        self._keys: dict[int, bytes] = {}
-        self._masked: MaskedSum | None = None
-        self._peers: dict[int, Arrays] = {}
+        self._sum: SecureSum | ClearSum = ClearSum(self._numbers, self._dtype)
         if self._privacy.secure_aggregation:
-            self._masked = self._opened(asked, strategy.settings.run.seed)
-        self._sum: MaskedSum | ClearSum = self._masked or ClearSum(self._numbers, self._dtype)
+            registry = self._messenger.registry
+            self._sum = SecureSum(
+                self._messenger,
+                {client: registry.key_of(client) for client in asked},
+                self._numbers,
+                self._dtype,
+                seed=strategy.settings.run.seed,
+                threshold=self._privacy.threshold,
+                round_=round_,
+                what=what,
+            )
+
+    @property
+    def _clear(self) -> bool:
+        return isinstance(self._sum, ClearSum)
 
     @property
     def _least(self) -> int:
@@ -291,29 +410,14 @@ class Summation:
             raise RunFailed(f"{self._what}: client {client} did not say at the handshake how many samples it holds")
         return held
 
-    def _opened(self, asked: list[int], seed: int) -> MaskedSum:
-        """Return the sum of masked answers; note what each client is told of its neighbours."""
-        exchange = self._messenger.next_exchange()
-        about = f"{self._messenger.session}/{exchange}/{self._what}"
-        graph, registry = neighbours(asked, seed, exchange), self._messenger.registry
-        self._keys = {client: registry.key_of(client) for client in asked}
-        self._most = max(map(len, graph.values()), default=0)
-        bound = about_bytes(exchange, about)
-        masked = MaskedSum(self._numbers, self._dtype, graph, self._keys, bound, self._privacy.threshold)
-        self._peers = {client: {PEERS: write_peers(masked.peers(client))} for client in asked}
-        self._facts |= {EXCHANGE: exchange, ABOUT: about}
-        return masked
-
     def outgoing(self, client: int, payload: Payload) -> Payload:
         """Return the message of a client with what it needs to answer."""
-        return Payload({**payload.arrays, **self._peers.get(client, {})}, {**payload.metadata, **self._told(client)})
-
-    def _told(self, client: int) -> Metadata:
-        return self._facts | ({OWN: self._keys[client]} if self._masked else {})
+        told = self._sum.told(client)
+        return Payload({**payload.arrays, **told.arrays}, {**payload.metadata, **self._facts, **told.metadata})
 
     def allowed(self) -> Allowed:
         """Return the arrays of an answer."""
-        return {"values": (self._dtype, self._numbers), **(allowed(self._most) if self._masked else {})}
+        return {"values": (self._dtype, self._numbers), **self._sum.allowed()}
 
     def check(self, client: int, payload: Payload) -> None:
         """Raise PayloadError unless an answer may be added: a clear one within its range, any with all its parts."""
@@ -321,14 +425,13 @@ class Summation:
         if self._release is not None:
             limit = math.floor((Fraction(self._release.clip) / Fraction(self.fixed.step)) ** 2)
             whole = signed(values).astype(np.int64)
-            if self._masked is None and squared_length(whole) > limit:
+            if self._clear and squared_length(whole) > limit:
                 raise PayloadError(f"its vector is longer than {self._release.clip:g}, to which clients clip them")
         elif payload.metadata["samples"] != self._messenger.held(client):
             told = payload.metadata["samples"]
             raise PayloadError(f"samples is {told!r}; this client holds {self._messenger.held(client)}")
-        if self._masked is not None:
-            self._masked.check(client, payload.arrays)
-        elif self._release is None and not self.fixed.in_range(values, samples, self._size):
+        self._sum.check(client, payload.arrays)
+        if self._clear and self._release is None and not self.fixed.in_range(values, samples, self._size):
             raise PayloadError(f"a value is beyond wire.range, {self.fixed.range:g}, by the weight {samples}")
 
     def add(self, reply: Reply) -> None:
@@ -344,7 +447,10 @@ class Summation:
         RunFailed
             Too few clients answered, or the sum is beyond what good answers add up to.
         """
-        total = self._sum.total() if self._masked is None else self._unmasked(self._masked)
+        try:
+            total = self._sum.total()
+        except (TooFew, FalseShares) as error:
+            raise RunFailed(f"{self._what}: {error}; privacy.threshold is {self._privacy.threshold:g}") from error
         weight: float = sum(self.weights[client] for client in self._in)
         if self._release is not None:
             return self._released(self._release, total)
@@ -358,28 +464,8 @@ class Summation:
     def _released(self, release: Release, total: Summand) -> Summed:
         """Return the mean with its noise, by the number of clients that is expected."""
         sigma, noised = release.sigma(self.fixed.step), total
-        if self._masked is None and sigma:
+        if self._clear and sigma:
             noised = self.fixed.modulo(signed(total).astype(np.int64) + gaussian(sigma, total.size))
-        elif self._masked is not None and sigma and len(self._in) < self._least:
+        elif sigma and len(self._in) < self._least:
             raise RunFailed(f"{self._what}: {len(self._in)} clients answered; with {self._least} the noise is whole")
         return Summed(self.fixed.mean(noised, release.expected), 0)
-
-    def _unmasked(self, masked: MaskedSum) -> Summand:
-        try:
-            requests = masked.requests()
-            payloads = {client: self._second(client, arrays) for client, arrays in requests.items()}
-
-            def check(client: int, payload: Payload) -> None:
-                masked.check_answer(client, payload.arrays)
-
-            def take(reply: Reply) -> None:
-                masked.answer(reply.client, reply.arrays)
-
-            self._messenger.ask_more("unmask", self._round, payloads, allowed(self._most), check, take)
-            return masked.total()
-        except (TooFew, FalseShares) as error:
-            raise RunFailed(f"{self._what}: {error}; privacy.threshold is {self._privacy.threshold:g}") from error
-
-    def _second(self, client: int, arrays: Arrays) -> Payload:
-        facts = self._told(client)
-        return Payload({**arrays, **self._peers[client]}, {name: facts[name] for name in (EXCHANGE, ABOUT, OWN)})
