@@ -14,7 +14,7 @@ from ssfl_app.privacy.clipping import clipped
 from ssfl_app.privacy.keys import KeyPair, fingerprint
 from ssfl_app.privacy.masking import Masker, Peer, read_peers
 from ssfl_app.privacy.noise import gaussian
-from ssfl_app.sparsity.fixed import FixedPoint, Summand
+from ssfl_app.sparsity.fixed import FixedPoint, Summand, signed
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.values import Arrays, PayloadError, read_array
 from ssfl_app.text import quoted
@@ -104,7 +104,7 @@ class SummandWriter:
             if most is not None and (type(most) is not int or not 1 <= weight <= most):
                 raise PayloadError(f"weight is {weight}; it is a whole number from 1 to {quoted(most)}")
             summand, _ = fixed.write(values, weight, rng, loss if LOSS_UNIT in payload.metadata else None)
-            summand = summand if most is None else np.append(summand, summand.dtype.type(weight))
+            summand = summand if most is None else fixed.modulo(np.append(signed(summand).astype(np.int64), weight))
         if not self._secure:
             return {"values": summand}
         masker = self._masker(payload, summand)

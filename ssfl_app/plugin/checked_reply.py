@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 
-from ssfl_app.comm.payload import Metadata
+from ssfl_app.comm.payload import Metadata, Payload
 from ssfl_app.plugin.tensor_report import NOTHING, TensorReport
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
@@ -23,7 +23,8 @@ class CheckedReply:
 
     `values` is float32: carried values of training, scores of a question, empty for an evaluation. `records` are the
     user's own, without arrays; `metrics` is the one of them that holds numbers. `seen` comes with scores; `sent` says
-    which coordinates came where that is the client's choice, `values` then has all, 0 at the others.
+    which coordinates came where that is the client's choice, `values` then has all, 0 at the others. Of an answer
+    that is only added, `summand` has the arrays, and `values` is empty.
     """
 
     node: int
@@ -35,10 +36,11 @@ class CheckedReply:
     message: Message | None
     seen: TensorReport = NOTHING
     sent: Mask | None = None
+    summand: Payload | None = None
 
     def numbers(self) -> "CheckedReply":
         """Return the answer without its arrays, which are a model's size."""
-        return replace(self, values=np.zeros(0, dtype=np.float32), message=None)
+        return replace(self, values=np.zeros(0, dtype=np.float32), message=None, summand=None)
 
     @property
     def metrics(self) -> Mapping[str, Any]:

@@ -28,6 +28,8 @@ from ssfl_app.plugin.checked_reply import CheckedReply
 from ssfl_app.plugin.gradient_probe import scales_of, starts_at_zero
 from ssfl_app.plugin.inner import is_robust, scores_by
 from ssfl_app.plugin.messenger import NodeMessenger
+from ssfl_app.plugin.mod import SAW
+from ssfl_app.plugin.node_sum import NodeSum, SumOptions
 from ssfl_app.plugin.ranking import MaskRule, check_unranked, top, unscorable, within
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import TensorKind, TensorReport, Ties
@@ -86,10 +88,12 @@ class Discovery(MaskRule):
         config: Mapping[str, Any],
         record: dict[str, Any],
         inner: FedAvg | None = None,
+        sums: SumOptions | None = None,
     ) -> tuple[StateSpec, Mask]:
         """Ask nodes for scores; return the mask, SSFL's of the highest mean score (eq. 6 and 7), and its spec.
 
-        With a robust inner strategy it folds the scores instead, which then wait for each other in memory.
+        With a robust inner strategy it folds the scores instead, which then wait for each other in memory. With
+        `sums` scores are added and not told apart, so that all nodes must agree on which tensors are one.
 
         Parameters
         ----------
@@ -111,12 +115,22 @@ class Discovery(MaskRule):
         means, said, by = dict[Ties, WeightedMean](), dict[int, TensorReport](), dict[int, str]()
         answers: list[CheckedReply] | None = [] if inner is not None and is_robust(inner) else None
         asked: Metadata = {"batches": self.batches, "weighting": self.weighting, "criterion": self.criterion}
-        messages = messenger.build_messages("saliency", 0, nodes, model, config, asked)
+        summation: NodeSum | None = None
+        if sums is not None:
+            what, uniform = "the question for saliency", self.weighting == "uniform"
+            summation = messenger.summation(grid, nodes, layout.prunable_size, sums, 0, what, uniform)
+            nodes = summation.nodes
+        messages = messenger.build_messages("saliency", 0, nodes, model, config, asked, summation=summation)
 
         def take(answer: CheckedReply) -> None:
-            if not answer.values.any():
+            if summation is not None:
+                assert answer.summand is not None
+                summation.add(answer.node, answer.summand)
+                if not answer.metadata[SAW]:
+                    return
+            elif not answer.values.any():
                 return
-            if answers is None:
+            elif answers is None:
                 # A mean for each opinion on ties: which one counts is known at the end, whoever came first.
                 told = answer.seen.ties
                 means.setdefault(told, WeightedMean(layout.prunable_size, len(nodes)))
@@ -130,13 +144,23 @@ class Discovery(MaskRule):
 
         messenger.receive(messenger.exchange(grid, messages, 4 * layout.prunable_size), take)
         ties = _usual_ties(said, messenger)
-        if answers is None and said and ties not in means:
+        odd = {node: seen for node, seen in said.items() if seen.ties != ties}
+        if summation is not None and odd:
+            raise RunFailed(
+                f"node {min(odd)} ties {_pairs(odd[min(odd)].ties)}, most others tie {_pairs(ties)}; where scores "
+                "are only added all must tie the same"
+            )
+        if summation is None and answers is None and said and ties not in means:
             raise RunFailed(
                 f"the clients tell {len({seen.ties for seen in said.values()})} different things about which tensors "
                 f"are one, and SSFL keeps the scores of {OPINIONS} apart; most of them tie {_pairs(ties)}, which is "
                 "not among these. Initial arrays that are not equal cannot be said to be tied"
             )
         said = {node: seen for node, seen in said.items() if seen.ties == ties}
+        found = None
+        if summation is not None and said and messenger.report.enough(self.min_ok_fraction):
+            found = summation.finish()
+            record["clipped"] = found.clipped
         scored_by = Counter(by[node] for node in said)
         record |= names(messenger.report)
         record["scored_by"] = dict(sorted(scored_by.items()))
@@ -148,7 +172,10 @@ class Discovery(MaskRule):
         if answers and inner is not None:
             good = [_comparable(answer, layout, model) for answer in answers if answer.node in said]
             scores, record["score_fold"] = scores_by(inner, good, layout.prunable_size)
-        elif said:
+        elif found is not None:
+            scores = found.values.astype(np.float32)
+            scores = scores if self.criterion == "pooled-snip" else np.maximum(scores, 0)
+        elif said and summation is None:
             scores = means[ties].value()
         if self.criterion == "pooled-snip":
             scores = pooled_snip(scores, scales_of(layout, model)[layout.is_prunable])

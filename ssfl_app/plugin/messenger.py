@@ -10,18 +10,22 @@ from logging import INFO
 from typing import Any, Literal
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ssfl_app.comm.messenger import Messenger, PendingMessage
+from ssfl_app.comm.exchange import MOST_NAMED, ExchangeReport
+from ssfl_app.comm.messenger import Check, Messenger, PendingMessage, Reply
 from ssfl_app.comm.payload import SERIAL_TYPE, Metadata, Payload, shared_buffers
 from ssfl_app.locks import RunFailed
 from ssfl_app.plugin.checked_reply import CheckedReply, metrics_of, weight_of
 from ssfl_app.plugin.legacy import only
-from ssfl_app.plugin.mod import REPLY, SCORED_BY, TAKEN
+from ssfl_app.plugin.mod import REPLY, SAW, SCORED_BY, TAKEN
+from ssfl_app.plugin.node_sum import LEAST_NODES, NodeSum, SumOptions
+from ssfl_app.plugin.secure import KEY
 from ssfl_app.plugin.state_spec import StateSpec, Untied
 from ssfl_app.plugin.tensor_report import NOTHING, TensorReport
+from ssfl_app.privacy.keys import KEY_BYTES
 from ssfl_app.sparsity.codec import Codec
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
@@ -30,6 +34,7 @@ from ssfl_app.sparsity.values import (
     PayloadError,
     allowed_values,
     check_values,
+    read_array,
     read_values,
     write_values,
 )
@@ -49,6 +54,7 @@ class NodeMessenger(Messenger):
     `values` is the value type of training and evaluation messages, both ways; they are encoded under `mask`, the
     dense one at first. `weight_key` is the metric that weighs a reply, with at most `most_examples`. `up` is the
     codec of replies in training if they carry other coordinates; `taken` the last round that one counted in, by node.
+    `keys` are the public keys of nodes, by which they mask.
     """
 
     def __init__(self, spec: StateSpec, values: str, weight_key: str, timeout: float, most_examples: float) -> None:
@@ -57,6 +63,9 @@ class NodeMessenger(Messenger):
         self._values, self._weight_key, self._most = values, weight_key, most_examples
         self.up: Codec | None = None
         self.taken: dict[int, int] = {}
+        self.keys: dict[int, bytes] = {}
+        self._asked_for_keys = ExchangeReport()  # before the exchange that comes
+        self._sum: NodeSum | None = None  # that the answers go into
         self._kind: Kind = "train"
         self._sent: Metadata = {}  # the same to all nodes of an exchange
         self._decoded: dict[str, CheckedReply] = {}  # message id -> what was read of a reply that `decoded` rewrote
@@ -74,18 +83,20 @@ class NodeMessenger(Messenger):
         config: Mapping[str, Any],
         metadata: Metadata,
         own: Mapping[int, Metadata] | None = None,
+        summation: NodeSum | None = None,
     ) -> list[Message]:
         """Return one message per node, with the carried coordinates of `model`, float32, shape (layout.size,).
 
         A question travels as a train message in float32; "saliency" is about the whole model. `config` is the user's,
         under "server-round" and so on; `metadata` are those beside the usual ones, `own` what one node alone is told.
+        The answers are handed to `take` of `receive` as summands if there is a `summation`.
         """
         mask = Mask.dense(self.spec.layout) if kind == "saliency" else self.mask
         values = "fp32" if kind in QUESTIONS else self._values
         digest = self.spec.digest_under(mask)
         told: Metadata = {"ssfl": kind, "round": round_, "digest": digest, "values": values}
         self._forget()
-        self._kind = kind
+        self._kind, self._sum = kind, summation
         self._model = model if kind == "saliency" else None
         self._sent = {**told, "weight-key": self._weight_key, **metadata}
         carried = shared_buffers(write_values(model[mask.transmitted], values))
@@ -94,6 +105,7 @@ class NodeMessenger(Messenger):
         verb, users = "evaluate" if kind == "evaluate" else "train", dict(config)  # the user's may change later
         for node in nodes:
             payload = Payload(carried, {**self._sent, **(own or {}).get(node, {})})
+            payload = payload if summation is None else summation.outgoing(node, payload)
             self._pending[node] = PendingMessage(verb, payload, mask, {"mask": lambda: once}, users)
         knows_it = {node for node in self._pending if self._holds.get(node) == digest and kind != "saliency"}
         return [self._message(node, () if node in knows_it else ("mask",)) for node in self._pending]
@@ -104,7 +116,107 @@ class NodeMessenger(Messenger):
         # A user's subclass may address messages to other nodes, to which what was written says nothing of their own.
         known, some = self._pending, next(iter(self._pending.values()))
         self._pending = {node: known.get(node, some) for node in (each.metadata.dst_node_id for each in messages)}
-        return super().exchange(grid, messages, reply_bytes)
+        replies = super().exchange(grid, messages, reply_bytes)
+        before, self._asked_for_keys = self._asked_for_keys, ExchangeReport()
+        self.report.asked += len(before.lost) + len(before.refused)
+        self.report.lost |= before.lost
+        self.report.refused |= before.refused
+        self.report.down, self.report.up = self.report.down + before.down, self.report.up + before.up
+        return replies
+
+    # ---- keys, and the second exchange of secure aggregation -----------------------------------
+
+    def summation(
+        self,
+        grid: Grid,
+        nodes: Iterable[int],
+        size: int,
+        options: SumOptions,
+        round_: int,
+        what: str,
+        uniform: bool = False,
+    ) -> NodeSum:
+        """Return the sum for answers of `size` values of these nodes, or under secure aggregation those with keys.
+
+        With `uniform` each weighs 1.
+        """
+        nodes = self._keyed(grid, nodes, round_) if options.secure else nodes
+        most = 1 if uniform else options.most_examples
+        return NodeSum(self, nodes, size, options, most=most, round_=round_, what=what)
+
+    def _keyed(self, grid: Grid, nodes: Iterable[int], round_: int) -> list[int]:
+        """Return those of the nodes that told their public key, now or before; `report` will have the others.
+
+        Whoever failed since then may have been set up anew, and is asked again.
+        """
+        asked = sorted(nodes)
+        new = {node: Payload() for node in asked if node not in self.keys}
+
+        def take(reply: Reply) -> None:
+            self.keys[reply.client] = reply.arrays[KEY].tobytes()
+
+        def check(node: int, payload: Payload) -> None:
+            read_array(payload.arrays, KEY, np.uint8, KEY_BYTES)
+
+        if new:
+            self._ask(grid, "keys", round_, new, {KEY: (np.uint8, KEY_BYTES)}, check, take)
+            self._asked_for_keys = self.report
+            for node, why in self.report.refused.items():
+                self.report.refused[node] = f"told no public key; it needs the sparse_mod of this version ({why})"
+        known = [node for node in asked if node in self.keys]
+        if len(known) < LEAST_NODES:
+            bad = {**self.report.lost, **self.report.refused} if new else {}
+            why = "; ".join(f"node {node}: {bad[node]}" for node in sorted(bad)[:MOST_NAMED])
+            few = f"{len(known)} of {len(asked)} nodes told a key; a masked sum is of {LEAST_NODES} at least"
+            raise RunFailed(f"{few} ({why})" if why else few)
+        return known
+
+    def ask_more(
+        self,
+        question: str,
+        round_: int,
+        payloads: Mapping[int, Payload],
+        allowed: Allowed,
+        check: Check,
+        take: Callable[[Reply], None],
+    ) -> None:
+        """Ask nodes whose answers in this exchange are in: a second exchange, which belongs to it (`aside`)."""
+        assert self._grid is not None
+        with self.aside():
+            self._ask(self._grid, question, round_, payloads, allowed, check, take)
+
+    def _ask(
+        self,
+        grid: Grid,
+        question: str,
+        round_: int,
+        payloads: Mapping[int, Payload],
+        allowed: Allowed,
+        check: Check,
+        take: Callable[[Reply], None],
+    ) -> None:
+        """Ask what the mod answers by itself: no function of the user's runs."""
+        self._forget()
+        told: Metadata = {"ssfl": question, "round": round_, "weight-key": self._weight_key}
+        for node, payload in payloads.items():
+            written = Payload(payload.arrays, {**payload.metadata, **told})
+            self._pending[node] = PendingMessage("train", written, None, {})
+
+        def read(node: int, message: Message) -> Reply:
+            payload = self._opened(node, message, allowed)
+            check(node, payload)
+            self.report.accept(node, {})
+            return Reply(payload.arrays, payload.metadata, client=node, samples=0)
+
+        messages = [self._message(node, ()) for node in self._pending]
+        for message in super().exchange(grid, messages, 0):
+            self._receive(read, take, message)
+        self._doubt()
+
+    def _doubt(self) -> None:
+        """Forget the keys of nodes that failed."""
+        for node in {**self.report.lost, **self.report.refused}:
+            self.keys.pop(node, None)
 
     # ---- in ----------------------------------------------------------------------------------
 
@@ -125,6 +237,8 @@ class NodeMessenger(Messenger):
             pass
         for node, reason in self.report.refused.items():
             self.report.refused[node] = _in_our_words(reason)
+        if self._sum is not None:
+            self._doubt()
 
     def _take(self, take: Callable[[CheckedReply], None], message: Message) -> None:
         known = self._decoded.get(message.metadata.reply_to_message_id)
@@ -185,24 +299,34 @@ class NodeMessenger(Messenger):
         _check_names(records)
         if self._kind == "saliency" and metadata.get("scored-by") not in SCORED_BY:
             raise PayloadError(f"scored-by is {quoted(metadata.get('scored-by'))}; it is one of {SCORED_BY}")
+        if self._sum is not None and self._kind == "saliency" and type(metadata.get(SAW)) is not bool:
+            raise PayloadError(f"{SAW} is {quoted(metadata.get(SAW))}; it is true or false")
         if self._kind in QUESTIONS:
-            weight = metadata.get("samples") if self._sent["weighting"] == "samples" else 1
+            weight = metadata.get("samples") if self._sent["weighting"] == "samples" and not self._sum else 1
+        elif self._sum is not None and self._sum.secure:
+            records, weight = RecordDict({name: MetricRecord()}), 1
         else:
             name, metrics = metrics_of(records)
             if self._weight_key not in metrics:
                 raise PayloadError(f"no metric {self._weight_key!r} among {sorted(metrics)}; it weighs the reply")
             weight = metrics[self._weight_key]
         seen = NOTHING if self._model is None else TensorReport.read(payload.arrays, self.spec, self._model)
+        if self._sum is not None:
+            self._sum.check(node, payload)
         (values, sent), weight = self._vector(payload), weight_of(weight, self._most)
         if self._kind != "saliency":
             self._holds[node] = str(metadata["digest"])
         self.report.accept(node, {})
-        return CheckedReply(node, values, weight, records, name, metadata, message, seen, sent)
+        summand = None if self._sum is None else payload
+        return CheckedReply(node, values, weight, records, name, metadata, message, seen, sent, summand)
 
     def _allowed(self) -> Allowed:
         """Return the arrays that an answer may have."""
         if self._kind == "evaluate":
             return {}
+        if self._sum is not None:
+            seen = TensorReport.allowed(self.spec) if self._kind == "saliency" else {}
+            return {**self._sum.allowed(), **seen}
         if self._kind == "train" and self.up is not None:
             return self.up.allowed(self.spec.layout)
         seen = TensorReport.allowed(self.spec) if self._kind == "saliency" else {}
@@ -215,7 +339,7 @@ class NodeMessenger(Messenger):
         return mask.alive.size if self._kind == "saliency" else int(np.count_nonzero(mask.transmitted))
 
     def _vector(self, payload: Payload) -> tuple[Vector, Mask | None]:
-        if self._kind == "evaluate":
+        if self._kind == "evaluate" or self._sum is not None:
             return np.zeros(0, dtype=np.float32), None
         sent: Mask | None = None
         if self._kind == "train" and self.up is not None:

@@ -3,10 +3,11 @@
 On the wire an SSFL message holds "arrays" (one flat vector of values; with the first message of a mask also the
 bitmap and the spec), "config" (the user's own) and "facts": its kind "ssfl" (`Kind` of `messenger`), its
 "round", the "digest" of what both ends share, the type of "values", the "weight-key" that counts examples, and what
-`Discovery` asks for or `TopK` wants. The mod gives the user's function a message with a complete state dict under the
-names it expects, and packs the alive values of the reply. Records of the reply that hold no arrays pass through
-under their names, so that mods in front of this one find the metrics; "reply.<name>" is what those are called whose
-names are taken.
+`Discovery` asks for or `TopK` wants; what
+messages of secure aggregation hold, `secure` reads. The mod gives the user's function a message with a complete state
+dict under the names it expects, and packs the alive values of the reply. Records of the reply that hold no arrays
+pass through under their names, so that mods in front of this one find the metrics; "reply.<name>" is what those are
+called whose names are taken. Under secure aggregation those of training stay here.
 
 Everything arrives as ``train`` or ``evaluate``, the question for saliency too: Flower calls mods only for message
 types that the app has a function for, app-wide ones included, and the question needs the train function anyway.
@@ -23,9 +24,11 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from ssfl_app.comm.payload import ClientState, Metadata, Payload, PayloadEncoder, decode_payload
 from ssfl_app.core.options import MaskOptions
+from ssfl_app.core.summand import EXCHANGE, UNIT
 from ssfl_app.plugin.gradient_probe import GradientProbe, difference_scores, own_scores, scales_of
 from ssfl_app.plugin.gradients import under_mask
 from ssfl_app.plugin.legacy import as_message_api, only
+from ssfl_app.plugin.secure import KIND, NodeSummands, public_key, whole_weight
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import changed_together, check_untied, told_together
 from ssfl_app.seeding import generator
@@ -42,6 +45,9 @@ SCORED_BY = ("own", "scores", "gradient", "difference")
 
 TAKEN, REPLY = ("arrays", "facts"), "reply."
 """Records of ours on their way up, and the prefix of a user's own that would be called like them."""
+
+SAW = "saw"
+"""Fact of an answer with scores that are only added: whether one of them is not 0."""
 
 QUESTION = "ssfl-question"
 """Key of the config that the train function gets: True while weights are scored, and missing in every round."""
@@ -92,6 +98,10 @@ class SparseMod:
         if not ours:
             return inner(message, context)
         payload = decode_payload(message.content)
+        if payload.metadata["ssfl"] == "keys":
+            return _answer(message, _in_round(payload, public_key(context)))
+        if payload.metadata["ssfl"] == "unmask":
+            return _answer(message, _in_round(payload, NodeSummands(payload, context).unmask(payload)))
         known = _known(payload, context)
         if known is None:
             told = {name: payload.metadata[name] for name in ("round", "digest")}
@@ -112,6 +122,7 @@ class SparseMod:
         mask: Mask,
     ) -> Message:
         """Answer with a score for each prunable weight."""
+        summands = NodeSummands(payload, context) if UNIT in payload.metadata else None
         weights, metadata = _values(payload, spec, mask), payload.metadata
         scales = None if metadata["criterion"] == "pooled-snip" else scales_of(spec.layout, weights)
         dense = _dense(message, spec, weights)
@@ -142,11 +153,16 @@ class SparseMod:
                 scores, by = difference_scores(spec.layout, weights, trained, scales), "difference"
                 seen = changed_together(spec.layout, weights, trained)
         answer: Metadata = {"round": metadata["round"], "digest": metadata["digest"], "scored-by": by}
-        if counted:
-            if samples is None:
-                raise ValueError("the mean of scores is weighted by samples: return (arrays, number of examples)")
-            answer["samples"] = samples
-        return _answer(message, Payload({**write_values(scores, "fp32"), **seen.written(spec)}, answer))
+        if counted and samples is None:
+            raise ValueError("the mean of scores is weighted by samples: return (arrays, number of examples)")
+        if summands is not None:
+            answer[SAW] = bool(scores.any())
+            weight = 1 if samples is None or not counted else whole_weight(samples)
+            arrays = summands.write(payload, scores, KIND, weight)
+        else:
+            arrays = write_values(scores, "fp32")
+            answer |= {"samples": samples} if counted and samples is not None else {}
+        return _answer(message, Payload({**arrays, **seen.written(spec)}, answer))
 
 
 def _work(
@@ -154,6 +170,7 @@ def _work(
 ) -> Message:
     """Have the user's function train or evaluate, and pack what it returns."""
     metadata = payload.metadata
+    summands = NodeSummands(payload, context) if UNIT in metadata else None
     given = _values(payload, spec, mask)
     with under_mask(mask):
         reply = inner(_dense(message, spec, given), context)
@@ -163,13 +180,19 @@ def _work(
     if metadata["ssfl"] == "train":
         flat = spec.flatten(only(reply.content, ArrayRecord))
         check_untied(spec.layout, given, flat)
-        if "of" in metadata:
+        if summands is not None:
+            update = (flat - given)[mask.transmitted]
+            arrays = summands.write(payload, update, KIND, whole_weight(_examples(reply, payload)))
+        elif "of" in metadata:
             arrays = _largest(spec.layout, flat - given if metadata["of"] == "update" else flat, payload, context)
         else:
             arrays = write_values(flat[mask.transmitted], str(metadata["values"]))
     record = PayloadEncoder().record(Payload(arrays, {"round": metadata["round"], "digest": metadata["digest"]}))
+    hidden = (
+        metadata["ssfl"] == "train" and EXCHANGE in metadata
+    )  # what the function tells of its training stays here
     for name, own in reply.content.items():
-        if not isinstance(own, ArrayRecord):
+        if not isinstance(own, ArrayRecord) and not hidden:
             record[REPLY + name if name in TAKEN or name.startswith(REPLY) else name] = own
     reply.content = record
     return reply
@@ -264,6 +287,10 @@ def _dense(message: Message, spec: StateSpec, flat: Vector) -> Message:
     dense = copy.copy(message)
     dense.content = RecordDict({arrays_key: spec.dense(flat), config_key: ConfigRecord(dict(config or {}))})
     return dense
+
+
+def _in_round(asked: Payload, answer: Payload) -> Payload:
+    return Payload(answer.arrays, {"round": asked.metadata["round"]})
 
 
 def _answer(message: Message, payload: Payload) -> Message:

@@ -15,6 +15,7 @@ from ssfl_app.comm.exchange import names
 from ssfl_app.core.rounds import Record, RoundLoop
 from ssfl_app.plugin.discovery import Discovery
 from ssfl_app.plugin.messenger import NodeMessenger
+from ssfl_app.plugin.node_sum import SumOptions
 from ssfl_app.sparsity.layout import Vector
 
 
@@ -27,6 +28,8 @@ class _Algorithm(Protocol):
     history: list[Record]
     model: Vector
     min_ok_fraction: float
+    clipped: int
+    sums: SumOptions | None
 
     def arrays(self) -> ArrayRecord: ...
     def changes(self, method: str) -> bool: ...
@@ -56,6 +59,7 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
             start, record = time.monotonic(), Record(round=round_)
             strategy.history.append(record)
             record |= self._train(round_)
+            self._tell_clipped(record)
             self._messenger.report.require(strategy.min_ok_fraction, f"training in round {round_}", "node")
             record |= self._evaluate(round_)
             record["central"] = self._tell_central(round_, strategy.arrays)
@@ -78,8 +82,9 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
             return strategy.sample(self._grid, what, 0, share, strategy.base.min_train_nodes)
 
         spec, mask = strategy.discovery.find(
-            self._messenger, self._grid, sample, strategy.model, config, record, strategy.inner
+            self._messenger, self._grid, sample, strategy.model, config, record, strategy.inner, strategy.sums
         )
+        strategy.clipped += record.pop("clipped", 0)
         if len(record["scored_by"]) > 1:
             log(
                 WARNING,
@@ -87,11 +92,18 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
                 "where a client trains without a torch optimizer, or without data, say SparseMod(saliency=...)",
                 ", ".join(f"{count} by {how}" for how, count in record["scored_by"].items()),
             )
+        self._tell_clipped(record)
         strategy.model = spec.narrowed(strategy.model, before)
         self._messenger.spec, self._messenger.mask = spec, mask
         strategy.model[~mask.transmitted] = 0
         record["seconds"] = time.monotonic() - start
         log(INFO, "\t└──> %s of %s prunable weights stay alive", mask.count, mask.alive.size)
+
+    def _tell_clipped(self, record: Record) -> None:
+        clipped, self._strategy.clipped = self._strategy.clipped, 0
+        if clipped:
+            record["clipped"] = clipped
+            log(WARNING, "\t> clients clipped %s values to update_range", clipped)
 
     def _train(self, round_: int) -> Record:
         mask = self._messenger.mask

@@ -8,6 +8,7 @@ remainder (biases, norms) travel.
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -18,10 +19,22 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic, Result, Strategy
+from flwr.serverapp.strategy import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedXgbBagging,
+    FedXgbCyclic,
+    FedYogi,
+    Result,
+    Strategy,
+)
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.core.means import WeightedMean
+from ssfl_app.core.options import WireOptions
 from ssfl_app.core.own_start import OwnStart
 from ssfl_app.core.rounds import Record
 from ssfl_app.options import ConfigError, build
@@ -32,8 +45,11 @@ from ssfl_app.plugin.inner import AsModel, AsVector, Form, aggregate_by, evaluat
 from ssfl_app.plugin.messenger import Kind, NodeMessenger
 from ssfl_app.plugin.metrics import common_metrics
 from ssfl_app.plugin.mod import QUESTION
+from ssfl_app.plugin.node_sum import LEAST_NODES, NodeSum, SumOptions
 from ssfl_app.plugin.rounds import NodeRoundLoop
+from ssfl_app.plugin.secure import KIND
 from ssfl_app.plugin.state_spec import StateSpec
+from ssfl_app.privacy.options import PrivacyOptions
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.sparsity.values import VALUE_TYPES, check_values
@@ -97,7 +113,15 @@ class SSFL(OwnStart):
         Of FLASH, as `FlashOptions` has them: the share of the nodes that finds layer densities, how often each trains
         for that, at least twice, and the share of a layer that moves after the first training.
     values : str
-        Value type on the wire in training and evaluation: fp32, fp16, bf16 or int8.
+        Value type on the wire in training and evaluation: fp32, fp16, bf16 or int8. fixed32: models go down as fp32;
+        scores, and what training changed, come up as whole numbers that are only added, and need `most_examples`.
+    secure_aggregation : bool
+        Whether these are masked, so that the server learns their sums only: the bits of ``values="fixed32"``. At
+        least 3 nodes take part, metrics of training stay on the nodes, and the clients' mod makes their keys.
+    threshold : float
+        More than this share of a node's neighbours must answer for its values to enter a sum; in [0.5, 1).
+    update_range : float
+        Largest magnitude of a score, and of what one local training changes, with fixed32: larger ones are clipped.
     min_ok_fraction : float
         A round counts if this share of its nodes answered well, in [0, 1]; if not, the run fails. 0: the run goes on
         with whoever answered.
@@ -154,6 +178,9 @@ class SSFL(OwnStart):
         values: str = "fp32",
         min_ok_fraction: float = 0.5,
         most_examples: float = MOST,
+        secure_aggregation: bool = False,
+        threshold: float = PrivacyOptions.threshold,
+        update_range: float = WireOptions.range,
         **fedavg: Unpack[FedAvgArguments],
     ) -> None:
         if odd := sorted(fedavg.keys() - FedAvgArguments.__annotations__.keys()):
@@ -179,16 +206,38 @@ class SSFL(OwnStart):
             )
         if inner_arrays not in ("vector", "model"):
             raise ValueError(f"inner_arrays is {inner_arrays!r}; it is vector or model")
-        if values not in VALUE_TYPES:
-            raise ValueError(f"values is {values!r}; it is one of {', '.join(VALUE_TYPES)}")
+        if values not in (*VALUE_TYPES, KIND):
+            raise ValueError(f"values is {values!r}; it is one of {', '.join((*VALUE_TYPES, KIND))}")
         if isinstance(prunable, str):
             raise TypeError(f"prunable is {prunable!r}; it is a list of names")
         if not 0 <= min_ok_fraction <= 1:
             raise ValueError(f"min_ok_fraction is {min_ok_fraction}; it is a fraction in [0, 1]")
         if not 0 < most_examples <= MOST:
             raise ValueError(f"most_examples is {most_examples}; it is a number above 0, at most {MOST}")
+        self.sums: SumOptions | None = None
+        if secure_aggregation or values == KIND:
+            cause = "secure_aggregation is True" if secure_aggregation else f"values is {KIND!r}"
+            self._check_sums(cause, values, inner, most_examples)
+            if mask == "dense":
+                raise ValueError(f"{cause}; TopK's nodes do not all send the same coordinates, which do not add up")
+            metrics = inner.train_metrics_aggr_fn if inner else fedavg.get("train_metrics_aggr_fn")
+            if secure_aggregation and mask == "flash":
+                raise ValueError(f"mask is 'flash'; {cause}, and the server would read each node's layer densities")
+            if secure_aggregation and metrics not in (None, aggregate_metricrecords):
+                raise ValueError(f"train_metrics_aggr_fn is given; {cause}: metrics of training stay on the nodes")
+            checked_options(PrivacyOptions, {"threshold": threshold})
+            if not 0 < update_range < math.inf:
+                raise ValueError(f"update_range is {update_range}; it is a number above 0")
+            self.sums = SumOptions(update_range, int(most_examples), secure_aggregation, threshold, seed)
+            values = "fp32"  # on their way down
+        given = {} if secure_aggregation else {"threshold": (threshold, PrivacyOptions.threshold)}
+        given |= {} if self.sums else {"update_range": (update_range, WireOptions.range)}
+        for name, (value, default) in given.items():
+            if value != default:
+                raise ValueError(f"{name} is {value}; nothing reads it without secure_aggregation=True")
         self.history: list[Record] = []
         self.model: Vector = np.zeros(0, dtype=np.float32)
+        self._summation: NodeSum | None = None  # of the training that goes on
         self._messenger: NodeMessenger | None = None
         weighting = saliency_weighting if mask in _SCORED else "uniform"  # which asks for no number of examples
         asked = saliency_batches, weighting, saliency_share
@@ -203,6 +252,24 @@ class SSFL(OwnStart):
         self._values, self.min_ok_fraction = values, min_ok_fraction
         self._timeout = 3600.0
         self._cohort = 0  # nodes that train in this round
+        self.clipped = 0  # values, since the last record
+
+    def _check_sums(self, cause: str, values: str, inner: FedAvg | None, most: float) -> None:
+        """Raise ValueError, or TypeError, if more would be done with answers than to add them."""
+        if values not in ("fp32", KIND):
+            raise ValueError(f"values is {values!r}; it is {KIND!r}: {cause}, and whole numbers add up")
+        if most % 1 or most > MOST_OF_ONE:
+            raise ValueError(
+                f"most_examples is {most}; it is a whole number, at most {MOST_OF_ONE}: {cause}. Set it to what your "
+                "largest client has; the steps of the sum follow from it"
+            )
+        if inner is not None and type(inner).aggregate_train not in _OF_THE_MEAN:
+            raise TypeError(f"inner is {type(inner).__name__}, which looks at each reply; {cause}")
+        for method in ("aggregate_train", "fold"):
+            if self.changes(method):
+                raise TypeError(
+                    f"{type(self).__name__} has a {method} of its own, which looks at each reply; {cause}"
+                )
 
     @property
     def messenger(self) -> NodeMessenger:
@@ -240,12 +307,14 @@ class SSFL(OwnStart):
             except Exception:  # it holds a file, a lock, a connection
                 trial = copy.copy(self)
                 trial.inner = copy.copy(self.inner)
+            trial.sums = None  # it asks for no keys
             messages = list(trial.configure_train(1, self.arrays(), copy.deepcopy(config), grid))
             told = messages[0].content.get("config", told) if messages else told
         return ConfigRecord({**told, QUESTION: True})
 
     def sample(self, grid: Grid, what: str, round_: int, fraction: float, least: int) -> list[int]:
         """Return the nodes that take part in something, see `ssfl_app.plugin.cohort`."""
+        least = max(least, LEAST_NODES) if self.sums and self.sums.secure and what != "evaluate" else least
         least_connected = max(self.base.min_available_nodes, least)
         connected = wait_for(grid, least_connected, self._timeout)
         return sample(connected, self._seed, what, round_, max(int(len(connected) * fraction), least, 1))
@@ -254,8 +323,11 @@ class SSFL(OwnStart):
 
     def summary(self) -> None:
         """Log the settings, as Flower's strategies do."""
-        told = type(self).__name__, self.discovery.mask, self.discovery.density, self._values, self._seed
+        values = KIND if self.sums else self._values
+        told = type(self).__name__, self.discovery.mask, self.discovery.density, values, self._seed
         log(INFO, "\t├──> %s: mask %s, density %s, values %s, seed %s", *told)
+        if self.sums is not None and self.sums.secure:
+            log(INFO, "\t├──> Secure aggregation: sums of scores and updates; metrics of training stay on the nodes")
         if self.inner is not None:
             log(INFO, "\t├──> Carried values are aggregated by %s", type(self.inner).__name__)
         self.base.summary()
@@ -318,6 +390,8 @@ class SSFL(OwnStart):
         RunFailed
             The inner strategy returned no model.
         """
+        if self._summation is not None:
+            return self._aggregate_sum(self._summation, server_round, replies)
         answers = list[CheckedReply]()
         add, finish = self.fold(max(1, self._cohort))
 
@@ -344,6 +418,35 @@ class SSFL(OwnStart):
         else:
             self.model = finish()
             metrics = self.base.train_metrics_aggr_fn(contents, self.base.weighted_by_key)
+        return self.arrays(), metrics
+
+    def _aggregate_sum(
+        self, summation: NodeSum, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Add up what training changed; an inner strategy is given the mean, as the reply of one node."""
+        answers = list[CheckedReply]()
+
+        def take(answer: CheckedReply) -> None:
+            assert answer.summand is not None
+            summation.add(answer.node, answer.summand)
+            answers.append(answer.numbers() if answers or self.inner is None else replace(answer, summand=None))
+
+        self.messenger.receive(replies, take)
+        contents, self.messenger.report.odd_metrics = common_metrics(answers)
+        if not answers or not self.messenger.report.enough(self.min_ok_fraction):
+            return None, None
+        found, key = summation.finish(), self.base.weighted_by_key
+        self.clipped += found.clipped
+        values = (self.model[self.mask.transmitted] + found.values).astype(np.float32)
+        metrics = None if summation.secure else self.base.train_metrics_aggr_fn(contents, key)
+        if self.inner is not None:
+            told = RecordDict({"metrics": MetricRecord({key: found.weight})})
+            mean = replace(answers[0], values=values, weight=found.weight, records=told, metrics_name="metrics")
+            moved, _ = aggregate_by(self.inner, server_round, [mean], self._form)
+            if moved is None:
+                return None, metrics
+            values = moved
+        self.model = self.messenger.spec.spread(values, self.mask)
         return self.arrays(), metrics
 
     def fold(self, replies: int) -> tuple[Callable[[CheckedReply], None], Callable[[], Vector]]:
@@ -376,7 +479,13 @@ class SSFL(OwnStart):
             key = self.base.configrecord_key
             config = inner_round_config(getattr(self.inner, configure), round_, given, config, grid, key)
         told, own = self.training_metadata(nodes) if kind == "train" else ({}, {})
-        return self.messenger.build_messages(kind, round_, nodes, self.model, config, told, own)
+        summation = None
+        if kind == "train" and self.sums is not None:
+            what, size = f"training in round {round_}", int(np.count_nonzero(self.mask.transmitted))
+            summation = self.messenger.summation(grid, nodes, size, self.sums, round_, what)
+            nodes = summation.nodes
+        self._summation = summation if kind == "train" else self._summation
+        return self.messenger.build_messages(kind, round_, nodes, self.model, config, told, own, summation)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the metrics of the good replies, aggregated as FedAvg does or as the inner strategy does."""
@@ -399,6 +508,9 @@ class SSFL(OwnStart):
         return self.messenger.spec.dense(self.model)
 
 
+_OF_THE_MEAN = [each.aggregate_train for each in (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi)]
+"""What Flower's strategies do with a mean, and with replies only by taking it."""
+MOST_OF_ONE = (2**31 - 1) // LEAST_NODES
 _RANKED = frozenset({"criterion", "scope", "min_per_layer", "saliency_weighting"})
 _SCORED = {"ssfl": _RANKED, "shuffled": _RANKED}
 _READ = {**_SCORED, "random": {"scope"}, "dense": {"scope", "min_per_layer"}}  # dense: `TopK`
