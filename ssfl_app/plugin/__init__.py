@@ -14,6 +14,8 @@ module             what
 `tensor_report`    what a client tells of the model: which tensors are one, and which are no weights
 `ranking`          from mean scores to the mask
 `legacy`           Message API <-> what an old-style NumPyClient takes
+`secure`           the client side of sums: a node's keys, and what it answers where the server only adds
+`node_sum`         the server side of sums: `SSFL(secure_aggregation=True)`, and values "fixed32" in the clear
 `messenger`        the server's messages to nodes, resent with the mask to a node that lost it
 `checked_reply`    one checked answer of a node
 `metrics`          which metrics all replies of a round have

@@ -148,7 +148,7 @@ class SSFL(OwnStart):
     ------
     TypeError, ValueError
         An argument is out of range; `inner` is no FedAvg, aggregates trees, has a `start` of its own, or is given
-        beside FedAvg's arguments.
+        beside FedAvg's arguments; something looks at single replies where the server only adds them.
 
     Notes
     -----
@@ -230,11 +230,10 @@ class SSFL(OwnStart):
                 raise ValueError(f"update_range is {update_range}; it is a number above 0")
             self.sums = SumOptions(update_range, int(most_examples), secure_aggregation, threshold, seed)
             values = "fp32"  # on their way down
-        given = {} if secure_aggregation else {"threshold": (threshold, PrivacyOptions.threshold)}
-        given |= {} if self.sums else {"update_range": (update_range, WireOptions.range)}
-        for name, (value, default) in given.items():
-            if value != default:
-                raise ValueError(f"{name} is {value}; nothing reads it without secure_aggregation=True")
+        if not secure_aggregation and threshold != PrivacyOptions.threshold:
+            raise ValueError(f"threshold is {threshold}; nothing reads it without secure_aggregation=True")
+        if self.sums is None and update_range != WireOptions.range:
+            raise ValueError(f"update_range is {update_range}; values {values!r} have none: it is of {KIND!r}")
         self.history: list[Record] = []
         self.model: Vector = np.zeros(0, dtype=np.float32)
         self._summation: NodeSum | None = None  # of the training that goes on
@@ -267,9 +266,7 @@ class SSFL(OwnStart):
             raise TypeError(f"inner is {type(inner).__name__}, which looks at each reply; {cause}")
         for method in ("aggregate_train", "fold"):
             if self.changes(method):
-                raise TypeError(
-                    f"{type(self).__name__} has a {method} of its own, which looks at each reply; {cause}"
-                )
+                raise TypeError(f"{type(self).__name__}.{method} is your own and looks at each reply; {cause}")
 
     @property
     def messenger(self) -> NodeMessenger:
@@ -328,6 +325,11 @@ class SSFL(OwnStart):
         log(INFO, "\t├──> %s: mask %s, density %s, values %s, seed %s", *told)
         if self.sums is not None and self.sums.secure:
             log(INFO, "\t├──> Secure aggregation: sums of scores and updates; metrics of training stay on the nodes")
+            if self.base.fraction_evaluate:
+                log(
+                    INFO,
+                    "\t├──> Metrics of evaluation travel in the clear; with fraction_evaluate=0.0 there are none",
+                )
         if self.inner is not None:
             log(INFO, "\t├──> Carried values are aggregated by %s", type(self.inner).__name__)
         self.base.summary()

@@ -1,19 +1,22 @@
 """Nodes whose answers are only added: masked and clear sums have the same bits, and the server sees nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, Context, Error, Message, MetricRecord
+import torch
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord
+from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, QFedAvg, Result
 
-from ssfl_app import SSFL, TopK, sparse_mod
+from ssfl_app import SSFL, SparseMod, TopK, sparse_mod
 from ssfl_app.core.summand import EXCHANGE, OWN
 from ssfl_app.locks import RunFailed
 from ssfl_app.plugin.secure import KEYS, THRESHOLD
 from ssfl_app.plugin.strategy import MOST_OF_ONE
+from ssfl_app.sparsity.mask import Mask
 from tests.plugin.test_mod import old_app
 from tests.plugin.test_rounds import Fault, ForeignGrid, Where, bits, foreign_app, play, tensors
 
@@ -237,9 +240,9 @@ class Own(SSFL):
         ({"inner": Looks()}, "inner is Looks, which looks at each reply"),
         ({"train_metrics_aggr_fn": lambda contents, key: MetricRecord()}, "train_metrics_aggr_fn is given"),
         ({"kind": TopK}, "TopK's nodes do not all send the same coordinates"),
-        ({"kind": Own}, "Own has a aggregate_train of its own, which looks at each reply"),
+        ({"kind": Own}, r"Own\.aggregate_train is your own and looks at each reply"),
         ({"secure_aggregation": False, "threshold": 0.9}, "threshold is 0.9; nothing reads it"),
-        ({"secure_aggregation": False, "update_range": 2.0}, "update_range is 2.0; nothing reads it"),
+        ({"secure_aggregation": False, "update_range": 2.0}, "update_range is 2.0; values 'fp32' have none"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(sorted(value)),
 )
@@ -331,6 +334,59 @@ def test_a_node_unmasks_once() -> None:
 def test_an_app_without_the_mod_is_told_so() -> None:
     with pytest.raises(RunFailed, match=r"0 of 5 nodes told a key; .* needs the sparse_mod of this version"):
         summed(True, app=foreign_app(mods=[]))
+
+
+# ---- what nodes tell of the model beside their scores ---------------------------------------------------
+
+
+def equal_layers() -> torch.nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    second.load_state_dict(first.state_dict())
+    return torch.nn.Sequential(first, second)
+
+
+def scored(secure: bool, told: Callable[[int, torch.Tensor], list[torch.Tensor]]) -> SSFL:
+    """Find a mask of 4 nodes, of which each tells gradients by `told`, of its number and ones of their shape."""
+
+    def saliency(message: Message, context: Context) -> Any:
+        gradients = told(int(context.node_config["partition-id"]), torch.ones(8, 8))
+        return dict(zip(("0.weight", "1.weight"), gradients, strict=True)), 10
+
+    app = ClientApp(mods=[SparseMod(saliency=saliency)])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        raise AssertionError("nobody trains")
+
+    values = "fp32" if secure else "fixed32"
+    strategy = SSFL(density=0.25, most_examples=MOST, secure_aggregation=secure, values=values)
+    arrays = ArrayRecord(equal_layers().state_dict())
+    strategy.start(grid=ForeignGrid(app, 4), initial_arrays=arrays, num_rounds=0)
+    return strategy
+
+
+def test_all_must_tie_the_same_tensors() -> None:
+    def told(node: int, ones: torch.Tensor) -> list[torch.Tensor]:
+        return [ones, ones if node else ones.clone()]
+
+    for secure in (False, True):
+        with pytest.raises(RunFailed, match=r"node 1000 ties nothing, most others tie 1\.weight to 0\.weight"):
+            scored(secure, told)
+
+
+def test_who_saw_nothing_has_no_vote() -> None:
+    def told(node: int, ones: torch.Tensor) -> list[torch.Tensor]:
+        return [ones, ones] if node else [0 * ones, 0 * ones]
+
+    clear, secure = scored(False, told), scored(True, told)
+    assert secure.history[0]["scored_by"] == clear.history[0]["scored_by"] == {"own": 3}
+    assert secure.history[0]["ties"] == {"1.weight": "0.weight"}
+    assert secure.mask == clear.mask
+    weight: Any = equal_layers()[0].weight
+    scores = weight.abs().detach().numpy().ravel()
+    assert secure.mask == Mask.top(secure.mask.layout, scores, 0.25)
 
 
 def test_keys_and_what_was_answered_are_lost_together() -> None:
