@@ -282,7 +282,7 @@ def liar(change: int) -> Fault:
         arrays: Any = reply.content["arrays"]
         array = arrays["values"]
         values = np.frombuffer(array.data, np.uint32).copy()
-        values[0] += np.uint32(change)
+        values[:1] += np.uint32(change)
         arrays["values"] = Array(array.dtype, array.shape, array.stype, values.tobytes())
         return reply
 
