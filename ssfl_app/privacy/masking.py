@@ -440,9 +440,10 @@ class MaskedSum:
         """
         if self._told:
             raise ValueError("the masks were removed already")
-        streams = []
-        for (owner, other), shares in self._collected().items():
+        collected, streams = self._collected(), []
+        for (owner, _), shares in collected.items():
             self._enough(owner, len(shares))
+        for (owner, other), shares in collected.items():
             secret = self._secret(owner, other, shares)
             sign = 1 if owner == other else _sign(owner, other)
             streams.append((_derive(secret, b"stream", self._about, KEY_BYTES), -sign))
