@@ -196,7 +196,10 @@ def _answer(message: Message, context: Context) -> Message:
             tell(f"note: {note}")
     if runtime.trainer.device.type == "cpu":
         keep_heap()
-    level = runtime.config.settings.privacy.level
+    privacy = runtime.config.settings.privacy
+    level = privacy.level
+    if place.pins is not None and not privacy.secure_aggregation:
+        raise PayloadError("privacy.secure-aggregation is false; this node has pins, and answers in sums only")
     if level == "record" and not place.simulated and place.state_path is None:
         raise PayloadError(
             f"privacy.level is {level!r}; this node has no state-path, and would forget at a restart what it spent"

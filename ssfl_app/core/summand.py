@@ -30,6 +30,10 @@ long, nothing stands beside it, and each client adds a share of the noise, of NO
 """
 
 
+PINNED_THRESHOLD = 2 / 3
+"""Least privacy.threshold of a client that trusts its server with nothing (docs/privacy.md)."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """What a client has to mask with: its keys, and fingerprints of those that it masks together with; none: any."""
@@ -146,6 +150,9 @@ class SummandWriter:
         )
 
     def _check(self, peers: tuple[Peer, ...], pins: frozenset[str]) -> None:
+        if pins and self._threshold < PINNED_THRESHOLD:
+            told = f"privacy.threshold is {self._threshold:g}; at this client, which has pins, it is at least 2/3"
+            raise PayloadError(f"{told}: below, a server that lies to some of its clients learns the values of one")
         strangers = [peer for peer in peers if pins and fingerprint(peer.public) not in pins]
         if strangers:
             who = f"client {strangers[0].number} has the key {fingerprint(strangers[0].public)}"
