@@ -11,7 +11,7 @@ from ssfl_app import partitions
 from ssfl_app.config import BUILTIN, NAMED, defaults
 from ssfl_app.core.robust import FOLDS
 from ssfl_app.data.readers import READERS
-from ssfl_app.sparsity.values import VALUE_TYPES
+from ssfl_app.sparsity.values import SUMMED_TYPES, VALUE_TYPES
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.training import models
 from ssfl_app.training.step import PRECISIONS
@@ -190,7 +190,7 @@ def test_the_table_of_options_names_what_can_be_chosen() -> None:
         ("partition", "name", partitions.REGISTRY),
         ("model", "name", models.REGISTRY),
         ("run", "fold", FOLDS),
-        ("wire", "up-values", VALUE_TYPES),
+        ("wire", "up-values", (*VALUE_TYPES, *SUMMED_TYPES)),
         ("engine", "precision", PRECISIONS),
     ):
         match = re.search(rf"`{key}` \(([^)]*)\)", keys[section])

@@ -49,11 +49,12 @@ CORE = PROJECT["dependencies"]
 APP = PROJECT["optional-dependencies"]["app"]
 DATA = PROJECT["optional-dependencies"]["volumes"] + PROJECT["optional-dependencies"]["hf"]
 EXPORT = PROJECT["optional-dependencies"]["export"]
+PRIVACY = PROJECT["optional-dependencies"]["privacy"]
 TESTING = PROJECT["optional-dependencies"]["testing"]
 EXTRAS = PROJECT["optional-dependencies"]
 TRACKERS = [text for name in callbacks.REGISTRY for text in EXTRAS[name]]  # an extra each
 USED_IF_THERE = {"pandas", "ipython"}  # a table is a DataFrame; who calls from a notebook has it
-BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + DATA + TESTING + TRACKERS}
+BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + DATA + PRIVACY + TESTING + TRACKERS}
 
 
 def test_what_is_imported_is_declared():
@@ -76,7 +77,7 @@ def test_flower_installs_for_the_app_what_the_app_needs():
     """Its `uv sync` knows dependencies and the default groups of an app, but no extras."""
     assert PYPROJECT["tool"]["uv"]["default-groups"] == ["app"]
     assert PYPROJECT["dependency-groups"]["app"] == ["ssfl-app[app]"]
-    extras = "app,export,foreign,volumes,hf,tensorboard,mlflow,wandb,docs"
+    extras = "app,privacy,export,foreign,volumes,hf,tensorboard,mlflow,wandb,docs"
     assert f"ssfl-app[{extras}]" in PROJECT["optional-dependencies"]["dev"]
 
 
