@@ -63,11 +63,11 @@ def test_what_is_imported_is_declared():
 
 
 def test_what_is_declared_is_imported():
-    assert set(BY_NAME) - set(imported()) == {"tensorboard"}  # through torch.utils.tensorboard
+    assert set(BY_NAME) - set(imported()) == {"tensorboard", "opacus"}  # through torch.utils.tensorboard; by `needed`
 
 
 @pytest.mark.parametrize(
-    "text", CORE + APP + DATA + TESTING + TRACKERS + EXPORT + PROJECT["optional-dependencies"]["foreign"]
+    "text", CORE + APP + DATA + PRIVACY + TESTING + TRACKERS + EXPORT + PROJECT["optional-dependencies"]["foreign"]
 )
 def test_a_dependency_has_a_lowest_version_and_one_that_it_stays_below(text):
     assert re.search(r">=[\d.]+,<[\d.]+$", text), text
