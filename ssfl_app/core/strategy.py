@@ -165,7 +165,7 @@ class SparseStrategy(OwnStart):
                 f"wire.error-feedback is true; it is false with strategy {self.name}, where clients have masks, "
                 "models or memories of their own"
             )
-        self.client.check_privacy(settings)
+        self.client.check_privacy(settings, self.name)
         if run.fold != "mean" and not self._has_default_aggregator():
             raise ConfigError(
                 f"run.fold is {run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of its own"
