@@ -158,13 +158,14 @@ class ClientAlgorithm:
         self._came: Vector | None = None  # the model that came down, where an update is told
 
     @classmethod
-    def check_privacy(cls, settings: Settings) -> None:
-        """Raise ConfigError if what this client sends is not as private as the options say."""
+    def check_privacy(cls, settings: Settings, strategy: str = "") -> None:
+        """Raise ConfigError if what this client, that of a strategy, sends is not as private as the options say."""
         if settings.privacy.level == "record" and not vars(cls).get("record_level", False):
-            asks = f"answers {', '.join(cls.query_types)}" if cls.query_types else "trains in a way of its own"
+            who = f"a client of strategy {strategy}" if strategy else cls.__name__
+            asked = f"answers {', '.join(cls.query_types)}" if cls.query_types else "trains in a way of its own"
             raise ConfigError(
-                f"privacy.level is 'record'; {cls.__name__} {asks}, which no noise covers: strategy is 'random', or "
-                "'fedavg' or 'fedprox', which train all weights"
+                f"privacy.level is 'record'; {who} {asked}, which no noise covers: strategy is 'random', or 'fedavg' "
+                "or 'fedprox', which train all weights"
             )
 
     @classmethod

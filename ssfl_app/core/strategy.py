@@ -174,7 +174,7 @@ class SparseStrategy(OwnStart):
                 f"wire.error-feedback is true; it is false with strategy {self.name}, where clients have masks, "
                 "models or memories of their own"
             )
-        self.client.check_privacy(settings)
+        self.client.check_privacy(settings, self.name)
         if run.fold != "mean" and not self.has_default_aggregator():
             raise ConfigError(
                 f"run.fold is {run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of its own"
@@ -367,6 +367,8 @@ class SparseStrategy(OwnStart):
         """Return all that `load_state_dict` needs, as flat arrays."""
         state, mask = self.layout.flatten(self.state), self.mask.packed()
         kept: Arrays = {"state": state, "mask": mask, "since": self._last_accepted}
+        if self._silent:
+            kept["epsilons"] = np.array([self.epsilons.get(k, 0.0) for k in range(self.settings.run.clients)])
         return kept if self._residual is None else kept | {"residual": self._residual}
 
     def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -382,6 +384,9 @@ class SparseStrategy(OwnStart):
         self._last_accepted = stored(arrays, "since", "int64", self.settings.run.clients).copy()
         if not ((self._last_accepted >= 0) & (self._last_accepted <= round_)).all():
             raise ValueError(f"array 'since' has rounds beyond 0 to {round_}")
+        if self._silent:
+            spent = stored(arrays, "epsilons", "float64", self.settings.run.clients)
+            self.epsilons = {client: float(value) for client, value in enumerate(spent) if value}
         if "residual" in arrays:
             self._residual = stored(arrays, "residual", "float32", self.layout.size)
         self._next_round, self._made_in_round = round_ + 1, round_
