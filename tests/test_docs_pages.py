@@ -3,7 +3,7 @@
 - ``python`` runs; all blocks of a page share their names. ``python FILE``, ``toml FILE`` and the like write a file.
 - ``sh`` is played line by line, what begins with ``ssfl`` in this process and with `SMALL` after it: two rounds on
   every second digit tell as well whether a line works. ``ssfl federation`` and all other lines are processes.
-- the keys of ``toml`` exist, those of ``[compare]`` included: it is a whole file; ``diff`` and ``text`` show something.
+- the keys of ``toml`` exist; what has a ``[compare]`` is a whole sweep file. ``diff`` and ``text`` show something.
 
 A block that no test can run says so in a comment above it: ``<!-- skip: next "needs a second host" -->``.
 """
@@ -95,7 +95,11 @@ def command(line: str, words: list[str]) -> None:
 
 def keys_exist(example: Example) -> None:
     Path("block.toml").write_text(example.parsed, "utf-8")
-    read_plan([Path("block.toml")], [])
+    found = config.read_file(Path("block.toml"), sweep=True)
+    if any(key.startswith("compare.") for key in found):
+        read_plan([Path("block.toml")], [])
+    else:
+        config.merge(found)
 
 
 SYBIL = Sybil(
