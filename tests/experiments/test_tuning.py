@@ -273,9 +273,7 @@ def test_a_sweep_tunes_then_plays_each_row_with_its_choice_and_nothing_twice(
     # The same again: only what failed is tried again, and the result is the same.
     again = play()
     assert (again["tables"], again["tuning"]) == (made["tables"], made["tuning"])
-    assert [line.partition(": ")[0] for line in said if line.startswith("[")] == [
-        f"[5/5] {LOST}"
-    ]
+    assert [line.partition(": ")[0] for line in said if line.startswith("[")] == [f"[5/5] {LOST}"]
     assert capsys.readouterr().err == lost
     assert play(report_only=True)["tables"] == made["tables"]
     assert capsys.readouterr().err == lost
