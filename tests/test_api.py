@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,9 @@ def test_an_older_or_dense_run_says_what_it_lacks(played: api.Run, tmp_path: Pat
         ({"engine": "ray", "model": lambda *_: None}, "model.name is 'this_process:lambda_"),
         ({"clients": 4, "cohort": 5}, "run.cohort is 5; it is at most run.clients, 4"),
         ({"config": "missing.toml"}, "CONFIG is missing.toml; it is a TOML file"),
+        ({"resume": True}, "resume is True; it is the path of a run folder"),
+        ({"data": "folder", "data_path": "missing"}, "/missing'; there is no such folder, it is a folder with train"),
+        ({"strategy": "sslf"}, "strategy is 'sslf'; it is one of ssfl, "),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line_and_nothing_is_written(
@@ -271,4 +275,7 @@ def test_what_cannot_be_run_is_refused_in_one_line_and_nothing_is_written(
     with pytest.raises(ConfigError, match=re.escape(said)) as caught:
         ssfl_app.run(quiet=True, **given)
     assert "\n" not in str(caught.value)
+    # A traceback ends with the documented name, whatever the error is inside.
+    assert traceback.format_exception_only(caught.value)[-1] == f"ssfl_app.options.ConfigError: {caught.value}\n"
+    assert caught.type is ssfl_app.ConfigError
     assert list(tmp_path.iterdir()) == []
