@@ -266,6 +266,7 @@ def test_an_older_or_dense_run_says_what_it_lacks(played: api.Run, tmp_path: Pat
         ({"config": "missing.toml"}, "CONFIG is missing.toml; it is a TOML file"),
         ({"resume": True}, "resume is True; it is the path of a run folder"),
         ({"data": "folder", "data_path": "missing"}, "/missing'; there is no such folder, it is a folder with train"),
+        ({"data": "table", "data_path": "missing.csv"}, "missing.csv'; there is no such file, it is a .csv or"),
         ({"strategy": "sslf"}, "strategy is 'sslf'; it is one of ssfl, "),
     ],
 )
