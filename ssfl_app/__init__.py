@@ -1,8 +1,9 @@
 """Sparse federated learning on Flower: SSFL and the systems it is compared with.
 
-``run``, ``load_run`` and what they raise are for scripts and notebooks, ``SparseStrategy``, ``ClientAlgorithm``, ``Mask``, ``Task``
-and ``RunCallback`` for algorithms of your own, ``SSFL`` and ``sparse_mod`` for other people's Flower projects.
-The names are looked up when they are first used, so that ``import ssfl_app`` loads neither torch nor Flower.
+``run``, ``load_run`` and what they raise are for scripts and notebooks, ``SparseStrategy``, ``ClientAlgorithm``,
+``Mask``, ``Task`` and ``RunCallback`` for algorithms of your own, ``SSFL`` and ``sparse_mod`` for other people's
+Flower projects. The names are looked up when they are first used, so that ``import ssfl_app`` loads neither torch nor
+Flower.
 """
 
 from importlib import import_module

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ssfl_app import config as configuration
+from ssfl_app import installed
 from ssfl_app.options import ConfigError, PrivateError, flatten, not_a_key
 from ssfl_app.registry import here_only, import_from, name_of
 from ssfl_app.results import plots, run_folder
@@ -148,6 +149,7 @@ def run(
     for word, path in (("out", out), ("resume", resume)):
         if not isinstance(path, str | Path | None):
             raise ConfigError(f"{word} is {path!r}; it is the path of a run folder")
+    installed.check_installed()
     into, going_on = (None if path is None else Path(path) for path in (out, resume))
     threads = torch.get_num_threads()
     try:

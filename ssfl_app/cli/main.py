@@ -3,15 +3,13 @@
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from packaging.requirements import Requirement
 from typer import Argument, Option
 
+from ssfl_app import installed
 from ssfl_app.cli.arguments import ConfigFile, Engine, Out, Override, Resume
 from ssfl_app.cli.federation import app as federation_app
 from ssfl_app.cli.study import app as study_app
@@ -213,29 +211,6 @@ def cache(
         raise ConfigError(f"the cache cannot be read or deleted: {one_line(error)}") from error
 
 
-def lacking(package: str, extras: Iterable[str]) -> Iterator[str]:
-    """Yield the packages that are not installed but belong to these extras of an installed package."""
-    for requirement in map(Requirement, metadata.requires(package) or []):
-        if requirement.marker and any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
-            try:
-                yield from lacking(requirement.name, requirement.extras)
-            except metadata.PackageNotFoundError:
-                yield requirement.name
-
-
-def check_installed() -> None:
-    """Raise ConfigError if only what the plug-in layer needs was installed.
-
-    Now, not when a picture is drawn at the end of a long run. A checkout on PYTHONPATH has no metadata to ask. Ray is
-    asked for by the engine that needs it.
-    """
-    try:
-        if missing := sorted({*lacking("ssfl-app", ["app"])} - {"ray"}):
-            raise ConfigError(f'{", ".join(missing)} not installed: pip install "ssfl-app[app]"')
-    except metadata.PackageNotFoundError:
-        return
-
-
 def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
     # `kill` and a closed terminal end a run as Ctrl-C does: through the clean-up of everything that was started.
@@ -244,7 +219,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        check_installed()
+        installed.check_installed()
         app(prog_name="ssfl")  # also of python -m ssfl_app, or its completion has another name
     except BrokenPipeError:  # `ssfl report DIR | head`; what Python still holds for the pipe has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
