@@ -54,7 +54,10 @@ def run(
     resume: Resume = None,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Run a strategy and write a run folder. Exit code: 0 finished, 1 failed or interrupted, 2 bad input."""
+    """Run a strategy and write a run folder; CONFIG.toml has the keys that differ from the defaults (`ssfl keys`).
+
+    Exit code: 0 finished, 1 failed or interrupted, 2 bad input.
+    """
     from ssfl_app.simulation.command import RunArgs, telling
     from ssfl_app.simulation.play import play
 
@@ -64,15 +67,17 @@ def run(
 
 @app.command()
 def compare(
-    files: Annotated[list[Path], Argument(metavar="SWEEP.toml...", help="Configurations with [compare].")],
+    files: Annotated[list[Path], Argument(metavar="SWEEP.toml...", help="Configurations with a table compare.")],
     override: Override = None,
-    out: Annotated[Path | None, Option(help="Folder. [default: runs/compare-<name of the file>]")] = None,
+    out: Annotated[Path | None, Option(help="Folder.", show_default="runs/compare-<name of the file>")] = None,
     engine: Engine = "inline",
     jobs: Annotated[int, Option(help="Runs that are played at once.")] = 1,
     budget: Annotated[str, Option(help="Time for all runs: 90s, 10m, 2h, or none.")] = "none",
     report_only: Annotated[bool, Option("--report-only", help="Play nothing; compare what is there.")] = False,
 ) -> None:
     """Run strategies x seeds x densities, go on where that stopped, and write one table and one picture.
+
+    SWEEP.toml is a configuration with a table "compare": the lists strategies, seeds and densities, and a baseline.
 
     Exit code: 0 all runs finished or budget over, 1 one failed, 2 bad configuration.
     """
@@ -90,7 +95,7 @@ def reproduce(
         str, Option(help="published: each row as its file has it; v1, tmlr, dispfl: as these sources have it.")
     ] = "published",
     override: Override = None,
-    out: Annotated[Path | None, Option(help="Folder. [default: runs/reproduce-<table>-<profile>]")] = None,
+    out: Annotated[Path | None, Option(help="Folder.", show_default="runs/reproduce-<table>-<profile>")] = None,
     engine: Engine = "inline",
     listed: Annotated[bool, Option("--list", help="Play nothing; list the tables, or the rows of one.")] = False,
 ) -> None:
@@ -111,7 +116,9 @@ def reproduce(
 @app.command()
 def report(
     folders: Annotated[list[Path], Argument(metavar="DIR...", help="Run folders.")],
-    out: Annotated[Path | None, Option(help="HTML file. [default: DIR/report.html of one, ./report.html]")] = None,
+    out: Annotated[
+        Path | None, Option(help="HTML file.", show_default="DIR/report.html of one, ./report.html")
+    ] = None,
     serve: Annotated[bool, Option("--serve", help="Show the page on this machine while runs go on.")] = False,
     port: Annotated[int, Option(help="Of --serve; 0: a free one.", min=0, max=65535)] = 0,
 ) -> None:
@@ -138,7 +145,7 @@ def report(
 def export(
     folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a finished run.")],
     to: Annotated[str, Option(help="safetensors: bitmap and alive values; torch: a state dict; onnx; torch-export.")],
-    out: Annotated[Path | None, Option(help="File. [default: exported.* in the run folder]")] = None,
+    out: Annotated[Path | None, Option(help="File.", show_default="exported.* in the run folder")] = None,
 ) -> None:
     """Write the trained model to a file that other programs load."""
     from ssfl_app.results.export import write
@@ -177,7 +184,7 @@ def keys(
     strategy: Annotated[str, Argument(metavar="[STRATEGY]", help="Only what it reads.")] = "",
     toml: Annotated[bool, Option("--toml", help="The table that pyproject.toml has.")] = False,
 ) -> None:
-    """List the keys of the configuration, with defaults and meanings."""
+    """List the keys of the configuration, or those that a strategy reads, with defaults and meanings."""
     from ssfl_app import config as configuration
     from ssfl_app.results.table import Table
 
