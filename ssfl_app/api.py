@@ -33,6 +33,15 @@ SHORT = {
 """Arguments of `run` and the keys that they stand for."""
 
 
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Raise what the owner of the files may read in full as the error that is documented, with the same traceback."""
+    try:
+        yield
+    except PrivateError as error:
+        raise ConfigError(str(error)).with_traceback(error.__traceback__) from error.__cause__
+
+
 @dataclass(frozen=True, repr=False)
 class Run(run_folder.Run):
     """What a run folder holds, with what was learnt; `summary` is its summary.json.
@@ -70,17 +79,8 @@ class Run(run_folder.Run):
 
     mask = property(mask_of)
     transform = property(transform_of)
-    model = trained
-    export = write
-
-
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Raise what the owner of the files may read in full as the error that is documented, with the same traceback."""
-    try:
-        yield
-    except PrivateError as error:
-        raise ConfigError(str(error)).with_traceback(error.__traceback__) from error.__cause__
+    model = _whole()(trained)
+    export = _whole()(write)
 
 
 @_whole()

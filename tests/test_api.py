@@ -280,3 +280,22 @@ def test_what_cannot_be_run_is_refused_in_one_line_and_nothing_is_written(
     assert traceback.format_exception_only(caught.value)[-1] == f"ssfl_app.options.ConfigError: {caught.value}\n"
     assert caught.type is ssfl_app.ConfigError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_module_is_not_here_is_a_documented_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "moved.py").write_text(
+        "from torch import nn\ndef net(shape, outputs, norm):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    keys = {"clients": 2, "rounds": 1, "local_epochs": 1, "engine_concurrent": 1, "quiet": True}
+    run = ssfl_app.run(model="moved:net", out="run", **keys)  # type: ignore[arg-type]
+    assert run.model()[1].weight.shape == (10, 64)
+    (tmp_path / "moved.py").unlink()
+    monkeypatch.delitem(sys.modules, "moved")
+    with pytest.raises(ConfigError, match=r"model\.name is .moved:net.; there is no module moved in") as caught:
+        ssfl_app.load_run("run").model()
+    assert caught.type is ssfl_app.ConfigError
