@@ -163,7 +163,7 @@ def test_a_node_does_not_tell_its_folders(folder: Path) -> None:
         ("nets:words", "it made str, not a torch.nn.Module"),
         (
             "nets:net",
-            "called with (input_shape, outputs, norm), here ((1, 8, 8), 3, 'group', height=2), it says TypeError: net",
+            "called with (input_shape, outputs, norm), here ((1, 8, 8), 3, 'group', height=2), it says TypeError",
         ),
     ],
 )
