@@ -174,6 +174,15 @@ def test_without_the_extra_the_command_says_in_one_line_what_to_install(plain_in
         assert done.stdout == ""
 
 
+def test_without_the_extra_a_run_in_python_says_the_same(plain_install):
+    done = run(plain_install, "import ssfl_app; ssfl_app.run()")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "ssfl_app.options.ConfigError: matplotlib, pillow, pyarrow, scikit-learn, scipy, torchvision"
+    )
+    assert last.endswith('not installed: pip install "ssfl-app[app]"')
+
+
 def test_nothing_that_runs_code_from_data_is_used():
     """No pickle, eval, shell or YAML: what arrives from clients, files and folders stays data."""
     modules, calls = r"\b(pickle|dill|cloudpickle|marshal|shelve|yaml)\b", r"(?<!\.)\b(eval|exec)\(|\btorch\.load\("
