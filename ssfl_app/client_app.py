@@ -33,6 +33,9 @@ from ssfl_app.training.malloc import keep_heap
 MOST_BITMAPS = 4
 """Bitmaps of a message; what else it holds is never deflated."""
 
+MASKED, TOLD = frozenset({"values", "shares", "pair-shares"}), frozenset({"samples", "digest", "epsilon"})
+"""Arrays and facts of an answer under privacy.secure-aggregation: nothing else leaves a client but its tests."""
+
 _KEY = "ssfl-key"  # record of Flower's state
 
 NDArrays = list[npt.NDArray[Any]]
@@ -79,6 +82,8 @@ class SparseClient(NumPyClient):
         except Need as need:
             self.array_names = ()
             return [], 0, {"need": str(need)}
+        if algorithm.settings.privacy.secure_aggregation:
+            check_masked(reply)
         work = {"passes": trainer.passes - passes, "looks": trainer.looks - looks}
         self.array_names, self._parameters = tuple(reply.arrays), list(reply.arrays.values())
         metadata = {**reply.metadata, **work, **self._notes()}
@@ -110,6 +115,17 @@ def answered(algorithm: ClientAlgorithm, question: object, payload: Payload) -> 
     if question == "unmask":
         return algorithm.context.summands.unmask(payload)
     return algorithm.answer_query(str(question), payload)
+
+
+def check_masked(reply: Payload) -> None:
+    """Raise PayloadError unless an answer is masked: the server chooses the options, which may ask for others.
+
+    Tests on the client's own test images are no such answers.
+    """
+    clear = sorted(reply.arrays.keys() - MASKED) + sorted(reply.metadata.keys() - TOLD)
+    if clear or "shares" not in reply.arrays:
+        what = f"would tell {', '.join(clear or sorted(reply.arrays))} in the clear"
+        raise PayloadError(f"privacy.secure-aggregation is true; this answer {what}")
 
 
 def serve(
@@ -197,6 +213,10 @@ def _answer(message: Message, context: Context) -> Message:
     if runtime.trainer.device.type == "cpu":
         keep_heap()
     level = runtime.config.settings.privacy.level
+    if place.pins is not None and not runtime.config.settings.privacy.secure_aggregation:
+        raise PayloadError(
+            "privacy.secure-aggregation is false; this node was started with --pin and answers masked only"
+        )
     if level == "record" and not place.simulated and place.state_path is None:
         raise PayloadError(
             f"privacy.level is {level!r}; this node has no state-path, and would forget at a restart what it spent"

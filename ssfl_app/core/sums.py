@@ -30,6 +30,8 @@ from ssfl_app.core.summand import (
     RANGE,
     UNIT,
     about_bytes,
+    question_digest,
+    terms_of,
 )
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
@@ -228,6 +230,8 @@ class Summation:
     round_ : int
     what : str
         What is asked, for people and for the clients, which bind their masks to it.
+    question : str
+        As the message has it; "": it is a training.
     loss : bool
         Whether clients tell their training loss, too.
     release : Release, optional
@@ -249,6 +253,7 @@ class Summation:
         by_samples: bool,
         round_: int,
         what: str,
+        question: str = "",
         loss: bool = False,
         release: Release | None = None,
     ) -> None:
@@ -271,9 +276,17 @@ class Summation:
         self._keys: dict[int, bytes] = {}
         self._masked: MaskedSum | None = None
         self._peers: dict[int, Arrays] = {}
+        self._sum: MaskedSum | ClearSum = ClearSum(self._numbers, self._dtype)
+        self._graph: dict[int, tuple[int, ...]] = {}
+        self._most = 0
         if self._privacy.secure_aggregation:
-            self._masked = self._opened(asked, strategy.settings.run.seed)
-        self._sum: MaskedSum | ClearSum = self._masked or ClearSum(self._numbers, self._dtype)
+            self._exchange = self._messenger.next_exchange()
+            self._graph = neighbours(asked, strategy.settings.run.seed, self._exchange)
+            self._keys = {client: self._messenger.registry.key_of(client) for client in asked}
+            self._most = max(map(len, self._graph.values()), default=0)
+            self._terms = terms_of(strategy.settings)
+            self._common: Metadata = {"round": round_}
+            self._common |= {"question": question} if question else {"digest": strategy.mask.digest}
 
     @property
     def _least(self) -> int:
@@ -291,29 +304,28 @@ class Summation:
             raise RunFailed(f"{self._what}: client {client} did not say at the handshake how many samples it holds")
         return held
 
-    def _opened(self, asked: list[int], seed: int) -> MaskedSum:
-        """Return the sum of masked answers; note what each client is told of its neighbours."""
-        exchange = self._messenger.next_exchange()
-        about = f"{self._messenger.session}/{exchange}/{self._what}"
-        graph, registry = neighbours(asked, seed, exchange), self._messenger.registry
-        self._keys = {client: registry.key_of(client) for client in asked}
-        self._most = max(map(len, graph.values()), default=0)
-        bound = about_bytes(exchange, about)
-        masked = MaskedSum(self._numbers, self._dtype, graph, self._keys, bound, self._privacy.threshold)
-        self._peers = {client: {PEERS: write_peers(masked.peers(client))} for client in asked}
-        self._facts |= {EXCHANGE: exchange, ABOUT: about}
+    def _open(self, payload: Payload) -> MaskedSum:
+        """Return the sum of masked answers to a message; note what each client is told of its neighbours."""
+        digest = question_digest(Payload(payload.arrays, payload.metadata | self._facts | self._common), self._terms)
+        about = f"{self._messenger.session}/{self._exchange}/{self._what}/{digest}"
+        bound = about_bytes(self._messenger.token or "", self._exchange, about)
+        masked = MaskedSum(self._numbers, self._dtype, self._graph, self._keys, bound, self._privacy.threshold)
+        self._peers = {client: {PEERS: write_peers(masked.peers(client))} for client in self._graph}
+        self._facts |= {EXCHANGE: self._exchange, ABOUT: about}
         return masked
 
     def outgoing(self, client: int, payload: Payload) -> Payload:
-        """Return the message of a client with what it needs to answer."""
+        """Return the message of a client with what it needs to answer; besides that it is the same for all."""
+        if self._graph and self._masked is None:
+            self._masked = self._sum = self._open(payload)
         return Payload({**payload.arrays, **self._peers.get(client, {})}, {**payload.metadata, **self._told(client)})
 
     def _told(self, client: int) -> Metadata:
-        return self._facts | ({OWN: self._keys[client]} if self._masked else {})
+        return self._facts | ({OWN: self._keys[client]} if self._graph else {})
 
     def allowed(self) -> Allowed:
         """Return the arrays of an answer."""
-        return {"values": (self._dtype, self._numbers), **(allowed(self._most) if self._masked else {})}
+        return {"values": (self._dtype, self._numbers), **(allowed(self._most) if self._graph else {})}
 
     def check(self, client: int, payload: Payload) -> None:
         """Raise PayloadError unless an answer may be added: a clear one within its range, any with all its parts."""

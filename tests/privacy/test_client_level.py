@@ -5,15 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Message
 from flwr.common.constant import ErrorCode
 
-from ssfl_app.comm.payload import Payload
+from ssfl_app.client_app import app
+from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import Flat, merge, parse
-from ssfl_app.core.summand import CLIP, NOISE, SummandWriter
+from ssfl_app.core.summand import CLIP, LOSS_UNIT, NOISE, SummandWriter
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.privacy.ledger import BudgetSpent, Ledger
 from ssfl_app.server_app import privacy_ledger
+from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.testing.grid import Played, answer_error, play, tamper
 
 CLIENT: Flat = {
@@ -116,7 +119,7 @@ def test_a_vector_that_is_too_long_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_client_more_moves_a_sum_by_the_clip_at_most() -> None:
-    writer = SummandWriter(0, lambda: None, None, False, 0.5)  # type: ignore[arg-type,return-value]
+    writer = SummandWriter(0, lambda: None, None, False, 0.5, "client")  # type: ignore[arg-type,return-value]
     facts = {"unit": 2.0**-20, "range": 0.5, "most": 9, CLIP: 0.5, NOISE: 0.0}
     rng = np.random.default_rng(7)
     for scale in (1e-3, 1.0, 1e3):
@@ -126,6 +129,30 @@ def test_one_client_more_moves_a_sum_by_the_clip_at_most() -> None:
         whole = summand.view(np.int32).astype(np.int64)
         assert int(whole @ whole) <= (0.5 * 2**20) ** 2
     assert np.linalg.norm(whole * 2.0**-20) == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("level", "facts", "said"),
+    [
+        ("client", {}, "has no clip"),
+        ("none", {CLIP: 0.5, NOISE: 0.0}, "has clip"),
+        ("record", {LOSS_UNIT: 1.0}, "tells no loss"),
+    ],
+)
+def test_a_client_is_not_asked_for_less_privacy(level: str, facts: dict[str, float], said: str) -> None:
+    writer = SummandWriter(0, lambda: None, None, False, 0.5, level)  # type: ignore[arg-type,return-value]
+    message = Payload({}, {"unit": 2.0**-20, "range": 0.5, "most": 9, **facts})
+    with pytest.raises(PayloadError, match=said):
+        writer.write(message, np.ones(3, np.float32), "fixed32", 1, loss=3.0)
+
+
+def test_a_client_tells_no_accuracy_even_if_it_is_asked(tmp_path: Path) -> None:
+    played = private(CLIENT | {"run.rounds": 1, "run.cohort": 12}, tmp_path)
+    message = next(payload for where, payload in played.grid.sent if where == ("train", 1, 2))
+    context = played.grid.context_of(2)
+    node = next(n for n, c in played.grid._contexts.items() if c is context)
+    with pytest.raises(PayloadError, match="tells no accuracy"):
+        app(Message(PayloadEncoder().record(message), node, "evaluate"), context)
 
 
 def test_what_was_spent_is_told_and_never_forgotten(tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ class _ScoreCollector:
             by_samples=options.saliency_weighting == "samples",
             round_=self.round,
             what=f"the question {question!r}, step {step}",
+            question=question,
         )
         asked = functools.partial(summation.outgoing, payload=payload)
         self.ask(question, self.clients, summation.check, summation.add, asked, summation.allowed())
@@ -271,6 +272,7 @@ def _by_private_densities(collector: _ScoreCollector) -> Mask:
         by_samples=False,
         round_=collector.round,
         what=f"the question {DENSITIES!r}",
+        question=DENSITIES,
         release=Release(1.0, multiplier, len(collector.clients)),
     )
     asked = functools.partial(summation.outgoing, payload=collector.carry)
