@@ -447,7 +447,8 @@ class SparseStrategy(OwnStart):
         self._made_in_round, self._residual, self._lost = server_round, self._lost, None
         for client in self.messenger.report.refused:  # beside the other replies, after it was seen
             seen.pop(client, None)
-        self._last_accepted[list(seen)] = server_round
+        if self.ledger is None:  # else who took part would lie in the checkpoint
+            self._last_accepted[list(seen)] = server_round
         told = {client: (n, loss) for client, (n, loss) in sorted(seen.items()) if loss is not None}
         self.losses = {client: loss for client, (_, loss) in told.items()}
         if summation is not None:

@@ -163,8 +163,10 @@ class SummandWriter:
         clip, noise = payload.metadata[CLIP], payload.metadata.get(NOISE)
         if not isinstance(clip, float) or not isinstance(noise, float) or not 0 < clip < math.inf or noise < 0:
             raise PayloadError(f"{CLIP} is {quoted(clip)} and {NOISE} {quoted(noise)}; they are numbers above 0")
+        # That a client has no finite update tells of its data: it counts as none.
+        finite = values if np.isfinite(values).all() else np.zeros_like(values)
         try:
-            whole = clipped(values, clip, fixed.step)
+            whole = clipped(finite, clip, fixed.step)
             return fixed.modulo(whole + gaussian(noise, whole.size) if noise else whole)
         except ValueError as error:
             raise PayloadError(str(error)) from error

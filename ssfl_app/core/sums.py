@@ -101,6 +101,9 @@ def check_sums(strategy: _Algorithm) -> None:
     if needs and set(strategy.client.query_types) - set(strategy.client.summed):
         question = strategy.client.query_types[0]
         raise ConfigError(f"{cause}; with strategy {name} the server reads each answer to {question!r}")
+    if private and strategy.client.stateful:
+        rule = "clients keep models, by which the run folder would tell who took part"
+        raise ConfigError(f"strategy is {name!r}; with privacy.level 'client' it is another one: with this {rule}")
     refused = {
         "run.fold": (run.fold, "mean"),
         "failures.norm-factor": (settings.failures.norm_factor, 0.0),

@@ -11,7 +11,7 @@ from flwr.common.constant import ErrorCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssfl_app.client_app import app
+from ssfl_app.client_app import app, check_pinned
 from ssfl_app.comm.node_config import read_node_config
 from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import Flat, merge, parse
@@ -30,6 +30,7 @@ from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.privacy.keys import KeyPair, fingerprint
 from ssfl_app.privacy.masking import Peer, write_peers
+from ssfl_app.privacy.options import PrivacyOptions
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.testing.grid import Fault, Played, Where, answer_error, play, tamper
 
@@ -280,6 +281,9 @@ def test_a_pinned_node_takes_part_in_masked_runs_only(tmp_path: Path, monkeypatc
         "ssfl_app.client_app.read_node_config", lambda *given: replace(read_node_config(*given), pins=tmp_path)
     )
     assert "answers masked only" in ask_again(played, where, message)
+    with pytest.raises(PayloadError, match=r"threshold is 0\.5"):
+        check_pinned(PrivacyOptions(secure_aggregation=True, threshold=0.5))
+    check_pinned(PrivacyOptions(secure_aggregation=True))
 
 
 def test_pins_bind_the_keys_of_others() -> None:

@@ -131,6 +131,19 @@ def test_one_client_more_moves_a_sum_by_the_clip_at_most() -> None:
     assert np.linalg.norm(whole * 2.0**-20) == pytest.approx(0.5, rel=1e-3)
 
 
+def test_an_update_that_is_not_finite_counts_as_none() -> None:
+    writer = SummandWriter(0, lambda: None, None, False, 0.5, "client")  # type: ignore[arg-type,return-value]
+    message = Payload({}, {"unit": 2.0**-20, "range": 0.5, "most": 9, CLIP: 0.5, NOISE: 0.0})
+    for odd in (np.nan, np.inf):
+        assert not writer.write(message, np.array([1, odd], np.float32), "fixed32", 1)["values"].any()
+
+
+def test_a_checkpoint_does_not_tell_who_took_part(tmp_path: Path) -> None:
+    played = private(CLIENT | {"run.rounds": 1, "run.cohort": 12, "strategy": "random"}, tmp_path)
+    assert [where for where in played.grid.log if where[0] == "train"]
+    assert not played.strategy.state_dict()["since"].any()
+
+
 @pytest.mark.parametrize(
     ("level", "facts", "said"),
     [
@@ -175,6 +188,8 @@ def test_what_was_spent_is_told_and_never_forgotten(tmp_path: Path) -> None:
         ({"ssfl.discovery": "scores"}, "ssfl.discovery is 'scores'"),
         ({"run.weighting": "samples"}, "run.weighting is 'samples'"),
         ({"strategy": "dispfl"}, "does more with models"),
+        ({"strategy": "ditto"}, "strategy is 'ditto'"),
+        ({"strategy": "fedbn"}, "strategy is 'fedbn'"),
         ({"strategy": "flash"}, "'layer_densities'"),
         ({"strategy": "shuffled"}, "ssfl.discovery is 'private-densities'"),
         ({"ssfl.criterion": "grasp"}, "ssfl.criterion is 'grasp'"),
