@@ -139,6 +139,9 @@ class SparseStrategy(OwnStart):
                 f"stop.metric is {settings.stop.metric!r}; it is auto or personal with strategy {self.name}, "
                 "which has no global model"
             )
+        if settings.privacy.private and settings.stop.metric in ("local", "personal"):
+            rule = f"it is auto or central with privacy.level {settings.privacy.level!r}: clients tell no accuracy"
+            raise ConfigError(f"stop.metric is {settings.stop.metric!r}; {rule}")
         self.context, self.layout, self.settings, self.callback = context, layout, settings, context.callback
         if self.uses_density and layout.prunable_size and not self.alive():
             raise ConfigError(f"mask.{none_alive(layout, settings.mask.density)}")

@@ -144,8 +144,7 @@ def training_sum(strategy: _Algorithm, round_: int, cohort: list[int]) -> "Summa
             raise RunFailed(
                 f"{drawn}; a masked sum is of {LEAST_NEIGHBOURS + 1} at least. Delta has the chance of this"
             )
-        ledger.begin("round")
-    return Summation(
+    summation = Summation(
         strategy,
         cohort,
         codec.count(strategy.layout, strategy.mask),
@@ -156,6 +155,9 @@ def training_sum(strategy: _Algorithm, round_: int, cohort: list[int]) -> "Summa
         loss=settings.privacy.level == "none",
         release=release,
     )
+    if ledger is not None:
+        ledger.begin("round")
+    return summation
 
 
 class ClearSum:
@@ -243,7 +245,8 @@ class Summation:
     Raises
     ------
     RunFailed
-        A client did not say what it holds; with secure aggregation its node has no key, or too few are asked.
+        A client did not say what it holds; steps are too coarse for a release; with secure aggregation a node has
+        no key, or too few are asked.
     """
 
     def __init__(
@@ -273,6 +276,10 @@ class Summation:
             self._most_weight = release.headroom(strategy.settings.run.clients)
             self.fixed = FixedPoint.of(kind, release.clip, self._most_weight, strategy.settings.run.clients)
             self._numbers = size
+            steps = release.clip / self.fixed.step
+            if steps < math.sqrt(size):  # what an update has in a coordinate is less than a step
+                rule = f"{what}: {size} values of length {release.clip:g} are {steps:g} steps long and round to 0"
+                raise RunFailed(f"{rule}: take wire.up-values 'fixed32'")
         self._facts: Metadata = {UNIT: self.fixed.step, RANGE: self.fixed.range, MOST: self.fixed.most}
         self._facts |= {LOSS_UNIT: self.fixed.loss_step} if loss and release is None else {}
         self._facts |= {} if release is None else {CLIP: release.clip, NOISE: self._share(release, len(asked))}

@@ -138,6 +138,14 @@ def test_an_update_that_is_not_finite_counts_as_none() -> None:
         assert not writer.write(message, np.array([1, odd], np.float32), "fixed32", 1)["values"].any()
 
 
+def test_steps_that_swallow_an_update_are_refused_before_they_cost(tmp_path: Path) -> None:
+    coarse = CLIENT | {"strategy": "fedavg", "wire.up-values": "fixed16", "privacy.noise-multiplier": 20.0}
+    book = ledger(coarse, tmp_path)
+    with pytest.raises(RunFailed, match="round to 0"):
+        play(coarse, ledger=book)
+    assert not book.begun["round"]
+
+
 def test_a_checkpoint_does_not_tell_who_took_part(tmp_path: Path) -> None:
     played = private(CLIENT | {"run.rounds": 1, "run.cohort": 12, "strategy": "random"}, tmp_path)
     assert [where for where in played.grid.log if where[0] == "train"]
@@ -193,6 +201,8 @@ def test_what_was_spent_is_told_and_never_forgotten(tmp_path: Path) -> None:
         ({"strategy": "flash"}, "'layer_densities'"),
         ({"strategy": "shuffled"}, "ssfl.discovery is 'private-densities'"),
         ({"ssfl.criterion": "grasp"}, "ssfl.criterion is 'grasp'"),
+        ({"mask.scope": "layer"}, "mask.scope is 'layer'"),
+        ({"stop.metric": "local"}, "stop.metric is 'local'"),
         ({"ssfl.refresh": "scheduled", "ssfl.refresh-round": 2}, "ssfl.refresh is 'scheduled'"),
         ({"privacy.epsilon": 3.0}, "privacy.epsilon is 3"),
         ({"wire.up-values": "fp32"}, "wire.up-values is 'fp32'"),
