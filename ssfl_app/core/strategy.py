@@ -32,7 +32,7 @@ from ssfl_app.core.options import FromSettings, Section, Settings
 from ssfl_app.core.own_start import OwnStart
 from ssfl_app.core.robust import distance, there
 from ssfl_app.core.rounds import ClientRoundLoop, Query
-from ssfl_app.core.sums import Summation, check_sums, training_sum
+from ssfl_app.core.sums import Summation, check_sums, expected_counts, training_sum
 from ssfl_app.core.validation import check_epsilon, check_number, check_samples, check_tested, stored
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.metrics import ACCURACY, Metric
@@ -339,6 +339,15 @@ class SparseStrategy(OwnStart):
             run, rng = self.settings.run, generator(secrets.randbits(128), "cohort", round_)
             self._cohort = round_, np.flatnonzero(rng.random(run.clients) < run.cohort / run.clients).tolist()
         return list(self._cohort[1])
+
+    def expected_counts(self, round_: int) -> dict[str, int]:
+        """Return what a record has of messages and bytes where the cohort is secret (`sums.expected_counts`)."""
+        return expected_counts(self, round_)
+
+    @property
+    def mask_travels(self) -> bool:
+        """Whether a client that lacks the mask is sent it. Default: if the model comes down under it."""
+        return issubclass(self.client.down, MaskedValues)
 
     @property
     def ledger(self) -> Ledger | None:

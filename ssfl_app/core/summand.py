@@ -68,7 +68,7 @@ def question_digest(payload: Payload, terms: str) -> str:
     for name in sorted(payload.arrays.keys() - left_out):
         array = payload.arrays[name]
         digest.update(f"|{name} {array.dtype.name} {array.size}|".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
 
 

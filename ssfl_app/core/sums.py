@@ -39,11 +39,14 @@ from ssfl_app.privacy.clipping import squared_length
 from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.privacy.masking import (
     LEAST_NEIGHBOURS,
+    MOST_NEIGHBOURS,
     FalseShares,
     MaskedSum,
     TooFew,
     allowed,
     neighbours,
+    peers_bytes,
+    second_bytes,
     write_peers,
 )
 from ssfl_app.privacy.noise import gaussian, shares
@@ -69,6 +72,9 @@ class _Algorithm(Protocol):
     def codec_up(self, round_: int) -> Codec: ...
     def has_default_aggregator(self) -> bool: ...
     def cohort(self, round_: int) -> list[int]: ...
+    def train_payload(self, round_: int, client: int) -> Payload: ...
+    @property
+    def mask_travels(self) -> bool: ...
 
 
 def check_sums(strategy: _Algorithm) -> None:
@@ -158,6 +164,34 @@ def training_sum(strategy: _Algorithm, round_: int, cohort: list[int]) -> "Summa
     if ledger is not None:
         ledger.begin("round")
     return summation
+
+
+def expected_counts(strategy: _Algorithm, round_: int) -> dict[str, int]:
+    """Return messages and bytes of a round as if as many clients took part as are expected.
+
+    How many were drawn no noise covers: with one client more it is another number, and adds to epsilon. So with
+    privacy.level "client" records have what follows from the configuration alone.
+    """
+    settings, layout, mask, codec = strategy.settings, strategy.layout, strategy.mask, strategy.codec_up(round_)
+    run, kind = settings.run, SUMMED_TYPES[settings.wire.up_values]
+    assert isinstance(codec, LinearCodec)  # `check_sums`
+    down = strategy.train_payload(round_, 0).nbytes
+    up = codec.count(layout, mask) * np.dtype(kind).itemsize
+    if settings.privacy.secure_aggregation:
+        near = min(run.cohort - 1, MOST_NEIGHBOURS)
+        second_down, second_up = second_bytes(near)
+        down += 2 * peers_bytes(near) + second_down
+        up += sum(size for _, size in allowed(near).values()) + second_up
+    share, bitmap = run.cohort / run.clients, 0
+    if strategy.mask_travels and mask.count < mask.alive.size:
+        bitmap = round(run.cohort * (1 - share) ** (round_ - 1)) * mask.packed().nbytes  # to those who are new
+    return {
+        "messages_train_down": run.cohort,
+        "messages_train_up": run.cohort,
+        "bytes_train_down": run.cohort * down,
+        "bytes_train_up": run.cohort * up,
+        "bytes_mask_down": bitmap,
+    }
 
 
 class ClearSum:

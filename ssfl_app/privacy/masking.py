@@ -139,6 +139,16 @@ def allowed(neighbours: int) -> Allowed:
     return {"shares": (np.uint8, _shares_size(neighbours)), "pair-shares": (np.uint8, _pair_shares_size(neighbours))}
 
 
+def peers_bytes(neighbours: int) -> int:
+    """Return the bytes of so many peers (`write_peers`)."""
+    return neighbours * _PEER
+
+
+def second_bytes(neighbours: int) -> tuple[int, int]:
+    """Return the bytes of a client's request and answer in the second exchange, without dropouts."""
+    return neighbours * (_CHECK + _SECRET + _TAG) + 4 * (neighbours + 1), neighbours * _SECRET
+
+
 class Masker:
     """A client in one exchange.
 
@@ -182,7 +192,7 @@ class Masker:
         self._me, self._peers, self._about, self._threshold = Peer(number, key.public), peers, about, threshold
         # A graph of the server's choice could keep those who are told that a client dropped from its neighbours.
         everybody = sorted((*peers, self._me), key=lambda peer: peer.number) if len(peers) < most else ()
-        self._among = about + hashlib.sha256(write_peers(everybody)).digest()
+        self._among = about + hashlib.sha256(write_peers(everybody).tobytes()).digest()
         self._dtype = _whole(dtype)
         self._secrets = {peer.number: _shared(key, peer) for peer in peers}
         self._masked = False

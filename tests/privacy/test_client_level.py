@@ -11,6 +11,7 @@ from flwr.common.constant import ErrorCode
 from ssfl_app.client_app import app
 from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import Flat, merge, parse
+from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.core.summand import CLIP, LOSS_UNIT, NOISE, SummandWriter
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
@@ -48,9 +49,9 @@ def test_the_noise_of_a_round_has_the_scale_that_is_counted(secure: bool, tmp_pa
     played = private(keys, tmp_path)
     before, after = played.runtime.initial_state(), played.strategy.model()
     noise = played.layout.flatten(after) - played.layout.flatten(before)
-    told = next(record for record in played.records if record["round"] == 1)
+    asked, answered = (sum(where[0] == "train" for where, _ in seen) for seen in (played.grid.sent, played.grid.got))
     # Shares are such that half of the cohort makes all of the noise; here everybody answered.
-    more = np.sqrt(told["messages_train_up"] / np.ceil(told["messages_train_down"] / 2)) if secure else 1.0
+    more = np.sqrt(answered / np.ceil(asked / 2)) if secure else 1.0
     assert noise.std() == pytest.approx(
         1.0 * 1.0 / 16 * more, rel=0.01
     )  # multiplier times clip by the expected cohort
@@ -95,7 +96,7 @@ def test_without_noise_clients_draw_the_mask_too() -> None:
 def test_an_empty_round_is_noise(tmp_path: Path) -> None:
     keys = CLIENT | {"run.cohort": 1, "run.clients": 40, "run.rounds": 4, "strategy": "random"}
     played = private(keys, tmp_path)
-    sizes = [record["messages_train_down"] for record in played.records if record["round"]]
+    sizes = [sum(where[:2] == ("train", round_) for where in played.grid.log) for round_ in range(1, 5)]
     assert min(sizes) == 0  # (39/40)**40 of each of 4 rounds: all are above 0 in 16 % of the runs
     moved = [np.abs(played.layout.flatten(s)).sum() for s in played.states]
     assert len(set(moved)) == len(moved)
@@ -104,7 +105,35 @@ def test_an_empty_round_is_noise(tmp_path: Path) -> None:
 def test_lost_clients_end_no_round(tmp_path: Path) -> None:
     gone = {("train", 1, client): answer_error(ErrorCode.NODE_UNAVAILABLE) for client in range(12)}
     played = private(CLIENT, tmp_path, faults=gone)
-    assert played.records[1]["bad_replies"] == played.records[1]["messages_train_down"]
+    assert played.records[1]["bad_replies"] == sum(where[:2] == ("train", 1) for where in played.grid.log)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("strategy", ["random", "ssfl"])
+def test_records_tell_the_expected_cohort_not_the_drawn_one(secure: bool, strategy: str, tmp_path: Path) -> None:
+    keys = CLIENT | {"strategy": strategy, "privacy.secure-aggregation": secure, "privacy.delta": 0.5}
+    whole = private(keys | {"run.cohort": 12, "run.rounds": 1}, tmp_path / "whole")
+    record = whole.records[-1]  # all take part: expected is what was
+    second = ("train", "query.unmask")
+    down, up = (
+        sum(message.nbytes for where, message in seen if where[0] in second and where[1] == 1)
+        for seen in (whole.grid.sent, whole.grid.got)
+    )
+    assert record["bytes_train_down"] + record["bytes_mask_down"] == down
+    assert record["bytes_train_up"] == up
+    assert record["messages_train_up"] == 12
+
+
+def test_records_of_other_cohorts_have_the_same_bytes(tmp_path: Path) -> None:
+    def drawn(*clients: int) -> list[dict[str, object]]:
+        def prepare(strategy: SparseStrategy) -> None:
+            strategy._drawn_secretly = lambda round_: list(clients)  # type: ignore[method-assign]
+
+        run = private(CLIENT | {"strategy": "random"}, tmp_path / str(len(clients)), prepare=prepare)
+        assert sum(where[0] == "train" for where in run.grid.log) == 2 * len(clients)
+        return [{k: v for k, v in r.items() if "bytes" in k or "messages" in k} for r in run.records]
+
+    assert drawn(0, 1) == drawn(*range(9)) == drawn()
 
 
 def test_a_vector_that_is_too_long_is_refused(tmp_path: Path) -> None:
