@@ -186,7 +186,8 @@ def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strateg
         "model": config.model.name,
         "clients": run.clients,
         "cohort": run.cohort,
-        "trained_clients": len(strategy.cohort(1)),
+        # A cohort of differential privacy is secret, and drawn anew whenever it is asked for.
+        "trained_clients": run.cohort if strategy.ledger is not None else len(strategy.cohort(1)),
         "rounds": recorder.records[-1]["round"],
         "seed": run.seed,
         "engine": engine_name(grid),

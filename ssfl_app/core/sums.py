@@ -30,6 +30,8 @@ from ssfl_app.core.summand import (
     RANGE,
     UNIT,
     about_bytes,
+    question_digest,
+    terms_of,
 )
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
@@ -37,11 +39,14 @@ from ssfl_app.privacy.clipping import squared_length
 from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.privacy.masking import (
     LEAST_NEIGHBOURS,
+    MOST_NEIGHBOURS,
     FalseShares,
     MaskedSum,
     TooFew,
     allowed,
     neighbours,
+    peers_bytes,
+    second_bytes,
     write_peers,
 )
 from ssfl_app.privacy.noise import gaussian, shares
@@ -67,6 +72,9 @@ class _Algorithm(Protocol):
     def codec_up(self, round_: int) -> Codec: ...
     def has_default_aggregator(self) -> bool: ...
     def cohort(self, round_: int) -> list[int]: ...
+    def train_payload(self, round_: int, client: int) -> Payload: ...
+    @property
+    def mask_travels(self) -> bool: ...
 
 
 def check_sums(strategy: _Algorithm) -> None:
@@ -99,6 +107,9 @@ def check_sums(strategy: _Algorithm) -> None:
     if needs and set(strategy.client.query_types) - set(strategy.client.summed):
         question = strategy.client.query_types[0]
         raise ConfigError(f"{cause}; with strategy {name} the server reads each answer to {question!r}")
+    if private and strategy.client.stateful:
+        rule = "clients keep models, by which the run folder would tell who took part"
+        raise ConfigError(f"strategy is {name!r}; with privacy.level 'client' it is another one: with this {rule}")
     refused = {
         "run.fold": (run.fold, "mean"),
         "failures.norm-factor": (settings.failures.norm_factor, 0.0),
@@ -139,8 +150,7 @@ def training_sum(strategy: _Algorithm, round_: int, cohort: list[int]) -> "Summa
             raise RunFailed(
                 f"{drawn}; a masked sum is of {LEAST_NEIGHBOURS + 1} at least. Delta has the chance of this"
             )
-        ledger.begin("round")
-    return Summation(
+    summation = Summation(
         strategy,
         cohort,
         codec.count(strategy.layout, strategy.mask),
@@ -151,6 +161,37 @@ def training_sum(strategy: _Algorithm, round_: int, cohort: list[int]) -> "Summa
         loss=settings.privacy.level == "none",
         release=release,
     )
+    if ledger is not None:
+        ledger.begin("round")
+    return summation
+
+
+def expected_counts(strategy: _Algorithm, round_: int) -> dict[str, int]:
+    """Return messages and bytes of a round as if as many clients took part as are expected.
+
+    How many were drawn no noise covers: with one client more it is another number, and adds to epsilon. So with
+    privacy.level "client" records have what follows from the configuration alone.
+    """
+    settings, layout, mask, codec = strategy.settings, strategy.layout, strategy.mask, strategy.codec_up(round_)
+    run, kind = settings.run, SUMMED_TYPES[settings.wire.up_values]
+    assert isinstance(codec, LinearCodec)  # `check_sums`
+    down = strategy.train_payload(round_, 0).nbytes
+    up = codec.count(layout, mask) * np.dtype(kind).itemsize
+    if settings.privacy.secure_aggregation:
+        near = min(run.cohort - 1, MOST_NEIGHBOURS)
+        second_down, second_up = second_bytes(near)
+        down += 2 * peers_bytes(near) + second_down
+        up += sum(size for _, size in allowed(near).values()) + second_up
+    share, bitmap = run.cohort / run.clients, 0
+    if strategy.mask_travels and mask.count < mask.alive.size:
+        bitmap = round(run.cohort * (1 - share) ** (round_ - 1)) * mask.packed().nbytes  # to those who are new
+    return {
+        "messages_train_down": run.cohort,
+        "messages_train_up": run.cohort,
+        "bytes_train_down": run.cohort * down,
+        "bytes_train_up": run.cohort * up,
+        "bytes_mask_down": bitmap,
+    }
 
 
 class ClearSum:
@@ -228,6 +269,8 @@ class Summation:
     round_ : int
     what : str
         What is asked, for people and for the clients, which bind their masks to it.
+    question : str
+        As the message has it; "": it is a training.
     loss : bool
         Whether clients tell their training loss, too.
     release : Release, optional
@@ -236,7 +279,8 @@ class Summation:
     Raises
     ------
     RunFailed
-        A client did not say what it holds; with secure aggregation its node has no key, or too few are asked.
+        A client did not say what it holds; steps are too coarse for a release; with secure aggregation a node has
+        no key, or too few are asked.
     """
 
     def __init__(
@@ -249,6 +293,7 @@ class Summation:
         by_samples: bool,
         round_: int,
         what: str,
+        question: str = "",
         loss: bool = False,
         release: Release | None = None,
     ) -> None:
@@ -265,15 +310,27 @@ class Summation:
             self._most_weight = release.headroom(strategy.settings.run.clients)
             self.fixed = FixedPoint.of(kind, release.clip, self._most_weight, strategy.settings.run.clients)
             self._numbers = size
+            steps = release.clip / self.fixed.step
+            if steps < math.sqrt(size):  # what an update has in a coordinate is less than a step
+                rule = f"{what}: {size} values of length {release.clip:g} are {steps:g} steps long and round to 0"
+                raise RunFailed(f"{rule}: take wire.up-values 'fixed32'")
         self._facts: Metadata = {UNIT: self.fixed.step, RANGE: self.fixed.range, MOST: self.fixed.most}
         self._facts |= {LOSS_UNIT: self.fixed.loss_step} if loss and release is None else {}
         self._facts |= {} if release is None else {CLIP: release.clip, NOISE: self._share(release, len(asked))}
         self._keys: dict[int, bytes] = {}
         self._masked: MaskedSum | None = None
         self._peers: dict[int, Arrays] = {}
+        self._sum: MaskedSum | ClearSum = ClearSum(self._numbers, self._dtype)
+        self._graph: dict[int, tuple[int, ...]] = {}
+        self._most = 0
         if self._privacy.secure_aggregation:
-            self._masked = self._opened(asked, strategy.settings.run.seed)
-        self._sum: MaskedSum | ClearSum = self._masked or ClearSum(self._numbers, self._dtype)
+            self._exchange = self._messenger.next_exchange()
+            self._graph = neighbours(asked, strategy.settings.run.seed, self._exchange)
+            self._keys = {client: self._messenger.registry.key_of(client) for client in asked}
+            self._most = max(map(len, self._graph.values()), default=0)
+            self._terms = terms_of(strategy.settings)
+            self._common: Metadata = {"round": round_}
+            self._common |= {"question": question} if question else {"digest": strategy.mask.digest}
 
     @property
     def _least(self) -> int:
@@ -291,29 +348,28 @@ class Summation:
             raise RunFailed(f"{self._what}: client {client} did not say at the handshake how many samples it holds")
         return held
 
-    def _opened(self, asked: list[int], seed: int) -> MaskedSum:
-        """Return the sum of masked answers; note what each client is told of its neighbours."""
-        exchange = self._messenger.next_exchange()
-        about = f"{self._messenger.session}/{exchange}/{self._what}"
-        graph, registry = neighbours(asked, seed, exchange), self._messenger.registry
-        self._keys = {client: registry.key_of(client) for client in asked}
-        self._most = max(map(len, graph.values()), default=0)
-        bound = about_bytes(exchange, about)
-        masked = MaskedSum(self._numbers, self._dtype, graph, self._keys, bound, self._privacy.threshold)
-        self._peers = {client: {PEERS: write_peers(masked.peers(client))} for client in asked}
-        self._facts |= {EXCHANGE: exchange, ABOUT: about}
+    def _open(self, payload: Payload) -> MaskedSum:
+        """Return the sum of masked answers to a message; note what each client is told of its neighbours."""
+        digest = question_digest(Payload(payload.arrays, payload.metadata | self._facts | self._common), self._terms)
+        about = f"{self._messenger.session}/{self._exchange}/{self._what}/{digest}"
+        bound = about_bytes(self._messenger.token or "", self._exchange, about)
+        masked = MaskedSum(self._numbers, self._dtype, self._graph, self._keys, bound, self._privacy.threshold)
+        self._peers = {client: {PEERS: write_peers(masked.peers(client))} for client in self._graph}
+        self._facts |= {EXCHANGE: self._exchange, ABOUT: about}
         return masked
 
     def outgoing(self, client: int, payload: Payload) -> Payload:
-        """Return the message of a client with what it needs to answer."""
+        """Return the message of a client with what it needs to answer; besides that it is the same for all."""
+        if self._graph and self._masked is None:
+            self._masked = self._sum = self._open(payload)
         return Payload({**payload.arrays, **self._peers.get(client, {})}, {**payload.metadata, **self._told(client)})
 
     def _told(self, client: int) -> Metadata:
-        return self._facts | ({OWN: self._keys[client]} if self._masked else {})
+        return self._facts | ({OWN: self._keys[client]} if self._graph else {})
 
     def allowed(self) -> Allowed:
         """Return the arrays of an answer."""
-        return {"values": (self._dtype, self._numbers), **(allowed(self._most) if self._masked else {})}
+        return {"values": (self._dtype, self._numbers), **(allowed(self._most) if self._graph else {})}
 
     def check(self, client: int, payload: Payload) -> None:
         """Raise PayloadError unless an answer may be added: a clear one within its range, any with all its parts."""

@@ -57,7 +57,7 @@ class Exchange:
         rng, top = np.random.default_rng(1), np.iinfo(dtype).max
         self.plain = {client: rng.integers(0, top, size, dtype, endpoint=True) for client in self.clients}
         self.maskers = {
-            client: Masker(KEYS[client], client, self.server.peers(client), about, threshold, dtype)
+            client: Masker(KEYS[client], client, self.server.peers(client), about, threshold, dtype, most)
             for client in self.clients
         }
         self.masked: dict[int, np.ndarray] = {}
@@ -470,6 +470,29 @@ def test_other_dropouts_for_each_client_unmask_none_without_helpers(
         secrets.append((exchange.server._secret(10, 10, own), -1))
         masking._add(exchange.masked[10], [(exchange.maskers[10]._stream(secret), sign) for secret, sign in secrets])
         assert exchange.masked[10].tobytes() == exchange.plain[10].tobytes()
+
+
+def test_a_graph_of_the_servers_choice_unmasks_nobody() -> None:
+    """Keys are true. The neighbours of 0 hear that it uploaded, those who share *their* secrets that it dropped."""
+    graph = {0: (1, 2), 1: (0, 3, 4, 5), 2: (0, 6, 7, 8), 3: (1, 4, 5), 4: (1, 3, 5), 5: (1, 3, 4)}
+    graph |= {6: (2, 7, 8), 7: (2, 6, 8), 8: (2, 6, 7)}
+    servers = [MaskedSum(4, np.uint32, graph, {n: KEYS[n].public for n in graph}, b"", TWO_THIRDS) for _ in range(2)]
+    maskers = {n: Masker(KEYS[n], n, servers[0].peers(n), b"", TWO_THIRDS, np.uint32) for n in graph}
+    for number, masker in maskers.items():
+        values = np.zeros(4, np.uint32)
+        beside = masker.mask(values)
+        servers[0].add(number, values, beside)
+        if number:
+            servers[1].add(number, values, beside)
+    for client in (3, 4, 5):
+        with pytest.raises(PayloadError, match="not encrypted for client"):
+            maskers[client].unmask(servers[1]._request(client))
+
+
+def test_a_client_under_another_number_is_another_one() -> None:
+    one, two = Peer(1, KEYS[1].public), Peer(2, KEYS[2].public)
+    secrets = [Masker(KEYS[3], n, (one, two), b"", TWO_THIRDS, np.uint32, 2)._pair_secret(one) for n in (3, 4)]
+    assert secrets[0] != secrets[1]
 
 
 def test_a_client_knows_its_answer_again_without_what_it_had_in_memory() -> None:
