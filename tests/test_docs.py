@@ -1,6 +1,7 @@
 """What the documentation names exists: files, modules, classes, functions; and tables list what is registered."""
 
 import ast
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -209,6 +210,16 @@ def test_rows_of_results_are_those_that_scripts_recorded(page: str) -> None:
     rows = re.findall(r"^\| `[a-z-]+` \| [\d.]+ \| .*$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
     assert len(rows) >= 4
     assert [row for row in rows if row not in recorded] == []
+
+
+def test_the_distances_of_own_files_are_those_that_were_recorded() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "own.json").read_text("utf-8"))["reached"]
+    rows = re.findall(
+        r"^\| ([\w, ]+) \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs" / "own.md").read_text("utf-8"), re.M
+    )
+    assert {name: (dense, sparse) for name, dense, sparse in rows} == {
+        name: tuple(f"{mean:.3f}" for mean in row["means"]) for name, row in record.items()
+    }
 
 
 def table(page: str, title: str) -> list[list[str]]:
