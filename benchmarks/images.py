@@ -2,8 +2,9 @@
 
 The common terms are those of configs/cifar10-study.toml; `plan` has the runs, the most important first. That is the
 gate, dense FedAvg: if it stays below `GATE`, nothing else is played. What the end of the minutes cuts goes on with
-the next call, from its checkpoint in --out; a run that the record has is not played again. Each run that ends is
-written to benchmarks/results/images.json at once, and the tables beside it are made of that file alone.
+the next call, from its checkpoint in --out; a run that the record has is not played again, but one that failed.
+Each run that ends is written to benchmarks/results/images.json at once, and the tables beside it are made of that
+file alone.
 
 "narrow" are dense networks of uniform width that have as many parameters as the masked ones have alive ones, biases
 and norms included. Accuracies are means of the last three evaluations.
@@ -11,13 +12,15 @@ and norms included. Accuracies are means of the last three evaluations.
 
 import argparse
 import json
+import math
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ssfl_app import config as configuration
@@ -132,25 +135,28 @@ def keys_of(run: RunSpec) -> dict[str, Any]:
     return {key: value for key, value in run.flat.items() if value != defaults.get(key) and key != "data.path"}
 
 
+def place(entry: Entry) -> dict[str, Any]:
+    """Return what the record says of a run however it ended."""
+    seed = entry.run.flat["run.seed"]
+    known = {"part": entry.part, "row": entry.row, "mask_density": entry.density, "seed": seed}
+    return known | {"keys": keys_of(entry.run)}
+
+
 def measured(entry: Entry, home: Path) -> dict[str, Any]:
     """Return the record of a run that is finished."""
     run = read_run(home)
     means, at = {}, set[int]()
     for name, key in (("central", CENTRAL), ("global", LOCAL), ("personal", PERSONAL)):
         where, values = evaluated(run, key)
-        means[name] = statistics.fmean(values[-LAST:].tolist()) if len(values) else None
+        means[name] = mean(values[-LAST:].tolist())
         at |= set(where[-LAST:].tolist())
     means["own"] = means["global"] if means["personal"] is None else means["personal"]
     known = run.summary or {}
     return {
-        "part": entry.part,
-        "row": entry.row,
-        "mask_density": entry.density,
-        "seed": run.config["run.seed"],
-        "keys": keys_of(entry.run),
+        **place(entry),
         **numbers(run),
         **means,
-        "train_loss": statistics.fmean(run.rounds[i]["train_loss"] for i in sorted(at)),
+        "train_loss": mean(run.rounds[i]["train_loss"] for i in sorted(at)),
         "central_by_round": {r["round"]: r[CENTRAL] for r in run.rounds if r.get(CENTRAL) is not None},
         "layers": {layer.name: layer.alive / layer.size for layer in run.layers},
         **{key: known.get(key) for key in ("parameters", "prunable", "alive", "model_sha256", "mask_sha256")},
@@ -159,7 +165,7 @@ def measured(entry: Entry, home: Path) -> dict[str, Any]:
 
 
 class Study:
-    """The record of the runs that are finished, by slug, and its tables; `say` is told what happens."""
+    """The record of the runs that are finished or failed, by slug, and its tables; `say` is told what happens."""
 
     def __init__(self, runs: Sequence[Entry], record: Path, homes: Path) -> None:
         self.runs, self.record, self.homes = {entry.run.slug: entry for entry in runs}, record, homes
@@ -167,23 +173,26 @@ class Study:
         self.take()
 
     def waiting(self) -> list[RunSpec]:
-        """Return the runs that the record lacks, or has with other keys, in their order."""
-        told = {slug: known["keys"] for slug, known in self.known.items()}
+        """Return the runs that the record lacks, or has as failed or with other keys, in their order."""
+        told = {slug: known["keys"] for slug, known in self.known.items() if "failed" not in known}
         return [entry.run for slug, entry in self.runs.items() if told.get(slug) != keys_of(entry.run)]
 
-    def take(self) -> None:
-        """Write what is finished into the record, and the tables."""
+    def take(self, failed: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Write what is finished or failed into the record, and the tables; `failed` now: slug -> why."""
         for run in self.waiting():
-            home = self.homes / run.slug
-            if jobs.state(run, home) == "finished":
-                self.known[run.slug] = measured(self.runs[run.slug], home)
+            home, entry = self.homes / run.slug, self.runs[run.slug]
+            stands = jobs.state(run, home)
+            if stands == "finished":
+                self.known[run.slug] = measured(entry, home)
+            elif why := failed.get(run.slug, "") or (jobs.old_reason(home) if stands == "unfinished" else ""):
+                self.known[run.slug] = place(entry) | {"failed": why}
         write_json(self.record, {"runs": self.known})
         write_bytes(self.record.with_suffix(".md"), tables(self.known.values()).encode())
 
     def result(self, run: RunSpec, why: str) -> str:
         """Return what is told of a run that ended or was cut."""
-        self.take()
-        if run.slug in self.known and not why:
+        self.take({run.slug: why} if why else {})
+        if not why and jobs.state(run, self.homes / run.slug) == "finished":
             return f"central {percent(self.known[run.slug]['central'])} %"
         home = self.homes / run.slug
         done = read_run(home).rounds if (home / "rounds.jsonl").is_file() else []
@@ -200,29 +209,34 @@ def play(runs: Sequence[Entry], record: Path, out: Path, minutes: float, at_once
         some = {"homes": study.homes, "budget": end - time.monotonic()}
         jobs.play([gate], out, "inline", say, study.result, **some)
     if gate in study.waiting():
-        return "the gate is not finished"
-    if (reached := study.known[gate.slug]["central"]) < GATE:
+        return f"the gate {study.known.get(gate.slug, {}).get('failed', 'is not finished')}"
+    if ((reached := study.known[gate.slug]["central"]) or 0) < GATE:
         return f"the gate, {gate.name}, reached {percent(reached)} %, below {percent(GATE)} %: nothing else is played"
     if rest := study.waiting():
         jobs.check_all(rest)
         some = {"homes": study.homes, "at_once": at_once, "budget": end - time.monotonic()}
         jobs.play(rest, out, "inline", say, study.result, **some)
-    return f"{len(runs) - len(study.waiting())} of {len(runs)} runs are in {record}"
+    failed = sum("failed" in known for known in study.known.values())
+    return f"{len(runs) - len(study.waiting())} of {len(runs)} runs are in {record}, {failed} failed"
 
 
 def tables(known: Sequence[dict[str, Any]]) -> str:
-    """Return a table for each part of the study: means over seeds with their 95 % intervals."""
+    """Return a table for each part of the study, means over seeds with their 95 % intervals, and why runs failed."""
     lines = ["# CIFAR-10 images on a CPU", ""]
     for part in dict.fromkeys(each["part"] for each in known):
         rows: dict[tuple[float, str], list[dict[str, Any]]] = {}
         for each in known:
             if each["part"] == part:
                 rows.setdefault((1.0 if each["row"] in DENSE else each["mask_density"], each["row"]), []).append(each)
-        made = [cells(row, density, rows[density, row]) for density, row in sorted(rows, key=lambda pair: -pair[0])]
+        order = sorted(rows, key=lambda pair: -pair[0])
+        made = [cells(row, density, rows[density, row]) for density, row in order]
         lines += [f"## {part}", "", *Table(HEADERS, made, 1).markdown(), ""]
-    places = {(each["environment"]["cores"], each["environment"]["cpu"]) for each in known}
-    for cores, cpu in sorted(places):
-        dates = sorted(each["environment"]["time"][:10] for each in known if each["environment"]["cpu"] == cpu)
+        lost = [(*pair, run) for pair in order for run in rows[pair] if "failed" in run]
+        said = [f"- {row}, density {density:g}, seed {run['seed']}: {run['failed']}." for density, row, run in lost]
+        lines += [*said, ""] if said else []
+    environments = [each["environment"] for each in known if "failed" not in each]
+    for cores, cpu in sorted({(each["cores"], each["cpu"]) for each in environments}):
+        dates = sorted(each["time"][:10] for each in environments if each["cpu"] == cpu)
         lines.append(f"{cores} cores of {cpu}, no GPU, {dates[0]} to {dates[-1]}. {NOTE}")
     return "\n".join([*lines, ""])
 
@@ -236,21 +250,37 @@ NOTE = (
 )
 
 
-def cells(row: str, density: float, runs: list[dict[str, Any]]) -> list[str]:
+def cells(row: str, density: float, runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a row of a table: means of the runs that did not fail, "failed" in place of them if all did."""
+    known = [run for run in runs if "failed" not in run]
+    if not known:
+        return [row, f"{density:g}", NONE, "failed", *[NONE] * (len(HEADERS) - 4)]
+
     def share(key: str) -> str:
-        found = estimate(run[key] for run in runs if run[key] is not None)
+        found = estimate(run[key] for run in known if run[key] is not None)
         if found is None:
             return NONE
         return percent(found.mean) + (f" ± {percent(found.half)}" if found.half is not None else "")
 
-    def mean(key: str) -> float:
-        return statistics.fmean(run[key] for run in runs)
+    def shown(values: Iterable[float | None], form: str) -> str:
+        return NONE if (found := mean(values)) is None else format(found, form)
 
-    alive = statistics.fmean(run["density_all"] * run["parameters"] for run in runs)
-    seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
-    costs = [f"{alive:,.0f}", megabytes(mean("down") + mean("up")), f"{mean('image_passes'):,.0f}"]
-    shares = [share("central"), share("own"), f"{mean('train_loss'):.3f}"]
-    return [row, f"{density:g}", seeds, *shares, *costs, f"{mean('seconds') / 60:.0f}"]
+    def each(*keys: str) -> Iterator[float | None]:
+        return (None if None in (found := [run[key] for key in keys]) else math.prod(found) for run in known)
+
+    seeds = ", ".join(str(seed) for seed in sorted(run["seed"] for run in known))
+    seeds += f" (of {len(runs)})" if len(known) < len(runs) else ""
+    sent = [run["down"] + run["up"] for run in known]
+    costs = [megabytes(statistics.fmean(sent)), shown(each("image_passes"), ",.0f")]
+    minutes = shown((None if run["seconds"] is None else run["seconds"] / 60 for run in known), ".0f")
+    shares = [share("central"), share("own"), shown(each("train_loss"), ".3f")]
+    return [row, f"{density:g}", seeds, *shares, shown(each("density_all", "parameters"), ",.0f"), *costs, minutes]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of those that are known, None of none."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def percent(value: float | None) -> str:

@@ -1,8 +1,9 @@
 """Sparse federated learning on Flower: SSFL and the systems it is compared with.
 
-``run`` and ``load_run`` are for scripts and notebooks, ``SparseStrategy``, ``ClientAlgorithm``, ``Mask``, ``Task``
-and ``RunCallback`` for algorithms of your own, ``SSFL`` and ``sparse_mod`` for other people's Flower projects.
-The names are looked up when they are first used, so that ``import ssfl_app`` loads neither torch nor Flower.
+``run``, ``load_run`` and what they raise are for scripts and notebooks, ``SparseStrategy``, ``ClientAlgorithm``,
+``Mask``, ``Task`` and ``RunCallback`` for algorithms of your own, ``SSFL`` and ``sparse_mod`` for other people's
+Flower projects. The names are looked up when they are first used, so that ``import ssfl_app`` loads neither torch nor
+Flower.
 """
 
 from importlib import import_module
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from ssfl_app.callbacks.base import RunCallback as RunCallback
     from ssfl_app.core.client import ClientAlgorithm as ClientAlgorithm
     from ssfl_app.core.strategy import SparseStrategy as SparseStrategy
+    from ssfl_app.locks import RunFailed as RunFailed
+    from ssfl_app.options import ConfigError as ConfigError
     from ssfl_app.plugin.gradients import active_mask as active_mask
     from ssfl_app.plugin.gradients import mask_gradients as mask_gradients
     from ssfl_app.plugin.mod import SparseMod as SparseMod
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "run": "ssfl_app.api",
     "load_run": "ssfl_app.api",
+    "ConfigError": "ssfl_app.options",
+    "RunFailed": "ssfl_app.locks",
     "SparseStrategy": "ssfl_app.core.strategy",
     "ClientAlgorithm": "ssfl_app.core.client",
     "Mask": "ssfl_app.sparsity.mask",

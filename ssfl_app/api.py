@@ -1,7 +1,8 @@
 """The Python interface: `run` plays what ``ssfl run`` plays, `load_run` reads what it left."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 from ssfl_app import config as configuration
-from ssfl_app.options import ConfigError, flatten, not_a_key
+from ssfl_app import installed
+from ssfl_app.options import ConfigError, PrivateError, flatten, not_a_key
 from ssfl_app.registry import here_only, import_from, name_of
 from ssfl_app.results import plots, run_folder
 from ssfl_app.results.export import mask_of, trained, transform_of, write
@@ -29,6 +31,15 @@ SHORT = {
     "density": "mask.density",
 }
 """Arguments of `run` and the keys that they stand for."""
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Raise what the owner of the files may read in full as the error that is documented, with the same traceback."""
+    try:
+        yield
+    except PrivateError as error:
+        raise ConfigError(str(error)).with_traceback(error.__traceback__) from error.__cause__
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,10 +79,11 @@ class Run(run_folder.Run):
 
     mask = property(mask_of)
     transform = property(transform_of)
-    model = trained
-    export = write
+    model = _whole()(trained)
+    export = _whole()(write)
 
 
+@_whole()
 def run(
     strategy: object = None,
     *,
@@ -134,6 +146,10 @@ def run(
     for key in configuration.NAMED:
         if engine != "inline" and here_only(str(flat.get(key, ""))):
             raise ConfigError(f"{key} is {flat[key]!r}; with engine {engine!r} it is in a module of its own, a file")
+    for word, path in (("out", out), ("resume", resume)):
+        if not isinstance(path, str | Path | None):
+            raise ConfigError(f"{word} is {path!r}; it is the path of a run folder")
+    installed.check_installed()
     into, going_on = (None if path is None else Path(path) for path in (out, resume))
     threads = torch.get_num_threads()
     try:

@@ -24,6 +24,7 @@ from ssfl_app.core.client import ClientAlgorithm, Need
 from ssfl_app.core.summand import Identity
 from ssfl_app.options import ConfigError, PrivateError
 from ssfl_app.privacy.keys import KEY_FILE, KeyPair, load_or_make, read_pins
+from ssfl_app.privacy.options import PrivacyOptions
 from ssfl_app.registry import only_brought
 from ssfl_app.runtime import code_digest, get_runtime, gpu_is_hidden
 from ssfl_app.sparsity.values import PayloadError
@@ -32,6 +33,9 @@ from ssfl_app.training.malloc import keep_heap
 
 MOST_BITMAPS = 4
 """Bitmaps of a message; what else it holds is never deflated."""
+
+MASKED, TOLD = frozenset({"values", "shares", "pair-shares"}), frozenset({"samples", "digest", "epsilon"})
+"""Arrays and facts of an answer under privacy.secure-aggregation: nothing else leaves a client but its tests."""
 
 _KEY = "ssfl-key"  # record of Flower's state
 
@@ -79,6 +83,8 @@ class SparseClient(NumPyClient):
         except Need as need:
             self.array_names = ()
             return [], 0, {"need": str(need)}
+        if algorithm.settings.privacy.secure_aggregation:
+            check_masked(reply)
         work = {"passes": trainer.passes - passes, "looks": trainer.looks - looks}
         self.array_names, self._parameters = tuple(reply.arrays), list(reply.arrays.values())
         metadata = {**reply.metadata, **work, **self._notes()}
@@ -110,6 +116,27 @@ def answered(algorithm: ClientAlgorithm, question: object, payload: Payload) -> 
     if question == "unmask":
         return algorithm.context.summands.unmask(payload)
     return algorithm.answer_query(str(question), payload)
+
+
+def check_pinned(privacy: PrivacyOptions) -> None:
+    """Raise PayloadError if options undo what pins are for: protection against a server that lies."""
+    if not privacy.secure_aggregation:
+        rule = "this node was started with --pin and answers masked only"
+        raise PayloadError(f"privacy.secure-aggregation is false; {rule}")
+    if privacy.threshold < 2 / 3 - 1e-9:
+        rule = "this node was started with --pin and answers at 2/3 or above"
+        raise PayloadError(f"privacy.threshold is {privacy.threshold:g}; {rule}")
+
+
+def check_masked(reply: Payload) -> None:
+    """Raise PayloadError unless an answer is masked: the server chooses the options, which may ask for others.
+
+    Tests on the client's own test images are no such answers.
+    """
+    clear = sorted(reply.arrays.keys() - MASKED) + sorted(reply.metadata.keys() - TOLD)
+    if clear or "shares" not in reply.arrays:
+        what = f"would tell {', '.join(clear or sorted(reply.arrays))} in the clear"
+        raise PayloadError(f"privacy.secure-aggregation is true; this answer {what}")
 
 
 def serve(
@@ -197,6 +224,8 @@ def _answer(message: Message, context: Context) -> Message:
     if runtime.trainer.device.type == "cpu":
         keep_heap()
     level = runtime.config.settings.privacy.level
+    if place.pins is not None:
+        check_pinned(runtime.config.settings.privacy)
     if level == "record" and not place.simulated and place.state_path is None:
         raise PayloadError(
             f"privacy.level is {level!r}; this node has no state-path, and would forget at a restart what it spent"
@@ -219,7 +248,7 @@ def client_number(place: NodeConfig, metadata: Mapping[str, Any]) -> int:
 def memory_of(context: Context, place: NodeConfig, number: int, metadata: Metadata) -> ClientState:
     """Return where a client keeps things: below a state-path, in a simulation's folder, or in Flower's state.
 
-    A node has a folder of its own for each run. That of a site bears its name, since its number is the server's word.
+    A node has a folder of its own for each run. That of a site bears its name, whatever its number is.
 
     Raises
     ------
@@ -236,7 +265,9 @@ def memory_of(context: Context, place: NodeConfig, number: int, metadata: Metada
     token = metadata.get(RUN)
     if not isinstance(token, str) or not re.fullmatch("[0-9a-f]{16}", token):
         raise PayloadError(f"{RUN} is {quoted(token)}; it is 16 hex digits")
-    return ClientState(context, number, place.state_path / token / place.name, survives=True)
+    # A site's number is the server's word: under another one it must find what it spent and answered.
+    own = 0 if place.name else number
+    return ClientState(context, own, place.state_path / token / place.name, survives=True)
 
 
 def identity(context: Context, place: NodeConfig) -> Identity:

@@ -111,13 +111,16 @@ class Registry(dict[str, T]):
 
     def _address(self, name: str) -> str:
         """Return ``"module:attribute"`` of a foreign thing."""
-        if all(part.isidentifier() for word in name.split(":") for part in word.split(".")) and name.count(":") == 1:
+        dotted = all(part.isidentifier() for word in name.split(":") for part in word.split("."))
+        if dotted and name.count(":") == 1:
             return name
         entries = _entry_points(self.group)
         if name in entries:
             return entries[name]
         known = [*self, *entries]
-        near = get_close_matches(name, known, 1, 0.6)
+        module, _, attribute = name.rpartition(".")
+        meant = [f"{module}:{attribute}"] if dotted and module and attribute != "py" else []
+        near = get_close_matches(name, known, 1, 0.6) or meant
         hint = f"; did you mean {near[0]}?" if near else ""
         raise _unknown(f'it is one of {", ".join(known)}, or "module:attribute"{hint}')
 
@@ -188,8 +191,9 @@ def _imported(module: str) -> Any:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             where = f" in {folder} or" if folder else ""
-            public = f"there is no module {error.name} where it runs"
-            raise _unknown(f"there is no module {error.name}{where} among those installed", public) from error
+            rule = "; a module is named without .py" if module.endswith(".py") else ""
+            public = f"there is no module {error.name} where it runs{rule}"
+            raise _unknown(f"there is no module {error.name}{where} among those installed{rule}", public) from error
         said = f"module {module} cannot be imported"
         raise _unknown(f"{said} ({one_line(error)})", f"{said} ({type(error).__name__})") from error
 

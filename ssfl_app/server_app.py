@@ -186,7 +186,8 @@ def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strateg
         "model": config.model.name,
         "clients": run.clients,
         "cohort": run.cohort,
-        "trained_clients": len(strategy.cohort(1)),
+        # A cohort of differential privacy is secret, and drawn anew whenever it is asked for.
+        "trained_clients": run.cohort if strategy.ledger is not None else len(strategy.cohort(1)),
         "rounds": recorder.records[-1]["round"],
         "seed": run.seed,
         "engine": engine_name(grid),
@@ -267,11 +268,13 @@ class RecordingCallback(RunCallback):
         self.ledger: Ledger | None = None
         self._trackers, self._failed = dict(trackers), dict[str, str]()
         self._options, self._metric = runtime.config.settings.stop, runtime.trainer.task.metric
+        # Without a global model, what a strategy would write is a mean that nobody uses.
+        self._keeps = self._options.keep_best and REGISTRY[runtime.config.strategy].has_global_model
 
     def start(self, strategy: SparseStrategy, next_round: int) -> None:
         """Let the trackers begin; write the best model again if the run was killed before it was written."""
         best = progress(self.recorder.records, self._options, self._metric).best
-        if self._options.keep_best and best and best == next_round - 1:
+        if self._keeps and best and best == next_round - 1:
             self._keep(strategy)
         self._tell("begin", RunInfo(self.recorder.folder, self.runtime.config.flat, self._metric, next_round))
 
@@ -294,7 +297,9 @@ class RecordingCallback(RunCallback):
         now = progress(records, options, metric)
         if (options.keep_best or options.patience) and now.best:
             found |= {"best_round": now.best, "best_value": now.value}
-            kept = ": best.safetensors" if options.keep_best else ""
+            kept = ": best.safetensors" if self._keeps else ""
+            if options.keep_best and not self._keeps:
+                kept = f"; no best.safetensors: {self.runtime.config.strategy} has no global model"
             self.recorder.say(
                 f"best: round {now.best}, {metric.name} {metric.scale * now.value:.4g}{metric.unit}{kept}"
             )
@@ -366,7 +371,7 @@ class RecordingCallback(RunCallback):
         if self._failed:
             record, self._failed = record | {"failed_trackers": self._failed}, {}
         self.recorder.round(record)
-        best = self._options.keep_best and now.best == round_ > 0
+        best = self._keeps and now.best == round_ > 0
         if round_ % run.checkpoint_every == 0 or round_ == run.rounds or "stopped" in record or best:
             self.recorder.checkpoint(round_, strategy.state_dict())
         if best:  # after the checkpoint: the file and what a resumed run knows of it agree

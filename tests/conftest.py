@@ -52,11 +52,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def installation_is_checked_once() -> Iterator[None]:
-    """Let the command line look once at what is installed: that takes 0.1 s, and tests call it 500 times."""
-    from ssfl_app.cli import main
+    """Look once at what is installed: that takes 0.1 s, and tests call the command line 500 times."""
+    from ssfl_app import installed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "check_installed", functools.cache(main.check_installed))
+        patch.setattr(installed, "check_installed", functools.cache(installed.check_installed))
         yield
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,10 @@ def test_an_older_or_dense_run_says_what_it_lacks(played: api.Run, tmp_path: Pat
         ({"engine": "ray", "model": lambda *_: None}, "model.name is 'this_process:lambda_"),
         ({"clients": 4, "cohort": 5}, "run.cohort is 5; it is at most run.clients, 4"),
         ({"config": "missing.toml"}, "CONFIG is missing.toml; it is a TOML file"),
+        ({"resume": True}, "resume is True; it is the path of a run folder"),
+        ({"data": "folder", "data_path": "missing"}, "/missing'; there is no such folder, it is a folder with train"),
+        ({"data": "table", "data_path": "missing.csv"}, "missing.csv'; there is no such file, it is a .csv or"),
+        ({"strategy": "sslf"}, "strategy is 'sslf'; it is one of ssfl, "),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line_and_nothing_is_written(
@@ -271,4 +276,26 @@ def test_what_cannot_be_run_is_refused_in_one_line_and_nothing_is_written(
     with pytest.raises(ConfigError, match=re.escape(said)) as caught:
         ssfl_app.run(quiet=True, **given)
     assert "\n" not in str(caught.value)
+    # A traceback ends with the documented name, whatever the error is inside.
+    assert traceback.format_exception_only(caught.value)[-1] == f"ssfl_app.options.ConfigError: {caught.value}\n"
+    assert caught.type is ssfl_app.ConfigError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_module_is_not_here_is_a_documented_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "moved.py").write_text(
+        "from torch import nn\ndef net(shape, outputs, norm):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    keys = {"clients": 2, "rounds": 1, "local_epochs": 1, "engine_concurrent": 1, "quiet": True}
+    run = ssfl_app.run(model="moved:net", out="run", **keys)  # type: ignore[arg-type]
+    assert run.model()[1].weight.shape == (10, 64)
+    (tmp_path / "moved.py").unlink()
+    monkeypatch.delitem(sys.modules, "moved")
+    with pytest.raises(ConfigError, match=r"model\.name is .moved:net.; there is no module moved in") as caught:
+        ssfl_app.load_run("run").model()
+    assert caught.type is ssfl_app.ConfigError

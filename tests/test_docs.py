@@ -1,6 +1,7 @@
 """What the documentation names exists: files, modules, classes, functions; and tables list what is registered."""
 
 import ast
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from ssfl_app import partitions
 from ssfl_app.config import BUILTIN, NAMED, defaults
 from ssfl_app.core.robust import FOLDS
 from ssfl_app.data.readers import READERS
-from ssfl_app.sparsity.values import VALUE_TYPES
+from ssfl_app.sparsity.values import SUMMED_TYPES, VALUE_TYPES
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.training import models
 from ssfl_app.training.step import PRECISIONS
@@ -190,7 +191,7 @@ def test_the_table_of_options_names_what_can_be_chosen() -> None:
         ("partition", "name", partitions.REGISTRY),
         ("model", "name", models.REGISTRY),
         ("run", "fold", FOLDS),
-        ("wire", "up-values", VALUE_TYPES),
+        ("wire", "up-values", (*VALUE_TYPES, *SUMMED_TYPES)),
         ("engine", "precision", PRECISIONS),
     ):
         match = re.search(rf"`{key}` \(([^)]*)\)", keys[section])
@@ -209,6 +210,16 @@ def test_rows_of_results_are_those_that_scripts_recorded(page: str) -> None:
     rows = re.findall(r"^\| `[a-z-]+` \| [\d.]+ \| .*$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
     assert len(rows) >= 4
     assert [row for row in rows if row not in recorded] == []
+
+
+def test_the_distances_of_own_files_are_those_that_were_recorded() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "own.json").read_text("utf-8"))["reached"]
+    rows = re.findall(
+        r"^\| ([\w, ]+) \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs" / "own.md").read_text("utf-8"), re.M
+    )
+    assert {name: (dense, sparse) for name, dense, sparse in rows} == {
+        name: tuple(f"{mean:.3f}" for mean in row["means"]) for name, row in record.items()
+    }
 
 
 def table(page: str, title: str) -> list[list[str]]:

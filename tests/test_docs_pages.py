@@ -3,7 +3,7 @@
 - ``python`` runs; all blocks of a page share their names. ``python FILE``, ``toml FILE`` and the like write a file.
 - ``sh`` is played line by line, what begins with ``ssfl`` in this process and with `SMALL` after it: two rounds on
   every second digit tell as well whether a line works. ``ssfl federation`` and all other lines are processes.
-- the keys of ``toml`` exist; ``diff`` and ``text`` show something.
+- the keys of ``toml`` exist; what has a ``[compare]`` is a whole sweep file. ``diff`` and ``text`` show something.
 
 A block that no test can run says so in a comment above it: ``<!-- skip: next "needs a second host" -->``.
 """
@@ -30,6 +30,7 @@ from sybil.region import Region
 from ssfl_app import config, registry, runtime
 from ssfl_app.cli.main import main
 from ssfl_app.data import dataset
+from ssfl_app.experiments.sweep_spec import read_plan
 from ssfl_app.sparsity.layout import state_of
 from tests.conftest import few_digits
 
@@ -95,7 +96,10 @@ def command(line: str, words: list[str]) -> None:
 def keys_exist(example: Example) -> None:
     Path("block.toml").write_text(example.parsed, "utf-8")
     found = config.read_file(Path("block.toml"), sweep=True)
-    config.merge({key: value for key, value in found.items() if not key.startswith("compare.")})
+    if any(key.startswith("compare.") for key in found):
+        read_plan([Path("block.toml")], [])
+    else:
+        config.merge(found)
 
 
 SYBIL = Sybil(
@@ -240,6 +244,8 @@ def test_every_block_says_what_it_is(page: str) -> None:
         '```sh\nssfl run -c "run.clint=1"\n```',
         "```sh\nfalse\n```",
         "```toml\n[run]\nclint = 1\n```",
+        '```toml\n[compare]\nstrategys = ["ssfl"]\n```',
+        '```toml\n[compare.tune]\nseeds = [7]\n"local.ll" = [0.1, 0.2]\n```',
         "- in a list\n\n   ```sh\n   false\n   ```",
     ],
 )

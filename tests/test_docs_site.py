@@ -88,15 +88,27 @@ def test_every_link_and_anchor_of_the_site_leads_somewhere(site: Path, pages: di
     assert broken == []
 
 
-def test_no_markdown_is_left_over(site: Path, pages: dict[Path, Page]) -> None:
+def markdown_in(page: str) -> list[str]:
+    """Return the lines of a page's article that are Markdown still."""
+    _, opened, rest = page.partition("<article")
+    text, closed, _ = rest.partition("</article>")
+    assert opened, "a page without <article"
+    assert closed, "a page without </article>"
+    text = re.sub(r"<(pre|code)\b.*?</\1>", "", text, flags=re.DOTALL)
+    return re.findall(r"^(?:[-*] |\d+\. |#+ ).*|.*```.*|.*\|---.*", re.sub(r"<[^>]+>", "", text), re.MULTILINE)
+
+
+def test_no_markdown_is_left_over(pages: dict[Path, Page]) -> None:
     """Python-Markdown knows no list without an empty line before it, nor a block indented by three spaces."""
-    left = []
-    for file in pages:
-        text = file.read_text("utf-8").partition("<article")[2].partition("</article>")[0]
-        text = re.sub(r"<(pre|code)\b.*?</\1>", "", text, flags=re.DOTALL)
-        found = re.findall(r"^(?:[-*] |\d+\. |#+ ).*|.*```.*|.*\|---.*", re.sub(r"<[^>]+>", "", text), re.MULTILINE)
-        left += [f"{file.relative_to(site)}: {line}" for line in found]
-    assert left == []
+    found = {str(file): lines for file in pages if (lines := markdown_in(file.read_text("utf-8")))}
+    assert found == {}
+
+
+def test_markdown_is_looked_for_in_an_article_that_is_there() -> None:
+    assert markdown_in("<article>\n<p>\n- a list\n</p><pre>\n- code</pre>\n</article>") == ["- a list"]
+    for page in ("<main>\n- a list\n</main>", "<article>\n- a list\n"):
+        with pytest.raises(AssertionError, match="a page without <"):
+            markdown_in(page)
 
 
 def test_no_page_loads_anything_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:

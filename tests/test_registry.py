@@ -141,6 +141,8 @@ def test_a_class_in_a_module_is_reached_by_dots(folder: Path) -> None:
         ("nets:net:net", "it is one of cnn, conv4, resnet18, resnet50, "),
         ("resnet8", 'or "module:attribute"; did you mean resnet18?'),
         (":", "it is one of cnn"),
+        ("nets.net", 'or "module:attribute"; did you mean nets:net?'),
+        ("nets.py:net", "there is no module nets.py in {folder} or among those installed; a module is named without"),
     ],
 )
 def test_a_name_that_stands_for_nothing_is_refused_with_the_cause(folder: Path, value: str, said: str) -> None:
@@ -159,7 +161,10 @@ def test_a_node_does_not_tell_its_folders(folder: Path) -> None:
     ("name", "said"),
     [
         ("nets:words", "it made str, not a torch.nn.Module"),
-        ("nets:net", "called with ((1, 8, 8), 3, 'group', height=2) it says TypeError: net() got an unexpected"),
+        (
+            "nets:net",
+            "called with (input_shape, outputs, norm), here ((1, 8, 8), 3, 'group', height=2), it says TypeError",
+        ),
     ],
 )
 def test_a_factory_that_makes_no_model_is_refused(folder: Path, name: str, said: str) -> None:

@@ -49,11 +49,12 @@ CORE = PROJECT["dependencies"]
 APP = PROJECT["optional-dependencies"]["app"]
 DATA = PROJECT["optional-dependencies"]["volumes"] + PROJECT["optional-dependencies"]["hf"]
 EXPORT = PROJECT["optional-dependencies"]["export"]
+PRIVACY = PROJECT["optional-dependencies"]["privacy"]
 TESTING = PROJECT["optional-dependencies"]["testing"]
 EXTRAS = PROJECT["optional-dependencies"]
 TRACKERS = [text for name in callbacks.REGISTRY for text in EXTRAS[name]]  # an extra each
 USED_IF_THERE = {"pandas", "ipython"}  # a table is a DataFrame; who calls from a notebook has it
-BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + DATA + TESTING + TRACKERS}
+BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + DATA + PRIVACY + TESTING + TRACKERS}
 
 
 def test_what_is_imported_is_declared():
@@ -62,11 +63,11 @@ def test_what_is_imported_is_declared():
 
 
 def test_what_is_declared_is_imported():
-    assert set(BY_NAME) - set(imported()) == {"tensorboard"}  # through torch.utils.tensorboard
+    assert set(BY_NAME) - set(imported()) == {"tensorboard", "opacus"}  # through torch.utils.tensorboard; by `needed`
 
 
 @pytest.mark.parametrize(
-    "text", CORE + APP + DATA + TESTING + TRACKERS + EXPORT + PROJECT["optional-dependencies"]["foreign"]
+    "text", CORE + APP + DATA + PRIVACY + TESTING + TRACKERS + EXPORT + PROJECT["optional-dependencies"]["foreign"]
 )
 def test_a_dependency_has_a_lowest_version_and_one_that_it_stays_below(text):
     assert re.search(r">=[\d.]+,<[\d.]+$", text), text
@@ -76,7 +77,7 @@ def test_flower_installs_for_the_app_what_the_app_needs():
     """Its `uv sync` knows dependencies and the default groups of an app, but no extras."""
     assert PYPROJECT["tool"]["uv"]["default-groups"] == ["app"]
     assert PYPROJECT["dependency-groups"]["app"] == ["ssfl-app[app]"]
-    extras = "app,export,foreign,volumes,hf,tensorboard,mlflow,wandb,docs"
+    extras = "app,privacy,export,foreign,volumes,hf,tensorboard,mlflow,wandb,docs"
     assert f"ssfl-app[{extras}]" in PROJECT["optional-dependencies"]["dev"]
 
 
@@ -171,6 +172,15 @@ def test_without_the_extra_the_command_says_in_one_line_what_to_install(plain_in
         assert done.stderr.startswith("ssfl: matplotlib, pillow, pyarrow, scikit-learn, scipy, torchvision not")
         assert done.stderr.endswith('not installed: pip install "ssfl-app[app]"\n')
         assert done.stdout == ""
+
+
+def test_without_the_extra_a_run_in_python_says_the_same(plain_install):
+    done = run(plain_install, "import ssfl_app; ssfl_app.run()")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "ssfl_app.options.ConfigError: matplotlib, pillow, pyarrow, scikit-learn, scipy, torchvision"
+    )
+    assert last.endswith('not installed: pip install "ssfl-app[app]"')
 
 
 def test_nothing_that_runs_code_from_data_is_used():

@@ -11,5 +11,5 @@ Override = Annotated[
     Option("-c", "--config", metavar="KEY=VALUE", help="Further keys: \"strategy='random' mask.density=0.05\"."),
 ]
 Engine = Annotated[str, Option(help="inline: without Ray; ray: Flower's simulation.")]
-Out = Annotated[Path | None, Option(help="Run folder. [default: runs/<time>-<strategy>-<dataset>]")]
+Out = Annotated[Path | None, Option(help="Run folder.", show_default="runs/<time>-<strategy>-<dataset>")]
 Resume = Annotated[Path | None, Option(help="Go on with the run in this folder.")]

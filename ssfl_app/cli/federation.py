@@ -50,7 +50,7 @@ ControlPort = Annotated[int, Option(help="Of Flower itself, on 127.0.0.1 only.",
 DEFAULT = Path("federation")
 ONLINE_TIMEOUT = 150.0  # seconds; Flower refuses a node for a minute after it ended without signing off
 Days = Annotated[
-    int | None, Option(help="How long the SuperLink's certificate is valid. [default: 365]", min=1, max=36500)
+    int | None, Option(help="How long the SuperLink's certificate is valid.", show_default="365", min=1, max=36500)
 ]
 Sites = Annotated[
     list[str] | None, Option(help="A node with its own data, NAME=FOLDER; once a node, instead of --nodes.")
@@ -67,7 +67,7 @@ def private(context: typer.Context) -> None:
 @app.command()
 def up(
     nodes: Annotated[
-        int | None, Option(help="SuperNodes; node i holds partition i of the data set. [default: 5]", min=1)
+        int | None, Option(help="SuperNodes; node i holds partition i of the data set.", show_default="5", min=1)
     ] = None,
     site: Sites = None,
     port: Annotated[int, Option(help="For nodes, on 127.0.0.1. 0: a free one.", min=0, max=65535)] = 0,

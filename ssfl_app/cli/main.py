@@ -3,15 +3,13 @@
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from packaging.requirements import Requirement
 from typer import Argument, Option
 
+from ssfl_app import installed
 from ssfl_app.cli.arguments import ConfigFile, Engine, Out, Override, Resume
 from ssfl_app.cli.federation import app as federation_app
 from ssfl_app.cli.study import app as study_app
@@ -56,7 +54,10 @@ def run(
     resume: Resume = None,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Run a strategy and write a run folder. Exit code: 0 finished, 1 failed or interrupted, 2 bad input."""
+    """Run a strategy and write a run folder; CONFIG.toml has the keys that differ from the defaults (`ssfl keys`).
+
+    Exit code: 0 finished, 1 failed or interrupted, 2 bad input.
+    """
     from ssfl_app.simulation.command import RunArgs, telling
     from ssfl_app.simulation.play import play
 
@@ -66,15 +67,17 @@ def run(
 
 @app.command()
 def compare(
-    files: Annotated[list[Path], Argument(metavar="SWEEP.toml...", help="Configurations with [compare].")],
+    files: Annotated[list[Path], Argument(metavar="SWEEP.toml...", help="Configurations with a table compare.")],
     override: Override = None,
-    out: Annotated[Path | None, Option(help="Folder. [default: runs/compare-<name of the file>]")] = None,
+    out: Annotated[Path | None, Option(help="Folder.", show_default="runs/compare-<name of the file>")] = None,
     engine: Engine = "inline",
     jobs: Annotated[int, Option(help="Runs that are played at once.")] = 1,
     budget: Annotated[str, Option(help="Time for all runs: 90s, 10m, 2h, or none.")] = "none",
     report_only: Annotated[bool, Option("--report-only", help="Play nothing; compare what is there.")] = False,
 ) -> None:
     """Run strategies x seeds x densities, go on where that stopped, and write one table and one picture.
+
+    SWEEP.toml is a configuration with a table "compare": the lists strategies, seeds and densities, and a baseline.
 
     Exit code: 0 all runs finished or budget over, 1 one failed, 2 bad configuration.
     """
@@ -92,7 +95,7 @@ def reproduce(
         str, Option(help="published: each row as its file has it; v1, tmlr, dispfl: as these sources have it.")
     ] = "published",
     override: Override = None,
-    out: Annotated[Path | None, Option(help="Folder. [default: runs/reproduce-<table>-<profile>]")] = None,
+    out: Annotated[Path | None, Option(help="Folder.", show_default="runs/reproduce-<table>-<profile>")] = None,
     engine: Engine = "inline",
     listed: Annotated[bool, Option("--list", help="Play nothing; list the tables, or the rows of one.")] = False,
 ) -> None:
@@ -113,7 +116,9 @@ def reproduce(
 @app.command()
 def report(
     folders: Annotated[list[Path], Argument(metavar="DIR...", help="Run folders.")],
-    out: Annotated[Path | None, Option(help="HTML file. [default: DIR/report.html of one, ./report.html]")] = None,
+    out: Annotated[
+        Path | None, Option(help="HTML file.", show_default="DIR/report.html of one, ./report.html")
+    ] = None,
     serve: Annotated[bool, Option("--serve", help="Show the page on this machine while runs go on.")] = False,
     port: Annotated[int, Option(help="Of --serve; 0: a free one.", min=0, max=65535)] = 0,
 ) -> None:
@@ -140,7 +145,7 @@ def report(
 def export(
     folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a finished run.")],
     to: Annotated[str, Option(help="safetensors: bitmap and alive values; torch: a state dict; onnx; torch-export.")],
-    out: Annotated[Path | None, Option(help="File. [default: exported.* in the run folder]")] = None,
+    out: Annotated[Path | None, Option(help="File.", show_default="exported.* in the run folder")] = None,
 ) -> None:
     """Write the trained model to a file that other programs load."""
     from ssfl_app.results.export import write
@@ -179,7 +184,7 @@ def keys(
     strategy: Annotated[str, Argument(metavar="[STRATEGY]", help="Only what it reads.")] = "",
     toml: Annotated[bool, Option("--toml", help="The table that pyproject.toml has.")] = False,
 ) -> None:
-    """List the keys of the configuration, with defaults and meanings."""
+    """List the keys of the configuration, or those that a strategy reads, with defaults and meanings."""
     from ssfl_app import config as configuration
     from ssfl_app.results.table import Table
 
@@ -213,29 +218,6 @@ def cache(
         raise ConfigError(f"the cache cannot be read or deleted: {one_line(error)}") from error
 
 
-def lacking(package: str, extras: Iterable[str]) -> Iterator[str]:
-    """Yield the packages that are not installed but belong to these extras of an installed package."""
-    for requirement in map(Requirement, metadata.requires(package) or []):
-        if requirement.marker and any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
-            try:
-                yield from lacking(requirement.name, requirement.extras)
-            except metadata.PackageNotFoundError:
-                yield requirement.name
-
-
-def check_installed() -> None:
-    """Raise ConfigError if only what the plug-in layer needs was installed.
-
-    Now, not when a picture is drawn at the end of a long run. A checkout on PYTHONPATH has no metadata to ask. Ray is
-    asked for by the engine that needs it.
-    """
-    try:
-        if missing := sorted({*lacking("ssfl-app", ["app"])} - {"ray"}):
-            raise ConfigError(f'{", ".join(missing)} not installed: pip install "ssfl-app[app]"')
-    except metadata.PackageNotFoundError:
-        return
-
-
 def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
     # `kill` and a closed terminal end a run as Ctrl-C does: through the clean-up of everything that was started.
@@ -244,7 +226,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        check_installed()
+        installed.check_installed()
         app(prog_name="ssfl")  # also of python -m ssfl_app, or its completion has another name
     except BrokenPipeError:  # `ssfl report DIR | head`; what Python still holds for the pipe has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

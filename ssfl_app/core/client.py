@@ -11,7 +11,7 @@ from torch import nn
 
 from ssfl_app.comm.payload import ClientState, Metadata, Payload
 from ssfl_app.core.options import Settings
-from ssfl_app.core.summand import Identity, SummandWriter, told
+from ssfl_app.core.summand import Identity, SummandWriter, terms_of, told
 from ssfl_app.data.dataset import DataSet, Samples
 from ssfl_app.options import ConfigError
 from ssfl_app.partitions import Indices
@@ -83,7 +83,13 @@ class ClientContext:
         """Writes the answers that the server only adds."""
         privacy = self.settings.privacy
         return SummandWriter(
-            self.client_id, self.identity, self.memory, privacy.secure_aggregation, privacy.threshold
+            self.client_id,
+            self.identity,
+            self.memory,
+            privacy.secure_aggregation,
+            privacy.threshold,
+            privacy.level,
+            terms_of(self.settings) if privacy.secure_aggregation else "",
         )
 
     def mask(self, digest: str) -> Mask | None:
@@ -158,13 +164,14 @@ class ClientAlgorithm:
         self._came: Vector | None = None  # the model that came down, where an update is told
 
     @classmethod
-    def check_privacy(cls, settings: Settings) -> None:
-        """Raise ConfigError if what this client sends is not as private as the options say."""
+    def check_privacy(cls, settings: Settings, strategy: str = "") -> None:
+        """Raise ConfigError if what this client, that of a strategy, sends is not as private as the options say."""
         if settings.privacy.level == "record" and not vars(cls).get("record_level", False):
-            asks = f"answers {', '.join(cls.query_types)}" if cls.query_types else "trains in a way of its own"
+            who = f"a client of strategy {strategy}" if strategy else cls.__name__
+            asked = f"answers {', '.join(cls.query_types)}" if cls.query_types else "trains in a way of its own"
             raise ConfigError(
-                f"privacy.level is 'record'; {cls.__name__} {asks}, which no noise covers: strategy is 'random', or "
-                "'fedavg' or 'fedprox', which train all weights"
+                f"privacy.level is 'record'; {who} {asked}, which no noise covers: strategy is 'random', or 'fedavg' "
+                "or 'fedprox', which train all weights"
             )
 
     @classmethod
@@ -321,10 +328,10 @@ class ClientAlgorithm:
         Raises
         ------
         PayloadError
-            privacy.level is "record", and no noise covers an accuracy.
+            There is differential privacy, and no noise covers an accuracy.
         """
-        if self.settings.privacy.level == "record":
-            raise PayloadError("privacy.level is 'record'; a client tells no accuracy")
+        if self.settings.privacy.private:
+            raise PayloadError(f"privacy.level is {self.settings.privacy.level!r}; a client tells no accuracy")
         metadata: Metadata = {"samples": len(self.context.test), "digest": payload.metadata["digest"]}
         if len(self.context.test):
             metadata["loss"], metadata[name] = self.context.trainer.evaluate(self.context.model, self.context.test)
@@ -391,7 +398,13 @@ class ClientAlgorithm:
         """
         layout = self.context.layout
         if "values" in payload.arrays:
-            return Dense().decode(payload.arrays, layout, self.context.dense)[0]
+            sent, stated = (
+                Dense().decode(payload.arrays, layout, self.context.dense)[0],
+                payload.metadata.get("weights"),
+            )
+            if stated is not None and state_digest(layout, sent) != stated:
+                raise PayloadError(f"weights is {stated!r}; those that came along have another digest")
+            return sent
         state = self.context.initial_state()
         if state_digest(layout, state) != payload.metadata.get("weights"):
             raise Need("weights")

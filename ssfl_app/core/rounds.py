@@ -143,6 +143,7 @@ class _Algorithm(Protocol):
     def model(self) -> State: ...
     def answers(self, round_: int, question: str | None = None) -> Allowed: ...
     def densities(self) -> tuple[float, float]: ...
+    def expected_counts(self, round_: int) -> Record: ...
 
 
 class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
@@ -250,7 +251,8 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         _, metrics, counts = self._training(round_, self._reply_bytes)
         assert metrics is not None
         report, norms = self._messenger.report, strategy.update_norms
-        if strategy.ledger is not None:  # who took part is what the noise hides; how many it does not
+        if strategy.ledger is not None:  # who took part is what the noise hides, and how many would tell of it
+            counts = strategy.expected_counts(round_)
             bad = len(report.lost) + len(report.refused)
             told = {"round": round_, "cohort": [], **names(ExchangeReport()), "train_loss": None}
             told |= {"bad_replies": bad} if bad else {}

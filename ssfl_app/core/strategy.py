@@ -32,7 +32,7 @@ from ssfl_app.core.options import FromSettings, Section, Settings
 from ssfl_app.core.own_start import OwnStart
 from ssfl_app.core.robust import distance, there
 from ssfl_app.core.rounds import ClientRoundLoop, Query
-from ssfl_app.core.sums import Summation, check_sums, training_sum
+from ssfl_app.core.sums import Summation, check_sums, expected_counts, training_sum
 from ssfl_app.core.validation import check_epsilon, check_number, check_samples, check_tested, stored
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.metrics import ACCURACY, Metric
@@ -139,6 +139,9 @@ class SparseStrategy(OwnStart):
                 f"stop.metric is {settings.stop.metric!r}; it is auto or personal with strategy {self.name}, "
                 "which has no global model"
             )
+        if settings.privacy.private and settings.stop.metric in ("local", "personal"):
+            rule = f"it is auto or central with privacy.level {settings.privacy.level!r}: clients tell no accuracy"
+            raise ConfigError(f"stop.metric is {settings.stop.metric!r}; {rule}")
         self.context, self.layout, self.settings, self.callback = context, layout, settings, context.callback
         if self.uses_density and layout.prunable_size and not self.alive():
             raise ConfigError(f"mask.{none_alive(layout, settings.mask.density)}")
@@ -174,7 +177,7 @@ class SparseStrategy(OwnStart):
                 f"wire.error-feedback is true; it is false with strategy {self.name}, where clients have masks, "
                 "models or memories of their own"
             )
-        self.client.check_privacy(settings)
+        self.client.check_privacy(settings, self.name)
         if run.fold != "mean" and not self.has_default_aggregator():
             raise ConfigError(
                 f"run.fold is {run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of its own"
@@ -337,6 +340,15 @@ class SparseStrategy(OwnStart):
             self._cohort = round_, np.flatnonzero(rng.random(run.clients) < run.cohort / run.clients).tolist()
         return list(self._cohort[1])
 
+    def expected_counts(self, round_: int) -> dict[str, int]:
+        """Return what a record has of messages and bytes where the cohort is secret (`sums.expected_counts`)."""
+        return expected_counts(self, round_)
+
+    @property
+    def mask_travels(self) -> bool:
+        """Whether a client that lacks the mask is sent it. Default: if the model comes down under it."""
+        return issubclass(self.client.down, MaskedValues)
+
     @property
     def ledger(self) -> Ledger | None:
         """What is spent of the privacy of clients, with privacy.level "client"."""
@@ -367,6 +379,8 @@ class SparseStrategy(OwnStart):
         """Return all that `load_state_dict` needs, as flat arrays."""
         state, mask = self.layout.flatten(self.state), self.mask.packed()
         kept: Arrays = {"state": state, "mask": mask, "since": self._last_accepted}
+        if self._silent:
+            kept["epsilons"] = np.array([self.epsilons.get(k, 0.0) for k in range(self.settings.run.clients)])
         return kept if self._residual is None else kept | {"residual": self._residual}
 
     def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -382,6 +396,9 @@ class SparseStrategy(OwnStart):
         self._last_accepted = stored(arrays, "since", "int64", self.settings.run.clients).copy()
         if not ((self._last_accepted >= 0) & (self._last_accepted <= round_)).all():
             raise ValueError(f"array 'since' has rounds beyond 0 to {round_}")
+        if self._silent:
+            spent = stored(arrays, "epsilons", "float64", self.settings.run.clients)
+            self.epsilons = {client: float(value) for client, value in enumerate(spent) if value}
         if "residual" in arrays:
             self._residual = stored(arrays, "residual", "float32", self.layout.size)
         self._next_round, self._made_in_round = round_ + 1, round_
@@ -447,7 +464,8 @@ class SparseStrategy(OwnStart):
         self._made_in_round, self._residual, self._lost = server_round, self._lost, None
         for client in self.messenger.report.refused:  # beside the other replies, after it was seen
             seen.pop(client, None)
-        self._last_accepted[list(seen)] = server_round
+        if self.ledger is None:  # else who took part would lie in the checkpoint
+            self._last_accepted[list(seen)] = server_round
         told = {client: (n, loss) for client, (n, loss) in sorted(seen.items()) if loss is not None}
         self.losses = {client: loss for client, (_, loss) in told.items()}
         if summation is not None:

@@ -3,13 +3,16 @@
 The server's side is `ssfl_app.core.sums`; the protocol of the masks is that of `ssfl_app.privacy.masking`.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from ssfl_app.comm.messenger import RUN, WITH_MASK
 from ssfl_app.comm.payload import ClientState, Metadata, Payload
+from ssfl_app.core.options import Settings
 from ssfl_app.privacy.clipping import clipped
 from ssfl_app.privacy.keys import KeyPair, fingerprint
 from ssfl_app.privacy.masking import Masker, Peer, read_peers
@@ -23,6 +26,10 @@ UNIT, LOSS_UNIT, RANGE, MOST, MOST_WEIGHT = "unit", "loss-unit", "range", "most"
 CLIP, NOISE = "clip", "noise"
 EXCHANGE, ABOUT, OWN = "exchange", "about", "own-key"
 PEERS = "own-peers"
+_ALIKE = (
+    *("question", "ssfl", "round", "digest", "weights", "step"),
+    *(UNIT, LOSS_UNIT, RANGE, MOST, MOST_WEIGHT, CLIP, NOISE),
+)
 """Facts and arrays of a message whose answer is added; OWN is the key that the server has of its client.
 
 With MOST_WEIGHT the server does not know the weights, at most so large: they are added up beside the values.
@@ -39,9 +46,34 @@ class Identity:
     pins: frozenset[str] = frozenset()
 
 
-def about_bytes(exchange: int, about: str, threshold: float) -> bytes:
-    """Return what masks and shares of an exchange are bound to."""
-    return f"{exchange}|{threshold!r}|{about}".encode()
+def about_bytes(token: str, exchange: int, about: str, threshold: float) -> bytes:
+    """Return what masks and shares of an exchange are bound to.
+
+    `token` is the run's by which a client remembers what it answered: what is told under one is useless with another.
+    """
+    return f"{token}|{exchange}|{threshold!r}|{about}".encode()
+
+
+def terms_of(settings: Settings) -> str:
+    """Return the options that make an answer what it is."""
+    run, parts = settings.run, (settings.mask, settings.local, settings.wire, settings.privacy)
+    return repr((run.seed, run.weighting, run.rounds, *parts, sorted(settings.sections.items())))
+
+
+def question_digest(payload: Payload, terms: str) -> str:
+    """Return the digest of all that the clients of an exchange are asked alike.
+
+    Their masks are bound to it. So no server can tell one of them another step or model than the others, by which
+    the others' answers are 0 and the sum is that of one client (Pasquini et al., "Eluding secure aggregation", CCS
+    2022). A mask goes to those that lack it and has a digest, as initial weights have.
+    """
+    facts, left_out = payload.metadata, {PEERS, *WITH_MASK, *(["values"] if "weights" in payload.metadata else [])}
+    digest = hashlib.blake2b(repr([facts.get(name) for name in _ALIKE]).encode() + terms.encode(), digest_size=16)
+    for name in sorted(payload.arrays.keys() - left_out):
+        array = payload.arrays[name]
+        digest.update(f"|{name} {array.dtype.name} {array.size}|".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def fixed_point(metadata: Mapping[str, object], kind: str) -> FixedPoint:
@@ -72,13 +104,24 @@ class SummandWriter:
         Whether it masks.
     threshold : float
         privacy.threshold.
+    level : str
+        privacy.level.
+    terms : str
+        `terms_of` the options.
     """
 
     def __init__(
-        self, number: int, identity: Callable[[], Identity], memory: ClientState, secure: bool, threshold: float
+        self,
+        number: int,
+        identity: Callable[[], Identity],
+        memory: ClientState,
+        secure: bool,
+        threshold: float,
+        level: str = "none",
+        terms: str = "",
     ) -> None:
         self._number, self._identity, self._memory = number, identity, memory
-        self._secure, self._threshold = secure, threshold
+        self._secure, self._threshold, self._level, self._terms = secure, threshold, level, terms
 
     def write(
         self,
@@ -97,6 +140,12 @@ class SummandWriter:
             The message does not say what is needed, or asks for a second answer under the same masks.
         """
         fixed = fixed_point(payload.metadata, kind)
+        if self._level == "client" and CLIP not in payload.metadata:
+            raise PayloadError(f"the message has no {CLIP}; it has one with privacy.level 'client'")
+        if self._level != "none" and LOSS_UNIT in payload.metadata:
+            raise PayloadError(
+                f"the message has {LOSS_UNIT}; with privacy.level {self._level!r} a client tells no loss"
+            )
         if CLIP in payload.metadata:
             summand = self._released(payload, fixed, values)
         else:
@@ -108,6 +157,8 @@ class SummandWriter:
         if not self._secure:
             return {"values": summand}
         masker = self._masker(payload, summand)
+        if not str(payload.metadata[ABOUT]).endswith(f"/{question_digest(payload, self._terms)}"):
+            raise PayloadError(f"{ABOUT} is not about this message: the server asks its clients different things")
         self._memory.advance("masked", self._exchange(payload))
         shares = masker.mask(summand)
         return {"values": summand, **shares}
@@ -117,8 +168,10 @@ class SummandWriter:
         clip, noise = payload.metadata[CLIP], payload.metadata.get(NOISE)
         if not isinstance(clip, float) or not isinstance(noise, float) or not 0 < clip < math.inf or noise < 0:
             raise PayloadError(f"{CLIP} is {quoted(clip)} and {NOISE} {quoted(noise)}; they are numbers above 0")
+        # That a client has no finite update tells of its data: it counts as none.
+        finite = values if np.isfinite(values).all() else np.zeros_like(values)
         try:
-            whole = clipped(values, clip, fixed.step)
+            whole = clipped(finite, clip, fixed.step)
             return fixed.modulo(whole + gaussian(noise, whole.size) if noise else whole)
         except ValueError as error:
             raise PayloadError(str(error)) from error
@@ -144,16 +197,10 @@ class SummandWriter:
             raise PayloadError(f"{ABOUT} is {quoted(about)}; it is a line")
         if payload.metadata.get(OWN) != identity.keys.public:
             raise PayloadError("the server has another key of this client than it works with")
+        bound = about_bytes(str(payload.metadata.get(RUN, "")), exchange, about, self._threshold)
         peers = read_peers(read_array(payload.arrays, PEERS, np.uint8, None))
         self._check(peers, identity.pins)
-        return Masker(
-            identity.keys,
-            self._number,
-            peers,
-            about_bytes(exchange, about, self._threshold),
-            self._threshold,
-            summand.dtype,
-        )
+        return Masker(identity.keys, self._number, peers, bound, self._threshold, summand.dtype)
 
     def _check(self, peers: tuple[Peer, ...], pins: frozenset[str]) -> None:
         strangers = [peer for peer in peers if pins and fingerprint(peer.public) not in pins]

@@ -30,6 +30,8 @@ from ssfl_app.core.summand import (
     RANGE,
     UNIT,
     about_bytes,
+    question_digest,
+    terms_of,
 )
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
@@ -37,11 +39,14 @@ from ssfl_app.privacy.clipping import squared_length
 from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.privacy.masking import (
     LEAST_NEIGHBOURS,
+    MOST_NEIGHBOURS,
     FalseShares,
     MaskedSum,
     TooFew,
     allowed,
     neighbours,
+    peers_bytes,
+    second_bytes,
     write_peers,
 )
 from ssfl_app.privacy.noise import gaussian, shares
@@ -67,6 +72,9 @@ class _Algorithm(Protocol):
     def codec_up(self, round_: int) -> Codec: ...
     def has_default_aggregator(self) -> bool: ...
     def cohort(self, round_: int) -> list[int]: ...
+    def train_payload(self, round_: int, client: int) -> Payload: ...
+    @property
+    def mask_travels(self) -> bool: ...
 
 
 def check_sums(strategy: _Algorithm) -> None:
@@ -99,6 +107,9 @@ def check_sums(strategy: _Algorithm) -> None:
     if needs and set(strategy.client.query_types) - set(strategy.client.summed):
         question = strategy.client.query_types[0]
         raise ConfigError(f"{cause}; with strategy {name} the server reads each answer to {question!r}")
+    if private and strategy.client.stateful:
+        rule = "clients keep models, by which the run folder would tell who took part"
+        raise ConfigError(f"strategy is {name!r}; with privacy.level 'client' it is another one: with this {rule}")
     refused = {
         "run.fold": (run.fold, "mean"),
         "failures.norm-factor": (settings.failures.norm_factor, 0.0),
@@ -139,8 +150,7 @@ def training_sum(strategy: _Algorithm, round_: int, cohort: list[int]) -> "Summa
             raise RunFailed(
                 f"{drawn}; a masked sum is of {LEAST_NEIGHBOURS + 1} at least. Delta has the chance of this"
             )
-        ledger.begin("round")
-    return Summation(
+    summation = Summation(
         strategy,
         cohort,
         codec.count(strategy.layout, strategy.mask),
@@ -151,6 +161,37 @@ def training_sum(strategy: _Algorithm, round_: int, cohort: list[int]) -> "Summa
         loss=settings.privacy.level == "none",
         release=release,
     )
+    if ledger is not None:
+        ledger.begin("round")
+    return summation
+
+
+def expected_counts(strategy: _Algorithm, round_: int) -> dict[str, int]:
+    """Return messages and bytes of a round as if as many clients took part as are expected.
+
+    How many were drawn no noise covers: with one client more it is another number, and adds to epsilon. So with
+    privacy.level "client" records have what follows from the configuration alone.
+    """
+    settings, layout, mask, codec = strategy.settings, strategy.layout, strategy.mask, strategy.codec_up(round_)
+    run, kind = settings.run, SUMMED_TYPES[settings.wire.up_values]
+    assert isinstance(codec, LinearCodec)  # `check_sums`
+    down = strategy.train_payload(round_, 0).nbytes
+    up = codec.count(layout, mask) * np.dtype(kind).itemsize
+    if settings.privacy.secure_aggregation:
+        near = min(run.cohort - 1, MOST_NEIGHBOURS)
+        second_down, second_up = second_bytes(near)
+        down += 2 * peers_bytes(near) + second_down
+        up += sum(size for _, size in allowed(near).values()) + second_up
+    share, bitmap = run.cohort / run.clients, 0
+    if strategy.mask_travels and mask.count < mask.alive.size:
+        bitmap = round(run.cohort * (1 - share) ** (round_ - 1)) * mask.packed().nbytes  # to those who are new
+    return {
+        "messages_train_down": run.cohort,
+        "messages_train_up": run.cohort,
+        "bytes_train_down": run.cohort * down,
+        "bytes_train_up": run.cohort * up,
+        "bytes_mask_down": bitmap,
+    }
 
 
 class ClearSum:
@@ -159,8 +200,8 @@ class ClearSum:
     def __init__(self, size: int, dtype: npt.DTypeLike) -> None:
         self._sum = np.zeros(size, dtype=dtype)
 
-    def told(self, client: int) -> Payload:
-        """Return what a client is told to write its summand: nothing."""
+    def told(self, client: int, asked: Payload) -> Payload:
+        """Return what a client is told to write its summand, besides what it is asked: nothing."""
         return Payload()
 
     def allowed(self) -> Allowed:
@@ -214,6 +255,12 @@ class SecureSum:
     round_ : int
     what : str
         What is asked, for people and for the clients, which bind their masks to it.
+    token : str
+        Of the run, as clients know it.
+    terms : str
+        `terms_of` the options that clients work by.
+    common : dict
+        Facts that messages get after `told` has seen them.
     """
 
     def __init__(
@@ -227,19 +274,38 @@ class SecureSum:
         threshold: float,
         round_: int,
         what: str,
+        token: str = "",
+        terms: str = "",
+        common: Metadata | None = None,
     ) -> None:
-        exchange = messenger.next_exchange()
-        about = f"{messenger.session}/{exchange}/{what}"
-        graph, bound = neighbours(list(keys), seed, exchange), about_bytes(exchange, about, threshold)
         self._messenger, self._round, self._keys = messenger, round_, dict(keys)
-        self._masked = MaskedSum(size, dtype, graph, self._keys, bound, threshold)
-        self._peers: dict[int, Arrays] = {each: {PEERS: write_peers(self._masked.peers(each))} for each in graph}
-        self._facts: Metadata = {EXCHANGE: exchange, ABOUT: about}
-        self._most = max(map(len, graph.values()), default=0)
+        self._size, self._dtype, self._threshold = size, dtype, threshold
+        self._what, self._token, self._terms, self._common = what, token, terms, dict(common or {})
+        self._exchange = messenger.next_exchange()
+        self._graph = neighbours(list(keys), seed, self._exchange)
+        self._most = max(map(len, self._graph.values()), default=0)
+        self._opened: MaskedSum | None = None
+        self._facts: Metadata = {}
 
-    def told(self, client: int) -> Payload:
-        """Return what a client is told in both exchanges."""
-        return Payload(self._peers[client], self._facts | {OWN: self._keys[client]})
+    def told(self, client: int, asked: Payload) -> Payload:
+        """Return what a client is told besides what it is asked, which is the same for all and binds their masks."""
+        if self._opened is None:
+            digest = question_digest(Payload(asked.arrays, {**asked.metadata, **self._common}), self._terms)
+            about = f"{self._messenger.session}/{self._exchange}/{self._what}/{digest}"
+            bound = about_bytes(self._token, self._exchange, about, self._threshold)
+            self._opened = MaskedSum(self._size, self._dtype, self._graph, self._keys, bound, self._threshold)
+            self._facts = {EXCHANGE: self._exchange, ABOUT: about}
+        return self._told(client)
+
+    def _told(self, client: int) -> Payload:
+        peers: Arrays = {PEERS: write_peers(self._masked.peers(client))}
+        return Payload(peers, self._facts | {OWN: self._keys[client]})
+
+    @property
+    def _masked(self) -> MaskedSum:
+        if self._opened is None:
+            raise ValueError("nobody was told what is asked, so nobody can have answered")
+        return self._opened
 
     def allowed(self) -> Allowed:
         """Return the arrays beside a summand."""
@@ -263,7 +329,7 @@ class SecureSum:
         """
         masked, payloads = self._masked, dict[int, Payload]()
         for client, arrays in masked.requests().items():
-            told = self.told(client)
+            told = self._told(client)
             payloads[client] = Payload({**arrays, **told.arrays}, told.metadata)
 
         def check(client: int, payload: Payload) -> None:
@@ -318,6 +384,11 @@ class Summed:
     clipped: int
 
 
+def _asked_as(question: str, mask: Mask) -> Metadata:
+    """Return the fact by which a client knows what it is asked: a question, or training under a mask."""
+    return {"question": question} if question else {"digest": mask.digest}
+
+
 class Summation:
     """The answers of one exchange; after `finish`, `loss` is the mean training loss that they tell.
 
@@ -336,6 +407,8 @@ class Summation:
     round_ : int
     what : str
         What is asked, for people and for the clients, which bind their masks to it.
+    question : str
+        As the message has it; "": it is a training.
     loss : bool
         Whether clients tell their training loss, too.
     release : Release, optional
@@ -344,7 +417,8 @@ class Summation:
     Raises
     ------
     RunFailed
-        A client did not say what it holds; with secure aggregation its node has no key, or too few are asked.
+        A client did not say what it holds; steps are too coarse for a release; with secure aggregation a node has
+        no key, or too few are asked.
     """
 
     def __init__(
@@ -357,6 +431,7 @@ class Summation:
         by_samples: bool,
         round_: int,
         what: str,
+        question: str = "",
         loss: bool = False,
         release: Release | None = None,
     ) -> None:
@@ -373,6 +448,10 @@ class Summation:
             self._most_weight = release.headroom(strategy.settings.run.clients)
             self.fixed = FixedPoint.of(kind, release.clip, self._most_weight, strategy.settings.run.clients)
             self._numbers = size
+            steps = release.clip / self.fixed.step
+            if steps < math.sqrt(size):  # what an update has in a coordinate is less than a step
+                rule = f"{what}: {size} values of length {release.clip:g} are {steps:g} steps long and round to 0"
+                raise RunFailed(f"{rule}: take wire.up-values 'fixed32'")
         self._facts: Metadata = {UNIT: self.fixed.step, RANGE: self.fixed.range, MOST: self.fixed.most}
         self._facts |= {LOSS_UNIT: self.fixed.loss_step} if loss and release is None else {}
         self._facts |= {} if release is None else {CLIP: release.clip, NOISE: self._share(release, len(asked))}
@@ -388,6 +467,12 @@ class Summation:
                 threshold=self._privacy.threshold,
                 round_=round_,
                 what=what,
+                token=self._messenger.token or "",
+                terms=terms_of(strategy.settings),
+                common={
+                    "round": round_,
+                    **({"question": question} if question else {"digest": strategy.mask.digest}),
+                },
             )
 
     @property
@@ -411,9 +496,10 @@ class Summation:
         return held
 
     def outgoing(self, client: int, payload: Payload) -> Payload:
-        """Return the message of a client with what it needs to answer."""
-        told = self._sum.told(client)
-        return Payload({**payload.arrays, **told.arrays}, {**payload.metadata, **self._facts, **told.metadata})
+        """Return the message of a client with what it needs to answer; besides that it is the same for all."""
+        asked = Payload(payload.arrays, {**payload.metadata, **self._facts})
+        told = self._sum.told(client, asked)
+        return Payload({**asked.arrays, **told.arrays}, {**asked.metadata, **told.metadata})
 
     def allowed(self) -> Allowed:
         """Return the arrays of an answer."""

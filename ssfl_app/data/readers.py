@@ -65,7 +65,7 @@ def _folder(path: str, create: bool, what: str) -> Path:
     if not is_folder(path, folder, "it") and folder.exists():
         raise unreadable(path, f"this is a file; it is {what}")
     if not create and not is_folder(path, folder, "it"):
-        raise unreadable(path, f"there is no such folder, it is {what}")
+        raise unreadable(path, f"there is no such {'file' if folder.suffix else 'folder'}, it is {what}")
     return folder
 
 

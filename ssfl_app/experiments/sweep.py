@@ -69,9 +69,8 @@ def run_sweep(
     order = list(dict.fromkeys(run.row for run in plan.runs))
     say(write_picture(folder / "comparison.png", lambda: picture(made, order)))
     say(f"comparison: {folder / 'comparison.md'}")
-    everything = {run.slug: (run, entry) for run, entry in (*common, *own)}
-    names = [run.name for run, entry in everything.values() if entry.reason.startswith("failed")]
-    finish(names, len(everything), interrupted=False)
+    everything = sweep.runs()
+    finish([run.name for run in everything if sweep.failure(run)], len(everything), interrupted=False)
 
 
 class Sweep:
@@ -120,13 +119,28 @@ class Sweep:
         if run.slug in self._finished:
             return self._finished[run.slug]
         home = self.homes / run.slug
-        stands = state(run, home)
-        if stands == "finished":
+        if state(run, home) == "finished":
             made = read_run(home)
             value = headline(made)
             found = Outcome(value, made.metric, "" if value is not None else "failed: its metric is no number")
             return self._finished.setdefault(run.slug, found)
-        return Outcome(failed=self.failed.get(run.slug, "") or (old_reason(home) if stands == "unfinished" else ""))
+        return Outcome(failed=self.failure(run))
+
+    def failure(self, run: RunSpec) -> str:
+        """Return why a run failed, now or in an earlier call, or "" if it did not."""
+        home = self.homes / run.slug
+        if (stands := state(run, home)) == "finished":
+            return ""
+        return self.failed.get(run.slug, "") or (old_reason(home) if stands == "unfinished" else "")
+
+    def runs(self) -> list[RunSpec]:
+        """Return every run that is wanted: with common settings, those that tune, and those with what was chosen."""
+        found = list(self.plan.runs)
+        for search in self.plan.searches:
+            found += [run for each in search.candidates for run in each.tried]
+            best = self.choice(search).best
+            found += best.final if best is not None else []
+        return list({run.slug: run for run in found}.values())
 
     def entries(self) -> tuple[list[tuple[RunSpec, Entry]], list[tuple[RunSpec, Entry]]]:
         """Return all runs as they stand now: those with common settings, and those with the row's own."""

@@ -250,12 +250,15 @@ def _pool(runs: dict[str, RunSpec], run: RunSpec, path: Path) -> RunSpec | None:
 def _axes(runs: Sequence[RunSpec], declared: Sequence[str]) -> list[str]:
     """Return the declared axes, and every other key that would mix different runs in a row, or tasks in a table.
 
-    What variants have of their own is no axis: they are rows beside the others.
+    What variants have of their own is no axis: they are rows beside the others. Nor is a cohort that is everywhere as
+    large as by default: it follows from the number of clients.
     """
     found = list(declared)
     seen = [(run, matters(run)) for run in runs]
+    cohorts = {(flat["run.clients"], flat["run.cohort"]) for _, flat in seen}
+    follows = all(configuration.complete({"run.clients": n})["run.cohort"] == cohort for n, cohort in cohorts)
     for key in configuration.defaults():
-        if key in found or key in _NO_AXES:
+        if key in found or key in _NO_AXES or (key == "run.cohort" and follows):
             continue
         values: dict[str, set[Any]] = {}
         for run, flat in seen:

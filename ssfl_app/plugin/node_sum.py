@@ -172,11 +172,11 @@ class NodeSum:
     def outgoing(self, node: int, payload: Payload) -> Payload:
         """Return the message of a node with what it needs to answer."""
         number = self._number[node]
-        told = self._sum.told(number)
         facts: Metadata = {UNIT: self.fixed.step, RANGE: self.fixed.range, MOST: self.fixed.most}
-        facts |= {MOST_WEIGHT: self._most, **told.metadata}
-        facts |= self._numbered.told(number) if self.secure else {}
-        return Payload({**payload.arrays, **told.arrays}, {**payload.metadata, **facts})
+        asked = Payload(payload.arrays, {**payload.metadata, **facts, MOST_WEIGHT: self._most})
+        told = self._sum.told(number, asked)
+        own = {**told.metadata, **(self._numbered.told(number) if self.secure else {})}
+        return Payload({**asked.arrays, **told.arrays}, {**asked.metadata, **own})
 
     def allowed(self) -> Allowed:
         """Return the arrays of an answer."""

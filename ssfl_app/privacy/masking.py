@@ -12,6 +12,7 @@ sparse graph, Bell et al., "Secure Single-Server Aggregation with (Poly)Logarith
 serve one exchange, so that no long-lived key is ever shared. docs/privacy.md says who learns what.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,6 +139,16 @@ def allowed(neighbours: int) -> Allowed:
     return {"shares": (np.uint8, _shares_size(neighbours)), "pair-shares": (np.uint8, _pair_shares_size(neighbours))}
 
 
+def peers_bytes(neighbours: int) -> int:
+    """Return the bytes of so many peers (`write_peers`)."""
+    return neighbours * _PEER
+
+
+def second_bytes(neighbours: int) -> tuple[int, int]:
+    """Return the bytes of a client's request and answer in the second exchange, without dropouts."""
+    return neighbours * (_CHECK + _SECRET + _TAG) + 4 * (neighbours + 1), neighbours * _SECRET
+
+
 class Masker:
     """A client in one exchange.
 
@@ -155,6 +166,8 @@ class Masker:
         ``privacy.threshold``.
     dtype : DTypeLike
         uint16 or uint32.
+    most : int
+        Neighbours of a client in a large federation. With fewer, all clients of the exchange are neighbours.
 
     Raises
     ------
@@ -170,12 +183,16 @@ class Masker:
         about: bytes,
         threshold: float,
         dtype: npt.DTypeLike,
+        most: int = MOST_NEIGHBOURS,
     ) -> None:
         if len(peers) < LEAST_NEIGHBOURS:
             raise PayloadError(f"client {number} has {len(peers)} neighbours; it needs at least {LEAST_NEIGHBOURS}")
         if any(peer.number == number or peer.public == key.public for peer in peers):
             raise PayloadError(f"client {number} is among its own neighbours, by number or key")
         self._me, self._peers, self._about, self._threshold = Peer(number, key.public), peers, about, threshold
+        # A graph of the server's choice could keep those who are told that a client dropped from its neighbours.
+        everybody = sorted((*peers, self._me), key=lambda peer: peer.number) if len(peers) < most else ()
+        self._among = about + hashlib.sha256(write_peers(everybody).tobytes()).digest()
         self._dtype = _whole(dtype)
         self._secrets = {peer.number: _shared(key, peer) for peer in peers}
         self._masked = False
@@ -298,8 +315,9 @@ class Masker:
             raise PayloadError(f"{left} of {count} neighbours of client {number} uploaded; at least {least} must")
 
     def _pair_secret(self, peer: Peer) -> bytes:
-        both = sorted((self._me.public, peer.public))
-        return _derive(self._secrets[peer.number], b"pair secret", b"".join(both) + self._about, _SECRET)
+        # With their numbers: a client under another number is another one, which has answered nothing yet.
+        both = write_peers(sorted((self._me, peer), key=lambda peer: peer.number)).tobytes()
+        return _derive(self._secrets[peer.number], b"pair secret", both + self._among, _SECRET)
 
     def _stream(self, secret: bytes) -> bytes:
         return _derive(secret, b"stream", self._about, KEY_BYTES)
@@ -310,7 +328,7 @@ class Masker:
 
     def _cipher(self, purpose: bytes, sender: Peer, receiver: Peer) -> ChaCha20Poly1305:
         other = receiver if sender == self._me else sender
-        context = sender.public + receiver.public + self._about
+        context = write_peers((sender, receiver)).tobytes() + self._among
         return ChaCha20Poly1305(_derive(self._secrets[other.number], purpose, context, KEY_BYTES))
 
     def _seal(self, purpose: bytes, receiver: Peer, mark: bytes, content: bytes, context: bytes) -> bytes:
@@ -440,9 +458,10 @@ class MaskedSum:
         """
         if self._told:
             raise ValueError("the masks were removed already")
-        streams = []
-        for (owner, other), shares in self._collected().items():
+        collected, streams = self._collected(), []
+        for (owner, _), shares in collected.items():
             self._enough(owner, len(shares))
+        for (owner, other), shares in collected.items():
             secret = self._secret(owner, other, shares)
             sign = 1 if owner == other else _sign(owner, other)
             streams.append((_derive(secret, b"stream", self._about, KEY_BYTES), -sign))

@@ -7,6 +7,7 @@ size; they take data as a reader gives them: pixels are bytes, and normalising t
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,10 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training import models
 
 Known = Mapping[str, Any]
+
+# torch's recurrent layers keep a list of their own weights and renew it while they are exported. torch takes that for
+# a state that the program would lose, and warns; the weights themselves are parameters, and are in the program.
+_RECURRENT = r"The tensor attributes? (self\.[\w.]+\._flat_weights\[\d+\](, )?)+ (was|were) assigned during export"
 
 
 def described(data: DataSet) -> dict[str, Any]:
@@ -98,7 +103,10 @@ class _Program(nn.Module):
 def _program(run: Run) -> torch.export.ExportedProgram:
     known = _summary(run)["input"]
     samples = torch.zeros(2, *known["shape"], dtype=getattr(torch, known["type"]))
-    return torch.export.export(_Program(run).eval(), (samples,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    sizes = ({0: torch.export.Dim("batch")},)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _RECURRENT, UserWarning)
+        return torch.export.export(_Program(run).eval(), (samples,), dynamic_shapes=sizes)
 
 
 def _torch_export(run: Run, path: Path) -> None:

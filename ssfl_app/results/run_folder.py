@@ -94,7 +94,8 @@ def read_run(folder: Path) -> Run:
         lacking = [f"a folder without {x}" for x in ("config.toml", "rounds.jsonl") if not (folder / x).is_file()]
         if lacking or not folder.is_dir():
             what = lacking[0] if folder.is_dir() else "not a folder"
-            raise ConfigError(f"{folder} is {what}; it is a folder that `ssfl run` wrote")
+            more = f": {folder / '*'} names those in it" if next(folder.glob("*/config.toml"), None) else ""
+            raise ConfigError(f"{folder} is {what}; it is a folder that `ssfl run` wrote{more}")
     # A resumed run repeats the rounds after its checkpoint; the line written last is the one that counts.
     rounds = {entry["round"]: entry for entry in _read_rounds(folder / "rounds.jsonl")}
     setup, config = rounds.pop(0, None), _read_config(folder / "config.toml")

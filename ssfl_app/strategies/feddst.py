@@ -18,9 +18,9 @@ one, before it. With published settings it moves after the last one, what came a
 Only dead weights come alive, those just removed among them, which then keep their value; the public code ranks alive
 ones too and sets them to 0. Layer densities are proportional to Erdos-Renyi-Kernel's, at most 1, and mask.density is
 that of all prunable weights together (the code scales sparsities and lets layers exceed 1). The first mask is random
-(there: of the largest initial weights) and moves in round 1, and the share has one factor alpha, as in the paper (the
-code moves it in the second round first, and by ``alpha^2 / 2 (1 + cos)``). alpha is the code's default; its scripts
-for CIFAR have 0.01. `feddst.proximal` is FedProx's mu; the gradient of step 1 is without it.
+(there: of the largest initial weights). It moves in round 1 first (there in the second round), and the share has one
+factor alpha, as in the paper (there ``alpha^2 / 2 (1 + cos)``). alpha is the code's default; its scripts for CIFAR
+have 0.01. `feddst.proximal` is FedProx's mu; the gradient of step 1 is without it.
 """
 
 import math

@@ -194,9 +194,8 @@ def _made(options: ModelOptions, shape: tuple[int, ...], outputs: int) -> nn.Mod
         model: object = REGISTRY[options.name](shape, outputs, options.norm, **arguments)
     except Exception as error:
         called = ", ".join([f"{shape}, {outputs}, {options.norm!r}", *(f"{k}={v!r}" for k, v in arguments.items())])
-        raise ConfigError(
-            f"model.name is {options.name!r}; called with ({called}) it says {one_line(error)}"
-        ) from error
+        given = f"(input_shape, outputs, norm), here ({called}),"
+        raise ConfigError(f"model.name is {options.name!r}; called with {given} it says {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name is {options.name!r}; it made {type(model).__name__}, not a torch.nn.Module")
     if any(isinstance(weight, UninitializedParameter) for weight in model.parameters()):

@@ -106,7 +106,7 @@ class LocalTrainer:
         data = self._here(data)
         model.train()
         hooks = {"penalty": penalty, "feature_loss": feature_loss, "before_step": before_step}
-        step = self._step(model, lr, mask, private, **hooks, after_step=after_step, optimizer=optimizer)
+        step = self._step(model, lr, mask, private=private, **hooks, after_step=after_step, optimizer=optimizer)
         passes = range(self.options.epochs if epochs is None else epochs)
         in_epochs = (batch for _ in passes for batch in self._epoch(data, rng, step.ahead))
         seen = 0
@@ -118,7 +118,7 @@ class LocalTrainer:
         return step.total() / seen if seen else float("nan")
 
     def _step(
-        self, model: nn.Module, lr: float, mask: Mask | None, private: PrivateSteps | None, **special: Any
+        self, model: nn.Module, lr: float, mask: Mask | None, private: PrivateSteps | None = None, **special: Any
     ) -> EagerStep | GraphedStep:
         if private is not None:
             return PrivateStep(model, self.options, lr, mask, private, loss=self.task.loss, **special)

@@ -136,9 +136,13 @@ def test_without_a_global_model_personal_ones_say_which_round_is_best(tmp_path: 
     summary = play(folder, {"strategy": "dispfl", "stop.keep-best": True, "run.rounds": 2})
     found = [record["personal_accuracy_mean"] for record in rounds(folder)[1:]]
     assert summary["best_value"] == max(found)
-    assert (folder / "best.safetensors").is_file()
+    # A mean that nobody uses is no best model.
+    assert list(folder.glob("best*")) == []
+    best = f"best: round {summary['best_round']}, accuracy {100 * max(found):.4g} %"
+    said = (folder / "console.log").read_text()
+    assert f"{best}; no best.safetensors: dispfl has no global model\n" in said
     assert (summary["central_accuracy"], summary["local_accuracy_mean"]) == (None, None)
-    assert "central    -" in (folder / "console.log").read_text()
+    assert "central    -" in said
     run = read_run(folder)
     assert summary_table(summary).rows[0] == ["accuracy, central test set", "-"]
     (row,) = compare_table([run]).rows

@@ -143,6 +143,13 @@ def test_the_data_path_of_a_server_is_ignored_unless_the_node_allows_it(tmp_path
         hello({"partition-id": 0, "data-path": str(private)}, {})  # or a forgotten data.name trains on digits
 
 
+def test_a_node_without_a_state_path_takes_part_in_no_run_with_a_budget_of_its_own(tmp_path: Path) -> None:
+    keys: Flat = {"strategy": "fedavg", "privacy.level": "record", "privacy.epsilon": 8.0}
+    with pytest.raises(NodeError, match=r"PayloadError: privacy.level is 'record'; this node has no state-path, and"):
+        hello({"partition-id": 0}, keys)
+    assert hello({"partition-id": 0, "state-path": str(tmp_path)}, keys).content["facts"]["samples"] > 0
+
+
 # ---- what errors tell -------------------------------------------------------------------------------
 
 

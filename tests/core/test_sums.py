@@ -1,6 +1,8 @@
 """Sums in the clear and masked ones have the same bits, whoever is gone; the server sees nothing else."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,14 +11,26 @@ from flwr.common.constant import ErrorCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssfl_app.client_app import app
+from ssfl_app.client_app import app, check_pinned
+from ssfl_app.comm.node_config import read_node_config
 from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import Flat, merge, parse
-from ssfl_app.core.summand import ABOUT, EXCHANGE, LOSS_UNIT, OWN, PEERS, Identity, SummandWriter
+from ssfl_app.core.summand import (
+    ABOUT,
+    EXCHANGE,
+    LOSS_UNIT,
+    OWN,
+    PEERS,
+    Identity,
+    SummandWriter,
+    about_bytes,
+    question_digest,
+)
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.privacy.keys import KeyPair, fingerprint
 from ssfl_app.privacy.masking import Peer, write_peers
+from ssfl_app.privacy.options import PrivacyOptions
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.testing.grid import Fault, Played, Where, answer_error, play, tamper
 
@@ -211,6 +225,24 @@ def test_a_malformed_message_is_refused(change: dict[str, object], said: str) ->
     assert said in refusal(("train", 1, 2), change)
 
 
+@pytest.mark.parametrize("change", [{"unit": 2.0**20}, {"range": 2.0**-30}, {LOSS_UNIT: 1.0}])
+def test_a_server_that_asks_one_client_something_else_learns_nothing(change: dict[str, object]) -> None:
+    """With a huge step for the others their answers would be 0, and the sum that of one client."""
+    assert "asks its clients different things" in refusal(("train", 1, 2), change)
+
+
+def test_a_client_is_bound_to_model_options_and_run() -> None:
+    played = play(SIX | SECURE | {"run.rounds": 1})
+    where = ("train", 1, 2)
+    message = next(payload for at, payload in played.grid.sent if at == where)
+    later = Payload(message.arrays, message.metadata | {EXCHANGE: 2**60})
+    dead = Payload({**message.arrays, "values": 0 * message.arrays["values"]}, later.metadata)
+    assert "different things" in ask_again(played, where, dead)
+    played.grid.context_of(2).run_config["local.lr"] = 1e-30  # type: ignore[index]
+    assert "different things" in ask_again(played, where, later)
+    assert about_bytes("0123456789abcdef", 5, "x", 0.5) != about_bytes("f" * 16, 5, "x", 0.5)
+
+
 def test_a_client_unmasks_once_and_what_it_masked() -> None:
     played = play(SIX | SECURE)
     grid = played.grid
@@ -227,10 +259,38 @@ def ask_again(played: Played, where: Where, payload: Payload) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("where", "lie"),
+    [
+        (("train", 1, 2), {"wire.up-values": "fp32"}),
+        (("query.saliency", 0, 2), {"ssfl.score-values": "fp32"}),
+    ],
+)
+def test_a_client_answers_nothing_in_the_clear_whatever_the_options_are(where: Where, lie: Flat) -> None:
+    played = play(SIX | SECURE | {"run.rounds": 1})
+    message = next(payload for at, payload in played.grid.sent if at == where)
+    played.grid.context_of(2).run_config.update(lie)  # type: ignore[attr-defined]
+    assert "in the clear" in ask_again(played, where, message)
+
+
+def test_a_pinned_node_takes_part_in_masked_runs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    played = play(SIX | CLEAR | {"run.rounds": 1})
+    where = ("train", 1, 2)
+    message = next(payload for at, payload in played.grid.sent if at == where)
+    monkeypatch.setattr(
+        "ssfl_app.client_app.read_node_config", lambda *given: replace(read_node_config(*given), pins=tmp_path)
+    )
+    assert "answers masked only" in ask_again(played, where, message)
+    with pytest.raises(PayloadError, match=r"threshold is 0\.5"):
+        check_pinned(PrivacyOptions(secure_aggregation=True, threshold=0.5))
+    check_pinned(PrivacyOptions(secure_aggregation=True))
+
+
 def test_pins_bind_the_keys_of_others() -> None:
     me, others = KeyPair.new(), [KeyPair.new() for _ in range(3)]
     peers = write_peers([Peer(i + 1, pair.public) for i, pair in enumerate(others)])
-    facts = {"unit": 2.0**-20, "range": 1.0, "most": 9, EXCHANGE: 5, ABOUT: "x", OWN: me.public}
+    facts = {"unit": 2.0**-20, "range": 1.0, "most": 9, EXCHANGE: 5, OWN: me.public}
+    facts[ABOUT] = f"x/{question_digest(Payload({PEERS: peers}, facts), '')}"
 
     class Memory:
         def advance(self, what: str, exchange: int) -> None: ...

@@ -444,6 +444,11 @@ def test_files_are_pooled(tmp_path: Path) -> None:
     assert made.axes == ["local.lr"]
     # Other images are another table even if the strategies are others; options of other strategies say nothing.
     assert plan(tmp_path, 'strategy = "fedavg"\n', '[partition]\nname = "iid"\n').axes == ["partition.name"]
+    # A cohort that nobody asked for is 10, or all clients where there are fewer: the number of clients says it.
+    clients = '[compare.axes]\n"run.clients" = [4, 20]\n'
+    assert [run.flat["run.cohort"] for run in plan(tmp_path, clients).runs] == [4, 10]
+    assert plan(tmp_path, clients).axes == ["run.clients"]
+    assert plan(tmp_path, clients, "[run]\nclients = 20\ncohort = 5\n").axes == ["run.clients", "run.cohort"]
     assert plan(tmp_path, 'strategy = "fedavg"\n', 'strategy = "fedavg"\n[ssfl]\nsaliency-share = 0.5\n').axes == []
 
 

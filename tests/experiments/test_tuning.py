@@ -1,5 +1,6 @@
 """Each row with settings of its own: the grids, the choice, and a sweep that is played."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ baseline = "random"
 seeds = [7, 8]
 "local.lr" = [0.05, 0.2]
 """
+LOST = "fedavg seed 7 local.lr=1e+38"
 LOSS = Metric("loss", share=False, higher=False)
 
 
@@ -211,20 +213,25 @@ def test_headline_is_that_of_personal_models_if_there_are_any(tmp_path: Path) ->
 # ---- a sweep that is played --------------------------------------------------------------------
 
 
-def test_a_sweep_tunes_then_plays_each_row_with_its_choice_and_nothing_twice(tmp_path: Path) -> None:
+def test_a_sweep_tunes_then_plays_each_row_with_its_choice_and_nothing_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = SWEEP.replace('["random", "fedavg"]', '["fedavg"]').replace("[7, 8]", "[7]")
     text = text.replace("[0.05, 0.2]", "[0.05, 0.2, 1e38]").replace("[local]", "[local]\nclip = 0.0")
     (tmp_path / "sweep.toml").write_text(text)
     out, said = tmp_path / "out", list[str]()
 
-    def play(budget: str = "none", *, report_only: bool = False) -> dict[str, Any]:
+    def play(budget: str = "none", *, report_only: bool = False, code: int = 1) -> dict[str, Any]:
         said.clear()
-        run_sweep([tmp_path / "sweep.toml"], [], out, "inline", 2, budget, report_only, said.append)
+        with contextlib.ExitStack() as stack:
+            ended = stack.enter_context(pytest.raises(SystemExit)) if code else None
+            run_sweep([tmp_path / "sweep.toml"], [], out, "inline", 2, budget, report_only, said.append)
+        assert ended is None or ended.value.code == code
         made: dict[str, Any] = json.loads((out / "comparison.json").read_text())
         return made
 
     # The time is over at once: what is not played is said, and nothing is chosen.
-    made = play("0.001s")
+    made = play("0.001s", code=0)
     assert [(table["terms"], set(table["rows"][0]["missing"].values())) for table in made["tables"]] == [
         ("common settings", {"not played"}),
         ("own settings", {"not tuned yet: 3 tuning runs are not played"}),
@@ -249,6 +256,9 @@ def test_a_sweep_tunes_then_plays_each_row_with_its_choice_and_nothing_twice(tmp
         str(seed): accuracy(slug, "local_accuracy_mean") for seed, slug in final.items()
     }
     tried = [f"fedavg-s7-local.lr-{lr}" for lr in (0.05, 0.2, 1e38)]
+    # One that tunes failed: it is named and the exit code is 1, as with any other.
+    lost = f"ssfl: 1 of {len({'fedavg-s1', 'fedavg-s2', *tried, *final.values()})} runs failed: {LOST}\n"
+    assert capsys.readouterr().err == lost
     homes = {home.name for home in (out / "runs").glob("*/")}
     assert homes == {"fedavg-s1", "fedavg-s2", *tried, *final.values()}
     page = (out / "comparison.md").read_text()
@@ -263,7 +273,7 @@ def test_a_sweep_tunes_then_plays_each_row_with_its_choice_and_nothing_twice(tmp
     # The same again: only what failed is tried again, and the result is the same.
     again = play()
     assert (again["tables"], again["tuning"]) == (made["tables"], made["tuning"])
-    assert [line.partition(": ")[0] for line in said if line.startswith("[")] == [
-        "[5/5] fedavg seed 7 local.lr=1e+38"
-    ]
+    assert [line.partition(": ")[0] for line in said if line.startswith("[")] == [f"[5/5] {LOST}"]
+    assert capsys.readouterr().err == lost
     assert play(report_only=True)["tables"] == made["tables"]
+    assert capsys.readouterr().err == lost

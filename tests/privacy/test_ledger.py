@@ -14,12 +14,19 @@ PLAN = Plan(3, 0.5, discovery_multiplier=4.0)
 BUDGET = Budget(epsilon(PLAN, 3.0, 1e-3), 1e-3, 3.0)
 
 
+def started(folder, plan, budget):
+    """Return the ledger of a run that has begun."""
+    ledger = Ledger.start(folder, plan, budget)
+    ledger.save()
+    return ledger
+
+
 def on_disk(folder):
     return json.loads((folder / FILE).read_text())["begun"]
 
 
 def test_a_release_is_on_the_disk_when_it_may_be_made(tmp_path):
-    ledger = Ledger.start(tmp_path, PLAN, BUDGET)
+    ledger = started(tmp_path, PLAN, BUDGET)
     assert ledger.epsilon == 0.0
     for kind, wanted in (("discovery", (1, 0)), ("round", (1, 1)), ("round", (1, 2))):
         ledger.begin(kind)
@@ -28,14 +35,14 @@ def test_a_release_is_on_the_disk_when_it_may_be_made(tmp_path):
 
 
 def test_it_holds_counts_the_plan_and_the_budget_only(tmp_path):
-    Ledger.start(tmp_path, PLAN, BUDGET)
+    started(tmp_path, PLAN, BUDGET)
     facts = json.loads((tmp_path / FILE).read_text())
     assert set(facts) == {"plan", "budget", "begun", "sha256"}
     assert (Plan(**facts["plan"]), Budget(**facts["budget"])) == (PLAN, BUDGET)
 
 
 def test_a_release_beyond_the_budget_is_refused_before_it_is_made(tmp_path):
-    ledger = Ledger.start(tmp_path, PLAN, BUDGET)
+    ledger = started(tmp_path, PLAN, BUDGET)
     for kind in ("discovery", "round", "round", "round"):
         ledger.begin(kind)
     assert ledger.epsilon == BUDGET.epsilon
@@ -47,7 +54,7 @@ def test_a_release_beyond_the_budget_is_refused_before_it_is_made(tmp_path):
 
 
 def test_a_run_that_is_played_again_pays_again(tmp_path):
-    Ledger.start(tmp_path, PLAN, BUDGET).begin("round")
+    started(tmp_path, PLAN, BUDGET).begin("round")
     # Killed in round 1, and resumed from before it.
     again = Ledger.resume(tmp_path, PLAN, BUDGET)
     assert again.epsilon == epsilon(PLAN, 3.0, 1e-3, 1, 0)
@@ -58,7 +65,7 @@ def test_a_run_that_is_played_again_pays_again(tmp_path):
 
 
 def test_a_second_search_is_paid_with_rounds(tmp_path):
-    ledger = Ledger.start(tmp_path, PLAN, BUDGET)
+    ledger = started(tmp_path, PLAN, BUDGET)
     for kind in ("discovery", "discovery", "round"):
         ledger.begin(kind)
     left = next(done for done in (1, 2, 3) if epsilon(PLAN, 3.0, 1e-3, done + 1, 2) > BUDGET.epsilon)
@@ -76,7 +83,7 @@ def test_a_plan_beyond_the_budget_is_refused_at_the_start(tmp_path):
 
 
 def test_a_release_that_cannot_be_written_is_not_counted_and_not_made(tmp_path, monkeypatch):
-    ledger = Ledger.start(tmp_path, PLAN, BUDGET)
+    ledger = started(tmp_path, PLAN, BUDGET)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -100,7 +107,7 @@ def damaged(content):
 
 def test_a_damaged_ledger_is_refused_and_left_as_it_is(tmp_path):
     path = tmp_path / FILE
-    Ledger.start(tmp_path, PLAN, BUDGET).begin("round")
+    started(tmp_path, PLAN, BUDGET).begin("round")
     cases = list(damaged(path.read_bytes()))
     assert len(cases) == 7
     for content in cases:
@@ -119,7 +126,7 @@ def test_a_missing_ledger_is_refused_and_not_begun_again(tmp_path):
 
 
 def test_a_ledger_of_another_run_is_refused(tmp_path):
-    Ledger.start(tmp_path, PLAN, BUDGET)
+    started(tmp_path, PLAN, BUDGET)
     with pytest.raises(ConfigError, match="was written for Plan"):
         Ledger.resume(tmp_path, Plan(4, 0.5, discovery_multiplier=4.0), BUDGET)
     for other in (Budget(2 * BUDGET.epsilon, 1e-3, 3.0), Budget(BUDGET.epsilon, 1e-3, 2.0)):
@@ -130,13 +137,13 @@ def test_a_ledger_of_another_run_is_refused(tmp_path):
 
 
 def test_noise_that_other_versions_of_a_library_would_round_otherwise_stays_what_it_was(tmp_path):
-    Ledger.start(tmp_path, PLAN, BUDGET)
+    started(tmp_path, PLAN, BUDGET)
     again = Ledger.resume(tmp_path, PLAN, Budget(BUDGET.epsilon, 1e-3, 3.0001))
     assert again.budget == BUDGET
 
 
 def test_a_release_that_is_not_planned_is_a_mistake(tmp_path):
-    ledger = Ledger.start(tmp_path, Plan(3, 0.5), BUDGET)
+    ledger = started(tmp_path, Plan(3, 0.5), BUDGET)
     for kind in ("discovery", "loss"):
         with pytest.raises(ValueError, match=f"a release is a '{kind}'; the plan has none"):
             ledger.begin(kind)

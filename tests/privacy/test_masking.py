@@ -52,11 +52,12 @@ class Exchange:
         self.clients = list(range(10, 10 + count))
         self.graph = neighbours(self.clients, 1, 1, most)
         publics = {client: KEYS[client].public for client in self.clients}
-        self.server = MaskedSum(size, dtype, self.graph, publics, about, threshold)
+        self.server_words = (dtype, self.graph, publics, about, threshold)
+        self.server = MaskedSum(size, *self.server_words)
         rng, top = np.random.default_rng(1), np.iinfo(dtype).max
         self.plain = {client: rng.integers(0, top, size, dtype, endpoint=True) for client in self.clients}
         self.maskers = {
-            client: Masker(KEYS[client], client, self.server.peers(client), about, threshold, dtype)
+            client: Masker(KEYS[client], client, self.server.peers(client), about, threshold, dtype, most)
             for client in self.clients
         }
         self.masked: dict[int, np.ndarray] = {}
@@ -68,6 +69,13 @@ class Exchange:
             self.masked[client] = self.plain[client].copy()
             self.beside[client] = self.maskers[client].mask(self.masked[client])
             self.server.add(client, self.masked[client], self.beside[client])
+
+    def server_of(self, clients: set[int]) -> MaskedSum:
+        """Return a server that got what these clients uploaded, and nothing else."""
+        server = MaskedSum(len(self.plain[10]), *self.server_words)
+        for client in clients:
+            server.add(client, self.masked[client], self.beside[client])
+        return server
 
     def answer(self, requests: dict[int, Arrays], clients: Iterable[int]) -> None:
         for client in clients:
@@ -418,6 +426,73 @@ def test_a_server_with_a_key_of_its_own_gets_nothing_of_the_others() -> None:
         exchange.maskers[10].unmask(requests[10])
     with pytest.raises(PayloadError, match="share of client 10: not encrypted for client 11"):
         exchange.maskers[11].unmask(requests[11])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "helpers", "succeeds"),
+    [(0.5, 0, False), (0.5, 1, True), (TWO_THIRDS, 4, False), (TWO_THIRDS, 5, True)],
+)
+def test_other_dropouts_for_each_client_unmask_none_without_helpers(
+    threshold: float, helpers: int, succeeds: bool
+) -> None:
+    """A server wants client 10's vector of ten clients, some of which are on its side.
+
+    It tells each honest one that 10 uploaded and that other clients dropped, as many as it accepts. Of each of 10's
+    nine pair secrets it needs as many shares as of a secret that it may have.
+    """
+    exchange = Exchange(10, threshold=threshold)
+    exchange.upload(exchange.clients)
+    least, near = needed(threshold, 9), exchange.graph[10]
+    honest, own, pairs = near[: 9 - helpers], {}, {other: {} for other in near}
+    for place, client in enumerate(honest):
+        gone = [(honest * 2)[place + step] for step in range(1, min(9 - least, len(honest) - 1) + 1)]
+        server = exchange.server_of(set(exchange.clients) - set(gone))
+        server.answer(client, exchange.maskers[client].unmask(server.requests()[client]))
+        told = server._collected()
+        own |= told[10, 10]
+        for other in gone:
+            pairs[other] |= told[10, other]
+    shares, parts = exchange.beside[10]["shares"].tobytes(), exchange.beside[10]["pair-shares"].tobytes()[9 * 8 :]
+    check, shares = shares[:8], shares[8:]
+    target, context = Peer(10, KEYS[10].public), write_peers(exchange.server.peers(10)).tobytes()
+    secrets = []
+    for client in near[9 - helpers :]:  # it tells all that was encrypted for it, and its own secret
+        place, masker = near.index(client), exchange.maskers[client]
+        own[client] = masker._open(b"share", target, check, shares[place * 32 : (place + 1) * 32], b"")
+        opened = masker._open(b"pair shares", target, check, parts[place * 160 : (place + 1) * 160], context)
+        for index, other in enumerate(near):
+            pairs[other][client] = opened[index * 16 : (index + 1) * 16]
+        secrets.append((masker._pair_secret(target), -1))
+    assert len(own) >= least  # 10's own secret it may well have: those of all that uploaded are told
+    assert all((len(pairs[other]) >= least) == succeeds for other in honest)
+    if succeeds:
+        secrets += [(exchange.server._secret(10, other, pairs[other]), -1) for other in honest]
+        secrets.append((exchange.server._secret(10, 10, own), -1))
+        masking._add(exchange.masked[10], [(exchange.maskers[10]._stream(secret), sign) for secret, sign in secrets])
+        assert exchange.masked[10].tobytes() == exchange.plain[10].tobytes()
+
+
+def test_a_graph_of_the_servers_choice_unmasks_nobody() -> None:
+    """Keys are true. The neighbours of 0 hear that it uploaded, those who share *their* secrets that it dropped."""
+    graph = {0: (1, 2), 1: (0, 3, 4, 5), 2: (0, 6, 7, 8), 3: (1, 4, 5), 4: (1, 3, 5), 5: (1, 3, 4)}
+    graph |= {6: (2, 7, 8), 7: (2, 6, 8), 8: (2, 6, 7)}
+    servers = [MaskedSum(4, np.uint32, graph, {n: KEYS[n].public for n in graph}, b"", TWO_THIRDS) for _ in range(2)]
+    maskers = {n: Masker(KEYS[n], n, servers[0].peers(n), b"", TWO_THIRDS, np.uint32) for n in graph}
+    for number, masker in maskers.items():
+        values = np.zeros(4, np.uint32)
+        beside = masker.mask(values)
+        servers[0].add(number, values, beside)
+        if number:
+            servers[1].add(number, values, beside)
+    for client in (3, 4, 5):
+        with pytest.raises(PayloadError, match="not encrypted for client"):
+            maskers[client].unmask(servers[1]._request(client))
+
+
+def test_a_client_under_another_number_is_another_one() -> None:
+    one, two = Peer(1, KEYS[1].public), Peer(2, KEYS[2].public)
+    secrets = [Masker(KEYS[3], n, (one, two), b"", TWO_THIRDS, np.uint32, 2)._pair_secret(one) for n in (3, 4)]
+    assert secrets[0] != secrets[1]
 
 
 def test_a_client_knows_its_answer_again_without_what_it_had_in_memory() -> None:

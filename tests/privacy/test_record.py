@@ -13,7 +13,7 @@ from dp_accounting import pld
 from flwr.app import Context, RecordDict
 
 from ssfl_app import config, runtime
-from ssfl_app.comm.payload import ClientState
+from ssfl_app.comm.payload import ClientState, Payload
 from ssfl_app.config import parse
 from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
@@ -213,7 +213,7 @@ def test_strategies_that_send_more_than_a_private_model_are_refused_by_name(stra
     if strategy in ("fedavg", "random", "fedprox"):
         make()
         return
-    with pytest.raises(ConfigError, match=r"privacy\.level is 'record'; \w+ .*: strategy is 'random', or 'fedavg'"):
+    with pytest.raises(ConfigError, match=rf"a client of strategy {strategy} .*: strategy is 'random', or 'fedavg'"):
         make()
 
 
@@ -281,6 +281,19 @@ def test_records_have_no_loss_of_clients_and_the_line_of_a_round_says_epsilon(bu
     line = round_line(last, 2, 0.0)
     assert "loss" not in line
     assert f"epsilon {last['epsilon']:.3f}" in line
+
+
+def test_a_client_that_is_asked_all_the_same_tells_no_accuracy(budgeted):
+    memory = ClientState(budgeted.grid.context_of(0), 0)
+    with pytest.raises(PayloadError, match="a client tells no accuracy"):
+        budgeted.runtime.rule(0, memory, 1).tested(Payload(metadata={"digest": "0"}))
+
+
+def test_a_run_that_goes_on_knows_what_was_spent(budgeted):
+    old = budgeted.strategy
+    again = type(old)(ServerContext(budgeted.layout, old.settings))
+    again.load_state_dict(2, old.state_dict())
+    assert again.epsilons == old.epsilons
 
 
 def test_a_site_over_its_budget_answers_no_more_and_the_round_says_so(seeds, tmp_path):

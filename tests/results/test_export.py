@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +146,37 @@ def test_a_network_that_takes_tokens_is_exported_as_well(tmp_path: Path) -> None
     assert np.abs(session.run(None, {"data": tokens.numpy()})[0] - expected.numpy()).max() < 1e-4
     state, _ = read_sparse(run.export("safetensors"))
     assert all(torch.equal(state[name], tensor) for name, tensor in state_of(run.model()).items())
+
+
+class Recurrent(nn.Module):
+    """A GRU over moments; `kept` is a state that an exported program would lose."""
+
+    keeps = False
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, norm: str) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(input_shape[1], 8, batch_first=True), nn.Linear(8, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.keeps:
+            self.kept = x.sum()
+        return self.head(self.gru(x)[0].mean(dim=1))  # type: ignore[no-any-return]
+
+
+def test_a_recurrent_network_is_exported_without_a_warning_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is of weights which are in the program all the same; one of anything else is shown."""
+    x, y = np.random.default_rng(0).normal(size=(60, 5, 3)).astype(np.float32), np.arange(60) % 3
+    keys = {"clients": 2, "rounds": 1, "local_epochs": 1, "engine_concurrent": 1, "quiet": True}
+    parts, out = ((x[:40], y[:40]), (x[40:], y[40:])), tmp_path / "run"
+    run = ssfl_app.run(model=Recurrent, data=parts, partition="iid", density=0.5, out=out, **keys)  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = run.model()(run.transform.test(torch.from_numpy(x[40:])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        file = run.export("torch-export")
+    assert torch.equal(torch.export.load(file).module()(torch.from_numpy(x[40:])), expected)
+    monkeypatch.setattr(Recurrent, "keeps", True)
+    with pytest.warns(UserWarning, match="kept.* assigned during export"):
+        run.export("torch-export")

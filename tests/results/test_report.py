@@ -196,6 +196,15 @@ def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         read_run(folder)
 
 
+def test_a_folder_of_runs_says_how_they_are_named(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "config.toml").write_text("")
+    with pytest.raises(ConfigError) as error:
+        read_run(tmp_path / "runs")
+    rule = f"it is a folder that `ssfl run` wrote: {tmp_path / 'runs' / '*'} names those in it"
+    assert str(error.value) == f"{tmp_path / 'runs'} is a folder without config.toml; {rule}"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -78,6 +78,9 @@ def steps_of(settings: Settings) -> int:
         key = "criterion" if options.criterion != "snip" else "refresh"
         rule = f"it is {'snip' if key == 'criterion' else 'never'!r} with ssfl.discovery 'private-densities'"
         raise ConfigError(f"ssfl.{key} is {getattr(options, key)!r}; {rule}")
+    if options.discovery == "private-densities" and settings.mask.scope != "global":
+        rule = "it is 'global' with ssfl.discovery 'private-densities', which finds the layers' densities"
+        raise ConfigError(f"mask.scope is {settings.mask.scope!r}; {rule}")
     if options.score_values == "log8" and options.criterion in SIGNED:
         rule = f"it is fp32 or bf16 with ssfl.criterion {options.criterion}, whose values have signs"
         raise ConfigError(f"ssfl.score-values is 'log8'; {rule}")
@@ -178,6 +181,7 @@ class _ScoreCollector:
             by_samples=options.saliency_weighting == "samples",
             round_=self.round,
             what=f"the question {question!r}, step {step}",
+            question=question,
         )
         asked = functools.partial(summation.outgoing, payload=payload)
         self.ask(question, self.clients, summation.check, summation.add, asked, summation.allowed())
@@ -271,6 +275,7 @@ def _by_private_densities(collector: _ScoreCollector) -> Mask:
         by_samples=False,
         round_=collector.round,
         what=f"the question {DENSITIES!r}",
+        question=DENSITIES,
         release=Release(1.0, multiplier, len(collector.clients)),
     )
     asked = functools.partial(summation.outgoing, payload=collector.carry)

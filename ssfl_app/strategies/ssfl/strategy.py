@@ -149,6 +149,11 @@ class Ssfl(FixedMask):
             self.state = mask.apply(self._refresher.start(trained, lifted, self._initial))
             self.mask = mask
 
+    @property
+    def mask_travels(self) -> bool:
+        """Whether a client that lacks the mask is sent it: one of private densities it draws."""
+        return super().mask_travels and self.options.discovery != "private-densities"
+
     def train_payload(self, round_: int, client: int) -> Payload:
         """Return the model; and, if a client can draw the mask itself, what each layer keeps."""
         payload = super().train_payload(round_, client)

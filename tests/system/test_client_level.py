@@ -5,15 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Message
 from flwr.common.constant import ErrorCode
 
-from ssfl_app.comm.payload import Payload
+from ssfl_app.client_app import app
+from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import Flat, merge, parse
-from ssfl_app.core.summand import CLIP, NOISE, SummandWriter
+from ssfl_app.core.strategy import SparseStrategy
+from ssfl_app.core.summand import CLIP, LOSS_UNIT, NOISE, SummandWriter
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.privacy.ledger import BudgetSpent, Ledger
 from ssfl_app.server_app import privacy_ledger
+from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.testing.grid import Played, answer_error, play, tamper
 
 CLIENT: Flat = {
@@ -45,9 +49,9 @@ def test_the_noise_of_a_round_has_the_scale_that_is_counted(secure: bool, tmp_pa
     played = private(keys, tmp_path)
     before, after = played.runtime.initial_state(), played.strategy.model()
     noise = played.layout.flatten(after) - played.layout.flatten(before)
-    told = next(record for record in played.records if record["round"] == 1)
+    asked, answered = (sum(where[0] == "train" for where, _ in seen) for seen in (played.grid.sent, played.grid.got))
     # Shares are such that half of the cohort makes all of the noise; here everybody answered.
-    more = np.sqrt(told["messages_train_up"] / np.ceil(told["messages_train_down"] / 2)) if secure else 1.0
+    more = np.sqrt(answered / np.ceil(asked / 2)) if secure else 1.0
     assert noise.std() == pytest.approx(
         1.0 * 1.0 / 16 * more, rel=0.01
     )  # multiplier times clip by the expected cohort
@@ -92,7 +96,7 @@ def test_without_noise_clients_draw_the_mask_too() -> None:
 def test_an_empty_round_is_noise(tmp_path: Path) -> None:
     keys = CLIENT | {"run.cohort": 1, "run.clients": 40, "run.rounds": 4, "strategy": "random"}
     played = private(keys, tmp_path)
-    sizes = [record["messages_train_down"] for record in played.records if record["round"]]
+    sizes = [sum(where[:2] == ("train", round_) for where in played.grid.log) for round_ in range(1, 5)]
     assert min(sizes) == 0  # (39/40)**40 of each of 4 rounds: all are above 0 in 16 % of the runs
     moved = [np.abs(played.layout.flatten(s)).sum() for s in played.states]
     assert len(set(moved)) == len(moved)
@@ -101,7 +105,35 @@ def test_an_empty_round_is_noise(tmp_path: Path) -> None:
 def test_lost_clients_end_no_round(tmp_path: Path) -> None:
     gone = {("train", 1, client): answer_error(ErrorCode.NODE_UNAVAILABLE) for client in range(12)}
     played = private(CLIENT, tmp_path, faults=gone)
-    assert played.records[1]["bad_replies"] == played.records[1]["messages_train_down"]
+    assert played.records[1]["bad_replies"] == sum(where[:2] == ("train", 1) for where in played.grid.log)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("strategy", ["random", "ssfl"])
+def test_records_tell_the_expected_cohort_not_the_drawn_one(secure: bool, strategy: str, tmp_path: Path) -> None:
+    keys = CLIENT | {"strategy": strategy, "privacy.secure-aggregation": secure, "privacy.delta": 0.5}
+    whole = private(keys | {"run.cohort": 12, "run.rounds": 1}, tmp_path / "whole")
+    record = whole.records[-1]  # all take part: expected is what was
+    second = ("train", "query.unmask")
+    down, up = (
+        sum(message.nbytes for where, message in seen if where[0] in second and where[1] == 1)
+        for seen in (whole.grid.sent, whole.grid.got)
+    )
+    assert record["bytes_train_down"] + record["bytes_mask_down"] == down
+    assert record["bytes_train_up"] == up
+    assert record["messages_train_up"] == 12
+
+
+def test_records_of_other_cohorts_have_the_same_bytes(tmp_path: Path) -> None:
+    def drawn(*clients: int) -> list[dict[str, object]]:
+        def prepare(strategy: SparseStrategy) -> None:
+            strategy._drawn_secretly = lambda round_: list(clients)  # type: ignore[method-assign]
+
+        run = private(CLIENT | {"strategy": "random"}, tmp_path / str(len(clients)), prepare=prepare)
+        assert sum(where[0] == "train" for where in run.grid.log) == 2 * len(clients)
+        return [{k: v for k, v in r.items() if "bytes" in k or "messages" in k} for r in run.records]
+
+    assert drawn(0, 1) == drawn(*range(9)) == drawn()
 
 
 def test_a_vector_that_is_too_long_is_refused(tmp_path: Path) -> None:
@@ -116,7 +148,7 @@ def test_a_vector_that_is_too_long_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_client_more_moves_a_sum_by_the_clip_at_most() -> None:
-    writer = SummandWriter(0, lambda: None, None, False, 0.5)  # type: ignore[arg-type,return-value]
+    writer = SummandWriter(0, lambda: None, None, False, 0.5, "client")  # type: ignore[arg-type,return-value]
     facts = {"unit": 2.0**-20, "range": 0.5, "most": 9, CLIP: 0.5, NOISE: 0.0}
     rng = np.random.default_rng(7)
     for scale in (1e-3, 1.0, 1e3):
@@ -126,6 +158,50 @@ def test_one_client_more_moves_a_sum_by_the_clip_at_most() -> None:
         whole = summand.view(np.int32).astype(np.int64)
         assert int(whole @ whole) <= (0.5 * 2**20) ** 2
     assert np.linalg.norm(whole * 2.0**-20) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_an_update_that_is_not_finite_counts_as_none() -> None:
+    writer = SummandWriter(0, lambda: None, None, False, 0.5, "client")  # type: ignore[arg-type,return-value]
+    message = Payload({}, {"unit": 2.0**-20, "range": 0.5, "most": 9, CLIP: 0.5, NOISE: 0.0})
+    for odd in (np.nan, np.inf):
+        assert not writer.write(message, np.array([1, odd], np.float32), "fixed32", 1)["values"].any()
+
+
+def test_steps_that_swallow_an_update_are_refused_before_they_cost(tmp_path: Path) -> None:
+    coarse = CLIENT | {"strategy": "fedavg", "wire.up-values": "fixed16", "privacy.noise-multiplier": 20.0}
+    book = ledger(coarse, tmp_path)
+    with pytest.raises(RunFailed, match="round to 0"):
+        play(coarse, ledger=book)
+    assert not book.begun["round"]
+
+
+def test_a_checkpoint_does_not_tell_who_took_part(tmp_path: Path) -> None:
+    played = private(CLIENT | {"run.rounds": 1, "run.cohort": 12, "strategy": "random"}, tmp_path)
+    assert [where for where in played.grid.log if where[0] == "train"]
+    assert not played.strategy.state_dict()["since"].any()
+
+
+@pytest.mark.parametrize(
+    ("level", "facts", "said"),
+    [
+        ("client", {}, "has no clip"),
+        ("record", {LOSS_UNIT: 1.0}, "tells no loss"),
+    ],
+)
+def test_a_client_is_not_asked_for_less_privacy(level: str, facts: dict[str, float], said: str) -> None:
+    writer = SummandWriter(0, lambda: None, None, False, 0.5, level)  # type: ignore[arg-type,return-value]
+    message = Payload({}, {"unit": 2.0**-20, "range": 0.5, "most": 9, **facts})
+    with pytest.raises(PayloadError, match=said):
+        writer.write(message, np.ones(3, np.float32), "fixed32", 1, loss=3.0)
+
+
+def test_a_client_tells_no_accuracy_even_if_it_is_asked(tmp_path: Path) -> None:
+    played = private(CLIENT | {"run.rounds": 1, "run.cohort": 12}, tmp_path)
+    message = next(payload for where, payload in played.grid.sent if where == ("train", 1, 2))
+    context = played.grid.context_of(2)
+    node = next(n for n, c in played.grid._contexts.items() if c is context)
+    with pytest.raises(PayloadError, match="tells no accuracy"):
+        app(Message(PayloadEncoder().record(message), node, "evaluate"), context)
 
 
 def test_what_was_spent_is_told_and_never_forgotten(tmp_path: Path) -> None:
@@ -148,9 +224,13 @@ def test_what_was_spent_is_told_and_never_forgotten(tmp_path: Path) -> None:
         ({"ssfl.discovery": "scores"}, "ssfl.discovery is 'scores'"),
         ({"run.weighting": "samples"}, "run.weighting is 'samples'"),
         ({"strategy": "dispfl"}, "does more with models"),
+        ({"strategy": "ditto"}, "strategy is 'ditto'"),
+        ({"strategy": "fedbn"}, "strategy is 'fedbn'"),
         ({"strategy": "flash"}, "'layer_densities'"),
         ({"strategy": "shuffled"}, "ssfl.discovery is 'private-densities'"),
         ({"ssfl.criterion": "grasp"}, "ssfl.criterion is 'grasp'"),
+        ({"mask.scope": "layer"}, "mask.scope is 'layer'"),
+        ({"stop.metric": "local"}, "stop.metric is 'local'"),
         ({"ssfl.refresh": "scheduled", "ssfl.refresh-round": 2}, "ssfl.refresh is 'scheduled'"),
         ({"privacy.epsilon": 3.0}, "privacy.epsilon is 3"),
         ({"wire.up-values": "fp32"}, "wire.up-values is 'fp32'"),
