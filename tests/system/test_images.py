@@ -104,7 +104,7 @@ def test_what_the_minutes_cut_goes_on_and_what_is_recorded_is_not_played_again(
     assert list(recorded()) == [gate]
 
     monkeypatch.setattr(images, "GATE", 0.0)
-    assert play() == f"2 of 2 runs are in {path}"
+    assert play() == f"2 of 2 runs are in {path}, 0 failed"
     capsys.readouterr()
     known = recorded()
     assert list(known) == [gate, ssfl]
@@ -123,7 +123,7 @@ def test_what_the_minutes_cut_goes_on_and_what_is_recorded_is_not_played_again(
     # The record is enough: another machine lacks the run folders.
     shutil.rmtree(out)
     monkeypatch.setattr(jobs, "play", None)
-    assert play() == f"2 of 2 runs are in {path}"
+    assert play() == f"2 of 2 runs are in {path}, 0 failed"
     assert recorded() == known
     # Under other terms it is another run.
     with pytest.raises(TypeError):
