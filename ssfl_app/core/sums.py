@@ -220,12 +220,15 @@ class ClearSum:
         return self._sum
 
 
-class _Messenger(Protocol):
-    """What is used of a messenger here."""
+class SumMessenger(Protocol):
+    """What a masked sum uses of a messenger."""
 
     session: str
 
-    def next_exchange(self) -> int: ...
+    def next_exchange(self) -> int:
+        """Return the number of a new exchange."""
+        ...
+
     def ask_more(
         self,
         question: str,
@@ -234,7 +237,9 @@ class _Messenger(Protocol):
         allowed: Allowed,
         check: Check,
         take: Callable[[Reply], None],
-    ) -> None: ...
+    ) -> None:
+        """Ask clients whose answers are in for more."""
+        ...
 
 
 class SecureSum:
@@ -265,7 +270,7 @@ class SecureSum:
 
     def __init__(
         self,
-        messenger: _Messenger,
+        messenger: SumMessenger,
         keys: Mapping[int, bytes],
         size: int,
         dtype: npt.DTypeLike,

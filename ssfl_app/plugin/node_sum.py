@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ssfl_app.comm.messenger import Check, Reply
 from ssfl_app.comm.payload import Metadata, Payload
 from ssfl_app.core.summand import MOST, MOST_WEIGHT, RANGE, UNIT
-from ssfl_app.core.sums import ClearSum, SecureSum
+from ssfl_app.core.sums import ClearSum, SecureSum, SumMessenger
 from ssfl_app.locks import RunFailed
 from ssfl_app.plugin.secure import KIND, NUMBER, THRESHOLD
 from ssfl_app.privacy.masking import LEAST_NEIGHBOURS, FalseShares, TooFew
@@ -28,22 +28,10 @@ LEAST_NODES = LEAST_NEIGHBOURS + 1
 _TYPE, _MOST = np.uint32, 2**31 - 1
 
 
-class _Messenger(Protocol):
+class _Messenger(SumMessenger, Protocol):
     """What is used of a `NodeMessenger` here."""
 
-    session: str
     keys: dict[int, bytes]
-
-    def next_exchange(self) -> int: ...
-    def ask_more(
-        self,
-        question: str,
-        round_: int,
-        payloads: Mapping[int, Payload],
-        allowed: Allowed,
-        check: Check,
-        take: Callable[[Reply], None],
-    ) -> None: ...
 
 
 @dataclass(frozen=True)
