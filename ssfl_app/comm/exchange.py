@@ -5,7 +5,6 @@ up to 3 s between polls. Here at most one reply is in memory, so server memory d
 of clients, and every client ends up in exactly one of three lists: ok, lost, refused.
 """
 
-import os
 import sys
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from ssfl_app.comm.client_files import ClientStateError
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.comm.pulling import BrokenOff, Puller
+from ssfl_app.cores import usable_cores
 from ssfl_app.locks import RunFailed, memory_ran_out
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.text import cause, in_a_line
@@ -164,7 +164,7 @@ class MessageExchange:
         if is_simulation(grid):
             self._poll = SIMULATION_POLL
             # Twice what is worked on at once: whoever is ready finds the next message there.
-            busy = max(os.cpu_count() or 1, 2 * getattr(grid, "concurrent", 1))
+            busy = max(usable_cores(), 2 * getattr(grid, "concurrent", 1))
             self._limit = max(busy, IN_FLIGHT // max(1, reply_bytes))
 
     def send(self, messages: Mapping[int, Message]) -> None:

@@ -5,7 +5,6 @@ configuration is an error: nothing is mixed and nothing is overwritten.
 """
 
 import math
-import os
 import re
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from ssfl_app import config as configuration
 from ssfl_app import locks
 from ssfl_app.core.strategy import ServerContext
+from ssfl_app.cores import usable_cores
 from ssfl_app.experiments import workers
 from ssfl_app.experiments.run_spec import TASK, RunSpec, run_clash
 from ssfl_app.options import ConfigError
@@ -166,7 +166,7 @@ def _shared(run: RunSpec, at_once: int) -> RunSpec:
     """Return a run that leaves the other jobs their share of the cores, unless it says how many clients at once."""
     if at_once == 1 or run.flat["engine.concurrent"] or find_device(str(run.flat["run.device"])).type == "cuda":
         return run
-    return replace(run, flat=run.flat | {"engine.concurrent": max(1, (os.cpu_count() or 1) // at_once)})
+    return replace(run, flat=run.flat | {"engine.concurrent": max(1, usable_cores() // at_once)})
 
 
 def state(run: RunSpec, home: Path) -> str:

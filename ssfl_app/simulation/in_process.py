@@ -6,7 +6,6 @@ from generators that name seed, round and client, and the server's sums do not d
 """
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ from flwr.supercore.run import Run
 
 from ssfl_app.comm.node_config import SIMULATED
 from ssfl_app.config import Config, Flat
+from ssfl_app.cores import usable_cores
 from ssfl_app.locks import naming_memory
 from ssfl_app.runtime import check_at_once, get_runtime, gpu_notes, most_at_once
 from ssfl_app.simulation.worker_pool import SERVER, call_client_app, pool, set_task_identity
@@ -172,5 +172,5 @@ def clients_at_once(config: Config, fitting: int | None = None) -> int:
     wanted = config.engine.concurrent
     if fitting is not None:
         return wanted or min(most_at_once(config), fitting)
-    cores = (os.cpu_count() or 1) if sys.platform == "linux" else 1
+    cores = usable_cores() if sys.platform == "linux" else 1
     return min(wanted or cores, config.settings.run.clients)

@@ -1,13 +1,13 @@
 """Finds out what the launcher of a run on Ray must know of it, in a process that imports torch for that and ends."""
 
 import multiprocessing
-import os
 import signal
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssfl_app.cores import usable_cores
 from ssfl_app.options import ConfigError
 from ssfl_app.simulation.command import RunArgs
 
@@ -84,6 +84,6 @@ def plan(config: "Config") -> tuple[int, float]:
     from ssfl_app.runtime import find_device
 
     run = config.settings.run
-    actors = config.engine.actors or min(os.cpu_count() or 1, max(run.cohort, 1))
+    actors = config.engine.actors or min(usable_cores(), max(run.cohort, 1))
     gpus = torch.cuda.device_count() if find_device(run.device).type == "cuda" else 0
     return actors, gpus / actors

@@ -17,7 +17,6 @@ What plain ``flwr run`` leaves to its user, and is done here:
 
 import contextlib
 import json
-import os
 import secrets
 import subprocess
 import tempfile
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssfl_app import locks
+from ssfl_app.cores import usable_cores
 from ssfl_app.files import app_folder
 from ssfl_app.simulation.flower_app import copy_app, follow, judge
 from ssfl_app.simulation.prepared_run import PreparedRun
@@ -81,7 +81,7 @@ class Launch:
         begin = log.stat().st_size if log.exists() else 0
         try:
             each = f"{run.threads} torch thread(s) and {run.gpu:g} GPU each"
-            for line in (f"engine ray: {run.actors} actors, {each}, on {os.cpu_count()} cores", *run.notes):
+            for line in (f"engine ray: {run.actors} actors, {each}, on {usable_cores()} cores", *run.notes):
                 say(line)
             app, overrides = copy_app(self._home / "ssfl-app", run.toml), self._home / "run.toml"
             overrides.write_text(run.toml, encoding="utf-8")

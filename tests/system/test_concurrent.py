@@ -155,7 +155,7 @@ def test_an_exception_becomes_an_answer(grid):
 
 
 def test_enough_messages_are_in_flight_for_all_threads(grid, monkeypatch):
-    monkeypatch.setattr("ssfl_app.comm.exchange.os.cpu_count", lambda: 1)
+    monkeypatch.setattr("ssfl_app.comm.exchange.usable_cores", lambda: 1)
     here = grid(lambda node: node, 2)
     exchange = MessageExchange(here, 10.0, reply_bytes=10**12)
     exchange.send({node: letter(here, node) for node in range(1, 7)})
@@ -208,7 +208,7 @@ def test_a_runtime_is_made_once_however_many_ask():
 ])  # fmt: skip
 def test_how_many_at_once(monkeypatch, room, keys, count):
     """A core each on a CPU; on a GPU those that train in a round, at most 16, if there is room for them."""
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("ssfl_app.simulation.in_process.usable_cores", lambda: 4)
     assert clients_at_once(parse(merge(SMALL, keys)), room) == count
 
 

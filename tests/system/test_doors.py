@@ -102,7 +102,7 @@ def test_a_gpu_that_flower_hides_is_one_clear_line(tmp_path: Path, monkeypatch: 
 
 
 def test_actors_share_the_gpus_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("ssfl_app.simulation.prepared_run.usable_cores", lambda: 16)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert plan(parse(merge({}))) == (10, 0.2)  # never more actors than the cohort has clients
