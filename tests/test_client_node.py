@@ -8,7 +8,9 @@ import sys
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from ssfl_app.client_node import NodeError
 from ssfl_app.lazy_client_app import app
+from ssfl_app.simulation.worker_pool import set_task_identity
 
+set_task_identity()
 facts = ConfigRecord({"round": 1, "exchange": 7, "about": "x"})
 content = RecordDict({"arrays": ArrayRecord(), "facts": facts})
 keys = {"data.where": "shared", "privacy.secure-aggregation": True}

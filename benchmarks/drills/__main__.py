@@ -4,6 +4,7 @@ python -m benchmarks.drills [name ...]     about 20 minutes; root for the full d
 """
 
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -93,13 +94,11 @@ def masked(played: dict[str, Any]) -> list[str]:
         gone, bits = "; ".join(row["not_unmasking"]) or "nobody", "yes" if row["same_bits"] else "no"
         about = (
             f"## Secure aggregation\n\n{secure.SUPERNODES} SuperNodes, `privacy.secure-aggregation`, "
-            f"{secure.RUN['run.rounds']} rounds, round timeout {row['timeout']:g} s. The bits are compared with those "
-            "of a run in one process, in the clear (`wire.up-values` and `ssfl.score-values` are `fixed32`), that loses "
-            "the same replies of training."
+            f"{secure.RUN['run.rounds']} rounds, round timeout {row['timeout']:g} s. The bits are compared with "
+            "those of a run in one process, in the clear (`wire.up-values` and `ssfl.score-values` are `fixed32`), "
+            "that loses the same replies of training."
         )
-        names = (
-            "drill | end | rounds | lost or refused | did not help to unmask | longest round s | accuracy % | bits"
-        )
+        names = "drill | end | rounds | lost or refused | did not unmask | longest round s | accuracy % | bits"
         lines += ["", about, "", f"| {names} | day |", "|---|---|---|---|---|---|---|---|---|"]
         cells = row["what"], row["end"], row["rounds"], failed, gone, f"{row['longest']:.0f}"
         accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}"
@@ -107,13 +106,14 @@ def masked(played: dict[str, Any]) -> list[str]:
     if row := played.get("seconds_a_round"):
         clear, under = (row["median"][kind] for kind in ("clear", "masked"))
         loads = f"{min(row['load']):.1f} to {max(row['load']):.1f}"
-        lines += [
-            "",
-            f"A round takes {clear:.1f} s in the clear and {under:.1f} s under secure aggregation: medians of ",
-        ]
-        lines[-1] += (
-            f"{len(row['rounds']['clear'])} rounds each, {row['day']}, in turns; the load of the machine was {loads}."
+        cpu = [statistics.median(row["cpu"][kind]) for kind in ("clear", "masked")]
+        told = (
+            f"A round takes {clear:.1f} s in the clear and {under:.1f} s under secure aggregation: medians of "
+            f"{len(row['rounds']['clear'])} rounds each, {row['day']}, in turns; load of the machine {loads}. "
+            f"A node's processes compute {cpu[0]:.1f} s and {cpu[1]:.1f} s for it, most of it to start Python and "
+            "import torch: Flower starts a process for each message."
         )
+        lines += ["", told]
     return lines
 
 

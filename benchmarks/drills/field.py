@@ -18,7 +18,7 @@ from ssfl_app.deployment.control import wait_until_online
 from ssfl_app.deployment.status import services, stop
 
 NODES = 3
-PATIENCE = 400.0  # seconds any single wait may take
+PATIENCE = 1200.0  # seconds any single wait may take; the machine may have other work
 
 KEYS: dict[str, Any] = {
     "run.clients": NODES,

@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Context, RecordDict
 from PIL import Image
 
-from ssfl_app import client_app, client_node, server_app
+from ssfl_app import client_node, server_app
 from ssfl_app.cli.main import main
 from ssfl_app.comm.node_config import read_node_config
 from ssfl_app.comm.payload import ClientState
