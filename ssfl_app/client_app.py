@@ -5,30 +5,22 @@ nothing else. `serve` takes a message apart for it and writes its answer as one.
 """
 
 import functools
-import os
-import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
+from ssfl_app.client_node import UNMASK, check_pinned, client_number, guarded, identity, memory_of, place_of, unmask
 from ssfl_app.comm.handshake import KEY
-from ssfl_app.comm.messenger import CLIENT, FOLDER, RUN
-from ssfl_app.comm.node_config import NodeConfig, read_node_config, simulated
 from ssfl_app.comm.payload import ClientState, Metadata, Payload, PayloadEncoder, decode_arrays, decode_metadata
 from ssfl_app.core.client import ClientAlgorithm, Need
-from ssfl_app.core.summand import Identity
-from ssfl_app.options import ConfigError, PrivateError
-from ssfl_app.privacy.keys import KEY_FILE, KeyPair, load_or_make, read_pins
-from ssfl_app.privacy.options import PrivacyOptions
+from ssfl_app.options import ConfigError
 from ssfl_app.registry import only_brought
 from ssfl_app.runtime import code_digest, get_runtime, gpu_is_hidden
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.text import quoted, tell
+from ssfl_app.text import tell
 from ssfl_app.training.malloc import keep_heap
 
 MOST_BITMAPS = 4
@@ -36,8 +28,6 @@ MOST_BITMAPS = 4
 
 MASKED, TOLD = frozenset({"values", "shares", "pair-shares"}), frozenset({"samples", "digest", "epsilon"})
 """Arrays and facts of an answer under privacy.secure-aggregation: nothing else leaves a client but its tests."""
-
-_KEY = "ssfl-key"  # record of Flower's state
 
 NDArrays = list[npt.NDArray[Any]]
 
@@ -113,19 +103,7 @@ def answered(algorithm: ClientAlgorithm, question: object, payload: Payload) -> 
     """Return the answer to a question, or to a training message if there is none."""
     if question is None:
         return algorithm.train(payload)
-    if question == "unmask":
-        return algorithm.context.summands.unmask(payload)
     return algorithm.answer_query(str(question), payload)
-
-
-def check_pinned(privacy: PrivacyOptions) -> None:
-    """Raise PayloadError if options undo what pins are for: protection against a server that lies."""
-    if not privacy.secure_aggregation:
-        rule = "this node was started with --pin and answers masked only"
-        raise PayloadError(f"privacy.secure-aggregation is false; {rule}")
-    if privacy.threshold < 2 / 3 - 1e-9:
-        rule = "this node was started with --pin and answers at 2/3 or above"
-        raise PayloadError(f"privacy.threshold is {privacy.threshold:g}; {rule}")
 
 
 def check_masked(reply: Payload) -> None:
@@ -167,49 +145,13 @@ def serve(
 
 
 def handle(message: Message, context: Context) -> Message:
-    """Answer a message as the client that this node is. Errors leave a node through here only.
-
-    Raises
-    ------
-    NodeError
-        Anything went wrong at a real node. Flower sends this text to the server, and writes it into the node's own
-        log with the error that is its cause.
-    ConfigError
-        In simulation: the client was started with keys that do not fit the run, or its data cannot be read.
-    PayloadError
-        In simulation: the message is not one for this node.
-    """
-    try:
-        return _answer(message, context)
-    except Exception as error:
-        if simulated(context.node_config):
-            raise
-        raise NodeError(public(error, context.node_config)) from error
-
-
-class NodeError(RuntimeError):
-    """What a real node tells its server of an error: no file, no folder, nothing that it did not mean to tell."""
-
-
-def public(error: Exception, node_config: Mapping[str, object]) -> str:
-    """Return what may be told of an error: all of it if it is about the message or the keys, else its kind."""
-    text = ""
-    if isinstance(error, PrivateError):
-        text = error.public
-    elif isinstance(error, ConfigError | PayloadError):
-        text = str(error)
-    folders = [value for value in node_config.values() if isinstance(value, str) and "/" in value]
-    folders.append(os.environ.get("HOME", ""))
-    if not text or any(folder in text for folder in folders if len(folder) > 1):
-        text = "what it says is in the log of this node"
-    kind = ConfigError if isinstance(error, PrivateError) else type(error)
-    return f"{kind.__name__}: {text}"
+    """Answer a message as the client that this node is; it raises what `client_node.guarded` does."""
+    return unmask(message, context) if message.metadata.message_type == UNMASK else guarded(_answer, message, context)
 
 
 def _answer(message: Message, context: Context) -> Message:
     metadata = decode_metadata(message.content)
-    sites = context.run_config.get("data.where") == "sites"
-    place = read_node_config(context.node_config, "sites" if sites else "shared")
+    place = place_of(context)
     hello = message.metadata.message_type == "query.hello"
     number = 0 if hello and place.name else client_number(place, metadata)
     flat = place.obeyed(context.run_config)
@@ -235,62 +177,6 @@ def _answer(message: Message, context: Context) -> Message:
     client = SparseClient(runtime.rule(number, memory, place.least_batch, me), place.name, runtime.modules)
     bitmap, encoder = -(-runtime.layout.prunable_size // 8), PayloadEncoder(runtime.config.settings.wire.bitmaps)
     return serve(client, message, metadata, encoder, MOST_BITMAPS * bitmap)
-
-
-def client_number(place: NodeConfig, metadata: Mapping[str, Any]) -> int:
-    """Return the number of the client that a node is: its own, or the one the server's message gives to its name."""
-    number = metadata.get(CLIENT) if place.number is None else place.number
-    if type(number) is not int or not 0 <= number < 2**31:
-        raise PayloadError(f"{CLIENT} is {quoted(number)}; a message to site {place.name!r} states its number")
-    return number
-
-
-def memory_of(context: Context, place: NodeConfig, number: int, metadata: Metadata) -> ClientState:
-    """Return where a client keeps things: below a state-path, in a simulation's folder, or in Flower's state.
-
-    A node has a folder of its own for each run. That of a site bears its name, whatever its number is.
-
-    Raises
-    ------
-    PayloadError
-        A server names a real node's folder, or the run's token, which becomes the name of one, is not 16 hex digits.
-    """
-    folder = metadata.get(FOLDER)
-    if place.simulated:
-        return ClientState(context, number, Path(str(folder)) if folder else None)
-    if folder is not None:
-        raise PayloadError(f"the message has the fact {FOLDER}, which is for simulations; a real node obeys none")
-    if place.state_path is None:
-        return ClientState(context, number)
-    token = metadata.get(RUN)
-    if not isinstance(token, str) or not re.fullmatch("[0-9a-f]{16}", token):
-        raise PayloadError(f"{RUN} is {quoted(token)}; it is 16 hex digits")
-    # A site's number is the server's word: under another one it must find what it spent and answered.
-    own = 0 if place.name else number
-    return ClientState(context, own, place.state_path / token / place.name, survives=True)
-
-
-def identity(context: Context, place: NodeConfig) -> Identity:
-    """Return the keys of a client: a file below a real node's state-path, of simulated ones in Flower's state.
-
-    Raises
-    ------
-    ConfigError
-        A real node has no state-path, or what lies there cannot be read.
-    """
-    if not place.simulated:
-        if place.state_path is None:
-            raise ConfigError(
-                "state-path is missing in --node-config; with privacy.secure-aggregation a node keeps its key there"
-            )
-        pins = frozenset[str]() if place.pins is None else read_pins(place.pins)
-        return Identity(load_or_make(place.state_path / KEY_FILE), pins)
-    held: Any = context.state.get(_KEY)
-    if held is None:
-        keys = KeyPair.new()
-        context.state[_KEY] = ConfigRecord({"private": keys.private_bytes()})
-        return Identity(keys)
-    return Identity(KeyPair.of(bytes(held["private"])))
 
 
 class OpenClientApp(ClientApp):

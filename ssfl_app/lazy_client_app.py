@@ -1,4 +1,4 @@
-"""The ClientApp that Flower loads; it imports torch when the first message comes.
+"""The ClientApp that Flower loads; it imports torch when the first message comes that needs it.
 
 In a simulation Flower loads the ClientApp in the server's process and starts Ray after that, one after the other:
 this one loads at once, so Ray starts while the ServerApp imports torch.
@@ -20,6 +20,10 @@ class LazyClientApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message."""
+        from ssfl_app.client_node import UNMASK, unmask
+
+        if message.metadata.message_type == UNMASK:  # needs no torch
+            return unmask(message, context)
         from ssfl_app.client_app import app as inner
 
         return inner(message, context)

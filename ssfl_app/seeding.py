@@ -11,10 +11,15 @@ Examples
 True
 """
 
+from __future__ import annotations
+
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _digest(seed: int, purpose: str, where: tuple[int | str, ...]) -> bytes:
@@ -45,5 +50,7 @@ def generator(seed: int, purpose: str, *where: int | str) -> np.random.Generator
 
 def torch_generator(seed: int, purpose: str, *where: int | str) -> torch.Generator:
     """Return the same address as a torch CPU generator (for `torch.nn.init`)."""
+    import torch  # seconds, which those who need NumPy's only need not wait
+
     digest = _digest(seed, purpose, where)
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

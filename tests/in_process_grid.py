@@ -10,9 +10,9 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 
 from ssfl_app import client_app
-from ssfl_app.comm.messenger import FOLDER, Reply
+from ssfl_app.comm.messenger import Reply
 from ssfl_app.comm.node_config import SIMULATED
-from ssfl_app.comm.payload import Payload, PayloadEncoder, decode_metadata, decode_payload
+from ssfl_app.comm.payload import FOLDER, Payload, PayloadEncoder, decode_metadata, decode_payload
 from ssfl_app.config import Flat, merge
 from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.testing import grid as shipped

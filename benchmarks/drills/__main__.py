@@ -4,6 +4,7 @@ python -m benchmarks.drills [name ...]     about 20 minutes; root for the full d
 """
 
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drills import faults
+from benchmarks.drills import faults, secure
 from benchmarks.drills.field import KEYS, federation, inline
 from benchmarks.drills.refusals import refusals
 from benchmarks.drills.undisturbed import undisturbed
@@ -28,6 +29,14 @@ def play(names: list[str], record: dict[str, Any]) -> Iterator[str]:
     day = {"day": record["environment"]["time"][:10]}
     with tempfile.TemporaryDirectory(prefix="drills-") as folder:
         work = Path(folder)
+        for play_secure in (secure.killed_in_each_exchange, secure.seconds_a_round):
+            name = play_secure.__name__
+            if not names or name in names:
+                env = {"environment": environment()}
+                record.setdefault("secure_aggregation", {})[name] = play_secure(work / name) | day | env
+                yield f"{name}: {record['secure_aggregation'][name]}"
+        if names and not set(names) - {"killed_in_each_exchange", "seconds_a_round"}:
+            return
         reference = inline(work / "reference")
         record["reference"] = {key: reference[key] for key in ("model_sha256", "central_accuracy")}
         if not names or "undisturbed" in names:
@@ -74,7 +83,38 @@ def table(record: dict[str, Any]) -> str:
         code = "still trying" if row["exit_code"] is None else row["exit_code"]
         says = " | ".join(row[by].replace("[", "\\[") for by in ("node_says", "superlink_says"))  # no links
         lines.append(f"| {row['who']} | {code} | {says} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *masked(record.get("secure_aggregation", {}))]) + "\n"
+
+
+def masked(played: dict[str, Any]) -> list[str]:
+    """Return what the page says of secure aggregation."""
+    lines: list[str] = []
+    if row := played.get("killed_in_each_exchange"):
+        failed = "; ".join([*row["lost"], *(f"refused: {line}" for line in row["refused"])]) or "nothing"
+        gone, bits = "; ".join(row["not_unmasking"]) or "nobody", "yes" if row["same_bits"] else "no"
+        about = (
+            f"## Secure aggregation\n\n{secure.SUPERNODES} SuperNodes, `privacy.secure-aggregation`, "
+            f"{secure.RUN['run.rounds']} rounds, round timeout {row['timeout']:g} s. The bits are compared with "
+            "those of a run in one process, in the clear (`wire.up-values` and `ssfl.score-values` are `fixed32`), "
+            "that loses the same replies of training."
+        )
+        names = "drill | end | rounds | lost or refused | did not unmask | longest round s | accuracy % | bits"
+        lines += ["", about, "", f"| {names} | day |", "|---|---|---|---|---|---|---|---|---|"]
+        cells = row["what"], row["end"], row["rounds"], failed, gone, f"{row['longest']:.0f}"
+        accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}"
+        lines.append("| " + " | ".join(map(str, (*cells, accuracy, bits, row["day"]))) + " |")
+    if row := played.get("seconds_a_round"):
+        clear, under = (row["median"][kind] for kind in ("clear", "masked"))
+        loads = f"{min(row['load']):.1f} to {max(row['load']):.1f}"
+        cpu = [statistics.median(row["cpu"][kind]) for kind in ("clear", "masked")]
+        told = (
+            f"A round takes {clear:.1f} s in the clear and {under:.1f} s under secure aggregation: medians of "
+            f"{len(row['rounds']['clear'])} rounds each, {row['day']}, in turns; load of the machine {loads}. "
+            f"A node's processes compute {cpu[0]:.1f} s and {cpu[1]:.1f} s for it, most of it to start Python and "
+            "import torch: Flower starts a process for each message."
+        )
+        lines += ["", told]
+    return lines
 
 
 def describe(calm: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ssfl_app.deployment.control import wait_until_online
 from ssfl_app.deployment.status import services, stop
 
 NODES = 3
-PATIENCE = 400.0  # seconds any single wait may take
+PATIENCE = 1200.0  # seconds any single wait may take; the machine may have other work
 
 KEYS: dict[str, Any] = {
     "run.clients": NODES,
@@ -142,6 +142,13 @@ class Field:
 
         return until(f"{name} works on a message", found)
 
+    def kill(self, name: str) -> None:
+        """End a service and all its descendants at once (-9)."""
+        service = self.service(name)
+        for process in [service, *service.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
     def nodes_online(self) -> None:
         wait_until_online(self.federation, 150.0, lambda line: None)
 
@@ -177,8 +184,8 @@ class Field:
 
 
 @contextmanager
-def federation(work: Path, **variables: str) -> Iterator[Field]:
-    """Bring a federation up, its processes under environment variables, and down in the end.
+def federation(work: Path, count: int | None = None, **variables: str) -> Iterator[Field]:
+    """Bring a federation of so many nodes up, its processes under environment variables, and down in the end.
 
     Raises
     ------
@@ -187,7 +194,7 @@ def federation(work: Path, **variables: str) -> Iterator[Field]:
     """
     folder = work / "federation"
     subprocess.run(
-        ssfl("federation", "up", "--nodes", str(NODES), "--dir", str(folder)),
+        ssfl("federation", "up", "--nodes", str(count or NODES), "--dir", str(folder)),
         check=True,
         stdout=subprocess.DEVNULL,
         env=os.environ | variables,

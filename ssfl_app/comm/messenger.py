@@ -25,26 +25,24 @@ from flwr.serverapp import Grid
 
 from ssfl_app.comm.exchange import ExchangeReport, MessageExchange
 from ssfl_app.comm.membership import ClientRegistry
-from ssfl_app.comm.payload import MASKS, Metadata, Payload, PayloadEncoder, decode_payload
+from ssfl_app.comm.payload import (
+    CLIENT,
+    FOLDER,
+    MASKS,
+    RUN,
+    WITH_MASK,
+    Metadata,
+    Payload,
+    PayloadEncoder,
+    decode_payload,
+)
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
 from ssfl_app.text import quoted
 
-FOLDER = "folder"
-"""Fact of a message in simulation: where simulated clients keep their files."""
-
-RUN = "run"
-"""Fact of a message in deployment: 16 hex digits that tell this run's files on a node from another run's."""
-
-CLIENT = "client"
-"""Fact of a message to a site with data of its own: the number that its name has in this run."""
-
 MOST_WORK = 2**40
 """Images of one message, of a client that nothing is known of: more is no count, and would spoil the sum."""
-
-WITH_MASK = ("mask", "sheet", "fixed")
-"""Arrays that go down once per client, beside the mask or with it; their bytes are counted apart."""
 
 Check = Callable[[int, Payload], None]
 """check(client, payload) raises PayloadError on an answer that an algorithm must not see."""

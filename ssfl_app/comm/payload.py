@@ -20,7 +20,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 from ssfl_app.comm.client_files import Files, MaskFile, client_state_errors, content_of
 from ssfl_app.files import write_bytes
 from ssfl_app.seal import Damaged, read_sealed, sealed, unsealed, write_sealed
-from ssfl_app.sparsity.codec import nbytes
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
 from ssfl_app.text import in_a_line, quoted
 
@@ -29,6 +28,18 @@ Metadata = dict[str, MetadataValue]
 
 SERIAL_TYPE, DEFLATED = "ssfl.raw.v1", "ssfl.zlib.v1"
 _DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "<u4", "u1", "i1", "<i4", "<i8")}
+FOLDER = "folder"
+"""Fact of a message in simulation: where simulated clients keep their files."""
+
+RUN = "run"
+"""Fact of a message in deployment: 16 hex digits that tell this run's files on a node from another run's."""
+
+CLIENT = "client"
+"""Fact of a message to a site with data of its own: the number that its name has in this run."""
+
+WITH_MASK = ("mask", "sheet", "fixed")
+"""Arrays that go down once per client, beside the mask or with it; their bytes are counted apart."""
+
 MASKS = "masks"
 """Folder of bitmaps, one file a digest, in the folder that simulated clients share."""
 _MEMORY, _PERSONAL, _EXCHANGES, _LEDGER = "ssfl", "ssfl-personal", "ssfl-exchanges", "ssfl-privacy"
@@ -44,7 +55,7 @@ class Payload:
     @property
     def nbytes(self) -> int:
         """Payload bytes: those of the encoded arrays."""
-        return nbytes(self.arrays)
+        return sum(array.nbytes for array in self.arrays.values())
 
     @property
     def round(self) -> int:

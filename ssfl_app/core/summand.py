@@ -3,24 +3,28 @@
 The server's side is `ssfl_app.core.sums`; the protocol of the masks is that of `ssfl_app.privacy.masking`.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ssfl_app.comm.messenger import RUN, WITH_MASK
-from ssfl_app.comm.payload import ClientState, Metadata, Payload
-from ssfl_app.core.options import Settings
+from ssfl_app.comm.payload import RUN, WITH_MASK, ClientState, Metadata, Payload
 from ssfl_app.privacy.clipping import clipped
 from ssfl_app.privacy.keys import KeyPair, fingerprint
 from ssfl_app.privacy.masking import Masker, Peer, read_peers
 from ssfl_app.privacy.noise import gaussian
 from ssfl_app.sparsity.fixed import FixedPoint, Summand, signed
-from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.values import Arrays, PayloadError, read_array
 from ssfl_app.text import quoted
+
+if TYPE_CHECKING:  # they import torch
+    from ssfl_app.core.options import Settings
+    from ssfl_app.sparsity.layout import Vector
 
 UNIT, LOSS_UNIT, RANGE, MOST, MOST_WEIGHT = "unit", "loss-unit", "range", "most", "most-weight"
 CLIP, NOISE = "clip", "noise"

@@ -10,14 +10,19 @@ The weight is in before anything is rounded, so large weights cost no precision:
 Beside the values stands what else is told as a sum only: how many were clipped, and the training loss.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.values import SUMMED_TYPES, check_values
+
+if TYPE_CHECKING:  # it imports torch
+    from ssfl_app.sparsity.layout import Vector
 
 Summand = npt.NDArray[np.uint32] | npt.NDArray[np.uint16]
 """Whole numbers modulo 2**32 or 2**16; negative ones are the upper half."""
@@ -56,7 +61,7 @@ class FixedPoint:
     most: int
 
     @classmethod
-    def of(cls, kind: str, range_: float, weight: float, clients: int) -> "FixedPoint":
+    def of(cls, kind: str, range_: float, weight: float, clients: int) -> FixedPoint:
         """Return how `clients` of together this weight write values, so that no sum of theirs overflows.
 
         Raises

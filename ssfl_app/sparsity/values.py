@@ -21,15 +21,19 @@ every score under 6e-8 into 0. Code 0 is 0; codes 1 to 255 are a geometric serie
 positive scores, to which the smaller ones are raised, to their maximum. Over 16 octaves a step is 4.5 %.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.sparsity.layout import Vector
 from ssfl_app.text import in_a_line
+
+if TYPE_CHECKING:  # it imports torch
+    from ssfl_app.sparsity.layout import Vector
 
 Arrays = dict[str, npt.NDArray[Any]]
 Allowed = Mapping[str, tuple[npt.DTypeLike, int]]

@@ -12,7 +12,8 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from ssfl_app import client_app
-from ssfl_app.client_app import NodeError, handle, memory_of
+from ssfl_app.client_app import handle
+from ssfl_app.client_node import NodeError, memory_of
 from ssfl_app.comm.node_config import LEAST_BATCH, SIMULATED, read_node_config, simulated
 from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import Flat, merge

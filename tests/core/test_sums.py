@@ -11,7 +11,8 @@ from flwr.common.constant import ErrorCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssfl_app.client_app import app, check_pinned
+from ssfl_app.client_app import app
+from ssfl_app.client_node import check_pinned
 from ssfl_app.comm.node_config import read_node_config
 from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import Flat, merge, parse
@@ -278,7 +279,7 @@ def test_a_pinned_node_takes_part_in_masked_runs_only(tmp_path: Path, monkeypatc
     where = ("train", 1, 2)
     message = next(payload for at, payload in played.grid.sent if at == where)
     monkeypatch.setattr(
-        "ssfl_app.client_app.read_node_config", lambda *given: replace(read_node_config(*given), pins=tmp_path)
+        "ssfl_app.client_node.read_node_config", lambda *given: replace(read_node_config(*given), pins=tmp_path)
     )
     assert "answers masked only" in ask_again(played, where, message)
     with pytest.raises(PayloadError, match=r"threshold is 0\.5"):

@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Context, RecordDict
 from PIL import Image
 
-from ssfl_app import client_app, server_app
+from ssfl_app import client_node, server_app
 from ssfl_app.cli.main import main
 from ssfl_app.comm.node_config import read_node_config
 from ssfl_app.comm.payload import ClientState
@@ -454,7 +454,7 @@ def test_a_token_that_is_no_token_never_becomes_a_path(tmp_path: Path, bad: str)
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
     place = read_node_config({"partition-id": 0, "state-path": str(tmp_path / "state")}, "shared")
     with pytest.raises(PayloadError, match=r"run is .*; it is 16 hex digits"):
-        client_app.memory_of(context, place, 0, {"run": bad})
+        client_node.memory_of(context, place, 0, {"run": bad})
     assert list(tmp_path.glob("**/client*")) == []
 
 

@@ -1,0 +1,124 @@
+"""Secure aggregation on five SuperNodes, one of which is killed in each of the two exchanges of a round."""
+
+import os
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.drills.faults import finished, told
+from benchmarks.drills.field import KEYS, Field, Run, federation, until
+from ssfl_app.config import merge
+from ssfl_app.sparsity.layout import state_digest
+from ssfl_app.testing.grid import answer_error, play
+
+SUPERNODES = 5
+FIRST, SECOND, SLOW = "node-1", "node-2", "node-0"
+TIMEOUT, TURNS = 300.0, 2
+RUN = KEYS | {"run.clients": SUPERNODES, "run.cohort": SUPERNODES, "run.rounds": 5, "run.evaluate-every": 5}
+RUN |= {"run.round-timeout": TIMEOUT, "run.join-timeout": TIMEOUT}
+MASKED = {"privacy.secure-aggregation": True}
+CLEAR = {"wire.up-values": "fixed32", "ssfl.score-values": "fixed32"}
+"""The run without masks that has the bits of a masked one."""
+
+
+def killed_in_each_exchange(work: Path) -> dict[str, Any]:
+    """Kill a SuperNode before it uploads masked values, and later one that did, before it helps to unmask the sum.
+
+    Returns
+    -------
+    dict
+        A row of the table. `same_bits` compares with the run in one process, in the clear, that loses the same
+        replies of training.
+    """
+    with federation(work, SUPERNODES) as place:
+        run = place.start(work / "run", **RUN, **MASKED)
+        run.wait_for("discovery")
+        place.client_app(FIRST)
+        place.kill(FIRST)
+        until("all nodes answer again", lambda: _whole(run))
+        sent = place.log(SECOND).count("Sent successfully")
+        slow = place.client_app(SLOW)
+        until(f"{SECOND} has uploaded", lambda: _held(slow, place.log(SECOND).count("Sent successfully") > sent))
+        place.kill(SECOND)
+        ends = finished(run)
+    clear = state_digest(*_clear(run))
+    result = told(run, "", ends, {"model_sha256": clear}, TIMEOUT)
+    notes = [
+        (record["round"], client, why) for record in run.records for client, why in record.get("notes", {}).items()
+    ]
+    return asdict(result) | {
+        "what": "A SuperNode and its processes are killed (-9) before it uploads masked values; in a later round, "
+        "another one after it did, before it helps to unmask the sum.",
+        "waited_too_long": result.waited_too_long,
+        "rounds": len(run.records) - 1,
+        "not_unmasking": [f"round {round_}, client {client}: {why}" for round_, client, why in notes],
+    }
+
+
+def seconds_a_round(work: Path) -> dict[str, Any]:
+    """Play runs in the clear and under secure aggregation in turns; return seconds of their rounds, and medians.
+
+    `cpu` is what a node's processes computed for a round, a run's part in greeting, mask and tests in it: where other
+    work on the machine makes rounds slow it says more than a clock.
+    """
+    kinds = {"clear": CLEAR, "masked": MASKED}
+    rounds, cpu = ({kind: list[float]() for kind in kinds} for _ in range(2))
+    loads = []
+    with federation(work, SUPERNODES) as place:
+        for turn in range(TURNS):
+            for kind, keys in kinds.items():
+                loads.append(os.getloadavg()[0])
+                before = _computed(place)
+                run = place.start(work / f"{kind}-{turn}", **RUN, **keys)
+                code, errors = run.end()
+                if code:
+                    raise RuntimeError(errors)
+                computed = (_computed(place) - before) / SUPERNODES / RUN["run.rounds"]
+                cpu[kind].append(round(computed, 2))
+                # Not those in which clients are tested as well.
+                rounds[kind] += [record["seconds"] for record in run.records[1:-1]]
+    medians = {kind: statistics.median(each) for kind, each in rounds.items()}
+    return {
+        "median": medians,
+        "more": medians["masked"] - medians["clear"],
+        "rounds": rounds,
+        "cpu": cpu,
+        "load": loads,
+    }
+
+
+def _computed(place: Field) -> float:
+    """Return the seconds of CPU of all processes of the nodes since these were started."""
+    nodes = [place.service(node.name) for node in place.federation.nodes]
+    return sum(sum(p.cpu_times()[:4]) for node in nodes for p in [node, *node.children(recursive=True)])
+
+
+def _held(process: psutil.Process, enough: bool) -> bool:
+    """Let a process hardly go on, so that the exchange waits for it; it tells Flower that it lives."""
+    if not enough:
+        process.suspend()
+        time.sleep(5)
+        process.resume()
+        time.sleep(0.3)
+    return enough
+
+
+def _whole(run: Run) -> bool:
+    """Return whether the last round was one with all clients, after one without some."""
+    records = [record for record in run.records if record["round"]]
+    return any(record["lost"] for record in records) and not records[-1]["lost"]
+
+
+def _clear(run: Run) -> tuple[Any, Any]:
+    """Play the same run in this process, in the clear, with the same replies lost; return its layout and model."""
+    lost = {
+        ("train", record["round"], int(client)): answer_error(3)
+        for record in run.records
+        for client in record["lost"]
+    }
+    played = play(merge({"strategy": "ssfl", **RUN, **CLEAR}), faults=lost)
+    return played.layout, played.strategy.model()
