@@ -195,6 +195,21 @@ def test_the_server_sees_no_values_and_no_metrics_of_a_node() -> None:
         assert set(masked[where]) == {"arrays", "facts"}
 
 
+def test_nodes_with_one_public_key_are_refused_by_name_before_the_mask_is_found() -> None:
+    def copied(grid: ForeignGrid, message: Message) -> Message:
+        reply = grid.work(message)
+        arrays: Any = reply.content["arrays"]
+        array = arrays["key"]
+        arrays["key"] = Array(array.dtype, array.shape, array.stype, bytes(32))
+        return reply
+
+    secure, _, _ = summed(True, {("keys", 0, node): copied for node in (1, 4)}, threshold=0.5, rounds=0)
+    assert secure.history[0]["refused"]["1001"] == "has the public key of node 1004; each node makes its own"
+    assert "node 1001" in secure.history[0]["refused"]["1004"]
+    with pytest.raises(RunFailed, match=r"2 of 4 nodes told a key; .* has the public key of node 100\d"):
+        summed(True, {("keys", 0, node): copied for node in (1, 3)}, nodes=4, rounds=0)
+
+
 def test_clipped_values_are_told_as_a_sum() -> None:
     clear, secure = both(update_range=2.0**-9)
     assert secure.history[1]["clipped"] == clear.history[1]["clipped"] > 0
