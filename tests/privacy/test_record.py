@@ -174,15 +174,15 @@ def state(request, tmp_path):
 
 def test_a_client_remembers_its_ledger_whatever_the_server_says_of_rounds(state):
     assert state().ledger() == {}
-    state().write_ledger({"begun": 2, "noise": 1.5})
+    state().change_ledger(lambda held: held | {"begun": 2, "noise": 1.5})
     state().load(0)  # "none of your answers was taken"
     assert state().ledger() == {"begun": 2, "noise": 1.5}
 
 
 def test_a_damaged_ledger_ends_the_answers(tmp_path):
     make = functools.partial(ClientState, Context(0, 0, {}, RecordDict(), {}), 3, tmp_path)
-    make().write_ledger({"begun": 2, "noise": 1.5})
-    (file,) = (tmp_path / "client-00003").iterdir()
+    make().change_ledger(lambda held: {"begun": 2, "noise": 1.5})
+    (file,) = (tmp_path / "client-00003").glob("[!.]*")
     file.write_bytes(file.read_bytes().replace(b"2", b"1"))
     with pytest.raises(PayloadError, match="ledger of this client's privacy budget is damaged"):
         make().ledger()
