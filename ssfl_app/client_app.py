@@ -118,12 +118,15 @@ def answered(algorithm: ClientAlgorithm, question: object, payload: Payload) -> 
     return algorithm.answer_query(str(question), payload)
 
 
-def check_pinned(privacy: PrivacyOptions) -> None:
-    """Raise PayloadError if options undo what pins are for: protection against a server that lies."""
-    if not privacy.secure_aggregation:
-        rule = "this node was started with --pin and answers masked only"
+def check_policy(place: NodeConfig, privacy: PrivacyOptions) -> None:
+    """Raise PayloadError if the options of a run are not what a node's people demand of one.
+
+    With pins also what undoes them: protection against a server that lies.
+    """
+    if place.masked_by and not privacy.secure_aggregation:
+        rule = f"this node was started with {place.masked_by} and answers masked only"
         raise PayloadError(f"privacy.secure-aggregation is false; {rule}")
-    if privacy.threshold < 2 / 3 - 1e-9:
+    if place.pins is not None and privacy.threshold < 2 / 3 - 1e-9:
         rule = "this node was started with --pin and answers at 2/3 or above"
         raise PayloadError(f"privacy.threshold is {privacy.threshold:g}; {rule}")
 
@@ -224,8 +227,7 @@ def _answer(message: Message, context: Context) -> Message:
     if runtime.trainer.device.type == "cpu":
         keep_heap()
     level = runtime.config.settings.privacy.level
-    if place.pins is not None:
-        check_pinned(runtime.config.settings.privacy)
+    check_policy(place, runtime.config.settings.privacy)
     if level == "record" and not place.simulated and place.state_path is None:
         raise PayloadError(
             f"privacy.level is {level!r}; this node has no state-path, and would forget at a restart what it spent"
@@ -284,7 +286,7 @@ def identity(context: Context, place: NodeConfig) -> Identity:
                 "state-path is missing in --node-config; with privacy.secure-aggregation a node keeps its key there"
             )
         pins = frozenset[str]() if place.pins is None else read_pins(place.pins)
-        return Identity(load_or_make(place.state_path / KEY_FILE), pins)
+        return Identity(load_or_make(place.state_path / KEY_FILE), pins, place.least_clients)
     held: Any = context.state.get(_KEY)
     if held is None:
         keys = KeyPair.new()
