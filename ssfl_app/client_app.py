@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
-from ssfl_app.client_node import UNMASK, check_pinned, client_number, guarded, identity, memory_of, place_of, unmask
+from ssfl_app.client_node import UNMASK, check_policy, client_number, guarded, identity, memory_of, place_of, unmask
 from ssfl_app.comm.handshake import KEY
 from ssfl_app.comm.payload import ClientState, Metadata, Payload, PayloadEncoder, decode_arrays, decode_metadata
 from ssfl_app.core.client import ClientAlgorithm, Need
@@ -166,8 +166,7 @@ def _answer(message: Message, context: Context) -> Message:
     if runtime.trainer.device.type == "cpu":
         keep_heap()
     level = runtime.config.settings.privacy.level
-    if place.pins is not None:
-        check_pinned(runtime.config.settings.privacy)
+    check_policy(place, runtime.config.settings.privacy)
     if level == "record" and not place.simulated and place.state_path is None:
         raise PayloadError(
             f"privacy.level is {level!r}; this node has no state-path, and would forget at a restart what it spent"

@@ -73,8 +73,7 @@ def _unmask(message: Message, context: Context) -> Message:
         place_of(context),
         build(PrivacyOptions, "privacy", keys),
     )
-    if place.pins is not None:
-        check_pinned(privacy)
+    check_policy(place, privacy)
     number = client_number(place, payload.metadata)
     memory = memory_of(context, place, number, payload.metadata)
     me = functools.partial(identity, context, place)
@@ -108,12 +107,15 @@ def public(error: Exception, node_config: Mapping[str, object]) -> str:
     return f"{kind.__name__}: {text}"
 
 
-def check_pinned(privacy: PrivacyOptions) -> None:
-    """Raise PayloadError if options undo what pins are for: protection against a server that lies."""
-    if not privacy.secure_aggregation:
-        rule = "this node was started with --pin and answers masked only"
+def check_policy(place: NodeConfig, privacy: PrivacyOptions) -> None:
+    """Raise PayloadError if the options of a run are not what a node's people demand of one.
+
+    With pins also what undoes them: protection against a server that lies.
+    """
+    if place.masked_by and not privacy.secure_aggregation:
+        rule = f"this node was started with {place.masked_by} and answers masked only"
         raise PayloadError(f"privacy.secure-aggregation is false; {rule}")
-    if privacy.threshold < 2 / 3 - 1e-9:
+    if place.pins is not None and privacy.threshold < 2 / 3 - 1e-9:
         rule = "this node was started with --pin and answers at 2/3 or above"
         raise PayloadError(f"privacy.threshold is {privacy.threshold:g}; {rule}")
 
@@ -165,7 +167,7 @@ def identity(context: Context, place: NodeConfig) -> Identity:
                 "state-path is missing in --node-config; with privacy.secure-aggregation a node keeps its key there"
             )
         pins = frozenset[str]() if place.pins is None else read_pins(place.pins)
-        return Identity(load_or_make(place.state_path / KEY_FILE), pins)
+        return Identity(load_or_make(place.state_path / KEY_FILE), pins, place.least_clients)
     held: Any = context.state.get(_KEY)
     if held is None:
         keys = KeyPair.new()

@@ -1,7 +1,9 @@
 """Whether what ``ssfl`` and `ssfl_app.run` need is installed: a Flower project that plugs SSFL in needs less."""
 
+import importlib
 from collections.abc import Iterable, Iterator
 from importlib import metadata
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -29,3 +31,14 @@ def check_installed() -> None:
             raise ConfigError(f'{", ".join(missing)} not installed: pip install "ssfl-app[app]"')
     except metadata.PackageNotFoundError:
         return
+
+
+def needed(module: str) -> Any:
+    """Return a module of the extra ``privacy``; ConfigError if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0].replace("_", "-")
+        raise ConfigError(
+            f"privacy.level is not 'none'; {library} is not installed here: pip install \"ssfl-app[privacy]\""
+        ) from error

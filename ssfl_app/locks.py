@@ -91,6 +91,19 @@ def locked(path: Path) -> Iterator[None]:
         file.close()
 
 
+@contextmanager
+def alone_with(path: Path) -> Iterator[None]:
+    """Let nobody else be in here with the same file, which need not exist: whoever comes later waits.
+
+    For a file that is read and then written by what was in it. The lock is a file of its own beside it, since the
+    other one is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with append(path.with_name(f".{path.name}.lock")) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def exit_with_parent() -> None:
     """End this simulation and its SuperLink as soon as the launcher is gone; do nothing if there was none.
 

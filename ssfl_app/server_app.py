@@ -134,12 +134,12 @@ def privacy_ledger(config: Config, folder: Path) -> Ledger | None:
         Budget, noise and rounds do not fit; of a run that goes on, the ledger is missing, damaged or another's.
     """
     settings = config.settings
-    run, privacy, scoring = settings.run, settings.privacy, settings.sections.get("ssfl")
+    run, privacy = settings.run, settings.privacy
     if privacy.level != "client":
         return None
     share = run.cohort / run.clients
-    asks = scoring is not None and scoring.discovery == "private-densities" and config.strategy == "ssfl"
-    plan = Plan(run.rounds, share, privacy.discovery_multiplier if asks else 0.0)
+    searches = REGISTRY[config.strategy].private_discoveries(settings)
+    plan = Plan(run.rounds, share, privacy.discovery_multiplier if searches else 0.0, max(1, searches))
     fewest = LEAST_NEIGHBOURS + 1
     failure = failure_chance(run.clients, share, fewest, run.rounds) if privacy.secure_aggregation else 0.0
     make = Ledger.resume if run.resume and (folder / "config.toml").exists() else Ledger.start

@@ -17,6 +17,7 @@ from ssfl_app.comm.handshake import KEY, Handshake, HandshakePoller
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.data.summary import DataSummary, read_data_summary
 from ssfl_app.locks import RunFailed
+from ssfl_app.privacy.keys import KEY_FILE
 
 Claim = int | str
 """What no two nodes may claim: a client's number, or the name of a site."""
@@ -146,12 +147,16 @@ class ClientRegistry:
         """Return who holds each place, and which nodes hold none and why: the first one of those that are there."""
         met: dict[Claim, Handshake] = {}
         aside: dict[int, str] = {}
+        owners: dict[object, Handshake] = {}  # of public keys
         for handshake in sorted(heard.values(), key=lambda each: each.node not in there):  # stable: else as they came
             if handshake.number is not None and handshake.number >= self._clients:
                 aside[handshake.node] = f"{_claim(handshake)}, run.clients is {self._clients}"
             elif (holder := met.setdefault(handshake.place, handshake)) is not handshake:
                 key = "name" if handshake.name else "partition-id"
                 aside[handshake.node] = f"{_claim(handshake)}, which node {holder.node} is; each needs its own {key}"
+            elif (twin := owners.setdefault(handshake.metadata.get(KEY, handshake.node), handshake)) is not handshake:
+                del met[handshake.place]
+                aside[handshake.node] = f"{_claim(handshake)}, {_same_key(twin.place, twin.node)}"
         # Not those who came first: chance would say which ones take part. Nor do strangers crowd registered ones out.
         names = sorted((place for place in met if isinstance(place, str)), key=lambda name: (name not in bound, name))
         for name in names[self._clients :]:
@@ -261,6 +266,10 @@ class ClientRegistry:
         for key in ("code", "classes", "shape"):
             if handshake.metadata.get(key) != self._metadata[client].get(key):
                 return f"{claim}, with another {key} than before"
+        key = handshake.metadata.get(KEY)
+        for other, metadata in self._metadata.items():
+            if key is not None and other != client and metadata.get(KEY) == key:
+                return f"{claim}, {_same_key(self._place(other), self.nodes[other])}"
         self.nodes[client], self._metadata[client] = handshake.node, handshake.metadata
         return None
 
@@ -271,6 +280,13 @@ def _called(place: Claim) -> str:
 
 def _claim(handshake: Handshake) -> str:
     return f"says that it is {_called(handshake.place)}"
+
+
+def _same_key(place: Claim, node: int) -> str:
+    # As where a machine was copied. What one masks, the other can take off.
+    return (
+        f"with the masking key of node {node}, which is {_called(place)}: remove {KEY_FILE} at one, it makes another"
+    )
 
 
 def _listed(words: Iterable[str], between: str = ", ") -> str:

@@ -60,6 +60,32 @@ class Reply(Payload):
 
 
 @dataclass(frozen=True)
+class Further:
+    """A question to clients whose answers in an exchange are in.
+
+    Attributes
+    ----------
+    question : str
+    round_ : int
+    payloads : dict of int to Payload
+        What each client is asked.
+    allowed : dict
+        Arrays that an answer may have.
+    check : callable
+        check(client, payload) raises PayloadError on an answer that `take` must not see.
+    take : callable
+        Gets each good answer.
+    """
+
+    question: str
+    round_: int
+    payloads: Mapping[int, Payload]
+    allowed: Allowed
+    check: Check
+    take: Callable[[Reply], None]
+
+
+@dataclass(frozen=True)
 class PendingMessage:
     """What was written to a client, and what may be sent after: attachments by the name a client asks for them.
 
@@ -155,6 +181,16 @@ class Messenger:
             for client, why in {**self.report.lost, **self.report.refused}.items():
                 before.notes[client] = f"its answer counts, and it did not help to unmask the sum: {why}"
             self.report = before
+
+    def ask_more(self, further: Further) -> None:
+        """Ask clients whose answers in this exchange are in: a second exchange, which belongs to it (`aside`)."""
+        assert self._grid is not None
+        with self.aside():
+            self._ask(self._grid, further)
+
+    def _ask(self, grid: Grid, further: Further) -> None:
+        """Ask, and hand on each good answer."""
+        raise NotImplementedError
 
     def _push(self, exchange: MessageExchange, messages: dict[int, Message]) -> None:
         for client, message in messages.items():
@@ -308,22 +344,11 @@ class ClientMessenger(Messenger):
         if share is not None:
             self.report.require(share, what)
 
-    def ask_more(
-        self,
-        question: str,
-        round_: int,
-        payloads: Mapping[int, Payload],
-        allowed: Allowed,
-        check: Check,
-        take: Callable[[Reply], None],
-    ) -> None:
-        """Ask clients whose answers in this exchange are in: a second exchange, which belongs to it (`aside`)."""
-        assert self._grid is not None
-        with self.aside():
-            outgoing = ((client, payload, None) for client, payload in payloads.items())
-            messages = self.build_messages(f"query.{question}", round_, outgoing, {})
-            replies = self.exchange(self._grid, messages, 0)
-            self.receive(replies, allowed, check, take, None, f"the question {question!r}")
+    def _ask(self, grid: Grid, further: Further) -> None:
+        outgoing = ((client, payload, None) for client, payload in further.payloads.items())
+        messages = self.build_messages(f"query.{further.question}", further.round_, outgoing, {})
+        replies, what = self.exchange(grid, messages, 0), f"the question {further.question!r}"
+        self.receive(replies, further.allowed, further.check, further.take, None, what)
 
     def _read(self, allowed: Allowed, check: Check, client: int, message: Message) -> Reply:
         payload, pending = self._opened(client, message, allowed), self._pending[client]

@@ -7,6 +7,8 @@
 | ``state-path='/var/lib/ssfl'`` | with either: masks and personal models are files below it and survive a restart |
 | ``least-batch=64`` | with either: images that an answer of scores, gradients or a model is made of; else 32 |
 | ``pins='/etc/ssfl/pins'`` | with either: fingerprints of the only nodes that it masks its answers together with |
+| ``secure-only=true`` | with either: it takes part in runs with secure aggregation only |
+| ``least-clients=20`` | with either: likewise, and in sums of so many clients at least |
 | ``server-data-path=true`` | with the first: a shared set may be read where ``data.path`` of the run says |
 
 Loss and accuracy on the test images leave the node whatever ``least-batch`` is; so do the counts of the handshake.
@@ -51,6 +53,8 @@ _KEYS = (
     "least-batch",
     "server-data-path",
     "pins",
+    "secure-only",
+    "least-clients",
 )
 _START = {
     "shared": '--node-config "partition-id=0", each its own number',
@@ -65,7 +69,8 @@ class NodeConfig:
     `number` is None for a site with data of its own, which the server gives its number; `name` is "" for others.
     `data_path` is "" if nobody said it here; without a `state_path` the client keeps things in Flower's state.
     `simulated`: it is no real node, and client and server are processes of one user. `least_batch` is of scores,
-    squared gradients, judgements of peers' models and trained models.
+    squared gradients, judgements of peers' models and trained models. Below `least_clients`, asked
+    or in it, it has no part in a sum.
     """
 
     number: int | None
@@ -76,6 +81,14 @@ class NodeConfig:
     least_batch: int
     server_data_path: bool
     pins: Path | None = None
+    secure_only: bool = False
+    least_clients: int = 0
+
+    @property
+    def masked_by(self) -> str:
+        """The option by which it takes part in runs with secure aggregation only; "": it takes part in others."""
+        given = {"--pin": self.pins, "--secure-only": self.secure_only, "--least-clients": self.least_clients}
+        return next((option for option, value in given.items() if value), "")
 
     def in_its_words(self, error: ConfigError) -> ConfigError:
         """Return an error about the data with the key that this node was started with."""
@@ -143,12 +156,18 @@ def read_node_config(node_config: Mapping[str, object], where: str) -> NodeConfi
     name = check_name(node_config["name"], "name", " in --node-config") if where == "sites" else ""
     alone = simulated(node_config)
     least = 1 if alone else _whole(node_config.get("least-batch", LEAST_BATCH), "least-batch", 1)
-    obeys = node_config.get("server-data-path", False)
-    if type(obeys) is not bool:
-        raise ConfigError(f"server-data-path is {obeys!r} in --node-config; it is true or false")
+    obeys, secure = _flag(node_config, "server-data-path"), _flag(node_config, "secure-only")
+    fewest = _whole(node_config.get("least-clients", 0), "least-clients", 0)
     pins = _folder(node_config, "pins")
     paths = Path(state) if state else None, Path(pins) if pins else None
-    return NodeConfig(number, name, data, paths[0], alone, least, obeys, paths[1])
+    return NodeConfig(number, name, data, paths[0], alone, least, obeys, paths[1], secure, fewest)
+
+
+def _flag(node_config: Mapping[str, object], key: str) -> bool:
+    value = node_config.get(key, False)
+    if type(value) is not bool:
+        raise ConfigError(f"{key} is {value!r} in --node-config; it is true or false")
+    return value
 
 
 def _whole(value: object, key: str, least: int) -> int:

@@ -9,6 +9,7 @@ Bytes of type uint8, bitmaps above all, can travel deflated: their layers have d
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from ssfl_app.comm.client_files import Files, MaskFile, client_state_errors, content_of
 from ssfl_app.files import write_bytes
+from ssfl_app.locks import alone_with
 from ssfl_app.seal import Damaged, read_sealed, sealed, unsealed, write_sealed
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
 from ssfl_app.text import in_a_line, quoted
 
 MetadataValue = bool | int | float | str | bytes
 Metadata = dict[str, MetadataValue]
+Facts = dict[str, int | float]
 
 SERIAL_TYPE, DEFLATED = "ssfl.raw.v1", "ssfl.zlib.v1"
 _DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "<u4", "u1", "i1", "<i4", "<i8")}
@@ -261,8 +264,8 @@ class ClientState:
         self._state[_MEMORY] = ConfigRecord({"digest": digest, "mask": bitmap.tobytes()})
 
     @client_state_errors()
-    def ledger(self) -> dict[str, int | float]:
-        """Return what was written last by `write_ledger`, or {}: unlike personal state it knows no going back.
+    def ledger(self) -> Facts:
+        """Return what was written last by `change_ledger`, or {}: unlike personal state it knows no going back.
 
         Raises
         ------
@@ -272,9 +275,12 @@ class ClientState:
         return self._ledger.read()
 
     @client_state_errors()
-    def write_ledger(self, ledger: dict[str, int | float]) -> None:
-        """Keep what was spent of the privacy budget; it is on the disk, if there is a folder, when this returns."""
-        self._ledger.write(ledger)
+    def change_ledger(self, change: Callable[[Facts], Facts]) -> Facts:
+        """Keep and return what `change` makes of what was spent of the privacy budget.
+
+        It is on the disk, if there is a folder, when this returns; another process changes it before or after.
+        """
+        return self._ledger.change(change)
 
     @client_state_errors()
     def load(self, since: int) -> Arrays | None:
@@ -319,11 +325,13 @@ class ClientState:
         PayloadError
             It is not later than the last one: a second answer would tell the server what the first one hides.
         """
-        held = self._exchanges.read()
-        if exchange <= int(held.get(what, 0)):
-            raise PayloadError(f"exchange is {exchange}; this client has {what} that of {held[what]} already")
-        held[what] = exchange
-        self._exchanges.write(held)
+
+        def advanced(held: Facts) -> Facts:
+            if exchange <= int(held.get(what, 0)):
+                raise PayloadError(f"exchange is {exchange}; this client has {what} that of {held[what]} already")
+            return held | {what: exchange}
+
+        self._exchanges.change(advanced)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:  # a client may load its state more than once for one message
@@ -344,7 +352,7 @@ class _Facts:
     def __init__(self, state: RecordDict, name: str, path: Path | None) -> None:
         self._state, self._name, self._path = state, name, path
 
-    def read(self) -> dict[str, int | float]:
+    def read(self) -> Facts:
         held = self._state.get(self._name)
         if self._path is None:
             return dict(held) if isinstance(held, ConfigRecord) else {}  # type: ignore[arg-type]
@@ -356,11 +364,16 @@ class _Facts:
             what = "the ledger of this client's privacy budget" if self._name == _LEDGER else "what it has masked"
             raise PayloadError(f"{what} is damaged; it answers no more") from error
 
-    def write(self, facts: dict[str, int | float]) -> None:
+    def change(self, change: Callable[[Facts], Facts]) -> Facts:
+        """Write and return what `change` makes of the facts; no other process writes in between."""
         if self._path is None:
+            facts = change(self.read())
             self._state[self._name] = ConfigRecord(dict(facts))
-        else:
+            return facts
+        with alone_with(self._path):
+            facts = change(self.read())
             write_sealed(self._path, facts, {})
+        return facts
 
 
 class _Records:

@@ -271,8 +271,8 @@ class ClientAlgorithm:
         """
         options, local, memory = self.settings.privacy, self.settings.local, self.context.memory
         sampling = record.Sampling.of(images, local.batch_size, local.epochs if epochs is None else epochs)
-        ledger = record.begun(memory.ledger(), options, sampling, self.settings.run.rounds)
-        memory.write_ledger(ledger)
+        rounds = self.settings.run.rounds
+        ledger = memory.change_ledger(lambda held: record.begun(held, options, sampling, rounds))
         noise = record.secret_generator(self.context.trainer.device)
         choice = record.secret_generator(torch.device("cpu"))
         return record.PrivateSteps(options.clip, ledger["noise"], sampling, noise, choice)

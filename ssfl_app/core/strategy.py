@@ -187,6 +187,14 @@ class SparseStrategy(OwnStart):
         check_sums(self)
 
     @classmethod
+    def private_discoveries(cls, settings: Settings) -> int:
+        """Return how many searches for the mask the budget of privacy.level "client" pays for. Default: none.
+
+        A strategy whose `Summation` of a question has a `Release` begins that many "discovery" in its ledger.
+        """
+        return 0
+
+    @classmethod
     def sections(cls) -> dict[str, type[Section]]:
         """Return the options that either half reads, beside those of all strategies, by their section's name."""
         scopes = [vars(base) for half in (cls, cls.client) for base in half.__mro__]

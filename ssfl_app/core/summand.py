@@ -44,10 +44,26 @@ long, nothing stands beside it, and each client adds a share of the noise, of NO
 
 @dataclass(frozen=True)
 class Identity:
-    """What a client has to mask with: its keys, and fingerprints of those that it masks together with; none: any."""
+    """What a client masks with, and whom.
+
+    Attributes
+    ----------
+    keys : KeyPair
+    pins : frozenset of str
+        Fingerprints of those that it masks together with; none: any.
+    least : int
+        Clients of a sum, at least.
+    """
 
     keys: KeyPair
     pins: frozenset[str] = frozenset()
+    least: int = 0
+
+    def check(self, clients: int, what: str) -> None:
+        """Raise PayloadError if a sum has fewer clients than are demanded here."""
+        if clients < self.least:
+            rule = f"this node was started with --least-clients {self.least}"
+            raise PayloadError(f"{what} {clients} clients; {rule}")
 
 
 def about_bytes(token: str, exchange: int, about: str, threshold: float) -> bytes:
@@ -186,6 +202,8 @@ class SummandWriter:
         if not self._secure or self._memory.reached("masked") < exchange:
             raise PayloadError(f"{EXCHANGE} is {exchange}; this client sent no masked answer in it")
         masker = self._masker(payload, np.zeros(0, dtype=np.uint32))
+        uploaded = read_array(payload.arrays, "uploaded", np.uint32, None)
+        self._identity().check(np.unique(uploaded).size, "the sum is of")
         self._memory.advance("unmasked", exchange)
         return Payload(masker.unmask(payload.arrays), {"samples": 0})
 
@@ -204,6 +222,7 @@ class SummandWriter:
         bound = about_bytes(str(payload.metadata.get(RUN, "")), exchange, about, self._threshold)
         peers = read_peers(read_array(payload.arrays, PEERS, np.uint8, None))
         self._check(peers, identity.pins)
+        identity.check(len(peers) + 1, "the exchange is of")
         return Masker(identity.keys, self._number, peers, bound, self._threshold, summand.dtype)
 
     def _check(self, peers: tuple[Peer, ...], pins: frozenset[str]) -> None:

@@ -6,7 +6,7 @@ by a second exchange (`ssfl_app.privacy.masking` has the protocol). Both sums ha
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Protocol
@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.comm.messenger import Check, ClientMessenger, Reply
+from ssfl_app.comm.messenger import ClientMessenger, Further, Reply
 from ssfl_app.comm.payload import Metadata, Payload
 from ssfl_app.core.client import ClientAlgorithm
 from ssfl_app.core.options import Settings
@@ -229,15 +229,7 @@ class SumMessenger(Protocol):
         """Return the number of a new exchange."""
         ...
 
-    def ask_more(
-        self,
-        question: str,
-        round_: int,
-        payloads: Mapping[int, Payload],
-        allowed: Allowed,
-        check: Check,
-        take: Callable[[Reply], None],
-    ) -> None:
+    def ask_more(self, further: Further) -> None:
         """Ask clients whose answers are in for more."""
         ...
 
@@ -343,7 +335,7 @@ class SecureSum:
         def take(reply: Reply) -> None:
             masked.answer(reply.client, reply.arrays)
 
-        self._messenger.ask_more("unmask", self._round, payloads, allowed(self._most), check, take)
+        self._messenger.ask_more(Further("unmask", self._round, payloads, allowed(self._most), check, take))
         return masked.total()
 
 

@@ -63,7 +63,15 @@ def front_service(federation: Federation, bind: str) -> Service:
     return Service("front", [*command, "--bind", bind], home, environment(home / "flwr"), home / "front.log")
 
 
-def node_service(home: Path, superlink: str, config: str, port: int, pins: Path | None = None) -> Service:
+def node_service(
+    home: Path,
+    superlink: str,
+    config: str,
+    port: int,
+    pins: Path | None = None,
+    secure_only: bool = False,
+    least_clients: int = 0,
+) -> Service:
     """Return a SuperNode whose credentials lie in `home`; the key that it masks its answers with is made.
 
     `superlink` is HOST:PORT, and its certificate must name that host; `config` is Flower's ``--node-config``, which
@@ -90,6 +98,7 @@ def node_service(home: Path, superlink: str, config: str, port: int, pins: Path 
     if pins is not None:
         read_pins(pins)  # before it is needed
         config = f"{config} pins='{pins}'"
+    config += " secure-only=true" * secure_only + f" least-clients={least_clients}" * bool(least_clients)
     command = ["flower-supernode", "--superlink", superlink, "--root-certificates", str(home / "ca.crt")]
     command += ["--auth-supernode-private-key", str(home / "key"), "--node-config", config]
     command += ["--host", "127.0.0.1", "--port", str(port)]

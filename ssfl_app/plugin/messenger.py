@@ -15,7 +15,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 
 from ssfl_app.comm.exchange import MOST_NAMED, ExchangeReport
-from ssfl_app.comm.messenger import Check, Messenger, PendingMessage, Reply
+from ssfl_app.comm.messenger import Further, Messenger, PendingMessage, Reply
 from ssfl_app.comm.payload import SERIAL_TYPE, Metadata, Payload, shared_buffers
 from ssfl_app.locks import RunFailed
 from ssfl_app.plugin.checked_reply import CheckedReply, metrics_of, weight_of
@@ -159,10 +159,17 @@ class NodeMessenger(Messenger):
             read_array(payload.arrays, KEY, np.uint8, KEY_BYTES)
 
         if new:
-            self._ask(grid, "keys", round_, new, {KEY: (np.uint8, KEY_BYTES)}, check, take)
+            self._ask(grid, Further("keys", round_, new, {KEY: (np.uint8, KEY_BYTES)}, check, take))
             self._asked_for_keys = self.report
             for node, why in self.report.refused.items():
                 self.report.refused[node] = f"told no public key; it needs the sparse_mod of this version ({why})"
+            # Not the later one alone: chance would say who takes part.
+            twins = {node: self._twins(node) for node in new if node in self.keys}
+            for node, others in twins.items():
+                if others:
+                    named = ", ".join(map(str, others))
+                    self.report.refuse(node, f"has the public key of node {named}; each node makes its own")
+            self._doubt()
         known = [node for node in asked if node in self.keys]
         if len(known) < LEAST_NODES:
             bad = {**self.report.lost, **self.report.refused} if new else {}
@@ -171,46 +178,26 @@ class NodeMessenger(Messenger):
             raise RunFailed(f"{few} ({why})" if why else few)
         return known
 
-    def ask_more(
-        self,
-        question: str,
-        round_: int,
-        payloads: Mapping[int, Payload],
-        allowed: Allowed,
-        check: Check,
-        take: Callable[[Reply], None],
-    ) -> None:
-        """Ask nodes whose answers in this exchange are in: a second exchange, which belongs to it (`aside`)."""
-        assert self._grid is not None
-        with self.aside():
-            self._ask(self._grid, question, round_, payloads, allowed, check, take)
+    def _twins(self, node: int) -> list[int]:
+        return sorted(other for other, key in self.keys.items() if other != node and key == self.keys[node])
 
-    def _ask(
-        self,
-        grid: Grid,
-        question: str,
-        round_: int,
-        payloads: Mapping[int, Payload],
-        allowed: Allowed,
-        check: Check,
-        take: Callable[[Reply], None],
-    ) -> None:
+    def _ask(self, grid: Grid, further: Further) -> None:
         """Ask what the mod answers by itself: no function of the user's runs."""
         self._forget()
-        told: Metadata = {"ssfl": question, "round": round_, "weight-key": self._weight_key}
-        for node, payload in payloads.items():
+        told: Metadata = {"ssfl": further.question, "round": further.round_, "weight-key": self._weight_key}
+        for node, payload in further.payloads.items():
             written = Payload(payload.arrays, {**payload.metadata, **told})
             self._pending[node] = PendingMessage("train", written, None, {})
 
         def read(node: int, message: Message) -> Reply:
-            payload = self._opened(node, message, allowed)
-            check(node, payload)
+            payload = self._opened(node, message, further.allowed)
+            further.check(node, payload)
             self.report.accept(node, {})
             return Reply(payload.arrays, payload.metadata, client=node, samples=0)
 
         messages = [self._message(node, ()) for node in self._pending]
         for message in super().exchange(grid, messages, 0):
-            self._receive(read, take, message)
+            self._receive(read, further.take, message)
         self._doubt()
 
     def _doubt(self) -> None:

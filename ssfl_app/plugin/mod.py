@@ -35,7 +35,7 @@ from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import Layout, Vector
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import Arrays, read_values, write_values
+from ssfl_app.sparsity.values import Arrays, PayloadError, read_values, write_values
 
 STATE = "ssfl-plugin"
 """Record of Flower's `Context.state` that holds a node's mask (packed), the spec and their digest."""
@@ -71,11 +71,16 @@ class SparseMod:
         What `saliency` tells: gradients g, scored as |g * w|, or scores, larger = keep.
     numpy_client : bool
         Serve an old-style ``ClientApp(client_fn=...)``.
+    secure_only : bool
+        Answer with values and scores masked only (``SSFL(secure_aggregation=True)``): training messages of any other
+        kind, those of other strategies too, are refused.
 
     Raises
     ------
     ValueError
         `returns` is none of the two.
+    PayloadError
+        By a call: `secure_only`, and the message asks for an answer in the clear.
     """
 
     def __init__(
@@ -84,10 +89,12 @@ class SparseMod:
         *,
         returns: Literal["gradients", "scores"] = "gradients",
         numpy_client: bool = False,
+        secure_only: bool = False,
     ) -> None:
         if returns not in ("gradients", "scores"):
             raise ValueError(f"returns is {returns!r}; it is gradients or scores")
         self._saliency, self._gradients, self._numpy = saliency, returns == "gradients", numpy_client
+        self._secure_only = secure_only
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Work on one message; errors of the user's function, and replies that do not fit, are raised."""
@@ -95,6 +102,8 @@ class SparseMod:
         ours = isinstance(metadata, ConfigRecord) and "ssfl" in metadata
         weight_key = str(metadata["weight-key"]) if ours else "num-examples"
         inner = as_message_api(call_next, weight_key) if self._numpy else call_next
+        if self._secure_only:
+            check_masked(message)
         if not ours:
             return inner(message, context)
         payload = decode_payload(message.content)
@@ -163,6 +172,17 @@ class SparseMod:
             arrays = write_values(scores, "fp32")
             answer |= {"samples": samples} if counted and samples is not None else {}
         return _answer(message, Payload({**arrays, **seen.written(spec)}, answer))
+
+
+def check_masked(message: Message) -> None:
+    """Raise PayloadError if a message has the client tell values or scores in the clear, whatever it is called."""
+    facts: Any = message.content.get("facts") or {}
+    verb = message.metadata.message_type.partition(".")[0]
+    kind = facts.get("ssfl", verb)
+    if kind in ("keys", "unmask") or kind == verb == "evaluate":
+        return
+    if kind not in ("train", "saliency") or not {"ssfl", UNIT, EXCHANGE} <= set(facts):
+        raise PayloadError("this node has SparseMod(secure_only=True) and answers masked only")
 
 
 def _work(

@@ -5,14 +5,14 @@ bits. `ssfl_app.core.sums` has the protocol; here nodes are numbered by rank, an
 not know, are added beside the values.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.comm.messenger import Check, Reply
+from ssfl_app.comm.messenger import Further, Reply
 from ssfl_app.comm.payload import Metadata, Payload
 from ssfl_app.core.summand import MOST, MOST_WEIGHT, RANGE, UNIT
 from ssfl_app.core.sums import ClearSum, SecureSum, SumMessenger
@@ -66,28 +66,21 @@ class _Numbered:
         """Return what a node is told in both exchanges beside what clients are."""
         return {NUMBER: number, THRESHOLD: self._threshold}
 
-    def ask_more(
-        self,
-        question: str,
-        round_: int,
-        payloads: Mapping[int, Payload],
-        allowed: Allowed,
-        check: Check,
-        take: Callable[[Reply], None],
-    ) -> None:
+    def ask_more(self, further: Further) -> None:
         """Ask the nodes with these numbers."""
         number_of = {node: number for number, node in enumerate(self._nodes)}
-        asked = {
+        payloads = {
             self._nodes[number]: Payload(payload.arrays, {**payload.metadata, **self.told(number)})
-            for number, payload in payloads.items()
+            for number, payload in further.payloads.items()
         }
 
-        def taken(reply: Reply) -> None:
-            take(replace(reply, client=number_of[reply.client]))
+        def check(node: int, payload: Payload) -> None:
+            further.check(number_of[node], payload)
 
-        self._messenger.ask_more(
-            question, round_, asked, allowed, lambda node, payload: check(number_of[node], payload), taken
-        )
+        def take(reply: Reply) -> None:
+            further.take(replace(reply, client=number_of[reply.client]))
+
+        self._messenger.ask_more(replace(further, payloads=payloads, check=check, take=take))
 
 
 class NodeSum:

@@ -1,21 +1,27 @@
 """How much privacy a run spends: epsilon of its releases, and the noise that keeps them within a budget.
 
-What is counted is differential privacy of clients under *add or remove one*: two federations are neighbours if one
-has a client more. A release is a sum to which each client adds a vector of Euclidean length at most C, plus Gaussian
-noise of standard deviation z C; z is the noise multiplier. Clients of a round are Poisson-sampled: each takes part
-with probability q, on its own. Releases are composed by their privacy loss distributions (Google's ``dp-accounting``;
-Koskela et al., "Computing tight differential privacy guarantees using FFT", AISTATS 2020; Doroshenko et al., "Connect
-the dots", PETS 2022), which is tight: what is told is above the true epsilon by rounding only, never below it.
+What is counted for a run (`Plan`) is differential privacy of clients under *add or remove one*: two federations are
+neighbours if one has a client more. A release is a sum to which each client adds a vector of Euclidean length at most
+C, plus Gaussian noise of standard deviation z C; z is the noise multiplier. Clients of a round are Poisson-sampled:
+each takes part with probability q, on its own. Releases are composed by their privacy loss distributions (Google's
+``dp-accounting``; Koskela et al., "Computing tight differential privacy guarantees using FFT", AISTATS 2020;
+Doroshenko et al., "Connect the dots", PETS 2022), which is tight: what is told is above the true epsilon by rounding
+only, never below it.
 
 Cohorts of a fixed size are not counted here. They need *replace one*, where the sum moves by up to 2 C;
 ``dp-accounting`` takes the noise by C there too, and tells too small an epsilon (google/differential-privacy 378).
+
+A site's own steps (privacy.level "record", `steps_epsilon`) are such releases too: of gradients, by records.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from ssfl_app.installed import needed
 from ssfl_app.options import ConfigError
 from ssfl_app.privacy.options import PrivacyOptions
 
@@ -23,6 +29,7 @@ LEAST_NOISE, MOST_NOISE = 0.1, 10_000.0
 """Noise multipliers that are tried for a budget, and the least one that is taken: below it a release hides nobody."""
 PARTS = 10_000
 """A noise multiplier that follows from a budget is a whole number of 1 / PARTS, rounded up."""
+_GRID = 1e-3  # between values of a privacy loss; the bound holds for any, and is tighter for a finer one
 
 
 @dataclass(frozen=True)
@@ -106,17 +113,32 @@ def epsilon(
 
 
 @lru_cache(maxsize=64)
+def steps_epsilon(noise_multiplier: float, probability: float, steps: int, delta: float) -> float:
+    """Return epsilon of `steps` releases of one kind with any noise above 0: the steps of DP-SGD.
+
+    Parameters
+    ----------
+    noise_multiplier : float
+        Standard deviation of the noise, by the largest length of what one record adds.
+    probability : float
+        That a record is in a step, in (0, 1].
+    """
+    # A step's loss grows by the square of 1 / noise, and on one grid for all so would the memory.
+    interval = _GRID * max(1.0, 1 / (2 * noise_multiplier) ** 2)
+    return _composed(((noise_multiplier, probability, steps),), delta, interval)
+
+
 def _epsilon(plan: Plan, noise_multiplier: float, delta: float, rounds: int, searches: int) -> float:
     # Rounding a loss up costs epsilon about root(rounds) times the interval: 1 % of what is told at most.
-    interval = min(1e-3, 1e-2 / math.sqrt(max(1, plan.rounds)))
-    parts = [
-        _release(multiplier, probability, interval).self_compose(count)
-        for multiplier, probability, count in (
-            (plan.discovery_multiplier, plan.discovery_probability, searches),
-            (noise_multiplier, plan.probability, rounds),
-        )
-        if count
-    ]
+    interval = min(_GRID, 1e-2 / math.sqrt(max(1, plan.rounds)))
+    search = plan.discovery_multiplier, plan.discovery_probability, searches
+    return _composed((search, (noise_multiplier, plan.probability, rounds)), delta, interval)
+
+
+@lru_cache(maxsize=64)
+def _composed(releases: tuple[tuple[float, float, int], ...], delta: float, interval: float) -> float:
+    # Noise multiplier, probability and count of each kind.
+    parts = [_release(noise, share, interval).self_compose(count) for noise, share, count in releases if count]
     if not parts:
         return 0.0
     whole = parts[0] if len(parts) == 1 else parts[0].compose(parts[1])
@@ -125,17 +147,13 @@ def _epsilon(plan: Plan, noise_multiplier: float, delta: float, rounds: int, sea
 
 @lru_cache(maxsize=16)
 def _release(noise_multiplier: float, probability: float, interval: float) -> Any:
-    # One Gaussian release; the standard deviation is in units of what a client adds at most.
-    try:
-        from dp_accounting import NeighboringRelation
-        from dp_accounting.pld import privacy_loss_distribution
-    except ImportError as error:
-        raise ConfigError('dp-accounting is not installed here: pip install "ssfl-app[privacy]"') from error
-    return privacy_loss_distribution.from_gaussian_mechanism(
+    # One Gaussian release; the standard deviation is in units of what a client or record adds at most.
+    relation = needed("dp_accounting").NeighboringRelation
+    return needed("dp_accounting.pld.privacy_loss_distribution").from_gaussian_mechanism(
         standard_deviation=noise_multiplier,
         sampling_prob=probability,
         value_discretization_interval=interval,
-        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+        neighboring_relation=relation.ADD_OR_REMOVE_ONE,
     )
 
 
@@ -147,27 +165,38 @@ def noise_multiplier(plan: Plan, epsilon: float, delta: float) -> float:
     ConfigError
         No noise does: the discovery alone spends the budget.
     """
-    from scipy.optimize import brentq
-
-    def excess(noise: float) -> float:
-        told = _epsilon(plan, noise, delta, plan.rounds, plan.searches)
-        return math.log(max(told, 1e-9) / epsilon)  # 0 where delta alone does
-
     alone = _epsilon(plan, 1.0, delta, 0, plan.searches)
     if alone >= epsilon:
         rule = f"the discovery alone, with noise multiplier {plan.discovery_multiplier:g}, spends {alone:.3g}"
         raise ConfigError(f"privacy.epsilon is {epsilon:g}; {rule}")
+    cost = functools.partial(_epsilon, plan, delta=delta, rounds=plan.rounds, searches=plan.searches)
+    return _least_noise(cost, epsilon, LEAST_NOISE, f"{plan.rounds} rounds")
+
+
+@lru_cache(maxsize=64)
+def steps_noise(probability: float, steps: int, epsilon: float, delta: float) -> float:
+    """Return the least noise multiplier of which `steps_epsilon` is at most `epsilon`, in 1 / `PARTS`."""
+    cost = functools.partial(steps_epsilon, probability=probability, steps=steps, delta=delta)
+    return _least_noise(cost, epsilon, 0.0, f"{steps} steps")
+
+
+def _least_noise(cost: Callable[[float], float], epsilon: float, least: float, what: str) -> float:
+    from scipy.optimize import brentq
+
+    def excess(noise: float) -> float:
+        return math.log(max(cost(noise), 1e-9) / epsilon)  # 0 where delta alone does
+
     high = 1.0
     while excess(high) > 0:
         high *= 2
         if high > MOST_NOISE:
-            rule = f"no noise multiplier up to {MOST_NOISE:g} keeps {plan.rounds} rounds within it"
+            rule = f"no noise multiplier up to {MOST_NOISE:g} keeps {what} within it"
             raise ConfigError(f"privacy.epsilon is {epsilon:g}; {rule}")
     low = high / 2
     while excess(low) <= 0:
-        if low <= LEAST_NOISE:
-            return LEAST_NOISE
-        low, high = max(low / 2, LEAST_NOISE), low
+        if low <= least:
+            return least
+        low, high = max(low / 2, least), low
     parts = math.ceil(PARTS * float(brentq(excess, low, high, xtol=0.25 / PARTS)))
     while excess(parts / PARTS) > 0:
         parts += 1

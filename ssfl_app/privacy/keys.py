@@ -9,6 +9,7 @@ from typing import Self
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from ssfl_app.files import check_regular, write_atomically
+from ssfl_app.locks import alone_with
 from ssfl_app.options import ConfigError
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.text import quoted
@@ -83,10 +84,12 @@ def load_or_make(path: Path) -> KeyPair:
             f"{path.parent} has mode {mode:o}; it holds a private key, so that it must be 700, or 755 at most"
         )
     if not path.exists():
-        pair = KeyPair.new()
-        text = json.dumps({"private": pair.private_bytes().hex(), "public": pair.public.hex()}) + "\n"
-        write_atomically(path, lambda file: file.write_text(text, "utf-8"), mode=0o600)
-    return _load(path)  # also what was written just now: another process may have been faster
+        with alone_with(path):
+            if not path.exists():  # of two processes that found none, one makes it
+                pair = KeyPair.new()
+                text = json.dumps({"private": pair.private_bytes().hex(), "public": pair.public.hex()}) + "\n"
+                write_atomically(path, lambda file: file.write_text(text, "utf-8"), mode=0o600)
+    return _load(path)
 
 
 def _load(path: Path) -> KeyPair:

@@ -6,26 +6,19 @@ cut to the length C, their sum gets Gaussian noise of standard deviation ``z C``
 
 Two data sets are neighbours if one has a record more. n itself, which sets q, is taken as known to all.
 
-Accounting is by the privacy loss distribution of Poisson-sampled Gaussians, of dp-accounting; steps are by
-`ssfl_app.training.private_step`.
+What the steps cost is by `ssfl_app.privacy.accounting`; they are taken by `ssfl_app.training.private_step`.
 """
 
-import functools
-import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from ssfl_app.options import ConfigError
+from ssfl_app.privacy.accounting import steps_epsilon, steps_noise
 from ssfl_app.privacy.options import PrivacyOptions
 from ssfl_app.sparsity.values import PayloadError
-
-GRID = 1e-3
-"""Between values of the privacy loss in its distribution; the bound holds for any, and is tighter for a finer one."""
 
 Ledger = dict[str, int | float]
 """What a site remembers of a run: what its noise follows from, the noise, and how many rounds it has begun."""
@@ -64,6 +57,14 @@ class Sampling:
         """The probability with which a sample is in a batch."""
         return self.batch / self.samples
 
+    def epsilon(self, noise_multiplier: float, rounds: int, delta: float) -> float:
+        """Return what `rounds` local rounds cost at this delta: every step of them, for one record more or less."""
+        return steps_epsilon(noise_multiplier, self.rate, self.steps * rounds, delta)
+
+    def noise_for(self, epsilon: float, delta: float, rounds: int) -> float:
+        """Return the least noise multiplier with which `rounds` local rounds cost at most `epsilon`."""
+        return steps_noise(self.rate, self.steps * rounds, epsilon, delta)
+
 
 @dataclass(frozen=True)
 class PrivateSteps:
@@ -86,17 +87,6 @@ class PrivateSteps:
     choice: torch.Generator
 
 
-def needed(module: str) -> Any:
-    """Return a module of the extra ``privacy``; ConfigError if it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        library = module.partition(".")[0].replace("_", "-")
-        raise ConfigError(
-            f"privacy.level is not 'none'; {library} is not installed here: pip install \"ssfl-app[privacy]\""
-        ) from error
-
-
 def secret_generator(device: torch.device) -> torch.Generator:
     """Return a generator whose state is the operating system's random bytes: os.urandom, nothing of a run.
 
@@ -112,37 +102,6 @@ def secret_generator(device: torch.device) -> torch.Generator:
     words = np.frombuffer(os.urandom(4 * _WORDS), dtype=np.uint32)
     state[_WORDS_AT : _WORDS_AT + 8 * _WORDS] = words.astype(np.uint64).view(np.uint8)  # one in eight bytes
     return generator.set_state(torch.from_numpy(state))
-
-
-@functools.lru_cache
-def epsilon(noise_multiplier: float, sampling: Sampling, rounds: int, delta: float) -> float:
-    """Return what `rounds` local rounds cost at this delta: every step of them, for one record more or less."""
-    dp, pld = needed("dp_accounting"), needed("dp_accounting.pld")
-    # A step's loss grows by the square of 1 / noise, and on one grid for all so would the memory.
-    grid = GRID * max(1.0, 1 / (2 * noise_multiplier) ** 2)
-    accountant = pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, grid)
-    return float(accountant.compose(_event(dp, noise_multiplier, sampling, rounds)).get_epsilon(delta))
-
-
-@functools.lru_cache
-def noise_multiplier(wanted: float, delta: float, sampling: Sampling, rounds: int) -> float:
-    """Return the least noise multiplier, to a thousandth, with which `rounds` cost at most epsilon `wanted`."""
-    dp, pld = needed("dp_accounting"), needed("dp_accounting.pld")
-    return float(
-        dp.calibrate_dp_mechanism(
-            lambda: pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, max(GRID, 1e-4 * wanted)),
-            lambda noise: _event(dp, noise, sampling, rounds),
-            wanted,
-            delta,
-            dp.LowerEndpointAndGuess(0.0, 2.0),
-            tol=1e-3,
-        )
-    )
-
-
-def _event(dp: Any, noise: float, sampling: Sampling, rounds: int) -> Any:
-    step = dp.PoissonSampledDpEvent(sampling.rate, dp.GaussianDpEvent(noise))
-    return dp.SelfComposedDpEvent(step, sampling.steps * rounds)
 
 
 def begun(ledger: Mapping[str, int | float], options: PrivacyOptions, sampling: Sampling, rounds: int) -> Ledger:
@@ -178,11 +137,11 @@ def begun(ledger: Mapping[str, int | float], options: PrivacyOptions, sampling: 
             f"{done} and answers no more"
         )
     noise = ledger["noise"] if ledger else options.noise_multiplier
-    noise = noise or noise_multiplier(options.epsilon, options.delta, sampling, rounds)
+    noise = noise or sampling.noise_for(options.epsilon, options.delta, rounds)
     return terms | {"noise": noise, "begun": done + 1}
 
 
 def spent(ledger: Mapping[str, int | float]) -> float:
     """Return the epsilon of all rounds that a site has begun."""
     sampling = Sampling(int(ledger["samples"]), int(ledger["batch"]), int(ledger["steps"]))
-    return epsilon(ledger["noise"], sampling, int(ledger["begun"]), ledger["delta"])
+    return sampling.epsilon(ledger["noise"], int(ledger["begun"]), ledger["delta"])

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from ssfl_app.installed import needed
 from ssfl_app.options import ConfigError
-from ssfl_app.privacy.record import PrivateSteps, needed
+from ssfl_app.privacy.record import PrivateSteps
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.step import EagerStep, LocalOptions, mask_gradients, times
 

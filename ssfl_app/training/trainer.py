@@ -11,7 +11,8 @@ from torch import nn
 
 from ssfl_app.data.dataset import Samples
 from ssfl_app.data.transform import AsTheyAre, Transform
-from ssfl_app.privacy.record import PrivateSteps, needed
+from ssfl_app.installed import needed
+from ssfl_app.privacy.record import PrivateSteps
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.cuda_graph import GraphedStep

@@ -98,6 +98,16 @@ def test_handshakes_are_not_asked_more_often_than_they_may(monkeypatch: pytest.M
     assert 3 <= [where[2] for where in flaky.log].count(2) <= 6
 
 
+def test_two_nodes_with_one_masking_key_are_both_named_before_round_1() -> None:
+    """As where a machine was copied with its state-path: what one masks, the other could take off."""
+    twins = {("query.hello", 0, client): metadata(key=b"k" * 32) for client in (1, 3)}
+    nodes = sorted(grid().get_node_ids())
+    both = r"missing: ([13]) \(node \d+ says that it is client \1, with the masking key of node \d+, which is client"
+    with pytest.raises(RunFailed, match=both) as caught:
+        meet(grid(twins), join_timeout=0.5)
+    assert sum(str(node) in str(caught.value) for node in nodes) == 2
+
+
 class SlowGrid(ScriptedGrid):
     """The node that is asked first answers its first handshake only after it was asked again, and no later one."""
 

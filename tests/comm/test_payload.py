@@ -1,5 +1,8 @@
 """Parcels and Flower records: nothing is lost, little is added, and what others send is checked."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -8,6 +11,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssfl_app.comm import payload as payload_module
 from ssfl_app.comm.payload import SERIAL_TYPE, ClientState, Payload, PayloadEncoder, decode_payload
 from ssfl_app.sparsity.values import PayloadError
 
@@ -239,6 +243,42 @@ class TestMemory:
     def test_a_foreign_record_of_its_name_is_no_mask(self, context):
         context.state["ssfl"] = MetricRecord({"digest": 1})
         assert ClientState(context, 0).bitmap("d1") is None
+
+
+class TestTwoProcesses:
+    """What two ClientApps of one node do at once happens one after the other. An flock holds between threads, too."""
+
+    @pytest.fixture
+    def states(self, tmp_path, monkeypatch):
+        """Return the states of eight processes, which take their time between reading and writing."""
+        write = payload_module.write_sealed
+
+        def slow(*given):
+            time.sleep(0.05)
+            write(*given)
+
+        monkeypatch.setattr(payload_module, "write_sealed", slow)
+        contexts = [Context(0, 0, {}, RecordDict(), {}) for _ in range(8)]
+        return [ClientState(context, 0, tmp_path, survives=True) for context in contexts]
+
+    def test_one_answers_an_exchange(self, states):
+        def answers(state):
+            try:
+                state.advance("unmasked", 5)
+            except PayloadError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(answers, states)) == 1
+
+    def test_each_round_that_is_begun_is_paid_for(self, states):
+        def begin(state):
+            return state.change_ledger(lambda held: {"begun": held.get("begun", 0) + 1})["begun"]
+
+        with ThreadPoolExecutor(8) as pool:
+            assert sorted(pool.map(begin, states)) == list(range(1, 9))
+        assert states[0].ledger() == {"begun": 8}
 
 
 class TestPersonalState:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssfl_app.client_app import app
-from ssfl_app.client_node import check_pinned
+from ssfl_app.client_node import check_policy
 from ssfl_app.comm.node_config import read_node_config
 from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import Flat, merge, parse
@@ -274,17 +275,47 @@ def test_a_client_answers_nothing_in_the_clear_whatever_the_options_are(where: W
     assert "in the clear" in ask_again(played, where, message)
 
 
-def test_a_pinned_node_takes_part_in_masked_runs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", [{"pins": Path("/p")}, {"secure_only": True}, {"least_clients": 3}], ids=str)
+def test_a_node_that_demands_it_takes_part_in_masked_runs_only(
+    policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     played = play(SIX | CLEAR | {"run.rounds": 1})
     where = ("train", 1, 2)
     message = next(payload for at, payload in played.grid.sent if at == where)
     monkeypatch.setattr(
-        "ssfl_app.client_node.read_node_config", lambda *given: replace(read_node_config(*given), pins=tmp_path)
+        "ssfl_app.client_node.read_node_config", lambda *given: replace(read_node_config(*given), **policy)
     )
-    assert "answers masked only" in ask_again(played, where, message)
-    with pytest.raises(PayloadError, match=r"threshold is 0\.5"):
-        check_pinned(PrivacyOptions(secure_aggregation=True, threshold=0.5))
-    check_pinned(PrivacyOptions(secure_aggregation=True))
+    option = {"pins": "--pin", "secure_only": "--secure-only", "least_clients": "--least-clients"}[next(iter(policy))]
+    assert f"started with {option} and answers masked only" in ask_again(played, where, message)
+    place = replace(read_node_config({"partition-id": 0}, "shared"), **policy)
+    check_policy(place, PrivacyOptions(secure_aggregation=True))
+    if place.pins:
+        with pytest.raises(PayloadError, match=r"threshold is 0\.5"):
+            check_policy(place, PrivacyOptions(secure_aggregation=True, threshold=0.5))
+
+
+def test_a_node_can_demand_a_least_number_of_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that are asked, and of those that are in the sum."""
+    demands = {"least": 6}
+    of = Identity.__init__
+
+    def demanding(self: Identity, keys: KeyPair, pins: frozenset[str] = frozenset(), least: int = 0) -> None:
+        of(self, keys, pins, demands["least"])
+
+    monkeypatch.setattr(Identity, "__init__", demanding)
+    with pytest.raises(RunFailed):
+        play(LOOSE | SECURE | {"run.rounds": 1, "run.cohort": 5, "strategy": "random"})
+    keys = LOOSE | SECURE | {"run.rounds": 1, "strategy": "random"}
+    assert play(keys).records[1]["ok"] == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(RunFailed, match="neighbours of client"):
+        play(keys, faults={("train", 1, 2): GONE})
+    demands["least"] = 5
+    assert len(play(keys, faults={("train", 1, 2): GONE}).records[1]["ok"]) == 5
+
+
+def test_what_is_demanded_is_named() -> None:
+    with pytest.raises(PayloadError, match="the sum is of 4 clients; this node was started with --least-clients 5"):
+        Identity(KeyPair.new(), least=5).check(4, "the sum is of")
 
 
 def test_pins_bind_the_keys_of_others() -> None:

@@ -16,6 +16,7 @@ from flwr.common.config import parse_config_args
 
 from ssfl_app import locks
 from ssfl_app.cli.main import main
+from ssfl_app.comm.node_config import read_node_config
 from ssfl_app.deployment import control as federation_control
 from ssfl_app.deployment import federation as house
 from ssfl_app.deployment.control import register
@@ -350,6 +351,16 @@ def test_places_are_bound_to_the_keys_that_were_registered(tmp_path: Path, monke
 def test_a_node_config_that_flower_cannot_read_is_one_line(made: house.Federation) -> None:
     with pytest.raises(ConfigError, match="--node-config is"):
         node_service(made.folder / "nodes" / "a", made.address, "name=site-a data-path=/x", 9094)
+
+
+def test_what_a_node_demands_reaches_its_client(made: house.Federation) -> None:
+    home = made.folder / "nodes" / "a"
+    told = node_service(home, made.address, "partition-id=3", 9094, secure_only=True, least_clients=20).command
+    place = read_node_config(parse_config_args([told[told.index("--node-config") + 1]]), "shared")
+    assert (place.secure_only, place.least_clients, place.masked_by) == (True, 20, "--secure-only")
+    for key, value in (("secure-only", 1), ("least-clients", -1), ("least-clients", True)):
+        with pytest.raises(ConfigError, match=f"{key} is {value} in --node-config"):
+            read_node_config({"partition-id": 3, key: value}, "shared")
 
 
 def test_a_folder_that_is_called_like_a_key_is_none(made: house.Federation) -> None:

@@ -6,17 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, QFedAvg, Result
 
 from ssfl_app import SSFL, SparseMod, TopK, sparse_mod
-from ssfl_app.core.summand import EXCHANGE, OWN
+from ssfl_app.core.summand import EXCHANGE, OWN, UNIT
 from ssfl_app.locks import RunFailed
+from ssfl_app.plugin.mod import check_masked
 from ssfl_app.plugin.secure import KEYS, THRESHOLD
 from ssfl_app.plugin.strategy import MOST_OF_ONE
 from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import PayloadError
 from tests.plugin.test_mod import old_app
 from tests.plugin.test_rounds import Fault, ForeignGrid, Where, bits, foreign_app, play, tensors
 
@@ -193,6 +195,47 @@ def test_the_server_sees_no_values_and_no_metrics_of_a_node() -> None:
         assert np.mean(np.frombuffer(sent(masked[where]), np.uint32) == values) < 0.02
         assert facts.keys() <= {"round", "digest", "scored-by", "saw"}
         assert set(masked[where]) == {"arrays", "facts"}
+
+
+def test_nodes_with_one_public_key_are_refused_by_name_before_the_mask_is_found() -> None:
+    def copied(grid: ForeignGrid, message: Message) -> Message:
+        reply = grid.work(message)
+        arrays: Any = reply.content["arrays"]
+        array = arrays["key"]
+        arrays["key"] = Array(array.dtype, array.shape, array.stype, bytes(32))
+        return reply
+
+    secure, _, _ = summed(True, {("keys", 0, node): copied for node in (1, 4)}, threshold=0.5, rounds=0)
+    assert secure.history[0]["refused"]["1001"] == "has the public key of node 1004; each node makes its own"
+    assert "node 1001" in secure.history[0]["refused"]["1004"]
+    with pytest.raises(RunFailed, match=r"2 of 4 nodes told a key; .* has the public key of node 100\d"):
+        summed(True, {("keys", 0, node): copied for node in (1, 3)}, nodes=4, rounds=0)
+
+
+def test_a_node_can_insist_on_sums() -> None:
+    app = foreign_app(mods=[SparseMod(secure_only=True)])
+    _, result, _ = summed(True, app=app)
+    assert bits(result) == bits(summed(True)[1])
+    for inner in ({}, {"mask": "random"}):
+        with pytest.raises(RunFailed, match=r"SparseMod\(secure_only=True\) and answers masked only"):
+            summed(False, app=app, **inner)
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts"),
+    [
+        ("evaluate", {"ssfl": "train", "weight-key": "num-examples"}),
+        ("train", {"ssfl": "evaluate", UNIT: 1.0, EXCHANGE: 1}),
+        ("train", {"ssfl": "layer_densities", UNIT: 1.0, EXCHANGE: 1}),
+        ("train", {"ssfl": "train", UNIT: 1.0}),
+        ("train", {}),  # of another strategy
+    ],
+)
+def test_no_name_of_a_message_makes_it_tell_more(kind: str, facts: dict[str, Any]) -> None:
+    message = Message(RecordDict({"facts": ConfigRecord(facts)}), 7, kind)
+    with pytest.raises(PayloadError, match="answers masked only"):
+        check_masked(message)
+    check_masked(Message(RecordDict(), 7, "evaluate"))
 
 
 def test_clipped_values_are_told_as_a_sum() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from pathlib import Path
 
 import dp_accounting
 import numpy as np
@@ -16,6 +17,14 @@ from ssfl_app.privacy.accounting import LEAST_NOISE, Plan, budget, epsilon, fail
 from ssfl_app.privacy.options import PrivacyOptions
 
 TEN_OF_HUNDRED = Plan(200, 0.1)
+
+
+def test_one_module_accounts_for_clients_and_for_records():
+    files = {file.name: file.read_text() for file in Path(accounting.__file__).parents[1].rglob("*.py")}
+    assert [name for name, text in files.items() if "dp_accounting" in text] == ["accounting.py"]
+    steps, rounds = accounting.steps_epsilon(2.0, 0.1, 30, 1e-4), epsilon(Plan(30, 0.1), 2.0, 1e-4)
+    assert steps == rounds
+    assert accounting.steps_noise(0.1, 30, rounds, 1e-4) == noise_multiplier(Plan(30, 0.1), rounds, 1e-4)
 
 
 def gaussian_delta(epsilon_, noise):
@@ -206,6 +215,6 @@ def test_a_round_that_may_fail_keeps_epsilon_with_that_much_more_delta(wanted, f
 def test_caches_do_not_mix_plans():
     plan, other = Plan(5, 0.2), Plan(5, 0.4)
     told = epsilon(plan, 2.0, 1e-3), epsilon(other, 2.0, 1e-3)
-    accounting._epsilon.cache_clear()
+    accounting._composed.cache_clear()
     assert told == (epsilon(plan, 2.0, 1e-3), epsilon(other, 2.0, 1e-3))
     assert told[0] < told[1]

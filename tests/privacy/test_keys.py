@@ -1,13 +1,20 @@
 """Key pairs: what two have in common, where they are kept, and what people compare."""
 
+import contextlib
 import hashlib
+import itertools
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
+from typing import Any
 
 import pytest
 
 from ssfl_app.options import ConfigError
+from ssfl_app.privacy import keys
 from ssfl_app.privacy.keys import KeyPair, fingerprint, load_or_make, read_pins
 from ssfl_app.sparsity.values import PayloadError
 
@@ -53,8 +60,28 @@ def test_a_pair_is_made_once_and_its_account_alone_may_read_it(tmp_path: Path) -
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert load_or_make(path).private_bytes() == pair.private_bytes()
-    assert [file.name for file in path.parent.iterdir()] == ["key.json"]
+    assert [file.name for file in path.parent.glob("[!.]*")] == ["key.json"]
     assert load_or_make(tmp_path / "other" / "key.json").public != pair.public
+
+
+def test_two_processes_that_find_no_pair_have_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, turn, made, write = Barrier(2), itertools.count(), KeyPair.new, keys.write_atomically
+
+    def new() -> KeyPair:
+        with contextlib.suppress(BrokenBarrierError):
+            both.wait(0.3)  # for the other one, which may not be in here
+        return made()
+
+    def slow(*given: Any, **how: Any) -> None:
+        time.sleep(0.2 * next(turn))
+        write(*given, **how)
+
+    monkeypatch.setattr(KeyPair, "new", new)
+    monkeypatch.setattr(keys, "write_atomically", slow)
+    path = tmp_path / "key.json"
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(load_or_make, [path, path])
+    assert one.public == other.public == load_or_make(path).public
 
 
 def swapped(path: Path) -> None:

@@ -12,14 +12,14 @@ import torch
 from dp_accounting import pld
 from flwr.app import Context, RecordDict
 
-from ssfl_app import config, runtime
+from ssfl_app import config, installed, runtime
 from ssfl_app.comm.payload import ClientState, Payload
 from ssfl_app.config import parse
 from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.privacy import record
 from ssfl_app.privacy.options import PrivacyOptions
-from ssfl_app.privacy.record import Sampling, begun, epsilon, needed, noise_multiplier, secret_generator, spent
+from ssfl_app.privacy.record import Sampling, begun, secret_generator, spent
 from ssfl_app.results.recorder import round_line
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
@@ -54,10 +54,12 @@ def test_steps_of_a_local_round_are_those_of_its_epochs():
 
 def test_epsilon_is_that_of_dp_accounting():
     sampling = Sampling(100, 10, 8)
-    found = epsilon(1.5, sampling, 5, 1e-4)
+    found = sampling.epsilon(1.5, 5, 1e-4)
     wanted = of_dp_accounting(1.5, 0.1, 40, 1e-4)
     assert wanted <= found * 1.0001
     assert found == pytest.approx(wanted, rel=1e-3)
+    coarse = of_dp_accounting(0.25, 0.1, 40, 1e-4, grid=4e-3)  # where there is little noise
+    assert sampling.epsilon(0.25, 5, 1e-4) == pytest.approx(coarse, rel=1e-9)
 
 
 def test_epsilon_without_sampling_is_the_gaussian_mechanisms_and_not_that_of_replacing():
@@ -70,36 +72,36 @@ def test_epsilon_without_sampling_is_the_gaussian_mechanisms_and_not_that_of_rep
         phi = NormalDist().cdf
         return phi(mu / 2 - eps / mu) - math.exp(eps) * phi(-mu / 2 - eps / mu)
 
-    found = epsilon(5.0, Sampling(10, 10, 4), 6, 1e-5)
+    found = Sampling(10, 10, 4).epsilon(5.0, 6, 1e-5)
     assert delta_of(found, math.sqrt(24) / 5) == pytest.approx(1e-5, rel=0.02)
     assert delta_of(found, 2 * math.sqrt(24) / 5) > 1e-3
 
 
 def test_epsilon_is_below_the_one_that_was_published_with_the_moments_accountant():
     """Abadi et al., CCS 2016, section 3.2: q = 0.01, sigma = 4, delta = 1e-5, 10,000 steps: 1.26, a looser bound."""
-    found = epsilon(4.0, Sampling(10_000, 100, 100), 100, 1e-5)
+    found = Sampling(10_000, 100, 100).epsilon(4.0, 100, 1e-5)
     assert 0.7 * 1.26 < found < 1.26
 
 
 def test_noise_for_a_budget_is_the_least_that_keeps_it():
     sampling = Sampling(72, 16, 23)
-    found = noise_multiplier(8.0, 1e-5, sampling, 3)
+    found = sampling.noise_for(8.0, 1e-5, 3)
     assert of_dp_accounting(found, sampling.rate, 69, 1e-5) <= 8.0
     assert of_dp_accounting(0.98 * found, sampling.rate, 69, 1e-5) > 8.0
 
 
 @pytest.mark.timeout(60)
 def test_noise_that_hides_nothing_has_a_large_epsilon_and_fits_into_memory():
-    assert epsilon(0.01, Sampling(300, 16, 94), 20, 1e-5) > 10_000
+    assert Sampling(300, 16, 94).epsilon(0.01, 20, 1e-5) > 10_000
 
 
 def test_a_missing_extra_is_named(monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(record.importlib, "import_module", missing)
+    monkeypatch.setattr(installed.importlib, "import_module", missing)
     with pytest.raises(ConfigError, match=r'dp-accounting is not installed here: pip install "ssfl-app\[privacy\]"'):
-        needed("dp_accounting.pld")
+        installed.needed("dp_accounting.pld")
 
 
 # ---- secrets ---------------------------------------------------------------------------------
@@ -172,15 +174,15 @@ def state(request, tmp_path):
 
 def test_a_client_remembers_its_ledger_whatever_the_server_says_of_rounds(state):
     assert state().ledger() == {}
-    state().write_ledger({"begun": 2, "noise": 1.5})
+    state().change_ledger(lambda held: held | {"begun": 2, "noise": 1.5})
     state().load(0)  # "none of your answers was taken"
     assert state().ledger() == {"begun": 2, "noise": 1.5}
 
 
 def test_a_damaged_ledger_ends_the_answers(tmp_path):
     make = functools.partial(ClientState, Context(0, 0, {}, RecordDict(), {}), 3, tmp_path)
-    make().write_ledger({"begun": 2, "noise": 1.5})
-    (file,) = (tmp_path / "client-00003").iterdir()
+    make().change_ledger(lambda held: {"begun": 2, "noise": 1.5})
+    (file,) = (tmp_path / "client-00003").glob("[!.]*")
     file.write_bytes(file.read_bytes().replace(b"2", b"1"))
     with pytest.raises(PayloadError, match="ledger of this client's privacy budget is damaged"):
         make().ledger()

@@ -86,6 +86,24 @@ def test_discovery_costs_a_number_a_layer_and_no_bitmap(tmp_path: Path) -> None:
     assert played.strategy.mask.count == int(0.2 * played.layout.prunable_size)
 
 
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the name of a strategy of somebody else's module."""
+    source = "from ssfl_app.strategies.ssfl.strategy import Ssfl\n\nclass Mine(Ssfl):\n    name = 'mine'\n"
+    (tmp_path / "of_a_stranger.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "of_a_stranger:Mine"
+
+
+def test_the_budget_pays_for_the_discovery_of_a_subclass_in_a_strangers_module(mine: str, tmp_path: Path) -> None:
+    book, ours = ledger(CLIENT | {"strategy": mine}, tmp_path), ledger(CLIENT, tmp_path)
+    assert book.plan == ours.plan
+    assert book.plan.searches == 1
+    played = play(CLIENT | {"strategy": mine}, ledger=book)
+    assert book.begun == {"discovery": 1, "round": 2}
+    assert played.strategy.mask.count == int(0.2 * played.layout.prunable_size)
+
+
 def test_without_noise_clients_draw_the_mask_too() -> None:
     keys: Flat = {"ssfl.discovery": "private-densities", "ssfl.score-values": "fixed32"}
     one, other = play(keys), play(keys, luck=3)

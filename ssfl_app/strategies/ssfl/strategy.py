@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, ServerContext, SparseStrategy
-from ssfl_app.core.options import ConfigError, FromSettings, MaskOptions
+from ssfl_app.core.options import ConfigError, FromSettings, MaskOptions, Settings
 from ssfl_app.core.validation import stored
 from ssfl_app.privacy.densities import drawn_mask
 from ssfl_app.seeding import generator
@@ -121,6 +121,11 @@ class Ssfl(FixedMask):
         steps_of(self.settings)  # refuses steps where there are none
         self._initial: State = {}  # kept where a refresh may need it
         self._refresher = MaskRefresh(self.options, self.settings.run.clients)
+
+    @classmethod
+    def private_discoveries(cls, settings: Settings) -> int:
+        """Return 1 where ssfl.discovery is "private-densities", else 0."""
+        return int(SsflOptions.from_settings(settings).discovery == "private-densities")
 
     def alive(self) -> int:
         """Return how many weights the ranking leaves alive; refuse a floor that it cannot hold."""
