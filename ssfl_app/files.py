@@ -62,8 +62,8 @@ def check_regular(path: Path) -> None:
         raise not_regular(path)
 
 
-def append(path: Path) -> TextIO:
-    """Open a text file to add lines to it; it is made if need be.
+def append(path: Path, mode: int = 0o666) -> TextIO:
+    """Open a text file to add lines to it; it is made if need be, with `mode` less the umask.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def append(path: Path) -> TextIO:
         It cannot be opened, or is no regular file: a link may lead to a file of somebody else's choice, and to open a
         pipe would wait for its other end.
     """
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, mode)
     file = os.fdopen(handle, "a", encoding="utf-8")
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         file.close()

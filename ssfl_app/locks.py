@@ -99,7 +99,7 @@ def alone_with(path: Path) -> Iterator[None]:
     other one is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with append(path.with_name(f".{path.name}.lock")) as file:
+    with append(path.with_name(f".{path.name}.lock"), 0o600) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
