@@ -103,6 +103,7 @@ def masked(played: dict[str, Any]) -> list[str]:
         cells = row["what"], row["end"], row["rounds"], failed, gone, f"{row['longest']:.0f}"
         accuracy = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}"
         lines.append("| " + " | ".join(map(str, (*cells, accuracy, bits, row["day"]))) + " |")
+        lines += ["", row["note"]] if "note" in row else []
     if row := played.get("seconds_a_round"):
         clear, under = (row["median"][kind] for kind in ("clear", "masked"))
         loads = f"{min(row['load']):.1f} to {max(row['load']):.1f}"

@@ -144,8 +144,11 @@ class Field:
 
     def kill(self, name: str) -> None:
         """End a service and all its descendants at once (-9)."""
-        service = self.service(name)
-        for process in [service, *service.children(recursive=True)]:
+        family = []
+        with suppress(psutil.NoSuchProcess):  # it ended, and nobody noted that yet
+            service = self.service(name)
+            family = [service, *service.children(recursive=True)]
+        for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 

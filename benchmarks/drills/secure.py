@@ -18,8 +18,9 @@ from ssfl_app.testing.grid import answer_error, play
 SUPERNODES = 5
 FIRST, SECOND, SLOW = "node-1", "node-2", "node-0"
 TIMEOUT, TURNS = 300.0, 2
+TRAIN = "Receiving: train message"  # what a SuperNode's log says
 RUN = KEYS | {"run.clients": SUPERNODES, "run.cohort": SUPERNODES, "run.rounds": 5, "run.evaluate-every": 5}
-RUN |= {"run.round-timeout": TIMEOUT, "run.join-timeout": TIMEOUT}
+RUN |= {"run.round-timeout": TIMEOUT, "run.join-timeout": 2 * TIMEOUT}
 MASKED = {"privacy.secure-aggregation": True}
 CLEAR = {"wire.up-values": "fixed32", "ssfl.score-values": "fixed32"}
 """The run without masks that has the bits of a masked one."""
@@ -40,11 +41,33 @@ def killed_in_each_exchange(work: Path) -> dict[str, Any]:
         place.client_app(FIRST)
         place.kill(FIRST)
         until("all nodes answer again", lambda: _whole(run))
-        sent = place.log(SECOND).count("Sent successfully")
-        slow = place.client_app(SLOW)
-        until(f"{SECOND} has uploaded", lambda: _held(slow, place.log(SECOND).count("Sent successfully") > sent))
-        place.kill(SECOND)
+        _kill_between(place, run)
         ends = finished(run)
+    return _row(run, ends)
+
+
+def _kill_between(place: Field, run: Run) -> None:
+    """Kill SECOND when it has uploaded its masked values and the exchange is not over, since SLOW is held.
+
+    It is started again at once, and could still answer: it is killed again until the round is over.
+    """
+    slow = place.client_app(SLOW)
+    asked, over = place.log(SLOW).count(TRAIN), len(run.records)
+    until(f"{SECOND} has uploaded", lambda: _held(slow, _uploaded(place.log(SECOND), asked)))
+
+    def ended() -> bool:
+        place.kill(SECOND)
+        return len(run.records) > over
+
+    until("the round ends", ended)
+
+
+def _uploaded(log: str, asked: int) -> bool:
+    """Return whether a node was asked to train so often, and has sent the last answer."""
+    return log.count(TRAIN) >= asked and "Sent successfully" in log.rpartition(TRAIN)[2]
+
+
+def _row(run: Run, ends: str) -> dict[str, Any]:
     clear = state_digest(*_clear(run))
     result = told(run, "", ends, {"model_sha256": clear}, TIMEOUT)
     notes = [
