@@ -338,7 +338,7 @@ def test_a_client_answers_nothing_in_the_clear_whatever_the_options_are(where: W
 
 
 @pytest.mark.parametrize("policy", [{"pins": Path("/p")}, {"secure_only": True}, {"least_clients": 3}], ids=str)
-def test_a_node_that_demands_it_takes_part_in_masked_runs_only(
+def test_a_pinned_node_takes_part_in_masked_runs_only(
     policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     played = play(SIX | CLEAR | {"run.rounds": 1})
