@@ -266,9 +266,9 @@ class ClientRegistry:
         for key in ("code", "classes", "shape"):
             if handshake.metadata.get(key) != self._metadata[client].get(key):
                 return f"{claim}, with another {key} than before"
-        key = handshake.metadata.get(KEY)
+        public = handshake.metadata.get(KEY)
         for other, metadata in self._metadata.items():
-            if key is not None and other != client and metadata.get(KEY) == key:
+            if public is not None and other != client and metadata.get(KEY) == public:
                 return f"{claim}, {_same_key(self._place(other), self.nodes[other])}"
         self.nodes[client], self._metadata[client] = handshake.node, handshake.metadata
         return None

@@ -27,7 +27,8 @@ from ssfl_app.text import in_a_line, quoted
 
 MetadataValue = bool | int | float | str | bytes
 Metadata = dict[str, MetadataValue]
-Facts = dict[str, int | float]
+Facts = dict[str, Any]
+"""What a client keeps of its exchanges, or of its privacy budget."""
 
 SERIAL_TYPE, DEFLATED = "ssfl.raw.v1", "ssfl.zlib.v1"
 _DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "<u4", "u1", "i1", "<i4", "<i8")}
@@ -312,26 +313,55 @@ class ClientState:
             self._note(f"its personal state of round {since} {fault}; it began anew")
         return None
 
-    def reached(self, what: str) -> int:
-        """Return the last exchange of sums in which this client did something once, "masked" or "unmasked"; or 0."""
-        return int(self._exchanges.read().get(what, 0))
+    @client_state_errors()
+    def masked(self, exchange: int) -> Facts:
+        """Return what was kept when this client masked an answer, in this exchange and in none since.
+
+        Raises
+        ------
+        PayloadError
+            It did not.
+        """
+        held = self._exchanges.read()
+        if held.get("masked") != exchange:
+            raise PayloadError(f"exchange is {exchange}; this client sent no masked answer in it")
+        return held
 
     @client_state_errors()
-    def advance(self, what: str, exchange: int) -> None:
-        """Note an exchange, before it is answered.
+    def note_masked(self, exchange: int, asked: int, **kept: str) -> None:
+        """Note an exchange before an answer is masked in it, what was asked, and what is needed to unmask its sum.
+
+        `asked` is a number that other questions do not have; 0: sums over other clients of the same answers do no
+        harm, as they have noise.
 
         Raises
         ------
         PayloadError
             It is not later than the last one: a second answer would tell the server what the first one hides.
         """
+        self._exchanges.change(lambda held: _later(held, "masked", exchange) | {"asked": asked, **kept})
 
-        def advanced(held: Facts) -> Facts:
-            if exchange <= int(held.get(what, 0)):
-                raise PayloadError(f"exchange is {exchange}; this client has {what} that of {held[what]} already")
-            return held | {what: exchange}
+    @client_state_errors()
+    def note_unmasked(self, exchange: int, over: int) -> None:
+        """Note an exchange before its sum is unmasked; `over` is a number that other clients in it would not have.
 
-        self._exchanges.change(advanced)
+        Raises
+        ------
+        PayloadError
+            This client unmasked it already, or another sum, over other clients, of answers to the same question: the
+            difference of the two is the answers of few.
+        """
+
+        def noted(held: Facts) -> Facts:
+            told = f"sum-{held['asked']}"
+            held = _later(held, "unmasked", exchange)
+            if held["asked"] and held.get(told, over) != over:
+                raise PayloadError(
+                    "a sum of these very answers was told over other clients; the difference of two is that of few"
+                )
+            return held | ({told: over} if held["asked"] else {})
+
+        self._exchanges.change(noted)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:  # a client may load its state more than once for one message
@@ -346,8 +376,14 @@ class ClientState:
             self._personal.delete(version)
 
 
+def _later(held: Facts, what: str, exchange: int) -> Facts:
+    if exchange <= held.get(what, 0):
+        raise PayloadError(f"exchange is {exchange}; this client has {what} that of {held[what]} already")
+    return held | {what: exchange}
+
+
 class _Facts:
-    """A few numbers that know no going back: a sealed file, or a record of Flower's state without one."""
+    """A few numbers and texts that know no going back: a sealed file, or a record of Flower's state without one."""
 
     def __init__(self, state: RecordDict, name: str, path: Path | None) -> None:
         self._state, self._name, self._path = state, name, path
@@ -355,7 +391,7 @@ class _Facts:
     def read(self) -> Facts:
         held = self._state.get(self._name)
         if self._path is None:
-            return dict(held) if isinstance(held, ConfigRecord) else {}  # type: ignore[arg-type]
+            return dict(held) if isinstance(held, ConfigRecord) else {}
         if not self._path.exists():
             return {}
         try:

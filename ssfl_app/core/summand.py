@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from ssfl_app.comm.payload import RUN, WITH_MASK, ClientState, Metadata, Payload
 from ssfl_app.privacy.clipping import clipped
 from ssfl_app.privacy.keys import KeyPair, fingerprint
-from ssfl_app.privacy.masking import Masker, Peer, read_peers
+from ssfl_app.privacy.masking import Masker, Peer, Ring, read_peers
 from ssfl_app.privacy.noise import gaussian
 from ssfl_app.sparsity.fixed import FixedPoint, Summand, signed
 from ssfl_app.sparsity.values import Arrays, PayloadError, read_array
@@ -29,10 +30,11 @@ if TYPE_CHECKING:  # they import torch
 UNIT, LOSS_UNIT, RANGE, MOST, MOST_WEIGHT = "unit", "loss-unit", "range", "most", "most-weight"
 CLIP, NOISE = "clip", "noise"
 EXCHANGE, ABOUT, OWN = "exchange", "about", "own-key"
-PEERS = "own-peers"
+PEERS, RING = "own-peers", "own-ring"
+_ASKED = ("question", "ssfl", "digest", "weights", "step")
 _ALIKE = (
-    *("question", "ssfl", "round", "digest", "weights", "step"),
-    *(UNIT, LOSS_UNIT, RANGE, MOST, MOST_WEIGHT, CLIP, NOISE),
+    *_ASKED,
+    *("round", UNIT, LOSS_UNIT, RANGE, MOST, MOST_WEIGHT, CLIP, NOISE),
 )
 """Facts and arrays of a message whose answer is added; OWN is the key that the server has of its client.
 
@@ -80,15 +82,18 @@ def terms_of(settings: Settings) -> str:
     return repr((run.seed, run.weighting, run.rounds, *parts, sorted(settings.sections.items())))
 
 
-def question_digest(payload: Payload, terms: str) -> str:
-    """Return the digest of all that the clients of an exchange are asked alike.
+def question_digest(payload: Payload, terms: str, alike: tuple[str, ...] = _ALIKE) -> str:
+    """Return the digest of all that the clients of an exchange are asked alike: arrays, and these facts.
 
     Their masks are bound to it. So no server can tell one of them another step or model than the others, by which
     the others' answers are 0 and the sum is that of one client (Pasquini et al., "Eluding secure aggregation", CCS
     2022). A mask goes to those that lack it and has a digest, as initial weights have.
     """
-    facts, left_out = payload.metadata, {PEERS, *WITH_MASK, *(["values"] if "weights" in payload.metadata else [])}
-    digest = hashlib.blake2b(repr([facts.get(name) for name in _ALIKE]).encode() + terms.encode(), digest_size=16)
+    facts, left_out = (
+        payload.metadata,
+        {PEERS, RING, *WITH_MASK, *(["values"] if "weights" in payload.metadata else [])},
+    )
+    digest = hashlib.blake2b(repr([facts.get(name) for name in alike]).encode() + terms.encode(), digest_size=16)
     for name in sorted(payload.arrays.keys() - left_out):
         array = payload.arrays[name]
         digest.update(f"|{name} {array.dtype.name} {array.size}|".encode())
@@ -176,10 +181,13 @@ class SummandWriter:
             summand = summand if most is None else fixed.modulo(np.append(signed(summand).astype(np.int64), weight))
         if not self._secure:
             return {"values": summand}
-        masker = self._masker(payload, summand)
+        kept = {name: _bytes(payload, name).hex() for name in (PEERS, RING)}
+        masker, _ = self._masker(payload, summand.dtype, kept)
         if not str(payload.metadata[ABOUT]).endswith(f"/{question_digest(payload, self._terms)}"):
             raise PayloadError(f"{ABOUT} is not about this message: the server asks its clients different things")
-        self._memory.advance("masked", self._exchange(payload))
+        # Without round and steps: under another number or in finer steps it is the same answer.
+        asked = 0 if payload.metadata.get(NOISE) else _number(question_digest(payload, self._terms, _ASKED).encode())
+        self._memory.note_masked(self._exchange(payload), asked, **kept)
         shares = masker.mask(summand)
         return {"values": summand, **shares}
 
@@ -199,13 +207,15 @@ class SummandWriter:
     def unmask(self, payload: Payload) -> Payload:
         """Return the shares that unmask the sum of an exchange, once; PayloadError if they must not be told."""
         exchange = self._exchange(payload)
-        if not self._secure or self._memory.reached("masked") < exchange:
-            raise PayloadError(f"{EXCHANGE} is {exchange}; this client sent no masked answer in it")
-        masker = self._masker(payload, np.zeros(0, dtype=np.uint32))
-        uploaded = read_array(payload.arrays, "uploaded", np.uint32, None)
-        self._identity().check(np.unique(uploaded).size, "the sum is of")
-        self._memory.advance("unmasked", exchange)
-        return Payload(masker.unmask(payload.arrays), {"samples": 0})
+        if not self._secure:
+            raise PayloadError("privacy.secure-aggregation is false; there is nothing to unmask")
+        masker, clients = self._masker(payload, np.uint32, self._memory.masked(exchange))
+        answer = masker.unmask(payload.arrays)
+        dropped = np.unique(read_array(payload.arrays, "dropped", np.uint32, None))
+        self._identity().check(clients - dropped.size, "the sum is of")
+        over = sorted(peer.public for peer in masker.people if peer.number not in dropped)
+        self._memory.note_unmasked(exchange, _number(b"".join(over)))
+        return Payload(answer, {"samples": 0})
 
     def _exchange(self, payload: Payload) -> int:
         exchange = payload.metadata.get(EXCHANGE)
@@ -213,23 +223,38 @@ class SummandWriter:
             raise PayloadError(f"{EXCHANGE} is {quoted(exchange)}; with secure aggregation it is a number from 1")
         return exchange
 
-    def _masker(self, payload: Payload, summand: Summand) -> Masker:
+    def _masker(self, payload: Payload, dtype: npt.DTypeLike, kept: Mapping[str, str]) -> tuple[Masker, int]:
+        """Return this client in an exchange, and how many clients are asked in it."""
         identity, exchange, about = self._identity(), self._exchange(payload), payload.metadata.get(ABOUT)
         if not isinstance(about, str) or len(about) > 512:
             raise PayloadError(f"{ABOUT} is {quoted(about)}; it is a line")
         if payload.metadata.get(OWN) != identity.keys.public:
             raise PayloadError("the server has another key of this client than it works with")
         bound = about_bytes(str(payload.metadata.get(RUN, "")), exchange, about, self._threshold)
-        peers = read_peers(read_array(payload.arrays, PEERS, np.uint8, None))
-        self._check(peers, identity.pins)
-        identity.check(len(peers) + 1, "the exchange is of")
-        return Masker(identity.keys, self._number, peers, bound, self._threshold, summand.dtype)
+        peers, ring = (np.frombuffer(bytes.fromhex(kept[name]), np.uint8) for name in (PEERS, RING))
+        near = read_peers(peers)
+        told = Ring.read(ring, len(near)) if ring.size else None
+        clients = len(near) + 1 if told is None else told.clients
+        self._check(near, identity.pins)
+        identity.check(clients, "the exchange is of")
+        masker = Masker(identity.keys, self._number, near, bound, self._threshold, dtype, ring=told)
+        return masker, clients
 
     def _check(self, peers: tuple[Peer, ...], pins: frozenset[str]) -> None:
         strangers = [peer for peer in peers if pins and fingerprint(peer.public) not in pins]
         if strangers:
             who = f"client {strangers[0].number} has the key {fingerprint(strangers[0].public)}"
             raise PayloadError(f"{who}; it is none of those that are pinned here")
+
+
+def _bytes(payload: Payload, name: str) -> bytes:
+    if name == RING and name not in payload.arrays:
+        return b""
+    return read_array(payload.arrays, name, np.uint8, None).tobytes()
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(content).digest()[:6], "little") or 1
 
 
 def told(metadata: Metadata) -> Metadata:

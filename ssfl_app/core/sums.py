@@ -28,6 +28,7 @@ from ssfl_app.core.summand import (
     OWN,
     PEERS,
     RANGE,
+    RING,
     UNIT,
     about_bytes,
     question_digest,
@@ -42,10 +43,13 @@ from ssfl_app.privacy.masking import (
     MOST_NEIGHBOURS,
     FalseShares,
     MaskedSum,
+    RingTree,
     TooFew,
     allowed,
     neighbours,
     peers_bytes,
+    ring_bytes,
+    ring_order,
     second_bytes,
     write_peers,
 )
@@ -180,7 +184,7 @@ def expected_counts(strategy: _Algorithm, round_: int) -> dict[str, int]:
     if settings.privacy.secure_aggregation:
         near = min(run.cohort - 1, MOST_NEIGHBOURS)
         second_down, second_up = second_bytes(near)
-        down += 2 * peers_bytes(near) + second_down
+        down += peers_bytes(near) + ring_bytes(run.cohort) + second_down
         up += sum(size for _, size in allowed(near).values()) + second_up
     share, bitmap = run.cohort / run.clients, 0
     if strategy.mask_travels and mask.count < mask.alive.size:
@@ -279,7 +283,10 @@ class SecureSum:
         self._size, self._dtype, self._threshold = size, dtype, threshold
         self._what, self._token, self._terms, self._common = what, token, terms, dict(common or {})
         self._exchange = messenger.next_exchange()
-        self._graph = neighbours(list(keys), seed, self._exchange)
+        # The same for all that ask the same: a client sees of its neighbours who is in a sum.
+        where = f"{round_}/{what}"
+        order = ring_order(keys, seed, where)
+        self._graph, self._ring = neighbours(keys, seed, where), RingTree(order, keys) if order else None
         self._most = max(map(len, self._graph.values()), default=0)
         self._opened: MaskedSum | None = None
         self._facts: Metadata = {}
@@ -292,11 +299,11 @@ class SecureSum:
             bound = about_bytes(self._token, self._exchange, about, self._threshold)
             self._opened = MaskedSum(self._size, self._dtype, self._graph, self._keys, bound, self._threshold)
             self._facts = {EXCHANGE: self._exchange, ABOUT: about}
-        return self._told(client)
+        return Payload(self._around(client), self._facts | {OWN: self._keys[client]})
 
-    def _told(self, client: int) -> Payload:
+    def _around(self, client: int) -> Arrays:
         peers: Arrays = {PEERS: write_peers(self._masked.peers(client))}
-        return Payload(peers, self._facts | {OWN: self._keys[client]})
+        return peers if self._ring is None else peers | {RING: self._ring.told(client).written()}
 
     @property
     def _masked(self) -> MaskedSum:
@@ -326,8 +333,7 @@ class SecureSum:
         """
         masked, payloads = self._masked, dict[int, Payload]()
         for client, arrays in masked.requests().items():
-            told = self._told(client)
-            payloads[client] = Payload({**arrays, **told.arrays}, told.metadata)
+            payloads[client] = Payload(arrays, self._facts | {OWN: self._keys[client]})
 
         def check(client: int, payload: Payload) -> None:
             masked.check_answer(client, payload.arrays)
@@ -533,7 +539,9 @@ class Summation:
         try:
             total = self._sum.total()
         except (TooFew, FalseShares) as error:
-            raise RunFailed(f"{self._what}: {error}; privacy.threshold is {self._privacy.threshold:g}") from error
+            why = [f"; client {who}: {note}" for who, note in sorted(self._messenger.report.notes.items())[:1]]
+            rule = f"privacy.threshold is {self._privacy.threshold:g}"
+            raise RunFailed(f"{self._what}: {error}; {rule}{''.join(why)}") from error
         weight: float = sum(self.weights[client] for client in self._in)
         if self._release is not None:
             return self._released(self._release, total)

@@ -15,8 +15,9 @@ serve one exchange, so that no long-lived key is ever shared. docs/privacy.md sa
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -43,6 +44,7 @@ _SECRET = 16  # bytes of a secret and of each share of it: what Shamir takes
 _TAG = 16  # bytes that ChaCha20-Poly1305 adds
 _CHECK = 8  # bytes by which a secret is known again
 _PEER = 4 + KEY_BYTES
+_DIGEST = 32
 _BLOCK = 1 << 18  # bytes of key stream made at once: they stay in the second cache
 
 
@@ -107,22 +109,159 @@ def read_peers(array: npt.NDArray[Any]) -> tuple[Peer, ...]:
     return peers
 
 
+def ring_order(clients: Iterable[int], seed: int, where: int | str, most: int = MOST_NEIGHBOURS) -> list[int]:
+    """Return the ring that so many clients make, drawn from `seed` for `where`; none: all of them are neighbours."""
+    known = sorted(set(clients))
+    if len(known) - 1 <= most:
+        return []
+    return [known[place] for place in generator(seed, "neighbours", where).permutation(len(known))]
+
+
 def neighbours(
-    clients: Sequence[int], seed: int, exchange: int, most: int = MOST_NEIGHBOURS
+    clients: Iterable[int], seed: int, where: int | str, most: int = MOST_NEIGHBOURS
 ) -> dict[int, tuple[int, ...]]:
     """Return the neighbours of each client, ascending; who has a neighbour is one of its neighbours.
 
     All others are, up to `most`. Of more clients, each is joined with the `most` / 2 before and behind it in a ring
-    whose order is drawn from `seed` for this exchange.
+    whose order is drawn from `seed` for this exchange, or for all that ask the same (`ring_order`).
     """
-    known = sorted(set(clients))
-    count = len(known)
-    if count - 1 <= most:
+    known, order = sorted(set(clients)), ring_order(clients, seed, where, most)
+    if not order:
         return {client: tuple(other for other in known if other != client) for client in known}
-    order = [known[place] for place in generator(seed, "neighbours", exchange).permutation(count)]
-    steps = [step for step in range(-(most // 2), most // 2 + 1) if step]
-    near = {order[i]: tuple(sorted(order[(i + step) % count] for step in steps)) for i in range(count)}
+    near = {
+        order[i]: tuple(sorted(order[(i + step) % len(order)] for step in _steps(most))) for i in range(len(order))
+    }
     return {client: near[client] for client in known}
+
+
+def _steps(most: int) -> list[int]:
+    return [step for step in range(-(most // 2), most // 2 + 1) if step]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """What a client of a large exchange is told of its ring, so that all clients have one and the same.
+
+    Attributes
+    ----------
+    clients : int
+        Of the exchange.
+    place : int
+        The client's own, from 0.
+    order : tuple of int
+        Which of its peers, which ascend by number, are before it and behind it, from the farthest before it on.
+    proof : tuple of bytes
+        Digests of the parts of the ring that it does not see, in order: with what it sees they make the root of a
+        Merkle tree over all places.
+    """
+
+    clients: int
+    place: int
+    order: tuple[int, ...]
+    proof: tuple[bytes, ...]
+
+    def written(self) -> npt.NDArray[np.uint8]:
+        """Return the array that carries it: 4 bytes each of clients and place, one a peer, 32 a digest."""
+        numbers = self.clients.to_bytes(4, "little") + self.place.to_bytes(4, "little")
+        return _array(numbers + bytes(self.order) + b"".join(self.proof))
+
+    @classmethod
+    def read(cls, array: npt.NDArray[Any], peers: int) -> "Ring":
+        """Return what an array carries for a client with so many peers; PayloadError if it is none."""
+        content = read_array({"ring": array}, "ring", np.uint8, None).tobytes()
+        numbers, order, proof = content[:8], content[8 : 8 + peers], content[8 + peers :]
+        clients, place = int.from_bytes(numbers[:4], "little"), int.from_bytes(numbers[4:], "little")
+        if sorted(order) != list(range(peers)) or len(proof) % _DIGEST or not place < clients or clients <= peers + 1:
+            raise PayloadError(f"ring has {len(content)} bytes; it is that of client {place} of {clients}")
+        return cls(clients, place, tuple(order), tuple(_pieces(proof, _DIGEST)))
+
+    def places(self, peers: Sequence[Peer]) -> dict[int, int]:
+        """Return the place of each peer, by number."""
+        steps = _steps(len(peers))
+        return {
+            peers[which].number: (self.place + step) % self.clients
+            for step, which in zip(steps, self.order, strict=True)
+        }
+
+    def root(self, me: Peer, peers: Sequence[Peer]) -> bytes:
+        """Return the digest of the ring in which this client and its peers have these places.
+
+        Raises
+        ------
+        PayloadError
+            The proof is too short or too long.
+        """
+        places, rest = self.places(peers), iter(self.proof)
+        known = {self.place: _leaf(me)} | {places[peer.number]: _leaf(peer) for peer in peers}
+
+        def unseen(low: int, high: int) -> bytes:
+            digest = next(rest, None)
+            if digest is None:
+                raise PayloadError(f"ring has {len(self.proof)} digests; they are too few")
+            return digest
+
+        root = _digest_of(0, self.clients, known, unseen)
+        if next(rest, None) is not None:
+            raise PayloadError(f"ring has {len(self.proof)} digests; they are too many")
+        return root
+
+
+class RingTree:
+    """The server's ring: a Merkle tree (RFC 6962, section 2.1) over the clients in their order."""
+
+    def __init__(self, order: Sequence[int], publics: Mapping[int, bytes], most: int = MOST_NEIGHBOURS) -> None:
+        self._order, self._most = order, most
+        self._place = {client: place for place, client in enumerate(order)}
+        self._leaves = [_leaf(Peer(client, publics[client])) for client in order]
+        self._part = lru_cache(maxsize=None)(self._digest)
+
+    def told(self, client: int) -> Ring:
+        """Return what a client is told."""
+        count, place, proof = len(self._order), self._place[client], list[bytes]()
+        seen = [self._order[(place + step) % count] for step in _steps(self._most)]
+        known = {self._place[each]: self._leaves[self._place[each]] for each in (client, *seen)}
+
+        def unseen(low: int, high: int) -> bytes:
+            proof.append(self._part(low, high))
+            return proof[-1]
+
+        _digest_of(0, count, known, unseen)
+        rank = {each: which for which, each in enumerate(sorted(seen))}
+        return Ring(count, place, tuple(rank[each] for each in seen), tuple(proof))
+
+    def _digest(self, low: int, high: int) -> bytes:
+        if high - low == 1:
+            return self._leaves[low]
+        middle = _middle(low, high)
+        return hashlib.sha256(b"\1" + self._part(low, middle) + self._part(middle, high)).digest()
+
+
+@lru_cache
+def ring_bytes(clients: int) -> int:
+    """Return the bytes of a ring of so many clients as one in its middle is told; 0: there is none."""
+    order = list(range(clients)) if clients - 1 > MOST_NEIGHBOURS else []
+    if not order:
+        return 0
+    return RingTree(order, dict.fromkeys(order, bytes(KEY_BYTES))).told(clients // 2).written().nbytes
+
+
+def _leaf(peer: Peer) -> bytes:
+    return hashlib.sha256(b"\0" + write_peers((peer,)).tobytes()).digest()
+
+
+def _middle(low: int, high: int) -> int:
+    return low + (1 << ((high - low - 1).bit_length() - 1))
+
+
+def _digest_of(low: int, high: int, known: Mapping[int, bytes], unseen: Callable[[int, int], bytes]) -> bytes:
+    """Return the digest of the places from `low` to below `high`, of which `known` has the leaves that are seen."""
+    if not any(low <= place < high for place in known):
+        return unseen(low, high)
+    if high - low == 1:
+        return known[low]
+    middle = _middle(low, high)
+    parts = _digest_of(low, middle, known, unseen) + _digest_of(middle, high, known, unseen)
+    return hashlib.sha256(b"\1" + parts).digest()
 
 
 def needed(threshold: float, peers: int) -> int:
@@ -167,12 +306,15 @@ class Masker:
     dtype : DTypeLike
         uint16 or uint32.
     most : int
-        Neighbours of a client in a large federation. With fewer, all clients of the exchange are neighbours.
+        Neighbours of a client in a large federation.
+    ring : Ring, optional
+        Of a large federation. Without one all clients of the exchange are neighbours.
 
     Raises
     ------
     PayloadError
-        There are fewer than `LEAST_NEIGHBOURS`, this client itself is among them, or a key is none.
+        There are fewer than `LEAST_NEIGHBOURS`, or in a ring another number of them than `most`; this client itself
+        is among them, or a key is none.
     """
 
     def __init__(
@@ -184,18 +326,33 @@ class Masker:
         threshold: float,
         dtype: npt.DTypeLike,
         most: int = MOST_NEIGHBOURS,
+        ring: Ring | None = None,
     ) -> None:
+        if ring is not None and len(peers) != most:
+            raise PayloadError(f"client {number} has {len(peers)} neighbours in a ring; they must be {most}")
         if len(peers) < LEAST_NEIGHBOURS:
             raise PayloadError(f"client {number} has {len(peers)} neighbours; it needs at least {LEAST_NEIGHBOURS}")
         if any(peer.number == number or peer.public == key.public for peer in peers):
             raise PayloadError(f"client {number} is among its own neighbours, by number or key")
         self._me, self._peers, self._about, self._threshold = Peer(number, key.public), peers, about, threshold
-        # A graph of the server's choice could keep those who are told that a client dropped from its neighbours.
-        everybody = sorted((*peers, self._me), key=lambda peer: peer.number) if len(peers) < most else ()
-        self._among = about + hashlib.sha256(write_peers(everybody).tobytes()).digest()
+        # A graph of the server's choice could keep those who are told that a client dropped from its neighbours. So
+        # masks and shares are bound to the list of all clients, or to the ring and the places in it.
+        self._places: dict[int, int] = {}
+        if ring is None:
+            everybody = sorted((*peers, self._me), key=lambda peer: peer.number)
+            among = hashlib.sha256(write_peers(everybody).tobytes()).digest()
+        else:
+            self._places = {number: ring.place} | ring.places(peers)
+            among = b"ring" + ring.clients.to_bytes(4, "little") + ring.root(self._me, peers)
+        self._among = about + among
         self._dtype = _whole(dtype)
         self._secrets = {peer.number: _shared(key, peer) for peer in peers}
         self._masked = False
+
+    @property
+    def people(self) -> tuple[Peer, ...]:
+        """The neighbours, and this client itself."""
+        return (*self._peers, self._me)
 
     def mask(self, values: npt.NDArray[Any]) -> Arrays:
         """Add all masks to `values`, shape (n,), in place, once; return the arrays that travel beside it.
@@ -270,7 +427,7 @@ class Masker:
 
     def _people(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[int, Peer]:
         """Return the clients of the second message by number: those this client knows, and perhaps more."""
-        own = {peer.number: peer for peer in (*self._peers, self._me)}
+        own = {peer.number: peer for peer in self.people}
         if "peers" not in arrays:
             return own
         people = {peer.number: peer for peer in read_peers(arrays["peers"])}
@@ -316,8 +473,13 @@ class Masker:
 
     def _pair_secret(self, peer: Peer) -> bytes:
         # With their numbers: a client under another number is another one, which has answered nothing yet.
-        both = write_peers(sorted((self._me, peer), key=lambda peer: peer.number)).tobytes()
+        both = self._written(sorted((self._me, peer), key=lambda peer: peer.number))
         return _derive(self._secrets[peer.number], b"pair secret", both + self._among, _SECRET)
+
+    def _written(self, peers: Sequence[Peer]) -> bytes:
+        # With places: a client that stands in a ring twice is at each of them another one.
+        places = [self._places[peer.number].to_bytes(4, "little") for peer in peers] if self._places else []
+        return write_peers(peers).tobytes() + b"".join(places)
 
     def _stream(self, secret: bytes) -> bytes:
         return _derive(secret, b"stream", self._about, KEY_BYTES)
@@ -328,7 +490,7 @@ class Masker:
 
     def _cipher(self, purpose: bytes, sender: Peer, receiver: Peer) -> ChaCha20Poly1305:
         other = receiver if sender == self._me else sender
-        context = write_peers((sender, receiver)).tobytes() + self._among
+        context = self._written((sender, receiver)) + self._among
         return ChaCha20Poly1305(_derive(self._secrets[other.number], purpose, context, KEY_BYTES))
 
     def _seal(self, purpose: bytes, receiver: Peer, mark: bytes, content: bytes, context: bytes) -> bytes:

@@ -262,9 +262,11 @@ class TestTwoProcesses:
         return [ClientState(context, 0, tmp_path, survives=True) for context in contexts]
 
     def test_one_answers_an_exchange(self, states):
+        states[0].note_masked(5, 1)
+
         def answers(state):
             try:
-                state.advance("unmasked", 5)
+                state.note_unmasked(5, 2)
             except PayloadError:
                 return False
             return True

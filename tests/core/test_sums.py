@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Array, Message
 from flwr.common.constant import ErrorCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +23,7 @@ from ssfl_app.core.summand import (
     LOSS_UNIT,
     OWN,
     PEERS,
+    RING,
     Identity,
     SummandWriter,
     about_bytes,
@@ -30,11 +31,12 @@ from ssfl_app.core.summand import (
 )
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
+from ssfl_app.privacy import masking
 from ssfl_app.privacy.keys import KeyPair, fingerprint
 from ssfl_app.privacy.masking import Peer, write_peers
 from ssfl_app.privacy.options import PrivacyOptions
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.testing.grid import Fault, Played, Where, answer_error, play, tamper
+from ssfl_app.testing.grid import SMALL, Fault, Played, ScriptedGrid, Where, answer_error, play, tamper
 
 CLEAR: Flat = {"wire.up-values": "fixed32", "ssfl.score-values": "fixed32"}
 SECURE: Flat = {"privacy.secure-aggregation": True}
@@ -254,10 +256,71 @@ def test_a_client_unmasks_once_and_what_it_masked() -> None:
         assert said in ask_again(played, where, Payload(again.arrays, {**again.metadata, **change}))
 
 
-def ask_again(played: Played, where: Where, payload: Payload) -> str:
+def test_a_client_unmasks_no_two_sums_of_the_same_answers_over_other_clients() -> None:
+    """A run that is played again from a checkpoint with another dropout: the difference is one client's answer."""
+    keys = LOOSE | SECURE | {"run.rounds": 1, "strategy": "random"}
+    faults: dict[Where, Fault] = {}
+    grid = ScriptedGrid(merge(SMALL, keys), 0, faults)
+    first = play(keys, grid=grid)
+    assert play(keys, grid=grid).bits() == first.bits()  # the same clients again
+    grid._faults[("train", 1, 2)] = GONE
+    with pytest.raises(RunFailed, match=r"client 0: .* a sum of these very answers was told over other clients"):
+        play(keys, grid=grid)
+    grid._faults.clear()
+    assert play(keys, grid=grid).bits() == first.bits()
+
+
+@pytest.fixture
+def four_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a federation be a large one from six clients on."""
+    for function in (masking.neighbours, masking.ring_order, masking.RingTree.__init__):
+        monkeypatch.setattr(function, "__defaults__", (4,))
+    monkeypatch.setattr(masking.Masker.__init__, "__defaults__", (4, None))
+
+
+@pytest.mark.usefixtures("four_neighbours")
+def test_more_clients_than_neighbours_make_one_ring_that_each_of_them_checks() -> None:
+    keys: Flat = {"run.clients": 8, "run.cohort": 8, "run.rounds": 1, "strategy": "random"}
+    clear, secure = both(keys)
+    assert secure.bits() == clear.bits()
+    told = {where[2]: payload for where, payload in secure.grid.sent if where[0] == "train"}
+    assert {payload.arrays[PEERS].size for payload in told.values()} == {4 * 36}
+    second = [payload for where, payload in secure.grid.sent if where[0] == "query.unmask"]
+    assert len(second) == 8
+    assert not any({PEERS, RING} & payload.arrays.keys() for payload in second)  # a client remembers them
+    ring, later = told[7].arrays[RING], told[7].metadata | {EXCHANGE: 2**60}
+    short = Payload({**told[7].arrays, RING: ring[:-32]}, later)
+    assert "they are too few" in ask_again(secure, ("train", 1, 7), short)
+    none = Payload({name: array for name, array in told[7].arrays.items() if name != RING}, later)
+    # A client without a ring takes its neighbours for all: it masks, and what it sealed is for nobody.
+    assert work_again(secure, ("train", 1, 7), none).has_content()
+
+
+@pytest.mark.usefixtures("four_neighbours")
+@pytest.mark.parametrize("change", ["none", "another"])
+def test_a_server_that_tells_one_client_another_ring_gets_no_sum(change: str) -> None:
+    def lying(grid: Any, message: Message) -> Message:
+        arrays = message.content["arrays"]
+        if change == "none":
+            del arrays[RING]
+        else:
+            told = arrays[RING]
+            arrays[RING] = Array(told.dtype, told.shape, told.stype, told.data[:-1] + bytes([told.data[-1] ^ 1]))
+        return grid.work(message)  # type: ignore[no-any-return]
+
+    keys: Flat = {"run.clients": 8, "run.cohort": 8, "run.rounds": 1, "strategy": "random"}
+    with pytest.raises(RunFailed, match="not encrypted for client"):
+        play(keys | SECURE, faults={("train", 1, 2): lying})
+
+
+def work_again(played: Played, where: Where, payload: Payload) -> Message:
     node, context = next((n, c) for n, c in played.grid._contexts.items() if played.grid.number(c) == where[2])
+    return app(Message(PayloadEncoder().record(payload), node, where[0]), context)
+
+
+def ask_again(played: Played, where: Where, payload: Payload) -> str:
     with pytest.raises(PayloadError) as caught:
-        app(Message(PayloadEncoder().record(payload), node, where[0]), context)
+        work_again(played, where, payload)
     return str(caught.value)
 
 
@@ -276,7 +339,7 @@ def test_a_client_answers_nothing_in_the_clear_whatever_the_options_are(where: W
 
 
 @pytest.mark.parametrize("policy", [{"pins": Path("/p")}, {"secure_only": True}, {"least_clients": 3}], ids=str)
-def test_a_node_that_demands_it_takes_part_in_masked_runs_only(
+def test_a_pinned_node_takes_part_in_masked_runs_only(
     policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     played = play(SIX | CLEAR | {"run.rounds": 1})
@@ -325,7 +388,7 @@ def test_pins_bind_the_keys_of_others() -> None:
     facts[ABOUT] = f"x/{question_digest(Payload({PEERS: peers}, facts), '')}"
 
     class Memory:
-        def advance(self, what: str, exchange: int) -> None: ...
+        def note_masked(self, exchange: int, asked: int, **kept: str) -> None: ...
 
     known = frozenset(fingerprint(pair.public) for pair in others)
     for pins, fits in ((known, True), (known - {fingerprint(others[1].public)}, False)):

@@ -23,11 +23,15 @@ from ssfl_app.privacy.masking import (
     MaskedSum,
     Masker,
     Peer,
+    Ring,
+    RingTree,
     TooFew,
     allowed,
     needed,
     neighbours,
     read_peers,
+    ring_bytes,
+    ring_order,
     write_peers,
 )
 from ssfl_app.sparsity.values import Arrays, PayloadError
@@ -56,8 +60,15 @@ class Exchange:
         self.server = MaskedSum(size, *self.server_words)
         rng, top = np.random.default_rng(1), np.iinfo(dtype).max
         self.plain = {client: rng.integers(0, top, size, dtype, endpoint=True) for client in self.clients}
+        order = ring_order(self.clients, 1, 1, most)
+        tree = RingTree(order, publics, most) if order else None
+        self.rings = {
+            client: Ring.read(tree.told(client).written(), most) if tree else None for client in self.clients
+        }
         self.maskers = {
-            client: Masker(KEYS[client], client, self.server.peers(client), about, threshold, dtype, most)
+            client: Masker(
+                KEYS[client], client, self.server.peers(client), about, threshold, dtype, most, self.rings[client]
+            )
             for client in self.clients
         }
         self.masked: dict[int, np.ndarray] = {}
@@ -487,6 +498,77 @@ def test_a_graph_of_the_servers_choice_unmasks_nobody() -> None:
     for client in (3, 4, 5):
         with pytest.raises(PayloadError, match="not encrypted for client"):
             maskers[client].unmask(servers[1]._request(client))
+
+
+def ring_masker(client: int, tree: RingTree, order: list[int], most: int, place: int | None = None) -> Masker:
+    """Return a client of a ring; at another `place` it is told the peers that stand around that."""
+    seen = tree.told(client) if place is None else tree.told(order[place])
+    around = [order[(seen.place + step) % len(order)] for step in masking._steps(most)]
+    peers = tuple(Peer(other, KEYS[other].public) for other in sorted(around))
+    return Masker(KEYS[client], client, peers, b"", TWO_THIRDS, np.uint32, most, seen)
+
+
+def test_a_client_sees_whether_its_neighbours_are_in_the_ring_of_all() -> None:
+    exchange, publics = Exchange(20, most=6), {n: KEYS[n].public for n in range(10, 30)}
+    roots = {exchange.maskers[client]._among for client in exchange.clients}
+    assert len(roots) == 1
+    ring, peers = exchange.rings[10], exchange.server.peers(10)
+    assert ring is not None
+    others = [*peers[:-1], Peer(peers[-1].number, KEYS[99].public)]
+    assert ring.root(Peer(10, publics[10]), others) != ring.root(Peer(10, publics[10]), peers)
+    for proof, what in ((ring.proof[:-1], "too few"), ((*ring.proof, bytes(32)), "too many")):
+        with pytest.raises(PayloadError, match=what):
+            Ring(ring.clients, ring.place, ring.order, proof).root(Peer(10, publics[10]), peers)
+    content = ring.written()
+    for array in (content[:-1], content[:7], np.append(content[:8], content[8:] * 0), content.astype(np.int8)):
+        with pytest.raises(PayloadError, match="ring"):
+            Ring.read(array, 6)
+    with pytest.raises(PayloadError, match="client 10 has 4 neighbours in a ring; they must be 6"):
+        Masker(KEYS[10], 10, peers[:4], b"", TWO_THIRDS, np.uint32, 6, ring)
+
+
+def test_a_server_with_two_rings_gets_no_sum_and_no_shares() -> None:
+    """Client 0 is told one ring, all others another one: what they seal for it, and its masks, fit no more."""
+    clients, most = list(range(20)), 6
+    orders = [clients, [0, 1, 2, 3, *range(7, 17), 4, 5, 6, 17, 18, 19]]  # with the same neighbours of 0
+    publics = {n: KEYS[n].public for n in clients}
+    trees = [RingTree(order, publics, most) for order in orders]
+    lied, told = (ring_masker(0, tree, order, most) for tree, order in zip(trees, orders, strict=True))
+    assert [peer.number for peer in lied._peers] == [peer.number for peer in told._peers]
+    for number in (1, 2, 3, 17, 18, 19):
+        other, me = ring_masker(number, trees[1], orders[1], most), Peer(0, publics[0])
+        near = Peer(number, publics[number])
+        assert told._pair_secret(near) == other._pair_secret(me) != lied._pair_secret(near)
+        sealed = other._seal(b"share", me, bytes(8), b"16 bytes of text", b"")
+        assert told._open(b"share", near, bytes(8), sealed, b"") == b"16 bytes of text"
+        with pytest.raises(PayloadError, match="not encrypted for client 0"):
+            lied._open(b"share", near, bytes(8), sealed, b"")
+
+
+def test_a_client_that_stands_in_the_ring_twice_is_another_one_at_each_place() -> None:
+    """Else its neighbours at one place could be told that it dropped, and those at the other that it did not."""
+    clients, most = [*range(10), 0, *range(11, 20)], 6  # 0 stands at 0 and at 10
+    tree = RingTree(clients, {n: KEYS[n].public for n in clients}, most)
+    tree._place[0] = 0
+    one = ring_masker(0, tree, clients, most)
+    tree._place[0] = 10
+    seen = ring_masker(11, tree, clients, most)
+    assert 0 in {peer.number for peer in seen._peers}
+    near = Peer(11, KEYS[11].public)
+    two = ring_masker(0, tree, clients, most)
+    assert two._pair_secret(near) == seen._pair_secret(Peer(0, KEYS[0].public))
+    one._secrets[11], one._places[11] = two._secrets[11], 11
+    assert one._pair_secret(near) != seen._pair_secret(Peer(0, KEYS[0].public))
+
+
+@pytest.mark.parametrize("clients", [32, 100, 1000, 10_000])
+def test_what_shows_the_ring_keeps_an_exchange_below_20_kb(clients: int) -> None:
+    tree = RingTree(range(clients), dict.fromkeys(range(clients), bytes(32)))
+    places = np.random.default_rng(0).integers(0, clients, 40).tolist()
+    longest = max(tree.told(place).written().nbytes for place in [0, 1, clients // 2, clients - 1, *places])
+    assert 18_972 + longest < 20_000  # of an exchange with 30 neighbours, which docs/privacy.md has
+    assert ring_bytes(clients) <= longest
+    assert ring_bytes(31) == 0
 
 
 def test_a_client_under_another_number_is_another_one() -> None:
