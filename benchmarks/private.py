@@ -2,8 +2,8 @@
 
 Differential privacy of clients (privacy.level "client"), 200 of them, an expected 40 a round: dense FedAvg, and SSFL
 with private layer densities at 0.1 and 0.05, for epsilon 2, 8, and none (no noise and no clipping; SSFL by the same
-densities, without noise), three seeds. Clip and rate are chosen for each method at epsilon 8 from the same grid, on a
-seed of its own. What the end of the minutes cuts goes on with the next call; each run that ends is written to
+densities, without noise), three seeds. Clip and rate are chosen for each method at each epsilon from the same grid, on
+a seed of its own; without noise the rate is that of epsilon 8. What the end of the minutes cuts goes on with the next call; each run that ends is written to
 benchmarks/results/private.json, and the table beside it is made of that file alone.
 """
 
@@ -38,6 +38,7 @@ TERMS = (
 )
 PRIVATE = "privacy.level='client' privacy.delta=0.001"
 EPSILONS = (2.0, 8.0, None)
+TUNED = (2.0, 8.0)
 CLIPS, RATES = (0.2, 0.6), (0.05, 0.15)
 SEEDS, TUNING = (1, 2, 3), 101
 
@@ -49,23 +50,24 @@ def keys_of(method: str, epsilon: float | None, clip: float, rate: float, seed: 
     return f"{own} {PRIVATE} privacy.epsilon={epsilon} privacy.clip={clip}"
 
 
+def tuning_name(method: str, epsilon: float, clip: float, rate: float) -> str:
+    return f"tune, {method}, epsilon {epsilon}, clip {clip}, rate {rate}"
+
+
 def tuning() -> Iterator[tuple[str, str]]:
-    for method, clip, rate in itertools.product(METHODS, CLIPS, RATES):
-        yield f"tune, {method}, clip {clip}, rate {rate}", keys_of(method, 8.0, clip, rate, TUNING)
+    for epsilon, method, clip, rate in itertools.product(TUNED, METHODS, CLIPS, RATES):
+        yield tuning_name(method, epsilon, clip, rate), keys_of(method, epsilon, clip, rate, TUNING)
 
 
-def chosen(method: str, known: dict[str, Any]) -> tuple[float, float]:
-    """Return the clip and the rate that were best at epsilon 8 on the seed of the tuning."""
-    found = {
-        (clip, rate): known[f"tune, {method}, clip {clip}, rate {rate}"]["accuracy"]
-        for clip, rate in itertools.product(CLIPS, RATES)
-    }
-    return max(found, key=lambda pair: (found[pair], pair))
+def chosen(method: str, epsilon: float | None, known: dict[str, Any]) -> tuple[float, float]:
+    """Return the clip and the rate that were best on the seed of the tuning; of equal ones the first of the grid."""
+    at = epsilon or max(TUNED)
+    return max(itertools.product(CLIPS, RATES), key=lambda pair: known[tuning_name(method, at, *pair)]["accuracy"])
 
 
 def main_runs(known: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for seed, method, epsilon in itertools.product(SEEDS, METHODS, EPSILONS):
-        clip, rate = chosen(method, known)
+        clip, rate = chosen(method, epsilon, known)
         yield f"{method}, epsilon {epsilon}, seed {seed}", keys_of(method, epsilon, clip, rate, seed)
 
 
@@ -97,10 +99,10 @@ def table(known: dict[str, Any]) -> str:
             continue
         found = estimate([100 * row["accuracy"] for row in good])
         assert found is not None
-        said = f"{found.mean:.1f}" + ("" if found.half_width_95 is None else f" ± {found.half_width_95:.1f}")
+        said = f"{found.mean:.1f}" + ("" if found.half is None else f" ± {found.half:.1f}")
         said += "" if len(good) == len(SEEDS) else f" ({len(good)} of {len(SEEDS)} seeds)"
         noise = f"{good[0]['noise_multiplier']:.3f}" if good[0].get("noise_multiplier") else "0"
-        clip, rate = chosen(method, known)
+        clip, rate = chosen(method, epsilon, known)
         sent = statistics.mean(row["bytes_train_up"] + row["bytes_discovery_up"] for row in good) / 1e6
         shown = "none" if epsilon is None else f"{epsilon:g}"
         used = f"-, {rate}" if epsilon is None else f"{clip}, {rate}"
