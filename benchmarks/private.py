@@ -2,9 +2,10 @@
 
 Differential privacy of clients (privacy.level "client"), 200 of them, an expected 40 a round: dense FedAvg, and SSFL
 with private layer densities at 0.1 and 0.05, for epsilon 2, 8, and none (no noise and no clipping; SSFL by the same
-densities, without noise), three seeds. Clip and rate are chosen for each method at each epsilon from the same grid, on
-a seed of its own; without noise the rate is that of epsilon 8. What the end of the minutes cuts goes on with the next call; each run that ends is written to
-benchmarks/results/private.json, and the table beside it is made of that file alone.
+densities, without noise), three seeds. Clip and rate are chosen for each method at each epsilon from the same grid,
+on a seed of its own; without noise the rate is that of epsilon 8. What the end of the minutes cuts goes on with the
+next call; each run that ends is written to benchmarks/results/private.json, and the table beside it is made of that
+file alone.
 """
 
 import argparse
