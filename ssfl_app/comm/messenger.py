@@ -43,7 +43,7 @@ CLIENT = "client"
 MOST_WORK = 2**40
 """Images of one message, of a client that nothing is known of: more is no count, and would spoil the sum."""
 
-WITH_MASK = ("mask", "sheet", "fixed")
+WITH_MASK = ("mask", "sheet", "fixed", "frozen")
 """Arrays that go down once per client, beside the mask or with it; their bytes are counted apart."""
 
 Check = Callable[[int, Payload], None]
