@@ -180,12 +180,12 @@ def _transformer(
 REGISTRY: Registry[Factory] = Registry(
     "ssfl.models",
     {
-        "transformer": _transformer,
         "cnn": of_images(_cnn),
         "conv4": of_images(_conv4),
         "resnet18": of_images(partial(_imagenet_resnet, "BasicBlock", [2, 2, 2, 2])),
         "resnet50": of_images(partial(_imagenet_resnet, "Bottleneck", [3, 4, 6, 3])),
         **{f"resnet{depth}": of_images(partial(_cifar_resnet, depth)) for depth in (20, 32, 44, 56, 110)},
+        "transformer": _transformer,
     },
     "a function (input_shape, outputs, norm, **options) that returns a torch.nn.Module",
     callable,
