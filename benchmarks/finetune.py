@@ -1,35 +1,39 @@
-"""Loss against bytes of federated fine-tuning: python benchmarks/finetune.py [--minutes N] [--table]
+"""Loss against bytes of federated fine-tuning: python benchmarks/finetune.py [--minutes N] [--part 0/2]
 
-A causal transformer is pre-trained on part of Python's help pages (`pydoc_data.topics`, characters), and fine-tuned by
-22 clients, each a page held back. Masks of frozen weights are compared with full fine-tuning, LoRA (peft's, its base
-no part of what travels), sparse uploads of LoRA (FLASC, Kuo et al., arXiv 2406.05233; here models go down whole), and
-what a mask leaves out of the question: biases and norms alone.
+A causal transformer is pre-trained on part of Python's help pages (`pydoc_data.topics`, characters), and fine-tuned
+by 22 clients, each a page held back. Masks of frozen weights are compared with full fine-tuning, LoRA (peft's; its
+base is no part of what travels), sparse uploads of LoRA (FLASC, Kuo et al., arXiv 2406.05233; here models go down
+whole), and what no mask has a say in: biases and norms alone.
 
 Each method has the learning rate that is best of `RATES` after `SHORT` rounds on a seed that the table does not use.
-Each call plays what fits into its minutes, shortest part first, and writes the record after every run. Goal: SSFL at
-density 0.01 is at least level with LoRA at equal bytes of training.
+Each call plays what fits into its minutes and writes the record after every run; two calls with ``--part`` share the
+methods. Goal: SSFL at density 0.01 is at least level with LoRA at equal bytes of training.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
 import shutil
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
 from pydoc_data.topics import topics
+
+import torch
 from torch import nn
 
 import ssfl_app
-from ssfl_app.training.models import ModelOptions, create, read_weights
 from ssfl_app.sparsity.layout import load_state, state_of
+from ssfl_app.training.models import ModelOptions, create, read_weights
 
 HERE = Path(__file__).parent
 RECORD, TABLE = HERE / "results" / "finetune.json", HERE / "results" / "finetune.md"
@@ -37,8 +41,8 @@ START = HERE.parent / "runs" / "finetune-start"
 HELD = (3_000, 15_000)
 """Characters of a page that is held back for a client."""
 SEEDS, TUNED = (1, 2, 3), 11
-RATES = (0.05, 0.15, 0.5)
-ROUNDS, SHORT = 15, 5
+RATES = (0.05, 0.2, 0.8)
+ROUNDS, SHORT = 10, 3
 
 DATA = {"data": "benchmarks.finetune:pages", "partition": "natural"}
 RUN = DATA | {"clients": 22, "cohort": 4, "local_epochs": 1, "local_momentum": 0.9, "local_weight_decay": 0.0}
@@ -168,9 +172,10 @@ def table(record: dict[str, Any]) -> str:
         mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
         spread = statistics.stdev(run["loss"] for run in runs) if len(runs) > 1 else 0.0
         values = mean["training"] / (2 * 4 * RUN["cohort"] * ROUNDS)
+        loss, right = f"{mean['loss']:.4f} +- {spread:.4f}", f"{100 * mean['accuracy']:.1f}"
         lines.append(
             f"| {method} | {record['rates'][method]:g} | {values:,.0f} | {mean['training'] / 1e6:.2f} | "
-            f"{mean['once'] / 1e6:.2f} | {mean['loss']:.4f} +- {spread:.4f} | {100 * mean['accuracy']:.1f} | {len(runs)} |"
+            f"{mean['once'] / 1e6:.2f} | {loss} | {right} | {len(runs)} |"
         )
     start, all_runs = record["before"], [run for runs in record["runs"].values() for run in runs.values()]
     days, kinds = sorted({run["day"] for run in all_runs}), sorted({run["cpu"] for run in all_runs})
@@ -179,32 +184,47 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@contextmanager
+def open_record() -> Iterator[dict[str, Any]]:
+    """Read the record, and write what became of it; one process at a time."""
+    with RECORD.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text = RECORD.read_text() if RECORD.exists() else '{"tuning": {}, "rates": {}, "runs": {}}'
+        record = json.loads(text)
+        yield record
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        TABLE.write_text(table(record))
+
+
 def main() -> None:
     """Play what the record lacks, until the minutes are over."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=1e9)
-    end = time.monotonic() + 60 * parser.parse_args().minutes
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"tuning": {}, "rates": {}, "runs": {}}
+    parser.add_argument("--part", default="0/1")
+    words = parser.parse_args()
+    end, (part, parts) = time.monotonic() + 60 * words.minutes, map(int, words.part.split("/"))
     weights = pretrained()
-    record["before"] = before(weights)
-    names = list(METHODS)
-    todo = [(method, seed) for part in (names[:4], names[4:]) for seed in (TUNED, *SEEDS) for method in part]
-    for method, seed in todo:
+    with open_record() as record:
+        record["before"] = before(weights)
+    names = list(METHODS)[part::parts]
+    groups = names[: 4 // parts], names[4 // parts :]  # the more important ones are done before others begin
+    for method, seed in [(method, seed) for group in groups for seed in (TUNED, *SEEDS) for method in group]:
+        with open_record() as record:
+            tried, known = record["tuning"].get(method, {}), record["runs"].get(method, {})
         if time.monotonic() > end:
             break
         if seed == TUNED:
-            tried = record["tuning"].setdefault(method, {})
-            for rate in RATES:
-                if str(rate) not in tried:
-                    tried[str(rate)] = play(method, seed, rate, SHORT, weights)
-                    print(method, rate, [p["loss"] for p in tried[str(rate)]["points"]], flush=True)
-            record["rates"][method] = best_rate(tried)
-        elif str(seed) not in record["runs"].setdefault(method, {}):
-            made = record["runs"][method][str(seed)] = play(method, seed, record["rates"][method], ROUNDS, weights)
+            for rate in [rate for rate in RATES if str(rate) not in tried]:
+                tried[str(rate)] = play(method, seed, rate, SHORT, weights)
+                print(method, rate, [p["loss"] for p in tried[str(rate)]["points"]], flush=True)
+            with open_record() as record:
+                record["tuning"][method], record["rates"][method] = tried, best_rate(tried)
+        elif str(seed) not in known:
+            made = play(method, seed, best_rate(tried), ROUNDS, weights)
             print(method, seed, made["points"][-1], made["seconds"], flush=True)
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    TABLE.write_text(table(record))
-    print(table(record))
+            with open_record() as record:
+                record["runs"].setdefault(method, {})[str(seed)] = made
+    print(TABLE.read_text())
 
 
 if __name__ == "__main__":

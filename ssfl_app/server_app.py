@@ -429,8 +429,8 @@ def misfit(runtime: Runtime, hello: Handshake) -> str | None:
         )
     if metadata.get("weights", "") != runtime.start_digest:
         return (
-            "starts from other weights than the server, which has their digest compared: model.weights is the same file "
-            "on both, or empty where both draw the same numbers from run.seed"
+            "starts from other weights than the server, which has their digest compared: model.weights is the same "
+            "file on both, or empty where both draw the same numbers from run.seed"
         )
     number = hello.number or 0
     if not runtime.own and number >= runtime.config.settings.run.clients:

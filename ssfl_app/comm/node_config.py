@@ -8,7 +8,7 @@
 | ``least-batch=64`` | with either: images that an answer of scores, gradients or a model is made of; else 32 |
 | ``pins='/etc/ssfl/pins'`` | with either: fingerprints of the only nodes that it masks its answers together with |
 | ``weights-path='/data/start.safetensors'`` | with either: where the file of ``model.weights`` lies on this machine |
-| ``server-data-path=true`` | with the first: a shared set may be read where ``data.path`` of the run says; likewise ``model.weights`` |
+| ``server-data-path=true`` | with the first: a shared set is read where ``data.path`` says, as is ``model.weights`` |
 
 Loss and accuracy on the test images leave the node whatever ``least-batch`` is; so do the counts of the handshake.
 
@@ -103,8 +103,8 @@ class NodeConfig:
             return flat
         if flat.get("model.weights") and not (self.weights_path or self.server_data_path):
             raise ConfigError(
-                "weights-path is missing in --node-config; the run has model.weights, and this node reads no file that "
-                "a server names: say where the same file lies, or allow the server's path by server-data-path=true"
+                "weights-path is missing in --node-config; the run has model.weights, and this node reads no file "
+                "that a server names: say where the same one lies, or allow its path by server-data-path=true"
             )
         if flat.get("model.weights") and self.weights_path:
             flat["model.weights"] = self.weights_path

@@ -132,7 +132,8 @@ def _model(strategy: _Algorithm, codec: LinearCodec, values: Vector, mask: Mask)
     state = codec.scatter(values, strategy.layout, mask)
     for name in codec.stays(strategy.layout):
         state[name].copy_(strategy.state[name])
-    return mask.apply(state, strategy.state) if strategy.settings.mask.frozen else state
+    frozen = strategy.settings.mask.frozen and mask.count < mask.alive.size
+    return mask.apply(state, strategy.state) if frozen else state
 
 
 class ReplyZerosMean:

@@ -375,7 +375,7 @@ class ClientAlgorithm:
         stays = codec.stays(layout)
         if stays:
             state |= self._own(payload, stays)
-        if self.settings.mask.frozen:
+        if self.settings.mask.frozen and mask.count < mask.alive.size:
             state = mask.apply(state, self.context.initial_state())
         load_state(self.context.model, state)
         if self.settings.wire.up_values in SUMMED_TYPES:

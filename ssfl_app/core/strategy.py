@@ -102,8 +102,8 @@ class SparseStrategy(OwnStart):
     has_global_model : bool
         Whether somebody uses `model()`; False: it is not tested, and clients report a personal accuracy only.
     one_mask : bool
-        Whether there is one mask, of all clients, that only `before_training` and `before_round` change: dead weights
-        can then be frozen (mask.dead).
+        Whether there is one mask, of all clients, that only `before_training` and `before_round` change, or none:
+        dead weights can then be frozen (mask.dead).
     error_feedback_ok : bool
         Whether the strategy can make up for rounding: both ends know which coordinates travel, the same ones for all
         clients, and a client has no other state that it keeps between rounds.

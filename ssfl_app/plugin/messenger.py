@@ -52,8 +52,9 @@ class NodeMessenger(Messenger):
     """Writes the same message to many nodes.
 
     `values` is the value type of training and evaluation messages, both ways; they are encoded under `mask`, the
-    dense one at first, and `frozen` the values of its dead weights if they are not 0. `weight_key` is the metric that weighs a reply, with at most `most_examples`. `up` is the
-    codec of replies in training if they carry other coordinates; `taken` the last round that one counted in, by node.
+    dense one at first, and `frozen` the values of its dead weights if they are not 0. `weight_key` is the metric that
+    weighs a reply, with at most `most_examples`. `up` is the codec of replies in training if they carry other
+    coordinates; `taken` the last round that one counted in, by node.
     `keys` are the public keys of nodes, by which they mask.
     """
 

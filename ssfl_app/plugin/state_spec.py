@@ -199,7 +199,7 @@ class StateSpec:
         return arrays
 
     def spread(self, values: Vector, mask: Mask, frozen: Vector | None = None) -> Vector:
-        """Return the vector of all coordinates with `values` where `mask` carries them, and elsewhere `frozen` or 0."""
+        """Return the vector of all coordinates: `values` where `mask` carries them, and elsewhere `frozen` or 0."""
         flat = np.zeros(self.layout.size, dtype=np.float32)
         flat[mask.transmitted] = values
         if frozen is not None:

@@ -306,8 +306,8 @@ def create(options: ModelOptions, shape: tuple[int, ...], outputs: int, seed: in
     """Return a model for inputs of `shape` with initial weights: those of ``model.weights``, or else of `seed` only.
 
     Weights of conv and linear layers and biases of built-in models have PyTorch's default distributions (uniform
-    within 1/sqrt(fan_in)), embeddings are normal with variance 1/width; norms start at weight 1, bias 0. A model of your own starts as its factory makes it, under
-    torch's generator seeded with `seed`, which is put back afterwards.
+    within 1/sqrt(fan_in)), embeddings are normal with variance 1/width; norms start at weight 1, bias 0. A model of
+    your own starts as its factory makes it, under torch's generator seeded with `seed`, which is put back afterwards.
 
     Raises
     ------

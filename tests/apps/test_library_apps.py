@@ -155,7 +155,9 @@ def test_trainer_with_lora(quick_collections: None, monkeypatch: pytest.MonkeyPa
     assert trial.strategy.history[2]["bytes_train_up"] == 2 * 4 * int(0.25 * 3072)
 
 
-def test_trainer_updates_a_few_weights_of_a_tiny_llama(quick_collections: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainer_updates_a_few_weights_of_a_tiny_llama(
+    quick_collections: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Masks instead of adapters: `SSFL(dead="frozen", criterion="gradient")` on the base model of examples/lora."""
     pytest.importorskip("peft")
     pytest.importorskip("transformers")

@@ -163,7 +163,10 @@ def test_the_file_of_weights_is_one_that_the_node_names(tmp_path: Path) -> None:
     def told(node: Flat) -> Any:
         return decode_metadata(hello({"partition-id": 0, **node}, keys).content)["weights"]
 
-    assert told({"weights-path": str(ours)}) == get_runtime(merge(SMALL, keys, {"model.weights": str(ours)})).start_digest
+    assert (
+        told({"weights-path": str(ours)})
+        == get_runtime(merge(SMALL, keys, {"model.weights": str(ours)})).start_digest
+    )
     assert told({"server-data-path": True}) == get_runtime(merge(SMALL, keys)).start_digest
     assert "weights" not in decode_metadata(hello({"partition-id": 0}, {}).content)
 

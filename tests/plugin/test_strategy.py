@@ -693,7 +693,9 @@ def test_dead_weights_are_0_after_the_step_whatever_the_optimizer_makes_of_gradi
             assert (state[name][alive] != 0).all()
 
 
-@pytest.mark.parametrize("arguments", [{}, {"inner": True}, {"values": "fixed32", "most_examples": 100}, {"mask": "random"}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"inner": True}, {"values": "fixed32", "most_examples": 100}, {"mask": "random"}]
+)
 def test_frozen_weights_stay_what_the_initial_arrays_have(arguments: dict[str, Any]) -> None:
     """At the server, in what functions are given, and with `mask_gradients` in what they return."""
     if "inner" in arguments:
@@ -731,6 +733,7 @@ def test_frozen_weights_stay_what_the_initial_arrays_have(arguments: dict[str, A
 
 def test_a_node_that_lost_its_frozen_weights_is_sent_them_again() -> None:
     def train(model: nn.Sequential, x: torch.Tensor, y: torch.Tensor, context: Context) -> None:
+        cross_entropy(model(x), y).backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         context.state.pop("ssfl-plugin", None)
 

@@ -43,9 +43,15 @@ def test_a_block_is_torchs_own_with_the_same_weights():
     ours = {f"{name}.{n}": w for name, module in state.items() for n, w in module.state_dict().items()}
     for part in ("weight", "bias"):
         stacked = [getattr(projection, part) for projection in (block.query, block.key, block.value)]
-        ours |= {f"self_attn.in_proj_{part}": torch.cat(stacked), f"self_attn.out_proj.{part}": getattr(block.out, part)}
+        ours |= {
+            f"self_attn.in_proj_{part}": torch.cat(stacked),
+            f"self_attn.out_proj.{part}": getattr(block.out, part),
+        }
     theirs.load_state_dict(ours)
-    x, later = torch.randn(3, LENGTH, 32, generator=torch.Generator().manual_seed(2)), torch.ones(LENGTH, LENGTH).triu(1)
+    x, later = (
+        torch.randn(3, LENGTH, 32, generator=torch.Generator().manual_seed(2)),
+        torch.ones(LENGTH, LENGTH).triu(1),
+    )
     with torch.no_grad():
         torch.testing.assert_close(block(x), theirs(x, src_mask=later.bool()), rtol=1e-4, atol=1e-5)
 
@@ -85,7 +91,9 @@ def test_it_learns_under_a_mask_with_frozen_weights():
         assert torch.equal(state_of(model)[name][~alive], before[name][~alive])
 
 
-@pytest.mark.parametrize(("heads", "depth", "words"), [(3, 1, "do not divide"), (0, 1, "do not"), (4, 0, "at least 1")])
+@pytest.mark.parametrize(
+    ("heads", "depth", "words"), [(3, 1, "do not divide"), (0, 1, "do not"), (4, 0, "at least 1")]
+)
 def test_what_makes_no_transformer_is_refused(heads, depth, words):
     with pytest.raises(ValueError, match=words):
         Transformer(LENGTH, TOKENS, 32, depth, heads)
