@@ -187,7 +187,7 @@ def table(record: dict[str, Any]) -> str:
 @contextmanager
 def open_record() -> Iterator[dict[str, Any]]:
     """Read the record, and write what became of it; one process at a time."""
-    with RECORD.with_suffix(".lock").open("w") as lock:
+    with (START.parent / "finetune.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         text = RECORD.read_text() if RECORD.exists() else '{"tuning": {}, "rates": {}, "runs": {}}'
         record = json.loads(text)

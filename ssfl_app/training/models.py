@@ -7,7 +7,8 @@ code: 3x3 stem of stride 1, no max-pool, every norm a GroupNorm. With 10 classes
 CIFAR ResNet-20/32/44/56/110 (He et al., CVPR 2016, section 4.2) have 3 stages of 16/32/64 channels and
 parameter-free shortcuts (option A).
 
-The transformer is in `ssfl_app.training.transformer`: 64 wide, 2 blocks deep, with 4 heads.
+The transformer is in `ssfl_app.training.transformer`: 64 wide, 2 blocks deep, with 4 heads; other widths are the
+nearest that the heads divide.
 
 All of them can be narrower or wider: `scaled` says how many channels a layer then has.
 
@@ -174,7 +175,8 @@ def _transformer(
         raise ValueError(f"inputs have shape {input_shape}; this model takes sequences of tokens, (length,)")
     if norm == "batch":
         raise ValueError("model.norm is 'batch'; it is 'group', which is a LayerNorm here, or 'none'")
-    return Transformer(input_shape[0], outputs, round(64 * width), depth, heads, tied, norm == "group")
+    channels = heads * max(1, round(64 * width / max(1, heads)))
+    return Transformer(input_shape[0], outputs, channels, depth, heads, tied, norm == "group")
 
 
 REGISTRY: Registry[Factory] = Registry(

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import ssfl_app
@@ -123,8 +124,9 @@ def test_what_was_updated_goes_into_the_weights_that_a_run_started_from(tmp_path
     assert all(torch.equal(mask[name], bits) for name, bits in alive.items())
     with pytest.raises(ConfigError, match="its frozen weights are in the file that the run started from"):
         read_sparse(file)
+    save_file({name: weight + 1 for name, weight in before.items()}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match="the run started from another file"):
-        read_sparse(file, run.folder / "model.safetensors")
+        read_sparse(file, tmp_path / "other.safetensors")
     whole = torch.load(run.export("torch"), weights_only=True)
     assert all(torch.equal(weight, whole[name]) for name, weight in model.state_dict().items())
 

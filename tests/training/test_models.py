@@ -343,8 +343,10 @@ def test_options_of_the_transformer_are_its_own():
         outline(ModelOptions("transformer"), (1, 8, 8), 10)
     with pytest.raises(ConfigError, match=r"model.norm is 'batch'; it is 'group'"):
         outline(ModelOptions("transformer", "batch"), (16,), 10)
-    with pytest.raises(ConfigError, match=r"64 channels do not divide into 3 heads"):
-        outline(ModelOptions("transformer", options={"heads": 3}), (16,), 10)
+    with pytest.raises(ConfigError, match=r"0 channels do not divide into 0 heads"):
+        outline(ModelOptions("transformer", options={"heads": 0}), (16,), 10)
+    assert outline(ModelOptions("transformer", options={"heads": 3}), (16,), 10).tokens.weight.shape == (10, 63)
+    assert width_for(ModelOptions("transformer"), (16,), 10, 30_000) < 1
 
 
 def test_width_is_for_built_in_models():
