@@ -12,10 +12,10 @@ methods. Goal: SSFL at density 0.01 is at least level with LoRA at equal bytes o
 
 import argparse
 import fcntl
+import functools
 import json
 import math
 import os
-import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -32,7 +32,11 @@ import torch
 from torch import nn
 
 import ssfl_app
+from ssfl_app.config import Flat
+from ssfl_app.locks import RunFailed
+from ssfl_app.results.recorder import environment
 from ssfl_app.sparsity.layout import load_state, state_of
+from ssfl_app.testing.grid import play
 from ssfl_app.training.models import ModelOptions, create, read_weights
 
 HERE = Path(__file__).parent
@@ -41,49 +45,50 @@ START = HERE.parent / "runs" / "finetune-start"
 HELD = (3_000, 15_000)
 """Characters of a page that is held back for a client."""
 SEEDS, TUNED = (1, 2, 3), 11
-RATES = (0.05, 0.2, 0.8)
-ROUNDS, SHORT = 10, 3
+RATES = (0.0125, 0.05, 0.2, 0.8)
+ROUNDS, SHORT = 8, 3
 
-DATA = {"data": "benchmarks.finetune:pages", "partition": "natural"}
-RUN = DATA | {"clients": 22, "cohort": 4, "local_epochs": 1, "local_momentum": 0.9, "local_weight_decay": 0.0}
-RUN |= {"local_clip": 1.0, "run_evaluate_every": 5, "engine_concurrent": 1, "quiet": True}
-FROZEN = {"mask_dead": "frozen", "ssfl_score_values": "log8", "ssfl_saliency_share": 0.25}
-
-
-def _mask(density: float, strategy: str = "ssfl", **more: Any) -> dict[str, Any]:
-    asked = FROZEN | {"ssfl_criterion": "gradient"} if strategy == "ssfl" else {"mask_dead": "frozen"}
-    return {"model": "transformer", "strategy": strategy, "density": density, **asked, **more}
+DATA = {"data.name": "benchmarks.finetune:pages", "partition.name": "natural"}
+RUN = DATA | {"run.clients": 22, "run.cohort": 4, "run.evaluate-every": 4, "local.epochs": 1, "local.batch-size": 16}
+RUN |= {"local.momentum": 0.9, "local.weight-decay": 0.0, "local.clip": 1.0}
+FROZEN = {"mask.dead": "frozen", "ssfl.score-values": "log8", "ssfl.saliency-share": 0.25}
 
 
-def _lora(rank: int, targets: str = "qv", **more: Any) -> dict[str, Any]:
-    options = {"rank": rank, "targets": targets}
-    return {"model": "benchmarks.finetune:lora", "strategy": "fedavg", "model_options": options, **more}
+def _mask(density: float, strategy: str = "ssfl", criterion: str = "gradient") -> Flat:
+    asked = FROZEN | {"ssfl.criterion": criterion} if strategy == "ssfl" else {"mask.dead": "frozen"}
+    return {"model.name": "transformer", "strategy": strategy, "mask.density": density, **asked}
 
 
-METHODS: dict[str, dict[str, Any]] = {
+def _lora(rank: int, targets: str = "qv", **more: Any) -> Flat:
+    options = {"model.options.rank": rank, "model.options.targets": targets}
+    return {"model.name": "benchmarks.finetune:lora", "strategy": "fedavg", **options, **more}
+
+
+METHODS: dict[str, Flat] = {
     "SSFL, |g|, 1 %": _mask(0.01),
     "LoRA, r 4, query and value": _lora(4),
     "LoRA, r 8, query and value": _lora(8),
     "random mask, 1 %": _mask(0.01, "random"),
-    "SSFL, |g w|, 1 %": _mask(0.01, ssfl_criterion="snip"),
+    "SSFL, |g w|, 1 %": _mask(0.01, criterion="snip"),
     "biases and norms alone": _mask(0.00002, "random"),
-    "full": {"model": "transformer", "strategy": "fedavg"},
+    "full": {"model.name": "transformer", "strategy": "fedavg"},
     "LoRA, r 16, query and value": _lora(16),
     "SSFL, |g|, 5 %": _mask(0.05),
     "LoRA, r 4, all six matrices": _lora(4, "all"),
-    "FLASC, r 16, a quarter up": _lora(16, strategy="topk", density=0.25, topk_of="update"),
+    "FLASC, r 16, a quarter up": _lora(16, **{"strategy": "topk", "mask.density": 0.25, "topk.of": "update"}),
 }
 """By the name in the table, the more important first."""
 
 
+@functools.cache
 def pages(path: str, part: str = "held", length: int = 32) -> Any:
     """Return windows of text with the characters that follow; the last fifth of each page is for testing."""
-    letters = sorted(set("".join(topics.values())))
+    letters = {letter: code for code, letter in enumerate(sorted(set("".join(topics.values()))))}
     held = [name for name in sorted(topics) if HELD[0] <= len(topics[name]) < HELD[1]]
     names = held if part == "held" else sorted(topics.keys() - held)
     parts: list[list[Any]] = [[], []]
     for client, name in enumerate(names):
-        codes = torch.tensor([letters.index(letter) for letter in topics[name]])
+        codes = torch.tensor([letters[letter] for letter in topics[name]])
         rows = codes[: (len(codes) - 1) // length * length + 1]
         x, y = rows[:-1].view(-1, length), rows[1:].view(-1, length)
         cut = len(x) * 4 // 5
@@ -115,9 +120,9 @@ def pretrained() -> Path:
     """Return the weights that all methods start from; they are trained if they are not there."""
     weights = START / "model.safetensors"
     if not weights.exists():
-        keys = RUN | {"clients": 1, "cohort": 1, "data_options": {"part": "rest"}, "local_lr_decay": 0.85}
-        keys["partition"] = "iid"
-        ssfl_app.run("fedavg", model="transformer", rounds=12, local_lr=0.1, out=START, **keys)  # type: ignore[arg-type]
+        keys = RUN | {"run.clients": 1, "run.cohort": 1, "run.rounds": 12, "partition.name": "iid"}
+        keys |= {"data.options.part": "rest", "local.lr": 0.1, "local.lr-decay": 0.85}
+        ssfl_app.run("fedavg", model="transformer", config=keys, out=START, quiet=True)
     return weights
 
 
@@ -131,28 +136,23 @@ def before(weights: Path) -> dict[str, float]:
     return {"loss": loss, "parameters": sum(weight.numel() for weight in model.parameters())}
 
 
-def play(method: str, seed: int, rate: float, rounds: int, weights: Path) -> dict[str, Any]:
+def tune(method: str, seed: int, rate: float, rounds: int, weights: Path) -> dict[str, Any]:
     """Return what a run reaches, a point each evaluated round: the loss, and bytes of clients up and down so far."""
-    keys, began = RUN | METHODS[method], time.process_time()
-    if "model_options" in keys:
-        keys["model_options"] = keys["model_options"] | {"start": str(weights)}
-    else:
-        keys["model_weights"] = str(weights)
-    out = START.parent / f"finetune-{os.getpid()}"
-    shutil.rmtree(out, ignore_errors=True)
+    began, start = time.process_time(), "model.options.start" if "lora" in METHODS[method]["model.name"] else ""
+    keys = RUN | METHODS[method] | {"run.seed": seed, "run.rounds": rounds, "local.lr": rate}
     try:
-        run = ssfl_app.run(seed=seed, rounds=rounds, local_lr=rate, out=out, **keys)
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
+        records = play(keys | {start or "model.weights": str(weights)}).records
+    except RunFailed as error:  # a rate under which values leave all bounds
+        return {"rate": rate, "points": [], "failed": str(error)}
     points, training, once = [], 0, 0
-    for row in run.rounds:
+    for row in records:
         training += row.get("bytes_train_up", 0) + row.get("bytes_train_down", 0)
         once += row.get("bytes_discovery_up", 0) + row.get("bytes_discovery_down", 0) + row.get("bytes_mask_down", 0)
         if row.get("central_loss") is not None:
             told = {"loss": row["central_loss"], "accuracy": row["central_accuracy"]}
             points.append({"round": row["round"], "training": training, "once": once, **told})
-    told = {"cpu": run.environment["cpu"], "day": str(date.today()), "seconds": round(time.process_time() - began, 1)}
-    return {"rate": rate, "points": points, **told}
+    seconds = round(time.process_time() - began, 1)
+    return {"rate": rate, "points": points, "cpu": environment()["cpu"], "day": str(date.today()), "seconds": seconds}
 
 
 def best_rate(tried: dict[str, Any]) -> float:
@@ -171,7 +171,7 @@ def table(record: dict[str, Any]) -> str:
             continue
         mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
         spread = statistics.stdev(run["loss"] for run in runs) if len(runs) > 1 else 0.0
-        values = mean["training"] / (2 * 4 * RUN["cohort"] * ROUNDS)
+        values = mean["training"] / (2 * 4 * int(RUN["run.cohort"]) * ROUNDS)
         loss, right = f"{mean['loss']:.4f} +- {spread:.4f}", f"{100 * mean['accuracy']:.1f}"
         lines.append(
             f"| {method} | {record['rates'][method]:g} | {values:,.0f} | {mean['training'] / 1e6:.2f} | "
@@ -215,12 +215,12 @@ def main() -> None:
             break
         if seed == TUNED:
             for rate in [rate for rate in RATES if str(rate) not in tried]:
-                tried[str(rate)] = play(method, seed, rate, SHORT, weights)
+                tried[str(rate)] = tune(method, seed, rate, SHORT, weights)
                 print(method, rate, [p["loss"] for p in tried[str(rate)]["points"]], flush=True)
             with open_record() as record:
                 record["tuning"][method], record["rates"][method] = tried, best_rate(tried)
-        elif str(seed) not in known:
-            made = play(method, seed, best_rate(tried), ROUNDS, weights)
+        elif known.get(str(seed), {}).get("rate") != best_rate(tried):
+            made = tune(method, seed, best_rate(tried), ROUNDS, weights)
             print(method, seed, made["points"][-1], made["seconds"], flush=True)
             with open_record() as record:
                 record["runs"].setdefault(method, {})[str(seed)] = made

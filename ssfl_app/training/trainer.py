@@ -107,8 +107,8 @@ class LocalTrainer:
         data = self._here(data)
         model.train()
         hooks = {"penalty": penalty, "feature_loss": feature_loss, "before_step": before_step}
-        hooks |= {"after_step": after_step, "optimizer": optimizer}
-        step = self._step(model, lr, mask, frozen and mask is not None, private=private, **hooks)
+        frozen &= mask is not None
+        step = self._step(*(model, lr, mask, frozen, private), **hooks, after_step=after_step, optimizer=optimizer)
         passes = range(self.options.epochs if epochs is None else epochs)
         in_epochs = (batch for _ in passes for batch in self._epoch(data, rng, step.ahead))
         seen = 0
@@ -135,8 +135,8 @@ class LocalTrainer:
         autocast = half and usual
         usual &= type(self.task) is Classification
         if any(value is not None for value in special.values()) or not usual or self.steps == "plain" or frozen:
-            changed = {"autocast": autocast, "frozen": frozen, "loss": self.task.loss}
-            return EagerStep(model, self.options, lr, mask, **changed, **special)
+            special |= {"autocast": autocast, "frozen": frozen, "loss": self.task.loss}
+            return EagerStep(model, self.options, lr, mask, **special)
         if self._static is None or not self._static.serves(model):
             self._static = None  # its memory is free before the next one takes some
             capture = self.steps == "graphs"

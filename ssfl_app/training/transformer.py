@@ -39,7 +39,8 @@ class Block(nn.Module):
         )
         scores = q @ k.transpose(2, 3) / math.sqrt(width // self.heads)
         later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        return (scores.masked_fill(later, -math.inf).softmax(dim=-1) @ v).transpose(1, 2).reshape(x.shape)
+        mixed: torch.Tensor = scores.masked_fill(later, -math.inf).softmax(dim=-1) @ v
+        return mixed.transpose(1, 2).reshape(x.shape)
 
 
 class Transformer(nn.Module):
@@ -71,7 +72,7 @@ class Transformer(nn.Module):
         """Return the logits."""
         places = torch.arange(x.shape[1], device=x.device).expand(x.shape)
         y = self.norm(self.blocks(self.tokens(x) + self.places(places)))
-        return F.linear(y, self.tokens.weight) if self.head is None else self.head(y)  # type: ignore[no-any-return]
+        return F.linear(y, self.tokens.weight) if self.head is None else self.head(y)
 
 
 def _norm(width: int, normed: bool) -> nn.Module:
