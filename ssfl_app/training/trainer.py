@@ -106,9 +106,9 @@ class LocalTrainer:
         """
         data = self._here(data)
         model.train()
-        hooks = {"penalty": penalty, "feature_loss": feature_loss, "before_step": before_step}
-        frozen &= mask is not None
-        step = self._step(*(model, lr, mask, frozen, private), **hooks, after_step=after_step, optimizer=optimizer)
+        hooks: dict[str, Any] = {"penalty": penalty, "feature_loss": feature_loss, "before_step": before_step}
+        hooks |= {"after_step": after_step, "optimizer": optimizer}
+        step = self._step(model, lr, mask, frozen and mask is not None, private=private, **hooks)
         passes = range(self.options.epochs if epochs is None else epochs)
         in_epochs = (batch for _ in passes for batch in self._epoch(data, rng, step.ahead))
         seen = 0
