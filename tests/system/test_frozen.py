@@ -15,6 +15,7 @@ from ssfl_app.runtime import get_runtime
 pytestmark = pytest.mark.slow
 
 THREE = {"run__clients": 3, "run__cohort": 3, "run__rounds": 2, "run__evaluate_every": 2, "local__epochs": 1}
+THREE |= {"run__join_timeout": 400.0, "run__round_timeout": 400.0}
 FROZEN = {"mask__dead": "frozen", "mask__density": 0.05, "ssfl__criterion": "gradient"}
 
 
