@@ -37,11 +37,14 @@ class SparseClient(NumPyClient):
 
     `name` is that of a site with data of its own; "": the client goes by its number. `array_names` are those of the
     arrays, in order: whoever calls `fit` or `evaluate` sets those of what it gives, and `fit` of what it returns.
-    `modules` are foreign ones that it works with: its code is the server's if these are too.
+    `modules` are foreign ones that it works with: its code is the server's if these are too. `start` is the digest
+    of its initial weights where it tells that.
     """
 
-    def __init__(self, algorithm: ClientAlgorithm, name: str = "", modules: tuple[str, ...] = ()) -> None:
-        self.algorithm = algorithm
+    def __init__(
+        self, algorithm: ClientAlgorithm, name: str = "", modules: tuple[str, ...] = (), start: str = ""
+    ) -> None:
+        self.algorithm, self.start = algorithm, start
         self.name = name
         self.modules = modules
         self.array_names: tuple[str, ...] = ()
@@ -56,6 +59,7 @@ class SparseClient(NumPyClient):
             "device": str(context.trainer.device),
             "gpu-is-hidden": gpu_is_hidden(),
             "code": code_digest(self.modules),
+            **({"weights": self.start} if self.start else {}),
             **({KEY: context.identity().keys.public} if context.settings.privacy.secure_aggregation else {}),
         }
 
@@ -173,7 +177,8 @@ def _answer(message: Message, context: Context) -> Message:
         )
     memory = ClientState(context, number) if hello else memory_of(context, place, number, metadata)
     me = functools.partial(identity, context, place)
-    client = SparseClient(runtime.rule(number, memory, place.least_batch, me), place.name, runtime.modules)
+    start = runtime.start_digest if hello else ""
+    client = SparseClient(runtime.rule(number, memory, place.least_batch, me), place.name, runtime.modules, start)
     bitmap, encoder = -(-runtime.layout.prunable_size // 8), PayloadEncoder(runtime.config.settings.wire.bitmaps)
     return serve(client, message, metadata, encoder, MOST_BITMAPS * bitmap)
 

@@ -33,7 +33,7 @@ from ssfl_app.data.summary import ALL, DataSummary
 from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Indices, Partition, split
 from ssfl_app.registry import sources
-from ssfl_app.sparsity.layout import Layout, State, state_of
+from ssfl_app.sparsity.layout import Layout, State, mask_everything, state_digest, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.shared.scoring import SsflOptions
@@ -97,9 +97,23 @@ class Runtime:
         return Mask.dense(self.layout)
 
     def initial_state(self) -> State:
-        """Return the weights that a run starts from: those of the seed, on the CPU."""
+        """Return the weights that a run starts from, on the CPU; nobody writes into them."""
+        return self._start if self.config.settings.mask.frozen or self.config.model.weights else self._made()
+
+    @functools.cached_property
+    def _start(self) -> State:
+        # Kept where each message needs it, or a file would be read for it.
+        return self._made()
+
+    def _made(self) -> State:
         shape, seed = self.data.shape, self.config.settings.run.seed
         return state_of(models.create(self.config.model, shape, self.data.outputs, seed))
+
+    @functools.cached_property
+    def start_digest(self) -> str:
+        """The digest of the initial weights, where server and clients must have the same ones; else ""."""
+        compared = self.config.settings.mask.frozen or self.config.model.weights
+        return state_digest(self.layout, self.initial_state()) if compared else ""
 
     def fitting_clients(self) -> int:
         """Return how many clients the free memory of the GPU holds at once, by an estimate; at least one."""
@@ -170,6 +184,8 @@ def _open(items: _Items, site: str) -> Runtime:
 
 def _model(config: Config, images: DataSet, device: torch.device) -> nn.Module:
     model = models.create(config.model, images.shape, images.outputs, config.settings.run.seed).to(device)
+    if config.settings.mask.frozen:
+        mask_everything(model)
     if (
         device.type == "cuda"
         and len(images.shape) == 3
@@ -177,6 +193,14 @@ def _model(config: Config, images: DataSet, device: torch.device) -> nn.Module:
     ):
         # The layout of the convolutions that are fast there. Torch's GroupNorm would change it back, and forth.
         model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def _outline(config: Config, images: DataSet) -> nn.Module:
+    """Return the model without memory."""
+    model = models.outline(config.model, images.shape, images.outputs)
+    if config.settings.mask.frozen:
+        mask_everything(model)
     return model
 
 
@@ -232,7 +256,7 @@ def check_model(config: Config, images: DataSet, partition: Partition | None) ->
     """
     client, settings, name = REGISTRY[config.strategy].client, config.settings, config.model.name
     if name not in models.REGISTRY:
-        outline = models.outline(config.model, images.shape, images.outputs)
+        outline = _outline(config, images)
         if client.reparametrises and (odd := without_other_form(outline)):
             rule = f"it computes with weights in another form, which {name} has no way to with {odd[0]}"
             raise ConfigError(f"strategy is {config.strategy!r}; {rule}")
@@ -314,7 +338,8 @@ def _rehearse(config: Config, images: DataSet) -> None:
             if not trainer.loss(model, few).requires_grad:
                 raise ConfigError(f"{names}; the loss of the model's output has no gradient")
             alive = trainer.evaluate(model, few)[0]
-            for weight in originals(model).values() if REGISTRY[config.strategy].uses_density else ():
+            pruned = REGISTRY[config.strategy].uses_density and not config.settings.mask.frozen
+            for weight in originals(model).values() if pruned else ():
                 weight.data.zero_()
             dead = trainer.evaluate(model, few)[0]
     except ConfigError:
@@ -352,7 +377,10 @@ def check(config: Config, keep: bool = False) -> Layout:
         _open.cache_clear()  # a notebook plays the same keys again after it changed what a name or path stands for
         _CHECKED[tuple(sorted(config.flat.items())), ""] = config, (images, partition)
     _rehearse(config, images)
-    layout = Layout.of(models.outline(config.model, images.shape, images.outputs))
+    outline = _outline(config, images)
+    if config.model.weights:
+        models.read_weights(config.model.weights, state_of(outline))
+    layout = Layout.of(outline)
     metric = make_task(config.task, images.task).metric
     REGISTRY[config.strategy](ServerContext(layout, config.settings, metric=metric))
     return layout

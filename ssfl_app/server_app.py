@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
@@ -39,7 +40,7 @@ from ssfl_app.results.report import undone, write_report
 from ssfl_app.results.rows import summary_table
 from ssfl_app.results.run_folder import read_run
 from ssfl_app.runtime import Runtime, code_digest, get_runtime
-from ssfl_app.sparsity.layout import load_state
+from ssfl_app.sparsity.layout import State, load_state
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.text import command, tell
@@ -79,6 +80,8 @@ def main(grid: Grid, context: Context) -> None:
     try:
         strategy = REGISTRY[config.strategy](server_context(grid, runtime, callback, privacy_ledger(config, folder)))
         saved = resume(strategy, folder, config.flat) if run.resume else None
+        if saved is not None and config.settings.mask.frozen:
+            check_frozen(strategy, runtime.initial_state())
         if saved is not None and runtime.own:
             strategy.messenger.registry.expected = site_names(folder)
         callback.ledger = strategy.ledger
@@ -123,6 +126,16 @@ def check_folder(folder: Path, flat: Flat) -> None:
     clash = first_clash(flat, read_file(path), whole=True)
     if clash is not None:
         raise ConfigError(f"run.out is {folder}; {clash}")
+
+
+def check_frozen(strategy: SparseStrategy, initial: State) -> None:
+    """Raise ConfigError if the frozen weights of a run that goes on are not those that it would start from today."""
+    layout, dead = strategy.layout, ~strategy.mask.transmitted
+    if not np.array_equal(layout.flatten(strategy.state)[dead], layout.flatten(initial)[dead]):
+        raise ConfigError(
+            "run.resume is true; the frozen weights of its checkpoint are not the initial ones: model.weights is the "
+            "file that the run was started with"
+        )
 
 
 def privacy_ledger(config: Config, folder: Path) -> Ledger | None:
@@ -404,8 +417,8 @@ class RecordingCallback(RunCallback):
 def misfit(runtime: Runtime, hello: Handshake) -> str | None:
     """Return why a node cannot be in this run whatever its place, and the cure; None if it can.
 
-    It runs other code than the server, or holds images of other classes or another shape; or its copy of a shared
-    data set is another one.
+    It runs other code than the server, starts from other weights where that matters, or holds images of other classes
+    or another shape; or its copy of a shared data set is another one.
     """
     metadata, who = hello.metadata, hello.name or f"client {hello.number}"
     code = code_digest(runtime.modules)
@@ -413,6 +426,11 @@ def misfit(runtime: Runtime, hello: Handshake) -> str | None:
         return (
             f"runs other code ({metadata.get('code')!r}) than the server ({code!r}): install the same "
             "version on both, or start Flower's SuperLink from another folder"
+        )
+    if metadata.get("weights", "") != runtime.start_digest:
+        return (
+            "starts from other weights than the server, which has their digest compared: model.weights is the same "
+            "file on both, or empty where both draw the same numbers from run.seed"
         )
     number = hello.number or 0
     if not runtime.own and number >= runtime.config.settings.run.clients:

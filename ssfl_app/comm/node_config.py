@@ -9,7 +9,8 @@
 | ``pins='/etc/ssfl/pins'`` | with either: fingerprints of the only nodes that it masks its answers together with |
 | ``secure-only=true`` | with either: it takes part in runs with secure aggregation only |
 | ``least-clients=20`` | with either: likewise, and in sums of so many clients at least |
-| ``server-data-path=true`` | with the first: a shared set may be read where ``data.path`` of the run says |
+| ``weights-path='/data/start.safetensors'`` | with either: where the file of ``model.weights`` lies on this machine |
+| ``server-data-path=true`` | with the first: a shared set is read where ``data.path`` says, as is ``model.weights`` |
 
 Loss and accuracy on the test images leave the node whatever ``least-batch`` is; so do the counts of the handshake.
 
@@ -55,6 +56,7 @@ _KEYS = (
     "pins",
     "secure-only",
     "least-clients",
+    "weights-path",
 )
 _START = {
     "shared": '--node-config "partition-id=0", each its own number',
@@ -83,6 +85,7 @@ class NodeConfig:
     pins: Path | None = None
     secure_only: bool = False
     least_clients: int = 0
+    weights_path: str = ""
 
     @property
     def masked_by(self) -> str:
@@ -91,24 +94,34 @@ class NodeConfig:
         return next((option for option, value in given.items() if value), "")
 
     def in_its_words(self, error: ConfigError) -> ConfigError:
-        """Return an error about the data with the key that this node was started with."""
+        """Return an error about data or weights with the key that this node was started with."""
 
         def own(text: str) -> str:
+            text = re.sub(r"\bmodel\.weights( is|:)", r"weights-path\1", text) if self.weights_path else text
             return re.sub(r"\bdata\.path( is|$|, which is)", r"data-path\1", text) if self.data_path else text
 
         text = own(str(error))
         return PrivateError(text, own(error.public)) if isinstance(error, PrivateError) else ConfigError(text)
 
     def obeyed(self, run_config: Mapping[str, Scalar]) -> dict[str, Scalar]:
-        """Return the run config without the folder that a server names, unless this node reads such folders.
+        """Return the run config without the folder and file that a server names, unless this node reads such ones.
 
         Raises
         ------
         ConfigError
-            The data set of the run lies in a folder, and nobody said here in which.
+            The data set of the run lies in a folder, or its initial weights in a file, and nobody said here in which.
         """
         flat = dict(run_config)
-        if self.simulated or self.data_path:
+        if self.simulated:
+            return flat
+        if flat.get("model.weights") and not (self.weights_path or self.server_data_path):
+            raise ConfigError(
+                "weights-path is missing in --node-config; the run has model.weights, and this node reads no file "
+                "that a server names: say where the same one lies, or allow its path by server-data-path=true"
+            )
+        if flat.get("model.weights") and self.weights_path:
+            flat["model.weights"] = self.weights_path
+        if self.data_path:
             return flat
         if self.server_data_path:
             return flat | {"data.download": False}  # to read there is one thing, to write another
@@ -158,9 +171,9 @@ def read_node_config(node_config: Mapping[str, object], where: str) -> NodeConfi
     least = 1 if alone else _whole(node_config.get("least-batch", LEAST_BATCH), "least-batch", 1)
     obeys, secure = _flag(node_config, "server-data-path"), _flag(node_config, "secure-only")
     fewest = _whole(node_config.get("least-clients", 0), "least-clients", 0)
-    pins = _folder(node_config, "pins")
+    pins, weights = _folder(node_config, "pins"), _folder(node_config, "weights-path")
     paths = Path(state) if state else None, Path(pins) if pins else None
-    return NodeConfig(number, name, data, paths[0], alone, least, obeys, paths[1], secure, fewest)
+    return NodeConfig(number, name, data, paths[0], alone, least, obeys, paths[1], secure, fewest, weights)
 
 
 def _flag(node_config: Mapping[str, object], key: str) -> bool:
@@ -186,7 +199,7 @@ def check_name(value: object, key: str, where: str = "") -> str:
 
 
 def _folder(node_config: Mapping[str, object], key: str) -> str:
-    """Return a folder of the node, or "": Flower starts each message's process in a folder of its own choice."""
+    """Return a path of the node, or "": Flower starts each message's process in a folder of its own choice."""
     value = node_config.get(key, "")
     if key not in node_config:
         return ""

@@ -41,7 +41,7 @@ RUN = "run"
 CLIENT = "client"
 """Fact of a message to a site with data of its own: the number that its name has in this run."""
 
-WITH_MASK = ("mask", "sheet", "fixed")
+WITH_MASK = ("mask", "sheet", "fixed", "frozen")
 """Arrays that go down once per client, beside the mask or with it; their bytes are counted apart."""
 
 MASKS = "masks"

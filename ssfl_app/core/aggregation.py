@@ -98,10 +98,7 @@ class ReplyMean:
             raise RunFailed(f"run.fold is {run.fold!r}; {len(fold)} replies are there, and it needs {FEWEST}")
         values = folded(fold, run.fold, run.trim) if isinstance(fold, Rows) else fold.value()
         del self._fold, fold  # three times as large as what is made now
-        state = self._codec.scatter(values, self._strategy.layout, self._mask)
-        for name in self._codec.stays(self._strategy.layout):
-            state[name].copy_(self._strategy.state[name])
-        return state
+        return _model(self._strategy, self._codec, values, self._mask)
 
 
 class ReplySum:
@@ -127,10 +124,16 @@ class ReplySum:
         strategy.clipped += found.clipped
         down, _ = strategy.sent_down(self._round)
         values = layout.flatten(down)[self._codec.index(layout, self._mask)] + found.mean
-        state = self._codec.scatter(values.astype(np.float32), layout, self._mask)
-        for name in self._codec.stays(layout):
-            state[name].copy_(strategy.state[name])
-        return state
+        return _model(strategy, self._codec, values.astype(np.float32), self._mask)
+
+
+def _model(strategy: _Algorithm, codec: LinearCodec, values: Vector, mask: Mask) -> State:
+    """Return the model whose carried values are `values`; what stays or is frozen is the server's own, the rest 0."""
+    state = codec.scatter(values, strategy.layout, mask)
+    for name in codec.stays(strategy.layout):
+        state[name].copy_(strategy.state[name])
+    frozen = strategy.settings.mask.frozen and mask.count < mask.alive.size
+    return mask.apply(state, strategy.state) if frozen else state
 
 
 class ReplyZerosMean:

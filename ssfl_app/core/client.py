@@ -259,7 +259,8 @@ class ClientAlgorithm:
             changes["private"] = self._begin_private(len(images), changes.get("epochs"))
             # Of augmentation. A public one would be drawn in another order with a record more.
             rng = np.random.default_rng()
-        return site.trainer.fit(site.model, images, rng, lr=rate, mask=sparse, **changes)
+        frozen = self.settings.mask.frozen
+        return site.trainer.fit(site.model, images, rng, lr=rate, mask=sparse, frozen=frozen, **changes)
 
     def _begin_private(self, images: int, epochs: int | None) -> record.PrivateSteps:
         """Return what a private local round is made with, after it is written down that it began.
@@ -374,6 +375,8 @@ class ClientAlgorithm:
         stays = codec.stays(layout)
         if stays:
             state |= self._own(payload, stays)
+        if self.settings.mask.frozen and mask.count < mask.alive.size:
+            state = mask.apply(state, self.context.initial_state())
         load_state(self.context.model, state)
         if self.settings.wire.up_values in SUMMED_TYPES:
             self._came = layout.flatten(state)

@@ -54,6 +54,14 @@ class MaskOptions:
     min_per_layer: int = at_least(
         -1, -1, 'floor of alive weights in each layer; -1: 0 as in the paper, but 1 with data.where "sites"'
     )
+    dead: Literal["zero", "frozen"] = choice(
+        "zero", "frozen", about="what dead weights are: 0, or what they were at the start (docs/fine-tuning.md)"
+    )
+
+    @property
+    def frozen(self) -> bool:
+        """Whether dead weights keep their initial values."""
+        return self.dead == "frozen"
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,9 @@ class SparseStrategy(OwnStart):
         Whether mask.min-per-layer may be more than 0.
     has_global_model : bool
         Whether somebody uses `model()`; False: it is not tested, and clients report a personal accuracy only.
+    one_mask : bool
+        Whether there is one mask, of all clients, that only `before_training` and `before_round` change, or none:
+        dead weights can then be frozen (mask.dead).
     error_feedback_ok : bool
         Whether the strategy can make up for rounding: both ends know which coordinates travel, the same ones for all
         clients, and a client has no other state that it keeps between rounds.
@@ -127,6 +130,7 @@ class SparseStrategy(OwnStart):
     uses_density: ClassVar[bool] = True
     has_floor: ClassVar[bool] = True
     has_global_model: ClassVar[bool] = True
+    one_mask: ClassVar[bool] = False
     error_feedback_ok: ClassVar[bool] = False
 
     def __init__(self, context: ServerContext) -> None:
@@ -134,6 +138,9 @@ class SparseStrategy(OwnStart):
         floor = settings.mask.min_per_layer
         if floor and not self.has_floor:
             raise ConfigError(f"mask.min-per-layer is {floor}; it is 0 with strategy {self.name}")
+        if settings.mask.frozen and not self.one_mask:
+            rule = f"it is 'zero' with strategy {self.name}, which has no mask that all clients share and keep"
+            raise ConfigError(f"mask.dead is 'frozen'; {rule}")
         if settings.stop.metric in ("central", "local") and not self.has_global_model:
             raise ConfigError(
                 f"stop.metric is {settings.stop.metric!r}; it is auto or personal with strategy {self.name}, "

@@ -41,7 +41,7 @@ from ssfl_app.strategies.ssfl.strategy import random_mask, shuffled_mask
 from ssfl_app.text import in_a_line
 
 MASKS = ("ssfl", "random", "shuffled", "flash")
-CRITERIA = ("snip", "pooled-snip", "magnitude")
+CRITERIA = ("snip", "pooled-snip", "gradient", "magnitude")
 """What one question for the gradients of a foreign train function answers."""
 
 
@@ -61,6 +61,7 @@ class Discovery(MaskRule):
     criterion: str
     seed: int
     flash: FlashOptions
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
@@ -170,7 +171,8 @@ class Discovery(MaskRule):
         messenger.report.require(self.min_ok_fraction, "the question for saliency", "node")
         scores, record["score_fold"] = np.zeros(layout.prunable_size, dtype=np.float32), "mean"
         if answers and inner is not None:
-            good = [_comparable(answer, layout, model) for answer in answers if answer.node in said]
+            good = [answer for answer in answers if answer.node in said]
+            good = good if self.criterion == "gradient" else [_comparable(each, layout, model) for each in good]
             scores, record["score_fold"] = scores_by(inner, good, layout.prunable_size)
         elif found is not None:
             scores = found.values.astype(np.float32)
@@ -181,13 +183,15 @@ class Discovery(MaskRule):
             scores = pooled_snip(scores, scales_of(layout, model)[layout.is_prunable])
         if not scores.any():
             raise RunFailed(f"no client told a score above 0; the mask cannot be found. {_cause(layout, model)}")
-        compare = 2 * scored_by["scores"] > scored_by.total()
+        compare = 2 * scored_by["scores"] > scored_by.total() or (self.frozen and self.criterion == "gradient")
         dense = self._dense(layout, said)
         dense |= {} if compare else dict.fromkeys(unscorable(layout, model, scores), _ZERO)
         spec, model, scores = _settled(messenger.spec, model, scores, ties, dense)
         if not spec.prunable:
             raise RunFailed(f"no tensor is left to prune: {dense}; name some by prunable=[...]")
         alone = {} if compare else within(spec.layout, model, scores)
+        if self.criterion == "gradient":  # all are ranked by it
+            alone = {name: by for name, by in alone.items() if by == "magnitude"}
         if self.mask != "ssfl":
             check_unranked(spec)
         if self.mask == "flash":
@@ -197,7 +201,7 @@ class Discovery(MaskRule):
             mask = self._choose(spec, model, scores, alone)
         record |= {"density": mask.density, "layers": {name: alive / size for name, alive, size in mask.layers()}}
         record |= {"ties": dict(ties), "within": alone, "dense": dense}
-        _tell(spec, mask, record)
+        _tell(spec, mask, record, cut=not self.frozen)
         return spec, mask
 
     def _choose(self, spec: StateSpec, model: Vector, scores: Vector, alone: dict[str, str]) -> Mask:
@@ -322,8 +326,8 @@ def _cause(layout: Layout, model: Vector) -> str:
     )
 
 
-def _tell(spec: StateSpec, mask: Mask, record: Mapping[str, Any]) -> None:
-    """Log what is special about this mask, and warn of what a user may not want."""
+def _tell(spec: StateSpec, mask: Mask, record: Mapping[str, Any], cut: bool) -> None:
+    """Log what is special about this mask, and warn of what a user may not want; whether dead weights `cut` off."""
     layout = spec.layout
     share = np.count_nonzero(mask.transmitted) / max(1, mask.transmitted.size)
     log(INFO, "\t> %.1f %% of all coordinates travel", 100 * share)
@@ -339,7 +343,7 @@ def _tell(spec: StateSpec, mask: Mask, record: Mapping[str, Any]) -> None:
     if large:
         log(WARNING, "%s stay dense and are large; prunable=[...] names the tensors to prune", _listed(large))
     layers = list(mask.layers())
-    if empty := [name for name, alive, size in layers if size and not alive]:
+    if cut and (empty := [name for name, alive, size in layers if size and not alive]):
         log(
             WARNING,
             "%s of %s layers keep no weight, and nothing passes through them: %s. min_per_layer=... leaves some in "

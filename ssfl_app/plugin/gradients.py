@@ -15,20 +15,20 @@ from ssfl_app.plugin.tensor_report import storage_key
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
 
-_CURRENT: ContextVar[Mask | None] = ContextVar("ssfl_mask", default=None)
+_CURRENT: ContextVar[tuple[Mask | None, bool]] = ContextVar("ssfl_mask", default=(None, False))
 
 _WRAPPERS = ("module", "_module", "_orig_mod", "default")
 """Components that a name has on one side only: DataParallel's, Opacus's, torch.compile's, that of PEFT's adapters."""
 
-_STEPPING: Any = WeakTensorKeyDictionary()  # parameter -> where it is dead, until the step that follows
+_STEPPING: Any = WeakTensorKeyDictionary()  # parameter -> where it is dead, and what it is there, until the next step
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 @contextmanager
-def under_mask(mask: Mask | None) -> Iterator[None]:
-    """Make `mask` the one that `active_mask` returns; None: there is none."""
-    token = _CURRENT.set(mask)
+def under_mask(mask: Mask | None, frozen: bool = False) -> Iterator[None]:
+    """Make `mask` the one that `active_mask` returns; None: there is none. Its dead weights are 0, or `frozen`."""
+    token = _CURRENT.set((mask, frozen))
     try:
         yield
     finally:
@@ -41,16 +41,21 @@ def active_mask() -> Mask | None:
     None outside of an SSFL round, and while weights are scored. It is looked up in a context variable, which threads
     do not inherit: a loop that runs in a thread of its own must be given it.
     """
-    return _CURRENT.get()
+    return _CURRENT.get()[0]
 
 
 def mask_gradients(
-    model: nn.Module, mask: Mask | Mapping[str, torch.Tensor] | None = None, *, prefix: str | None = None
+    model: nn.Module,
+    mask: Mask | Mapping[str, torch.Tensor] | None = None,
+    *,
+    prefix: str | None = None,
+    frozen: bool = False,
 ) -> None:
-    """Keep dead weights at exactly 0 through the step that follows; call it between ``backward()`` and ``step()``.
+    """Keep dead weights as they are through the step that follows; call it between ``backward()`` and ``step()``.
 
-    It sets their gradients to exactly 0, and the weights themselves once the optimizer has stepped: one that makes
-    gradients of its own, as Opacus's does with their noise, moves them otherwise. Without this line a train function
+    It sets their gradients to exactly 0, and the weights to exactly 0 once the optimizer has stepped, or under
+    ``SSFL(dead="frozen")`` to what they were: weight decay moves them otherwise, and one that makes gradients of its
+    own, as Opacus's does with their noise. Without this line a train function
     may move dead weights as it pleases; the mod then drops what became of them, so they are 0 again in the next
     round, but the alive weights were trained beside them.
 
@@ -64,6 +69,8 @@ def mask_gradients(
     prefix : str, optional
         Where a part stands in the model, "discriminator." for example. Default: the only place where all of its
         parameters fit by name and shape.
+    frozen : bool
+        With a `mask` of your own: whether its dead weights keep their values.
 
     Raises
     ------
@@ -74,7 +81,8 @@ def mask_gradients(
     -----
     Ohib et al., "SSFL", TMLR 2026, arXiv 2405.09037, algorithm 1: clients train with m * g.
     """
-    mask = active_mask() if mask is None else mask
+    if mask is None:
+        mask, frozen = _CURRENT.get()
     if mask is None:
         return
     _listen()
@@ -85,7 +93,7 @@ def mask_gradients(
         if tuple(parameter.shape) != shapes[name]:
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}; the mask has {shapes[name]}")
         dead = _dead(mask, parameter.device)[name]
-        _STEPPING[parameter] = dead
+        _STEPPING[parameter] = dead, parameter.detach().clone() if frozen else None
         if parameter.grad is None:
             continue
         if parameter.grad.is_sparse:
@@ -107,8 +115,13 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     with torch.no_grad():
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if (dead := _STEPPING.pop(parameter, None)) is not None:
+                if (held := _STEPPING.pop(parameter, None)) is None:
+                    continue
+                dead, kept = held
+                if kept is None:
                     parameter.masked_fill_(dead, 0.0)
+                else:
+                    parameter.copy_(torch.where(dead, kept, parameter))
 
 
 def _masked(gradient: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:

@@ -53,14 +53,15 @@ class AsVector:
 
 @dataclass(frozen=True)
 class AsModel:
-    """The model's arrays under their names, dead weights 0."""
+    """The model's arrays under their names, dead weights 0 or `frozen`."""
 
     spec: StateSpec
     mask: Mask
+    frozen: Vector | None = None
 
     def arrays(self, values: Vector) -> ArrayRecord:
         """Return the whole model."""
-        return self.spec.dense(self.spec.spread(values, self.mask))
+        return self.spec.dense(self.spec.spread(values, self.mask, self.frozen))
 
     def values(self, arrays: ArrayRecord) -> Vector:
         """Return the carried values of a whole model; what became of dead weights and of fixed arrays is dropped."""

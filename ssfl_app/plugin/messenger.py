@@ -52,14 +52,16 @@ class NodeMessenger(Messenger):
     """Writes the same message to many nodes.
 
     `values` is the value type of training and evaluation messages, both ways; they are encoded under `mask`, the
-    dense one at first. `weight_key` is the metric that weighs a reply, with at most `most_examples`. `up` is the
-    codec of replies in training if they carry other coordinates; `taken` the last round that one counted in, by node.
+    dense one at first, and `frozen` the values of its dead weights if they are not 0. `weight_key` is the metric that
+    weighs a reply, with at most `most_examples`. `up` is the codec of replies in training if they carry other
+    coordinates; `taken` the last round that one counted in, by node.
     `keys` are the public keys of nodes, by which they mask.
     """
 
     def __init__(self, spec: StateSpec, values: str, weight_key: str, timeout: float, most_examples: float) -> None:
         super().__init__(timeout)
         self.spec, self.mask = spec, Mask.dense(spec.layout)
+        self.frozen: Vector | None = None
         self._values, self._weight_key, self._most = values, weight_key, most_examples
         self.up: Codec | None = None
         self.taken: dict[int, int] = {}
@@ -93,7 +95,8 @@ class NodeMessenger(Messenger):
         """
         mask = Mask.dense(self.spec.layout) if kind == "saliency" else self.mask
         values = "fp32" if kind in QUESTIONS else self._values
-        digest = self.spec.digest_under(mask)
+        frozen = None if mask is not self.mask else self.frozen
+        digest = self.spec.digest_under(mask, frozen)
         told: Metadata = {"ssfl": kind, "round": round_, "digest": digest, "values": values}
         self._forget()
         self._kind, self._sum = kind, summation
@@ -101,7 +104,8 @@ class NodeMessenger(Messenger):
         self._sent = {**told, "weight-key": self._weight_key, **metadata}
         carried = shared_buffers(write_values(model[mask.transmitted], values))
         bitmap = {} if mask.count == mask.alive.size else {"mask": mask.packed()}  # everybody knows the dense one
-        once = shared_buffers({**bitmap, **self.spec.written()})
+        kept = {} if frozen is None else {"frozen": frozen}
+        once = shared_buffers({**bitmap, **kept, **self.spec.written()})
         verb, users = "evaluate" if kind == "evaluate" else "train", dict(config)  # the user's may change later
         for node in nodes:
             payload = Payload(carried, {**self._sent, **(own or {}).get(node, {})})
@@ -109,6 +113,10 @@ class NodeMessenger(Messenger):
             self._pending[node] = PendingMessage(verb, payload, mask, {"mask": lambda: once}, users)
         knows_it = {node for node in self._pending if self._holds.get(node) == digest and kind != "saliency"}
         return [self._message(node, () if node in knows_it else ("mask",)) for node in self._pending]
+
+    def spread(self, values: Vector) -> Vector:
+        """Return the model, shape (layout.size,), whose carried coordinates are `values`."""
+        return self.spec.spread(values, self.mask, self.frozen)
 
     def exchange(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
         """Send messages that `build_messages` made; return the replies, of about this size, as they come."""
@@ -247,7 +255,7 @@ class NodeMessenger(Messenger):
         for answer in answers:
             content = RecordDict(dict(answer.records))
             if self._kind == "train":
-                content[self.spec.keys[0]] = self.spec.dense(self.spec.spread(answer.values, self.mask))
+                content[self.spec.keys[0]] = self.spec.dense(self.spread(answer.values))
             assert answer.message is not None
             answer.message.content = content
             self._decoded[answer.message.metadata.reply_to_message_id] = answer.numbers()

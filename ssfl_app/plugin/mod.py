@@ -35,10 +35,13 @@ from ssfl_app.seeding import generator
 from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import Layout, Vector
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.values import Arrays, PayloadError, read_values, write_values
+from ssfl_app.sparsity.values import Arrays, PayloadError, read_array, read_values, write_values
 
 STATE = "ssfl-plugin"
-"""Record of Flower's `Context.state` that holds a node's mask (packed), the spec and their digest."""
+"""Record of Flower's `Context.state` that holds a node's mask (packed), the spec, frozen weights and their digest."""
+
+KEPT = {"sheet": np.uint8, "fixed": np.uint8, "mask": np.uint8, "frozen": np.float32}
+"""What a node keeps under `STATE`, as bytes, and the types of these arrays."""
 
 SCORED_BY = ("own", "scores", "gradient", "difference")
 """How a node may say that it found its scores; "own" are gradients that a function of the user tells."""
@@ -129,11 +132,14 @@ class SparseMod:
         payload: Payload,
         spec: StateSpec,
         mask: Mask,
+        frozen: Vector | None,
     ) -> Message:
-        """Answer with a score for each prunable weight."""
+        """Answer with a score for each prunable weight; all weights came, so that none is `frozen`."""
         summands = NodeSummands(payload, context) if UNIT in payload.metadata else None
         weights, metadata = _values(payload, spec, mask), payload.metadata
         scales = None if metadata["criterion"] == "pooled-snip" else scales_of(spec.layout, weights)
+        if metadata["criterion"] == "gradient":
+            scales = np.ones_like(weights)
         dense = _dense(message, spec, weights)
         counted = metadata["weighting"] == "samples"
         context = _trial(context)
@@ -186,13 +192,19 @@ def check_masked(message: Message) -> None:
 
 
 def _work(
-    message: Message, context: Context, inner: ClientAppCallable, payload: Payload, spec: StateSpec, mask: Mask
+    message: Message,
+    context: Context,
+    inner: ClientAppCallable,
+    payload: Payload,
+    spec: StateSpec,
+    mask: Mask,
+    frozen: Vector | None,
 ) -> Message:
     """Have the user's function train or evaluate, and pack what it returns."""
     metadata = payload.metadata
     summands = NodeSummands(payload, context) if UNIT in metadata else None
-    given = _values(payload, spec, mask)
-    with under_mask(mask):
+    given = _values(payload, spec, mask, frozen)
+    with under_mask(mask, frozen is not None):
         reply = inner(_dense(message, spec, given), context)
     if reply.has_error():
         return reply
@@ -234,7 +246,13 @@ def _largest(layout: Layout, values: Vector, payload: Payload, context: Context)
 
 
 def _learn_densities(
-    message: Message, context: Context, inner: ClientAppCallable, payload: Payload, spec: StateSpec, mask: Mask
+    message: Message,
+    context: Context,
+    inner: ClientAppCallable,
+    payload: Payload,
+    spec: StateSpec,
+    mask: Mask,
+    frozen: Vector | None,
 ) -> Message:
     """Answer with the layer densities that FLASH's sparse learning ends with; a training is the user's function."""
     from ssfl_app.strategies.flash import learned, shares_of
@@ -273,31 +291,35 @@ def _examples(reply: Message, payload: Payload) -> float:
     return metrics[key]  # type: ignore[no-any-return]
 
 
-def _known(payload: Payload, context: Context) -> tuple[StateSpec, Mask] | None:
-    """Return spec and mask that the message needs, from itself or from the node's memory; None if it lost them."""
+def _known(payload: Payload, context: Context) -> tuple[StateSpec, Mask, Vector | None] | None:
+    """Return spec, mask and frozen weights that the message needs, from itself or the node's memory; None: lost."""
     digest, held = payload.metadata["digest"], context.state.get(STATE)
     if "sheet" not in payload.arrays:
         if not isinstance(held, ConfigRecord) or held["digest"] != digest:
             return None
-        told: dict[str, Any] = {name: held[name] for name in ("sheet", "fixed", "mask") if held[name]}
-        arrays: Mapping[str, Any] = {name: np.frombuffer(value, np.uint8) for name, value in told.items()}
+        told: dict[str, Any] = {name: held[name] for name in KEPT if held[name]}
+        arrays: Mapping[str, Any] = {name: np.frombuffer(value, KEPT[name]) for name, value in told.items()}
     else:
         arrays = payload.arrays
     spec = StateSpec.read(arrays)
     mask = Mask.unpack(spec.layout, arrays["mask"]) if "mask" in arrays else Mask.dense(spec.layout)
+    frozen = None
+    if "frozen" in arrays:
+        frozen = read_array(arrays, "frozen", np.float32, int(np.count_nonzero(~mask.transmitted)))
     if arrays is payload.arrays:
-        if spec.digest_under(mask) != digest:
-            raise ValueError(f"spec and mask have digest {spec.digest_under(mask)}; the message says {digest!r}")
+        if spec.digest_under(mask, frozen) != digest:
+            stated = spec.digest_under(mask, frozen)
+            raise ValueError(f"spec, mask and frozen weights have digest {stated}; the message says {digest!r}")
         if payload.metadata["ssfl"] != "saliency":
-            kept = {name: arrays[name].tobytes() if name in arrays else b"" for name in ("sheet", "fixed", "mask")}
+            kept = {name: arrays[name].tobytes() if name in arrays else b"" for name in KEPT}
             context.state[STATE] = ConfigRecord({"digest": digest, **kept})
-    return spec, mask
+    return spec, mask, frozen
 
 
-def _values(payload: Payload, spec: StateSpec, mask: Mask) -> Vector:
-    """Return the model of a message, float32, shape (layout.size,), dead weights at 0."""
+def _values(payload: Payload, spec: StateSpec, mask: Mask, frozen: Vector | None = None) -> Vector:
+    """Return the model of a message, float32, shape (layout.size,), dead weights at 0 or `frozen`."""
     size = int(np.count_nonzero(MaskedValues().positions(spec.layout, mask)))
-    return spec.spread(read_values(payload.arrays, str(payload.metadata["values"]), size), mask)
+    return spec.spread(read_values(payload.arrays, str(payload.metadata["values"]), size), mask, frozen)
 
 
 def _dense(message: Message, spec: StateSpec, flat: Vector) -> Message:

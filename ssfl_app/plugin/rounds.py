@@ -95,7 +95,9 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
         self._tell_clipped(record)
         strategy.model = spec.narrowed(strategy.model, before)
         self._messenger.spec, self._messenger.mask = spec, mask
-        strategy.model[~mask.transmitted] = 0
+        if strategy.discovery.frozen:
+            self._messenger.frozen = strategy.model[~mask.transmitted]
+        strategy.model[~mask.transmitted] = self._messenger.frozen if strategy.discovery.frozen else 0
         record["seconds"] = time.monotonic() - start
         log(INFO, "\t└──> %s of %s prunable weights stay alive", mask.count, mask.alive.size)
 

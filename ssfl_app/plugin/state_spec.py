@@ -108,9 +108,10 @@ class StateSpec:
         """First 16 hex digits of the SHA-256 over all of it, fixed arrays included."""
         return hashlib.sha256(self._text() + self.fixed).hexdigest()[:16]
 
-    def digest_under(self, mask: Mask) -> str:
-        """Return what both ends must share to exchange values: 16 hex digits over the spec and a mask."""
-        return hashlib.sha256((self.digest + mask.digest).encode()).hexdigest()[:16]
+    def digest_under(self, mask: Mask, frozen: Vector | None = None) -> str:
+        """Return what both ends must share to exchange values: 16 hex digits over spec, mask and frozen weights."""
+        shared = (self.digest + mask.digest).encode() + (b"" if frozen is None else frozen.tobytes())
+        return hashlib.sha256(shared).hexdigest()[:16]
 
     # ---- the spec on the wire ----------------------------------------------------------------
 
@@ -197,10 +198,12 @@ class StateSpec:
                 start += arrays[name].nbytes
         return arrays
 
-    def spread(self, values: Vector, mask: Mask) -> Vector:
-        """Return the vector of all coordinates with `values` where `mask` carries them, and 0 elsewhere."""
+    def spread(self, values: Vector, mask: Mask, frozen: Vector | None = None) -> Vector:
+        """Return the vector of all coordinates: `values` where `mask` carries them, and elsewhere `frozen` or 0."""
         flat = np.zeros(self.layout.size, dtype=np.float32)
         flat[mask.transmitted] = values
+        if frozen is not None:
+            flat[~mask.transmitted] = frozen
         return flat
 
 

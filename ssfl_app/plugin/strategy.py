@@ -84,8 +84,11 @@ class SSFL(OwnStart):
     mask : {"ssfl", "random", "shuffled", "flash"}
         SSFL's; random; SSFL's, permuted in each layer; random of layer densities that nodes find (FLASH). The bits
         are those of the strategy of `ssfl run`, for equal scores.
-    criterion : {"snip", "pooled-snip", "magnitude"}
+    criterion : {"snip", "pooled-snip", "gradient", "magnitude"}
         What SSFL scores a weight by, see `ssfl_app.strategies.ssfl.criteria`.
+    dead : {"zero", "frozen"}
+        What dead weights are: 0, or what they are in `initial_arrays`, for fine-tuning. Each node gets them once and
+        keeps them in its ``Context.state``.
     inner : FedAvg, optional
         One of Flower's Message-API strategies that derive from FedAvg: FedAvgM, FedAdam, FedYogi, FedAdagrad,
         FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan. It aggregates replies whose one array is the flat vector
@@ -140,7 +143,7 @@ class SSFL(OwnStart):
         Who holds what, and the exchange that is going on; its `mask` is the one in use. Once the strategy was
         started.
     model : array of float32
-        All floating coordinates of the model, dead weights 0.
+        All floating coordinates of the model, dead weights 0 or frozen.
     inner, base, discovery, min_ok_fraction
         As given; the inner strategy, or a FedAvg that holds its arguments; how the mask is found; as given.
 
@@ -163,6 +166,7 @@ class SSFL(OwnStart):
         *,
         mask: str = MASKS[0],
         criterion: str = CRITERIA[0],
+        dead: str = "zero",
         inner: FedAvg | None = None,
         inner_arrays: Literal["vector", "model"] = "vector",
         seed: int = 1,
@@ -189,7 +193,7 @@ class SSFL(OwnStart):
             meant = f"; did you mean {near[0]}?" if near else ""
             raise TypeError(f"{type(self).__name__} has no argument {odd[0]!r}{meant}")
         stage = {"stage_clients": stage_clients, "stage_epochs": stage_epochs, "prune_rate": prune_rate}
-        ranked = {"criterion": criterion, "scope": scope, "min_per_layer": min_per_layer}
+        ranked = {"criterion": criterion, "scope": scope, "min_per_layer": min_per_layer, "dead": dead}
         _check_read(mask, {**ranked, **stage, "saliency_weighting": saliency_weighting})
         if inner is not None and fedavg:
             raise ValueError(f"{sorted(fedavg)} beside inner: give them to {type(inner).__name__}, which takes them")
@@ -204,6 +208,8 @@ class SSFL(OwnStart):
                 f"inner is {type(inner).__name__}, whose own start() would never run: SSFL plays the rounds. Put "
                 "what it does into configure_train, aggregate_train or evaluate_fn, or into a subclass of SSFL"
             )
+        if dead not in ("zero", "frozen"):
+            raise ValueError(f"dead is {dead!r}; it is zero or frozen")
         if inner_arrays not in ("vector", "model"):
             raise ValueError(f"inner_arrays is {inner_arrays!r}; it is vector or model")
         if values not in (*VALUE_TYPES, KIND):
@@ -242,7 +248,7 @@ class SSFL(OwnStart):
         asked = saliency_batches, weighting, saliency_share
         self.discovery = Discovery(
             *(density, scope, min_per_layer, *asked, min_ok_fraction, prunable is not None),
-            *(mask, criterion, seed, checked_options(FlashOptions, stage)),
+            *(mask, criterion, seed, checked_options(FlashOptions, stage), dead == "frozen"),
         )
         self.inner, self.base = inner, FedAvg(**fedavg) if inner is None else inner
         self._named = inner_arrays == "model"
@@ -287,7 +293,7 @@ class SSFL(OwnStart):
     @property
     def _form(self) -> Form:
         if self._named:
-            return AsModel(self.messenger.spec, self.mask)
+            return AsModel(self.messenger.spec, self.mask, self.messenger.frozen)
         return AsVector(int(np.count_nonzero(self.mask.transmitted)))
 
     def question_config(self, config: ConfigRecord, grid: Grid) -> ConfigRecord:
@@ -347,7 +353,7 @@ class SSFL(OwnStart):
         """Find the mask and train inside it; arguments and result are those of Flower's `Strategy.start`.
 
         `timeout` is for each exchange of messages, and for nodes to connect. The result holds dense arrays under the
-        names, shapes and types of `initial_arrays`, dead weights exactly 0.
+        names, shapes and types of `initial_arrays`, dead weights exactly 0, or frozen as they are there.
 
         Raises
         ------
@@ -416,7 +422,7 @@ class SSFL(OwnStart):
             values, metrics = aggregate_by(self.inner, server_round, answers, self._form)
             if values is None:
                 return None, metrics
-            self.model = self.messenger.spec.spread(values, self.mask)
+            self.model = self.messenger.spread(values)
         else:
             self.model = finish()
             metrics = self.base.train_metrics_aggr_fn(contents, self.base.weighted_by_key)
@@ -448,14 +454,13 @@ class SSFL(OwnStart):
             if moved is None:
                 return None, metrics
             values = moved
-        self.model = self.messenger.spec.spread(values, self.mask)
+        self.model = self.messenger.spread(values)
         return self.arrays(), metrics
 
     def fold(self, replies: int) -> tuple[Callable[[CheckedReply], None], Callable[[], Vector]]:
         """Return what takes each of so many replies, and what then returns the model, shape (layout.size,)."""
-        spec, mask = self.messenger.spec, self.mask
-        mean = WeightedMean(int(np.count_nonzero(mask.transmitted)), replies)
-        return lambda answer: mean.add(answer.values, answer.weight), lambda: spec.spread(mean.value(), mask)
+        mean, spread = WeightedMean(int(np.count_nonzero(self.mask.transmitted)), replies), self.messenger.spread
+        return lambda answer: mean.add(answer.values, answer.weight), lambda: spread(mean.value())
 
     def training_metadata(self, nodes: Iterable[int]) -> tuple[Metadata, Mapping[int, Metadata]]:
         """Return what messages of training tell beside the usual: all nodes, and one alone."""
@@ -506,16 +511,16 @@ class SSFL(OwnStart):
             self.messenger.report.refuse(node, in_a_line(reason))
 
     def arrays(self) -> ArrayRecord:
-        """Return the model: dense arrays as `initial_arrays` were, dead weights exactly 0."""
+        """Return the model: dense arrays as `initial_arrays` were, dead weights exactly 0 or frozen."""
         return self.messenger.spec.dense(self.model)
 
 
 _OF_THE_MEAN = [each.aggregate_train for each in (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi)]
 """What Flower's strategies do with a mean, and with replies only by taking it."""
 MOST_OF_ONE = (2**31 - 1) // LEAST_NODES
-_RANKED = frozenset({"criterion", "scope", "min_per_layer", "saliency_weighting"})
+_RANKED = frozenset({"criterion", "scope", "min_per_layer", "saliency_weighting", "dead"})
 _SCORED = {"ssfl": _RANKED, "shuffled": _RANKED}
-_READ = {**_SCORED, "random": {"scope"}, "dense": {"scope", "min_per_layer"}}  # dense: `TopK`
+_READ = {**_SCORED, "random": {"scope", "dead"}, "dense": {"scope", "min_per_layer"}}  # dense: `TopK`
 _READ["flash"] = {"stage_clients", "stage_epochs", "prune_rate"}
 
 

@@ -2,6 +2,7 @@
 
 ``safetensors`` is the sparse form: "values" are the float32 of what is alive or cannot be pruned, in the order of the
 model's state, "mask" is one bit a weight that can be pruned (`Mask.packed`), and the header tells names and shapes.
+With mask.dead "frozen" it holds what was updated, and a digest of the whole model in the header.
 The others are dense, with zeros where nothing is alive. ``onnx`` and ``torch-export`` are programs for batches of any
 size; they take data as a reader gives them: pixels are bytes, and normalising them is part of the program.
 """
@@ -25,7 +26,7 @@ from ssfl_app.files import write_atomically
 from ssfl_app.options import ConfigError, build
 from ssfl_app.results.run_folder import Run
 from ssfl_app.sparsity.codec import BitmapAndValues
-from ssfl_app.sparsity.layout import Layout, State, load_state, state_of
+from ssfl_app.sparsity.layout import Layout, State, load_state, mask_everything, state_digest, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training import models
 
@@ -70,18 +71,25 @@ def transform_of(run: Run) -> Transform | AsTheyAre:
 
 
 def trained(run: Run) -> nn.Module:
-    """Return the model with its trained weights, for evaluation, on the CPU; dead weights are 0.
+    """Return the model with its trained weights, for evaluation, on the CPU; dead weights are 0, or frozen.
 
     ConfigError: the run is not finished, or its model is no longer the one that it names.
     """
-    known, mask, state = _summary(run), mask_of(run), _read(run.folder / "model.safetensors")
+    known, state = _summary(run), _read(run.folder / "model.safetensors")
+    mask = {} if _frozen(run) else mask_of(run)
     keys = {key.removeprefix("model."): value for key, value in run.config.items() if key.startswith("model.")}
-    options = build(models.ModelOptions, "model", keys)
+    options = build(models.ModelOptions, "model", keys | {"weights": ""})  # they are in the run's own file
     model = models.create(options, tuple(known["input"]["shape"]), known["outputs"], run.config["run.seed"])
     if {name: tuple(tensor.shape) for name, tensor in state.items()} != dict(Layout.of(model).shapes):
         raise ConfigError(f"model.name is {options.name!r}; it makes a model of other shapes than {run.folder} has")
+    if _frozen(run):
+        mask_everything(model)
     load_state(model, {n: t.where(mask[n], torch.zeros(())) if n in mask else t for n, t in state.items()})
     return model.eval()
+
+
+def _frozen(run: Run) -> bool:
+    return run.config.get("mask.dead") == "frozen"  # a run of an older version has no such key
 
 
 class _Program(nn.Module):
@@ -128,21 +136,33 @@ def _sparse(run: Run, path: Path) -> None:
     mask = Mask(layout, layout.flatten_prunable(ones | bits).astype(np.bool_))
     encoded = BitmapAndValues().encode(layout, state_of(model), mask)
     header = {"shapes": layout.shapes, "prunable": layout.prunable, "config": run.config, "input": known["input"]}
+    header |= {"digest": state_digest(layout, state_of(model))} if _frozen(run) else {}
     arrays = {name: np.asarray(array) for name, array in encoded.items()}
     numpy.save_file(arrays, path, {name: json.dumps(value) for name, value in header.items()})
 
 
-def read_sparse(path: Path) -> tuple[State, State]:
+def read_sparse(path: Path, start: Path | str | None = None) -> tuple[State, State]:
     """Return state and mask, tensors by name, of a file that ``ssfl export --to safetensors`` wrote.
 
-    ConfigError: it is no such file.
+    `start` is the safetensors file from which a run with frozen weights started: they are in it only.
+
+    ConfigError: it is no such file; or the frozen weights are missing, or others than those of the run.
     """
     try:
         with safe_open(path, framework="np") as file:
             header, names = file.metadata() or {}, file.keys()
             arrays = {name: file.get_tensor(name) for name in names}
         shapes = tuple((str(name), tuple(map(int, shape))) for name, shape in json.loads(header["shapes"]))
-        state, mask = BitmapAndValues().decode(arrays, Layout(shapes, tuple(json.loads(header["prunable"]))))
+        layout = Layout(shapes, tuple(json.loads(header["prunable"])))
+        state, mask = BitmapAndValues().decode(arrays, layout)
+        if "digest" in header:
+            if start is None:
+                raise ValueError("its frozen weights are in the file that the run started from, which start names")
+            state = mask.apply(state, models.read_weights(str(start), state))
+            if state_digest(layout, state) != json.loads(header["digest"]):
+                raise ValueError(f"start is {str(start)!r}; the run started from another file")
+    except ConfigError:
+        raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); it is a file that `ssfl export` wrote") from error
     return state, mask.tensors()

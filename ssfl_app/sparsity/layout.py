@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ssfl_app.options import ConfigError
+
 State = dict[str, torch.Tensor]
 Vector = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.bool_]
@@ -36,7 +38,8 @@ class Layout:
     shapes : tuple of (str, tuple of int)
         Every tensor of the state, in order.
     prunable : tuple of str
-        The tensors that a mask may name, in the same order: what `is_prunable` tells, but for norms and buffers.
+        The tensors that a mask may name, in the same order: what `is_prunable` tells, but for norms and buffers, and
+        for what the model says is never pruned (`never_pruned`).
     norms : tuple of str
         The parameters and buffers of norm layers, in the same order, where the model is known.
     """
@@ -55,7 +58,7 @@ class Layout:
             if isinstance(module, NORMS)
             for name in (*module._parameters, *module._buffers)
         }
-        weights = dict(model.named_parameters(remove_duplicate=False)).keys() - norms
+        weights = dict(model.named_parameters(remove_duplicate=False)).keys() - norms - never_pruned(model)
         prunable = tuple(name for name in shapes if name in weights and is_prunable(name, shapes))
         return cls(tuple(shapes.items()), prunable, tuple(name for name in shapes if name in norms))
 
@@ -145,6 +148,30 @@ def is_prunable(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     if sum(size > 1 for size in shape) > 1:
         return True
     return direction_of(name, shapes) is None and ("weight" in name or name.isdigit())
+
+
+def never_pruned(model: nn.Module) -> set[str]:
+    """Return the parameters that a model says no mask covers, by its attribute ``never_pruned``.
+
+    It is a sequence of names of parameters, or of modules for all that they have.
+
+    Raises
+    ------
+    ConfigError
+        It names something that the model does not have.
+    """
+    names, found = list(dict(model.named_parameters(remove_duplicate=False))), set[str]()
+    for spared in getattr(model, "never_pruned", ()):
+        meant = {name for name in names if name == spared or name.startswith(f"{spared}.")}
+        if not meant:
+            raise ConfigError(f"never_pruned of the model has {spared!r}; it has names of its parameters and modules")
+        found |= meant
+    return found
+
+
+def mask_everything(model: nn.Module) -> None:
+    """Let a mask cover what the model says is never pruned: where dead weights are frozen, none is lost."""
+    setattr(model, "never_pruned", ())  # noqa: B010 (torch declares what a module's attributes are)
 
 
 def direction_of(magnitude: str, names: Iterable[str]) -> str | None:

@@ -191,12 +191,12 @@ class Mask:
             for name, span in self.layout.prunable_spans.items()
         }
 
-    def apply(self, state: Mapping[str, torch.Tensor]) -> State:
-        """Return the state with every dead coordinate at exactly 0."""
+    def apply(self, state: Mapping[str, torch.Tensor], dead: Mapping[str, torch.Tensor] | None = None) -> State:
+        """Return the state with every dead coordinate at exactly 0, or at its value in the state `dead`."""
         bits = self.tensors()
-        zero = torch.zeros(())
+        rest = {name: torch.zeros(()) if dead is None else dead[name].cpu() for name in bits}
         # where, not a product: -1 * 0 would be -0.0, which is another bit pattern than 0.
-        return {n: torch.where(bits[n], t.cpu(), zero) if n in bits else t.cpu().clone() for n, t in state.items()}
+        return {n: torch.where(bits[n], t.cpu(), rest[n]) if n in bits else t.cpu().clone() for n, t in state.items()}
 
     def layers(self) -> Iterator[tuple[str, int, int]]:
         """Yield (name, alive, size) for each prunable tensor."""

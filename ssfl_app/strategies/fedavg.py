@@ -12,4 +12,5 @@ class FedAvg(SparseStrategy):
 
     name = "fedavg"
     uses_density = False
+    one_mask = True
     error_feedback_ok = True

@@ -43,4 +43,5 @@ class FedProx(SparseStrategy):
     name = "fedprox"
     client = FedProxClient
     uses_density = False
+    one_mask = True
     error_feedback_ok = True

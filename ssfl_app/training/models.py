@@ -1,4 +1,4 @@
-"""Models: two small CNNs, ResNet-18/50 with CIFAR stem, and the CIFAR ResNets of He et al.
+"""Models: two small CNNs, ResNet-18/50 with CIFAR stem, the CIFAR ResNets of He et al., and a causal transformer.
 
 Blocks come from torchvision; only what differs is here. ResNet-18 and ResNet-50 are those of the DisPFL and SSFL
 code: 3x3 stem of stride 1, no max-pool, every norm a GroupNorm. With 10 classes and norm "group" ResNet-18 has
@@ -6,6 +6,9 @@ code: 3x3 stem of stride 1, no max-pool, every norm a GroupNorm. With 10 classes
 
 CIFAR ResNet-20/32/44/56/110 (He et al., CVPR 2016, section 4.2) have 3 stages of 16/32/64 channels and
 parameter-free shortcuts (option A).
+
+The transformer is in `ssfl_app.training.transformer`: 64 wide, 2 blocks deep, with 4 heads; other widths are the
+nearest that the heads divide.
 
 All of them can be narrower or wider: `scaled` says how many channels a layer then has.
 
@@ -19,18 +22,23 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
-from ssfl_app.options import ConfigError, Scalar, choice, free, option
+from ssfl_app.options import ConfigError, PrivateError, Scalar, anything, choice, free, option
 from ssfl_app.registry import Registry
 from ssfl_app.seeding import torch_generator
-from ssfl_app.text import one_line
+from ssfl_app.sparsity.layout import State, load_state, state_of
+from ssfl_app.text import in_a_line, one_line
+from ssfl_app.training.transformer import Transformer
 
 NORMS = ("group", "batch", "none")
 
@@ -154,6 +162,23 @@ def of_images(make: Callable[[int, int, Callable[[int], nn.Module], float], nn.M
     return factory
 
 
+def _transformer(
+    input_shape: tuple[int, ...],
+    outputs: int,
+    norm: str,
+    width: float = 1.0,
+    depth: int = 2,
+    heads: int = 4,
+    tied: bool = False,
+) -> nn.Module:
+    if len(input_shape) != 1:
+        raise ValueError(f"inputs have shape {input_shape}; this model takes sequences of tokens, (length,)")
+    if norm == "batch":
+        raise ValueError("model.norm is 'batch'; it is 'group', which is a LayerNorm here, or 'none'")
+    channels = heads * max(1, round(64 * width / max(1, heads)))
+    return Transformer(input_shape[0], outputs, channels, depth, heads, tied, norm == "group")
+
+
 REGISTRY: Registry[Factory] = Registry(
     "ssfl.models",
     {
@@ -162,6 +187,7 @@ REGISTRY: Registry[Factory] = Registry(
         "resnet18": of_images(partial(_imagenet_resnet, "BasicBlock", [2, 2, 2, 2])),
         "resnet50": of_images(partial(_imagenet_resnet, "Bottleneck", [3, 4, 6, 3])),
         **{f"resnet{depth}": of_images(partial(_cifar_resnet, depth)) for depth in (20, 32, 44, 56, 110)},
+        "transformer": _transformer,
     },
     "a function (input_shape, outputs, norm, **options) that returns a torch.nn.Module",
     callable,
@@ -177,16 +203,28 @@ class ModelOptions:
     width: float = option(
         "a number in (0, 16]", lambda x: 0 < x <= 16, 1.0, "of a built-in model: times the channels of its layers"
     )
-    options: Mapping[str, Scalar] = free("arguments of a model of your own: model.options.width=64")
+    weights: str = anything(
+        "a file, or empty", "", "safetensors: initial weights, at server and clients; empty: drawn by run.seed"
+    )
+    options: Mapping[str, Scalar] = free(
+        "arguments of a model of your own, model.options.width=64, or of the transformer: depth, heads, tied"
+    )
+
+
+_EVERY = ("input_shape", "outputs", "norm", "width")
+"""Arguments of all built-in models."""
 
 
 def _made(options: ModelOptions, shape: tuple[int, ...], outputs: int) -> nn.Module:
     arguments = {key.replace("-", "_"): value for key, value in options.options.items()}
     if options.name in REGISTRY:
+        known = [name for name in signature(REGISTRY[options.name]).parameters if name not in _EVERY]
         for key, value in options.options.items():
-            rule = f"it is for a model of your own, and {options.name} is built in: it has model.width and model.norm"
-            raise ConfigError(f"model.options.{key} is {value!r}; {rule}")
-        arguments = {"width": options.width}
+            if key.replace("-", "_") not in known:
+                rule = f"{options.name} is built in: it has model.width and model.norm"
+                has = f", and model.options {', '.join(known)}" if known else "; options are for a model of your own"
+                raise ConfigError(f"model.options.{key} is {value!r}; {rule}{has}")
+        arguments["width"] = options.width
     elif options.width != 1.0:
         rule = f"it is for built-in models, and a model of your own such as {options.name} has model.options"
         raise ConfigError(f"model.width is {options.width}; {rule}")
@@ -267,17 +305,49 @@ def width_for(options: ModelOptions, shape: tuple[int, ...], outputs: int, count
 
 
 def create(options: ModelOptions, shape: tuple[int, ...], outputs: int, seed: int) -> nn.Module:
-    """Return a model for inputs of `shape` with initial weights that depend on `seed` only.
+    """Return a model for inputs of `shape` with initial weights: those of ``model.weights``, or else of `seed` only.
 
     Weights of conv and linear layers and biases of built-in models have PyTorch's default distributions (uniform
-    within 1/sqrt(fan_in)); norms start at weight 1, bias 0. A model of your own starts as its factory makes it, under
-    torch's generator seeded with `seed`, which is put back afterwards.
+    within 1/sqrt(fan_in)), embeddings are normal with variance 1/width; norms start at weight 1, bias 0. A model of
+    your own starts as its factory makes it, under torch's generator seeded with `seed`, which is put back afterwards.
 
     Raises
     ------
     ConfigError
-        The model takes no such inputs or options.
+        The model takes no such inputs or options, or the file has no such weights.
     """
+    model = _drawn(options, shape, outputs, seed)
+    if options.weights:
+        load_state(model, read_weights(options.weights, state_of(model)))
+    return model
+
+
+def read_weights(path: str, wanted: Mapping[str, torch.Tensor]) -> State:
+    """Return the tensors of a safetensors file, float32; those that a model's state, `wanted`, has, of its shapes.
+
+    Raises
+    ------
+    PrivateError
+        The file cannot be read, lacks a tensor, or has another shape or one more.
+    """
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        what = "it is a safetensors file that can be read where server and clients run"
+        raise _odd_weights(path, f"{what} ({error})", what) from error
+    for name in [*wanted, *(name for name, tensor in found.items() if tensor.is_floating_point())]:
+        have, need = (tuple(each[name].shape) if name in each else None for each in (found, wanted))
+        if have != need:
+            said = [f"of shape {shape}" if shape is not None else "missing" for shape in (have, need)]
+            raise _odd_weights(path, f"{in_a_line(name)} is {said[0]} there and {said[1]} in the model")
+    return {name: found[name].float() for name in wanted}
+
+
+def _odd_weights(path: str, what: str, public: str = "") -> PrivateError:
+    return PrivateError(f"model.weights is {path!r}; {what}", f"model.weights: {public or what}")
+
+
+def _drawn(options: ModelOptions, shape: tuple[int, ...], outputs: int, seed: int) -> nn.Module:
     rng = torch_generator(seed, "init")
     if options.name not in REGISTRY:
         with torch.random.fork_rng(devices=[]):
@@ -291,7 +361,9 @@ def create(options: ModelOptions, shape: tuple[int, ...], outputs: int, seed: in
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 nn.init.uniform_(module.bias, -bound, bound, generator=rng)
-        elif isinstance(module, nn.GroupNorm | nn.BatchNorm2d):
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5, generator=rng)
+        elif isinstance(module, nn.GroupNorm | nn.BatchNorm2d | nn.LayerNorm):
             module.reset_parameters()
         elif next(module.parameters(recurse=False), None) is not None or len(list(module.buffers(recurse=False))):
             raise TypeError(f"{type(module).__name__} in model {options.name} has no initialisation here")

@@ -14,7 +14,7 @@ from ssfl_app.installed import needed
 from ssfl_app.options import ConfigError
 from ssfl_app.privacy.record import PrivateSteps
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.training.step import EagerStep, LocalOptions, mask_gradients, times
+from ssfl_app.training.step import EagerStep, LocalOptions, mask_gradients
 
 MOST_VALUES = 2**28
 """Of gradients of single samples at a time, 1 GiB; a larger batch is summed in parts."""
@@ -72,7 +72,7 @@ class PrivateStep(EagerStep):
         if self._before_step is not None:
             self._before_step(self._model)
         self._stepper.step()
-        times(self._masked, self._bits)
+        self._hold()
         self._private.zero_grad(set_to_none=True)  # a gradient a sample is many times the model
         if self._after_step is not None:
             self._after_step(self._model)

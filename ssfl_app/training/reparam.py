@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
-from ssfl_app.sparsity.layout import NORMS, is_prunable
+from ssfl_app.sparsity.layout import NORMS, is_prunable, never_pruned
 from ssfl_app.sparsity.mask import keep_count
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -146,8 +146,8 @@ def originals(model: nn.Module) -> dict[str, nn.Parameter]:
             if parameter is not None and not isinstance(module, NORMS):
                 whole = f"{path}.{name}" if path else name
                 found[path.removesuffix("parametrizations.weight") + "weight" if ours else whole] = parameter
-    shapes = {name: tuple(parameter.shape) for name, parameter in found.items()}
-    return {name: parameter for name, parameter in found.items() if is_prunable(name, shapes)}
+    shapes, spared = {name: tuple(parameter.shape) for name, parameter in found.items()}, never_pruned(model)
+    return {n: parameter for n, parameter in found.items() if is_prunable(n, shapes) and n not in spared}
 
 
 def without_other_form(model: nn.Module) -> list[str]:
@@ -174,8 +174,8 @@ def _prunable(model: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(module, NORMS)
         and (module._parameters.get("weight") is not None or parametrize.is_parametrized(module, "weight"))
     }
-    shapes = {name: tuple(_original(module).shape) for name, module in named.items()}
-    return {name: module for name, module in named.items() if is_prunable(name, shapes)}
+    shapes, spared = {name: tuple(_original(module).shape) for name, module in named.items()}, never_pruned(model)
+    return {name: module for name, module in named.items() if is_prunable(name, shapes) and name not in spared}
 
 
 class _Effective(nn.Module):

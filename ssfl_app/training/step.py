@@ -46,7 +46,7 @@ class EagerStep:
     """Forward, backward, mask, clip, SGD, mask: as it is read in a textbook, of a model in training mode.
 
     `loss` is the task's, a mean; `autocast` computes in bfloat16 what can be; the others are those of
-    `LocalTrainer.fit`.
+    `LocalTrainer.fit`, with `frozen` only if there is a mask.
 
     Attributes
     ----------
@@ -65,6 +65,7 @@ class EagerStep:
         *,
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
         autocast: bool = False,
+        frozen: bool = False,
         penalty: Callable[[nn.Module], torch.Tensor] | None = None,
         feature_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         before_step: Callable[[nn.Module], None] | None = None,
@@ -79,6 +80,7 @@ class EagerStep:
         keep = {} if mask is None else {n: bits.float() for n, bits in mask.tensors(device).items()}
         weights = originals(model)
         self._masked, self._bits = [weights[n] for n in keep], list(keep.values())
+        self._kept = [weight.detach().clone() for weight in self._masked] if frozen else []
         self._stepper = (
             torch.optim.SGD(self._trained, lr, options.momentum, weight_decay=options.weight_decay, foreach=True)
             if optimizer is None
@@ -86,7 +88,16 @@ class EagerStep:
         )
         # Summed on the device: reading the loss of every step would stall a GPU.
         self._total = torch.zeros((), dtype=torch.float64, device=device)
-        times(self._masked, self._bits)
+        self._hold()
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        """Put dead weights back to what they are."""
+        if not self._kept:
+            times(self._masked, self._bits)
+        # Chosen, not added: w0 + 0 * w is no number where w is none, and 0 where w0 is -0.0.
+        for weight, bits, kept in zip(self._masked, self._bits, self._kept, strict=False):
+            torch.where(bits > 0, weight, kept, out=weight.detach())
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Change the model by a batch, (B, ...), with its targets, (B, ...)."""
@@ -107,7 +118,7 @@ class EagerStep:
         if self._before_step is not None:
             self._before_step(self._model)
         self._stepper.step()
-        times(self._masked, self._bits)
+        self._hold()
         if self._after_step is not None:
             self._after_step(self._model)
         self._total += loss.detach() * len(targets)

@@ -75,11 +75,12 @@ class LocalTrainer:
         epochs: int | None = None,
         optimizer: Optimizer | None = None,
         private: PrivateSteps | None = None,
+        frozen: bool = False,
     ) -> float:
         """Train in place and return the mean loss over all images seen.
 
-        Weights that `mask` holds dead are exactly 0 before and after every step: their gradients are
-        zeroed before clipping, so clipping, momentum and weight decay never see them either.
+        Weights that `mask` holds dead are exactly 0 before and after every step, or `frozen` at what they are when
+        this is called: their gradients are zeroed before clipping, so that clipping never sees them.
 
         Parameters
         ----------
@@ -106,8 +107,9 @@ class LocalTrainer:
         """
         data = self._here(data)
         model.train()
-        hooks = {"penalty": penalty, "feature_loss": feature_loss, "before_step": before_step}
-        step = self._step(model, lr, mask, private=private, **hooks, after_step=after_step, optimizer=optimizer)
+        hooks: dict[str, Any] = {"penalty": penalty, "feature_loss": feature_loss, "before_step": before_step}
+        hooks |= {"after_step": after_step, "optimizer": optimizer}
+        step = self._step(model, lr, mask, frozen and mask is not None, private=private, **hooks)
         passes = range(self.options.epochs if epochs is None else epochs)
         in_epochs = (batch for _ in passes for batch in self._epoch(data, rng, step.ahead))
         seen = 0
@@ -119,16 +121,23 @@ class LocalTrainer:
         return step.total() / seen if seen else float("nan")
 
     def _step(
-        self, model: nn.Module, lr: float, mask: Mask | None, private: PrivateSteps | None = None, **special: Any
+        self,
+        model: nn.Module,
+        lr: float,
+        mask: Mask | None,
+        frozen: bool,
+        private: PrivateSteps | None = None,
+        **special: Any,
     ) -> EagerStep | GraphedStep:
         if private is not None:
-            return PrivateStep(model, self.options, lr, mask, private, loss=self.task.loss, **special)
+            return PrivateStep(model, self.options, lr, mask, private, frozen=frozen, loss=self.task.loss, **special)
         half = self.precision == "bf16" and self.device.type == "cuda"
         usual = (half or self.steps != "plain") and has_plain_forward(model)
         autocast = half and usual
         usual &= type(self.task) is Classification
-        if any(value is not None for value in special.values()) or not usual or self.steps == "plain":
-            return EagerStep(model, self.options, lr, mask, autocast=autocast, loss=self.task.loss, **special)
+        if any(value is not None for value in special.values()) or not usual or self.steps == "plain" or frozen:
+            special |= {"autocast": autocast, "frozen": frozen, "loss": self.task.loss}
+            return EagerStep(model, self.options, lr, mask, **special)
         if self._static is None or not self._static.serves(model):
             self._static = None  # its memory is free before the next one takes some
             capture = self.steps == "graphs"

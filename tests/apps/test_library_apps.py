@@ -155,6 +155,53 @@ def test_trainer_with_lora(quick_collections: None, monkeypatch: pytest.MonkeyPa
     assert trial.strategy.history[2]["bytes_train_up"] == 2 * 4 * int(0.25 * 3072)
 
 
+def test_trainer_updates_a_few_weights_of_a_tiny_llama(
+    quick_collections: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks instead of adapters: `SSFL(dead="frozen", criterion="gradient")` on the base model of examples/lora."""
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(EXAMPLES / "lora" / "after")
+    from lora import task
+
+    def llama() -> Any:
+        return task.get_model().unload()  # the base, whose weights are frozen for the adapters
+
+    def loaded(state: State) -> Any:
+        model = llama()
+        model.load_state_dict(state)
+        return model.requires_grad_(True)
+
+    def fit(state: State, partition: int) -> tuple[State, dict[str, float]]:
+        model, text = loaded(state), task.Text(partition)
+        loss = task.train(model, text, 0.02, partition)
+        return model.state_dict(), {"loss": loss, "num-examples": len(text)}
+
+    def test(state: State, partition: int) -> dict[str, float]:
+        return {"loss": task.test(loaded(state), task.Text(partition)), "num-examples": 64}
+
+    initial = {name: tensor.clone() for name, tensor in llama().state_dict().items()}
+    frozen = {"dead": "frozen", "criterion": "gradient", "fraction_evaluate": 1.0}
+    trial = App(fit, test).play(initial, rounds=3, density=0.01, **frozen)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lora"]:
+        del sys.modules[name]
+    mask, size = trial.mask, sum(alive.size for alive in trial.mask.values())
+    assert trial.strategy.mask.count == int(0.01 * size)
+    for state in [trial.arrays, *(each for call in trial.trained for each in (call.given, call.returned))]:
+        for name, alive in mask.items():
+            assert (state[name] == initial[name].numpy())[~alive].all()
+    changed = sum(int((trial.arrays[name] != initial[name].numpy()).sum()) for name in mask)
+    assert changed > 0.9 * trial.strategy.mask.count
+    rest = trial.strategy.mask.transmitted.sum() - trial.strategy.mask.count
+    assert trial.strategy.history[2]["bytes_train_up"] == 2 * 4 * (int(0.01 * size) + rest)
+    # Once, to each of two nodes: the bitmap, what is frozen, and the sheet of names.
+    kept = trial.strategy.history[1]["bytes_mask_down"]
+    assert kept > 2 * 4 * (size - trial.strategy.mask.count)
+    assert trial.strategy.history[2]["bytes_mask_down"] == 0
+    losses = trial.told("loss", "evaluate")
+    assert losses[-1] < losses[0]
+
+
 # ---- Opacus: the optimizer makes the gradients itself, inside step() -------------------------------
 
 NOISE, NORM = 0.3, 1.0

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
+from safetensors.torch import save_file
 
 from ssfl_app import client_app
 from ssfl_app.client_app import handle
 from ssfl_app.client_node import NodeError, memory_of
 from ssfl_app.comm.node_config import LEAST_BATCH, SIMULATED, read_node_config, simulated
-from ssfl_app.comm.payload import Payload, PayloadEncoder
+from ssfl_app.comm.payload import Payload, PayloadEncoder, decode_metadata
 from ssfl_app.config import Flat, merge
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
+from ssfl_app.runtime import get_runtime
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
 from tests.data.test_dataset import png, some_pixels, write_folder
@@ -142,6 +144,32 @@ def test_the_data_path_of_a_server_is_ignored_unless_the_node_allows_it(tmp_path
     assert hello({"partition-id": 0}, {"data.path": "/private"}).content["facts"]["samples"] > 0  # digits need none
     with pytest.raises(NodeError, match=r"ConfigError: data.name is digits; it reads no data-path$"):
         hello({"partition-id": 0, "data-path": str(private)}, {})  # or a forgotten data.name trains on digits
+
+
+def test_the_file_of_weights_is_one_that_the_node_names(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    state = get_runtime(merge(SMALL, {"run.seed": 3})).initial_state()
+    save_file({name: tensor.clone() for name, tensor in state.items()}, ours)
+    save_file({name: tensor + 1 for name, tensor in state.items()}, theirs)
+    keys: Flat = {"model.weights": str(theirs), "mask.dead": "frozen"}
+    for there in (theirs, tmp_path / "nowhere"):
+        with pytest.raises(NodeError, match="weights-path is missing in --node-config") as caught:
+            hello({"partition-id": 0}, keys | {"model.weights": str(there)})
+        assert str(tmp_path) not in str(caught.value)
+    missing = {"partition-id": 0, "weights-path": str(tmp_path / "nowhere")}
+    with pytest.raises(NodeError, match=r"weights-path: it is a safetensors file that can be read") as caught:
+        hello(missing, keys)
+    assert str(tmp_path) not in str(caught.value)
+
+    def told(node: Flat) -> Any:
+        return decode_metadata(hello({"partition-id": 0, **node}, keys).content)["weights"]
+
+    assert (
+        told({"weights-path": str(ours)})
+        == get_runtime(merge(SMALL, keys, {"model.weights": str(ours)})).start_digest
+    )
+    assert told({"server-data-path": True}) == get_runtime(merge(SMALL, keys)).start_digest
+    assert "weights" not in decode_metadata(hello({"partition-id": 0}, {}).content)
 
 
 def test_a_node_without_a_state_path_takes_part_in_no_run_with_a_budget_of_its_own(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_tied_tensor_is_one_whatever_the_rule(strategy: SSFL) -> None:
     ("arguments", "reason"),
     [
         ({"mask": "topk"}, "mask is 'topk'; it is one of ssfl, random, shuffled, flash"),
-        ({"criterion": "grasp"}, "criterion is 'grasp'; it is one of snip, pooled-snip, magnitude"),
+        ({"criterion": "grasp"}, "criterion is 'grasp'; it is one of snip, pooled-snip, gradient, magnitude"),
         ({"criterion": "synflow"}, "criterion is 'synflow'"),
         ({"criterion": "force"}, "criterion is 'force'"),
         ({"mask": "random", "criterion": "magnitude"}, "criterion is 'magnitude'; mask 'random' does not read it"),

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, FedXgbB
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ssfl_app import SSFL, active_mask, mask_gradients, sparse_mod
+from ssfl_app import SSFL, TopK, active_mask, mask_gradients, sparse_mod
 from ssfl_app.locks import RunFailed
 from ssfl_app.plugin.gradients import under_mask
 from ssfl_app.plugin.mod import QUESTION
@@ -691,6 +691,64 @@ def test_dead_weights_are_0_after_the_step_whatever_the_optimizer_makes_of_gradi
         for name, alive in mask.tensors().items():
             assert (state[name][~alive] == 0).all()
             assert (state[name][alive] != 0).all()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"inner": True}, {"values": "fixed32", "most_examples": 100}, {"mask": "random"}]
+)
+def test_frozen_weights_stay_what_the_initial_arrays_have(arguments: dict[str, Any]) -> None:
+    """At the server, in what functions are given, and with `mask_gradients` in what they return."""
+    if "inner" in arguments:
+        arguments = {"inner": FedAdam(fraction_evaluate=0.0), "inner_arrays": "model"}
+    else:
+        arguments = {"fraction_evaluate": 0.0, **arguments}
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def train(model: nn.Sequential, x: torch.Tensor, y: torch.Tensor, context: Context) -> None:
+        if active_mask() is not None:
+            seen.append({name: t.clone() for name, t in model.state_dict().items()})
+        optimizer = Private(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        for rows in torch.arange(len(x)).split(20):
+            optimizer.zero_grad()
+            cross_entropy(model(x[rows]), y[rows]).backward()
+            mask_gradients(model)
+            optimizer.step()
+        if active_mask() is not None:
+            seen.append({name: t.clone() for name, t in model.state_dict().items()})
+
+    criterion = {} if "mask" in arguments else {"criterion": "gradient"}
+    strategy, result = told(SSFL(density=0.25, dead="frozen", **criterion, **arguments), app_of(train), rounds=2)
+    initial = {name: t.clone() for name, t in net().state_dict().items()}
+    seen.append(result.arrays.to_torch_state_dict())
+    assert len(seen) == 2 * 2 * 2 + 1
+    for state in seen:
+        for name, alive in strategy.mask.tensors().items():
+            assert torch.equal(state[name][~alive], initial[name][~alive])
+    for name, alive in strategy.mask.tensors().items():
+        assert (seen[-1][name][alive] != initial[name][alive]).all()
+    kept = 4 * (strategy.mask.alive.size - strategy.mask.count)
+    assert strategy.history[1]["bytes_mask_down"] > 2 * kept  # once to each node
+    assert strategy.history[2]["bytes_mask_down"] == 0
+
+
+def test_a_node_that_lost_its_frozen_weights_is_sent_them_again() -> None:
+    def train(model: nn.Sequential, x: torch.Tensor, y: torch.Tensor, context: Context) -> None:
+        cross_entropy(model(x), y).backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        context.state.pop("ssfl-plugin", None)
+
+    strategy, _ = told(SSFL(density=0.25, dead="frozen", mask="random", fraction_evaluate=0.0), app_of(train))
+    assert len(strategy.history[2]["ok"]) == 2
+    assert strategy.history[2]["bytes_mask_down"] == strategy.history[1]["bytes_mask_down"] > 0
+
+
+def test_what_cannot_freeze_is_refused() -> None:
+    with pytest.raises(ValueError, match="dead is 'frozen'; mask 'flash' does not read it"):
+        SSFL(mask="flash", dead="frozen")
+    with pytest.raises(ValueError, match="dead is 'frozen'; TopK does not read it"):
+        TopK(dead="frozen")
+    with pytest.raises(ValueError, match="dead is 'kept'; it is zero or frozen"):
+        SSFL(dead="kept")
 
 
 def test_only_the_step_that_follows_is_masked() -> None:

@@ -5,12 +5,14 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import ssfl_app
@@ -101,6 +103,32 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(
     ):
         digits.export("onnx", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_updated_goes_into_the_weights_that_a_run_started_from(tmp_path: Path) -> None:
+    keys: Any = {"clients": 2, "rounds": 1, "local_epochs": 1, "engine_concurrent": 1, "quiet": True}
+    keys |= {"model_width": 0.25, "data_augment": "none"}
+    first = ssfl_app.run("fedavg", out=tmp_path / "first", **keys)
+    start = first.folder / "model.safetensors"
+    tuned = {"mask_dead": "frozen", "ssfl_criterion": "gradient", "model_weights": start}
+    run = ssfl_app.run(density=0.05, out=tmp_path / "tuned", seed=2, **tuned, **keys)
+    model, before, mask = run.model(), first.model().state_dict(), run.mask
+    for name, weight in model.state_dict().items():
+        if name in mask:
+            assert torch.equal(weight[~mask[name]], before[name][~mask[name]])
+            assert not torch.equal(weight, before[name])
+    file = run.export("safetensors")
+    assert file.stat().st_size < 0.3 * start.stat().st_size
+    state, alive = read_sparse(file, start)
+    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+    assert all(torch.equal(mask[name], bits) for name, bits in alive.items())
+    with pytest.raises(ConfigError, match="its frozen weights are in the file that the run started from"):
+        read_sparse(file)
+    save_file({name: weight + 1 for name, weight in before.items()}, tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match="the run started from another file"):
+        read_sparse(file, tmp_path / "other.safetensors")
+    whole = torch.load(run.export("torch"), weights_only=True)
+    assert all(torch.equal(weight, whole[name]) for name, weight in model.state_dict().items())
 
 
 def test_a_file_of_a_stranger_is_refused_by_name(digits: api.Run, tmp_path: Path) -> None:

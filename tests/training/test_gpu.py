@@ -63,7 +63,13 @@ def found(tmp_path_factory):
 def test_every_model_norm_and_precision_is_captured_within_its_budget(found):
     rows = found("captures")
     # Those between resnet20 and resnet110 are made of the same blocks; tf32 is a flag of the kernels.
-    wanted = {(name, norm, p) for name in REGISTRY for norm in NORMS[: len(NODES[name])] for p in ("fp32", "bf16")}
+    wanted = {
+        (name, norm, p)
+        for name in REGISTRY
+        if name != "transformer"
+        for norm in NORMS[: len(NODES[name])]
+        for p in ("fp32", "bf16")
+    }
     assert {tuple(row["case"][:3]) for row in rows} == wanted | {("cnn", norm, "tf32") for norm in NORMS}
     for row in rows:
         name, norm, precision, _ = row["case"]

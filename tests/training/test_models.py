@@ -26,6 +26,7 @@ from ssfl_app.training.models import (
 )
 from ssfl_app.training.trainer import LocalOptions, LocalTrainer
 
+IMAGES = [name for name in REGISTRY if name != "transformer"]
 CIFAR = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 
 
@@ -116,7 +117,7 @@ def test_the_cnn_by_hand():
         ("none", nn.Identity, (nn.GroupNorm, nn.BatchNorm2d)),
     ],
 )
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", IMAGES)
 def test_every_model_has_the_norm_that_was_asked_for(name, norm, kind, others):
     modules = list(skeleton(name, norm).modules())
     assert any(isinstance(module, kind) for module in modules)
@@ -178,7 +179,7 @@ def test_initial_weights_are_uniform_within_the_root_of_the_fan_in(name, norm):
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 32), (3, 64)])
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", IMAGES)
 def test_every_model_takes_images_of_every_size(name, channels, side):
     shape = skeleton(name, channels=channels, classes=7)(torch.empty(2, channels, side, side, device="meta")).shape
     assert shape == (2, 7)
@@ -281,7 +282,7 @@ def test_at_full_width_the_stages_are_torchvisions(name):
 
 
 @pytest.mark.parametrize("width", [0.5, 0.25])
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", IMAGES)
 def test_models_of_every_width_train(name, width):
     rng = np.random.default_rng(1)
     inputs = torch.from_numpy(rng.integers(0, 256, (4, 3, 8, 8), dtype=np.uint8))
@@ -328,6 +329,24 @@ def test_the_width_for_a_number_of_parameters(name):
 def test_the_width_that_docs_compare_names():
     assert width_for(ModelOptions("conv4"), (3, 32, 32), 10, 12_994) == 0.219
     assert parameters(ModelOptions("conv4", width=0.219), (3, 32, 32), 10) == 13_094
+
+
+def test_options_of_the_transformer_are_its_own():
+    options = {"depth": 1, "heads": 2, "tied": True}
+    small = outline(ModelOptions("transformer", width=0.5, options=options), (16,), 50)
+    assert count(small) == (50 + 16) * 32 + 12 * 32**2 + 13 * 32 + 2 * 32
+    with pytest.raises(ConfigError, match=r"model.options.rank is 4; transformer is built in: .* depth, heads, tied"):
+        outline(ModelOptions("transformer", options={"rank": 4}), (16,), 50)
+    with pytest.raises(ConfigError, match=r"model.options.depth is 2; cnn is built in: .* for a model of your own"):
+        outline(ModelOptions("cnn", options={"depth": 2}), (1, 8, 8), 10)
+    with pytest.raises(ConfigError, match=r"this model takes sequences of tokens"):
+        outline(ModelOptions("transformer"), (1, 8, 8), 10)
+    with pytest.raises(ConfigError, match=r"model.norm is 'batch'; it is 'group'"):
+        outline(ModelOptions("transformer", "batch"), (16,), 10)
+    with pytest.raises(ConfigError, match=r"0 channels do not divide into 0 heads"):
+        outline(ModelOptions("transformer", options={"heads": 0}), (16,), 10)
+    assert outline(ModelOptions("transformer", options={"heads": 3}), (16,), 10).tokens.weight.shape == (10, 63)
+    assert width_for(ModelOptions("transformer"), (16,), 10, 30_000) < 1
 
 
 def test_width_is_for_built_in_models():

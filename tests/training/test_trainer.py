@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from ssfl_app.data.dataset import Samples, Transform
+from ssfl_app.privacy.record import PrivateSteps, Sampling
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.models import ModelOptions, create
@@ -94,6 +95,50 @@ def test_dead_weights_are_zero_after_every_step_and_alive_ones_move():
         assert (after[name][keep] != before[name][keep]).float().mean() > 0.9
     assert not torch.equal(after["0.weight"], before["0.weight"])
     assert all(not torch.equal(after[name], before[name]) for name in after if name not in alive)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_frozen_weights_keep_their_bits_through_many_steps(private):
+    """Momentum, weight decay and clipping see them no more than a step does; -0.0 and NaN stay what they are."""
+    model = network()
+    mask = half(model)
+    dead = {name: ~keep for name, keep in mask.tensors().items()}
+    with torch.no_grad():
+        first = dict(model.named_parameters())["0.weight"]
+        first[dead["0.weight"]] = -0.0
+    before = {name: tensor.clone().view(torch.int32) for name, tensor in model.state_dict().items()}
+    changes = {}
+    if private:
+        sampling = Sampling(20, 8, 6)
+        draws = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        changes["private"] = PrivateSteps(1.0, 0.5, sampling, *draws)
+    run = trainer(**HARD | {"epochs": 10})
+    run.fit(model, images(), np.random.default_rng(1), lr=0.1, mask=mask, frozen=True, **changes)
+    after = {name: tensor.view(torch.int32) for name, tensor in model.state_dict().items()}
+    for name, where in dead.items():
+        assert torch.equal(after[name][where], before[name][where])
+        assert (after[name][~where] != before[name][~where]).float().mean() > 0.9
+    assert all(not torch.equal(after[name], before[name]) for name in after if name not in dead)
+
+
+def test_alive_weights_train_as_if_the_frozen_ones_were_constants():
+    """Beside plain torch: SGD of a parametrized model whose alive values are all that trains."""
+    model, data = network("none"), images(16)
+    mask, other = half(model), network("none")
+    keep = mask.tensors()
+    trainer(momentum=0.9, batch_size=16).fit(model, data, np.random.default_rng(1), lr=0.1, mask=mask, frozen=True)
+    start = {name: weight.detach().clone() for name, weight in other.named_parameters()}
+    alive = {name: nn.Parameter(w[keep[name]] if name in keep else w.clone()) for name, w in start.items()}
+    stepper = torch.optim.SGD(alive.values(), 0.1, momentum=0.9)
+    inputs = Transform((0.5,), (0.25,), "none").test(data.inputs)
+    for _ in range(2):
+        whole = {n: start[n].masked_scatter(keep[n], w) if n in keep else w for n, w in alive.items()}
+        stepper.zero_grad()
+        functional.cross_entropy(torch.func.functional_call(other, whole, (inputs,)), data.targets).backward()
+        stepper.step()
+    for name, weight in model.named_parameters():
+        wanted = start[name].masked_scatter(keep[name], alive[name]) if name in keep else alive[name]
+        torch.testing.assert_close(weight, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_dead_weights_are_zero_before_the_first_step():

@@ -16,7 +16,7 @@ from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import balanced_batch, plain_batch, snip
 from ssfl_app.sparsity.values import SCORE_TYPES
 
-CRITERIA = ("snip", "pooled-snip", "grasp", "synflow", "iterative-snip", "force", "magnitude")
+CRITERIA = ("snip", "pooled-snip", "gradient", "grasp", "synflow", "iterative-snip", "force", "magnitude")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ ssfl.criterion  weights that stay                       what a client is asked f
 ==============  ======================================  =====================================================
 snip            largest mean ``|g_k w|``                scores: 0, 4 P
 pooled-snip     largest ``|mean g_k| |w|``              gradients: 0, 4 P
+gradient        largest mean ``|g_k|``                  scores: 0, 4 P
 grasp           lowest ``-w (H g)``                     gradients, then ``H_k v``: 4 P, 8 P
 synflow         largest synaptic flow, in T steps       nothing
 iterative-snip  snip on the masked net, in T steps;     scores of the A_t weights alive before each step:
@@ -15,7 +16,7 @@ magnitude       largest ``|w0|``                        nothing
 ==============  ======================================  =====================================================
 
 With ssfl.score-values bf16 or log8 a value costs 2 or 1 bytes instead of 4. log8 has no sign: it is for the criteria
-that ask for magnitudes, snip, iterative-snip and force.
+that ask for magnitudes, snip, gradient, iterative-snip and force.
 
 Where clients may lie, ssfl.score-fold takes another fold than the mean in every exchange of this page (`ScoreFold`,
 docs/robustness.md); the bytes are the same.
@@ -23,6 +24,10 @@ docs/robustness.md); the bytes are the same.
 P prunable weights; step t of T keeps the density d ** (t / T), so A_1 = P; the first step needs no bitmap. Means are
 weighted by samples (ssfl.saliency-weighting). g_k is client k's mean gradient over its minibatches, which are
 class-balanced (ssfl.saliency-sampling), at weights w that both ends know.
+
+With mask.dead "frozen" a mask says what is updated and removes nothing, so that criteria of what is left once
+weights are gone are refused. |g| is "gradient" in Liu et al., "Refining Salience-Aware Sparse Fine-Tuning Strategies
+for Language Models", ACL 2025, arXiv 2412.13488.
 
 SNIP: Lee et al., ICLR 2019. GraSP: Wang et al., ICLR 2020. SynFlow: Tanaka et al., NeurIPS 2020. FORCE and iterative
 SNIP: de Jorge et al., "Progressive skeletonization: trimming more fat from a network at initialization", ICLR 2021.
@@ -61,10 +66,12 @@ from ssfl_app.strategies.shared.scoring import SsflOptions, mean_over_batches, r
 QUESTIONS = ("saliency", "curvature")
 DENSITIES = "layer_shares"
 """The question of ssfl.discovery "private-densities"."""
-MAGNITUDES = ("snip", "iterative-snip", "force")
+MAGNITUDES = ("snip", "gradient", "iterative-snip", "force")
 """Criteria whose clients answer with magnitudes; the others ask for gradients."""
 SIGNED = ("pooled-snip", "grasp")
 """Criteria whose clients answer with numbers that may be negative."""
+OF_UPDATES = ("snip", "pooled-snip", "gradient", "magnitude")
+"""Criteria that can tell which weights to update where the others are frozen."""
 STEPS = {"synflow": 100, "iterative-snip": 5, "force": 5}
 """Steps of the criteria that have some, unless ssfl.steps says otherwise."""
 
@@ -81,6 +88,16 @@ def steps_of(settings: Settings) -> int:
     if options.discovery == "private-densities" and settings.mask.scope != "global":
         rule = "it is 'global' with ssfl.discovery 'private-densities', which finds the layers' densities"
         raise ConfigError(f"mask.scope is {settings.mask.scope!r}; {rule}")
+    if settings.mask.frozen:
+        rule = "with mask.dead 'frozen'"
+        if options.criterion not in OF_UPDATES:
+            found = f"it is one of {', '.join(OF_UPDATES)} {rule}: others score what is left without dead weights"
+            raise ConfigError(f"ssfl.criterion is {options.criterion!r}; {found}")
+        if options.warmup_rounds:
+            found = f"it is 0 {rule}: dead weights stay at the start, and dense rounds move them"
+            raise ConfigError(f"ssfl.warmup-rounds is {options.warmup_rounds}; {found}")
+        if options.refresh != "never" and options.refresh_weights == "zero":
+            raise ConfigError(f"ssfl.refresh-weights is 'zero'; it is 'initial' or 'restart' {rule}")
     if options.score_values == "log8" and options.criterion in SIGNED:
         rule = f"it is fp32 or bf16 with ssfl.criterion {options.criterion}, whose values have signs"
         raise ConfigError(f"ssfl.score-values is 'log8'; {rule}")
@@ -207,7 +224,7 @@ class _ScoreCollector:
         return mask
 
 
-def _by_snip(collector: _ScoreCollector) -> Mask:
+def _by_mean_score(collector: _ScoreCollector) -> Mask:
     return collector.top(collector.mean("saliency"))
 
 
@@ -290,7 +307,8 @@ def _net(step: int, mask: Mask) -> Arrays:
 
 
 _RULES: Mapping[str, Callable[[_ScoreCollector], Mask]] = {
-    "snip": _by_snip,
+    "snip": _by_mean_score,
+    "gradient": _by_mean_score,
     "pooled-snip": _by_pooled_snip,
     "grasp": _by_grasp,
     "synflow": _by_synflow,
@@ -333,6 +351,10 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
         values = _on_masked_net(rule, state, payload)
     elif options.criterion == "snip":
         values = snip_scores(rule, state)
+    elif options.criterion == "gradient":
+        values = mean_over_batches(
+            rule, state, lambda i: {n: g.abs() for n, g in site.trainer.gradient(site.model, i).items()}
+        )
     elif question == "curvature":
         flat = read_array(payload.arrays, "direction", np.float32, site.layout.prunable_size)
         direction = site.layout.scatter(flat, site.layout.is_prunable)

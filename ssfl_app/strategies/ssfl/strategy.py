@@ -98,11 +98,16 @@ class FixedMask(SparseStrategy):
 
     client = MaskedClient
     error_feedback_ok = True
+    one_mask = True
 
     def before_training(self, ask: Query) -> None:
         """Find the mask and apply it to the initial weights."""
         self.mask = self.find_mask(ask)
-        self.state = self.mask.apply(self.state)
+        self.state = self.under_mask(self.state, self.state)
+
+    def under_mask(self, state: State, initial: State) -> State:
+        """Return a model whose dead weights are 0, or with mask.dead "frozen" what they are initially."""
+        return self.mask.apply(state, initial if self.settings.mask.frozen else None)
 
     def find_mask(self, ask: Query) -> Mask:
         """Return the global mask, before round 1."""
@@ -151,8 +156,8 @@ class Ssfl(FixedMask):
                 mask = self.find_mask(ask, round_, lifted, question)
             finally:
                 self.state = trained
-            self.state = mask.apply(self._refresher.start(trained, lifted, self._initial))
             self.mask = mask
+            self.state = self.under_mask(self._refresher.start(trained, lifted, self._initial), self._initial)
 
     @property
     def mask_travels(self) -> bool:

@@ -193,7 +193,8 @@ def test_every_criterion_finds_its_own_mask_of_the_wanted_size_and_trains(criter
     keys["local.lr"] = 0.3
     played = play({"strategy": "ssfl"} | keys)
     assert played.strategy.mask.count == ALIVE
-    assert played.records[-1]["central_accuracy"] > 0.7
+    # |g| alone is for dead weights that are frozen, not for a network that loses them.
+    assert played.records[-1]["central_accuracy"] > (0.5 if criterion == "gradient" else 0.7)
     if criterion != "snip":
         assert played.strategy.mask.hamming(found("snip").strategy.mask) > 0.02
     again = play({"strategy": "ssfl", "ssfl.criterion": criterion}, luck=1, until=0)
@@ -205,6 +206,7 @@ def test_bytes_and_passes_by_formula() -> None:
     wanted = {
         "snip": (0, 4 * PRUNABLE, 64),
         "pooled-snip": (0, 4 * PRUNABLE, 64),
+        "gradient": (0, 4 * PRUNABLE, 64),
         "grasp": (4 * PRUNABLE, 8 * PRUNABLE, 3 * 64),
         "synflow": (0, 0, 0),
         "iterative-snip": (3 * BITMAP, 4 * (PRUNABLE + sum(four)), 4 * 64),
