@@ -101,6 +101,8 @@ class SparseStrategy(OwnStart):
         Whether mask.min-per-layer may be more than 0.
     has_global_model : bool
         Whether somebody uses `model()`; False: it is not tested, and clients report a personal accuracy only.
+    granularities : tuple of str
+        The values of mask.granularity that the strategy knows.
     error_feedback_ok : bool
         Whether the strategy can make up for rounding: both ends know which coordinates travel, the same ones for all
         clients, and a client has no other state that it keeps between rounds.
@@ -128,6 +130,7 @@ class SparseStrategy(OwnStart):
     has_floor: ClassVar[bool] = True
     has_global_model: ClassVar[bool] = True
     error_feedback_ok: ClassVar[bool] = False
+    granularities: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(self, context: ServerContext) -> None:
         layout, settings = context.layout, context.settings
@@ -142,6 +145,9 @@ class SparseStrategy(OwnStart):
         if settings.privacy.private and settings.stop.metric in ("local", "personal"):
             rule = f"it is auto or central with privacy.level {settings.privacy.level!r}: clients tell no accuracy"
             raise ConfigError(f"stop.metric is {settings.stop.metric!r}; {rule}")
+        if self.uses_density and settings.mask.granularity not in self.granularities:
+            rule = f"it is {' or '.join(map(repr, self.granularities))} with strategy {self.name}"
+            raise ConfigError(f"mask.granularity is {settings.mask.granularity!r}; {rule}")
         self.context, self.layout, self.settings, self.callback = context, layout, settings, context.callback
         if self.uses_density and layout.prunable_size and not self.alive():
             raise ConfigError(f"mask.{none_alive(layout, settings.mask.density)}")

@@ -24,10 +24,12 @@ from ssfl_app.data.transform import AsTheyAre, Transform
 from ssfl_app.files import write_atomically
 from ssfl_app.options import ConfigError, build
 from ssfl_app.results.run_folder import Run
+from ssfl_app.sparsity.channels import widths_in
 from ssfl_app.sparsity.codec import BitmapAndValues
 from ssfl_app.sparsity.layout import Layout, State, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training import models
+from ssfl_app.training.narrow import of_widths
 
 Known = Mapping[str, Any]
 
@@ -78,8 +80,13 @@ def trained(run: Run) -> nn.Module:
     keys = {key.removeprefix("model."): value for key, value in run.config.items() if key.startswith("model.")}
     options = build(models.ModelOptions, "model", keys)
     model = models.create(options, tuple(known["input"]["shape"]), known["outputs"], run.config["run.seed"])
-    if {name: tuple(tensor.shape) for name, tensor in state.items()} != dict(Layout.of(model).shapes):
-        raise ConfigError(f"model.name is {options.name!r}; it makes a model of other shapes than {run.folder} has")
+    layout, shapes = Layout.of(model), {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes != dict(layout.shapes):
+        try:
+            model = of_widths(model, layout, widths_in(layout, shapes))
+        except ValueError as error:
+            rule = f"it makes a model of other shapes than {run.folder} has"
+            raise ConfigError(f"model.name is {options.name!r}; {rule}") from error
     load_state(model, {n: t.where(mask[n], torch.zeros(())) if n in mask else t for n, t in state.items()})
     return model.eval()
 

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ssfl_app.sparsity.inner import InnerChannels, inner_of
+
 State = dict[str, torch.Tensor]
 Vector = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.bool_]
@@ -39,11 +41,14 @@ class Layout:
         The tensors that a mask may name, in the same order: what `is_prunable` tells, but for norms and buffers.
     norms : tuple of str
         The parameters and buffers of norm layers, in the same order, where the model is known.
+    inner : tuple of InnerChannels
+        Channels that can be removed as a whole, where the model is known.
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     prunable: tuple[str, ...]
     norms: tuple[str, ...] = ()
+    inner: tuple[InnerChannels, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> "Layout":
@@ -57,7 +62,8 @@ class Layout:
         }
         weights = dict(model.named_parameters(remove_duplicate=False)).keys() - norms
         prunable = tuple(name for name in shapes if name in weights and is_prunable(name, shapes))
-        return cls(tuple(shapes.items()), prunable, tuple(name for name in shapes if name in norms))
+        in_order = tuple(name for name in shapes if name in norms)
+        return cls(tuple(shapes.items()), prunable, in_order, inner_of(model))
 
     @cached_property
     def spans(self) -> dict[str, slice]:

@@ -43,6 +43,7 @@ from ssfl_app.core.options import ConfigError, Settings
 from ssfl_app.core.robust import ScoreFold
 from ssfl_app.core.sums import Release, Summation
 from ssfl_app.privacy.densities import densities, drawn_mask, own_shares, tiny_layers
+from ssfl_app.sparsity.channels import unit_scores
 from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest
 from ssfl_app.sparsity.mask import Mask
@@ -128,6 +129,22 @@ def find_mask(
     if options.discovery == "private-densities":
         return _by_private_densities(collector)
     return _RULES[options.criterion](collector)
+
+
+def check_by_channel(options: SsflOptions) -> None:
+    """Raise ConfigError for options that mask.granularity "channel" does not have."""
+    needed = {"criterion": "snip", "refresh": "never", "warmup_rounds": 0, "discovery": "scores"}
+    for name, value in needed.items():
+        if getattr(options, name) != value:
+            rule = f"it is {value!r} with mask.granularity 'channel'"
+            raise ConfigError(f"ssfl.{name.replace('_', '-')} is {getattr(options, name)!r}; {rule}")
+
+
+def mean_scores(strategy: SparseStrategy, ask: Query, clients: Iterable[int], size: int) -> Vector:
+    """Return the mean of `size` scores that clients have at the initial weights, as mask.granularity says of what."""
+    carry = Payload(metadata={"weights": state_digest(strategy.layout, strategy.state)})
+    collector = _ScoreCollector(strategy, ask, tuple(clients), strategy.state, carry, 0)
+    return collector.mean("saliency", size)
 
 
 @dataclass(frozen=True)
@@ -341,6 +358,8 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
         )
     else:
         values = mean_over_batches(rule, state, lambda i: site.trainer.gradient(site.model, i, temperature))
+    if rule.settings.mask.granularity == "channel":
+        values = unit_scores(site.layout, values)
     samples = len(site.train)
     if options.score_values in SUMMED_TYPES:
         weight = samples if options.saliency_weighting == "samples" else 1

@@ -33,13 +33,36 @@ from ssfl_app.core.options import ConfigError, FromSettings, MaskOptions
 from ssfl_app.core.validation import stored
 from ssfl_app.privacy.densities import drawn_mask
 from ssfl_app.seeding import generator
+from ssfl_app.sparsity.channels import (
+    Cost,
+    Widths,
+    channel_ranks,
+    check_widths,
+    choose,
+    narrow_layout,
+    narrow_state,
+    ranks_in_layers,
+    unit_count,
+    unit_spans,
+    whole_widths,
+    widths_of,
+)
 from ssfl_app.sparsity.codec import MaskedValues
-from ssfl_app.sparsity.layout import Layout, State
+from ssfl_app.sparsity.layout import Bits, Layout, State
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, allowed_values, read_array
 from ssfl_app.strategies.shared.scoring import ScoringClient, SsflOptions
-from ssfl_app.strategies.ssfl.criteria import DENSITIES, QUESTIONS, find_mask, score_weights, steps_of
+from ssfl_app.strategies.ssfl.criteria import (
+    DENSITIES,
+    QUESTIONS,
+    check_by_channel,
+    find_mask,
+    mean_scores,
+    score_weights,
+    steps_of,
+)
 from ssfl_app.strategies.ssfl.refresh import MaskRefresh, lifted_weights
+from ssfl_app.training.narrow import uses_of_weights
 
 
 def random_mask(layout: Layout, wanted: MaskOptions, seed: int) -> Mask:
@@ -56,12 +79,26 @@ COUNTS = "layer-counts"
 """Array beside a model: how many weights each layer keeps, in the layout's order."""
 
 
+WIDTHS = "widths"
+"""Array beside a model: how many channels each inner layer has, in the layout's order (mask.granularity "channel")."""
+
+
 class MaskedClient(ClientAlgorithm):
-    """FedAvg's client, paid for the alive values only."""
+    """FedAvg's client, paid for the alive values only; where channels were removed it trains the smaller network."""
 
     down = MaskedValues
     up = MaskedValues
     record_level = True
+
+    def load(self, payload: Payload) -> Mask:
+        """Load the model that came down, of the widths that came along; return the mask it came under."""
+        if WIDTHS in payload.arrays:
+            told = read_array(payload.arrays, WIDTHS, np.int32, len(self.context.layout.inner)).tolist()
+            try:
+                self.context = self.context.narrower(tuple(told))
+            except ValueError as error:
+                raise PayloadError(str(error)) from error
+        return super().load(payload)
 
 
 class SaliencyClient(ScoringClient, MaskedClient):
@@ -94,19 +131,84 @@ class SaliencyClient(ScoringClient, MaskedClient):
 
 
 class FixedMask(SparseStrategy):
-    """FedAvg inside a mask that `before_training` finds."""
+    """FedAvg inside a mask that `before_training` finds; or in a network with fewer channels, which it makes."""
 
     client = MaskedClient
     error_feedback_ok = True
+    granularities = ("weight", "channel")
+
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        if self.by_channel and self.settings.mask.budget == "parameters":
+            self.kept_units(np.zeros(unit_count(self.layout)))  # refuses a density that no network has
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether channels stay or go, and not weights."""
+        return self.settings.mask.granularity == "channel"
 
     def before_training(self, ask: Query) -> None:
-        """Find the mask and apply it to the initial weights."""
+        """Find the mask and apply it to the initial weights; or the channels, and take the weights that they have."""
+        if self.by_channel:
+            kept = self.find_channels(ask)
+            self.state = narrow_state(self.layout, self.state, kept)
+            self._become(widths_of(self.layout, kept))
+            return
         self.mask = self.find_mask(ask)
         self.state = self.mask.apply(self.state)
 
     def find_mask(self, ask: Query) -> Mask:
         """Return the global mask, before round 1."""
         raise NotImplementedError
+
+    def find_channels(self, ask: Query) -> Bits:
+        """Return the units that stay, bool, shape (units,), before round 1."""
+        raise NotImplementedError
+
+    def kept_units(self, ranks: npt.NDArray[np.float64]) -> Bits:
+        """Return the units of the largest ranks that mask.budget holds; ConfigError if the density is too low."""
+        wanted, context, layout = self.settings.mask, self.context, self.context.layout
+        times = None
+        if wanted.budget == "flops":
+            if context.workbench is None or context.input_shape is None:
+                raise RuntimeError("mask.budget is 'flops'; the server counts them with the model, and has none")
+            times = uses_of_weights(context.workbench, layout, context.input_shape)
+        try:
+            return choose(layout, ranks, wanted.density, Cost(layout, times), max(1, wanted.min_per_layer))
+        except ValueError as error:
+            raise ConfigError(f"mask.{error}") from error
+
+    def _become(self, widths: Widths) -> None:
+        """Go on with the network of these widths, in which everything is alive."""
+        self.layout = narrow_layout(self.context.layout, widths)
+        self.mask = Mask.dense(self.layout)
+
+    def train_payload(self, round_: int, client: int) -> Payload:
+        """Return the model; and, where channels were removed, how many each layer has."""
+        payload = super().train_payload(round_, client)
+        if not self.by_channel:
+            return payload
+        widths = np.array(whole_widths(self.layout), dtype=np.int32)
+        return Payload({**payload.arrays, WIDTHS: widths}, payload.metadata)
+
+    def densities(self) -> tuple[float, float]:
+        """Return alive / prunable and alive / all of the network that there was before channels were removed."""
+        if not self.by_channel:
+            return super().densities()
+        whole = self.context.layout
+        return self.layout.prunable_size / whole.prunable_size, self.layout.size / whole.size
+
+    def state_dict(self) -> Arrays:
+        """Return all that `load_state_dict` needs."""
+        widths = {WIDTHS: np.array(whole_widths(self.layout), dtype=np.int32)} if self.by_channel else {}
+        return super().state_dict() | widths
+
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`."""
+        if self.by_channel:
+            told = stored(arrays, WIDTHS, "int32", len(self.context.layout.inner)).tolist()
+            self._become(check_widths(self.context.layout, told))
+        super().load_state_dict(round_, arrays)
 
 
 class Ssfl(FixedMask):
@@ -119,6 +221,8 @@ class Ssfl(FixedMask):
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
         steps_of(self.settings)  # refuses steps where there are none
+        if self.by_channel:
+            check_by_channel(self.options)
         self._initial: State = {}  # kept where a refresh may need it
         self._refresher = MaskRefresh(self.options, self.settings.run.clients)
 
@@ -187,10 +291,18 @@ class Ssfl(FixedMask):
                 self.messenger.mark_mask_held(client, mask)
         return mask
 
+    def find_channels(self, ask: Query) -> Bits:
+        """Ask the clients for a score a channel, and keep the top of them."""
+        scores = mean_scores(self, ask, self.asked(0), unit_count(self.layout))
+        return self.kept_units(channel_ranks(self.layout, scores, self.settings.mask.scope))
+
     def answers(self, round_: int, question: str | None = None) -> Allowed:
-        """Return a score for each weight for a question."""
-        kind = self.options.score_values
-        return super().answers(round_) if question is None else allowed_values(kind, self.layout.prunable_size)
+        """Return a score for each weight, or channel, for a question."""
+        if question is None:
+            return super().answers(round_)
+        layout = self.layout
+        count = unit_count(layout) if self.by_channel else layout.prunable_size
+        return allowed_values(self.options.score_values, count)
 
     def asked(self, round_: int) -> list[int]:
         """Return the clients that are asked for scores: all that are there, or a random share of at least one."""
@@ -218,6 +330,13 @@ class Shuffled(Ssfl):
         """Return SSFL's mask, shuffled."""
         return shuffled_mask(super().find_mask(ask, round_, state, carry), self.settings.run.seed)
 
+    def find_channels(self, ask: Query) -> Bits:
+        """Return as many units of each layer as SSFL keeps, others."""
+        kept, rng = super().find_channels(ask).copy(), generator(self.settings.run.seed, "shuffle")
+        for span in unit_spans(self.layout):
+            kept[span] = rng.permutation(kept[span])
+        return kept
+
 
 class Random(FixedMask):
     """A uniformly random mask; nobody is asked."""
@@ -228,3 +347,10 @@ class Random(FixedMask):
     def find_mask(self, ask: Query) -> Mask:
         """Draw the mask."""
         return random_mask(self.layout, self.settings.mask, self.settings.run.seed)
+
+    def find_channels(self, ask: Query) -> Bits:
+        """Draw the units, all with the same chance; with mask.scope "layer" the same share of each layer."""
+        drawn = generator(self.settings.run.seed, "random-mask").random(unit_count(self.layout))
+        if self.settings.mask.scope == "layer":
+            drawn = ranks_in_layers(self.layout, drawn)
+        return self.kept_units(drawn)
