@@ -138,7 +138,7 @@ def privacy_ledger(config: Config, folder: Path) -> Ledger | None:
     if privacy.level != "client":
         return None
     share = run.cohort / run.clients
-    asks = scoring is not None and scoring.discovery == "private-densities" and config.strategy == "ssfl"
+    asks = scoring is not None and scoring.discovery != "scores" and config.strategy == "ssfl"
     plan = Plan(run.rounds, share, privacy.discovery_multiplier if asks else 0.0)
     fewest = LEAST_NEIGHBOURS + 1
     failure = failure_chance(run.clients, share, fewest, run.rounds) if privacy.secure_aggregation else 0.0

@@ -150,7 +150,8 @@ class Recorder:
     def finish(self, metadata: Record, whole: Layout, layout: Layout, state: State, mask: Mask) -> Record:
         """Write model, mask and summary.json; return the summary.
 
-        `layout` is that of `state`, and `whole` that of the network which it may be a narrower one of. `metadata` is what the recorder cannot know: strategy, dataset, engine and so on. It comes first.
+        `layout` is that of `state`; `whole` is that of the network of which it may be a narrower one. `metadata` is
+        what the recorder cannot know: strategy, dataset, engine and so on. It comes first.
         """
         sparse = self.model(layout, state, mask, "model.safetensors", "mask.safetensors")
         rounds = [record for record in self.records if record["round"]]

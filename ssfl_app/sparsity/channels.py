@@ -1,8 +1,8 @@
 """Which inner channels of a network stay, and the smaller network that they make.
 
-A *unit* is what stays or goes by itself: a channel, or under GroupNorm all channels of a group, so that what is left
-is normalised as before. Units are numbered over all inner layers in the order of `Layout.inner`. *Widths* are how many
-channels each inner layer has.
+A *unit* is what stays or goes by itself: a channel, or under GroupNorm all channels of a group, so that what is
+left is normalised as before. Units are numbered over all inner layers in the order of `Layout.inner`. *Widths* are
+how many channels each inner layer has.
 
 The budget is the density times what the whole network has: of weights that a mask covers, so that the number of
 weights is that of an unstructured mask of this density; or of multiplications.
@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ def whole_widths(layout: Layout) -> Widths:
 def unit_spans(layout: Layout) -> list[slice]:
     """Return where the units of each inner layer lie in a vector of all of them."""
     ends = np.cumsum([0, *(inner.units for inner in layout.inner)]).tolist()
-    return [slice(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+    return [slice(first, last) for first, last in pairwise(ends)]
 
 
 def unit_count(layout: Layout) -> int:
@@ -83,9 +84,7 @@ def channel_ranks(layout: Layout, scores: Vector, scope: Scope) -> Ranks:
 def widths_of(layout: Layout, kept: Bits) -> Widths:
     """Return the widths when the units `kept`, bool, shape (units,), stay."""
     spans = unit_spans(layout)
-    return tuple(
-        int(kept[span].sum()) * inner.together for inner, span in zip(layout.inner, spans, strict=True)
-    )
+    return tuple(int(kept[span].sum()) * inner.together for inner, span in zip(layout.inner, spans, strict=True))
 
 
 def check_widths(layout: Layout, widths: Sequence[int]) -> Widths:
@@ -225,9 +224,8 @@ def choose(layout: Layout, ranks: Ranks, density: float, cost: Cost, floor: int 
     budget, spent = keep_count(density, total), cost.of(widths_of(layout, kept))
     if spent > budget:
         least_share = math.ceil(Fraction(spent, total) * 10**4) / 10**4
-        raise ValueError(
-            f"density is {density}; the narrowest network costs {spent:,} of {total:,}, so it is at least {least_share}"
-        )
+        rule = f"the narrowest network costs {spent:,} of {total:,}, so it is at least {least_share}"
+        raise ValueError(f"density is {density}; {rule}")
     for unit in order[~kept[order]].tolist():
         place = int(owner[unit])
         before = cost.around(place, widths)

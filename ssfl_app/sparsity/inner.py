@@ -13,6 +13,7 @@ A model tells its own by a method `inner_channels`. Without one they are found w
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -173,7 +174,7 @@ def _in_blocks(model: nn.Module) -> list[InnerChannels]:
         if kind.__module__ != "torchvision.models.resnet" or kind.__name__ not in _BLOCKS:
             continue
         names = _BLOCKS[kind.__name__]
-        for place, (maker, reader) in enumerate(zip(names, names[1:], strict=False), 1):
+        for place, (maker, reader) in enumerate(pairwise(names), 1):
             layers, prefix = dict(block.named_children()), f"{path}." if path else ""
             if all(type(layers[name]) is nn.Conv2d and layers[name].groups == 1 for name in (maker, reader)):
                 norm = f"bn{place}"

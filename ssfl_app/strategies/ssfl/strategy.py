@@ -36,7 +36,6 @@ from ssfl_app.seeding import generator
 from ssfl_app.sparsity.channels import (
     Cost,
     Widths,
-    channel_ranks,
     check_widths,
     choose,
     narrow_layout,
@@ -50,14 +49,16 @@ from ssfl_app.sparsity.channels import (
 from ssfl_app.sparsity.codec import MaskedValues
 from ssfl_app.sparsity.layout import Bits, Layout, State
 from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.patterns import SIDE, shuffled_blocks, two_of_four
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, allowed_values, read_array
-from ssfl_app.strategies.shared.scoring import ScoringClient, SsflOptions
+from ssfl_app.strategies.shared.scoring import ScoringClient, SsflOptions, patterned
 from ssfl_app.strategies.ssfl.criteria import (
+    CHANNELS,
     DENSITIES,
     QUESTIONS,
-    check_by_channel,
+    channel_means,
+    check_granularity,
     find_mask,
-    mean_scores,
     score_weights,
     steps_of,
 )
@@ -67,20 +68,31 @@ from ssfl_app.training.narrow import uses_of_weights
 
 def random_mask(layout: Layout, wanted: MaskOptions, seed: int) -> Mask:
     """Return the mask of `random`."""
+    if wanted.granularity in PATTERNS:
+        drawn = generator(seed, "random-mask").random(layout.prunable_size, dtype=np.float32)
+        return patterned(layout, drawn, wanted)
     return Mask.random(layout, wanted.density, generator(seed, "random-mask"), wanted.scope)
 
 
-def shuffled_mask(found: Mask, seed: int) -> Mask:
+def shuffled_mask(found: Mask, seed: int, granularity: str = "weight") -> Mask:
     """Return the mask of `shuffled`, from the one that SSFL found."""
+    if granularity == "block":
+        return shuffled_blocks(found.layout, found, generator(seed, "shuffle"))
+    if granularity == "2:4":
+        drawn = generator(seed, "shuffle").random(found.layout.prunable_size, dtype=np.float32)
+        return two_of_four(found.layout, drawn)
     return found.shuffle(generator(seed, "shuffle"))
 
+
+PATTERNS = ("2:4", "block")
+"""Values of mask.granularity whose masks are of weights, in a pattern."""
 
 COUNTS = "layer-counts"
 """Array beside a model: how many weights each layer keeps, in the layout's order."""
 
 
 WIDTHS = "widths"
-"""Array beside a model: how many channels each inner layer has, in the layout's order (mask.granularity "channel")."""
+"""Array beside a model, with mask.granularity "channel": how many channels each inner layer has, in its order."""
 
 
 class MaskedClient(ClientAlgorithm):
@@ -104,7 +116,7 @@ class MaskedClient(ClientAlgorithm):
 class SaliencyClient(ScoringClient, MaskedClient):
     """Scores weights as ssfl.criterion says."""
 
-    query_types = (*QUESTIONS, DENSITIES)
+    query_types = (*QUESTIONS, DENSITIES, CHANNELS)
     summed = query_types
 
     def answer_query(self, question: str, payload: Payload) -> Payload:
@@ -135,10 +147,17 @@ class FixedMask(SparseStrategy):
 
     client = MaskedClient
     error_feedback_ok = True
-    granularities = ("weight", "channel")
+    granularities = ("weight", "channel", *PATTERNS)
 
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
+        wanted = self.settings.mask
+        if wanted.granularity == "2:4" and wanted.density != 0.5:
+            raise ConfigError(f"mask.density is {wanted.density}; it is 0.5 with mask.granularity '2:4'")
+        if wanted.granularity == "block" and self.alive() < SIDE**2:
+            raise ConfigError(
+                f"mask.density is {wanted.density}; it leaves {self.alive()} weights, less than a block"
+            )
         if self.by_channel and self.settings.mask.budget == "parameters":
             self.kept_units(np.zeros(unit_count(self.layout)))  # refuses a density that no network has
 
@@ -221,8 +240,7 @@ class Ssfl(FixedMask):
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
         steps_of(self.settings)  # refuses steps where there are none
-        if self.by_channel:
-            check_by_channel(self.options)
+        check_granularity(self.settings)
         self._initial: State = {}  # kept where a refresh may need it
         self._refresher = MaskRefresh(self.options, self.settings.run.clients)
 
@@ -293,8 +311,7 @@ class Ssfl(FixedMask):
 
     def find_channels(self, ask: Query) -> Bits:
         """Ask the clients for a score a channel, and keep the top of them."""
-        scores = mean_scores(self, ask, self.asked(0), unit_count(self.layout))
-        return self.kept_units(channel_ranks(self.layout, scores, self.settings.mask.scope))
+        return self.kept_units(channel_means(self, ask, self.asked(0)))
 
     def answers(self, round_: int, question: str | None = None) -> Allowed:
         """Return a score for each weight, or channel, for a question."""
@@ -321,14 +338,16 @@ class Shuffled(Ssfl):
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
         if self.options.discovery != "scores":
-            rule = "it is 'scores' with strategy shuffled; that of ssfl is random inside the layers, too"
+            drawn = self.options.discovery == "private-densities"
+            rule = "it is 'scores' with strategy shuffled" + drawn * "; that of ssfl is random inside the layers, too"
             raise ConfigError(f"ssfl.discovery is {self.options.discovery!r}; {rule}")
 
     def find_mask(
         self, ask: Query, round_: int = 0, state: State | None = None, carry: Payload | None = None
     ) -> Mask:
         """Return SSFL's mask, shuffled."""
-        return shuffled_mask(super().find_mask(ask, round_, state, carry), self.settings.run.seed)
+        found = super().find_mask(ask, round_, state, carry)
+        return shuffled_mask(found, self.settings.run.seed, self.settings.mask.granularity)
 
     def find_channels(self, ask: Query) -> Bits:
         """Return as many units of each layer as SSFL keeps, others."""
