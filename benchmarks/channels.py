@@ -43,7 +43,7 @@ from ssfl_app.training.trainer import LocalOptions, LocalTrainer  # noqa: E402
 
 OUT = HERE / "results" / "channels.json"
 MODELS, SHARES = ("resnet18", "resnet20", "cnn"), (1.0, 0.5, 0.25, 0.1, 0.05)
-BATCH, TURNS = 16, 5
+BATCH, TURNS = 16, 3
 IMAGES = {"resnet18": 32, "resnet20": 160, "cnn": 320}
 
 

@@ -10,7 +10,7 @@ weights is that of an unstructured mask of this density; or of multiplications.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -236,3 +236,70 @@ def choose(layout: Layout, ranks: Ranks, density: float, cost: Cost, floor: int 
         else:
             widths[place] -= layout.inner[place].together
     return kept
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Which units of a network with a mask can be removed and change no output.
+
+    Attributes
+    ----------
+    kept : array of bool, shape (units,)
+        The others.
+    channels, removed : int
+        Of all inner layers, and of them those that go.
+    in_groups : int
+        Channels that nothing reads either, but which GroupNorm normalises together with others.
+    constant : int
+        Channels that have no alive weight and are read: what their bias or norm makes of nothing is a number.
+    """
+
+    kept: Bits
+    channels: int
+    removed: int
+    in_groups: int
+    constant: int
+
+    def said(self) -> str:
+        """Return it as a line."""
+        left_out = f"{self.removed} of {self.channels} inner channels are read by nothing and left out"
+        in_groups = f"{self.in_groups} more share a group of GroupNorm with others"
+        return f"{left_out}; {in_groups}; {self.constant} have no alive weight but a value that is read"
+
+
+def unread(layout: Layout, alive: Bits) -> Unread:
+    """Return the units that no alive weight reads, nor only weights of other such units.
+
+    Each inner layer keeps one at least. Layers that read along their first axis are none of those this knows: where
+    nothing prunable reads along another one, all units stay.
+    """
+    shapes = dict(layout.shapes)
+    bits = {name: alive[span].reshape(shapes[name]).copy() for name, span in layout.prunable_spans.items()}
+    spans, kept = unit_spans(layout), np.ones(unit_count(layout), dtype=np.bool_)
+
+    def touched(inner: InnerChannels, makes: bool) -> Bits:
+        """Return which channels an alive weight makes, or reads."""
+        found, known = np.zeros(inner.size, dtype=np.bool_), False
+        for name, axis in inner.pairs:
+            if name in bits and (axis == 0) == makes:
+                found |= np.moveaxis(bits[name], axis, 0).reshape(inner.size, -1).any(axis=1)
+                known = True
+        return found if known else np.ones(inner.size, dtype=np.bool_)
+
+    before = -1
+    while before != (before := int(kept.sum())):
+        for inner, span in zip(layout.inner, spans, strict=True):
+            kept[span] = touched(inner, makes=False).reshape(inner.units, -1).any(axis=1)
+            kept[span.start] |= not kept[span].any()
+            dead = np.flatnonzero(np.repeat(~kept[span], inner.together))
+            for name, axis in inner.pairs:
+                if name in bits and axis == 0:
+                    rows = bits[name].reshape(inner.size, -1)
+                    rows[dead] = False
+    removed = in_groups = constant = 0
+    for inner, span in zip(layout.inner, spans, strict=True):
+        stays, read = np.repeat(kept[span], inner.together), touched(inner, makes=False)
+        removed += int((~stays).sum())
+        in_groups += int((stays & ~read).sum())
+        constant += int((read & ~touched(inner, makes=True)).sum())
+    return Unread(kept, sum(inner.size for inner in layout.inner), removed, in_groups, constant)

@@ -17,12 +17,15 @@ from ssfl_app.sparsity.channels import (
     unit_count,
     unit_scores,
     unit_spans,
+    unread,
     whole_widths,
     widths_in,
     widths_of,
 )
-from ssfl_app.sparsity.layout import Layout, state_of
-from ssfl_app.training.models import ModelOptions, outline
+from ssfl_app.sparsity.layout import Layout, load_state, state_of
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.training.models import ModelOptions, create, outline
+from ssfl_app.training.narrow import narrowed
 
 # 3 -> 4 -> 2 -> 1: 12 + 8 + 2 weights that a mask covers, 7 biases.
 MLP = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1))
@@ -105,6 +108,38 @@ def test_how_large_the_scores_of_a_layer_are_does_not_matter_in_its_order() -> N
     assert kept[4]
     # Dead everywhere, a layer has scores of 0 and keeps its floor.
     assert np.isfinite(channel_ranks(SMALL, np.zeros(6, dtype=np.float32), "global")).all()
+
+
+def bits(*rows: str) -> np.ndarray:
+    return np.array([digit == "1" for digit in "".join(rows)])
+
+
+def test_what_nothing_reads_by_hand() -> None:
+    # The last layer reads unit 1 of the second; that one reads units 0 and 2 of the first, which has nothing alive.
+    found = unread(SMALL, bits("111", "111", "000", "111", "0101", "1010", "01"))
+    assert found.kept.tolist() == [True, False, True, False, False, True]
+    assert (found.channels, found.removed, found.in_groups, found.constant) == (6, 3, 0, 1)
+    assert found.said().startswith("3 of 6 inner channels are read by nothing and left out; 0 more share")
+    # Of a layer that nothing reads one unit is left.
+    none = unread(SMALL, np.zeros(22, dtype=np.bool_))
+    assert none.kept.tolist() == [True, False, False, False, True, False]
+    assert unread(SMALL, np.ones(22, dtype=np.bool_)).kept.all()
+    groups = unread(GROUPED, bits("1111", "0100"))
+    assert (groups.kept.tolist(), groups.removed, groups.in_groups) == ([True, False], 2, 1)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch", "none"])
+@pytest.mark.parametrize("name", ["cnn", "resnet20"])
+def test_without_what_nothing_reads_the_outputs_are_the_same(name: str, norm: str) -> None:
+    model = create(ModelOptions(name=name, norm=norm), (3, 8, 8), 5, seed=2)
+    layout = Layout.of(model)
+    mask = Mask.random(layout, 0.01, np.random.default_rng(1), "layer")
+    load_state(model, mask.apply(state_of(model)))
+    found = unread(layout, mask.alive)
+    small = narrowed(model, layout, found.kept).eval()
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    assert found.removed > 0.05 * found.channels
+    assert torch.allclose(small(x), model.eval()(x), atol=1e-5)
 
 
 def test_a_state_is_a_slice() -> None:

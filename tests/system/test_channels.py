@@ -217,7 +217,7 @@ def test_patterns_are_masks_of_weights(strategy: str, granularity: str) -> None:
     assert run.records[1]["bytes_train_up"] == 4 * 4 * int(mask.transmitted.sum())
 
 
-@pytest.mark.parametrize("told", [[4, 8, 30], [0, 2, 1], [16, 32, 65], [4, 8]])
+@pytest.mark.parametrize("told", [[3, 8, 30], [0, 2, 1], [16, 32, 65], [4, 8]])
 def test_a_client_refuses_widths_that_are_none(told: list[int]) -> None:
     run = played()
     algorithm = run.runtime.rule(0, None)  # type: ignore[arg-type]
@@ -229,9 +229,9 @@ def test_a_client_refuses_widths_that_are_none(told: list[int]) -> None:
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
-        ({"strategy": "fedpm"}, "mask.granularity is 'channel'; it is 'weight' with strategy fedpm"),
+        ({"strategy": "dispfl"}, "mask.granularity is 'channel'; it is 'weight' with strategy dispfl"),
         ({"mask.density": 0.001}, "mask.density is 0.001; the narrowest network costs"),
-        ({"mask.min-per-layer": 16}, "mask.density is 0.2; the narrowest network costs"),
+        ({"mask.min-per-layer": 24}, "mask.density is 0.2; the narrowest network costs"),
         ({"ssfl.criterion": "grasp"}, "ssfl.criterion is 'grasp'; it is 'snip' with mask.granularity 'channel'"),
         (
             {"ssfl.discovery": "private-densities"},
