@@ -2,7 +2,8 @@
 
 `speed`: seconds of local training and multiplications of networks that keep a share of their parameters, on one core:
 batches of BATCH images, in turns in one run, so that what else the machine does falls on all alike; a turn is one
-`LocalTrainer.fit`. Channels are kept uniformly (mask.scope "layer"), in parameters.
+`LocalTrainer.fit`. Channels are kept uniformly (mask.scope "layer"), in parameters. A model that is recorded is left
+out.
 
 `ranks`: how scores of channels are made comparable between layers, on digits, seeds 101, 102, ...: what the product
 does is what wins here. `accuracy`: channels, weights, uniform width and random channels at equal parameters, digits,
@@ -44,6 +45,7 @@ from ssfl_app.training.trainer import LocalOptions, LocalTrainer  # noqa: E402
 OUT = HERE / "results" / "channels.json"
 MODELS, SHARES = ("resnet18", "resnet20", "cnn"), (1.0, 0.5, 0.25, 0.1, 0.05)
 BATCH, TURNS = 16, 3
+QUIET = {"run.device": "cpu", "engine.concurrent": 1}
 IMAGES = {"resnet18": 32, "resnet20": 160, "cnn": 320}
 
 
@@ -67,8 +69,11 @@ def smaller(model: torch.nn.Module, share: float) -> torch.nn.Module:
 def speed() -> None:
     torch.set_num_threads(1)
     keep_heap()
-    rng, rows = np.random.default_rng(1), []
+    known = json.loads(OUT.read_text()) if OUT.exists() else {}
+    rng, rows = np.random.default_rng(1), known.get("speed", {}).get("rows", [])
     for name in MODELS:
+        if any(row["model"] == name for row in rows):
+            continue
         count = IMAGES[name]
         images = Samples(
             torch.from_numpy(rng.integers(0, 256, (count, 3, 32, 32), np.uint8)), torch.arange(count) % 10
@@ -101,9 +106,9 @@ def speed() -> None:
             }
             rows.append(row)
             print({key: value for key, value in row.items() if key != "widths"}, flush=True)
-    how = {"batch": BATCH, "turns": TURNS, "seconds are": "of the process's CPU time, forward, backward and step"}
-    head = {"date": date.today().isoformat(), "environment": environment(), "load": os.getloadavg()[0], **how}
-    _merge("speed", {**head, "rows": rows})
+        how = {"batch": BATCH, "turns": TURNS, "seconds are": "of the process's CPU time, forward, backward and step"}
+        head = {"date": date.today().isoformat(), "environment": environment(), "load": os.getloadavg()[0], **how}
+        _merge("speed", {**head, "rows": rows})
 
 
 # ---- ranks, and accuracy -------------------------------------------------------------------------
@@ -131,7 +136,6 @@ RANKS: dict[str, Rank] = {
     "score / mean of its layer": tempered(1),
     "rank in its layer": lambda layout, scores, _: channels.ranks_in_layers(layout, scores),
 }
-FLOORS = {"": None, ", floor": "floor"}
 
 
 @contextlib.contextmanager
@@ -155,7 +159,7 @@ def ranked_by(rank: Rank | None, least: float = 0.0) -> Iterator[None]:
         ssfl_strategy.channel_ranks, ssfl_strategy.choose = old, choose
 
 
-def play(strategy: str, seed: int, keys: dict) -> dict:
+def play(strategy: str, seed: int, keys: dict, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         run = ssfl_app.run(
@@ -163,7 +167,7 @@ def play(strategy: str, seed: int, keys: dict) -> dict:
             seed=seed,
             out=Path(folder) / "run",
             quiet=True,
-            config={"run.device": "cpu", "run.evaluate-every": 20, "engine.concurrent": 1, **keys},
+            config={"run.rounds": rounds, "run.evaluate-every": rounds, **QUIET, **keys},
         )
         summary = run.summary
         return {
@@ -177,19 +181,21 @@ def play(strategy: str, seed: int, keys: dict) -> dict:
         }
 
 
-def played(part: str, name: str, density: float, seed: int, make: Callable[[], dict]) -> None:
+def played(part: str, name: str, density: float, seed: int, rounds: int, make: Callable[[], dict]) -> None:
     """Play a run unless its row is there already."""
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
     rows = known.get(part, {}).get("rows", [])
-    if any((row["name"], row["density"], row["seed"]) == (name, density, seed) for row in rows):
+    if any(
+        (row["name"], row["density"], row["seed"], row["rounds"]) == (name, density, seed, rounds) for row in rows
+    ):
         return
-    row = {"name": name, "density": density, "seed": seed, **make()}
+    row = {"name": name, "density": density, "seed": seed, "rounds": rounds, **make()}
     print(row, flush=True)
     head = {"date": date.today().isoformat(), "environment": environment()}
     _merge(part, {**head, "rows": [*rows, row]})
 
 
-def ranks(seeds: int, densities: list[float]) -> None:
+def ranks(seeds: int, densities: list[float], rounds: int) -> None:
     for seed in range(101, 101 + seeds):
         for density in densities:
             keys = {"mask.granularity": "channel", "mask.density": density}
@@ -200,9 +206,9 @@ def ranks(seeds: int, densities: list[float]) -> None:
 
                     def make(rank: Rank = rank, least: float = least, keys: dict = keys, seed: int = seed) -> dict:
                         with ranked_by(rank, least):
-                            return play("ssfl", seed, keys)
+                            return play("ssfl", seed, keys, rounds)
 
-                    played("ranks", name + more, density, seed, make)
+                    played("ranks", name + more, density, seed, rounds, make)
 
 
 def narrow(density: float) -> dict:
@@ -213,7 +219,7 @@ def narrow(density: float) -> dict:
     return {"model.width": models.width_for(options, shape, 10, count)}
 
 
-def accuracy(seeds: int, densities: list[float]) -> None:
+def accuracy(seeds: int, densities: list[float], rounds: int) -> None:
     for seed in range(1, 1 + seeds):
         for density in densities:
             by_channel = {"mask.granularity": "channel", "mask.density": density}
@@ -225,7 +231,11 @@ def accuracy(seeds: int, densities: list[float]) -> None:
                 "shuffled channels": ("shuffled", by_channel),
             }
             for name, (strategy, keys) in runs.items():
-                played("accuracy", name, density, seed, lambda s=strategy, k=keys, seed=seed: play(s, seed, k))
+
+                def make(strategy: str = strategy, keys: dict = keys, seed: int = seed) -> dict:
+                    return play(strategy, seed, keys, rounds)
+
+                played("accuracy", name, density, seed, rounds, make)
 
 
 def main() -> None:
@@ -233,13 +243,14 @@ def main() -> None:
     parser.add_argument("what", choices=("speed", "ranks", "accuracy"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.25])
+    parser.add_argument("--rounds", type=int, default=20)
     words = parser.parse_args()
     if words.what == "speed":
         speed()
     elif words.what == "ranks":
-        ranks(words.seeds, words.densities)
+        ranks(words.seeds, words.densities, words.rounds)
     else:
-        accuracy(words.seeds, words.densities)
+        accuracy(words.seeds, words.densities, words.rounds)
 
 
 if __name__ == "__main__":

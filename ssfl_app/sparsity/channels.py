@@ -65,19 +65,18 @@ def ranks_in_layers(layout: Layout, scores: Vector | Ranks) -> Ranks:
     return ranks
 
 
-ALPHA, BETA = 1.0, 0.0
-
-
 def channel_ranks(layout: Layout, scores: Vector, scope: Scope) -> Ranks:
-    """Return the ranks of units, float64, shape (units,), of their `scores`: larger = keep."""
+    """Return the ranks of units, float64, shape (units,), of their `scores`: larger = keep.
+
+    With scope "global" it is the score by the mean score of the unit's layer. A score is a sum over weights, of which
+    some layers have many more a unit than others: by plain sums one of them would keep a channel of a hundred. With
+    "layer" each layer keeps the same share.
+    """
     if scope == "layer":
         return ranks_in_layers(layout, scores)
     ranks = scores.astype(np.float64)
-    cost = Cost(layout)
-    widths = whole_widths(layout)
-    for place, (inner, span) in enumerate(zip(layout.inner, unit_spans(layout), strict=True)):
-        ranks[span] /= (ranks[span].mean() or 1.0) ** ALPHA
-        ranks[span] /= (cost.around(place, widths) / inner.units) ** BETA
+    for span in unit_spans(layout):
+        ranks[span] /= ranks[span].mean() or 1.0
     return ranks
 
 

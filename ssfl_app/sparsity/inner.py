@@ -135,19 +135,19 @@ def _in_series(model: nn.Module) -> list[InnerChannels]:
     found: list[InnerChannels] = []
     made: tuple[str, nn.Module] | None = None
     norms: list[tuple[str, nn.Module]] = []
-    flat = False
+    flat, size = False, 0
     for path, module in _leaves(model) if type(model) is nn.Sequential else ():
         convolution = type(module) in CONVOLUTIONS and module.groups == 1
         if convolution or type(module) is nn.Linear:
-            wide = module.weight.shape[1]
+            weight: torch.Tensor = module.weight  # type: ignore[assignment]
+            wide = weight.shape[1]
             if made is not None:
-                size = made[1].weight.shape[0]  # type: ignore[union-attr]
                 # Without Flatten a linear layer reads the last axis of images; behind linear layers it mixes axes.
                 one_kind = (type(made[1]) is nn.Linear) == (not convolution)
                 fits = wide == size if one_kind else flat and not convolution and wide % size == 0
                 if fits:
                     found.append(_between(made, norms, path))
-            made, norms, flat = (path, module), [], False
+            made, norms, flat, size = (path, module), [], False, weight.shape[0]
         elif isinstance(module, nn.GroupNorm | _BatchNorm) and module.affine:
             norms.append((path, module))
         elif type(module) is nn.Flatten and module.start_dim == 1:

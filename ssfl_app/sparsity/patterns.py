@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ssfl_app.sparsity.layout import Bits, Layout, Vector
-from ssfl_app.sparsity.mask import Mask, Scope, keep_count, largest
+from ssfl_app.sparsity.mask import Mask, Scope, keep_count
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -88,15 +88,14 @@ def _blocks(layout: Layout, scores: Vector) -> tuple[dict[str, slice], Floats, C
 
 
 def _fill(means: Floats, sizes: Counts, budget: int) -> Bits:
-    whole = SIDE * SIDE
-    if not (sizes - whole).any():
-        return largest(means, budget // whole)
-    kept, left = np.zeros(means.size, dtype=np.bool_), budget
-    for block in np.argsort(-means, kind="stable").tolist():
-        if sizes[block] <= left:
-            kept[block], left = True, left - int(sizes[block])
+    kept, left, order = np.zeros(means.size, dtype=np.bool_), budget, np.argsort(-means, kind="stable")
+    first = np.searchsorted(np.cumsum(sizes[order]), budget, side="right")
+    kept[order[:first]], left = True, budget - int(sizes[order[:first]].sum())
+    for block in order[first:].tolist():
         if not left:
             break
+        if sizes[block] <= left:
+            kept[block], left = True, left - int(sizes[block])
     return kept
 
 

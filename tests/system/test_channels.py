@@ -38,6 +38,7 @@ from ssfl_app.sparsity.layout import Layout, state_digest, state_of
 from ssfl_app.sparsity.patterns import two_of_four
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
+from ssfl_app.testing import grid
 from ssfl_app.training.models import ModelOptions, create
 from ssfl_app.training.narrow import flops, of_widths
 from tests.in_process_grid import SMALL, Played, play
@@ -185,7 +186,7 @@ def test_private_channels_are_noisy_means_of_ranks_at_the_price_of_private_densi
     assert ledger is not None
     assert other is not None
     assert ledger.budget == other.budget
-    run = play(keys, ledger=ledger)
+    run = grid.play(keys | {"data.name": "few-digits"}, ledger=ledger)
     answers = [reply.arrays["values"] for where, reply in run.grid.got if where[0] == "query.channel_ranks"]
     assert [values.size for values in answers] == [unit_count(run.runtime.layout)] * 12
     assert run.strategy.layout.prunable_size <= 0.3 * run.runtime.layout.prunable_size
