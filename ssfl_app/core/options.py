@@ -50,16 +50,16 @@ class MaskOptions:
     """Keys of the section ``mask``."""
 
     density: float = fraction(0.1, "alive / size over the prunable tensors, in (0, 1]")
-    granularity: str = choice(
-        "weight", "channel", "2:4", "block", about="what stays or goes by itself (docs/structure.md)"
-    )
-    budget: str = choice("parameters", "flops", about="of granularity channel: what the density is a share of")
     scope: Literal["global", "layer"] = choice("global", "layer", about="rank all weights together or layer by layer")
     min_per_layer: int = at_least(
         -1,
         -1,
         'floor of alive weights (or channels) in each layer; -1: 0 as in the paper, but 1 with data.where "sites"',
     )
+    granularity: str = choice(
+        "weight", "channel", "2:4", "block", about="what stays or goes by itself (docs/structure.md)"
+    )
+    budget: str = choice("parameters", "flops", about="of granularity channel: what the density is a share of")
 
 
 @dataclass(frozen=True)
