@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
@@ -42,13 +42,13 @@ class Layout:
     norms : tuple of str
         The parameters and buffers of norm layers, in the same order, where the model is known.
     inner : tuple of InnerChannels
-        Channels that can be removed as a whole, where the model is known.
+        Channels that can be removed as a whole, where the model is known. Layouts are equal without them.
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     prunable: tuple[str, ...]
     norms: tuple[str, ...] = ()
-    inner: tuple[InnerChannels, ...] = ()
+    inner: tuple[InnerChannels, ...] = field(default=(), compare=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> "Layout":

@@ -80,6 +80,7 @@ def test_shapes_and_layers_agree_and_the_model_is_left_alone(name: str, norm: st
     kept = some_units(layout)
     small = narrowed(model, layout, kept)
     assert Layout.of(small) == narrow_layout(layout, widths_of(layout, kept))
+    assert Layout.of(small).inner == narrow_layout(layout, widths_of(layout, kept)).inner
     assert Layout.of(small).digest == narrow_layout(layout, widths_of(layout, kept)).digest
     assert Layout.of(model) == layout
     assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
