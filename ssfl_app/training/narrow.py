@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssfl_app.options import ConfigError
-from ssfl_app.sparsity.channels import check_widths, entries, first_units, unit_spans, whole_widths, widths_of
+from ssfl_app.sparsity.channels import check_widths, entries, first_units, unit_spans, widths_of
 from ssfl_app.sparsity.inner import CONVOLUTIONS
 from ssfl_app.sparsity.layout import Bits, Layout
 
@@ -103,6 +103,3 @@ def uses_of_weights(model: nn.Module, layout: Layout, shape: tuple[int, ...]) ->
     with torch.no_grad():
         outline(torch.zeros(1, *shape, device="meta"))
     return {name: times.get(name, 0) for name in layout.prunable}
-
-
-__all__ = ["flops", "narrowed", "of_widths", "uses_of_weights", "whole_widths"]

@@ -313,7 +313,7 @@ def test_a_run_folder_has_the_small_network_and_exports_it(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_ray_and_supernodes_have_the_same_bits(tmp_path: Path) -> None:
     keys = {"run__clients": 2, "run__cohort": 2, "run__rounds": 1, "local__epochs": 1}
-    keys |= {"mask__granularity": "channel", "mask__density": 0.2}
+    keys |= {"mask__granularity": "channel", "mask__density": 0.2, "run__join_timeout": 280.0}
     same = inline(tmp_path / "inline", **keys)
     words = [
         *field.ssfl("run"),
