@@ -213,7 +213,8 @@ def complete(flat: Mapping[str, Any]) -> Flat:
     if found["privacy.secure-aggregation"] is True or by_client:
         found |= {key: "fixed32" for key in ("wire.up-values", "ssfl.score-values") if key not in flat}
     if by_client:
-        implied = {"run.weighting": "uniform", "ssfl.discovery": "private-densities"}
+        asked = "channels" if found["mask.granularity"] == "channel" else "densities"
+        implied = {"run.weighting": "uniform", "ssfl.discovery": f"private-{asked}"}
         found |= {key: value for key, value in implied.items() if key not in flat}
     return found
 

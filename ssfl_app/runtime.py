@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -33,13 +33,15 @@ from ssfl_app.data.summary import ALL, DataSummary
 from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Indices, Partition, split
 from ssfl_app.registry import sources
-from ssfl_app.sparsity.layout import Layout, State, mask_everything, state_digest, state_of
+from ssfl_app.sparsity.channels import Widths, whole_widths, widths_in
+from ssfl_app.sparsity.layout import Layout, State, load_state, mask_everything, state_digest, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.shared.scoring import SsflOptions
 from ssfl_app.text import one_line
 from ssfl_app.training import models
 from ssfl_app.training.gpu import MOST_AT_ONCE, memory_need
+from ssfl_app.training.narrow import of_widths
 from ssfl_app.training.private_step import check_private
 from ssfl_app.training.reparam import originals, without_other_form
 from ssfl_app.training.tasks import Classification, make_task
@@ -48,11 +50,15 @@ from ssfl_app.training.trainer import LocalTrainer, Steps
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What one thread works at: a model that each message loads, its trainer, and unpacked masks by digest."""
+    """What one thread works at: a model that each message loads, its trainer, and unpacked masks by digest.
+
+    `narrow` has the narrower network of a run whose widths were found.
+    """
 
     model: nn.Module
     trainer: LocalTrainer
     masks: dict[str, Mask] = field(default_factory=dict)
+    narrow: dict[Widths, nn.Module] = field(default_factory=dict)
 
 
 @dataclass
@@ -115,6 +121,18 @@ class Runtime:
         compared = self.config.settings.mask.frozen or self.config.model.weights
         return state_digest(self.layout, self.initial_state()) if compared else ""
 
+    def load(self, state: Mapping[str, torch.Tensor]) -> nn.Module:
+        """Return a model of this thread with a state in it: of the whole network, or of a narrower one."""
+        own, shapes = self.worker_state, {name: tuple(tensor.shape) for name, tensor in state.items()}
+        model = own.model
+        if self.layout.inner and (widths := widths_in(self.layout, shapes)) != whole_widths(self.layout):
+            if widths not in own.narrow:
+                own.narrow.clear()
+                own.narrow[widths] = of_widths(own.model, self.layout, widths)
+            model = own.narrow[widths]
+        load_state(model, state)
+        return model
+
     def fitting_clients(self) -> int:
         """Return how many clients the free memory of the GPU holds at once, by an estimate; at least one."""
         outline = models.outline(self.config.model, self.data.shape, self.data.outputs)
@@ -161,6 +179,7 @@ class Runtime:
             initial_state=self.initial_state,
             dense=self.dense,
             masks=state.masks,
+            narrow=state.narrow,
         )
         return REGISTRY[self.config.strategy].client(site)
 
@@ -265,6 +284,11 @@ def check_model(config: Config, images: DataSet, partition: Partition | None) ->
             raise ConfigError(
                 f"model.name is {name!r}; its {frozen[0]} is frozen, and a mask is of weights that train"
             )
+    if settings.mask.granularity == "channel" and REGISTRY[config.strategy].uses_density:
+        outline = models.outline(config.model, images.shape, images.outputs)
+        if not Layout.of(outline).inner:
+            rule = "it is 'weight' with a model that does not say which of its channels are inner (docs/own.md)"
+            raise ConfigError(f"mask.granularity is 'channel'; {rule}: model.name is {name!r}")
     if settings.privacy.level == "record":
         outline = models.outline(config.model, images.shape, images.outputs)
         check_private(outline, name, config.model.norm, name in models.REGISTRY)

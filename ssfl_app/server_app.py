@@ -40,7 +40,7 @@ from ssfl_app.results.report import undone, write_report
 from ssfl_app.results.rows import summary_table
 from ssfl_app.results.run_folder import read_run
 from ssfl_app.runtime import Runtime, code_digest, get_runtime
-from ssfl_app.sparsity.layout import State, load_state
+from ssfl_app.sparsity.layout import Layout, State
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.text import command, tell
@@ -207,8 +207,9 @@ def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strateg
         **described(runtime.data),
         **callback.outcome(),
         **spent(strategy),
+        **narrower(runtime.layout, strategy.layout),
     }
-    summary = recorder.finish(metadata, runtime.layout, strategy.model(), strategy.mask)
+    summary = recorder.finish(metadata, runtime.layout, strategy.layout, strategy.model(), strategy.mask)
     if why := undone(lambda: write_report([read_run(recorder.folder)], recorder.folder / "report.html")):
         cure = command("ssfl", "report", recorder.folder)
         recorder.say(f"warning: report.html could not be made ({why}); to try again: {cure}")
@@ -223,6 +224,13 @@ def spent(strategy: SparseStrategy) -> Record:
         return {}
     noise = {} if ledger is None else {"noise_multiplier": ledger.budget.noise_multiplier}
     return {"privacy_level": privacy.level, "epsilon": strategy.epsilon, "delta": privacy.delta, **noise}
+
+
+def narrower(whole: Layout, layout: Layout) -> Record:
+    """Return what the summary has of a network with fewer inner channels than the whole one."""
+    if layout == whole:
+        return {}
+    return {"widths": {inner.name: inner.size for inner in layout.inner}, "parameters_kept": layout.size}
 
 
 def run_token(folder: Path) -> str:
@@ -264,8 +272,8 @@ def central_evaluation(runtime: Runtime) -> Callable[[int, ArrayRecord], MetricR
         return None
 
     def evaluate(_: int, arrays: ArrayRecord) -> MetricRecord:
-        load_state(runtime.model, {n: torch.from_numpy(a.numpy()) for n, a in arrays.items()})
-        loss, accuracy = runtime.trainer.evaluate(runtime.model, runtime.data.test)
+        model = runtime.load({n: torch.from_numpy(a.numpy()) for n, a in arrays.items()})
+        loss, accuracy = runtime.trainer.evaluate(model, runtime.data.test)
         return MetricRecord({"loss": loss, "accuracy": accuracy})
 
     return evaluate
@@ -319,7 +327,7 @@ class RecordingCallback(RunCallback):
         return found
 
     def _keep(self, strategy: SparseStrategy) -> None:
-        model = self.runtime.layout, strategy.model(), strategy.mask
+        model = strategy.layout, strategy.model(), strategy.mask
         self.recorder.model(*model, "best.safetensors", "best-mask.safetensors")
 
     def _tell(self, method: str, *arguments: Any) -> str:

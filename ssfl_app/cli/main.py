@@ -146,13 +146,14 @@ def export(
     folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a finished run.")],
     to: Annotated[str, Option(help="safetensors: bitmap and alive values; torch: a state dict; onnx; torch-export.")],
     out: Annotated[Path | None, Option(help="File.", show_default="exported.* in the run folder")] = None,
+    compact: Annotated[bool, Option("--compact", help="Without channels that nothing reads.")] = False,
 ) -> None:
     """Write the trained model to a file that other programs load."""
     from ssfl_app.results.export import write
     from ssfl_app.results.run_folder import read_run
 
     import_from(Path.cwd())
-    tell(f"model: {write(read_run(folder), to, out).resolve()}")
+    tell(f"model: {write(read_run(folder), to, out, compact=compact, say=tell).resolve()}")
 
 
 @app.command()

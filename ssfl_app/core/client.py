@@ -1,7 +1,7 @@
 """`ClientAlgorithm`, the client side of an algorithm: three methods whose defaults are FedAvg's."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -17,10 +17,12 @@ from ssfl_app.options import ConfigError
 from ssfl_app.partitions import Indices
 from ssfl_app.privacy import record
 from ssfl_app.seeding import generator
+from ssfl_app.sparsity.channels import Widths, check_widths, narrow_layout
 from ssfl_app.sparsity.codec import Codec, Dense, LinearCodec, MaskedValues, read_mask
 from ssfl_app.sparsity.layout import Layout, State, Vector, load_state, state_digest, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import SUMMED_TYPES, Arrays, PayloadError
+from ssfl_app.training.narrow import of_widths
 from ssfl_app.training.trainer import LocalTrainer
 
 
@@ -45,6 +47,7 @@ class ClientContext:
     `indices` are those of its training and test images in `data`.
     `initial_state` makes the initial weights from the seed; `dense` is the mask under which everything is alive.
     `masks` keeps unpacked masks by digest; only `memory` says whether the client *holds* a mask.
+    `narrow` keeps the narrower network that this run works with (`narrower`).
     `least_batch`: of fewer images no answer is made, except loss and accuracy on the test images.
     `identity` returns what it masks with, under privacy.secure-aggregation.
     """
@@ -60,6 +63,7 @@ class ClientContext:
     initial_state: Callable[[], State]
     dense: Mask
     masks: dict[str, Mask] = field(default_factory=dict)
+    narrow: dict[Widths, nn.Module] = field(default_factory=dict)
     least_batch: int = 1
     identity: Callable[[], Identity] = no_identity
 
@@ -91,6 +95,18 @@ class ClientContext:
             privacy.level,
             terms_of(self.settings) if privacy.secure_aggregation else "",
         )
+
+    def narrower(self, widths: Widths) -> "ClientContext":
+        """Return the context of this client where inner layers have these widths; its model is a smaller one.
+
+        ValueError: they are no widths of this model.
+        """
+        check_widths(self.layout, widths)
+        if widths not in self.narrow:
+            self.narrow.clear()
+            self.narrow[widths] = of_widths(self.model, self.layout, widths)
+        layout = narrow_layout(self.layout, widths)
+        return replace(self, model=self.narrow[widths], layout=layout, dense=Mask.dense(layout), masks={})
 
     def mask(self, digest: str) -> Mask | None:
         """Return the mask with this digest if the client holds it; one that a disk damaged is not held."""

@@ -52,11 +52,17 @@ class MaskOptions:
     density: float = fraction(0.1, "alive / size over the prunable tensors, in (0, 1]")
     scope: Literal["global", "layer"] = choice("global", "layer", about="rank all weights together or layer by layer")
     min_per_layer: int = at_least(
-        -1, -1, 'floor of alive weights in each layer; -1: 0 as in the paper, but 1 with data.where "sites"'
+        -1,
+        -1,
+        'floor of alive weights (or channels) in each layer; -1: 0 as in the paper, but 1 with data.where "sites"',
     )
     dead: Literal["zero", "frozen"] = choice(
         "zero", "frozen", about="what dead weights are: 0, or what they were at the start (docs/fine-tuning.md)"
     )
+    granularity: str = choice(
+        "weight", "channel", "2:4", "block", about="what stays or goes by itself (docs/structure.md)"
+    )
+    budget: str = choice("parameters", "flops", about="of granularity channel: what the density is a share of")
 
     @property
     def frozen(self) -> bool:

@@ -104,6 +104,8 @@ class SparseStrategy(OwnStart):
     one_mask : bool
         Whether there is one mask, of all clients, that only `before_training` and `before_round` change, or none:
         dead weights can then be frozen (mask.dead).
+    granularities : tuple of str
+        The values of mask.granularity that the strategy knows.
     error_feedback_ok : bool
         Whether the strategy can make up for rounding: both ends know which coordinates travel, the same ones for all
         clients, and a client has no other state that it keeps between rounds.
@@ -132,6 +134,7 @@ class SparseStrategy(OwnStart):
     has_global_model: ClassVar[bool] = True
     one_mask: ClassVar[bool] = False
     error_feedback_ok: ClassVar[bool] = False
+    granularities: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(self, context: ServerContext) -> None:
         layout, settings = context.layout, context.settings
@@ -149,6 +152,12 @@ class SparseStrategy(OwnStart):
         if settings.privacy.private and settings.stop.metric in ("local", "personal"):
             rule = f"it is auto or central with privacy.level {settings.privacy.level!r}: clients tell no accuracy"
             raise ConfigError(f"stop.metric is {settings.stop.metric!r}; {rule}")
+        if self.uses_density and settings.mask.granularity not in self.granularities:
+            rule = f"it is {' or '.join(map(repr, self.granularities))} with strategy {self.name}"
+            raise ConfigError(f"mask.granularity is {settings.mask.granularity!r}; {rule}")
+        if settings.mask.frozen and settings.mask.granularity == "channel":
+            rule = "it is 'zero' with mask.granularity 'channel', which leaves a network without dead weights"
+            raise ConfigError(f"mask.dead is 'frozen'; {rule}")
         self.context, self.layout, self.settings, self.callback = context, layout, settings, context.callback
         if self.uses_density and layout.prunable_size and not self.alive():
             raise ConfigError(f"mask.{none_alive(layout, settings.mask.density)}")

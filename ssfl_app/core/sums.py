@@ -125,7 +125,8 @@ def check_sums(strategy: _Algorithm) -> None:
         refused |= {"ssfl.refresh": (options.refresh, "never")} if options.refresh == "drift" else {}
     if private:
         refused |= {"run.weighting": (run.weighting, "uniform"), "shift.round": (settings.shift.round, 0)}
-        refused |= {"ssfl.discovery": (settings.sections["ssfl"].discovery, "private-densities")} if scores else {}
+        asked = "private-channels" if settings.mask.granularity == "channel" else "private-densities"
+        refused |= {"ssfl.discovery": (settings.sections["ssfl"].discovery, asked)} if scores else {}
     for key, (value, needed) in refused.items():
         if value != needed:
             raise ConfigError(f"{key} is {value!r}; it is {needed!r}: {cause}, the server learns sums only")

@@ -10,6 +10,7 @@ size; they take data as a reader gives them: pixels are bytes, and normalising t
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from ssfl_app.data.transform import AsTheyAre, Transform
 from ssfl_app.files import write_atomically
 from ssfl_app.options import ConfigError, build
 from ssfl_app.results.run_folder import Run
+from ssfl_app.sparsity.channels import narrow_state, unread, widths_in
 from ssfl_app.sparsity.codec import BitmapAndValues
 from ssfl_app.sparsity.layout import Layout, State, load_state, mask_everything, state_digest, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training import models
+from ssfl_app.training.narrow import narrowed, of_widths
 
 Known = Mapping[str, Any]
 
@@ -80,8 +83,13 @@ def trained(run: Run) -> nn.Module:
     keys = {key.removeprefix("model."): value for key, value in run.config.items() if key.startswith("model.")}
     options = build(models.ModelOptions, "model", keys | {"weights": ""})  # they are in the run's own file
     model = models.create(options, tuple(known["input"]["shape"]), known["outputs"], run.config["run.seed"])
-    if {name: tuple(tensor.shape) for name, tensor in state.items()} != dict(Layout.of(model).shapes):
-        raise ConfigError(f"model.name is {options.name!r}; it makes a model of other shapes than {run.folder} has")
+    layout, shapes = Layout.of(model), {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes != dict(layout.shapes):
+        try:
+            model = of_widths(model, layout, widths_in(layout, shapes))
+        except ValueError as error:
+            rule = f"it makes a model of other shapes than {run.folder} has"
+            raise ConfigError(f"model.name is {options.name!r}; {rule}") from error
     if _frozen(run):
         mask_everything(model)
     load_state(model, {n: t.where(mask[n], torch.zeros(())) if n in mask else t for n, t in state.items()})
@@ -92,14 +100,39 @@ def _frozen(run: Run) -> bool:
     return run.config.get("mask.dead") == "frozen"  # a run of an older version has no such key
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What is written: the model of a run, and its mask as bool tensors by name, none of a dense one."""
+
+    run: Run
+    model: nn.Module
+    mask: State
+
+
+def compacted(run: Run) -> tuple[Exported, str]:
+    """Return the model of a run without channels that nothing reads, and a line that says how many they were.
+
+    The outputs are the same (`ssfl_app.sparsity.channels.unread`).
+    """
+    if _frozen(run):
+        raise ConfigError(f"--compact: {run.folder} has mask.dead 'frozen'; its dead weights are not 0")
+    whole = Exported(run, trained(run), mask_of(run))
+    layout = Layout.of(whole.model)
+    ones = {name: torch.ones(shape) for name, shape in layout.shapes}
+    found = unread(layout, layout.flatten_prunable(ones | whole.mask).astype(np.bool_))
+    bits = narrow_state(layout, ones | {n: t.float() for n, t in whole.mask.items()}, found.kept)
+    mask = {name: bits[name].bool() for name in whole.mask}
+    return Exported(run, narrowed(whole.model, layout, found.kept).eval(), mask), found.said()
+
+
 class _Program(nn.Module):
     """The model, and before it what its transform does."""
 
     moments: torch.Tensor
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, exported: Exported) -> None:
         super().__init__()
-        self.model, transform = trained(run), transform_of(run)
+        self.model, transform = exported.model, transform_of(exported.run)
         moments = [transform.mean, transform.std] if isinstance(transform, Transform) else []
         self.register_buffer("moments", torch.tensor(moments)[..., None, None])
 
@@ -108,29 +141,29 @@ class _Program(nn.Module):
         return self.model(shown)  # type: ignore[no-any-return]
 
 
-def _program(run: Run) -> torch.export.ExportedProgram:
-    known = _summary(run)["input"]
+def _program(exported: Exported) -> torch.export.ExportedProgram:
+    known = _summary(exported.run)["input"]
     samples = torch.zeros(2, *known["shape"], dtype=getattr(torch, known["type"]))
     sizes = ({0: torch.export.Dim("batch")},)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", _RECURRENT, UserWarning)
-        return torch.export.export(_Program(run).eval(), (samples,), dynamic_shapes=sizes)
+        return torch.export.export(_Program(exported).eval(), (samples,), dynamic_shapes=sizes)
 
 
-def _torch_export(run: Run, path: Path) -> None:
+def _torch_export(exported: Exported, path: Path) -> None:
     with path.open("wb") as file:
-        torch.export.save(_program(run), file)
+        torch.export.save(_program(exported), file)
 
 
-def _onnx(run: Run, path: Path) -> None:
+def _onnx(exported: Exported, path: Path) -> None:
     if lacking := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise ConfigError(f'{", ".join(lacking)} not installed: pip install "ssfl-app[export]"')
     ends = {"input_names": ["data"], "output_names": ["output"]}
-    torch.onnx.export(_program(run), (), path, external_data=False, verbose=False, **ends)  # type: ignore[arg-type]
+    torch.onnx.export(_program(exported), (), path, external_data=False, verbose=False, **ends)  # type: ignore[arg-type]
 
 
-def _sparse(run: Run, path: Path) -> None:
-    model, bits, known = trained(run), mask_of(run), _summary(run)
+def _sparse(exported: Exported, path: Path) -> None:
+    run, model, bits, known = exported.run, exported.model, exported.mask, _summary(exported.run)
     layout = Layout.of(model)
     ones = {name: torch.ones(shape) for name, shape in layout.shapes}
     mask = Mask(layout, layout.flatten_prunable(ones | bits).astype(np.bool_))
@@ -168,17 +201,26 @@ def read_sparse(path: Path, start: Path | str | None = None) -> tuple[State, Sta
     return state, mask.tensors()
 
 
-FORMS: dict[str, tuple[str, Callable[[Run, Path], None]]] = {
+FORMS: dict[str, tuple[str, Callable[[Exported, Path], None]]] = {
     "safetensors": (".safetensors", _sparse),
-    "torch": (".pt", lambda run, path: torch.save(trained(run).state_dict(), path)),
+    "torch": (".pt", lambda exported, path: torch.save(exported.model.state_dict(), path)),
     "onnx": (".onnx", _onnx),
     "torch-export": (".pt2", _torch_export),
 }
 """What a model can be exported to: the end of the file's name, and what writes it."""
 
 
-def write(run: Run, to: str, out: Path | str | None = None) -> Path:
+def write(
+    run: Run,
+    to: str,
+    out: Path | str | None = None,
+    *,
+    compact: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+) -> Path:
     """Write the model of a run to a file, by default ``exported.*`` in its folder; return where it is.
+
+    With `compact`, without channels that nothing reads; `say` is told how many they were.
 
     ConfigError: there is no such form, the run is not finished, or a package that is needed is not installed.
     """
@@ -186,5 +228,10 @@ def write(run: Run, to: str, out: Path | str | None = None) -> Path:
         raise ConfigError(f"to is {to!r}; it is one of {', '.join(FORMS)}")
     ending, how = FORMS[to]
     path = Path(out or run.folder / f"exported{ending}")
-    write_atomically(path, lambda temporary: how(run, temporary))
+    if compact:
+        exported, line = compacted(run)
+        say(line)
+    else:
+        exported = Exported(run, trained(run), mask_of(run))
+    write_atomically(path, lambda temporary: how(exported, temporary))
     return path

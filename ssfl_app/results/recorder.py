@@ -147,10 +147,11 @@ class Recorder:
 
     # ---- the end -----------------------------------------------------------------------------
 
-    def finish(self, metadata: Record, layout: Layout, state: State, mask: Mask) -> Record:
+    def finish(self, metadata: Record, whole: Layout, layout: Layout, state: State, mask: Mask) -> Record:
         """Write model, mask and summary.json; return the summary.
 
-        `metadata` is what the recorder cannot know: strategy, dataset, engine and so on. It comes first.
+        `layout` is that of `state`; `whole` is that of the network of which it may be a narrower one. `metadata` is
+        what the recorder cannot know: strategy, dataset, engine and so on. It comes first.
         """
         sparse = self.model(layout, state, mask, "model.safetensors", "mask.safetensors")
         rounds = [record for record in self.records if record["round"]]
@@ -160,14 +161,14 @@ class Recorder:
         summary = metadata | {
             "density": rounds[-1]["density"],
             "density_all": rounds[-1]["density_all"],
-            "parameters": layout.size,
-            "prunable": layout.prunable_size,
-            "alive": round(rounds[-1]["density"] * layout.prunable_size),
+            "parameters": whole.size,
+            "prunable": whole.prunable_size,
+            "alive": round(rounds[-1]["density"] * whole.prunable_size),
             "train_loss": rounds[-1]["train_loss"],
             **{name: evaluated[-1][name] if evaluated else None for name in accuracies},
             **self._bytes(),
             "bytes_peer": sum(r["bytes_peer"] for r in rounds),
-            "bytes_dense_train": 4 * layout.size * messages,
+            "bytes_dense_train": 4 * whole.size * messages,
             "image_passes": sum(r["image_passes"] for r in self.records),
             "validation_passes": sum(r["validation_passes"] for r in self.records),
             "seconds_total": self._seconds(),

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ssfl_app.options import ConfigError
+from ssfl_app.sparsity.inner import InnerChannels, inner_of
 
 State = dict[str, torch.Tensor]
 Vector = npt.NDArray[np.float32]
@@ -42,11 +43,14 @@ class Layout:
         for what the model says is never pruned (`never_pruned`).
     norms : tuple of str
         The parameters and buffers of norm layers, in the same order, where the model is known.
+    inner : tuple of InnerChannels
+        Channels that can be removed as a whole, where the model is known. Layouts are equal without them.
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     prunable: tuple[str, ...]
     norms: tuple[str, ...] = ()
+    inner: tuple[InnerChannels, ...] = field(default=(), compare=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> "Layout":
@@ -60,7 +64,8 @@ class Layout:
         }
         weights = dict(model.named_parameters(remove_duplicate=False)).keys() - norms - never_pruned(model)
         prunable = tuple(name for name in shapes if name in weights and is_prunable(name, shapes))
-        return cls(tuple(shapes.items()), prunable, tuple(name for name in shapes if name in norms))
+        in_order = tuple(name for name in shapes if name in norms)
+        return cls(tuple(shapes.items()), prunable, in_order, inner_of(model))
 
     @cached_property
     def spans(self) -> dict[str, slice]:

@@ -157,8 +157,8 @@ class Played(RunCallback):
 
     @property
     def layout(self) -> Layout:
-        """The layout of the model."""
-        return self.runtime.layout
+        """The layout of the model: of the narrower one, where channels were removed."""
+        return self.strategy.layout
 
     def bits(self) -> tuple[str, ...]:
         """Return each tensor of the global model by its name and the digest of its bits.

@@ -70,6 +70,20 @@ def test_onnx_takes_pixels_and_gives_the_outputs_of_torch(digits: api.Run, expec
         assert np.abs(found - expected[:count].numpy()).max() < 1e-4
 
 
+def test_without_channels_that_nothing_reads_it_is_the_same_function(digits: api.Run, expected: torch.Tensor) -> None:
+    said: list[str] = []
+    program = torch.export.load(export.write(digits, "torch-export", compact=True, say=said.append)).module()
+    assert torch.allclose(program(PIXELS), expected, atol=1e-5)
+    state, mask = read_sparse(export.write(digits, "safetensors", compact=True))
+    small, _ = export.compacted(digits)
+    assert state_digest(Layout.of(small.model), state) == state_digest(Layout.of(small.model), state_of(small.model))
+    assert all(torch.equal(mask[name], bits) for name, bits in small.mask.items())
+    layout = Layout.of(digits.model())
+    removed = int(re.match(r"(\d+) of 224 inner channels are read by nothing", said[0])[1])  # type: ignore[index]
+    before, after = (sum(inner.size for inner in each.inner) for each in (layout, Layout.of(small.model)))
+    assert before - after == removed
+
+
 def test_an_exported_program_needs_no_source_of_the_model(digits: api.Run, expected: torch.Tensor) -> None:
     program = torch.export.load(digits.export("torch-export")).module()
     for count in (7, 1):

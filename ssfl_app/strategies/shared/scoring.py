@@ -13,6 +13,7 @@ from ssfl_app.core.robust import SCORE_FOLDS
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import Layout, State, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.patterns import blocks, two_of_four
 from ssfl_app.sparsity.saliency import balanced_batch, plain_batch, snip
 from ssfl_app.sparsity.values import SCORE_TYPES
 
@@ -44,7 +45,8 @@ class SsflOptions(Section):
     discovery: str = choice(
         "scores",
         "private-densities",
-        about="what clients tell: a score a weight, or a number a layer (docs/privacy.md)",
+        "private-channels",
+        about="what clients tell: scores; or a noisy number a layer or channel (docs/privacy.md)",
     )
     steps: int = at_least(0, 0, "of synflow (0: 100), iterative-snip and force (0: 5)")
     grasp_temperature: float = above(0, 200.0, "logits are divided by it under grasp")
@@ -82,6 +84,16 @@ def ranked(layout: Layout, scores: Vector, wanted: MaskOptions, density: float |
     """Return the mask of the largest scores, shape (prunable,), as ``mask`` says, or at another density."""
     share = wanted.density if density is None else density
     return Mask.top(layout, scores, share, wanted.scope, min_per_layer=wanted.min_per_layer)
+
+
+def patterned(layout: Layout, scores: Vector, wanted: MaskOptions, density: float | None = None) -> Mask:
+    """Return `ranked`, or the mask of the largest scores of the pattern that mask.granularity names."""
+    if wanted.granularity == "2:4":
+        return two_of_four(layout, scores)
+    if wanted.granularity == "block":
+        share = wanted.density if density is None else density
+        return blocks(layout, scores, share, wanted.scope, wanted.min_per_layer)
+    return ranked(layout, scores, wanted, density)
 
 
 def mean_over_batches(

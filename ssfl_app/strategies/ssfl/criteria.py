@@ -48,6 +48,7 @@ from ssfl_app.core.options import ConfigError, Settings
 from ssfl_app.core.robust import ScoreFold
 from ssfl_app.core.sums import Release, Summation
 from ssfl_app.privacy.densities import densities, drawn_mask, own_shares, tiny_layers
+from ssfl_app.sparsity.channels import Ranks, channel_ranks, ranks_in_layers, unit_count, unit_scores
 from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest
 from ssfl_app.sparsity.mask import Mask
@@ -61,11 +62,13 @@ from ssfl_app.sparsity.values import (
     read_values,
     write_values,
 )
-from ssfl_app.strategies.shared.scoring import SsflOptions, mean_over_batches, ranked, snip_scores
+from ssfl_app.strategies.shared.scoring import CRITERIA, SsflOptions, mean_over_batches, patterned, snip_scores
 
 QUESTIONS = ("saliency", "curvature")
 DENSITIES = "layer_shares"
 """The question of ssfl.discovery "private-densities"."""
+CHANNELS = "channel_ranks"
+"""The question of ssfl.discovery "private-channels"."""
 MAGNITUDES = ("snip", "gradient", "iterative-snip", "force")
 """Criteria whose clients answer with magnitudes; the others ask for gradients."""
 SIGNED = ("pooled-snip", "grasp")
@@ -147,6 +150,38 @@ def find_mask(
     return _RULES[options.criterion](collector)
 
 
+def check_granularity(settings: Settings) -> None:
+    """Raise ConfigError for options that do not go with mask.granularity."""
+    options, kind = SsflOptions.from_settings(settings), settings.mask.granularity
+    allowed: dict[str, tuple[object, ...]] = {"discovery": ("scores",)}
+    if kind == "weight":
+        allowed["discovery"] = ("scores", "private-densities")
+    elif kind == "channel":
+        allowed = {"criterion": ("snip",), "refresh": ("never",), "warmup_rounds": (0,)}
+        allowed["discovery"] = ("scores", "private-channels")
+    elif kind == "2:4":
+        allowed["criterion"] = tuple(name for name in CRITERIA if name not in STEPS)
+    for name, values in allowed.items():
+        if getattr(options, name) not in values:
+            rule = f"it is {' or '.join(map(repr, values))} with mask.granularity {kind!r}"
+            raise ConfigError(f"ssfl.{name.replace('_', '-')} is {getattr(options, name)!r}; {rule}")
+
+
+def channel_means(strategy: SparseStrategy, ask: Query, clients: Iterable[int]) -> Ranks:
+    """Return by what units are ranked, float64, shape (units,), of the scores that clients have at w0.
+
+    With ssfl.discovery "private-channels" it is the noisy mean of the clients' own ranks, each vector scaled to
+    length 1; else the ranks of the mean score.
+    """
+    layout, scope = strategy.layout, strategy.settings.mask.scope
+    carry = Payload(metadata={"weights": state_digest(layout, strategy.state)})
+    collector = _ScoreCollector(strategy, ask, tuple(clients), strategy.state, carry, 0)
+    if SsflOptions.from_settings(strategy.settings).discovery == "private-channels":
+        mean = collector.released(CHANNELS, unit_count(layout))
+        return ranks_in_layers(layout, mean) if scope == "layer" else mean
+    return channel_ranks(layout, collector.mean("saliency", unit_count(layout)), scope)
+
+
 @dataclass(frozen=True)
 class _ScoreCollector:
     """Asks the same clients about the same weights as often as a criterion needs."""
@@ -208,9 +243,30 @@ class _ScoreCollector:
         # Rounding aside no honest sum of magnitudes is below 0.
         return np.maximum(mean, 0) if options.criterion in MAGNITUDES else mean
 
+    def released(self, question: str, size: int) -> Ranks:
+        """Return the mean of vectors of `size` numbers, at most 1 long, with the noise of privacy.level "client"."""
+        strategy, ledger = self.strategy, self.strategy.ledger
+        multiplier = 0.0 if ledger is None else strategy.settings.privacy.discovery_multiplier
+        if ledger is not None:
+            ledger.begin("discovery")
+        summation = Summation(
+            strategy,
+            self.clients,
+            size,
+            "fixed32",
+            by_samples=False,
+            round_=self.round,
+            what=f"the question {question!r}",
+            question=question,
+            release=Release(1.0, multiplier, len(self.clients)),
+        )
+        asked = functools.partial(summation.outgoing, payload=self.carry)
+        self.ask(question, self.clients, summation.check, summation.add, asked, summation.allowed())
+        return summation.finish().mean
+
     def top(self, scores: Vector, density: float | None = None) -> Mask:
         """Return the mask of the largest scores, of mask.density by default."""
-        return ranked(self.strategy.layout, scores, self.strategy.settings.mask, density)
+        return patterned(self.strategy.layout, scores, self.strategy.settings.mask, density)
 
     def steps(self, score: Callable[[int, Mask], Vector], returning: bool) -> Mask:
         """Return the mask after all steps; `score` gets the step, from 0, and the mask before; it is not negative."""
@@ -278,27 +334,10 @@ def _by_force(collector: _ScoreCollector) -> Mask:
 
 def _by_private_densities(collector: _ScoreCollector) -> Mask:
     """Return the mask that is drawn inside the layers, of densities that a noisy sum tells (`privacy.densities`)."""
-    strategy, layout = collector.strategy, collector.strategy.layout
-    density, run, ledger = strategy.settings.mask.density, strategy.settings.run, strategy.ledger
-    multiplier = 0.0 if ledger is None else strategy.settings.privacy.discovery_multiplier
-    if ledger is not None:
-        ledger.begin("discovery")
-    size = len(layout.prunable) - len(tiny_layers(layout, density))
-    summation = Summation(
-        strategy,
-        collector.clients,
-        size,
-        "fixed32",
-        by_samples=False,
-        round_=collector.round,
-        what=f"the question {DENSITIES!r}",
-        question=DENSITIES,
-        release=Release(1.0, multiplier, len(collector.clients)),
-    )
-    asked = functools.partial(summation.outgoing, payload=collector.carry)
-    collector.ask(DENSITIES, collector.clients, summation.check, summation.add, asked, summation.allowed())
-    counts = densities(summation.finish().mean, layout, density)
-    return drawn_mask(layout, counts, run.seed)
+    layout, settings = collector.strategy.layout, collector.strategy.settings
+    size = len(layout.prunable) - len(tiny_layers(layout, settings.mask.density))
+    counts = densities(collector.released(DENSITIES, size), layout, settings.mask.density)
+    return drawn_mask(layout, counts, settings.run.seed)
 
 
 def _net(step: int, mask: Mask) -> Arrays:
@@ -343,6 +382,13 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
         scores = snip_scores(rule, rule.initial_weights(payload) if state is None else state)
         told = own_shares(scores, site.layout, rule.settings.mask.density).astype(np.float32)
         return Payload(site.summands.write(payload, told, "fixed32", 1), {"samples": len(site.train)})
+    if question == CHANNELS and options.discovery == "private-channels":
+        scores = unit_scores(
+            site.layout, snip_scores(rule, rule.initial_weights(payload) if state is None else state)
+        )
+        ranks = channel_ranks(site.layout, scores, "global")
+        told = (ranks / (np.linalg.norm(ranks) or 1.0)).astype(np.float32)
+        return Payload(site.summands.write(payload, told, "fixed32", 1), {"samples": len(site.train)})
     if question not in QUESTIONS or (question == "curvature" and options.criterion != "grasp"):
         raise PayloadError(f"question is {question!r}; ssfl.criterion is {options.criterion}")
     state = rule.initial_weights(payload) if state is None else state
@@ -363,6 +409,8 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
         )
     else:
         values = mean_over_batches(rule, state, lambda i: site.trainer.gradient(site.model, i, temperature))
+    if rule.settings.mask.granularity == "channel":
+        values = unit_scores(site.layout, values)
     samples = len(site.train)
     if options.score_values in SUMMED_TYPES:
         weight = samples if options.saliency_weighting == "samples" else 1

@@ -33,41 +33,90 @@ from ssfl_app.core.options import ConfigError, FromSettings, MaskOptions, Settin
 from ssfl_app.core.validation import stored
 from ssfl_app.privacy.densities import drawn_mask
 from ssfl_app.seeding import generator
+from ssfl_app.sparsity.channels import (
+    Cost,
+    Widths,
+    check_widths,
+    choose,
+    narrow_layout,
+    narrow_state,
+    ranks_in_layers,
+    unit_count,
+    unit_spans,
+    whole_widths,
+    widths_of,
+)
 from ssfl_app.sparsity.codec import MaskedValues
-from ssfl_app.sparsity.layout import Layout, State
+from ssfl_app.sparsity.layout import Bits, Layout, State
 from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.patterns import SIDE, shuffled_blocks, two_of_four
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, allowed_values, read_array
-from ssfl_app.strategies.shared.scoring import ScoringClient, SsflOptions
-from ssfl_app.strategies.ssfl.criteria import DENSITIES, QUESTIONS, find_mask, score_weights, steps_of
+from ssfl_app.strategies.shared.scoring import ScoringClient, SsflOptions, patterned
+from ssfl_app.strategies.ssfl.criteria import (
+    CHANNELS,
+    DENSITIES,
+    QUESTIONS,
+    channel_means,
+    check_granularity,
+    find_mask,
+    score_weights,
+    steps_of,
+)
 from ssfl_app.strategies.ssfl.refresh import MaskRefresh, lifted_weights
+from ssfl_app.training.narrow import uses_of_weights
 
 
 def random_mask(layout: Layout, wanted: MaskOptions, seed: int) -> Mask:
     """Return the mask of `random`."""
+    if wanted.granularity in PATTERNS:
+        drawn = generator(seed, "random-mask").random(layout.prunable_size, dtype=np.float32)
+        return patterned(layout, drawn, wanted)
     return Mask.random(layout, wanted.density, generator(seed, "random-mask"), wanted.scope)
 
 
-def shuffled_mask(found: Mask, seed: int) -> Mask:
+def shuffled_mask(found: Mask, seed: int, granularity: str = "weight") -> Mask:
     """Return the mask of `shuffled`, from the one that SSFL found."""
+    if granularity == "block":
+        return shuffled_blocks(found.layout, found, generator(seed, "shuffle"))
+    if granularity == "2:4":
+        drawn = generator(seed, "shuffle").random(found.layout.prunable_size, dtype=np.float32)
+        return two_of_four(found.layout, drawn)
     return found.shuffle(generator(seed, "shuffle"))
 
+
+PATTERNS = ("2:4", "block")
+"""Values of mask.granularity whose masks are of weights, in a pattern."""
 
 COUNTS = "layer-counts"
 """Array beside a model: how many weights each layer keeps, in the layout's order."""
 
 
+WIDTHS = "widths"
+"""Array beside a model, with mask.granularity "channel": how many channels each inner layer has, in its order."""
+
+
 class MaskedClient(ClientAlgorithm):
-    """FedAvg's client, paid for the alive values only."""
+    """FedAvg's client, paid for the alive values only; where channels were removed it trains the smaller network."""
 
     down = MaskedValues
     up = MaskedValues
     record_level = True
 
+    def load(self, payload: Payload) -> Mask:
+        """Load the model that came down, of the widths that came along; return the mask it came under."""
+        if WIDTHS in payload.arrays:
+            told = read_array(payload.arrays, WIDTHS, np.int32, len(self.context.layout.inner)).tolist()
+            try:
+                self.context = self.context.narrower(tuple(told))
+            except ValueError as error:
+                raise PayloadError(str(error)) from error
+        return super().load(payload)
+
 
 class SaliencyClient(ScoringClient, MaskedClient):
     """Scores weights as ssfl.criterion says."""
 
-    query_types = (*QUESTIONS, DENSITIES)
+    query_types = (*QUESTIONS, DENSITIES, CHANNELS)
     summed = query_types
 
     def answer_query(self, question: str, payload: Payload) -> Payload:
@@ -94,14 +143,37 @@ class SaliencyClient(ScoringClient, MaskedClient):
 
 
 class FixedMask(SparseStrategy):
-    """FedAvg inside a mask that `before_training` finds."""
+    """FedAvg inside a mask that `before_training` finds; or in a network with fewer channels, which it makes."""
 
     client = MaskedClient
     error_feedback_ok = True
     one_mask = True
+    granularities = ("weight", "channel", *PATTERNS)
+
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context)
+        wanted = self.settings.mask
+        if wanted.granularity == "2:4" and wanted.density != 0.5:
+            raise ConfigError(f"mask.density is {wanted.density}; it is 0.5 with mask.granularity '2:4'")
+        if wanted.granularity == "block" and self.alive() < SIDE**2:
+            raise ConfigError(
+                f"mask.density is {wanted.density}; it leaves {self.alive()} weights, less than a block"
+            )
+        if self.by_channel and self.settings.mask.budget == "parameters":
+            self.kept_units(np.zeros(unit_count(self.layout)))  # refuses a density that no network has
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether channels stay or go, and not weights."""
+        return self.settings.mask.granularity == "channel"
 
     def before_training(self, ask: Query) -> None:
-        """Find the mask and apply it to the initial weights."""
+        """Find the mask and apply it to the initial weights; or the channels, and take the weights that they have."""
+        if self.by_channel:
+            kept = self.find_channels(ask)
+            self.state = narrow_state(self.layout, self.state, kept)
+            self._become(widths_of(self.layout, kept))
+            return
         self.mask = self.find_mask(ask)
         self.state = self.under_mask(self.state, self.state)
 
@@ -112,6 +184,55 @@ class FixedMask(SparseStrategy):
     def find_mask(self, ask: Query) -> Mask:
         """Return the global mask, before round 1."""
         raise NotImplementedError
+
+    def find_channels(self, ask: Query) -> Bits:
+        """Return the units that stay, bool, shape (units,), before round 1."""
+        raise NotImplementedError
+
+    def kept_units(self, ranks: npt.NDArray[np.float64]) -> Bits:
+        """Return the units of the largest ranks that mask.budget holds; ConfigError if the density is too low."""
+        wanted, context, layout = self.settings.mask, self.context, self.context.layout
+        times = None
+        if wanted.budget == "flops":
+            if context.workbench is None or context.input_shape is None:
+                raise RuntimeError("mask.budget is 'flops'; the server counts them with the model, and has none")
+            times = uses_of_weights(context.workbench, layout, context.input_shape)
+        try:
+            return choose(layout, ranks, wanted.density, Cost(layout, times), max(1, wanted.min_per_layer))
+        except ValueError as error:
+            raise ConfigError(f"mask.{error}") from error
+
+    def _become(self, widths: Widths) -> None:
+        """Go on with the network of these widths, in which everything is alive."""
+        self.layout = narrow_layout(self.context.layout, widths)
+        self.mask = Mask.dense(self.layout)
+
+    def train_payload(self, round_: int, client: int) -> Payload:
+        """Return the model; and, where channels were removed, how many each layer has."""
+        payload = super().train_payload(round_, client)
+        if not self.by_channel:
+            return payload
+        widths = np.array(whole_widths(self.layout), dtype=np.int32)
+        return Payload({**payload.arrays, WIDTHS: widths}, payload.metadata)
+
+    def densities(self) -> tuple[float, float]:
+        """Return alive / prunable and alive / all of the network that there was before channels were removed."""
+        if not self.by_channel:
+            return super().densities()
+        whole = self.context.layout
+        return self.layout.prunable_size / whole.prunable_size, self.layout.size / whole.size
+
+    def state_dict(self) -> Arrays:
+        """Return all that `load_state_dict` needs."""
+        widths = {WIDTHS: np.array(whole_widths(self.layout), dtype=np.int32)} if self.by_channel else {}
+        return super().state_dict() | widths
+
+    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue after `round_`."""
+        if self.by_channel:
+            told = stored(arrays, WIDTHS, "int32", len(self.context.layout.inner)).tolist()
+            self._become(check_widths(self.context.layout, told))
+        super().load_state_dict(round_, arrays)
 
 
 class Ssfl(FixedMask):
@@ -124,13 +245,14 @@ class Ssfl(FixedMask):
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
         steps_of(self.settings)  # refuses steps where there are none
+        check_granularity(self.settings)
         self._initial: State = {}  # kept where a refresh may need it
         self._refresher = MaskRefresh(self.options, self.settings.run.clients)
 
     @classmethod
     def private_discoveries(cls, settings: Settings) -> int:
-        """Return 1 where ssfl.discovery is "private-densities", else 0."""
-        return int(SsflOptions.from_settings(settings).discovery == "private-densities")
+        """Return 1 where ssfl.discovery is a private one, else 0."""
+        return int(SsflOptions.from_settings(settings).discovery != "scores")
 
     def alive(self) -> int:
         """Return how many weights the ranking leaves alive; refuse a floor that it cannot hold."""
@@ -197,10 +319,17 @@ class Ssfl(FixedMask):
                 self.messenger.mark_mask_held(client, mask)
         return mask
 
+    def find_channels(self, ask: Query) -> Bits:
+        """Ask the clients for a score a channel, and keep the top of them."""
+        return self.kept_units(channel_means(self, ask, self.asked(0)))
+
     def answers(self, round_: int, question: str | None = None) -> Allowed:
-        """Return a score for each weight for a question."""
-        kind = self.options.score_values
-        return super().answers(round_) if question is None else allowed_values(kind, self.layout.prunable_size)
+        """Return a score for each weight, or channel, for a question."""
+        if question is None:
+            return super().answers(round_)
+        layout = self.layout
+        count = unit_count(layout) if self.by_channel else layout.prunable_size
+        return allowed_values(self.options.score_values, count)
 
     def asked(self, round_: int) -> list[int]:
         """Return the clients that are asked for scores: all that are there, or a random share of at least one."""
@@ -219,14 +348,23 @@ class Shuffled(Ssfl):
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
         if self.options.discovery != "scores":
-            rule = "it is 'scores' with strategy shuffled; that of ssfl is random inside the layers, too"
+            drawn = self.options.discovery == "private-densities"
+            rule = "it is 'scores' with strategy shuffled" + drawn * "; that of ssfl is random inside the layers, too"
             raise ConfigError(f"ssfl.discovery is {self.options.discovery!r}; {rule}")
 
     def find_mask(
         self, ask: Query, round_: int = 0, state: State | None = None, carry: Payload | None = None
     ) -> Mask:
         """Return SSFL's mask, shuffled."""
-        return shuffled_mask(super().find_mask(ask, round_, state, carry), self.settings.run.seed)
+        found = super().find_mask(ask, round_, state, carry)
+        return shuffled_mask(found, self.settings.run.seed, self.settings.mask.granularity)
+
+    def find_channels(self, ask: Query) -> Bits:
+        """Return as many units of each layer as SSFL keeps, others."""
+        kept, rng = super().find_channels(ask).copy(), generator(self.settings.run.seed, "shuffle")
+        for span in unit_spans(self.layout):
+            kept[span] = rng.permutation(kept[span])
+        return kept
 
 
 class Random(FixedMask):
@@ -238,3 +376,10 @@ class Random(FixedMask):
     def find_mask(self, ask: Query) -> Mask:
         """Draw the mask."""
         return random_mask(self.layout, self.settings.mask, self.settings.run.seed)
+
+    def find_channels(self, ask: Query) -> Bits:
+        """Draw the units, all with the same chance; with mask.scope "layer" the same share of each layer."""
+        drawn = generator(self.settings.run.seed, "random-mask").random(unit_count(self.layout))
+        if self.settings.mask.scope == "layer":
+            drawn = ranks_in_layers(self.layout, drawn)
+        return self.kept_units(drawn)
