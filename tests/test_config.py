@@ -244,8 +244,8 @@ def test_what_is_written_is_read_back(tmp_path):
     assert read_file(path) == flat
     tables = tomllib.loads(path.read_text())
     assert tables["strategy"] == "ssfl"
-    at_once = {"granularity": "weight", "budget": "parameters"}
-    assert tables["mask"] == {"density": 0.1, "scope": "global", "min-per-layer": -1} | at_once
+    rest = {"dead": "zero", "granularity": "weight", "budget": "parameters"}
+    assert tables["mask"] == {"density": 0.1, "scope": "global", "min-per-layer": -1} | rest
 
 
 @pytest.mark.parametrize("content", [b"a = ", b"a = 1\na = 2\n", b"a = '\xff'\n", None])
