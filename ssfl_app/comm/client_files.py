@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ssfl_app.files import check_regular, write_bytes
 
-_DIGEST = 16  # characters of a mask's digest
+_DIGEST = 64  # characters of a mask's digest
 
 
 class ClientStateError(OSError):

@@ -105,13 +105,13 @@ class StateSpec:
 
     @cached_property
     def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 over all of it, fixed arrays included."""
-        return hashlib.sha256(self._text() + self.fixed).hexdigest()[:16]
+        """The SHA-256 (hex) over all of it, fixed arrays included."""
+        return hashlib.sha256(self._text() + self.fixed).hexdigest()
 
     def digest_under(self, mask: Mask, frozen: Vector | None = None) -> str:
-        """Return what both ends must share to exchange values: 16 hex digits over spec, mask and frozen weights."""
+        """Return what both ends must share to exchange values: the SHA-256 (hex) over spec, mask and frozen weights."""
         shared = (self.digest + mask.digest).encode() + (b"" if frozen is None else frozen.tobytes())
-        return hashlib.sha256(shared).hexdigest()[:16]
+        return hashlib.sha256(shared).hexdigest()
 
     # ---- the spec on the wire ----------------------------------------------------------------
 

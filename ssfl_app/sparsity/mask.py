@@ -171,8 +171,8 @@ class Mask:
 
     @cached_property
     def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 over layout and bits: what both ends must share."""
-        return hashlib.sha256(self.layout.digest.encode() + self.packed().tobytes()).hexdigest()[:16]
+        """The SHA-256 (hex) over layout and bits: what both ends must share. A shorter one has collisions to be found."""
+        return hashlib.sha256(self.layout.digest.encode() + self.packed().tobytes()).hexdigest()
 
     # ---- views -------------------------------------------------------------------------------
 

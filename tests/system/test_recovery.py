@@ -280,7 +280,7 @@ def test_a_damaged_mask_is_asked_for_again(tmp_path: Path, damage: Callable[[byt
         memory.keep(mask.digest, mask.packed())
         assert site.mask(mask.digest) == mask
         (file,) = [path for path in (tmp_path / "ab"[number]).rglob("*") if path.is_file()]
-        digest = file.read_bytes()[: 16 * number]
+        digest = file.read_bytes()[: 64 * number]
         file.write_bytes(digest + damage(mask.packed().tobytes()))
         site.masks.clear()
         assert site.mask(mask.digest) is None
