@@ -109,7 +109,7 @@ class StateSpec:
         return hashlib.sha256(self._text() + self.fixed).hexdigest()
 
     def digest_under(self, mask: Mask, frozen: Vector | None = None) -> str:
-        """Return the SHA-256 (hex) over spec, mask and frozen weights, which both ends must share to exchange values."""
+        """Return the SHA-256 (hex) over spec, mask and frozen weights, which both ends share to exchange values."""
         shared = (self.digest + mask.digest).encode() + (b"" if frozen is None else frozen.tobytes())
         return hashlib.sha256(shared).hexdigest()
 

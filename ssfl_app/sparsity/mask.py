@@ -171,7 +171,7 @@ class Mask:
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 (hex) over layout and bits, which both ends must share; in fewer bits collisions can be found."""
+        """The SHA-256 (hex) over layout and bits, which both ends share; in fewer bits collisions can be found."""
         return hashlib.sha256(self.layout.digest.encode() + self.packed().tobytes()).hexdigest()
 
     # ---- views -------------------------------------------------------------------------------
