@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,17 +82,18 @@ def terms_of(settings: Settings) -> str:
     return repr((run.seed, run.weighting, run.rounds, *parts, sorted(settings.sections.items())))
 
 
-def question_digest(payload: Payload, terms: str, alike: tuple[str, ...] = _ALIKE) -> str:
+def question_digest(
+    payload: Payload, terms: str, alike: tuple[str, ...] = _ALIKE, checked: Collection[str] = ()
+) -> str:
     """Return the digest of all that the clients of an exchange are asked alike: arrays, and these facts.
 
     Their masks are bound to it. So no server can tell one of them another step or model than the others, by which
     the others' answers are 0 and the sum is that of one client (Pasquini et al., "Eluding secure aggregation", CCS
-    2022). A mask goes to those that lack it and has a digest, as initial weights have.
+    2022). A mask goes to those that lack it, and its reader checks it against its digest, which is one of the facts.
+    `checked` are further arrays that the client has held against one of them.
     """
-    facts, left_out = (
-        payload.metadata,
-        {PEERS, RING, *WITH_MASK, *(["values"] if "weights" in payload.metadata else [])},
-    )
+    facts = payload.metadata
+    left_out = {PEERS, RING, *WITH_MASK, *checked}
     digest = hashlib.blake2b(repr([facts.get(name) for name in alike]).encode() + terms.encode(), digest_size=16)
     for name in sorted(payload.arrays.keys() - left_out):
         array = payload.arrays[name]
@@ -156,8 +157,11 @@ class SummandWriter:
         weight: int,
         rng: np.random.Generator | None = None,
         loss: float | None = None,
+        checked: Collection[str] = (),
     ) -> Arrays:
         """Return the arrays of an answer to `payload`: a summand of `values`, and of a training its loss.
+
+        `checked` are those of its arrays, beside a mask, whose digest is a fact of it and was compared.
 
         Raises
         ------
@@ -183,10 +187,11 @@ class SummandWriter:
             return {"values": summand}
         kept = {name: _bytes(payload, name).hex() for name in (PEERS, RING)}
         masker, _ = self._masker(payload, summand.dtype, kept)
-        if not str(payload.metadata[ABOUT]).endswith(f"/{question_digest(payload, self._terms)}"):
+        if not str(payload.metadata[ABOUT]).endswith(f"/{question_digest(payload, self._terms, checked=checked)}"):
             raise PayloadError(f"{ABOUT} is not about this message: the server asks its clients different things")
         # Without round and steps: under another number or in finer steps it is the same answer.
-        asked = 0 if payload.metadata.get(NOISE) else _number(question_digest(payload, self._terms, _ASKED).encode())
+        question = question_digest(payload, self._terms, _ASKED, checked)
+        asked = 0 if payload.metadata.get(NOISE) else _number(question.encode())
         self._memory.note_masked(self._exchange(payload), asked, **kept)
         shares = masker.mask(summand)
         return {"values": summand, **shares}

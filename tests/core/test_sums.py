@@ -405,3 +405,21 @@ def test_secure_aggregation_chooses_whole_numbers_where_nobody_chose() -> None:
     flat = merge(SECURE)
     assert (flat["wire.up-values"], flat["ssfl.score-values"]) == ("fixed32", "fixed32")
     assert parse(flat).settings.sections["ssfl"].score_fold == "mean"
+
+
+def test_a_fact_that_nobody_checks_hides_no_other_model() -> None:
+    """A digest of weights stands for them only where the client compares it; to a training message it says nothing."""
+
+    def state(strategy: Any) -> None:
+        written = strategy.train_payload
+        strategy.train_payload = lambda *at: Payload(written(*at).arrays, {**written(*at).metadata, "weights": "x"})
+
+    def lie(grid: Any, message: Message) -> Message:
+        own = message.content["arrays"]
+        told = own["values"]
+        own["values"] = Array(told.dtype, told.shape, told.stype, bytes(len(told.data)))
+        return grid.work(message)  # type: ignore[no-any-return]
+
+    keys = SIX | SECURE | {"run.rounds": 1, "strategy": "random"}
+    with pytest.raises(RunFailed, match="asks its clients different things"):
+        play(keys, faults={("train", 1, client): lie for client in range(5)}, prepare=state)
