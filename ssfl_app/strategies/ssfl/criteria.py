@@ -323,11 +323,17 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
     options, site = SsflOptions.from_settings(rule.settings), rule.context
     # `initial_weights` holds those that come along against the digest of "weights", if the message states one.
     checked = ("values",) if state is None and "weights" in payload.metadata else ()
+    reads = {"question", "weights", "values"}
+    reads |= {"direction"} if question == "curvature" else set()
+    reads |= {"net", "step"} if options.criterion in ("iterative-snip", "force") else set()
+    if state is not None and "weights" not in payload.metadata:  # made by the caller, of what it knows
+        reads |= payload.arrays.keys()
     if question == DENSITIES and options.discovery == "private-densities":
         scores = snip_scores(rule, rule.initial_weights(payload) if state is None else state)
         told = own_shares(scores, site.layout, rule.settings.mask.density).astype(np.float32)
         return Payload(
-            site.summands.write(payload, told, "fixed32", 1, checked=checked), {"samples": len(site.train)}
+            site.summands.write(payload, told, "fixed32", 1, checked=checked, reads=reads),
+            {"samples": len(site.train)},
         )
     if question not in QUESTIONS or (question == "curvature" and options.criterion != "grasp"):
         raise PayloadError(f"question is {question!r}; ssfl.criterion is {options.criterion}")
@@ -348,7 +354,7 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
     samples = len(site.train)
     if options.score_values in SUMMED_TYPES:
         weight = samples if options.saliency_weighting == "samples" else 1
-        arrays = site.summands.write(payload, values, options.score_values, weight, checked=checked)
+        arrays = site.summands.write(payload, values, options.score_values, weight, checked=checked, reads=reads)
         return Payload(arrays, {"samples": samples})
     return Payload(write_values(values, options.score_values), {"samples": samples})
 
