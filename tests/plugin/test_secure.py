@@ -202,11 +202,14 @@ def test_nodes_with_one_public_key_are_refused_by_name_before_the_mask_is_found(
         reply = grid.work(message)
         arrays: Any = reply.content["arrays"]
         array = arrays["key"]
-        arrays["key"] = Array(array.dtype, array.shape, array.stype, bytes(32))
+        arrays["key"] = Array(array.dtype, array.shape, array.stype, bytes([9]).ljust(32, b"\0"))
         return reply
 
     secure, _, _ = summed(True, {("keys", 0, node): copied for node in (1, 4)}, threshold=0.5, rounds=0)
-    assert secure.history[0]["refused"]["1001"] == "has the public key of node 1004; each node makes its own"
+    assert secure.history[0]["refused"]["1001"] == (
+        "has the public key of node 1004; each node makes its own, or one of them lies: compare fingerprints before "
+        "you remove a key"
+    )
     assert "node 1001" in secure.history[0]["refused"]["1004"]
     with pytest.raises(RunFailed, match=r"2 of 4 nodes told a key; .* has the public key of node 100\d"):
         summed(True, {("keys", 0, node): copied for node in (1, 3)}, nodes=4, rounds=0)
@@ -306,7 +309,7 @@ def test_the_sum_of_the_weights_must_fit_too() -> None:
 
 def test_a_weight_that_is_too_large_or_no_whole_number_is_refused_by_its_node() -> None:
     secure, _, _ = summed(True, rounds=1, threshold=0.5, most_examples=MOST - 1)
-    assert "weight is 100; it is a whole number from 1 to 99" in secure.history[0]["refused"]["1004"]
+    assert "the weight is beyond most-weight, 99" in secure.history[0]["refused"]["1004"]
 
     def halves(message: Message, context: Context, call_next: Any) -> Message:
         reply = call_next(message, context)
@@ -316,7 +319,8 @@ def test_a_weight_that_is_too_large_or_no_whole_number_is_refused_by_its_node() 
 
     app = foreign_app(mods=[sparse_mod, halves])
     clear, _, _ = summed(False, rounds=1, app=app)
-    assert "the weight of a reply is 7.5" in clear.history[1]["refused"]["1002"]
+    assert "100" not in secure.history[0]["refused"]["1004"].replace("1004", "")
+    assert "the weight of a reply is no whole number" in clear.history[1]["refused"]["1002"]
 
 
 def liar(change: int) -> Fault:
