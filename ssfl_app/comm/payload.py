@@ -363,7 +363,8 @@ class ClientState:
             held = _later(held, "unmasked", exchange)
             if held["asked"] and held.get(told, over) != over:
                 raise PayloadError(
-                    "a sum of these very answers was told over other clients; the difference of two is that of few"
+                    "a sum of these very answers was told over other clients; the difference of two is that of few. "
+                    "The same is asked again where a round is repeated, or left the model as it was"
                 )
             return held | ({told: over} if held["asked"] else {})
 

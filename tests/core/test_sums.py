@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ssfl_app.client_app import app
 from ssfl_app.client_node import check_policy
+from ssfl_app.comm.messenger import Messenger
 from ssfl_app.comm.node_config import read_node_config
 from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import Flat, merge, parse
@@ -486,3 +487,13 @@ def test_clients_name_what_their_answers_are_made_of(
         work_again(played, where, again)
     assert memory.asked[0] == memory.asked[1] != 0
     assert all(name in message.metadata for name in kept)
+
+
+def test_a_resumed_run_goes_on_above_its_last_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients mask in later and later exchanges only, and a clock may go back."""
+    first, again = Messenger(1.0), Messenger(1.0)
+    first.keep_exchange(tmp_path / "exchange")
+    last = [first.next_exchange() for _ in range(3)][-1]
+    monkeypatch.setattr("time.time_ns", lambda: 0)
+    again.keep_exchange(tmp_path / "exchange")
+    assert again.next_exchange() == last + 1
