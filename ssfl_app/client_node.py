@@ -36,6 +36,9 @@ UNMASK = "query.unmask"
 UNFOLDED = 2**20
 """Bytes that deflated arrays of its message may unfold to; with 30 neighbours they are a few kB."""
 
+EXCHANGES = "exchanges"
+"""Folder of a node's state-path with a file a run: what was masked with the key that lies beside it."""
+
 _KEY = "ssfl-key"  # record of Flower's state
 
 
@@ -150,7 +153,9 @@ def memory_of(context: Context, place: NodeConfig, number: int, metadata: Metada
         raise PayloadError(f"{RUN} is {quoted(token)}; it is 16 hex digits")
     # A site's number is the server's word: under another one it must find what it spent and answered.
     own = 0 if place.name else number
-    return ClientState(context, own, place.state_path / token / place.name, survives=True)
+    # Beside the key, not in the run's folder, which people remove: the token and the key make the masks.
+    journal = place.state_path / EXCHANGES / f"{token}.safetensors"
+    return ClientState(context, own, place.state_path / token / place.name, survives=True, journal=journal)
 
 
 def identity(context: Context, place: NodeConfig) -> Identity:

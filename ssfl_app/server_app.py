@@ -186,6 +186,7 @@ def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strateg
     registry.say, registry.misfit = recorder.say, functools.partial(misfit, runtime)
     if strategy.context.token is not None:
         write_bytes(token_path(recorder.folder), f"{strategy.context.token}\n".encode())
+        strategy.messenger.keep_exchange(token_path(recorder.folder).with_name("exchange"))
         registry.bound = functools.partial(bound_places, runtime.own)
     # Not kept in a variable: the initial weights would stay in memory for the whole run.
     # A run that stopped early is over when it is resumed, too.

@@ -18,6 +18,7 @@ from ssfl_app.comm.payload import Metadata, Payload, PayloadEncoder, decode_meta
 from ssfl_app.comm.pulling import BrokenOff, Puller
 from ssfl_app.data.summary import read_data_summary
 from ssfl_app.locks import RunFailed
+from ssfl_app.privacy.keys import check_public
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.text import cause, quoted
 
@@ -64,9 +65,8 @@ def read_handshake(node: int, reply: Message) -> Handshake:
         text = metadata.get(word)
         if not isinstance(text, str) or len(text) > 64 or not text.isprintable():
             raise PayloadError(f"{word} is {quoted(text)}; it is one line of at most 64 characters")
-    key = metadata.get(KEY, bytes(32))
-    if not isinstance(key, bytes) or len(key) != 32:
-        raise PayloadError(f"{KEY} is {quoted(key)}; it is 32 bytes")
+    if KEY in metadata:
+        check_public(metadata[KEY])
     if "name" in metadata:
         if number is not None or not isinstance(name, str) or not NAME.fullmatch(name):
             raise PayloadError(

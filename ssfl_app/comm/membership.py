@@ -38,6 +38,8 @@ MOST_WARNINGS = 50
 class ClientRegistry:
     """Which node each of the run's clients lives on, and what it said of itself.
 
+    `keyed` says whether a client needs a public key, as with privacy.secure-aggregation.
+
     Attributes
     ----------
     nodes : dict of int to int
@@ -55,14 +57,14 @@ class ClientRegistry:
         Tells people a line.
     """
 
-    def __init__(self, clients: int, join_timeout: float) -> None:
+    def __init__(self, clients: int, join_timeout: float, keyed: bool = False) -> None:
         self.nodes: dict[int, int] = {}
         self.names: dict[int, str] = {}
         self.expected: tuple[str, ...] = ()
         self.bound: Callable[[], Mapping[Claim, int]] = dict
         self.misfit: Callable[[Handshake], str | None] = lambda handshake: None
         self.say: Callable[[str], None] = lambda line: None
-        self._clients, self._join_timeout = clients, join_timeout
+        self._clients, self._join_timeout, self._keyed = clients, join_timeout, keyed
         self._metadata: dict[int, Metadata] = {}
         self._first: dict[int, tuple[int, Metadata]] = {}  # client -> the node that held its place first
         self._said: set[str] = set()
@@ -132,6 +134,8 @@ class ClientRegistry:
     def _stranger(self, handshake: Handshake, bound: Mapping[Claim, int]) -> str | None:
         """Return why the place that a node claims cannot be its own, whoever else is there."""
         place, claim = handshake.place, _claim(handshake)
+        if self._keyed and KEY not in handshake.metadata:
+            return f"{claim}, and says no key; privacy.secure-aggregation is true"
         if bound.get(place, handshake.node) != handshake.node:
             return f"{claim}, whose key is that of node {bound[place]}"
         own = [other for other, node in bound.items() if node == handshake.node]
@@ -155,8 +159,11 @@ class ClientRegistry:
                 key = "name" if handshake.name else "partition-id"
                 aside[handshake.node] = f"{_claim(handshake)}, which node {holder.node} is; each needs its own {key}"
             elif (twin := owners.setdefault(handshake.metadata.get(KEY, handshake.node), handshake)) is not handshake:
+                # Both: who was heard first may be the liar, who need not have the private key that belongs to it.
                 del met[handshake.place]
+                met.pop(twin.place, None)
                 aside[handshake.node] = f"{_claim(handshake)}, {_same_key(twin.place, twin.node)}"
+                aside[twin.node] = f"{_claim(twin)}, {_same_key(handshake.place, handshake.node)}"
         # Not those who came first: chance would say which ones take part. Nor do strangers crowd registered ones out.
         names = sorted((place for place in met if isinstance(place, str)), key=lambda name: (name not in bound, name))
         for name in names[self._clients :]:
@@ -285,7 +292,8 @@ def _claim(handshake: Handshake) -> str:
 def _same_key(place: Claim, node: int) -> str:
     # As where a machine was copied. What one masks, the other can take off.
     return (
-        f"with the masking key of node {node}, which is {_called(place)}: remove {KEY_FILE} at one, it makes another"
+        f"with the masking key of node {node}, which says that it is {_called(place)}: remove {KEY_FILE} at one, it "
+        "makes another; or one of them lies: compare fingerprints before you remove a key"
     )
 
 

@@ -9,6 +9,7 @@ Refusal: an answer that is for another round or digest, or whose arrays and meta
 refused by name and counted. It never reaches an algorithm.
 """
 
+import contextlib
 import functools
 import itertools
 import secrets
@@ -37,6 +38,7 @@ from ssfl_app.comm.payload import (
     decode_payload,
 )
 from ssfl_app.data.summary import DataSummary
+from ssfl_app.files import check_regular, write_bytes
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
 from ssfl_app.text import quoted
@@ -117,6 +119,7 @@ class Messenger:
         self._client_of: dict[str, int] = {}  # message id -> client
         self._grid: Grid | None = None  # of the last exchange
         self.session, self._last_exchange = secrets.token_hex(8), 0
+        self._exchange_file: Path | None = None
         self._forget()
 
     def node_of(self, client: int) -> int:
@@ -126,7 +129,16 @@ class Messenger:
     def next_exchange(self) -> int:
         """Return the number of a new exchange of sums: larger than all before, in a run that was resumed, too."""
         self._last_exchange = max(self._last_exchange + 1, time.time_ns() // 1_000_000)
+        if self._exchange_file is not None:
+            write_bytes(self._exchange_file, f"{self._last_exchange}\n".encode())
         return self._last_exchange
+
+    def keep_exchange(self, path: Path) -> None:
+        """Keep the number of the last exchange in a file, and go on above the one there: clocks may go back."""
+        self._exchange_file = path
+        with contextlib.suppress(OSError, ValueError):
+            check_regular(path)
+            self._last_exchange = max(self._last_exchange, int(path.read_text("utf-8")))
 
     # ---- out ---------------------------------------------------------------------------------
 

@@ -214,6 +214,9 @@ class ClientState:
         A folder that all clients of this machine share.
     survives : bool
         Whether the mask that is held must be found in `folder` alone, after a restart, and not in Flower's state too.
+    journal : Path, optional
+        File that says which exchanges were masked and unmasked; default: Flower's state. It lives as long as the key:
+        what was masked with a key can be opened if the same exchange is played again without it.
 
     Attributes
     ----------
@@ -226,15 +229,21 @@ class ClientState:
         Each of its methods, where the file system fails.
     """
 
-    def __init__(self, context: Context, client: int, folder: Path | None = None, survives: bool = False) -> None:
+    def __init__(
+        self,
+        context: Context,
+        client: int,
+        folder: Path | None = None,
+        survives: bool = False,
+        journal: Path | None = None,
+    ) -> None:
         self.notes: list[str] = []
         self._state = context.state
         self._masks = None if folder is None else folder / MASKS
         self._personal: Files | _Records = _Records(context.state)
         self._mask: MaskFile | None = None
         own = None if folder is None else folder / f"client-{client:05d}"
-        kept = own if survives else None  # simulated clients have new keys when a run goes on, and new exchanges
-        self._exchanges = _Facts(context.state, _EXCHANGES, kept and kept / "exchanges.safetensors")
+        self._exchanges = _Facts(context.state, _EXCHANGES, journal)
         self._ledger = _Facts(context.state, _LEDGER, own and own / "privacy.safetensors")
         if own is not None:
             self._personal, self._mask = Files(own), MaskFile(own / "mask") if survives else None
@@ -322,10 +331,7 @@ class ClientState:
         PayloadError
             It did not.
         """
-        held = self._exchanges.read()
-        if held.get("masked") != exchange:
-            raise PayloadError(f"exchange is {exchange}; this client sent no masked answer in it")
-        return held
+        return _masked_in(self._exchanges.read(), exchange)
 
     @client_state_errors()
     def note_masked(self, exchange: int, asked: int, **kept: str) -> None:
@@ -353,11 +359,12 @@ class ClientState:
         """
 
         def noted(held: Facts) -> Facts:
-            told = f"sum-{held['asked']}"
+            told = f"sum-{_masked_in(held, exchange)['asked']}"  # another process may have masked a later one
             held = _later(held, "unmasked", exchange)
             if held["asked"] and held.get(told, over) != over:
                 raise PayloadError(
-                    "a sum of these very answers was told over other clients; the difference of two is that of few"
+                    "a sum of these very answers was told over other clients; the difference of two is that of few. "
+                    "The same is asked again where a round is repeated, or left the model as it was"
                 )
             return held | ({told: over} if held["asked"] else {})
 
@@ -374,6 +381,12 @@ class ClientState:
         older = [version for version in self._personal.rounds() if version <= back_to]
         for version in older[:-1]:
             self._personal.delete(version)
+
+
+def _masked_in(held: Facts, exchange: int) -> Facts:
+    if held.get("masked") != exchange:
+        raise PayloadError(f"exchange is {exchange}; this client sent no masked answer in it")
+    return held
 
 
 def _later(held: Facts, what: str, exchange: int) -> Facts:

@@ -161,6 +161,9 @@ class ClientAlgorithm:
         Whether its layers compute with their weights in another form (`ssfl_app.training.reparam`).
     summed : tuple of str
         Of `query_types`, those whose answers the server only adds, so that they can be masked (`summands`).
+    reads : tuple of str
+        Of a training message, the arrays beside the model, and the facts question, ssfl, weights and step, that
+        its answer is made of. Where answers are masked, another value makes another question.
     record_level : bool
         Whether nothing that it sends of its data but their number is made otherwise than by one `fit`: what
         privacy.level "record" asks. A subclass that is such a client says so itself; it does not inherit it.
@@ -172,6 +175,7 @@ class ClientAlgorithm:
     stateful: ClassVar[bool] = False
     reparametrises: ClassVar[bool] = False
     summed: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...]] = ()
     record_level: ClassVar[bool] = True
 
     def __init__(self, context: ClientContext) -> None:
@@ -318,8 +322,15 @@ class ClientAlgorithm:
         assert self._came is not None
         places = codec.index(self.context.layout, mask)
         weight = len(self.context.train) if self.settings.run.weighting == "samples" else 1
+        down = self.codec_down(self.settings, payload.round)(self.settings.wire.down_values)
         arrays = self.context.summands.write(
-            payload, trained[places] - self._came[places], codec.values, weight, codec.rng, loss
+            payload,
+            trained[places] - self._came[places],
+            codec.values,
+            weight,
+            codec.rng,
+            loss,
+            reads={"digest", *down.allowed(self.context.layout), *self.reads},
         )
         return Payload(arrays, told(self.metadata(payload, loss)))
 

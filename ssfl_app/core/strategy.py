@@ -165,7 +165,7 @@ class SparseStrategy(OwnStart):
         self.mask = Mask.dense(layout)
         run, wire = settings.run, settings.wire
         self.messenger = ClientMessenger(
-            ClientRegistry(run.clients, run.join_timeout),
+            ClientRegistry(run.clients, run.join_timeout, context.settings.privacy.secure_aggregation),
             run.round_timeout,
             mask_travels=issubclass(self.client.down, MaskedValues),
             bitmaps=wire.bitmaps,

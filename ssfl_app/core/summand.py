@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from ssfl_app.comm.payload import RUN, WITH_MASK, ClientState, Metadata, Payload
 from ssfl_app.privacy.clipping import clipped
 from ssfl_app.privacy.keys import KeyPair, fingerprint
 from ssfl_app.privacy.masking import Masker, Peer, Ring, read_peers
-from ssfl_app.privacy.noise import gaussian
+from ssfl_app.privacy.noise import LEAST_SHARE, gaussian
 from ssfl_app.sparsity.fixed import FixedPoint, Summand, signed
 from ssfl_app.sparsity.values import Arrays, PayloadError, read_array
 from ssfl_app.text import quoted
@@ -82,17 +82,21 @@ def terms_of(settings: Settings) -> str:
     return repr((run.seed, run.weighting, run.rounds, *parts, sorted(settings.sections.items())))
 
 
-def question_digest(payload: Payload, terms: str, alike: tuple[str, ...] = _ALIKE) -> str:
+def question_digest(
+    payload: Payload, terms: str, checked: Collection[str] = (), reads: Collection[str] | None = None
+) -> str:
     """Return the digest of all that the clients of an exchange are asked alike: arrays, and these facts.
 
     Their masks are bound to it. So no server can tell one of them another step or model than the others, by which
     the others' answers are 0 and the sum is that of one client (Pasquini et al., "Eluding secure aggregation", CCS
-    2022). A mask goes to those that lack it and has a digest, as initial weights have.
+    2022). A mask goes to those that lack it, and its reader checks it against its digest, which is one of the facts.
+    `checked` are further arrays that the client has held against one of them. With `reads` it is the digest of what
+    the answer is made of: those arrays and, without round and steps, those facts; under another number or in finer
+    steps it is the same answer.
     """
-    facts, left_out = (
-        payload.metadata,
-        {PEERS, RING, *WITH_MASK, *(["values"] if "weights" in payload.metadata else [])},
-    )
+    facts = payload.metadata
+    alike = _ALIKE if reads is None else [name for name in _ASKED if name in reads]
+    left_out = {PEERS, RING, *WITH_MASK, *checked, *(() if reads is None else payload.arrays.keys() - set(reads))}
     digest = hashlib.blake2b(repr([facts.get(name) for name in alike]).encode() + terms.encode(), digest_size=16)
     for name in sorted(payload.arrays.keys() - left_out):
         array = payload.arrays[name]
@@ -156,8 +160,14 @@ class SummandWriter:
         weight: int,
         rng: np.random.Generator | None = None,
         loss: float | None = None,
+        checked: Collection[str] = (),
+        reads: Collection[str] | None = None,
     ) -> Arrays:
         """Return the arrays of an answer to `payload`: a summand of `values`, and of a training its loss.
+
+        `checked` are those of its arrays, beside a mask, whose digest is a fact of it and was compared.
+        `reads` names the arrays and the facts that `values` are made of; default: all. What else stands in a message
+        makes no other question of it, of whose answers another sum might be told.
 
         Raises
         ------
@@ -165,8 +175,11 @@ class SummandWriter:
             The message does not say what is needed, or asks for a second answer under the same masks.
         """
         fixed = fixed_point(payload.metadata, kind)
-        if self._level == "client" and CLIP not in payload.metadata:
-            raise PayloadError(f"the message has no {CLIP}; it has one with privacy.level 'client'")
+        if (CLIP in payload.metadata) != (self._level == "client"):
+            has = "has" if CLIP in payload.metadata else "has no"
+            raise PayloadError(
+                f"the message {has} {CLIP}, and privacy.level is {self._level!r}; it has one with 'client'"
+            )
         if self._level != "none" and LOSS_UNIT in payload.metadata:
             raise PayloadError(
                 f"the message has {LOSS_UNIT}; with privacy.level {self._level!r} a client tells no loss"
@@ -176,17 +189,21 @@ class SummandWriter:
         else:
             most = payload.metadata.get(MOST_WEIGHT)
             if most is not None and (type(most) is not int or not 1 <= weight <= most):
-                raise PayloadError(f"weight is {weight}; it is a whole number from 1 to {quoted(most)}")
+                # Without the weight: it reaches the server as a sum.
+                raise PayloadError(f"the weight is beyond {MOST_WEIGHT}, {quoted(most)}, or below 1")
             summand, _ = fixed.write(values, weight, rng, loss if LOSS_UNIT in payload.metadata else None)
             summand = summand if most is None else fixed.modulo(np.append(signed(summand).astype(np.int64), weight))
         if not self._secure:
             return {"values": summand}
         kept = {name: _bytes(payload, name).hex() for name in (PEERS, RING)}
         masker, _ = self._masker(payload, summand.dtype, kept)
-        if not str(payload.metadata[ABOUT]).endswith(f"/{question_digest(payload, self._terms)}"):
+        if not str(payload.metadata[ABOUT]).endswith(f"/{question_digest(payload, self._terms, checked)}"):
             raise PayloadError(f"{ABOUT} is not about this message: the server asks its clients different things")
-        # Without round and steps: under another number or in finer steps it is the same answer.
-        asked = 0 if payload.metadata.get(NOISE) else _number(question_digest(payload, self._terms, _ASKED).encode())
+        question = question_digest(
+            payload, self._terms, checked, {*_ASKED, *payload.arrays} if reads is None else reads
+        )
+        noise = payload.metadata[NOISE] if CLIP in payload.metadata else 0.0
+        asked = 0 if float(noise) >= LEAST_SHARE else _number(question.encode())  # less noise hides no answer
         self._memory.note_masked(self._exchange(payload), asked, **kept)
         shares = masker.mask(summand)
         return {"values": summand, **shares}

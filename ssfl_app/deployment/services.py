@@ -99,6 +99,7 @@ def node_service(
         read_pins(pins)  # before it is needed
         config = f"{config} pins='{pins}'"
     config += " secure-only=true" * secure_only + f" least-clients={least_clients}" * bool(least_clients)
+    check_config(config)  # what both say would be there twice
     command = ["flower-supernode", "--superlink", superlink, "--root-certificates", str(home / "ca.crt")]
     command += ["--auth-supernode-private-key", str(home / "key"), "--node-config", config]
     command += ["--host", "127.0.0.1", "--port", str(port)]

@@ -25,7 +25,7 @@ from ssfl_app.plugin.node_sum import LEAST_NODES, NodeSum, SumOptions
 from ssfl_app.plugin.secure import KEY
 from ssfl_app.plugin.state_spec import StateSpec, Untied
 from ssfl_app.plugin.tensor_report import NOTHING, TensorReport
-from ssfl_app.privacy.keys import KEY_BYTES
+from ssfl_app.privacy.keys import KEY_BYTES, check_public
 from ssfl_app.sparsity.codec import Codec
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask
@@ -164,7 +164,7 @@ class NodeMessenger(Messenger):
             self.keys[reply.client] = reply.arrays[KEY].tobytes()
 
         def check(node: int, payload: Payload) -> None:
-            read_array(payload.arrays, KEY, np.uint8, KEY_BYTES)
+            check_public(read_array(payload.arrays, KEY, np.uint8, KEY_BYTES).tobytes())
 
         if new:
             self._ask(grid, Further("keys", round_, new, {KEY: (np.uint8, KEY_BYTES)}, check, take))
@@ -176,7 +176,14 @@ class NodeMessenger(Messenger):
             for node, others in twins.items():
                 if others:
                     named = ", ".join(map(str, others))
-                    self.report.refuse(node, f"has the public key of node {named}; each node makes its own")
+                    rule = (
+                        "each node makes its own, or one of them lies: compare fingerprints before you remove a key"
+                    )
+                    self.report.refuse(node, f"has the public key of node {named}; {rule}")
+                for other in set(others) - twins.keys():  # it told the key before; who lies is not known
+                    self.keys.pop(other, None)
+                    if other in asked:
+                        self.report.refuse(other, f"has the public key of node {node}; {rule}")
             self._doubt()
         known = [node for node in asked if node in self.keys]
         if len(known) < LEAST_NODES:

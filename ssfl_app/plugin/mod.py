@@ -28,7 +28,7 @@ from ssfl_app.core.summand import EXCHANGE, UNIT
 from ssfl_app.plugin.gradient_probe import GradientProbe, difference_scores, own_scores, scales_of
 from ssfl_app.plugin.gradients import under_mask
 from ssfl_app.plugin.legacy import as_message_api, only
-from ssfl_app.plugin.secure import KIND, NodeSummands, public_key, whole_weight
+from ssfl_app.plugin.secure import KIND, READS, NodeSummands, public_key, whole_weight
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import changed_together, check_untied, told_together
 from ssfl_app.seeding import generator
@@ -173,7 +173,7 @@ class SparseMod:
         if summands is not None:
             answer[SAW] = bool(scores.any())
             weight = 1 if samples is None or not counted else whole_weight(samples)
-            arrays = summands.write(payload, scores, KIND, weight)
+            arrays = summands.write(payload, scores, KIND, weight, reads=READS)
         else:
             arrays = write_values(scores, "fp32")
             answer |= {"samples": samples} if counted and samples is not None else {}
@@ -214,7 +214,8 @@ def _work(
         check_untied(spec.layout, given, flat)
         if summands is not None:
             update = (flat - given)[mask.transmitted]
-            arrays = summands.write(payload, update, KIND, whole_weight(_examples(reply, payload)))
+            weight = whole_weight(_examples(reply, payload))
+            arrays = summands.write(payload, update, KIND, weight, reads=READS)
         elif "of" in metadata:
             arrays = _largest(spec.layout, flat - given if metadata["of"] == "update" else flat, payload, context)
         else:

@@ -16,6 +16,9 @@ from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.text import quoted
 
 KIND = "fixed32"
+READS = ("ssfl", "digest", "values", "scales")
+"""Facts and arrays of a message that an answer is made of."""
+
 KEY, NUMBER, THRESHOLD = "key", "number", "threshold"
 """An array and facts of messages about sums: a node's public key, its number, and `SSFL`'s threshold."""
 
@@ -64,5 +67,5 @@ class NodeSummands(SummandWriter):
 def whole_weight(weight: float) -> int:
     """Return the weight of an answer that is only added; ValueError if it is no whole number."""
     if isinstance(weight, bool) or not isinstance(weight, int | float) or weight % 1:
-        raise ValueError(f"the weight of a reply is {weight!r}; where replies are only added it is a whole number")
+        raise ValueError("the weight of a reply is no whole number; where replies are only added it is one")
     return int(weight)

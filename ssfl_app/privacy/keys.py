@@ -61,6 +61,13 @@ class KeyPair:
             ) from None
 
 
+def check_public(key: object) -> None:
+    """Raise PayloadError unless others can mask together with the owner of a key: one that is none ends their run."""
+    if not isinstance(key, bytes):
+        raise PayloadError(f"public key is {quoted(key)}; it must be {KEY_BYTES} bytes, a key of X25519")
+    KeyPair.new().shared(key)
+
+
 def fingerprint(public: bytes) -> str:
     """Return what people compare of a public key: 128 bits of its SHA-256, in eight groups of four, ``1f3a-...``."""
     digits = hashlib.sha256(public).hexdigest()[:_DIGITS]

@@ -259,7 +259,10 @@ class TestTwoProcesses:
 
         monkeypatch.setattr(payload_module, "write_sealed", slow)
         contexts = [Context(0, 0, {}, RecordDict(), {}) for _ in range(8)]
-        return [ClientState(context, 0, tmp_path, survives=True) for context in contexts]
+        return [
+            ClientState(context, 0, tmp_path, survives=True, journal=tmp_path / "exchanges" / "x")
+            for context in contexts
+        ]
 
     def test_one_answers_an_exchange(self, states):
         states[0].note_masked(5, 1)
@@ -273,6 +276,15 @@ class TestTwoProcesses:
 
         with ThreadPoolExecutor(8) as pool:
             assert sum(pool.map(answers, states)) == 1
+
+    def test_a_sum_is_told_of_the_last_question_only(self, states):
+        """One process reads exchange 5, another masks 6: no sum of 5 is noted under the question of 6."""
+        states[0].note_masked(5, 111)
+        assert states[0].masked(5)["asked"] == 111
+        states[1].note_masked(6, 222)
+        with pytest.raises(PayloadError, match="exchange is 5; this client sent no masked answer"):
+            states[0].note_unmasked(5, 1000)
+        states[1].note_unmasked(6, 2000)
 
     def test_each_round_that_is_begun_is_paid_for(self, states):
         def begin(state):

@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 
 from ssfl_app.client_app import app
 from ssfl_app.client_node import check_policy
+from ssfl_app.comm.messenger import Messenger
 from ssfl_app.comm.node_config import read_node_config
 from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.core.summand import (
     ABOUT,
+    CLIP,
     EXCHANGE,
     LOSS_UNIT,
+    NOISE,
     OWN,
     PEERS,
     RING,
@@ -28,6 +31,7 @@ from ssfl_app.core.summand import (
     SummandWriter,
     about_bytes,
     question_digest,
+    terms_of,
 )
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
@@ -405,3 +409,91 @@ def test_secure_aggregation_chooses_whole_numbers_where_nobody_chose() -> None:
     flat = merge(SECURE)
     assert (flat["wire.up-values"], flat["ssfl.score-values"]) == ("fixed32", "fixed32")
     assert parse(flat).settings.sections["ssfl"].score_fold == "mean"
+
+
+def test_a_fact_that_nobody_checks_hides_no_other_model() -> None:
+    """A digest of weights stands for them only where the client compares it; in training it does not."""
+
+    def state(strategy: Any) -> None:
+        written = strategy.train_payload
+        strategy.train_payload = lambda *at: Payload(written(*at).arrays, {**written(*at).metadata, "weights": "x"})
+
+    def lie(grid: Any, message: Message) -> Message:
+        own = message.content["arrays"]
+        told = own["values"]
+        own["values"] = Array(told.dtype, told.shape, told.stype, bytes(len(told.data)))
+        return grid.work(message)  # type: ignore[no-any-return]
+
+    keys = SIX | SECURE | {"run.rounds": 1, "strategy": "random"}
+    with pytest.raises(RunFailed, match="asks its clients different things"):
+        play(keys, faults={("train", 1, client): lie for client in range(5)}, prepare=state)
+
+
+class Questions:
+    """A memory that keeps what each answer was said to be an answer to."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def note_masked(self, exchange: int, asked: int, **kept: str) -> None:
+        self.asked.append(asked)
+
+
+def question(level: str, facts: dict[str, Any], arrays: dict[str, Any] | None = None) -> int:
+    """Return as an answer to what question a client notes its answer to a message that has these, too."""
+    me, memory = KeyPair.new(), Questions()
+    told = {"unit": 2.0**-20, "range": 1.0, "most": 9, EXCHANGE: 5, OWN: me.public, "digest": "d", **facts}
+    content = {"values": np.ones(4, np.float32), **(arrays or {})}
+    peers = write_peers([Peer(number, KeyPair.new().public) for number in (1, 2)])
+    told[ABOUT] = f"x/{question_digest(Payload(content, told), '')}"
+    writer = SummandWriter(0, lambda: Identity(me), memory, True, 2 / 3, level)  # type: ignore[arg-type]
+    message = Payload({**content, PEERS: peers}, told)
+    writer.write(message, np.zeros(4, np.float32), "fixed32", 1, reads=("digest", "values"))
+    return memory.asked[0]
+
+
+def test_what_an_answer_is_not_made_of_makes_no_other_question() -> None:
+    plain = question("none", {})
+    assert plain
+    assert question("none", {"ssfl": "1", "step": 3, "round": 7}) == plain
+    assert question("none", {}, {"extra": np.zeros(1, np.uint8)}) == plain
+    assert question("none", {"digest": "e"}) != plain
+    assert question("none", {}, {"values": np.zeros(4, np.float32)}) != plain
+
+
+def test_only_noise_that_hides_an_answer_lets_it_be_told_again() -> None:
+    assert question("client", {CLIP: 1.0, NOISE: 1e-9}) == question("client", {CLIP: 1.0, NOISE: 0.0}) != 0
+    assert question("client", {CLIP: 1.0, NOISE: 100.0}) == 0
+    assert question("none", {NOISE: 100.0}) != 0
+    with pytest.raises(PayloadError, match=r"the message has clip, and privacy\.level is 'none'"):
+        question("none", {CLIP: 20.0, NOISE: 1e-9})
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"), [(("train", 1, 2), ("digest",)), (("query.saliency", 0, 2), ("weights",))]
+)
+def test_clients_name_what_their_answers_are_made_of(
+    where: Where, kept: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An array and a fact beside them make no other question of a message that was answered before."""
+    played, memory = play(LOOSE | SECURE | {"run.rounds": 1}), Questions()
+    monkeypatch.setattr("ssfl_app.comm.payload.ClientState.note_masked", lambda _, *at, **of: memory.note_masked(*at))
+    message = next(payload for at, payload in played.grid.sent if at == where)
+    settings = played.runtime.config.settings
+    for arrays, facts in (({}, {}), ({"extra": np.zeros(1, np.uint8)}, {"ssfl": "1", "step": 4})):
+        again = Payload({**message.arrays, **arrays}, {**message.metadata, **facts})
+        asked = Payload(again.arrays, again.metadata | ({"question": "saliency"} if where[1] == 0 else {}))
+        again.metadata[ABOUT] = f"x/{question_digest(asked, terms_of(settings))}"
+        work_again(played, where, again)
+    assert memory.asked[0] == memory.asked[1] != 0
+    assert all(name in message.metadata for name in kept)
+
+
+def test_a_resumed_run_goes_on_above_its_last_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients mask in later and later exchanges only, and a clock may go back."""
+    first, again = Messenger(1.0), Messenger(1.0)
+    first.keep_exchange(tmp_path / "exchange")
+    last = [first.next_exchange() for _ in range(3)][-1]
+    monkeypatch.setattr("time.time_ns", lambda: 0)
+    again.keep_exchange(tmp_path / "exchange")
+    assert again.next_exchange() == last + 1

@@ -355,6 +355,8 @@ def test_a_node_config_that_flower_cannot_read_is_one_line(made: house.Federatio
 
 def test_what_a_node_demands_reaches_its_client(made: house.Federation) -> None:
     home = made.folder / "nodes" / "a"
+    with pytest.raises(ConfigError, match="--node-config is"):
+        node_service(home, made.address, "partition-id=3 secure-only=true", 9094, secure_only=True)
     told = node_service(home, made.address, "partition-id=3", 9094, secure_only=True, least_clients=20).command
     place = read_node_config(parse_config_args([told[told.index("--node-config") + 1]]), "shared")
     assert (place.secure_only, place.least_clients, place.masked_by) == (True, 20, "--secure-only")

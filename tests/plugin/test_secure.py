@@ -12,11 +12,15 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, QFedAvg, Result
 
 from ssfl_app import SSFL, SparseMod, TopK, sparse_mod
+from ssfl_app.comm.exchange import ExchangeReport
+from ssfl_app.comm.messenger import Further
 from ssfl_app.core.summand import EXCHANGE, OWN, UNIT
 from ssfl_app.locks import RunFailed
+from ssfl_app.plugin.messenger import NodeMessenger
 from ssfl_app.plugin.mod import check_masked
 from ssfl_app.plugin.secure import KEYS, THRESHOLD
 from ssfl_app.plugin.strategy import MOST_OF_ONE
+from ssfl_app.privacy.keys import KeyPair
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import PayloadError
 from tests.plugin.test_mod import old_app
@@ -202,14 +206,34 @@ def test_nodes_with_one_public_key_are_refused_by_name_before_the_mask_is_found(
         reply = grid.work(message)
         arrays: Any = reply.content["arrays"]
         array = arrays["key"]
-        arrays["key"] = Array(array.dtype, array.shape, array.stype, bytes(32))
+        arrays["key"] = Array(array.dtype, array.shape, array.stype, bytes([9]).ljust(32, b"\0"))
         return reply
 
     secure, _, _ = summed(True, {("keys", 0, node): copied for node in (1, 4)}, threshold=0.5, rounds=0)
-    assert secure.history[0]["refused"]["1001"] == "has the public key of node 1004; each node makes its own"
+    assert secure.history[0]["refused"]["1001"] == (
+        "has the public key of node 1004; each node makes its own, or one of them lies: compare fingerprints before "
+        "you remove a key"
+    )
     assert "node 1001" in secure.history[0]["refused"]["1004"]
     with pytest.raises(RunFailed, match=r"2 of 4 nodes told a key; .* has the public key of node 100\d"):
         summed(True, {("keys", 0, node): copied for node in (1, 3)}, nodes=4, rounds=0)
+
+
+def test_who_tells_the_key_that_another_node_told_before_takes_no_place() -> None:
+    """One of the two lies, or was copied; nobody has shown that the private key is its own."""
+    keys = {node: KeyPair.new().public for node in range(5)}
+
+    class Told(NodeMessenger):
+        def __init__(self) -> None:
+            self.keys, self.report = dict(keys), ExchangeReport()
+
+        def _ask(self, grid: Any, further: Further) -> None:
+            self.keys[9] = keys[1]
+
+    messenger = Told()
+    assert messenger._keyed(None, [0, 1, 2, 3, 4, 9], 2) == [0, 2, 3, 4]  # type: ignore[arg-type]
+    assert "public key of node 1" in messenger.report.refused[9]
+    assert "public key of node 9" in messenger.report.refused[1]
 
 
 def test_a_node_can_insist_on_sums() -> None:
@@ -306,7 +330,7 @@ def test_the_sum_of_the_weights_must_fit_too() -> None:
 
 def test_a_weight_that_is_too_large_or_no_whole_number_is_refused_by_its_node() -> None:
     secure, _, _ = summed(True, rounds=1, threshold=0.5, most_examples=MOST - 1)
-    assert "weight is 100; it is a whole number from 1 to 99" in secure.history[0]["refused"]["1004"]
+    assert "the weight is beyond most-weight, 99" in secure.history[0]["refused"]["1004"]
 
     def halves(message: Message, context: Context, call_next: Any) -> Message:
         reply = call_next(message, context)
@@ -316,7 +340,8 @@ def test_a_weight_that_is_too_large_or_no_whole_number_is_refused_by_its_node() 
 
     app = foreign_app(mods=[sparse_mod, halves])
     clear, _, _ = summed(False, rounds=1, app=app)
-    assert "the weight of a reply is 7.5" in clear.history[1]["refused"]["1002"]
+    assert "100" not in secure.history[0]["refused"]["1004"].replace("1004", "")
+    assert "the weight of a reply is no whole number" in clear.history[1]["refused"]["1002"]
 
 
 def liar(change: int) -> Fault:

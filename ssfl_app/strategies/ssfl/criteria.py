@@ -378,17 +378,30 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
         The criterion has no such question, or what came along is malformed.
     """
     options, site = SsflOptions.from_settings(rule.settings), rule.context
+    # `initial_weights` holds those that come along against the digest of "weights", if the message states one.
+    checked = ("values",) if state is None and "weights" in payload.metadata else ()
+    reads = {"question", "weights", "values"}
+    reads |= {"direction"} if question == "curvature" else set()
+    reads |= {"net", "step"} if options.criterion in ("iterative-snip", "force") else set()
+    if state is not None and "weights" not in payload.metadata:  # made by the caller, of what it knows
+        reads |= payload.arrays.keys()
     if question == DENSITIES and options.discovery == "private-densities":
         scores = snip_scores(rule, rule.initial_weights(payload) if state is None else state)
         told = own_shares(scores, site.layout, rule.settings.mask.density).astype(np.float32)
-        return Payload(site.summands.write(payload, told, "fixed32", 1), {"samples": len(site.train)})
+        return Payload(
+            site.summands.write(payload, told, "fixed32", 1, checked=checked, reads=reads),
+            {"samples": len(site.train)},
+        )
     if question == CHANNELS and options.discovery == "private-channels":
         scores = unit_scores(
             site.layout, snip_scores(rule, rule.initial_weights(payload) if state is None else state)
         )
         ranks = channel_ranks(site.layout, scores, "global")
         told = (ranks / (np.linalg.norm(ranks) or 1.0)).astype(np.float32)
-        return Payload(site.summands.write(payload, told, "fixed32", 1), {"samples": len(site.train)})
+        return Payload(
+            site.summands.write(payload, told, "fixed32", 1, checked=checked, reads=reads),
+            {"samples": len(site.train)},
+        )
     if question not in QUESTIONS or (question == "curvature" and options.criterion != "grasp"):
         raise PayloadError(f"question is {question!r}; ssfl.criterion is {options.criterion}")
     state = rule.initial_weights(payload) if state is None else state
@@ -414,7 +427,8 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
     samples = len(site.train)
     if options.score_values in SUMMED_TYPES:
         weight = samples if options.saliency_weighting == "samples" else 1
-        return Payload(site.summands.write(payload, values, options.score_values, weight), {"samples": samples})
+        arrays = site.summands.write(payload, values, options.score_values, weight, checked=checked, reads=reads)
+        return Payload(arrays, {"samples": samples})
     return Payload(write_values(values, options.score_values), {"samples": samples})
 
 
