@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -220,6 +221,19 @@ def test_the_distances_of_own_files_are_those_that_were_recorded() -> None:
     assert {name: (dense, sparse) for name, dense, sparse in rows} == {
         name: tuple(f"{mean:.3f}" for mean in row["means"]) for name, row in record.items()
     }
+
+
+def test_accuracies_against_epsilon_are_those_that_were_recorded() -> None:
+    rows = (ROOT / "benchmarks" / "results" / "private.md").read_text("utf-8").splitlines()
+    assert len(rows) == 2 + 9
+    assert [row for row in rows if row not in (ROOT / "docs" / "privacy.md").read_text("utf-8").splitlines()] == []
+
+
+def test_what_layers_cost_is_what_was_recorded() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "topics-layers.json").read_text("utf-8"))["reached"]
+    means = {name: statistics.mean(row.values()) for name, row in record.items()}
+    lines = (ROOT / "docs" / "own.md").read_text("utf-8").splitlines()
+    assert [line for name, mean in means.items() if (line := f"| {name} | {mean:.3f} |") not in lines] == []
 
 
 def table(page: str, title: str) -> list[list[str]]:

@@ -137,6 +137,8 @@ class SummandWriter:
         privacy.level.
     terms : str
         `terms_of` the options.
+    bound : str
+        What else in its message masks are bound to, though it makes no other question of it.
     """
 
     def __init__(
@@ -148,8 +150,9 @@ class SummandWriter:
         threshold: float,
         level: str = "none",
         terms: str = "",
+        bound: str = "",
     ) -> None:
-        self._number, self._identity, self._memory = number, identity, memory
+        self._number, self._identity, self._memory, self._bound = number, identity, memory, bound
         self._secure, self._threshold, self._level, self._terms = secure, threshold, level, terms
 
     def write(
@@ -175,11 +178,8 @@ class SummandWriter:
             The message does not say what is needed, or asks for a second answer under the same masks.
         """
         fixed = fixed_point(payload.metadata, kind)
-        if (CLIP in payload.metadata) != (self._level == "client"):
-            has = "has" if CLIP in payload.metadata else "has no"
-            raise PayloadError(
-                f"the message {has} {CLIP}, and privacy.level is {self._level!r}; it has one with 'client'"
-            )
+        if self._level == "client" and CLIP not in payload.metadata:
+            raise PayloadError(f"the message has no {CLIP}, and privacy.level is 'client'")
         if self._level != "none" and LOSS_UNIT in payload.metadata:
             raise PayloadError(
                 f"the message has {LOSS_UNIT}; with privacy.level {self._level!r} a client tells no loss"
@@ -197,13 +197,16 @@ class SummandWriter:
             return {"values": summand}
         kept = {name: _bytes(payload, name).hex() for name in (PEERS, RING)}
         masker, _ = self._masker(payload, summand.dtype, kept)
-        if not str(payload.metadata[ABOUT]).endswith(f"/{question_digest(payload, self._terms, checked)}"):
+        if not str(payload.metadata[ABOUT]).endswith(
+            f"/{question_digest(payload, self._terms + self._bound, checked)}"
+        ):
             raise PayloadError(f"{ABOUT} is not about this message: the server asks its clients different things")
         question = question_digest(
             payload, self._terms, checked, {*_ASKED, *payload.arrays} if reads is None else reads
         )
-        noise = payload.metadata[NOISE] if CLIP in payload.metadata else 0.0
-        asked = 0 if float(noise) >= LEAST_SHARE else _number(question.encode())  # less noise hides no answer
+        # Less noise hides no answer; at another level there is none that the run promised.
+        hidden = self._level == "client" and float(payload.metadata[NOISE]) >= LEAST_SHARE
+        asked = 0 if hidden else _number(question.encode())
         self._memory.note_masked(self._exchange(payload), asked, **kept)
         shares = masker.mask(summand)
         return {"values": summand, **shares}

@@ -205,7 +205,7 @@ class ClearSum:
     def __init__(self, size: int, dtype: npt.DTypeLike) -> None:
         self._sum = np.zeros(size, dtype=dtype)
 
-    def told(self, client: int, asked: Payload) -> Payload:
+    def told(self, client: int, asked: Payload, terms: str = "") -> Payload:
         """Return what a client is told to write its summand, besides what it is asked: nothing."""
         return Payload()
 
@@ -292,10 +292,13 @@ class SecureSum:
         self._opened: MaskedSum | None = None
         self._facts: Metadata = {}
 
-    def told(self, client: int, asked: Payload) -> Payload:
-        """Return what a client is told besides what it is asked, which is the same for all and binds their masks."""
+    def told(self, client: int, asked: Payload, terms: str = "") -> Payload:
+        """Return what a client is told besides what it is asked, which is the same for all and binds their masks.
+
+        `terms` are further ones, which its message has.
+        """
         if self._opened is None:
-            digest = question_digest(Payload(asked.arrays, {**asked.metadata, **self._common}), self._terms)
+            digest = question_digest(Payload(asked.arrays, {**asked.metadata, **self._common}), self._terms + terms)
             about = f"{self._messenger.session}/{self._exchange}/{self._what}/{digest}"
             bound = about_bytes(self._token, self._exchange, about, self._threshold)
             self._opened = MaskedSum(self._size, self._dtype, self._graph, self._keys, bound, self._threshold)

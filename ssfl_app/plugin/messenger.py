@@ -109,7 +109,7 @@ class NodeMessenger(Messenger):
         verb, users = "evaluate" if kind == "evaluate" else "train", dict(config)  # the user's may change later
         for node in nodes:
             payload = Payload(carried, {**self._sent, **(own or {}).get(node, {})})
-            payload = payload if summation is None else summation.outgoing(node, payload)
+            payload = payload if summation is None else summation.outgoing(node, payload, users)
             self._pending[node] = PendingMessage(verb, payload, mask, {"mask": lambda: once}, users)
         knows_it = {node for node in self._pending if self._holds.get(node) == digest and kind != "saliency"}
         return [self._message(node, () if node in knows_it else ("mask",)) for node in self._pending]

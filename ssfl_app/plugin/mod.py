@@ -113,7 +113,7 @@ class SparseMod:
         if payload.metadata["ssfl"] == "keys":
             return _answer(message, _in_round(payload, public_key(context)))
         if payload.metadata["ssfl"] == "unmask":
-            return _answer(message, _in_round(payload, NodeSummands(payload, context).unmask(payload)))
+            return _answer(message, _in_round(payload, NodeSummands(payload, context, {}).unmask(payload)))
         known = _known(payload, context)
         if known is None:
             told = {name: payload.metadata[name] for name in ("round", "digest")}
@@ -135,7 +135,7 @@ class SparseMod:
         frozen: Vector | None,
     ) -> Message:
         """Answer with a score for each prunable weight; all weights came, so that none is `frozen`."""
-        summands = NodeSummands(payload, context) if UNIT in payload.metadata else None
+        summands = NodeSummands(payload, context, _config(message)) if UNIT in payload.metadata else None
         weights, metadata = _values(payload, spec, mask), payload.metadata
         scales = None if metadata["criterion"] == "pooled-snip" else scales_of(spec.layout, weights)
         if metadata["criterion"] == "gradient":
@@ -202,7 +202,7 @@ def _work(
 ) -> Message:
     """Have the user's function train or evaluate, and pack what it returns."""
     metadata = payload.metadata
-    summands = NodeSummands(payload, context) if UNIT in metadata else None
+    summands = NodeSummands(payload, context, _config(message)) if UNIT in metadata else None
     given = _values(payload, spec, mask, frozen)
     with under_mask(mask, frozen is not None):
         reply = inner(_dense(message, spec, given), context)
@@ -229,6 +229,11 @@ def _work(
             record[REPLY + name if name in TAKEN or name.startswith(REPLY) else name] = own
     reply.content = record
     return reply
+
+
+def _config(message: Message) -> dict[str, Any]:
+    config: Any = message.content.get("config")
+    return dict(config or {})
 
 
 def _largest(layout: Layout, values: Vector, payload: Payload, context: Context) -> Arrays:
@@ -326,9 +331,8 @@ def _values(payload: Payload, spec: StateSpec, mask: Mask, frozen: Vector | None
 def _dense(message: Message, spec: StateSpec, flat: Vector) -> Message:
     """Return the message that the user's function expects. A copy: other mods may hold the one that came."""
     arrays_key, config_key = spec.keys
-    config: Any = message.content.get("config")
     dense = copy.copy(message)
-    dense.content = RecordDict({arrays_key: spec.dense(flat), config_key: ConfigRecord(dict(config or {}))})
+    dense.content = RecordDict({arrays_key: spec.dense(flat), config_key: ConfigRecord(_config(message))})
     return dense
 
 

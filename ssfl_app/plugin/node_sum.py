@@ -5,7 +5,7 @@ bits. `ssfl_app.core.sums` has the protocol; here nodes are numbered by rank, an
 not know, are added beside the values.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from ssfl_app.comm.payload import Metadata, Payload
 from ssfl_app.core.summand import MOST, MOST_WEIGHT, RANGE, UNIT
 from ssfl_app.core.sums import ClearSum, SecureSum, SumMessenger
 from ssfl_app.locks import RunFailed
-from ssfl_app.plugin.secure import KIND, NUMBER, THRESHOLD
+from ssfl_app.plugin.secure import KIND, NUMBER, THRESHOLD, terms_of_work
 from ssfl_app.privacy.masking import LEAST_NEIGHBOURS, FalseShares, TooFew
 from ssfl_app.sparsity.fixed import FixedPoint, signed
 from ssfl_app.sparsity.values import Allowed, PayloadError, read_array
@@ -150,12 +150,12 @@ class NodeSum:
         """Whether the answers are masked."""
         return self._options.secure
 
-    def outgoing(self, node: int, payload: Payload) -> Payload:
+    def outgoing(self, node: int, payload: Payload, config: Mapping[str, object]) -> Payload:
         """Return the message of a node with what it needs to answer."""
         number = self._number[node]
         facts: Metadata = {UNIT: self.fixed.step, RANGE: self.fixed.range, MOST: self.fixed.most}
         asked = Payload(payload.arrays, {**payload.metadata, **facts, MOST_WEIGHT: self._most})
-        told = self._sum.told(number, asked)
+        told = self._sum.told(number, asked, terms_of_work(asked.metadata, config))
         own = {**told.metadata, **(self._numbered.told(number) if self.secure else {})}
         return Payload({**asked.arrays, **told.arrays}, {**asked.metadata, **own})
 

@@ -4,6 +4,7 @@ A node makes its key pair when it is first asked for the public key, and keeps i
 the exchanges that it answered. Who loses one loses the other: with new keys no mask is used twice.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from ssfl_app.text import quoted
 KIND = "fixed32"
 READS = ("ssfl", "digest", "values", "scales")
 """Facts and arrays of a message that an answer is made of."""
+
+_WORK = ("values", "weight-key", "criterion", "weighting", "batches")
 
 KEY, NUMBER, THRESHOLD = "key", "number", "threshold"
 """An array and facts of messages about sums: a node's public key, its number, and `SSFL`'s threshold."""
@@ -43,6 +46,14 @@ def _pair(context: Context) -> KeyPair:
     return KeyPair.of(private)
 
 
+def terms_of_work(facts: Mapping[str, object], config: Mapping[str, object]) -> str:
+    """Return how an answer is made, as a message says it: by the user's own config, too.
+
+    Masks are bound to it: with a learning rate of 0 for all but one node the sum would be the answer of that one.
+    """
+    return repr((sorted(config.items()), [facts.get(name) for name in _WORK]))
+
+
 class NodeSummands(SummandWriter):
     """Writes the answer of a node to one message.
 
@@ -52,7 +63,7 @@ class NodeSummands(SummandWriter):
         The server knows another key of this node, or says what cannot be: at once, before anybody trains in vain.
     """
 
-    def __init__(self, payload: Payload, context: Context) -> None:
+    def __init__(self, payload: Payload, context: Context, config: Mapping[str, object]) -> None:
         facts, secure = payload.metadata, EXCHANGE in payload.metadata
         number, threshold = facts.get(NUMBER, 0), facts.get(THRESHOLD, 0.5)
         if type(number) is not int or not 0 <= number < 2**32:
@@ -61,7 +72,10 @@ class NodeSummands(SummandWriter):
             raise PayloadError(f"{THRESHOLD} is {quoted(threshold)}; it is a number from 0.5 to below 1")
         if secure and facts.get(OWN) != _pair(context).public:
             raise PayloadError("the server has another key of this node than it works with; it is asked again")
-        super().__init__(number, lambda: Identity(_pair(context)), ClientState(context, 0), secure, threshold)
+        terms = terms_of_work(facts, config)
+        super().__init__(
+            number, lambda: Identity(_pair(context)), ClientState(context, 0), secure, threshold, bound=terms
+        )
 
 
 def whole_weight(weight: float) -> int:

@@ -386,6 +386,21 @@ def test_a_node_refuses_what_a_server_must_not_ask(kind: str, change: dict[str, 
     assert said in record["refused" if kind == "train" else "notes"]["1002"]
 
 
+@pytest.mark.parametrize("record", ["config", "facts"])
+def test_a_node_that_is_told_to_work_otherwise_than_the_others_masks_nothing(record: str) -> None:
+    """With a learning rate of 0 for all others the sum would be the update of one node."""
+    name = {"config": "lr", "facts": "batches"}[record]
+
+    def lying(grid: ForeignGrid, message: Message) -> Message:
+        told: Any = message.content[record]
+        told[name] = 0.0 if record == "config" else 7
+        return grid.work(message)
+
+    secure, _, _ = summed(True, {("train", 1, 2): lying}, rounds=1)
+    refused = secure.history[1]["refused"]["1002"]
+    assert "the server asks its clients different things" in refused
+
+
 def test_a_node_unmasks_once() -> None:
     again: list[str] = []
 

@@ -111,11 +111,14 @@ def test_without_noise_clients_draw_the_mask_too() -> None:
     assert all("mask" not in payload.arrays for _, payload in one.grid.sent)
 
 
-def test_an_empty_round_is_noise(tmp_path: Path) -> None:
+def test_an_empty_round_is_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = CLIENT | {"run.cohort": 1, "run.clients": 40, "run.rounds": 4, "strategy": "random"}
+    drawn = SparseStrategy._drawn_secretly
+    monkeypatch.setattr(
+        SparseStrategy, "_drawn_secretly", lambda self, round_: [] if round_ == 2 else drawn(self, round_)
+    )
     played = private(keys, tmp_path)
-    sizes = [sum(where[:2] == ("train", round_) for where in played.grid.log) for round_ in range(1, 5)]
-    assert min(sizes) == 0  # (39/40)**40 of each of 4 rounds: all are above 0 in 16 % of the runs
+    assert not any(where[:2] == ("train", 2) for where in played.grid.log)
     moved = [np.abs(played.layout.flatten(s)).sum() for s in played.states]
     assert len(set(moved)) == len(moved)
 
