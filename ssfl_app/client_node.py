@@ -71,11 +71,8 @@ def unmask(message: Message, context: Context) -> Message:
 def _unmask(message: Message, context: Context) -> Message:
     section = "privacy."
     keys = {name.removeprefix(section): v for name, v in context.run_config.items() if name.startswith(section)}
-    payload, place, privacy = (
-        decode_payload(message.content, None, UNFOLDED),
-        place_of(context),
-        build(PrivacyOptions, "privacy", keys),
-    )
+    payload, place = decode_payload(message.content, None, UNFOLDED), place_of(context)
+    privacy = build(PrivacyOptions, "privacy", keys)
     check_policy(place, privacy)
     number = client_number(place, payload.metadata)
     memory = memory_of(context, place, number, payload.metadata)
