@@ -28,6 +28,7 @@ from tests.in_process_grid import SMALL, DeploymentGrid, Played, forget, play
 
 NAMES = ("athens", "berlin", "cairo")
 TOKEN = "0123456789abcdef"
+DIGEST = "0123456789abcdef" * 4  # of a mask
 OWN: Flat = {
     "data.where": "sites",
     "data.name": "folder",
@@ -435,18 +436,18 @@ def test_with_a_state_path_the_mask_survives_a_restart(sites: list[Flat], tmp_pa
 
 def test_a_mask_file_answers_to_its_own_digest_only(tmp_path: Path) -> None:
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-    ClientState(context, 1, tmp_path, survives=True).keep(TOKEN, np.array([1, 2, 3], np.uint8))
+    ClientState(context, 1, tmp_path, survives=True).keep(DIGEST, np.array([1, 2, 3], np.uint8))
     assert not context.state
     again = ClientState(context, 1, tmp_path, survives=True)
-    assert again.bitmap(TOKEN) is not None
-    assert again.bitmap(TOKEN).tolist() == [1, 2, 3]  # type: ignore[union-attr]
-    assert again.bitmap("f" * 16) is None
+    assert again.bitmap(DIGEST) is not None
+    assert again.bitmap(DIGEST).tolist() == [1, 2, 3]  # type: ignore[union-attr]
+    assert again.bitmap("f" * 64) is None
     assert again.bitmap("") is None
     assert again.bitmap("../client-00001/mask") is None
-    again.keep("f" * 16, np.array([4], np.uint8))
-    assert again.bitmap(TOKEN) is None
+    again.keep("f" * 64, np.array([4], np.uint8))
+    assert again.bitmap(DIGEST) is None
     assert [path.name for path in (tmp_path / "client-00001").iterdir()] == ["mask"]
-    assert ClientState(context, 2, tmp_path, survives=True).bitmap("f" * 16) is None
+    assert ClientState(context, 2, tmp_path, survives=True).bitmap("f" * 64) is None
 
 
 @pytest.mark.parametrize("bad", ["../../x", "0123456789ABCDEF", "", "0" * 17, "0" * 16 + "\n"])

@@ -282,7 +282,7 @@ def test_a_changed_forward_pass_takes_plain_steps(context):
     twins.fit(images(9))
     contexts = [context(model) for model in twins.models]
     with contexts[0], contexts[1]:
-        step = twins.trainers[1]._step(twins.models[1], 0.1, None)
+        step = twins.trainers[1]._step(twins.models[1], 0.1, None, frozen=False)
         assert isinstance(step, EagerStep)
         losses = [
             run.fit(model, images(9), np.random.default_rng(2), lr=0.1)
