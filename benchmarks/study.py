@@ -1,20 +1,27 @@
 """Play every system on digits and record it: python -m benchmarks.study [--minutes M] [--jobs N] [--commit]
 
 `ssfl compare configs/digits-study.toml` in scratch/digits-study, as far as the time goes; the same command goes on
-where that stopped. Every quarter of an hour the tables, the picture and the numbers are copied to
-benchmarks/results/digits-study.*, and the short table of docs/results.md (density 0.05 and the dense methods) is
-written beside them, digits-study-short.md; with --commit these files are committed. At the end the paper's order at
-density 0.05 is looked at: what does not hold is printed.
+where that stopped, on another machine too: every quarter of an hour what is read of finished runs is packed into
+benchmarks/results/digits-study-runs.tar.xz, and unpacked where a run folder is missing. When nothing waits (or with
+--record-only) the tables, the picture and the numbers are copied to benchmarks/results/digits-study.*, and the short
+table of docs/results.md (density 0.05 and the dense methods) is written beside them, digits-study-short.md; half a
+study would replace a whole one. With --commit these files are committed. At the end the paper's order at density 0.05
+is looked at: what does not hold is printed.
 """
 
 import argparse
+import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
+
+from ssfl_app.files import write_bytes
+from ssfl_app.results.status import read_status
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,6 +30,10 @@ DENSITY = 0.05
 OWN = "own settings"
 SLICE = 15 * 60  # seconds from one record to the next
 NONE = "\N{EN DASH}"
+ARCHIVE = RESULTS / "digits-study-runs.tar.xz"
+READ = ("config.toml", "rounds.jsonl", "summary.json", "status.json", "environment.json", "clients.json")
+READ += ("mask.safetensors",)
+"""The files of a run folder that tables are made of."""
 
 
 def main() -> None:
@@ -36,6 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "scratch" / "digits-study")
     words = parser.parse_args()
     end = time.monotonic() + 60 * words.minutes
+    unpack(ARCHIVE, words.out / "runs")
     while True:
         left = min(SLICE, end - time.monotonic())
         part = ["--report-only"] if words.record_only else ["--budget", f"{max(1.0, left):.0f}s"]
@@ -43,13 +55,40 @@ def main() -> None:
         done = subprocess.run([*command, "--jobs", str(words.jobs), *part], cwd=ROOT)
         if done.returncode not in (0, 1):  # 1: a run failed, which the table says
             sys.exit(done.returncode)
-        tables = record(words.out)
+        pack(words.out / "runs", ARCHIVE)
+        tables: list[dict[str, Any]] = json.loads((words.out / "comparison.json").read_text("utf-8"))["tables"]
+        whole = words.record_only or not waits(tables)
+        if whole:
+            record(words.out)
         if words.commit:
             commit()
-        if words.record_only or not waits(tables) or end - time.monotonic() < 1:
+        if whole or end - time.monotonic() < 1:
             break
     for table in tables:
         print(title(table), "\n".join(check_order(table)) or "the paper's order holds", sep="\n")
+
+
+def pack(runs: Path, archive: Path) -> None:
+    """Write what tables are made of, of all finished runs; the same runs make the same bytes."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:xz") as file:
+        for home in sorted(runs.iterdir()):
+            if read_status(home).get("status") != "finished":
+                continue
+            for path in (home / name for name in READ if (home / name).is_file()):
+                member = tarfile.TarInfo(f"{home.name}/{path.name}")
+                member.size = path.stat().st_size
+                file.addfile(member, io.BytesIO(path.read_bytes()))
+    write_bytes(archive, packed.getvalue())
+
+
+def unpack(archive: Path, runs: Path) -> None:
+    """Make folders of the runs that the archive has and `runs` lacks."""
+    if archive.is_file():
+        there = {home.name for home in runs.glob("*")}
+        with tarfile.open(archive) as file:
+            members = [member for member in file if Path(member.name).parts[0] not in there]
+            file.extractall(runs, members, filter="data")
 
 
 def record(out: Path, results: Path = RESULTS) -> list[dict[str, Any]]:

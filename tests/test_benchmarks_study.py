@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import check_order, record, short_table, waits
+from benchmarks.study import check_order, pack, record, short_table, unpack, waits
 
 SEEDS = {"1": 0.9, "2": 0.8}
 
@@ -78,6 +78,31 @@ def test_what_failed_waits_no_longer() -> None:
     assert not waits([table("", whole, failed)])
     for why in ("not played", "unfinished", "not tuned yet: 2 tuning runs are not played"):
         assert waits([table("", whole, row("random", 0.8, missing={"3": why}))])
+
+
+def test_finished_runs_are_found_on_another_machine(tmp_path: Path) -> None:
+    here, archive, there = tmp_path / "here", tmp_path / "runs.tar.xz", tmp_path / "there"
+    for name, status in (("a", "finished"), ("b", "running")):
+        (here / name).mkdir(parents=True)
+        (here / name / "status.json").write_text(json.dumps({"status": status}))
+        (here / name / "rounds.jsonl").write_text('{"round": 1}\n')
+        (here / name / "model.safetensors").write_bytes(b"large")
+    unpack(archive, there)  # the first time there is none
+    pack(here, archive)
+    first = archive.read_bytes()
+    pack(here, archive)
+    assert archive.read_bytes() == first
+    (there / "c").mkdir(parents=True)
+    unpack(archive, there)
+    assert sorted(str(path.relative_to(there)) for path in there.rglob("*")) == [
+        "a",
+        "a/rounds.jsonl",
+        "a/status.json",
+        "c",
+    ]
+    (there / "a" / "rounds.jsonl").write_text("goes on")
+    unpack(archive, there)
+    assert (there / "a" / "rounds.jsonl").read_text() == "goes on"
 
 
 def test_what_contradicts_the_paper_is_named_with_its_size() -> None:
