@@ -174,7 +174,9 @@ def test_a_factory_that_makes_no_model_is_refused(folder: Path, name: str, said:
 
 
 def test_options_belong_to_models_that_take_them() -> None:
-    with pytest.raises(ConfigError, match=r"model.options.width is 3; cnn is built in: it has model.width and .* a model of your own"):
+    with pytest.raises(
+        ConfigError, match=r"model.options.width is 3; cnn is built in: it has model.width and .* a model of your own"
+    ):
         outline(parse({"model.options.width": 3}).model, (1, 8, 8), 3)
     with pytest.raises(ConfigError, match=r"model.name is 'cnn'; .* this model takes images"):
         outline(ModelOptions(), (30,), 3)

@@ -1,27 +1,17 @@
-"""Where a round goes that is not training: what each kind of process has of the cores, and one thing about digits.
+"""Where a round goes that is not training: what each kind of process has of the cores.
 
 Shares are of CPU seconds within rounds 2 to R - 1, seen from outside; what is missing to 100 % are cores that wait.
-The images of digits have one channel. Torch takes them for channels-last and chooses other kernels than for the same
-images with usual strides, which the other contestants get: `layout` is the seconds of the same `fit` with both. The
-bits differ, so the app stays with what it has.
 """
 
-import statistics
 import threading
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import torch
 
 from benchmarks.simulation import app, tasks
-from ssfl_app import config as configuration
-from ssfl_app.data.dataset import Samples
-from ssfl_app.runtime import get_runtime
-from ssfl_app.training.malloc import keep_heap
 
 KINDS = (
     ("trains", "ClientAppActor"),
@@ -32,16 +22,13 @@ KINDS = (
 
 
 def measure(work: Path, images: int, tiny: bool) -> dict[str, Any]:
-    """Measure both tasks on both engines, and the layout of digits."""
+    """Measure both tasks on both engines."""
     found: dict[str, Any] = {}
     for name in ("cifar10", "digits"):
         task = tasks.make(name, work, images, tiny, "local.lr-decay=1.0")
         found[name] = {engine: shares(f"{task.keys} strategy='fedavg'", engine, work) for engine in app.ENGINES}
         for engine, row in found[name].items():
             print(name, engine, {kind: f"{100 * share:.1f} %" for kind, share in row.items()}, flush=True)
-        if name == "digits":
-            found["layout"] = layout(task.keys, 3 if tiny else 60)
-            print("layout", found["layout"], flush=True)
     return found
 
 
@@ -90,22 +77,3 @@ def _is_fork(process: psutil.Process) -> bool:
         return parent is not None and parent.cmdline() == process.cmdline()
     except psutil.Error:
         return False
-
-
-def layout(keys: str, fits: int) -> dict[str, float]:
-    """Return median milliseconds of a client's `fit` on digits, as they lie and with usual strides, in turns."""
-    torch.set_num_threads(1)
-    keep_heap()
-    shop = get_runtime(configuration.merge(configuration.read_overrides([keys])))
-    images = shop.data.train.take(shop.share(0)[0])
-    usual = torch.empty(images.inputs.shape, dtype=torch.uint8).copy_(images.inputs)
-    ways = {"the app's strides": images, "usual strides": Samples(usual, images.labels)}
-    start = {name: tensor.clone() for name, tensor in shop.model.state_dict().items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(fits):
-        for name, data in ways.items():
-            shop.model.load_state_dict(start)
-            began = time.perf_counter()
-            shop.trainer.fit(shop.model, data, np.random.default_rng(1), lr=0.1)
-            seconds[name].append(time.perf_counter() - began)
-    return {name: 1e3 * statistics.median(each) for name, each in seconds.items()}

@@ -155,8 +155,6 @@ def busy(part: Part) -> Iterator[str]:
         for engine, row in part[task].items()
     ]
     yield from ("", *table(("", "", *kinds, "cores wait"), rows))
-    times = ", ".join(f"{ms:.1f} ms with {name}" for name, ms in part["layout"].items())
-    yield from ("", f"One client's `fit` on digits, by how its images lie in memory: {times}.")
 
 
 def idle(row: Mapping[str, float]) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ssfl_app.data.arrays import from_arrays
+from ssfl_app.data.arrays import Array, from_arrays
 from ssfl_app.data.cache import ArrayDataset, Labels, Wanted
 from ssfl_app.data.readers import FILES, OWN, READERS, read_files, unseen
 from ssfl_app.data.summary import ALL, CLASS_NAME, DataSummary, odd_name
@@ -256,13 +256,18 @@ def _data_set(options: DataOptions, raw: ArrayDataset) -> DataSet:
         augment = "crop-flip" if options.name in MIRRORED else "none"
     if augment != "none" and not raw.mean:
         raise ConfigError(f"data.augment is {augment!r}; {options.name} has no images, so it is 'none'")
-    train = Samples(torch.from_numpy(raw.train), torch.from_numpy(raw.train_labels))
-    test = Samples(torch.from_numpy(raw.test), torch.from_numpy(raw.test_labels))
+    train, test = _samples(raw.train, raw.train_labels), _samples(raw.test, raw.test_labels)
     transform = Transform(raw.mean, raw.std, augment) if raw.mean else AsTheyAre()
     owners = None if raw.train_owners is None or raw.test_owners is None else (raw.train_owners, raw.test_owners)
     notes = raw.notes + _class_notes(options, raw)
     outputs = raw.outputs or len(raw.class_names)
     return DataSet(options.name, train, test, raw.class_names, transform, notes, outputs, raw.task, owners)
+
+
+def _samples(inputs: Array, targets: Array) -> Samples:
+    # Torch chooses its kernels by the strides, and NumPy may give an axis of length 1 any: grey images would be taken
+    # for some that lie in memory channels last, for which kernels are slower and round differently.
+    return Samples(torch.from_numpy(inputs).reshape(inputs.shape), torch.from_numpy(targets))
 
 
 def _class_notes(options: DataOptions, raw: ArrayDataset) -> tuple[str, ...]:
