@@ -36,6 +36,7 @@ from ssfl_app.files import write_json  # noqa: E402
 from ssfl_app.results.recorder import environment  # noqa: E402
 from ssfl_app.sparsity import channels  # noqa: E402
 from ssfl_app.sparsity.layout import Layout, Vector  # noqa: E402
+from ssfl_app.strategies.ssfl import criteria  # noqa: E402
 from ssfl_app.strategies.ssfl import strategy as ssfl_strategy  # noqa: E402
 from ssfl_app.training import models  # noqa: E402
 from ssfl_app.training.malloc import keep_heap  # noqa: E402
@@ -141,7 +142,7 @@ RANKS: dict[str, Rank] = {
 @contextlib.contextmanager
 def ranked_by(rank: Rank | None, least: float = 0.0) -> Iterator[None]:
     """Have SSFL rank channels another way; each layer keeps a share `least` of its channels."""
-    old, choose = ssfl_strategy.channel_ranks, ssfl_strategy.choose
+    old, choose = criteria.channel_ranks, ssfl_strategy.choose
 
     def raised(layout: Layout, ranks: np.ndarray, *more: object) -> np.ndarray:
         if least and ranks.any():
@@ -152,11 +153,11 @@ def ranked_by(rank: Rank | None, least: float = 0.0) -> Iterator[None]:
         return choose(layout, ranks, *more)
 
     try:
-        ssfl_strategy.channel_ranks = rank or old
+        criteria.channel_ranks = rank or old
         ssfl_strategy.choose = raised
         yield
     finally:
-        ssfl_strategy.channel_ranks, ssfl_strategy.choose = old, choose
+        criteria.channel_ranks, ssfl_strategy.choose = old, choose
 
 
 def play(strategy: str, seed: int, keys: dict, rounds: int) -> dict:
