@@ -68,12 +68,20 @@ def ranks_in_layers(layout: Layout, scores: Vector | Ranks) -> Ranks:
 def channel_ranks(layout: Layout, scores: Vector, scope: Scope) -> Ranks:
     """Return the ranks of units, float64, shape (units,), of their `scores`: larger = keep.
 
-    With scope "global" it is the score by the mean score of the unit's layer. A score is a sum over weights, of which
-    some layers have many more a unit than others: by plain sums one of them would keep a channel of a hundred. With
-    "layer" each layer keeps the same share.
+    With scope "global" it is the score by the weights that the unit touches in the whole network, what it brings by
+    what it costs: by plain sums, of which some layers have many more weights a unit than others, one of them would
+    keep a channel of a hundred. With "layer" each layer keeps the same share.
     """
     if scope == "layer":
         return ranks_in_layers(layout, scores)
+    ranks, cost, widths = scores.astype(np.float64), Cost(layout), whole_widths(layout)
+    for place, span in enumerate(unit_spans(layout)):
+        ranks[span] *= layout.inner[place].units / cost.around(place, widths)
+    return ranks
+
+
+def level_ranks(layout: Layout, scores: Vector) -> Ranks:
+    """Return ranks of units that are of one size in all layers: scores by the mean score of their layer."""
     ranks = scores.astype(np.float64)
     for span in unit_spans(layout):
         ranks[span] /= ranks[span].mean() or 1.0

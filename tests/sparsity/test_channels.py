@@ -11,6 +11,7 @@ from ssfl_app.sparsity.channels import (
     check_widths,
     choose,
     first_units,
+    level_ranks,
     narrow_layout,
     narrow_state,
     ranks_in_layers,
@@ -101,13 +102,18 @@ def test_the_same_share_of_each_layer() -> None:
     assert ranks_in_layers(SMALL, np.array([3, 3, 9, 1, 0, 0])).tolist() == [0.75, 0.5, 1, 0.25, 1, 0.5]
 
 
-def test_how_large_the_scores_of_a_layer_are_does_not_matter_in_its_order() -> None:
-    scores = np.array([4, 2, 1, 1, 30, 10], dtype=np.float32)
-    kept = choose(SMALL, channel_ranks(SMALL, scores, "global"), 0.5, Cost(SMALL))
-    assert kept[0]
-    assert kept[4]
+def test_a_unit_ranks_by_its_score_over_the_weights_that_it_touches() -> None:
+    # 7 -> 4 -> 2 -> 1: a unit of the first layer touches 7 + 2 weights, one of the second 4 + 1.
+    layout = Layout.of(nn.Sequential(nn.Linear(7, 4), nn.Linear(4, 2), nn.Linear(2, 1)))
+    scores = np.array([9, 18, 27, 36, 5, 10], dtype=np.float32)
+    assert channel_ranks(layout, scores, "global").tolist() == [1, 2, 3, 4, 1, 2]
+    assert level_ranks(layout, scores).tolist() == [0.4, 0.8, 1.2, 1.6, 2 / 3, 4 / 3]
     # Dead everywhere, a layer has scores of 0 and keeps its floor.
-    assert np.isfinite(channel_ranks(SMALL, np.zeros(6, dtype=np.float32), "global")).all()
+    for ranks in (
+        channel_ranks(SMALL, np.zeros(6, np.float32), "global"),
+        level_ranks(SMALL, np.zeros(6, np.float32)),
+    ):
+        assert not ranks.any()
 
 
 def bits(*rows: str) -> np.ndarray:

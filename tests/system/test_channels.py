@@ -23,8 +23,8 @@ from ssfl_app.runtime import check
 from ssfl_app.server_app import privacy_ledger
 from ssfl_app.sparsity.channels import (
     Cost,
-    channel_ranks,
     choose,
+    level_ranks,
     narrow_layout,
     narrow_state,
     ranks_in_layers,
@@ -200,7 +200,7 @@ def test_without_noise_private_channels_are_means_of_ranks() -> None:
     ranks = np.zeros(unit_count(whole))
     for where, payload in clear.grid.got:
         if where[0] == "query.saliency":
-            own = channel_ranks(whole, payload.arrays["values"], "global")
+            own = level_ranks(whole, payload.arrays["values"])
             ranks += own / np.linalg.norm(own)
     assert widths(run) == widths_of(whole, choose(whole, ranks, 0.3, Cost(whole)))
 

@@ -48,7 +48,7 @@ from ssfl_app.core.options import ConfigError, Settings
 from ssfl_app.core.robust import ScoreFold
 from ssfl_app.core.sums import Release, Summation
 from ssfl_app.privacy.densities import densities, drawn_mask, own_shares, tiny_layers
-from ssfl_app.sparsity.channels import Ranks, channel_ranks, ranks_in_layers, unit_count, unit_scores
+from ssfl_app.sparsity.channels import Ranks, channel_ranks, level_ranks, ranks_in_layers, unit_count, unit_scores
 from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest
 from ssfl_app.sparsity.mask import Mask
@@ -396,7 +396,8 @@ def score_weights(rule: ClientAlgorithm, question: str, payload: Payload, state:
         scores = unit_scores(
             site.layout, snip_scores(rule, rule.initial_weights(payload) if state is None else state)
         )
-        ranks = channel_ranks(site.layout, scores, "global")
+        # Noise is as large in each unit: ranks that are small in a whole layer would drown in it.
+        ranks = level_ranks(site.layout, scores)
         told = (ranks / (np.linalg.norm(ranks) or 1.0)).astype(np.float32)
         return Payload(
             site.summands.write(payload, told, "fixed32", 1, checked=checked, reads=reads),
