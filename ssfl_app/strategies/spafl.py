@@ -16,14 +16,14 @@ is that of these models, as clients count their alive weights.
 
 With F filters in all prunable tensors 4 F bytes travel a client each way, and 4 F down for a test, fp32.
 
-Departures: read in the authors' code, which moves the weights of all clients after each round; here a client makes up
-for what it missed when it next trains or is tested. That is the same unless the sign of a sum changes between. Their
-code sends no gradient of the loss to thresholds in the configuration for CIFAR-10 (it lets pass what is more than 1
-away from its step); here it goes straight through as in that for FMNIST and as the paper has it. Means weigh by
-samples (run.weighting "uniform": as published). spafl.penalty does not rise over rounds, as for CIFAR-10. A layer of
-which at most a hundredth of the filters is alive has its thresholds set to 0 after the step (there: before the next
-one). Biases and norms stay at the client too, and dead filters keep them. There is no global model: the one that a
-run leaves is w0, moved and pruned by the global thresholds, which nobody uses.
+Departures: of the paper we have the abstract and summaries; the rules above are those of its public code. That moves
+the weights of all clients after each round; here a client makes up for what it missed when it next trains or is
+tested, which is the same unless the sign of a sum changes in between. Its thresholds get no gradient of the loss in
+the code for CIFAR-10 (what passes is more than 1 away from the step); here it goes straight through, as in that for
+FMNIST. Means weigh by samples (run.weighting "uniform": as published). spafl.penalty does not rise over rounds, as
+for CIFAR-10. A layer of which at most a hundredth of the filters is alive has its thresholds set to 0 after the step
+(there: before the next one). Biases and norms stay at the client too, and dead filters keep them. There is no global
+model: the one that a run leaves is w0, moved and pruned by the global thresholds, which nobody uses.
 """
 
 import math
