@@ -331,9 +331,9 @@ def _for_task(config: Config, images: DataSet) -> DataSet:
     if task.numbers and not images.train.targets.is_floating_point():
         parts = [Samples(x.inputs, x.targets.float().reshape(len(x), -1)) for x in (images.train, images.test)]
         return replace(images, train=parts[0], test=parts[1], class_names=ALL, outputs=parts[0].targets.shape[1])
-    scoring = config.settings.sections.get("ssfl")
-    if scoring is not None and scoring.criterion == "synflow" and not images.numbers:
-        raise ConfigError("ssfl.criterion is 'synflow'; it computes with ones for inputs, and these are tokens")
+    flow = REGISTRY[config.strategy].feeds_ones(config.settings)
+    if flow and not images.numbers:
+        raise ConfigError(f"{flow}; it computes with ones for inputs, and these are tokens")
     if task.classes and images.class_names == ALL:
         raise ConfigError(
             f"task.name is {config.task.name!r}; the targets of data.name {config.data.name!r} are no classes: it is "

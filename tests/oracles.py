@@ -172,6 +172,61 @@ def feddst_merged(
     return merged, mask
 
 
+def spafl_moved(w: State, change: State) -> State:
+    """SpaFL: each filter against the change of its threshold, w_ij - sign(sum_j w_ij) change_i / n."""
+    moved = {name: tensor.clone() for name, tensor in w.items()}
+    for name, by in change.items():
+        size = w[name][0].numel() if w[name].ndim == 2 else w[name][0, 0].numel()
+        for i, filter_ in enumerate(moved[name]):
+            filter_ -= torch.sign(filter_.sum()) * by[i] / size
+    return moved
+
+
+def spafl_trained(runtime: Runtime, w: State, tau: State, round_: int, client: int) -> tuple[State, State]:
+    """SpaFL: one client's epochs on weights and thresholds together, gradients written out."""
+    settings = runtime.config.settings
+    options, alpha = settings.local, settings.sections["spafl"].penalty
+    model, data = runtime.model, runtime.data.train.take(runtime.partition.train[client])
+    w = {name: tensor.clone() for name, tensor in w.items()}
+    tau = {name: tensor.clone() for name, tensor in tau.items()}
+
+    def bits(name: str) -> torch.Tensor:
+        means = torch.stack([filter_.abs().mean() for filter_ in w[name]])
+        return (means > tau[name]).float()
+
+    def restart() -> None:
+        for name in tau:
+            if bits(name).mean() <= 0.01:
+                tau[name].zero_()
+
+    rng, lr = generator(settings.run.seed, "train", round_, client), options.rate(round_)
+    restart()
+    for _ in range(options.epochs):
+        order = rng.permutation(len(data))
+        for start in range(0, len(data), options.batch_size):
+            batch = order[start : start + options.batch_size]
+            alive = {name: bits(name).view(-1, *[1] * (w[name].ndim - 1)) for name in tau}
+            model.load_state_dict({name: t * alive[name] if name in tau else t for name, t in w.items()})
+            model.train()
+            model.zero_grad()
+            inputs = runtime.data.transform.train(data.inputs[batch], rng)
+            functional.cross_entropy(model(inputs), data.labels[batch]).backward()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+            of_tau = {}
+            for name in tau:
+                dv, one = gradients[name], [1] * (w[name].ndim - 1)
+                s = (w[name] * dv).flatten(1).sum(dim=1)
+                of_tau[name] = -s - alpha * torch.exp(-tau[name])
+                gradients[name] = alive[name] * dv + w[name].sign() * (s / w[name][0].numel()).view(-1, *one)
+            norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in [*gradients.values(), *of_tau.values()]))
+            scale = min(1.0, options.clip / (norm + 1e-6))
+            for values, slopes in ((w, gradients), (tau, of_tau)):
+                for name, slope in slopes.items():
+                    values[name] -= lr * (slope * scale + options.weight_decay * values[name])
+            restart()
+    return w, tau
+
+
 def ditto_personal(runtime: Runtime, v: State, w: State, round_: int, client: int) -> State:
     """Ditto, algorithm 1: a sampled client's own model, pulled towards the w that came down."""
     options = runtime.config.settings.sections["ditto"]

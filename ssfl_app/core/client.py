@@ -387,7 +387,28 @@ class ClientAlgorithm:
         Raises
         ------
         Need, PayloadError
-            This client does not hold the mask of the message; it is another one than the message states.
+            As `received` does.
+        """
+        layout = self.context.layout
+        state, mask = self.received(payload)
+        stays = self.codec_down(self.settings, payload.round)(self.settings.wire.down_values).stays(layout)
+        if stays:
+            state |= self._own(payload, stays)
+        if self.settings.mask.frozen and mask.count < mask.alive.size:
+            state = mask.apply(state, self.context.initial_state())
+        load_state(self.context.model, state)
+        if self.settings.wire.up_values in SUMMED_TYPES:
+            self._came = layout.flatten(state)
+        return mask
+
+    def received(self, payload: Payload) -> tuple[State, Mask]:
+        """Return what the codec of a message reads in it, and the mask it came under.
+
+        Raises
+        ------
+        Need, PayloadError
+            This client does not hold the mask of the message; it is another one than the message states; a value is
+            not finite.
         """
         layout, digest = self.context.layout, str(payload.metadata.get("digest", ""))
         codec = self.codec_down(self.settings, payload.round)(self.settings.wire.down_values)
@@ -399,15 +420,7 @@ class ClientAlgorithm:
         broken = [n for n, t in state.items() if t.numel() and not all(x.isfinite() for x in t.aminmax())]
         if broken:  # it would be trained on, and remembered
             raise PayloadError(f"values of {broken[0]} that came down are NaN or Inf; all must be finite")
-        stays = codec.stays(layout)
-        if stays:
-            state |= self._own(payload, stays)
-        if self.settings.mask.frozen and mask.count < mask.alive.size:
-            state = mask.apply(state, self.context.initial_state())
-        load_state(self.context.model, state)
-        if self.settings.wire.up_values in SUMMED_TYPES:
-            self._came = layout.flatten(state)
-        return mask
+        return state, mask
 
     def _own(self, payload: Payload, names: tuple[str, ...]) -> State:
         """Return the tensors that stay here, as this client's last answer left them; before it, the initial ones."""

@@ -211,6 +211,11 @@ class SparseStrategy(OwnStart):
         return 0
 
     @classmethod
+    def feeds_ones(cls, settings: Settings) -> str:
+        """Return the key, with its value, for which the server computes with an input of ones; "" if it does not."""
+        return ""
+
+    @classmethod
     def sections(cls) -> dict[str, type[Section]]:
         """Return the options that either half reads, beside those of all strategies, by their section's name."""
         scopes = [vars(base) for half in (cls, cls.client) for base in half.__mro__]

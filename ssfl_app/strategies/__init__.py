@@ -10,6 +10,7 @@ from ssfl_app.strategies.fedavg_ft import FedAvgFt
 from ssfl_app.strategies.fedbn import FedBn
 from ssfl_app.strategies.feddst import FedDst
 from ssfl_app.strategies.fedfomo import FedFomo
+from ssfl_app.strategies.fedpai import FedPai
 from ssfl_app.strategies.fedpm import FedPm
 from ssfl_app.strategies.fedprox import FedProx
 from ssfl_app.strategies.flash import Flash, FlashJoint
@@ -18,6 +19,7 @@ from ssfl_app.strategies.lotteryfl import LotteryFl
 from ssfl_app.strategies.moon import Moon
 from ssfl_app.strategies.prunefl import PruneFl
 from ssfl_app.strategies.scaffold import Scaffold
+from ssfl_app.strategies.spafl import SpaFl
 from ssfl_app.strategies.sparsyfed import SparsyFed
 from ssfl_app.strategies.ssfl.strategy import Random, Shuffled, Ssfl
 from ssfl_app.strategies.subfedavg import SubFedAvg
@@ -51,6 +53,8 @@ _ALL: tuple[type[SparseStrategy], ...] = (
     Scaffold,
     FedBn,
     Moon,
+    FedPai,
+    SpaFl,
 )
 
 REGISTRY: Registry[type[SparseStrategy]] = Registry(

@@ -137,6 +137,34 @@ def bernoulli_weights(
         yield
 
 
+@contextmanager
+def filter_thresholds(model: nn.Module, thresholds: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Compute with v = w where the mean |w| of a filter is above its threshold, else 0; train the thresholds too.
+
+    Kim, Saad, Debbah and Hong, "SpaFL: Communication-efficient federated learning with sparse models and low
+    computational overhead", NeurIPS 2024. A filter is what makes one output: the entries of a tensor (out, ...) with
+    one first index, n of them, whose bit is b. Straight through the step, as db = d(mean |w| - threshold):
+    dL/dthreshold = -s with s = sum(w dL/dv) of the filter, and dL/dw = b dL/dv + sign(w) s / n.
+
+    `thresholds` has a tensor (out,) for each prunable tensor. What is trained are copies, which are yielded by these
+    names and are parameters of the model inside.
+    """
+    weights = _weights(model)
+    _check_names("thresholds", thresholds, weights)
+    for name, weight in weights.items():
+        have, need = tuple(thresholds[name].shape), tuple(weight.shape[:1])
+        if have != need:
+            raise ValueError(f"thresholds of {name} have shape {have}; it must be {need}")
+    steps = {name: _Threshold(thresholds[name].detach().to(weight, copy=True)) for name, weight in weights.items()}
+    with _effective(model, steps):
+        yield {name: step.threshold for name, step in steps.items()}
+
+
+def alive_filters(weight: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """Return which filters of a tensor (out, ...) are alive under thresholds (out,): bool, (out,)."""
+    return _margin(weight.detach(), threshold.detach()) > 0
+
+
 def originals(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return w of each prunable tensor by name, in the order of `Layout.prunable`, inside contexts and outside."""
     found: dict[str, nn.Parameter] = {}
@@ -224,6 +252,22 @@ def _bernoulli(scores: torch.Tensor, constant: torch.Tensor, generator: torch.Ge
     uniform = torch.rand(theta.shape, generator=generator, dtype=torch.float32, device="cpu")
     drawn = uniform.to(theta.device) < theta
     return constant * (drawn.to(theta.dtype) + (theta - theta.detach()))
+
+
+class _Threshold(nn.Module):
+    def __init__(self, threshold: torch.Tensor) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(threshold)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        margin = _margin(weight, self.threshold)
+        # The difference is exactly 0; it carries the gradient.
+        bits = (margin.detach() > 0).to(weight.dtype) + (margin - margin.detach())
+        return weight * bits.view(-1, *[1] * (weight.ndim - 1))
+
+
+def _margin(weight: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    return weight.abs().flatten(1).mean(dim=1) - threshold
 
 
 def _largest(values: torch.Tensor, count: int) -> torch.Tensor:

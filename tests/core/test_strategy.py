@@ -37,7 +37,7 @@ def test_a_model_is_encoded_anew_where_the_codec_of_a_round_is_another_one() -> 
     assert set(strategy.train_payload(2, 0).arrays) == {"values", "mask"}
 
 
-@pytest.mark.parametrize("name", ["dispfl", "fedfomo"])
+@pytest.mark.parametrize("name", ["dispfl", "fedfomo", "spafl"])
 @pytest.mark.parametrize("metric", ["central", "local"])
 def test_a_global_model_that_is_not_there_stops_no_run(name: str, metric: str) -> None:
     def made(metric: str) -> SparseStrategy:
@@ -53,7 +53,7 @@ def test_a_global_model_that_is_not_there_stops_no_run(name: str, metric: str) -
 def test_a_floor_is_refused_where_a_ranking_cannot_hold_it_and_nowhere_else(name: str) -> None:
     """Two layers of 8 weights each: at density 0.25 a ranking leaves 4 alive, and a floor of 3 reserves 6."""
     layout = Layout.of(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2), nn.Linear(2, 4)))
-    ranks = {"ssfl", "shuffled", "local-saliency", "topk", "sparsyfed", "zerofl"}
+    ranks = {"ssfl", "shuffled", "local-saliency", "topk", "sparsyfed", "zerofl", "fedpai"}
     wanted: dict[str, str | float] = {"strategy": name, "mask.density": 0.25, "mask.min-per-layer": 3}
     for scope in ("global", "layer"):
         context = ServerContext(

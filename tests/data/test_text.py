@@ -99,3 +99,18 @@ def test_natural_clients_learn_the_next_character(tmp_path: Path) -> None:
     keys |= {"run.clients": 3, "run.cohort": 3, "run.rounds": 3, "local.epochs": 10, "local.lr": 1.0}
     last = play(keys | {"model.name": "tests.data.test_text:bigrams", "mask.density": 0.5}).records[-1]
     assert last["central_accuracy"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"ssfl.criterion": "synflow"}, "ssfl.criterion is 'synflow'"),
+        ({"strategy": "fedpai", "mask.granularity": "channel"}, "mask.granularity is 'channel'"),
+    ],
+)
+def test_what_needs_an_input_of_ones_is_refused_with_tokens(tmp_path: Path, keys: dict[str, str], why: str) -> None:
+    folder = write(tmp_path / "t", b="xy" * 50, a="xyz" * 50)
+    flat = {"data.name": "text", "data.path": str(folder), "data.length": 9, "partition.name": "natural"}
+    flat |= {"run.clients": 2, "run.cohort": 1} | keys
+    with pytest.raises(ConfigError, match=f"{why}; it computes with ones for inputs, and these are tokens"):
+        load_federation(parse(merge(flat)))

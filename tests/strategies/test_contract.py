@@ -21,6 +21,7 @@ LEARNS: dict[str, dict[str, Any]] = {
     "dispfl": {"local.epochs": 3, "local.lr": 0.3},
     "ditto": {"run.rounds": 4, "local.lr": 0.1},
     "fedfomo": {"run.rounds": 4, "local.epochs": 3},
+    "fedpai": {"local.epochs": 3, "local.lr": 0.3},
     "fedpm": {"run.rounds": 6, "local.epochs": 5},
     "flash": {"local.lr": 0.4},
     "flash-joint": {"local.lr": 0.4},
@@ -28,6 +29,7 @@ LEARNS: dict[str, dict[str, Any]] = {
     "lotteryfl": {"run.rounds": 5, "local.epochs": 4, "local.lr": 0.3},
     "random": {"local.lr": 0.4},
     "random-local": {"run.rounds": 5, "local.epochs": 4, "local.lr": 0.3},
+    "spafl": {"run.rounds": 5, "local.epochs": 4, "local.lr": 0.1},
     "sparsyfed": {"local.lr": 0.4},
     "topk": {"local.epochs": 3, "local.lr": 0.3},
 }
@@ -44,6 +46,7 @@ ROUNDED: set[str] = {
 P, LAYERS, REST, BITMAP = 38160, (144, 4608, 32768, 640), 170, 4770
 """The narrow CNN: prunable weights, also by layer, and the others; bytes of a bit for each prunable weight."""
 ALIVE = 7632  # floor(0.2 * P)
+FILTERS = 16 + 32 + 64 + 10
 DENSE, SPARSE = 4 * (P + REST), 4 * (ALIVE + REST)
 
 # Strategies whose density is an outcome: between which two it lies.
@@ -53,6 +56,7 @@ EMERGENT: dict[str, tuple[float, float]] = {
     "topk": (0.2, 4 * 0.2),  # the union of what four clients sent
     "sparsyfed": (0.2, 4 * 0.2),  # likewise
     "zerofl": ((144 + 921 + 6553 + 128) / P,) * 2,  # a fifth of each layer, but the first one is dense
+    "spafl": (0.5, 1),  # of filters that stay above their thresholds
     "fedpm": (0.45, 0.55),  # of a mask that is drawn; its probabilities start at one half
 }
 
@@ -87,7 +91,7 @@ def test_is_registered_under_its_own_name(played: Played) -> None:
 
 def test_a_method_without_a_global_model_has_none_tested(played: Played) -> None:
     last, whole = played.records[-1], type(played.strategy).has_global_model
-    assert whole == (name_of(played) not in ("dispfl", "fedfomo"))
+    assert whole == (name_of(played) not in ("dispfl", "fedfomo", "spafl"))
     assert (last["central_accuracy"] is None) == (last["central_loss"] is None) == (not whole)
     assert whole or (last["local_accuracy_mean"] is None and 0 < last["personal_accuracy_mean"] <= 1)
 
@@ -131,7 +135,7 @@ def bytes_of_a_round(played: Played, round_: int) -> tuple[int, int, int, int]:
             return 6 * DENSE, 6 * DENSE, 6 * DENSE, 0
         case "ssfl" | "shuffled" | "random" | "flash" | "prunefl":  # the mask goes down once a client
             return 4 * SPARSE, 4 * SPARSE, 6 * SPARSE, 6 * BITMAP * first
-        case "local-saliency" | "random-local":  # both ends know each mask
+        case "local-saliency" | "random-local" | "fedpai":  # both ends know each mask
             return 4 * SPARSE, 4 * SPARSE, 6 * SPARSE, 0
         case "feddst":  # the mask moves in the first of three rounds only
             return 4 * SPARSE, 4 * (SPARSE + BITMAP * first), 6 * SPARSE, (4 + 6) * BITMAP * first
@@ -144,6 +148,8 @@ def bytes_of_a_round(played: Played, round_: int) -> tuple[int, int, int, int]:
         case "sparsyfed":  # dense at first, then the union of what came up
             before, now = (P if first else alive[round_ - 2]), alive[round_ - 1]
             return 4 * (4 * (before + REST) + BITMAP), 4 * (SPARSE + BITMAP), 6 * (4 * (now + REST) + BITMAP), 0
+        case "spafl":  # a threshold for each channel and unit
+            return 4 * 4 * FILTERS, 4 * 4 * FILTERS, 6 * 4 * FILTERS, 0
         case "fedpm":  # probabilities down, bits up
             return 4 * 4 * P, 4 * BITMAP, 6 * BITMAP, 0
         case "dispfl":
@@ -160,7 +166,7 @@ def bytes_of_a_round(played: Played, round_: int) -> tuple[int, int, int, int]:
 # Bytes that come up before training; nothing goes down, as the seed says what weights a run starts from.
 DISCOVERY: dict[str, int] = {
     **dict.fromkeys(["ssfl", "shuffled"], 6 * 4 * P),  # scores
-    "local-saliency": 6 * BITMAP,
+    **dict.fromkeys(["local-saliency", "fedpai"], 6 * BITMAP),
     **dict.fromkeys(["flash", "flash-joint"], 4 * len(LAYERS)),  # one client's layer densities
     "prunefl": SPARSE + BITMAP,  # one client's model
 }
@@ -186,6 +192,7 @@ def passes(played: Played, round_: int) -> int:
         return {
             **dict.fromkeys(["ssfl", "shuffled", "local-saliency"], sum(min(64, len(own)) for own in held)),
             **dict.fromkeys(["flash", "flash-joint"], 10 * len(held[found])),  # epochs of one client
+            "fedpai": 3 * sum(min(64, len(own)) for own in held),  # a gradient, and a product with the Hessian
             "prunefl": 2 * 6 * len(held[asked]),  # an epoch and its gradients' squares, six times
         }.get(name, 0)
     match name:

@@ -146,6 +146,8 @@ class Draft:
             case "accuracy" | "personal_accuracy":
                 others = {"accuracy", "personal_accuracy"} & (set(self.metadata) - {fact})
                 return bool(others) if value is _MISSING else number and 0 <= value <= 1
+            case "alive":
+                return type(value) is int and 0 <= value <= recorded(self.case).runtime.layout.prunable_size
             case "passes" | "looks":
                 return value is _MISSING or (type(value) is int and 0 <= value < 2**40)
             case "need":
@@ -157,7 +159,7 @@ class Draft:
         own = ["loss", *(n for n in ("accuracy", "personal_accuracy") if n in self.metadata)]
         return ["round", "samples", "passes", "looks", "need"] + {
             "query": [],
-            "train": ["digest", "loss"],
+            "train": ["digest", "loss", *(["alive"] if "alive" in self.metadata else [])],
             "evaluate": ["digest", *own],
         }[self.kind]
 

@@ -192,7 +192,7 @@ def test_what_is_held_for_oneself_is_a_regular_file(tmp_path: Path) -> None:
     assert run_token(tmp_path) == "0123456789abcdef"
 
 
-STRATEGIES = ("ssfl", "dispfl", "dpsgd", "fedpm", "fedfomo", "lotteryfl", "subfedavg")
+STRATEGIES = ("ssfl", "dispfl", "dpsgd", "fedpm", "fedfomo", "lotteryfl", "subfedavg", "spafl")
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -14,7 +14,9 @@ from ssfl_app.sparsity.layout import Layout
 from ssfl_app.training import reparam
 from ssfl_app.training.models import ModelOptions, create
 from ssfl_app.training.reparam import (
+    alive_filters,
     bernoulli_weights,
+    filter_thresholds,
     inverse_power,
     originals,
     power,
@@ -60,11 +62,17 @@ def ones(model):
     return {name: torch.ones_like(w) for name, w in originals(model).items()}
 
 
+def middle(model):
+    """Thresholds under which half of the filters of each layer are alive."""
+    return {n: w.detach().abs().flatten(1).mean(1).median().expand(w.shape[0]) for n, w in originals(model).items()}
+
+
 CONTEXTS = {
     "power": lambda model: power_propagation(model, 1.25),
     "activations": lambda model: sparse_activations(model, dict.fromkeys(originals(model), 0.3)),
     "top": lambda model: top_weights(model, 0.3),
     "bernoulli": lambda model: bernoulli_weights(model, torch.Generator().manual_seed(1), constants=ones(model)),
+    "thresholds": lambda model: filter_thresholds(model, middle(model)),
 }
 
 
@@ -190,6 +198,11 @@ def test_contexts_and_layout_agree_on_what_is_prunable() -> None:
         (
             lambda m: bernoulli_weights(m, torch.Generator(), constants=ones(m) | {"1.weight": torch.ones(2)}),
             r"constants of 1.weight have shape \(2,\); it must be \(2, 2\)",
+        ),
+        (lambda m: filter_thresholds(m, {"1.weight": torch.zeros(2)}), r"thresholds names \['0.weight'\] do not"),
+        (
+            lambda m: filter_thresholds(m, middle(m) | {"1.weight": torch.zeros(1)}),
+            r"thresholds of 1.weight have shape \(1,\); it must be \(2,\)",
         ),
     ],
 )
@@ -491,3 +504,45 @@ def test_only_scores_are_trainable_inside():
     with bernoulli_weights(model, torch.Generator(), constants=ones(model)):
         assert [name for name, p in model.named_parameters() if p.requires_grad] == names
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["8.bias"]
+
+
+# ---- thresholds of filters -----------------------------------------------------------------------
+
+
+def test_filters_below_their_threshold_do_not_compute_and_gradients_go_straight_through_the_step():
+    """Means of |w| are 2, 1 and 1; thresholds 1, 1 and -1: at its threshold a filter is dead, below 0 none is."""
+    w, tau = torch.tensor([[3.0, -1.0], [0.5, 1.5], [-1.0, -1.0]]), torch.tensor([1.0, 1.0, -1.0])
+    a, upper, layer = whole(4, 2), whole(4, 3, seed=2), linear(w)
+    with filter_thresholds(layer, {"weight": tau}) as trained:
+        assert layer.weight.tolist() == [[3.0, -1.0], [0.0, 0.0], [-1.0, -1.0]]
+        layer(a).backward(upper)
+        slope = trained["weight"].grad
+        assert any(p is trained["weight"] for p in layer.parameters())
+    dv = upper.T @ a
+    s = (w * dv).sum(dim=1)
+    assert torch.equal(slope, -s)
+    assert torch.equal(layer.weight.grad, torch.tensor([[1.0], [0.0], [1.0]]) * dv + w.sign() * (s / 2)[:, None])
+    assert torch.equal(trained["weight"], tau)
+    assert trained["weight"] is not tau
+    assert alive_filters(layer.weight, tau).tolist() == [True, False, True]
+
+
+def test_a_filter_of_a_convolution_is_all_that_makes_a_channel():
+    model = network()
+    thresholds = middle(model)
+    with filter_thresholds(model, thresholds):
+        for (name, w), layer in zip(originals(model).items(), (model[0], model[3], model[8], model[10]), strict=True):
+            alive = alive_filters(w, thresholds[name])
+            assert 0 < alive.sum() < w.shape[0]
+            assert torch.equal(layer.weight[alive], w[alive])
+            assert not layer.weight[~alive].any()
+
+
+def test_trained_thresholds_are_yielded_and_those_given_stay():
+    model = network()
+    given = middle(model)
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    with filter_thresholds(model, given) as trained:
+        fit(model)
+    assert all(torch.equal(given[name], tensor) for name, tensor in before.items())
+    assert all(not torch.equal(trained[name], tensor) for name, tensor in before.items())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.core.algorithm import ClientAlgorithm, Samples
+from ssfl_app.core.algorithm import ClientAlgorithm, Samples, ServerContext
 from ssfl_app.core.means import WeightedMean
 from ssfl_app.core.options import FromSettings, MaskOptions, Section, Settings, above, at_least, choice, fraction
 from ssfl_app.core.robust import SCORE_FOLDS
@@ -14,7 +14,7 @@ from ssfl_app.seeding import generator
 from ssfl_app.sparsity.layout import Layout, State, Vector, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.patterns import blocks, two_of_four
-from ssfl_app.sparsity.saliency import balanced_batch, plain_batch, snip
+from ssfl_app.sparsity.saliency import balanced_batch, flow_net, plain_batch, snip, synflow
 from ssfl_app.sparsity.values import SCORE_TYPES
 
 CRITERIA = ("snip", "pooled-snip", "gradient", "grasp", "synflow", "iterative-snip", "force", "magnitude")
@@ -125,3 +125,27 @@ def snip_scores(rule: ClientAlgorithm, state: State) -> Vector:
     """Return |dL/dw * w| at `state`, float32, shape (prunable,): the mean over the minibatches of ``ssfl``."""
     model, trainer = rule.context.model, rule.context.trainer
     return mean_over_batches(rule, state, lambda images: snip(trainer.gradient(model, images), state_of(model)))
+
+
+def flow_scores(context: ServerContext, cause: str) -> Callable[[State], Vector]:
+    """Return what computes the synaptic flow of each prunable weight of a state, float32, shape (prunable,).
+
+    A removed weight is 0 in the state, and has score 0; the largest score is 1 (`ssfl_app.sparsity.saliency`).
+
+    Raises
+    ------
+    RuntimeError
+        The context has no model to compute with, and `cause` asks for it.
+    """
+    layout, workbench, shape = context.layout, context.workbench, context.input_shape
+    if workbench is None or shape is None:
+        raise RuntimeError(f"context.workbench or input_shape is None; {cause} computes with the model on the server")
+    net = flow_net(workbench)
+
+    def scores(state: State) -> Vector:
+        flows = synflow(net, {name: state[name] for name in layout.prunable}, shape)
+        # Path sums of a deep net leave the range of float32; their ratios do not.
+        largest = max(float(flow.max()) for flow in flows.values()) or 1.0
+        return layout.flatten_prunable({name: flow / largest for name, flow in flows.items()})
+
+    return scores

@@ -52,7 +52,7 @@ from ssfl_app.sparsity.channels import Ranks, channel_ranks, level_ranks, ranks_
 from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.sparsity.saliency import flow_net, grasp, pooled_snip, snip, synflow
+from ssfl_app.sparsity.saliency import grasp, pooled_snip, snip
 from ssfl_app.sparsity.values import (
     SUMMED_TYPES,
     Arrays,
@@ -62,7 +62,14 @@ from ssfl_app.sparsity.values import (
     read_values,
     write_values,
 )
-from ssfl_app.strategies.shared.scoring import CRITERIA, SsflOptions, mean_over_batches, patterned, snip_scores
+from ssfl_app.strategies.shared.scoring import (
+    CRITERIA,
+    SsflOptions,
+    flow_scores,
+    mean_over_batches,
+    patterned,
+    snip_scores,
+)
 
 QUESTIONS = ("saliency", "curvature")
 DENSITIES = "layer_shares"
@@ -300,21 +307,8 @@ def _by_magnitude(collector: _ScoreCollector) -> Mask:
 
 
 def _by_synflow(collector: _ScoreCollector) -> Mask:
-    strategy, layout = collector.strategy, collector.strategy.layout
-    workbench, shape = strategy.context.workbench, strategy.context.input_shape
-    if workbench is None or shape is None:
-        rule = "ssfl.criterion synflow computes with the model on the server"
-        raise RuntimeError(f"context.workbench or input_shape is None; {rule}")
-    net = flow_net(workbench)
-
-    def score(step: int, mask: Mask) -> Vector:
-        alive = mask.apply(collector.state)
-        flows = synflow(net, {name: alive[name] for name in layout.prunable}, shape)
-        # Path sums of a deep net leave the range of float32; their ratios do not.
-        largest = max(float(flow.max()) for flow in flows.values()) or 1.0
-        return layout.flatten_prunable({name: flow / largest for name, flow in flows.items()})
-
-    return collector.steps(score, returning=False)
+    flow = flow_scores(collector.strategy.context, "ssfl.criterion synflow")
+    return collector.steps(lambda step, mask: flow(mask.apply(collector.state)), returning=False)
 
 
 def _by_iterative_snip(collector: _ScoreCollector) -> Mask:

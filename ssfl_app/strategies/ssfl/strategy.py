@@ -28,29 +28,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Query, ServerContext, SparseStrategy
+from ssfl_app.core.algorithm import Payload, Query, ServerContext
 from ssfl_app.core.options import ConfigError, FromSettings, MaskOptions, Settings
 from ssfl_app.core.validation import stored
 from ssfl_app.privacy.densities import drawn_mask
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.channels import (
-    Cost,
-    Widths,
-    check_widths,
-    choose,
-    narrow_layout,
-    narrow_state,
-    ranks_in_layers,
-    unit_count,
-    unit_spans,
-    whole_widths,
-    widths_of,
-)
-from ssfl_app.sparsity.codec import MaskedValues
+from ssfl_app.sparsity.channels import ranks_in_layers, unit_count, unit_spans
 from ssfl_app.sparsity.layout import Bits, Layout, State
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.patterns import SIDE, shuffled_blocks, two_of_four
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, allowed_values, read_array
+from ssfl_app.strategies.shared.narrowing import NarrowingClient, NarrowingStrategy
 from ssfl_app.strategies.shared.scoring import ScoringClient, SsflOptions, patterned
 from ssfl_app.strategies.ssfl.criteria import (
     CHANNELS,
@@ -63,7 +51,6 @@ from ssfl_app.strategies.ssfl.criteria import (
     steps_of,
 )
 from ssfl_app.strategies.ssfl.refresh import MaskRefresh, lifted_weights
-from ssfl_app.training.narrow import uses_of_weights
 
 
 def random_mask(layout: Layout, wanted: MaskOptions, seed: int) -> Mask:
@@ -91,26 +78,10 @@ COUNTS = "layer-counts"
 """Array beside a model: how many weights each layer keeps, in the layout's order."""
 
 
-WIDTHS = "widths"
-"""Array beside a model, with mask.granularity "channel": how many channels each inner layer has, in its order."""
+class MaskedClient(NarrowingClient):
+    """FedAvg's client, paid for the alive values only."""
 
-
-class MaskedClient(ClientAlgorithm):
-    """FedAvg's client, paid for the alive values only; where channels were removed it trains the smaller network."""
-
-    down = MaskedValues
-    up = MaskedValues
     record_level = True
-
-    def load(self, payload: Payload) -> Mask:
-        """Load the model that came down, of the widths that came along; return the mask it came under."""
-        if WIDTHS in payload.arrays:
-            told = read_array(payload.arrays, WIDTHS, np.int32, len(self.context.layout.inner)).tolist()
-            try:
-                self.context = self.context.narrower(tuple(told))
-            except ValueError as error:
-                raise PayloadError(str(error)) from error
-        return super().load(payload)
 
 
 class SaliencyClient(ScoringClient, MaskedClient):
@@ -142,13 +113,13 @@ class SaliencyClient(ScoringClient, MaskedClient):
         return super().known_mask(payload, digest)
 
 
-class FixedMask(SparseStrategy):
+class FixedMask(NarrowingStrategy):
     """FedAvg inside a mask that `before_training` finds; or in a network with fewer channels, which it makes."""
 
     client = MaskedClient
     error_feedback_ok = True
     one_mask = True
-    granularities = ("weight", "channel", *PATTERNS)
+    granularities = (*NarrowingStrategy.granularities, *PATTERNS)
 
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
@@ -159,20 +130,11 @@ class FixedMask(SparseStrategy):
             raise ConfigError(
                 f"mask.density is {wanted.density}; it leaves {self.alive()} weights, less than a block"
             )
-        if self.by_channel and self.settings.mask.budget == "parameters":
-            self.kept_units(np.zeros(unit_count(self.layout)))  # refuses a density that no network has
-
-    @property
-    def by_channel(self) -> bool:
-        """Whether channels stay or go, and not weights."""
-        return self.settings.mask.granularity == "channel"
 
     def before_training(self, ask: Query) -> None:
         """Find the mask and apply it to the initial weights; or the channels, and take the weights that they have."""
         if self.by_channel:
-            kept = self.find_channels(ask)
-            self.state = narrow_state(self.layout, self.state, kept)
-            self._become(widths_of(self.layout, kept))
+            self.narrow(self.find_channels(ask))
             return
         self.mask = self.find_mask(ask)
         self.state = self.under_mask(self.state, self.state)
@@ -188,51 +150,6 @@ class FixedMask(SparseStrategy):
     def find_channels(self, ask: Query) -> Bits:
         """Return the units that stay, bool, shape (units,), before round 1."""
         raise NotImplementedError
-
-    def kept_units(self, ranks: npt.NDArray[np.float64]) -> Bits:
-        """Return the units of the largest ranks that mask.budget holds; ConfigError if the density is too low."""
-        wanted, context, layout = self.settings.mask, self.context, self.context.layout
-        times = None
-        if wanted.budget == "flops":
-            if context.workbench is None or context.input_shape is None:
-                raise RuntimeError("mask.budget is 'flops'; the server counts them with the model, and has none")
-            times = uses_of_weights(context.workbench, layout, context.input_shape)
-        try:
-            return choose(layout, ranks, wanted.density, Cost(layout, times), max(1, wanted.min_per_layer))
-        except ValueError as error:
-            raise ConfigError(f"mask.{error}") from error
-
-    def _become(self, widths: Widths) -> None:
-        """Go on with the network of these widths, in which everything is alive."""
-        self.layout = narrow_layout(self.context.layout, widths)
-        self.mask = Mask.dense(self.layout)
-
-    def train_payload(self, round_: int, client: int) -> Payload:
-        """Return the model; and, where channels were removed, how many each layer has."""
-        payload = super().train_payload(round_, client)
-        if not self.by_channel:
-            return payload
-        widths = np.array(whole_widths(self.layout), dtype=np.int32)
-        return Payload({**payload.arrays, WIDTHS: widths}, payload.metadata)
-
-    def densities(self) -> tuple[float, float]:
-        """Return alive / prunable and alive / all of the network that there was before channels were removed."""
-        if not self.by_channel:
-            return super().densities()
-        whole = self.context.layout
-        return self.layout.prunable_size / whole.prunable_size, self.layout.size / whole.size
-
-    def state_dict(self) -> Arrays:
-        """Return all that `load_state_dict` needs."""
-        widths = {WIDTHS: np.array(whole_widths(self.layout), dtype=np.int32)} if self.by_channel else {}
-        return super().state_dict() | widths
-
-    def load_state_dict(self, round_: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Continue after `round_`."""
-        if self.by_channel:
-            told = stored(arrays, WIDTHS, "int32", len(self.context.layout.inner)).tolist()
-            self._become(check_widths(self.context.layout, told))
-        super().load_state_dict(round_, arrays)
 
 
 class Ssfl(FixedMask):
@@ -253,6 +170,11 @@ class Ssfl(FixedMask):
     def private_discoveries(cls, settings: Settings) -> int:
         """Return 1 where ssfl.discovery is a private one, else 0."""
         return int(SsflOptions.from_settings(settings).discovery != "scores")
+
+    @classmethod
+    def feeds_ones(cls, settings: Settings) -> str:
+        """Return the criterion of synaptic flow."""
+        return "ssfl.criterion is 'synflow'" if SsflOptions.from_settings(settings).criterion == "synflow" else ""
 
     def alive(self) -> int:
         """Return how many weights the ranking leaves alive; refuse a floor that it cannot hold."""
