@@ -203,6 +203,7 @@ class MessageExchange:
         """
         while (self._waiting or self._queue) and time.monotonic() < self._end:
             looked, got = time.monotonic(), False
+            self._puller.look(self._waiting)
             for message_id in list(self._waiting):
                 yield from self._answers(message_id)
                 got = got or message_id not in self._waiting
