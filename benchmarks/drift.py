@@ -67,7 +67,7 @@ class Study(images.Study):
     def measured(self, entry: Entry, home: Path) -> dict[str, Any]:
         """Return the record of a run that is finished."""
         run = read_run(home)
-        accuracy = {entry["round"]: entry[CENTRAL] for entry in run.rounds if entry.get(CENTRAL) is not None}
+        accuracy = {e["round"]: e[CENTRAL] for e in run.rounds if e.get(CENTRAL) is not None}
         return {
             **place(entry),
             **numbers(run),

@@ -271,7 +271,8 @@ class ClientMessenger(Messenger):
     ) -> None:
         super().__init__(timeout, bitmaps)
         self.registry, self.folder, self.token, self.dealt, self.work = registry, folder, token, dealt, work
-        self._mask_travels, self._mask_before = mask_travels, None  # type: bool, Mask | None
+        self._mask_travels = mask_travels
+        self._mask_before: Mask | None = None
         self.session = token or self.session
 
     def held(self, client: int) -> int | None:
@@ -324,7 +325,7 @@ class ClientMessenger(Messenger):
                     brings = set() if held == mask.digest else {"mask"}
                     if brings and before is not None and held == before.digest and moved(mask):
                         later["moved"] = functools.partial(moved, mask)
-                        brings, metadata[BEFORE] = {"moved"}, held
+                        brings, metadata[BEFORE] = {"moved"}, before.digest
             self._pending[client] = PendingMessage(kind, Payload(payload.arrays, metadata), mask, later)
             messages.append(self._message(client, brings))
         return messages

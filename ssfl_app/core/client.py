@@ -469,7 +469,7 @@ class ClientAlgorithm:
             raise Need("mask")
         mask = read_moved(payload.arrays, before)
         if mask.digest != digest:
-            stated = f"the message states {digest!r} of it"
-            raise PayloadError(f"the mask held, moved at {len(payload.arrays['moved'])} places, has {mask.digest!r}; {stated}")
+            found = f"the held mask moved at {payload.arrays['moved'].size} places has digest {mask.digest!r}"
+            raise PayloadError(f"{found}; the message states {digest!r}")
         self.context.memory.keep(digest, mask.packed())
         return mask

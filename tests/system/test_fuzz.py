@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in sor
     "ssfl-iterative": ("ssfl", {"ssfl.criterion": "iterative-snip", "ssfl.steps": 2}),
     "ssfl-force": ("ssfl", {"ssfl.criterion": "force", "ssfl.steps": 2}),
     "ssfl-refresh": ("ssfl", {"ssfl.refresh": "scheduled", "ssfl.refresh-round": 2, "run.rounds": 2}),
+    "ssfl-continuous": ("ssfl", {"ssfl.refresh": "continuous", "ssfl.refresh-every": 1, "run.rounds": 2}),
     "ssfl-int8": ("ssfl", {"wire.up-values": "int8"}),
     "local-layers": ("local-saliency", {"mask.scope": "layer", "mask.min-per-layer": 100}),
     "topk-int32": ("topk", {"topk.index": "int32", "topk.of": "update", "topk.error-feedback": True}),

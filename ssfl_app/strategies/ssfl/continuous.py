@@ -24,13 +24,14 @@ last round: what comes in has to train.
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from ssfl_app.core.algorithm import ClientAlgorithm, Payload, Reply
 from ssfl_app.core.options import ConfigError, Settings
 from ssfl_app.core.robust import ScoreFold
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.dynamic import swap
-from ssfl_app.sparsity.layout import Index, State, Vector, state_of
+from ssfl_app.sparsity.layout import State, Vector, state_of
 from ssfl_app.sparsity.mask import Mask, keep_count
 from ssfl_app.sparsity.saliency import snip
 from ssfl_app.sparsity.values import Arrays, PayloadError, SecondVector
@@ -57,7 +58,7 @@ def check_continuous(settings: Settings) -> None:
         )
 
 
-def scored_weights(mask: Mask, settings: Settings, round_: int) -> Index:
+def scored_weights(mask: Mask, settings: Settings, round_: int) -> npt.NDArray[np.int64]:
     """Return which prunable weights a round scores: all alive ones, then a sample of the dead ones, each ascending."""
     dead, share = np.flatnonzero(~mask.alive), SsflOptions.from_settings(settings).refresh_sample
     rng = generator(settings.run.seed, "refresh-sample", round_)
