@@ -3,8 +3,8 @@
 Mask protocol: the mask goes down once per client, as a bitmap with the first message that needs it. Every message
 carries the digest of (names, shapes, mask). A client that does not hold that mask (restarted, joined late)
 answers "need mask" and gets the message again with the mask: no exception, no lost round. Of a mask that moved a
-little (`mask_moved`) those who hold the one before get the places that differ, where these are fewer bytes. Initial weights work the
-same way: a question names their digest, and a client that makes others from the seed asks for them.
+little (`mask_moved`) those who hold the one before get the places that differ, where these are fewer bytes. Initial
+weights work the same way: a question names their digest, and a client that makes others from the seed asks for them.
 
 Refusal: an answer that is for another round or digest, or whose arrays and metadata are not what they must be, is
 refused by name and counted. It never reaches an algorithm.

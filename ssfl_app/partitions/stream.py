@@ -1,7 +1,7 @@
 """Streams: which of its images a client has in a round, where that changes all the time (``shift.stream``).
 
-The classes lie on a circle. In a round a share of each class's images is in play, and in ``shift.every`` times as many
-rounds as there are classes it has gone around once:
+The classes lie on a circle. In a round a share of each class's images is in play, and in ``shift.every`` times as
+many rounds as there are classes it has gone around once:
 
 ===========  ========================================================================================================
 shift.stream  share of class c of C in round r, with w = shift.classes
@@ -36,11 +36,11 @@ def class_shares(shift: ShiftOptions, classes: int, round_: int) -> npt.NDArray[
     """Return which share of the images of each class is in play in a round, in [0, 1], shape (classes,)."""
     step = (max(round_, 1) - 1) % (shift.every * classes)
     if shift.stream == "classes":
-        return ((np.arange(classes) - step // shift.every) % classes < shift.classes).astype(np.float64)
+        return np.where((np.arange(classes) - step // shift.every) % classes < shift.classes, 1.0, 0.0)
     ahead = (np.arange(classes) - step / shift.every) % classes
     apart = np.minimum(ahead, classes - ahead)
     shares = np.where(apart < shift.classes, (1 + np.cos(np.pi * apart / shift.classes)) / 2, 0.0)
-    return np.round(shares, 9)  # the last bits of a cosine differ from machine to machine
+    return np.around(shares, 9)  # the last bits of a cosine differ from machine to machine
 
 
 def in_play(

@@ -218,5 +218,5 @@ def test_the_weakest_give_way_to_stronger_candidates_and_counts_and_floors_stay(
 
 
 def test_alive_candidates_are_no_candidates():
-    with pytest.raises(ValueError, match="candidates are .*; they are dead ones of this layout"):
+    with pytest.raises(ValueError, match=r"candidates are .*; they are dead ones of this layout"):
         swap(MASK, np.ones(14, np.float32), LIVE, 0.5)

@@ -1,7 +1,7 @@
 """SSFL's continuous refresh: every few rounds a small share of the mask moves (ssfl.refresh "continuous").
 
-Ohib et al., TMLR 2026, arXiv 2405.09037, leave drift that goes on to future work, so the following is ours. Masks that
-move while a model trains: Evci et al., "Rigging the lottery", ICML 2020.
+Ohib et al., TMLR 2026, arXiv 2405.09037, leave drift that goes on to future work, so the following is ours. Masks
+that move while a model trains: Evci et al., "Rigging the lottery", ICML 2020.
 
 1. In a round that moves the mask each client of the cohort scores, before it trains, all A alive weights and a sample
    of the dead ones: ``s_k = |g_k v|`` (ssfl.criterion "gradient": ``|g_k|``). ``g_k`` is its mean gradient at the
@@ -59,7 +59,7 @@ def check_continuous(settings: Settings) -> None:
 
 
 def scored_weights(mask: Mask, settings: Settings, round_: int) -> npt.NDArray[np.int64]:
-    """Return which prunable weights a round scores: all alive ones, then a sample of the dead ones, each ascending."""
+    """Return which prunable weights a round scores: all alive ones, then a sample of the dead, each ascending."""
     dead, share = np.flatnonzero(~mask.alive), SsflOptions.from_settings(settings).refresh_sample
     rng = generator(settings.run.seed, "refresh-sample", round_)
     chosen = rng.choice(dead.size, keep_count(share, dead.size), replace=False, shuffle=False)

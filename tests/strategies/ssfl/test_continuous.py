@@ -62,7 +62,7 @@ def test_dense_rounds_come_first() -> None:
 def test_layers_keep_their_floors(scope: str) -> None:
     keys: Flat = {"mask.scope": scope, "mask.min-per-layer": 100, "mask.density": 0.02, "ssfl.refresh-share": 0.9}
     played = play(MOVES | keys)
-    layers = [dict((name, alive) for name, alive, _ in mask.layers()) for mask in played.masks]
+    layers = [{name: alive for name, alive, _ in mask.layers()} for mask in played.masks]
     assert all(min(counts.values()) >= 100 for counts in layers)
     assert moved(played, 1)[1].any()
     if scope == "layer":
