@@ -40,7 +40,8 @@ def class_shares(shift: ShiftOptions, classes: int, round_: int) -> npt.NDArray[
     ahead = (np.arange(classes) - step / shift.every) % classes
     apart = np.minimum(ahead, classes - ahead)
     shares = np.where(apart < shift.classes, (1 + np.cos(np.pi * apart / shift.classes)) / 2, 0.0)
-    return np.around(shares, 9)  # the last bits of a cosine differ from machine to machine
+    rounded: npt.NDArray[np.float64] = shares.round(9)  # the last bits of a cosine differ from machine to machine
+    return rounded
 
 
 def in_play(

@@ -6,8 +6,7 @@ Dai et al., "DisPFL", ICML 2022.
 
 All functions but `swap` say with `Counts` how many coordinates of each prunable tensor they choose; all return a new
 mask. The counts name every prunable tensor; scores and magnitudes are float32, shape (layout.prunable_size,), and
-finite. What does not fit a layout is a ValueError. Chance is drawn layer after layer from the generator that is passed
-in.
+finite. What does not fit a layout is a ValueError. Chance is drawn layer after layer from the generator passed in.
 """
 
 import math

@@ -97,7 +97,8 @@ def test_clients_train_and_everybody_tests_on_what_is_in_play(stream: str) -> No
 
 def test_scores_are_of_what_the_first_round_has() -> None:
     """Of six clients that hold all classes each scores what is in play, and not 64 images of all."""
-    played = play(STREAM | {"partition.name": "iid", "ssfl.saliency-batch-size": 1000, "run.rounds": 1})
+    plain: Flat = {"ssfl.saliency-sampling": "plain", "ssfl.saliency-batch-size": 1000}  # all images there are, once
+    played = play(STREAM | plain | {"partition.name": "iid", "run.rounds": 1})
     assert played.records[0]["image_passes"] == sum(len(played.runtime.in_round(k, 1)[0]) for k in range(6))
 
 

@@ -86,8 +86,8 @@ def test_the_move_is_that_of_the_mean_scores_at_the_model_that_came_down(criteri
         total += len(data) * np.abs(layout.flatten_prunable(gradient) * value)
     dead = np.flatnonzero(~before)
     sample = dead[generator(1, "refresh-sample", 1).choice(dead.size, SAMPLE, replace=False, shuffle=False)]
-    leave = sorted(np.flatnonzero(before), key=lambda place: total[place])[:MOST]
-    come = sorted(sample, key=lambda place: -total[place])[:MOST]
+    leave = sorted(np.flatnonzero(before), key=lambda place: (total[place], -place))[:MOST]
+    come = sorted(sample, key=lambda place: (-total[place], place))[:MOST]
     expected = before.copy()
     for old, new in zip(leave, come, strict=True):
         if total[new] > total[old]:
