@@ -147,7 +147,7 @@ def export(
     to: Annotated[
         str,
         Option(
-            help="safetensors: bitmap and alive values; torch: a state dict; onnx; torch-export; semi-structured: 2:4."
+            help="safetensors: bitmap and alive values; torch: a state dict; onnx; torch-export; semi-structured."
         ),
     ],
     out: Annotated[Path | None, Option(help="File.", show_default="exported.* in the run folder")] = None,

@@ -3,7 +3,7 @@
 ``safetensors`` is the sparse form: "values" are the float32 of what is alive or cannot be pruned, in the order of the
 model's state, "mask" is one bit a weight that can be pruned (`Mask.packed`), and the header tells names and shapes.
 With mask.dead "frozen" it holds what was updated, and a digest of the whole model in the header.
-``semi-structured`` is a state dict in float16 for GPUs, in which weights that keep two of four are torch's own for that.
+``semi-structured`` is a state dict in float16 for GPUs, with torch's own tensors for weights that keep two of four.
 The others are dense, with zeros where nothing is alive. ``onnx`` and ``torch-export`` are programs for batches of any
 size; they take data as a reader gives them: pixels are bytes, and normalising them is part of the program.
 """
