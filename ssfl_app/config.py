@@ -17,6 +17,7 @@ import tomli_w
 
 from ssfl_app import callbacks
 from ssfl_app.callbacks.stopping import StopOptions
+from ssfl_app.core.clock import ClockOptions
 from ssfl_app.core.options import FailureOptions, MaskOptions, RunOptions, Settings, WireOptions
 from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.data.dataset import DataOptions
@@ -68,6 +69,7 @@ SHARED: dict[str, type] = {
     "failures": FailureOptions,
     "shift": ShiftOptions,
     "stop": StopOptions,
+    "clock": ClockOptions,
     "data": DataOptions,
     "partition": PartitionOptions,
     "model": ModelOptions,
@@ -75,6 +77,9 @@ SHARED: dict[str, type] = {
     "engine": EngineOptions,
 }
 """Sections that every strategy reads."""
+
+SETTINGS = ("run", "mask", "local", "wire", "privacy", "failures", "shift", "stop", "clock")
+"""Those of them that strategies and clients get, as `Settings`."""
 
 BUILTIN = SHARED | {name: section for strategy in REGISTRY.values() for name, section in strategy.sections().items()}
 """Sections of the table in pyproject.toml."""
@@ -163,10 +168,13 @@ def parse(flat: Mapping[str, Any]) -> Config:
     if made["stop"].patience and issubclass(kind.client, FineTuningClient):
         rule = f"{flat['strategy']} fine-tunes in the last round, which a run that stops early does not reach"
         raise ConfigError(f"stop.patience is {made['stop'].patience}; it is 0 here: {rule}")
+    if made["clock"].profile and made["privacy"].level == "client":
+        rule = "it is empty with privacy.level 'client': how long a round takes tells who is in its cohort"
+        raise ConfigError(f"clock.profile is {made['clock'].profile!r}; {rule}")
     if made["data"].where == "sites" and made["shift"].round:
         raise ConfigError(f"shift.round is {made['shift'].round}; it is 0 with data.where 'sites'")
     _fit_to_place(made, kind.has_floor)
-    shared = {name: made[name] for name in ("run", "mask", "local", "wire", "privacy", "failures", "shift", "stop")}
+    shared = {name: made[name] for name in SETTINGS}
     parts = {name: made[name] for name in ("data", "partition", "model", "task", "engine")}
     settings = Settings(**shared, sections={name: made[name] for name in own})
     return Config(str(flat["strategy"]), settings, **parts, flat=flat)
@@ -335,6 +343,12 @@ def overlay(*layers: Mapping[str, Scalar]) -> Flat:
         given = {key: value for key, value in given.items() if key not in gone}
         given |= layer
     return given
+
+
+def paths(flat: Mapping[str, Scalar]) -> list[str]:
+    """Return the keys whose values are paths, which are made absolute: what is relative here is not elsewhere."""
+    found = [key for key in ("data.path", "model.weights") if flat.get(key)]
+    return [*found, *(["clock.profile"] if str(flat.get("clock.profile", "")).endswith(".csv") else [])]
 
 
 def nested(flat: Mapping[str, Scalar]) -> dict[str, Any]:

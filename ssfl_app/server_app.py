@@ -164,7 +164,10 @@ def server_context(
 ) -> ServerContext:
     """Return what the strategy of a run works with; nothing is written."""
     run_folder = callback.recorder.folder
-    simulated = is_simulation(grid)  # its clients share this machine; elsewhere each keeps its own in Flower's state
+    simulated, profile = is_simulation(grid), runtime.config.settings.clock.profile
+    if profile and not simulated:
+        raise ConfigError(f"clock.profile is {profile!r}; it is empty on real nodes, whose time is measured")
+    # Its clients share this machine; elsewhere each keeps its own in Flower's state.
     return ServerContext(
         runtime.layout,
         runtime.config.settings,
@@ -176,6 +179,7 @@ def server_context(
         dealt=None if runtime.own else functools.cache(runtime.holding),
         metric=callback.recorder.metric,
         ledger=ledger,
+        tokens=not runtime.data.numbers,
     )
 
 

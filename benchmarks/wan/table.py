@@ -1,9 +1,13 @@
 """wan.md, and the tables of docs/wan.md, from wan.json: no number that is not computed here from the record."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from ssfl_app.comm.exchange import Traffic
+from ssfl_app.core.clock import Capacity
 
 STREAM_GOAL, SPEED_GOAL, SPEED_MODEL = 0.05, 8.0, "resnet110"
 Case = dict[str, Any]
@@ -136,6 +140,32 @@ def _overheads(known: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def sites(known: dict[str, Any]) -> list[Capacity]:
+    """Return the links of a record as clients of the simulated clock; how fast they compute is not asked here."""
+    rate = 1e6 * known["links"]["rate_mbit"]
+    return [Capacity(math.inf, rate, rate, site["measured_ms"] / 1000) for site in known["links"]["sites"].values()]
+
+
+def simulated(known: dict[str, Any], case: Case, way: str = "up") -> float:
+    """Return what the simulated clock says of the slowest site's upload, or download (`way` "down")."""
+    payload = transfers(case["rounds"], way)[0]["payload"]
+    traffic = Traffic(payload, 1, 0, 0) if way == "down" else Traffic(0, 0, payload, 1)
+    return max(site.seconds(0, traffic) for site in sites(known))
+
+
+def _clock(known: dict[str, Any]) -> str:
+    head = ["model", "strategy", "density", "gather s, measured -> simulated", "off by"]
+    head += ["hand out s, measured -> simulated", "off by"]
+    rows = []
+    for case in ordered(known):
+        row = [title(case), case["strategy"], f"{case['density']:g}"]
+        for way in ("up", "down"):
+            seen, told = gather(case, way=way), simulated(known, case, way)
+            row += [f"{seen:.2f} -> {told:.2f}", f"{100 * (told / seen - 1):+.0f} %"]
+        rows.append(row)
+    return table(head, rows)
+
+
 def _goals(known: dict[str, Any]) -> str:
     lines = []
     for case in ordered(known):
@@ -204,14 +234,14 @@ def write_table(known: dict[str, Any], path: Path, page: Path | None = None) -> 
         f"Means over {' or '.join(map(str, sorted({len(c['rounds']) for c in cases})))} rounds a case."
     )
     times, goals = _times(known), _goals(known)
-    shown = {"where": head, "times": times, "goals": goals, "bytes": _overheads(known)}
+    shown = {"where": head, "times": times, "goals": goals, "bytes": _overheads(known), "clock": _clock(known)}
     parts = [head, "## Times", times, "## Goals", goals]
     for dense, sparse in pairs(known):
         if title(dense) == SPEED_MODEL:
             shown["sites"] = _sites(known, dense, sparse)
             parts += [f"## Uploads of {SPEED_MODEL} by site", shown["sites"]]
             parts += ["## The slowest upload of the last round", _timelines(dense, sparse, list(links["sites"]))]
-    parts += ["## Bytes and fixed costs", shown["bytes"]]
+    parts += ["## Bytes and fixed costs", shown["bytes"], "## The simulated clock", shown["clock"]]
     path.write_text("\n\n".join(parts) + "\n")
     if page is not None:
         page.write_text(fill(page.read_text(), shown))

@@ -7,7 +7,7 @@ of clients, and every client ends up in exactly one of three lists: ok, lost, re
 
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +55,16 @@ def fewer_at_once(grid: Grid) -> str:
 
 
 @dataclass
+class Traffic:
+    """Messages and payload bytes between the server and one client in an exchange; a mask when it is new to it."""
+
+    bytes_down: int = 0
+    messages_down: int = 0
+    bytes_up: int = 0
+    messages_up: int = 0
+
+
+@dataclass
 class ExchangeReport:
     """What became of the messages of one exchange.
 
@@ -62,7 +72,8 @@ class ExchangeReport:
     `notes` are what clients found out of order, and `odd_metrics` which metrics do not count and why, of those that
     answered well. `asked` counts the clients.
     Bytes are payload bytes of encoded arrays; bitmaps of masks are counted apart from the rest of `down`.
-    `examples` are images that went forward and backward, and forward only, for each good reply.
+    `examples` are images that went forward and backward, and forward only, for each good reply. `traffic` is by
+    client, `further` are the exchanges that came after this one and belong to it.
     """
 
     ok: list[int] = field(default_factory=list)
@@ -71,6 +82,8 @@ class ExchangeReport:
     notes: dict[int, str] = field(default_factory=dict)
     odd_metrics: dict[int, str] = field(default_factory=dict)
     examples: dict[int, tuple[int, int]] = field(default_factory=dict)
+    traffic: defaultdict[int, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
+    further: list["ExchangeReport"] = field(default_factory=list)
     asked: int = 0
     down: int = 0
     mask_down: int = 0

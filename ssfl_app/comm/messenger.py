@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
@@ -116,6 +118,7 @@ class Messenger:
         self.report = ExchangeReport()
         self._timeout, self._bitmaps = timeout, bitmaps
         self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
+        self._had: dict[int, str] = {}  # the same, in a run that was resumed of before as well
         self._client_of: dict[str, int] = {}  # message id -> client
         self._grid: Grid | None = None  # of the last exchange
         self.session, self._last_exchange = secrets.token_hex(8), 0
@@ -173,7 +176,9 @@ class Messenger:
         self, exchange: MessageExchange, given: defaultdict[int, set[str]], client: int, reply: Message
     ) -> Message | None:
         """Return the reply, or None if it asks for something, which is sent."""
-        self.report.up += sum(_sizes(reply).values())
+        size, traffic = sum(_sizes(reply).values()), self.report.traffic[client]
+        self.report.up += size
+        traffic.bytes_up, traffic.messages_up = traffic.bytes_up + size, traffic.messages_up + 1
         need, had = _need(reply), given[client]
         if need is not None and need in self._pending[client].attachments and need not in had:
             had.add(need)
@@ -190,6 +195,7 @@ class Messenger:
             yield before
         finally:
             before.down, before.up = before.down + self.report.down, before.up + self.report.up
+            before.further.append(self.report)
             for client, why in {**self.report.lost, **self.report.refused}.items():
                 before.notes[client] = f"its answer counts, and it did not help to unmask the sum: {why}"
             self.report = before
@@ -206,10 +212,14 @@ class Messenger:
 
     def _push(self, exchange: MessageExchange, messages: dict[int, Message]) -> None:
         for client, message in messages.items():
-            sizes = _sizes(message)
-            if "mask" in self._pending[client].attachments:  # not one that belongs to the codec
-                self.report.mask_down += sum(sizes.pop(name, 0) for name in WITH_MASK)
+            sizes, traffic, pending = _sizes(message), self.report.traffic[client], self._pending[client]
+            if "mask" in pending.attachments:  # not one that belongs to the codec
+                bitmap = sum(sizes.pop(name, 0) for name in WITH_MASK)
+                self.report.mask_down += bitmap
+                traffic.bytes_down += 0 if self._had.get(client) == pending.payload.metadata["digest"] else bitmap
             self.report.down += sum(sizes.values())
+            traffic.bytes_down += sum(sizes.values())
+            traffic.messages_down += 1
         exchange.send(messages)
 
     # ---- in ----------------------------------------------------------------------------------
@@ -321,12 +331,26 @@ class ClientMessenger(Messenger):
             messages.append(self._message(client, brings))
         return messages
 
+    def masks_held(self, clients: int) -> npt.NDArray[np.uint8]:
+        """Return the digests of the masks that so many clients were given, uint8, shape (clients * 32,), or zeros."""
+        held = np.zeros((clients, 32), dtype=np.uint8)
+        for client, digest in self._had.items():
+            held[client] = np.frombuffer(bytes.fromhex(digest), dtype=np.uint8)
+        return held.reshape(-1)
+
+    def restore_masks_held(self, held: npt.NDArray[np.uint8]) -> None:
+        """Go on with what `masks_held` returned.
+
+        Simulated clients are new when a run is resumed, and are sent their masks again. That is no traffic of theirs.
+        """
+        self._had = {client: row.tobytes().hex() for client, row in enumerate(held.reshape(-1, 32)) if row.any()}
+
     def mark_mask_held(self, client: int, mask: Mask) -> None:
         """Note that a client holds this mask: it answered under it, or made it itself."""
         before = self._holds.get(client)
         if before == mask.digest:
             return
-        self._holds[client] = mask.digest
+        self._holds[client] = self._had[client] = mask.digest
         if self._mask_travels and self.folder is not None and before not in (None, *self._holds.values()):
             # Nobody holds the old one any more. Should anybody need it after all, it is asked for and sent.
             (self.folder / MASKS / str(before)).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from ssfl_app import callbacks
 from ssfl_app.callbacks.stopping import StopOptions
+from ssfl_app.core.clock import ClockOptions
 from ssfl_app.core.robust import FOLDS
 from ssfl_app.options import ConfigError, above, anything, at_least, choice, fraction, option
 from ssfl_app.partitions.late import ShiftOptions
@@ -109,6 +110,7 @@ class Settings:
     failures: FailureOptions
     shift: ShiftOptions
     stop: StopOptions
+    clock: ClockOptions
     sections: Mapping[str, Any]
 
 

@@ -14,6 +14,7 @@ from ssfl_app.callbacks.base import RunCallback
 from ssfl_app.comm.exchange import ExchangeReport, names
 from ssfl_app.comm.messenger import Check, ClientMessenger, Messenger, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
+from ssfl_app.core.clock import Clock
 from ssfl_app.core.options import Settings
 from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.sparsity.codec import Dense
@@ -126,6 +127,7 @@ class _Algorithm(Protocol):
     state: State
     mask: Mask
     callback: RunCallback | None
+    clock: Clock | None
     peer_bytes: int
     clipped: int
     accuracy: dict[int, float]
@@ -240,7 +242,20 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
             "bytes_discovery_up": sum(o.up for o in reports),
             "image_passes": 0 if hidden else sum(o.train_examples for o in reports),
             "validation_passes": 0 if hidden else sum(o.eval_examples for o in reports),
+            **self._simulated(*reports),
         }
+
+    def _simulated(self, *reports: ExchangeReport) -> Record:
+        """Return how long exchanges took by the simulated clock, if there is one."""
+        clock = self._strategy.clock
+        return {} if clock is None else {"simulated_seconds": math.fsum(map(clock.seconds, reports))}
+
+    def _client_seconds(self, report: ExchangeReport) -> Record:
+        """Return how long each client took by the simulated clock, if there is one."""
+        clock = self._strategy.clock
+        return (
+            {} if clock is None else {"client_seconds": {str(c): s for c, s in clock.client_seconds(report).items()}}
+        )
 
     def _weights(self) -> Arrays:
         layout = self._strategy.layout
@@ -267,6 +282,8 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
             **counts,
             "image_passes": report.train_examples,
             "validation_passes": report.eval_examples,
+            **self._simulated(report),
+            **self._client_seconds(report),
         }
 
     def _evaluate(self, round_: int) -> Record:
@@ -295,6 +312,7 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
 
 def _sum(*records: Record) -> Record:
     # Entries of the parts of a round; what several parts count is added up.
-    counts = ("bytes_mask_down", "image_passes", "validation_passes")
     merged: Record = {name: value for record in records for name, value in record.items()}
+    counts = ["bytes_mask_down", "image_passes", "validation_passes"]
+    counts += ["simulated_seconds"] if "simulated_seconds" in merged else []
     return merged | {name: sum(record.get(name, 0) for record in records) for name in counts}

@@ -27,6 +27,7 @@ from ssfl_app.comm.messenger import ClientMessenger, Outgoing, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
 from ssfl_app.core.aggregation import Aggregator, ReplyMean, ReplySum, within_norm
 from ssfl_app.core.client import ClientAlgorithm, encode_with
+from ssfl_app.core.clock import Clock, find_profile
 from ssfl_app.core.means import MAX_WEIGHT
 from ssfl_app.core.options import FromSettings, Section, Settings
 from ssfl_app.core.own_start import OwnStart
@@ -39,10 +40,12 @@ from ssfl_app.metrics import ACCURACY, Metric
 from ssfl_app.options import ConfigError
 from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.seeding import generator
+from ssfl_app.sparsity.channels import whole_widths
 from ssfl_app.sparsity.codec import Codec, LinearCodec, MaskedValues
 from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask, alive_count, check_floor, none_alive
 from ssfl_app.sparsity.values import SUMMED_TYPES, Allowed, Arrays
+from ssfl_app.training.narrow import flops, of_widths
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class ServerContext:
         What the values are that are called accuracy here.
     ledger : Ledger or None
         What is spent of the privacy of clients, with privacy.level "client".
+    tokens : bool
+        Whether the inputs of the model are integers.
     """
 
     layout: Layout
@@ -82,6 +87,7 @@ class ServerContext:
     dealt: Callable[[int], DataSummary] | None = None
     metric: Metric = ACCURACY
     ledger: Ledger | None = None
+    tokens: bool = False
 
 
 class SparseStrategy(OwnStart):
@@ -119,6 +125,8 @@ class SparseStrategy(OwnStart):
         Training loss of each client that answered well in the last round; with privacy.level "record" of none.
     epsilons : dict of int to float
         With privacy.level "record": what each client last told that all rounds it has begun cost.
+    clock : Clock or None
+        Tells how long clients of clock.profile would have taken.
     clipped : int
         Values that clients clipped since the round began, where their answers are only added.
     update_norms : dict of int to float
@@ -199,6 +207,10 @@ class SparseStrategy(OwnStart):
                 f"run.fold is {run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of its own"
             )
         self.clipped = 0
+        self.clock: Clock | None = None
+        if settings.clock.profile:
+            self.clock = Clock(find_profile(settings.clock.profile), run.seed, self.forward_flops)
+        self._flops: tuple[Layout, int] | None = None  # of the network of this layout
         self._summation: Summation | None = None  # of the training that goes on
         check_sums(self)
 
@@ -395,6 +407,20 @@ class SparseStrategy(OwnStart):
         # Clients tell no loss and no accuracy: what is no part of a private model has no noise.
         return self.settings.privacy.private
 
+    def forward_flops(self) -> int:
+        """Return the floating-point operations of a forward pass of one sample by the network of this moment."""
+        if self._flops is None or self._flops[0] != self.layout:
+            context = self.context
+            if context.workbench is None or context.input_shape is None:
+                raise RuntimeError(
+                    "clock.profile is given; the server counts operations with the model, and has none"
+                )
+            model, whole = context.workbench, context.layout
+            if self.layout != whole:
+                model = of_widths(model, whole, whole_widths(self.layout))
+            self._flops = self.layout, flops(model, context.input_shape, context.tokens)
+        return self._flops[1]
+
     def evaluated(self, round_: int) -> bool:
         """Return whether the model is tested after a round."""
         run = self.settings.run
@@ -408,6 +434,8 @@ class SparseStrategy(OwnStart):
         """Return all that `load_state_dict` needs, as flat arrays."""
         state, mask = self.layout.flatten(self.state), self.mask.packed()
         kept: Arrays = {"state": state, "mask": mask, "since": self._last_accepted}
+        if self.clock is not None:  # a mask that is sent once more takes no time
+            kept["holds"] = self.messenger.masks_held(self.settings.run.clients)
         if self._silent:
             kept["epsilons"] = np.array([self.epsilons.get(k, 0.0) for k in range(self.settings.run.clients)])
         return kept if self._residual is None else kept | {"residual": self._residual}
@@ -425,6 +453,9 @@ class SparseStrategy(OwnStart):
         self._last_accepted = stored(arrays, "since", "int64", self.settings.run.clients).copy()
         if not ((self._last_accepted >= 0) & (self._last_accepted <= round_)).all():
             raise ValueError(f"array 'since' has rounds beyond 0 to {round_}")
+        if self.clock is not None:
+            held = stored(arrays, "holds", "uint8", 32 * self.settings.run.clients)
+            self.messenger.restore_masks_held(held)
         if self._silent:
             spent = stored(arrays, "epsilons", "float64", self.settings.run.clients)
             self.epsilons = {client: float(value) for client, value in enumerate(spent) if value}

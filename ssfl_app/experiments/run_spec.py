@@ -57,9 +57,8 @@ def planned(
     flat: Flat, dense: bool, axes: Sequence[str] = (), variant: str = "", settings: Sequence[str] = ()
 ) -> RunSpec:
     """Return the run of a configuration, named after row, density, seed and `axes`; ConfigError: a bad value."""
-    for key in ("data.path", "model.weights"):
-        if flat[key]:  # as `ssfl run` does; what is relative here is not elsewhere
-            flat[key] = str(Path(str(flat[key])).expanduser().resolve())
+    for key in configuration.paths(flat):  # as `ssfl run` does
+        flat[key] = str(Path(str(flat[key])).expanduser().resolve())
     if type(flat["mask.density"]) is int:
         flat["mask.density"] = float(flat["mask.density"])
     configuration.parse(flat)

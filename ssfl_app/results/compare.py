@@ -81,7 +81,7 @@ class Row:
 
     def values(self, key: str) -> dict[int, float]:
         """Return seed -> the number `key` of its run, where that is known."""
-        found = {seed: known[key] for seed, known in sorted(self.seeds.items())}
+        found = {seed: known.get(key) for seed, known in sorted(self.seeds.items())}
         return {seed: value for seed, value in found.items() if value is not None}
 
     def estimate(self, key: str) -> Estimate | None:
@@ -135,7 +135,8 @@ def numbers(run: Run) -> Numbers:
     """Return what a run contributes to a comparison; None where its folder does not say.
 
     ``own`` is the metric on the clients' own tests: of the personal models if the method has them, else of the
-    global one. ``down`` and ``up`` are bytes of training, masks and discovery, without evaluation.
+    global one. ``down`` and ``up`` are bytes of training, masks and discovery, without evaluation. ``hours`` is there
+    with a simulated clock only.
     """
     known = metadata(run)
 
@@ -154,6 +155,7 @@ def numbers(run: Run) -> Numbers:
     }
     kept = ("density", "density_all", "trained_clients", "cohort", "image_passes", "validation_passes")
     made |= {key: known.get(key) for key in kept}
+    made |= {"hours": known["simulated_hours"]} if "simulated_hours" in known else {}
     return {key: None if x is None or not math.isfinite(x) else float(x) for key, x in made.items()}
 
 

@@ -1,4 +1,4 @@
-"""How a comparison looks: the Markdown file with its tables and notes, and the picture of metric against bytes."""
+"""How a comparison looks: the Markdown file with its tables and notes, and the picture of metric against costs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from ssfl_app.metrics import ACCURACY, Metric, common
 from ssfl_app.results.compare import Estimate, Group, Row
 from ssfl_app.results.plots import PALETTE, _figure, _finish, _plain
 from ssfl_app.results.run_folder import MB
-from ssfl_app.results.table import NONE, Table, in_metric, megabytes, shown
+from ssfl_app.results.table import NONE, Table, hours, in_metric, megabytes, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,12 +47,13 @@ def markdown(
         if group.axes or group.terms:
             lines += [f"## {_axes(group)}", ""]
         own = any(row.settings for row in group.rows)
+        timed = [[hours(row.mean("hours"))] if _timed(group) else [] for row in group.rows]
         table = [
-            [name, settings(row), *rest] if own else [name, *rest]
-            for row in group.rows
+            [name, settings(row), *rest, *last] if own else [name, *rest, *last]
+            for row, last in zip(group.rows, timed, strict=True)
             for name, *rest in [cells(row)]
         ]
-        named = headers(baseline, group.metric)
+        named = headers(baseline, group.metric) + ["simulated hours"] * _timed(group)
         named = [named[0], "its settings", *named[1:]] if own else named
         lines += [_task(group), "", *Table(named, table, 1 + own).markdown(), ""]
     title = common(group.metric for group in made).title
@@ -64,6 +65,10 @@ def markdown(
         "",
     ]
     return "\n".join([*lines, _origin(made, environments), ""])
+
+
+def _timed(group: Group) -> bool:
+    return any(row.mean("hours") is not None for row in group.rows)
 
 
 def headers(baseline: str, metric: Metric = ACCURACY) -> list[str]:
@@ -145,6 +150,11 @@ def _notes(made: Sequence[Group], baseline: str) -> list[str]:
     looking = [row for row in rows if row.mean("validation_passes")]
     if looking:
         notes.append(f"{_names(looking)}: validates while training; these forward passes are not in image passes.")
+    if any(map(_timed, made)):
+        profiles = ", ".join(dict.fromkeys(str(group.config.get("clock.profile")) for group in made))
+        notes.append(
+            f"Simulated hours: what clients of {profiles} would have taken, without evaluation (docs/clock.md)."
+        )
     for group in made:
         for row in group.rows:
             wanted = [] if row.wanted is None else [f"density {row.wanted:.3g}"]
@@ -179,22 +189,26 @@ def origin(environments: Sequence[Mapping[str, Any]]) -> list[str]:
 def picture(made: Sequence[Group], names: Sequence[str]) -> "Figure":
     """Return the metric on own tests against MB sent, a panel for each table; bars are 95 % intervals.
 
-    `names` are those of all rows, in the order of the legend; colours and markers go by it.
+    Where runs have a simulated clock, a panel against its hours stands after that of their table. `names` are those
+    of all rows, in the order of the legend; colours and markers go by it.
     """
     crowded = max((len(group.rows) for group in made), default=0) > CROWD
-    across = max(1, min(2 if crowded else 3, len(made)))
-    down, width = max(1, math.ceil(len(made) / across)), (8.0 if crowded else 5.4) * across
+    drawn = [(group, by_hours) for group in made for by_hours in [False, True][: 1 + _timed(group)]]
+    across = max(1, min(2 if crowded or len(drawn) > len(made) else 3, len(drawn)))
+    down, width = max(1, math.ceil(len(drawn) / across)), (8.0 if crowded else 5.4) * across
     columns = max(1, min(len(names), int(13 * width) // (max(map(len, names), default=0) + 9)))
     legend = 0.25 * math.ceil(len(names) / columns)
     figure = _figure(max(7.0, width), (5.6 if crowded else 4.3) * down + legend)
     alike = len({group.metric for group in made}) < 2
     panels = list(figure.subplots(down, across, sharey=alike, squeeze=False).flat)
-    for axes, group in zip(panels, made, strict=False):
-        _panel(axes, group, names)
+    for axes, (group, by_hours) in zip(panels, drawn, strict=False):
+        _panel(axes, group, names, by_hours)
     for number, axes in enumerate(panels):
-        axes.set_visible(number < len(made))
+        axes.set_visible(number < len(drawn))
         axes.yaxis.label.set_visible(number % across == 0 or not alike)
-        if number < len(made) and made[number].metric.share:  # an interval of few seeds may leave what is possible
+        if (
+            number < len(drawn) and drawn[number][0].metric.share
+        ):  # an interval of few seeds may leave what is possible
             low, high = axes.get_ylim()
             axes.set_ylim(max(0.0, low), min(101.0, high))
     # One legend for all panels: a strategy may have points in some of them only.
@@ -207,16 +221,18 @@ def picture(made: Sequence[Group], names: Sequence[str]) -> "Figure":
     return figure
 
 
-def _panel(axes: "Axes", group: Group, names: Sequence[str]) -> None:
+def _panel(axes: "Axes", group: Group, names: Sequence[str], by_hours: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    rows = [(row, found) for row in group.rows if (found := row.estimate("own")) is not None]
+    shown = [row for row in group.rows if not by_hours or row.mean("hours") is not None]
+    rows = [(row, found) for row in shown if (found := row.estimate("own")) is not None]
+    cost, unit = (_hours, "h") if by_hours else (_sent, "MB")
     # A method that sends nothing has no place on a logarithmic axis: it stands at the left, with its 0 written there.
-    nothing = min((_sent(row) for row, _ in rows if _sent(row)), default=1.0) / 2
+    nothing = min((cost(row) for row, _ in rows if cost(row)), default=1.0) / 2
     scale = group.metric.scale
     for index, name in enumerate(names):
         mine = [(row, found) for row, found in rows if row.name == name]
-        xs = [_sent(row) or nothing for row, _ in mine]
+        xs = [cost(row) or nothing for row, _ in mine]
         ys, bars = [scale * found.mean for _, found in mine], [scale * (found.half or 0) for _, found in mine]
         if not mine:
             continue
@@ -226,15 +242,22 @@ def _panel(axes: "Axes", group: Group, names: Sequence[str]) -> None:
         for part in (*line[1], *line[2]):
             part.set_alpha(0.5)
         for (row, _), x, y in zip(mine, xs, ys, strict=True):
-            note = f"{row.density:.3g}" if _sent(row) else f"{row.density:.3g} (0 MB)"
+            note = f"{row.density:.3g}" if cost(row) else f"{row.density:.3g} (0 {unit})"
             axes.annotate(note, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=color)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    title = _axes(group) or f"{group.metric.title} against bytes; numbers are densities"
-    words = title, "MB down and up, with masks and discovery", group.metric.axis("on own tests")
+    against, xlabel = "bytes", "MB down and up, with masks and discovery"
+    if by_hours:
+        against, xlabel = "hours", "Simulated hours"
+    title = _axes(group) or f"{group.metric.title} against {against}; numbers are densities"
+    words = title, xlabel, group.metric.axis("on own tests")
     _finish(axes, *map(_plain, words))
+
+
+def _hours(row: Row) -> float:
+    return row.mean("hours") or 0.0
 
 
 def _sent(row: Row) -> float:

@@ -60,6 +60,11 @@ def accuracy_by_bytes(runs: Sequence[Run]) -> "Figure":
     return _accuracy(runs, [run_folder.cumulative_mb(run) for run in runs], "Sent so far, down and up (MB)")
 
 
+def accuracy_by_hours(runs: Sequence[Run]) -> "Figure":
+    """Return the metric over the hours of the simulated clock, which these runs have (`run_folder.has_clock`)."""
+    return _accuracy(runs, [run_folder.cumulative_hours(run) for run in runs], "Simulated hours so far")
+
+
 def _accuracy(runs: Sequence[Run], xs: Sequence[NDArray[np.float64]], xlabel: str) -> "Figure":
     own = "Clients' own test samples, mean"
     titles = {run_folder.CENTRAL: "Central test set", run_folder.LOCAL: own}

@@ -29,6 +29,7 @@ from ssfl_app.files import append, not_regular, remove_unfinished, write_atomica
 from ssfl_app.metrics import ACCURACY, Metric
 from ssfl_app.options import ConfigError
 from ssfl_app.results import checkpoint
+from ssfl_app.results.run_folder import simulated_hours
 from ssfl_app.results.status import write_status
 from ssfl_app.results.table import in_metric
 from ssfl_app.sparsity.layout import Layout, State, state_digest
@@ -173,6 +174,7 @@ class Recorder:
             "validation_passes": sum(r["validation_passes"] for r in self.records),
             "seconds_total": self._seconds(),
             "seconds_rounds": sum(r["seconds"] for r in rounds),
+            **simulated_hours(self.records),
             "lost_replies": self._count("lost"),
             "refused_replies": self._count("refused"),
             "model_sha256": state_digest(layout, state),
@@ -263,6 +265,7 @@ def round_line(record: Record, rounds: int, left: float, metric: Metric = ACCURA
             f"{down / 1e6:.3f} MB down",
             f"{record['bytes_train_up'] / 1e6:.3f} MB up",
             f"{record['seconds']:.1f} s",
+            *([f"{record['simulated_seconds']:.1f} s simulated"] if "simulated_seconds" in record else []),
             f"ETA {int(left // 60)}:{int(left % 60):02d}",
             *failed,
         ]

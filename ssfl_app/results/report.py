@@ -13,7 +13,7 @@ from ssfl_app.metrics import common
 from ssfl_app.options import ConfigError
 from ssfl_app.results import page, plots
 from ssfl_app.results.rows import compare_table, round_table, summary_table
-from ssfl_app.results.run_folder import KINDS, Run, failures, metadata, run_names, train_counts
+from ssfl_app.results.run_folder import KINDS, Run, failures, has_clock, metadata, run_names, train_counts
 from ssfl_app.results.table import NONE, Table
 
 if TYPE_CHECKING:
@@ -102,6 +102,11 @@ def _figures(runs: Sequence[Run]) -> list[dict[str, str]]:
         sent = f"{name} by MB sent: discovery, mask, training and evaluation"
         made += [(f"{name} by round", lambda: plots.accuracy_by_round(runs))]
         made += [(sent, lambda: plots.accuracy_by_bytes(runs))]
+        timed = [run for run in runs if has_clock(run)]
+        if timed and not _untested(timed):
+            profiles = ", ".join(dict.fromkeys(str(run.config["clock.profile"]) for run in timed))
+            clock = f"{name} by hours of the simulated clock, without evaluation: clients of {profiles}"
+            made += [(clock, lambda: plots.accuracy_by_hours(timed))]
     run, clients = runs[0], (runs[0].clients or {"clients": []})["clients"]
     if len(runs) == 1 and run.layers:
         made.append(("Density by layer", lambda: plots.density_by_layer(run)))

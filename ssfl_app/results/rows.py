@@ -5,8 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from ssfl_app.metrics import ACCURACY, Metric, common
-from ssfl_app.results.run_folder import CENTRAL, LOCAL, MB, PERSONAL, Run, cumulative_mb, metadata, run_names
-from ssfl_app.results.table import NONE, Table, in_metric, megabytes, ratio, shown
+from ssfl_app.results.run_folder import (
+    CENTRAL,
+    LOCAL,
+    MB,
+    PERSONAL,
+    Run,
+    cumulative_hours,
+    cumulative_mb,
+    has_clock,
+    metadata,
+    run_names,
+)
+from ssfl_app.results.table import NONE, Table, hours, in_metric, megabytes, ratio, shown
 
 _COMPARE = (
     ("Run", "Strategy", "Data", "Partition", "Density", "Seed"),
@@ -17,6 +28,8 @@ _ROUND = (
     ("MB down", "MB up", "MB so far", "Seconds"),
 )
 
+SIMULATED = "Simulated hours"
+
 
 def _headers(around: tuple[tuple[str, ...], tuple[str, ...]], metric: Metric) -> list[str]:
     return [*around[0], *(f"{what} {metric.column}" for what in ("Central", "Local mean", "Personal")), *around[1]]
@@ -24,7 +37,7 @@ def _headers(around: tuple[tuple[str, ...], tuple[str, ...]], metric: Metric) ->
 
 def compare_table(runs: Sequence[Run]) -> Table:
     """Return one row a run; "x fewer than dense" counts training alone; where metrics differ, values say which."""
-    rows, metric = [], common(run.metric for run in runs)
+    rows, metric, clock = [], common(run.metric for run in runs), any(map(has_clock, runs))
     for run, name in zip(runs, run_names(runs), strict=True):
         known = metadata(run)
         discovery = _sum(known, "bytes_discovery_down", "bytes_discovery_up")
@@ -37,8 +50,9 @@ def compare_table(runs: Sequence[Run]) -> Table:
         numbers += [in_metric(value, run.metric) + own * (value is not None) for value in found]
         sizes = discovery, known["bytes_train_down"], known["bytes_train_up"]
         numbers += [*map(megabytes, sizes), fewer, shown(known["lost_replies"]), shown(known["refused_replies"])]
-        rows.append([*texts, *numbers, shown(known["seconds_total"], ",.1f")])
-    return Table(_headers(_COMPARE, metric), rows, texts=4)
+        numbers += [shown(known["seconds_total"], ",.1f")]
+        rows.append([*texts, *numbers, *([hours(known.get("simulated_hours"))] if clock else [])])
+    return Table(_headers(_COMPARE, metric) + [SIMULATED] * clock, rows, texts=4)
 
 
 def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: Metric = ACCURACY) -> Table:
@@ -86,6 +100,7 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: 
         ["image passes", work],
         ["replies", f"{ask('lost_replies')} lost, {ask('refused_replies')} refused"],
         ["time", f"{ask('seconds_total', ',.1f')} s, {ask('seconds_rounds', ',.1f')} s of them in rounds"],
+        *([[SIMULATED.lower(), hours(known["simulated_hours"])]] if "simulated_hours" in known else []),
     ]
     for what in ("model", "mask"):
         if known.get(f"{what}_sha256"):
@@ -101,16 +116,17 @@ def _privacy(known: Mapping[str, Any]) -> str:
 
 def round_table(run: Run) -> Table:
     """Return one row a round."""
-    rows = []
-    for entry, so_far in zip(run.rounds, cumulative_mb(run), strict=True):
+    rows, clock = [], has_clock(run)
+    for entry, so_far, until in zip(run.rounds, cumulative_mb(run), cumulative_hours(run), strict=True):
         sizes = [str(len(entry.get(key) or ())) for key in ("cohort", "ok", "lost", "refused")]
         losses = [shown(entry.get(key), ".4f") for key in ("train_loss", "central_loss")]
         shares = [in_metric(entry.get(key), run.metric) for key in (CENTRAL, LOCAL, PERSONAL)]
         down = sum(entry.get(f"bytes_{what}_down") or 0 for what in ("train", "evaluate", "mask", "discovery"))
         up = sum(entry.get(f"bytes_{what}_up") or 0 for what in ("train", "discovery"))
         sent = [megabytes(down), megabytes(up), megabytes(so_far * MB)]
-        rows.append([str(entry["round"]), *sizes, *losses, *shares, *sent, shown(entry.get("seconds"), ",.1f")])
-    return Table(_headers(_ROUND, run.metric), rows, texts=0)
+        times = [shown(entry.get("seconds"), ",.1f"), *([hours(until)] if clock else [])]
+        rows.append([str(entry["round"]), *sizes, *losses, *shares, *sent, *times])
+    return Table(_headers(_ROUND, run.metric) + [f"{SIMULATED} so far"] * clock, rows, texts=0)
 
 
 def _sum(known: Mapping[str, Any], *keys: str) -> float | None:

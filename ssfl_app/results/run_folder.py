@@ -5,6 +5,7 @@ Bytes are shown in MB of 10**6 bytes; what keys call accuracy are values of `Run
 """
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,12 +29,12 @@ WORK = ("image_passes", "validation_passes", "bytes_peer")
 LAST = (CENTRAL, LOCAL, PERSONAL, "density", "density_all")  # of these a summary has the last value
 TOTALS = (
     *("alive", "prunable", "parameters", "clients", "cohort", "rounds", "seed", "trained_clients"),
-    *("bytes_dense_train", "seconds_total", "seconds_rounds", "lost_replies", "refused_replies"),
+    *("bytes_dense_train", "seconds_total", "seconds_rounds", "lost_replies", "refused_replies", "simulated_hours"),
 )
 UNBOUNDED = ("train_loss", "central_loss", CENTRAL)  # of a model that diverged
 MOST = 2**63
 KINDS = ("lost", "refused", "notes")
-NUMBERS = (*ALL_BYTES, *WORK, *LAST, "train_loss", "central_loss", "seconds")
+NUMBERS = (*ALL_BYTES, *WORK, *LAST, "train_loss", "central_loss", "seconds", "simulated_seconds")
 
 
 class Layer(NamedTuple):
@@ -247,6 +248,23 @@ def cumulative_mb(run: Run) -> NDArray[np.float64]:
     return np.cumsum(np.array(sent, dtype=float))[1:] / MB
 
 
+def cumulative_hours(run: Run) -> NDArray[np.float64]:
+    """Return the hours until the end of each round by the simulated clock, shape (R,); zeros without one."""
+    seconds = [entry.get("simulated_seconds") or 0.0 for entry in [run.setup or {}, *run.rounds]]
+    return np.cumsum(np.array(seconds, dtype=float))[1:] / 3600
+
+
+def has_clock(run: Run) -> bool:
+    """Return whether a run has a simulated clock (clock.profile)."""
+    return any("simulated_seconds" in entry for entry in run.rounds)
+
+
+def simulated_hours(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what a summary has of the simulated clock: nothing without one."""
+    known = [entry["simulated_seconds"] for entry in entries if entry.get("simulated_seconds") is not None]
+    return {"simulated_hours": math.fsum(known) / 3600} if known else {}
+
+
 def train_counts(run: Run) -> NDArray[np.int64]:
     """Return the training images of each client by class, shape (K, C); (0, 0) without clients.json."""
     known = run.clients or {"clients": [], "class_names": []}
@@ -283,6 +301,7 @@ def metadata(run: Run) -> dict[str, Any]:
     known["trained_clients"] = max((len(entry.get("cohort") or ()) for entry in run.rounds), default=known["cohort"])
     known |= {"lost_replies": kinds.count("lost"), "refused_replies": kinds.count("refused")}
     known["seconds_rounds"] = sum(entry.get("seconds") or 0 for entry in run.rounds)
+    known |= simulated_hours(entries)
     known["seconds_total"] = known["seconds_rounds"] + (entries[0].get("seconds") or 0)
     known |= run.summary or {}
     if known["density"] is None and prunable:

@@ -116,6 +116,11 @@ def megabytes(size: float | None) -> str:
     return f"{mb:,.1f}" if mb >= 100 else f"{mb:.2f}" if mb >= 1 or mb == 0 else f"{mb:.3g}"
 
 
+def hours(value: float | None) -> str:
+    """Return hours with three digits."""
+    return NONE if value is None else format(value, ",.0f" if value >= 999.5 else ".3g")
+
+
 def ratio(dense: float | None, sent: float | None) -> str:
     """Return how many times fewer bytes `sent` is than `dense`."""
     return f"{dense / sent:.2f}" if dense and sent else NONE

@@ -45,10 +45,9 @@ def resolve(words: RunArgs) -> tuple[Config, Layout]:
         given["run.clients"] = nodes
     if words.out is not None:
         given["run.out"] = str(words.out)
-    for key in ("data.path", "model.weights"):
-        if given.get(key):
-            # Flower runs the app in another folder, so what is relative here would not be found there.
-            given[key] = str(absolute(key, given[key]))
+    for key in configuration.paths(given):
+        # Flower runs the app in another folder, so what is relative here would not be found there.
+        given[key] = str(absolute(key, given[key]))
     flat = _resumed(given, words.resume) if words.resume else configuration.merge(given)
     flat["run.resume"] = words.resume is not None
     config = configuration.parse(flat)

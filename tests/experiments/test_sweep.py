@@ -340,6 +340,24 @@ def test_picture_has_a_marker_for_each_row_even_for_a_method_that_sends_nothing(
     assert [text.get_text() for text in axes.texts] == ["0.5", "0.1", "0.1 (0 MB)"]
 
 
+def test_hours_of_a_simulated_clock_are_a_column_and_a_panel_of_their_own(tmp_path: Path) -> None:
+    plain, timed = entry(tmp_path, "random", own=0.8), entry(tmp_path, "ssfl", simulated_hours=1.5)
+    timed = replace(timed, config={**timed.config, "clock.profile": "hospital"})
+    made = compare.groups([timed, plain], [], "ssfl")
+    text = markdown(made, "ssfl", [])
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert [line[-1].strip() for line in (lines[0], *lines[2:])] == ["simulated hours", "1.5", "–"]  # noqa: RUF001
+    assert "clients of hospital would have taken" in text
+    by_bytes, by_hours = picture(made, ["ssfl", "random"]).axes
+    assert by_bytes.get_xlabel() == "MB down and up, with masks and discovery"
+    assert by_hours.get_xlabel() == "Simulated hours"
+    shown = {str(line.get_label()): np.asarray(line.get_xydata()) for line in by_hours.lines}
+    assert shown["ssfl"] == pytest.approx(np.array([[1.5, 90.0]]))
+    assert "random" not in shown  # it has no clock
+    assert compare.as_json(made, "ssfl", [])["tables"][0]["rows"][0]["means"]["hours"]["mean"] == 1.5
+    assert "simulated" not in markdown(compare.groups([plain], [], "ssfl"), "ssfl", [])
+
+
 # ---- the plan ----------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from ssfl_app.data.summary import ALL
 from ssfl_app.options import ConfigError
 from ssfl_app.results import plots, report
 from ssfl_app.results import run_folder as runs
-from ssfl_app.results.rows import compare_table, summary_table
+from ssfl_app.results.rows import compare_table, round_table, summary_table
 from ssfl_app.results.run_folder import Run, read_run
+from ssfl_app.results.table import NONE
 
 CLASSES = ["cat", "dog", "owl"]
 COUNTS = [[10, 0, 5], [0, 20, 0], [1, 1, 38]]
@@ -437,3 +439,26 @@ def test_partition_of_any_size_is_drawn(tmp_path: Path, clients: int, classes: i
     names = [f"class ${c}" for c in range(classes)]
     report.write_picture(tmp_path / "p.png", lambda: plots.class_distribution(counts, names))
     assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_a_simulated_clock_is_a_column_a_row_and_a_figure(run: Run, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "timed")
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for entry, seconds in zip(lines, (360.0, 720.0, 720.0, 1800.0), strict=True):
+        entry["simulated_seconds"] = seconds
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    config = tomllib.loads((folder / "config.toml").read_text()) | {"clock": {"profile": "mobile"}}
+    (folder / "config.toml").write_text(tomli_w.dumps(config))
+    timed = read_run(folder)
+    assert runs.has_clock(timed)
+    assert not runs.has_clock(run)
+    assert runs.cumulative_hours(timed).tolist() == pytest.approx([0.3, 0.5, 1.0])
+    assert runs.metadata(timed)["simulated_hours"] == pytest.approx(1.0)
+    assert [row[-1] for row in round_table(timed).rows] == ["0.3", "0.5", "1"]
+    assert [row[-1] for row in compare_table([run, timed]).rows] == [NONE, "1"]
+    assert ["simulated hours", "1"] in summary_table(runs.metadata(timed)).rows
+    axes = plots.accuracy_by_hours([timed]).axes[0]
+    assert axes.lines[0].get_xdata() == pytest.approx([0.3, 1.0])  # where it was evaluated
+    page = report.report_page([run, timed])
+    assert "by hours of the simulated clock, without evaluation: clients of mobile" in page
+    assert "simulated" not in report.report_page([run]).lower()

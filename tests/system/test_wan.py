@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.wan import measure, table
 from benchmarks.wan.delay import PACKET, SYN, VNET_HEADER, Line, Relay
 from benchmarks.wan.delay import measure as sizes
+from ssfl_app.core.clock import PROFILES
 
 law = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -240,6 +242,23 @@ def test_the_table_is_made_of_the_record_alone(tmp_path) -> None:
     assert "| resnet110 | 0.1 | 8.000 -> 1.000 | 8.00 x | 2.00 -> 0.25 | 8.00 x |" in text
     assert "100.0 %, NOT met" in text
     assert "gather 8.00 x, met" in text
+
+
+RECORD = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "wan.json").read_text())
+
+
+@pytest.mark.parametrize("name", RECORD["cases"])
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_the_simulated_clock_tells_measured_transfers_within_a_fifth(name: str, way: str) -> None:
+    """One number of round trips each way and one overhead, for payloads from 0.2 to 45 MB."""
+    case = RECORD["cases"][name]
+    assert table.simulated(RECORD, case, way) == pytest.approx(table.gather(case, way=way), rel=0.2)
+
+
+def test_the_profile_wan_is_the_record() -> None:
+    rows = PROFILES["wan"].rows
+    assert [(row.down, row.up) for row in rows] == [(site.down, site.up) for site in table.sites(RECORD)]
+    assert [row.rtt for row in rows] == pytest.approx([site.rtt for site in table.sites(RECORD)], abs=1e-5)
 
 
 def test_a_page_gets_the_tables_between_its_marks_and_keeps_the_rest() -> None:
