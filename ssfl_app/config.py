@@ -158,16 +158,25 @@ def parse(flat: Mapping[str, Any]) -> Config:
             tables[name][rest] = value
     made: dict[str, Any] = {name: build(section, name, tables[name]) for name, section in read.items()}
     run = made["run"]
-    if run.cohort > run.clients:
-        raise ConfigError(
-            f"run.cohort is {run.cohort}; it is at most run.clients, {run.clients}: ask for run.cohort={run.clients}"
-        )
+    run.check(kind.full_participation, made["failures"].min_ok_fraction)
     made["shift"].check(run.clients, run.cohort)
     made["data"].check()
     made["privacy"].check()
     if made["stop"].patience and issubclass(kind.client, FineTuningClient):
         rule = f"{flat['strategy']} fine-tunes in the last round, which a run that stops early does not reach"
         raise ConfigError(f"stop.patience is {made['stop'].patience}; it is 0 here: {rule}")
+    late = {
+        "run.over-select": (run.over_select, 1.0),
+        "run.close-after": (run.close_after, 0.0),
+        "run.replay": (run.replay, ""),
+    }
+    for key, (value, needed) in late.items():
+        if value != needed and made["privacy"].level == "client":
+            rule = f"it is {needed!r} with privacy.level 'client', where nobody knows who takes part"
+            raise ConfigError(f"{key} is {value!r}; {rule}")
+    if run.close_after and made["privacy"].secure_aggregation:
+        rule = "it is 0 with privacy.secure-aggregation: what unmasks a sum without a late answer unmasks that answer"
+        raise ConfigError(f"run.close-after is {run.close_after:g}; {rule}")
     if made["clock"].profile and made["privacy"].level == "client":
         rule = "it is empty with privacy.level 'client': how long a round takes tells who is in its cohort"
         raise ConfigError(f"clock.profile is {made['clock'].profile!r}; {rule}")
@@ -347,7 +356,7 @@ def overlay(*layers: Mapping[str, Scalar]) -> Flat:
 
 def paths(flat: Mapping[str, Scalar]) -> list[str]:
     """Return the keys whose values are paths, which are made absolute: what is relative here is not elsewhere."""
-    found = [key for key in ("data.path", "model.weights") if flat.get(key)]
+    found = [key for key in ("data.path", "model.weights", "run.replay") if flat.get(key)]
     return [*found, *(["clock.profile"] if str(flat.get("clock.profile", "")).endswith(".csv") else [])]
 
 

@@ -423,7 +423,17 @@ def check_at_once(config: Config) -> None:
 def most_at_once(config: Config) -> int:
     """Return how many clients may be trained at once on a GPU."""
     run = config.settings.run
-    return min(run.clients if REGISTRY[config.strategy].full_participation else run.cohort, MOST_AT_ONCE)
+    return min(run.clients if REGISTRY[config.strategy].full_participation else run.asked, MOST_AT_ONCE)
+
+
+def check_time(config: Config, simulated: bool) -> None:
+    """Raise ConfigError unless time is told by what there is: a simulated clock in simulation, else the real one."""
+    run, profile = config.settings.run, config.settings.clock.profile
+    if simulated and run.close_after and not (profile or run.replay):
+        raise ConfigError(f"run.close-after is {run.close_after:g}; simulated clients are late by clock.profile only")
+    for key, value in {"clock.profile": profile, "run.replay": run.replay}.items():
+        if value and not simulated:
+            raise ConfigError(f"{key} is {value!r}; it is empty on real nodes, which take the time that they take")
 
 
 def find_device(wanted: str) -> torch.device:

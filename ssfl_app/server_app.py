@@ -23,6 +23,7 @@ from ssfl_app.comm.handshake import KEY, Handshake
 from ssfl_app.comm.membership import Claim
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.config import Config, Flat, first_clash, read_file
+from ssfl_app.core.closing import Taken
 from ssfl_app.core.rounds import Record
 from ssfl_app.core.strategy import ServerContext, SparseStrategy
 from ssfl_app.data.summary import mismatch, other_images, read_data_summary
@@ -39,7 +40,7 @@ from ssfl_app.results.recorder import Recorder, default_folder
 from ssfl_app.results.report import undone, write_report
 from ssfl_app.results.rows import summary_table
 from ssfl_app.results.run_folder import read_run
-from ssfl_app.runtime import Runtime, code_digest, get_runtime
+from ssfl_app.runtime import Runtime, check_time, code_digest, get_runtime
 from ssfl_app.sparsity.layout import Layout, State
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.strategies import REGISTRY
@@ -164,9 +165,8 @@ def server_context(
 ) -> ServerContext:
     """Return what the strategy of a run works with; nothing is written."""
     run_folder = callback.recorder.folder
-    simulated, profile = is_simulation(grid), runtime.config.settings.clock.profile
-    if profile and not simulated:
-        raise ConfigError(f"clock.profile is {profile!r}; it is empty on real nodes, whose time is measured")
+    simulated, replay = is_simulation(grid), runtime.config.settings.run.replay
+    check_time(runtime.config, simulated)
     # Its clients share this machine; elsewhere each keeps its own in Flower's state.
     return ServerContext(
         runtime.layout,
@@ -180,7 +180,35 @@ def server_context(
         metric=callback.recorder.metric,
         ledger=ledger,
         tokens=not runtime.data.numbers,
+        replay=taken_replies(Path(replay), runtime.config.flat) if replay else None,
     )
+
+
+def taken_replies(folder: Path, flat: Flat) -> dict[int, Taken]:
+    """Return whose replies the run in a folder took, by round, for another run of the same configuration.
+
+    Raises
+    ------
+    ConfigError
+        It is another run, has fewer rounds, or lost answers in discovery, of which its record does not say enough.
+    """
+    run = read_run(folder)
+    clash = first_clash({key: value for key, value in flat.items() if key != "run.replay"}, run.config)
+    if clash is not None:
+        raise ConfigError(f"run.replay is {folder}; {clash}")
+    for entry in [run.setup or {}, *run.rounds]:
+        for kind in ("lost", "refused"):
+            gone = entry.get(f"setup_{kind}") or (entry.get(kind) if entry is run.setup else None)
+            if gone:
+                where = f"in discovery at round {entry['round']}"
+                raise ConfigError(f"run.replay is {folder}; clients {sorted(gone, key=int)} were {kind} {where}")
+    wanted = int(flat["run.rounds"])
+    if len(run.rounds) < wanted and not any("stopped" in entry for entry in run.rounds):
+        raise ConfigError(f"run.replay is {folder}; it has {len(run.rounds)} rounds of run.rounds, {wanted}")
+    return {
+        entry["round"]: Taken(frozenset(map(int, entry.get("ok", ()))), frozenset(map(int, entry.get("busy", ()))))
+        for entry in run.rounds
+    }
 
 
 def conduct(grid: Grid, runtime: Runtime, callback: "RecordingCallback", strategy: SparseStrategy) -> Record:

@@ -69,6 +69,7 @@ class ExchangeReport:
     """What became of the messages of one exchange.
 
     `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client;
+    `late` are those without which the round closed, `busy` those that are still at work and were not asked;
     `notes` are what clients found out of order, and `odd_metrics` which metrics do not count and why, of those that
     answered well. `asked` counts the clients.
     Bytes are payload bytes of encoded arrays; bitmaps of masks are counted apart from the rest of `down`.
@@ -79,6 +80,8 @@ class ExchangeReport:
     ok: list[int] = field(default_factory=list)
     lost: dict[int, str] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    late: dict[int, str] = field(default_factory=dict)
+    busy: dict[int, str] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
     odd_metrics: dict[int, str] = field(default_factory=dict)
     examples: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -114,6 +117,11 @@ class ExchangeReport:
             self.notes.pop(client, None)
         self.refused[client] = reason
 
+    def come_late(self, client: int, reason: str) -> None:
+        """Note that a good reply came too late to count; its work was done all the same."""
+        self.ok.remove(client)
+        self.late[client] = reason
+
     def enough(self, share: float) -> bool:
         """Return whether at least `share` of the clients that were asked answered well."""
         return len(self.ok) >= share * self.asked
@@ -124,7 +132,7 @@ class ExchangeReport:
         if self.enough(share) and len(self.ok) >= least:
             return
         clients: dict[str, list[str]] = {}  # each reason once
-        for client, why in sorted({**self.lost, **self.refused}.items()):
+        for client, why in sorted({**self.lost, **self.refused, **self.busy}.items()):
             clients.setdefault(why, []).append(str(client))
         bad = ", ".join(f"{_called(who, of)}: {why}" for why, of in clients.items())
         raise RunFailed(f"{what}: {len(self.ok)} of {self.asked} {who}s answered well; {option} is {share} ({bad})")
@@ -133,7 +141,7 @@ class ExchangeReport:
 def names(*reports: ExchangeReport) -> dict[str, Any]:
     """Return who answered well in any of the exchanges, and who did not and why, as a round's record has it."""
     told: dict[str, Any] = {"ok": sorted({client for report in reports for client in report.ok})}
-    for kind in ("lost", "refused", "notes", "odd_metrics"):
+    for kind in ("lost", "refused", "late", "busy", "notes", "odd_metrics"):
         why: dict[int, str] = {c: reason for report in reports for c, reason in getattr(report, kind).items()}
         if why or kind in ("lost", "refused"):
             told[kind] = {str(client): why[client] for client in sorted(why)}
@@ -158,6 +166,8 @@ class MessageExchange:
         Expected size of a reply. In simulation replies wait in this process until they are pulled, so only
         as many messages are in flight as keep every core busy, or fit into `IN_FLIGHT` together. Real nodes
         get all messages at once.
+    enough : int or None
+        Good replies that close the exchange; who has not answered then is late. None: all are awaited.
 
     Notes
     -----
@@ -165,8 +175,9 @@ class MessageExchange:
     sleeps until a reply is there.
     """
 
-    def __init__(self, grid: Grid, timeout: float, reply_bytes: int = 0) -> None:
-        self.report = ExchangeReport()
+    def __init__(self, grid: Grid, timeout: float, reply_bytes: int = 0, enough: int | None = None) -> None:
+        self.report, self._enough = ExchangeReport(), sys.maxsize if enough is None else enough
+        self._late: dict[str, int] = {}  # who was still at work when it closed
         self._grid, self._timeout = grid, timeout
         self._end = time.monotonic() + timeout
         self._puller = Puller(grid, self._end, LARGER * reply_bytes + BESIDES)
@@ -214,16 +225,23 @@ class MessageExchange:
             A Ray actor died, and Flower would go on feeding most later messages to the dead one. Or this machine ran
             out of memory or disk in simulation: a mean over those clients that happened to fit means nothing.
         """
-        while (self._waiting or self._queue) and time.monotonic() < self._end:
+        while (self._waiting or self._queue) and not self._closed and time.monotonic() < self._end:
             looked, got = time.monotonic(), False
             for message_id in list(self._waiting):
+                if self._closed:
+                    break
                 yield from self._answers(message_id)
                 got = got or message_id not in self._waiting
                 self._push()
-            if self._waiting:
+            if self._waiting and not self._closed:
                 # A round ends with its last reply: look often, but where many are awaited not all of the time.
                 in_vain = 0.0 if got else time.monotonic() - looked
                 self._sleep(max(self._poll, min(4 * in_vain, 0.1)))
+        if self._closed:
+            self._late = self._waiting
+            out = [*self._waiting.values(), *(client for client, _ in self._queue)]
+            self.report.late |= dict.fromkeys(out, f"{len(self.report.ok)} good replies closed the round")
+            self._waiting, self._queue = {}, deque()
         for client, _ in self._queue:
             self.report.lost[client] = f"no answer within {self._timeout:g} s"
         for message_id, client in self._waiting.items():
@@ -232,6 +250,24 @@ class MessageExchange:
             self.report.lost[client] = f"no {what} within {self._timeout:g} s{why}"
         self._waiting.clear()
         self._queue.clear()
+
+    @property
+    def _closed(self) -> bool:
+        return len(self.report.ok) >= self._enough
+
+    def still_at_work(self) -> list[int]:
+        """Return who was late and has not answered since; an answer that is there now is dropped.
+
+        Nobody is after the time limit: messages live no longer.
+        """
+        for message_id in list(self._late):
+            try:
+                over = any(True for _ in self._puller.pull(message_id)) or time.monotonic() >= self._end
+            except (BrokenOff, ValueError, TypeError, LookupError, AttributeError, DecodeError):
+                over = True
+            if over:
+                del self._late[message_id]
+        return sorted(self._late.values())
 
     def _answers(self, message_id: str) -> Iterator[tuple[int, Message]]:
         # Not a part of `replies`: what it holds is gone before the next reply is pulled.

@@ -121,6 +121,7 @@ class Messenger:
         self._had: dict[int, str] = {}  # the same, in a run that was resumed of before as well
         self._client_of: dict[str, int] = {}  # message id -> client
         self._grid: Grid | None = None  # of the last exchange
+        self._closed: list[MessageExchange] = []  # those that may have closed before the last answer
         self.session, self._last_exchange = secrets.token_hex(8), 0
         self._exchange_file: Path | None = None
         self._forget()
@@ -143,6 +144,12 @@ class Messenger:
             check_regular(path)
             self._last_exchange = max(self._last_exchange, int(path.read_text("utf-8")))
 
+    def still_at_work(self) -> list[int]:
+        """Return the clients that an exchange closed without, and that have not answered since."""
+        found = [(exchange, exchange.still_at_work()) for exchange in self._closed]
+        self._closed = [exchange for exchange, clients in found if clients]
+        return sorted({client for _, clients in found for client in clients})
+
     # ---- out ---------------------------------------------------------------------------------
 
     def _forget(self) -> None:
@@ -162,9 +169,15 @@ class Messenger:
         # Time to live = round timeout: Flower's default of 12 hours would let replies come rounds later.
         return Message(record, self.node_of(client), pending.kind, ttl=self._timeout, group_id=group)
 
-    def exchange(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
-        """Send messages that `build_messages` made; return the replies, of about this size, as they come."""
-        exchange, self._grid = MessageExchange(grid, self._timeout, reply_bytes), grid
+    def exchange(
+        self, grid: Grid, messages: Sequence[Message], reply_bytes: int, enough: int | None = None
+    ) -> Iterator[Message]:
+        """Send messages that `build_messages` made; return the replies, of about this size, as they come.
+
+        `enough` good ones close the exchange.
+        """
+        exchange, self._grid = MessageExchange(grid, self._timeout, reply_bytes, enough), grid
+        self._closed += [exchange] if enough is not None else []
         self.report, self.report.asked = exchange.report, len(messages)
         client_at = {self.node_of(client): client for client in self._pending}
         self._push(exchange, {client_at[message.metadata.dst_node_id]: message for message in messages})

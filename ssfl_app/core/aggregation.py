@@ -181,18 +181,13 @@ def within_norm(strategy: _Algorithm, aggregator: Aggregator, what: str) -> Aggr
     are `update_norms`. A reply without one passes. All replies wait in a file until the last one is there; then the
     good ones are added by client. `finish` raises RunFailed if too few are left.
     """
-    held, waiting = Held(), list[Reply]()
 
-    def add(reply: Reply) -> None:
-        held.put(reply.client, reply.arrays)
-        waiting.append(replace(reply, arrays={}))
-
-    def finish() -> None:
+    def choose(replies: list[Reply]) -> list[Reply]:
         known, factor = strategy.update_norms, strategy.settings.failures.norm_factor
         # The lower one of two in the middle: of two replies one alone would else say what is usual.
         usual = sorted(known.values())[(len(known) - 1) // 2] if known else 0.0
         good = []
-        for reply in sorted(waiting, key=lambda reply: reply.client):
+        for reply in replies:
             norm = known.get(reply.client, 0.0)
             if norm <= factor * usual:
                 good.append(reply)
@@ -200,7 +195,24 @@ def within_norm(strategy: _Algorithm, aggregator: Aggregator, what: str) -> Aggr
                 allowed = f"failures.norm-factor is {factor:g} and the median of this round {usual:.4g}"
                 strategy.messenger.report.refuse(reply.client, f"its update is {norm:.4g} long; {allowed}")
         strategy.messenger.report.require(strategy.settings.failures.min_ok_fraction, what)
-        for reply in good:
+        return good
+
+    return held_back(aggregator, choose)
+
+
+def held_back(aggregator: Aggregator, choose: Callable[[list[Reply]], list[Reply]]) -> Aggregator:
+    """Return an aggregator whose replies wait in a file until the last one is there; then some are added, by client.
+
+    `choose` is given all of them, sorted by client and without arrays, and returns those that are added.
+    """
+    held, waiting = Held(), list[Reply]()
+
+    def add(reply: Reply) -> None:
+        held.put(reply.client, reply.arrays)
+        waiting.append(replace(reply, arrays={}))
+
+    def finish() -> None:
+        for reply in choose(sorted(waiting, key=lambda reply: reply.client)):
             aggregator.add(replace(reply, arrays=held.get(reply.client)))
         aggregator.finish()
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from ssfl_app import callbacks
@@ -27,6 +28,15 @@ class RunOptions:
     clients: int = at_least(1, 20, "clients of the federation; one SuperNode each")
     cohort: int = at_least(1, 10, "clients that train in a round; not given, at most all")
     rounds: int = at_least(1, 20, "rounds of training")
+    over_select: float = at_least(
+        1, 1.0, "times run.cohort that are asked in a round, at most all (docs/slow-sites.md)"
+    )
+    close_after: float = option(
+        "0, a share below 1, or a whole number",
+        lambda value: 0 <= value < 1 or (value < math.inf and value == int(value)),
+        0.0,
+        "good replies that close a round, a number or a share of those asked; late ones do not count; 0: all",
+    )
     seed: int = anything("a whole number", 1, "of everything random: init, partition, cohorts, minibatches")
     weighting: str = choice("samples", "uniform", about="weight of a client in the mean of a round")
     fold: str = choice(*FOLDS, about="what a round makes of its replies; the last three are unweighted")
@@ -44,6 +54,38 @@ class RunOptions:
     out: str = anything("a folder, or empty", "", "run folder; empty: runs/<time>-<strategy>-<dataset>")
     trackers: str = callbacks.field(about="with commas: who sees the run go by (docs/trackers.md)")
     resume: bool = anything("true or false", False, "go on from the checkpoint in run.out")
+    replay: str = anything(
+        "a folder, or empty", "", "run folder: each round takes the replies that counted in that run"
+    )
+
+    @property
+    def asked(self) -> int:
+        """How many clients are asked in a round at most."""
+        return min(self.clients, math.ceil(Fraction(repr(self.over_select)) * self.cohort))
+
+    def closes_at(self, asked: int) -> int:
+        """Return how many good replies close a round in which so many clients are asked."""
+        if self.close_after >= 1 or not self.close_after:
+            return min(asked, int(self.close_after) or asked)
+        return math.ceil(Fraction(repr(self.close_after)) * asked)
+
+    def check(self, everybody: bool, min_ok_fraction: float) -> None:
+        """Raise ConfigError unless a round can close, and counts, with the replies that it is to close with.
+
+        `everybody` says whether all clients train in a round.
+        """
+        if self.cohort > self.clients:
+            rule = f"it is at most run.clients, {self.clients}: ask for run.cohort={self.clients}"
+            raise ConfigError(f"run.cohort is {self.cohort}; {rule}")
+        if everybody and self.over_select != 1:
+            raise ConfigError(f"run.over-select is {self.over_select:g}; it is 1 where all clients train in a round")
+        asked = self.clients if everybody else self.asked
+        if self.close_after > asked:
+            raise ConfigError(f"run.close-after is {self.close_after:g}; a round asks {asked} clients")
+        least = math.ceil(Fraction(repr(min_ok_fraction)) * asked)
+        if self.closes_at(asked) < least:
+            rule = f"failures.min-ok-fraction is {min_ok_fraction:g}, of {asked} clients that are asked {least}"
+            raise ConfigError(f"run.close-after is {self.close_after:g}; a round counts with more replies: {rule}")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ssfl_app.comm.exchange import ExchangeReport, names
 from ssfl_app.comm.messenger import Check, ClientMessenger, Messenger, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
 from ssfl_app.core.clock import Clock
+from ssfl_app.core.closing import AT_WORK
 from ssfl_app.core.options import Settings
 from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.sparsity.codec import Dense
@@ -74,6 +75,10 @@ class RoundLoop(Generic[S, M]):
         """Return what a method is given as the model. Default: nothing, the strategy has its own."""
         return ArrayRecord()
 
+    def _enough(self, asked: int) -> int | None:
+        """Return how many good replies close a round of training; None: all are awaited."""
+        return None
+
     def _heard(self, method: str, replies: Iterator[Message]) -> Iterable[Message]:
         """Return the replies as a method is given them. Default: one at a time."""
         return replies
@@ -82,14 +87,14 @@ class RoundLoop(Generic[S, M]):
         """Have clients train; return arrays, metrics, and how many messages and bytes that took."""
         given = self._given("configure_train")
         messages = list(self._flower.configure_train(round_, given, self._configs[0], self._grid))
-        replies = self._messenger.exchange(self._grid, messages, reply_bytes)
+        replies = self._messenger.exchange(self._grid, messages, reply_bytes, self._enough(len(messages)))
         arrays, metrics = self._flower.aggregate_train(round_, self._heard("aggregate_train", replies))
         if metrics is not None:
             self._result.train_metrics_clientapp[round_] = metrics
         report = self._messenger.report
         counts = {
             "messages_train_down": report.sent,
-            "messages_train_up": len(report.ok) + len(report.refused),
+            "messages_train_up": len(report.ok) + len(report.refused) + len(report.late.keys() & report.examples),
             "bytes_train_down": report.down,
             "bytes_train_up": report.up,
             "bytes_mask_down": report.mask_down,
@@ -142,6 +147,7 @@ class _Algorithm(Protocol):
     def before_round(self, round_: int, ask: Query) -> None: ...
     def cohort(self, round_: int) -> list[int]: ...
     def evaluated(self, round_: int) -> bool: ...
+    def closes_at(self, asked: int) -> int | None: ...
     def model(self) -> State: ...
     def answers(self, round_: int, question: str | None = None) -> Allowed: ...
     def densities(self) -> tuple[float, float]: ...
@@ -158,6 +164,9 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
     def _reply_bytes(self) -> int:
         """An upper bound of what a client sends back: a dense model, or a score for each of its weights."""
         return 4 * self._strategy.layout.size
+
+    def _enough(self, asked: int) -> int | None:
+        return self._strategy.closes_at(asked)
 
     def run(self, first: int, last: int) -> Result:
         """Play rounds `first` to `last`, or until a callback ends the run; 0 is setup."""
@@ -220,12 +229,16 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         ) -> None:
             if payload is None:
                 payload = Payload(metadata={"weights": state_digest(strategy.layout, strategy.state)})
-            outgoing = [(client, payload(client) if callable(payload) else payload, None) for client in clients]
+            busy = dict.fromkeys(self._messenger.still_at_work(), AT_WORK)
+            asked = [client for client in clients if client not in busy]
+            outgoing = [(client, payload(client) if callable(payload) else payload, None) for client in asked]
             stated = any("weights" in sent.metadata for _, sent, _ in outgoing)
             weights = {"weights": functools.cache(self._weights)} if stated else {}
             messages = self._messenger.build_messages(f"query.{question}", round_, outgoing, {}, weights)
             replies = self._messenger.exchange(self._grid, messages, self._reply_bytes)
-            reports.append(self._messenger.report)
+            report = self._messenger.report
+            report.lost, report.asked = dict(busy), report.asked + len(busy)
+            reports.append(report)
             share = strategy.settings.failures.min_ok_fraction
             what = f"the question {question!r}"
             allowed = strategy.answers(round_, question) if allowed is None else allowed

@@ -28,6 +28,7 @@ from ssfl_app.comm.payload import Payload, shared_buffers
 from ssfl_app.core.aggregation import Aggregator, ReplyMean, ReplySum, within_norm
 from ssfl_app.core.client import ClientAlgorithm, encode_with
 from ssfl_app.core.clock import Clock, find_profile
+from ssfl_app.core.closing import AT_WORK, Closing, Taken
 from ssfl_app.core.means import MAX_WEIGHT
 from ssfl_app.core.options import FromSettings, Section, Settings
 from ssfl_app.core.own_start import OwnStart
@@ -75,6 +76,8 @@ class ServerContext:
         What is spent of the privacy of clients, with privacy.level "client".
     tokens : bool
         Whether the inputs of the model are integers.
+    replay : mapping of int to Taken, or None
+        By round, whose replies count, in a run that is played again.
     """
 
     layout: Layout
@@ -88,6 +91,7 @@ class ServerContext:
     metric: Metric = ACCURACY
     ledger: Ledger | None = None
     tokens: bool = False
+    replay: Mapping[int, Taken] | None = None
 
 
 class SparseStrategy(OwnStart):
@@ -210,6 +214,10 @@ class SparseStrategy(OwnStart):
         self.clock: Clock | None = None
         if settings.clock.profile:
             self.clock = Clock(find_profile(settings.clock.profile), run.seed, self.forward_flops)
+        self._closing: Closing | None = None
+        if context.replay or (self.clock is not None and run.close_after):
+            self._closing = Closing(run, self.clock, context.replay)
+        self._busy: dict[int, str] = {}  # who is not asked in this round
         self._flops: tuple[Layout, int] | None = None  # of the network of this layout
         self._summation: Summation | None = None  # of the training that goes on
         check_sums(self)
@@ -370,7 +378,8 @@ class SparseStrategy(OwnStart):
             return list(present)
         if self.settings.privacy.level == "client":
             return self._drawn_secretly(round_)
-        chosen = generator(run.seed, "cohort", round_).choice(len(present), run.cohort, replace=False)
+        asked = min(run.asked, len(present))
+        chosen = generator(run.seed, "cohort", round_).choice(len(present), asked, replace=False)
         return sorted(int(client) for client in chosen)
 
     def _drawn_secretly(self, round_: int) -> list[int]:
@@ -421,6 +430,17 @@ class SparseStrategy(OwnStart):
             self._flops = self.layout, flops(model, context.input_shape, context.tokens)
         return self._flops[1]
 
+    def closes_at(self, asked: int) -> int | None:
+        """Return how many good replies of so many real nodes close a round; None: all are awaited."""
+        run = self.settings.run
+        return run.closes_at(asked + len(self._busy)) if run.close_after and self._closing is None else None
+
+    def _at_work(self, round_: int) -> dict[int, str]:
+        """Return who is still at work on the message of an earlier round, and is asked nothing."""
+        if self._closing is not None:
+            return self._closing.busy(round_)
+        return dict.fromkeys(self.messenger.still_at_work(), AT_WORK)
+
     def evaluated(self, round_: int) -> bool:
         """Return whether the model is tested after a round."""
         run = self.settings.run
@@ -436,6 +456,8 @@ class SparseStrategy(OwnStart):
         kept: Arrays = {"state": state, "mask": mask, "since": self._last_accepted}
         if self.clock is not None:  # a mask that is sent once more takes no time
             kept["holds"] = self.messenger.masks_held(self.settings.run.clients)
+        if self._closing is not None:
+            kept["left"] = self._closing.left
         if self._silent:
             kept["epsilons"] = np.array([self.epsilons.get(k, 0.0) for k in range(self.settings.run.clients)])
         return kept if self._residual is None else kept | {"residual": self._residual}
@@ -456,6 +478,8 @@ class SparseStrategy(OwnStart):
         if self.clock is not None:
             held = stored(arrays, "holds", "uint8", 32 * self.settings.run.clients)
             self.messenger.restore_masks_held(held)
+        if self._closing is not None:
+            self._closing.restore(stored(arrays, "left", "float64", self.settings.run.clients))
         if self._silent:
             spent = stored(arrays, "epsilons", "float64", self.settings.run.clients)
             self.epsilons = {client: float(value) for client, value in enumerate(spent) if value}
@@ -475,7 +499,9 @@ class SparseStrategy(OwnStart):
     ) -> Iterable[Message]:
         """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
         self.check_playing()
-        cohort = self.cohort(server_round)
+        at_work, drawn = self._at_work(server_round), self.cohort(server_round)
+        self._busy = {client: at_work[client] for client in drawn if client in at_work}
+        cohort = [client for client in drawn if client not in self._busy]
         self._summation, outgoing = None, self._outgoing
         if self.settings.wire.up_values in SUMMED_TYPES:
             self._summation = summation = training_sum(self, server_round, cohort)
@@ -496,11 +522,15 @@ class SparseStrategy(OwnStart):
         """
         seen: dict[int, tuple[int, float | None]] = {}
         failures, what = self.settings.failures, f"training in round {server_round}"
+        report = self.messenger.report
+        report.busy, report.asked = self._busy, report.asked + len(self._busy)
         self.update_norms = {}
         self._encoded = None  # it holds the model that this round replaces
         aggregator = self.aggregator(server_round)
-        if failures.norm_factor:
+        if failures.norm_factor and not self.context.replay:  # whom it left out is recorded
             aggregator = within_norm(self, aggregator, what)
+        if self._closing is not None:
+            aggregator = self._closing.on_time(self, aggregator, server_round)
 
         summation = self._summation
         allowed = self.answers(server_round) if summation is None else summation.allowed()
@@ -522,7 +552,7 @@ class SparseStrategy(OwnStart):
         self._there = None  # before a vector is made of the sums
         aggregator.finish()
         self._made_in_round, self._residual, self._lost = server_round, self._lost, None
-        for client in self.messenger.report.refused:  # beside the other replies, after it was seen
+        for client in (*report.refused, *report.late):  # beside the other replies, after it was seen
             seen.pop(client, None)
         if self.ledger is None:  # else who took part would lie in the checkpoint
             self._last_accepted[list(seen)] = server_round
@@ -544,7 +574,9 @@ class SparseStrategy(OwnStart):
         self.check_playing()
         if self._silent or not self.evaluated(server_round):
             return []
-        clients = range(self.settings.run.clients)
+        # Who was late may still be at work.
+        at_work = {*self.messenger.report.late, *self._at_work(server_round)}
+        clients = [client for client in range(self.settings.run.clients) if client not in at_work]
         payloads = (self._outgoing(client, self.eval_payload(server_round, client)) for client in clients)
         return self.messenger.build_messages("evaluate", server_round, payloads, config)
 

@@ -132,7 +132,7 @@ def check_sums(strategy: _Algorithm) -> None:
             raise ConfigError(f"{key} is {value!r}; it is {needed!r}: {cause}, the server learns sums only")
     try:
         for value in summed.values():
-            FixedPoint.of(value, settings.wire.range, run.clients, run.cohort)
+            FixedPoint.of(value, settings.wire.range, run.clients, run.asked)
     except ValueError as error:
         raise ConfigError(f"{cause}; {error}. It is fixed32 for so many") from error
     if secure and run.cohort <= LEAST_NEIGHBOURS:

@@ -118,13 +118,15 @@ class NodeMessenger(Messenger):
         """Return the model, shape (layout.size,), whose carried coordinates are `values`."""
         return self.spec.spread(values, self.mask, self.frozen)
 
-    def exchange(self, grid: Grid, messages: Sequence[Message], reply_bytes: int) -> Iterator[Message]:
+    def exchange(
+        self, grid: Grid, messages: Sequence[Message], reply_bytes: int, enough: int | None = None
+    ) -> Iterator[Message]:
         """Send messages that `build_messages` made; return the replies, of about this size, as they come."""
         self._decoded = {}
         # A user's subclass may address messages to other nodes, to which what was written says nothing of their own.
         known, some = self._pending, next(iter(self._pending.values()))
         self._pending = {node: known.get(node, some) for node in (each.metadata.dst_node_id for each in messages)}
-        replies = super().exchange(grid, messages, reply_bytes)
+        replies = super().exchange(grid, messages, reply_bytes, enough)
         before, self._asked_for_keys = self._asked_for_keys, ExchangeReport()
         self.report.asked += len(before.lost) + len(before.refused)
         self.report.lost |= before.lost

@@ -177,6 +177,7 @@ class Recorder:
             **simulated_hours(self.records),
             "lost_replies": self._count("lost"),
             "refused_replies": self._count("refused"),
+            **({"late_replies": late} if (late := self._count("late")) else {}),
             "model_sha256": state_digest(layout, state),
             "mask_sha256": hashlib.sha256(mask.packed().tobytes()).hexdigest() if sparse else None,
         }
@@ -239,7 +240,7 @@ def discovery_line(record: Record, prefix: str) -> str:
 
 
 def failure_keys(kind: str) -> tuple[str, ...]:
-    """Return where a record names clients by `kind`, lost, refused or notes: in training, evaluation, discovery."""
+    """Return where a record names clients by `kind`, lost, refused, late, notes: training, evaluation, discovery."""
     return kind, f"evaluate_{kind}", f"setup_{kind}"
 
 
@@ -251,7 +252,7 @@ def round_line(record: Record, rounds: int, left: float, metric: Metric = ACCURA
         return "   -  " if value is None else f"{in_metric(value, metric):>6}{metric.unit.strip()}"
 
     down = record["bytes_train_down"] + record["bytes_evaluate_down"] + record["bytes_mask_down"]
-    counts = {kind: sum(len(record.get(k, {})) for k in failure_keys(kind)) for kind in ("lost", "refused")}
+    counts = {kind: sum(len(record.get(k, {})) for k in failure_keys(kind)) for kind in ("lost", "refused", "late")}
     failed = [f"{count} {kind}" for kind, count in counts.items() if count]
     personal = record["personal_accuracy_mean"]
     return "  ".join(

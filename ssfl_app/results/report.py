@@ -156,7 +156,7 @@ def _failure_section(runs: Sequence[Run]) -> dict[str, Any]:
     if len(runs) == 1:
         headers, rows = headers[:-1], [row[:-1] for row in rows]
     kinds = Counter(x.kind for _, x in found)
-    line = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind] or kind != "notes")
+    line = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind] or kind in ("lost", "refused"))
     return page.section(title, content=Table(headers, rows), folded=line)
 
 

@@ -84,6 +84,7 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: 
         if passes is None
         else f"{ask('image_passes')} in training, {ask('validation_passes')} forward only"
     )
+    late = f", {ask('late_replies')} late" if "late_replies" in known else ""
     best, ended = in_metric(known.get("best_value"), metric) + metric.unit, known.get("stopped")
     rows = [
         *([f"{metric.name}, {x}", said(known.get(k))] for k, x in tested.items()),
@@ -98,7 +99,7 @@ def summary_table(known: Mapping[str, Any], folder: Path | None = None, metric: 
         ["evaluation", f"{mb('bytes_evaluate_down')} MB down"],
         *([["the same between peers", f"{megabytes(peers)} MB without a server"]] if peers else []),
         ["image passes", work],
-        ["replies", f"{ask('lost_replies')} lost, {ask('refused_replies')} refused"],
+        ["replies", f"{ask('lost_replies')} lost, {ask('refused_replies')} refused{late}"],
         ["time", f"{ask('seconds_total', ',.1f')} s, {ask('seconds_rounds', ',.1f')} s of them in rounds"],
         *([[SIMULATED.lower(), hours(known["simulated_hours"])]] if "simulated_hours" in known else []),
     ]

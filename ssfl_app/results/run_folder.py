@@ -33,7 +33,7 @@ TOTALS = (
 )
 UNBOUNDED = ("train_loss", "central_loss", CENTRAL)  # of a model that diverged
 MOST = 2**63
-KINDS = ("lost", "refused", "notes")
+KINDS = ("lost", "refused", "late", "busy", "notes")
 NUMBERS = (*ALL_BYTES, *WORK, *LAST, "train_loss", "central_loss", "seconds", "simulated_seconds")
 
 
@@ -49,7 +49,8 @@ class Layer(NamedTuple):
 class Failure(NamedTuple):
     """A reply that did not count: its round (0: setup), client, "lost" or "refused", and the reason.
 
-    "notes" are of replies that count: what the client found out of order.
+    "late" are those without which the round closed, "busy" clients that were not asked for that reason; "notes" are
+    of replies that count: what the client found out of order.
     """
 
     round: int

@@ -84,6 +84,6 @@ def plan(config: "Config") -> tuple[int, float]:
     from ssfl_app.runtime import find_device
 
     run = config.settings.run
-    actors = config.engine.actors or min(usable_cores(), max(run.cohort, 1))
+    actors = config.engine.actors or min(usable_cores(), max(run.asked, 1))
     gpus = torch.cuda.device_count() if find_device(run.device).type == "cuda" else 0
     return actors, gpus / actors

@@ -9,7 +9,7 @@ from ssfl_app.core.strategy import ServerContext
 from ssfl_app.options import ConfigError
 from ssfl_app.results.checkpoint import resume
 from ssfl_app.results.recorder import check_free, claim, default_folder
-from ssfl_app.runtime import check
+from ssfl_app.runtime import check, check_time
 from ssfl_app.simulation.command import ENGINES, RunArgs
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
@@ -53,6 +53,7 @@ def resolve(words: RunArgs) -> tuple[Config, Layout]:
     config = configuration.parse(flat)
     if config.data.where == "sites" and words.engine in ENGINES:
         raise ConfigError("data.where is 'sites'; own data need real SuperNodes: ssfl federation run, or flwr run")
+    check_time(config, words.engine in ENGINES)
     folder = absolute("run.out", flat["run.out"] or default_folder(config.strategy, config.data.name))
     config = configuration.with_out(config, folder)
     layout = check(config, keep=words.engine == "inline")

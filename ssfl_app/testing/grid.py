@@ -14,6 +14,7 @@ from ssfl_app import client_app
 from ssfl_app.callbacks.base import RunCallback
 from ssfl_app.comm.payload import Payload, PayloadEncoder, decode_payload
 from ssfl_app.config import Flat, merge, parse
+from ssfl_app.core.closing import Taken
 from ssfl_app.core.strategy import ServerContext, SparseStrategy
 from ssfl_app.privacy.ledger import Ledger
 from ssfl_app.runtime import Runtime, get_runtime
@@ -182,12 +183,13 @@ def play(
     grid: ScriptedGrid | None = None,
     prepare: Callable[[SparseStrategy], None] | None = None,
     ledger: Ledger | None = None,
+    replay: Mapping[int, Taken] | None = None,
 ) -> Played:
     """Play a run without a run folder: strategy, exchange, wire and clients are the real ones.
 
     Clients keep what they remember in `folder`, or in Flower's state without one. The run breaks off after round
     `until`. Nodes are those of a `grid`, or of one with this `luck` and these `faults`; `prepare` sees the strategy
-    before it starts. A `ledger` is needed with privacy.level "client".
+    before it starts. A `ledger` is needed with privacy.level "client"; `replay` is as in `ServerContext`.
     """
     flat = merge(SMALL, keys)
     config = parse(flat)
@@ -201,6 +203,7 @@ def play(
         folder=folder,
         metric=runtime.trainer.task.metric,
         ledger=ledger,
+        replay=replay,
     )
     strategy = REGISTRY[config.strategy](context)
     played = Played(strategy, runtime, grid)

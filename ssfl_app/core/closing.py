@@ -1,0 +1,99 @@
+"""Rounds that close before their last reply: who counts on the simulated clock, and in a run that is played again.
+
+More clients are asked than a round needs (run.over-select), it closes with some good replies (run.close-after), and
+what comes later is named and not taken: Bonawitz et al., "Towards federated learning at scale: system design",
+MLSys 2019. Departure: nobody is told to stop, so a late client works on and is asked nothing until it is ready.
+
+On real nodes replies come when they come, and the exchange ends (`MessageExchange`). In simulation each reply has
+its time by the simulated clock: all wait in a file, and the first ones count, of equally early ones the lower number.
+What the model becomes depends on arrival by who counts alone: the record names them, and a replay takes the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ssfl_app.comm.exchange import ExchangeReport
+from ssfl_app.comm.messenger import ClientMessenger, Reply
+from ssfl_app.core.aggregation import Aggregator, held_back
+from ssfl_app.core.clock import Clock
+from ssfl_app.core.options import RunOptions
+from ssfl_app.locks import RunFailed
+
+AT_WORK = "was not asked: it is still at work on the message of a round that closed without it"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Whose replies a recorded round took, and who was not asked."""
+
+    ok: frozenset[int]
+    busy: frozenset[int]
+
+
+class _Algorithm(Protocol):
+    """What is used of a strategy here."""
+
+    messenger: ClientMessenger
+    update_norms: dict[int, float]
+
+
+class Closing:
+    """Says which replies of simulated clients come too late.
+
+    Parameters
+    ----------
+    run : RunOptions
+    clock : Clock or None
+        The simulated clock; None in a replay of a run without one.
+    replay : mapping of int to Taken, optional
+        By round: what was recorded counts, whatever a clock says.
+    """
+
+    def __init__(self, run: RunOptions, clock: Clock | None, replay: Mapping[int, Taken] | None) -> None:
+        self._run, self._clock, self._replay = run, clock, replay
+        self.left = np.zeros(run.clients)
+        """Seconds for which each client is still at work, after the last round."""
+
+    def busy(self, round_: int) -> dict[int, str]:
+        """Return who is asked nothing in a round, and why."""
+        who = sorted(self._replay[round_].busy) if self._replay else np.flatnonzero(self.left).tolist()
+        return dict.fromkeys(who, AT_WORK)
+
+    def on_time(self, strategy: _Algorithm, aggregator: Aggregator, round_: int) -> Aggregator:
+        """Return an aggregator of the replies that count; the others are named in the report when it finishes."""
+
+        def choose(replies: list[Reply]) -> list[Reply]:
+            report = strategy.messenger.report
+            late = self._unwanted(report, round_) if self._replay else self._by_clock(report)
+            for client, why in late.items():
+                report.come_late(client, why)
+                strategy.update_norms.pop(client, None)
+            return [reply for reply in replies if reply.client not in late]
+
+        return held_back(aggregator, choose)
+
+    def _by_clock(self, report: ExchangeReport) -> dict[int, str]:
+        assert self._clock is not None
+        seconds = self._clock.client_seconds(report)
+        order = sorted(report.ok, key=lambda client: (seconds[client], client))
+        count = self._run.closes_at(report.asked)
+        end = seconds[order[:count][-1]] if order else 0.0
+        self.left = np.maximum(self.left - end, 0)
+        for client in order[count:]:
+            self.left[client] = seconds[client] - end
+        return {c: f"{seconds[c]:.4g} s; {count} good replies closed the round at {end:.4g} s" for c in order[count:]}
+
+    def _unwanted(self, report: ExchangeReport, round_: int) -> dict[int, str]:
+        assert self._replay is not None
+        wanted, came = self._replay[round_].ok, set(report.ok)
+        if missing := sorted(wanted - came):
+            raise RunFailed(f"run.replay: clients {missing} counted in round {round_} of that run and do not in this")
+        return dict.fromkeys(sorted(came - wanted), "did not count in the run that is played again")
+
+    def restore(self, left: npt.NDArray[np.float64]) -> None:
+        """Go on with `left` of a checkpoint."""
+        self.left = left.copy()
