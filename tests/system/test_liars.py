@@ -2,7 +2,8 @@
 
 One honest round; then the liar sends in turn minus ten times its model, a constant, noise, and a constant with as
 many samples as passed before they were compared with what it holds; and at every question it says what serves it
-best. After each of these rounds honest clients are as well off as in the honest run, up to ten points.
+best. After each of these rounds honest clients are as well off as in the honest run, up to ten points; where nothing
+refuses the liar, as well off as the honest run was a round before.
 """
 
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ ALSO: dict[str, Flat] = {
 
 # Strategies in which nothing refuses a liar, and why one of eight yet cannot do much.
 UNSEEN: dict[str, str] = {
-    "fedpm": "sends bits, which have no length; each counts for its weight's share of theta and no more",
+    "fedpm": "sends bits, which have no length; each counts for its share of theta, and costs a round at most",
 }
 
 
@@ -146,7 +147,7 @@ def test_one_liar_of_eight_costs_the_others_less_than_ten_points(name: str, requ
     keys = keys_of(name)
     honest, lying = play(keys), lied(keys, name)
     for round_, kind in enumerate(LIES, start=2):
-        before, after = well_off(honest.records[round_]), well_off(lying.records[round_])
+        before, after = well_off(honest.records[round_ - (name in UNSEEN)]), well_off(lying.records[round_])
         assert before.keys() == after.keys()
         for what, accuracy in before.items():
             assert after[what] > accuracy - 0.1, (
@@ -156,7 +157,9 @@ def test_one_liar_of_eight_costs_the_others_less_than_ten_points(name: str, requ
         assert kind == "samples" or name in UNSEEN or "norm-factor" in refused[str(LIAR)]
         assert kind != "samples" or "this client holds" in refused[str(LIAR)]
         assert set(refused) <= {str(LIAR)}
-    assert max(well_off(honest.records[5]).values()) > 0.5  # there was something to lose
+    end, lied_to = well_off(honest.records[5]), well_off(lying.records[5])
+    assert max(end.values()) > 0.5  # there was something to lose
+    assert all(lied_to[what] > accuracy - 0.1 for what, accuracy in end.items())
 
 
 def test_without_these_settings_the_same_liar_ends_learning() -> None:
