@@ -47,6 +47,9 @@ from ssfl_app.training.reparam import originals, without_other_form
 from ssfl_app.training.tasks import Classification, make_task
 from ssfl_app.training.trainer import LocalTrainer, Steps
 
+MOST_KEPT = 8 * 2**20
+"""Parameters of the largest model whose initial weights stay in memory, 32 MB, though few messages need them."""
+
 
 @dataclass(frozen=True)
 class WorkerState:
@@ -104,11 +107,13 @@ class Runtime:
 
     def initial_state(self) -> State:
         """Return the weights that a run starts from, on the CPU; nobody writes into them."""
-        return self._start if self.config.settings.mask.frozen or self.config.model.weights else self._made()
+        always = self.config.settings.mask.frozen or self.config.model.weights
+        return self._start if always or self.layout.size <= MOST_KEPT else self._made()
 
     @functools.cached_property
     def _start(self) -> State:
-        # Kept where each message needs it, or a file would be read for it.
+        # Kept where each message needs it, a file would be read for it, or it costs a simulation's clients more time
+        # to draw than to score.
         return self._made()
 
     def _made(self) -> State:
