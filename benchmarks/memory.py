@@ -34,11 +34,11 @@ def resident(pid: int) -> dict[str, int]:
 
 
 class Sampler(threading.Thread):
-    """Follows the memory of the simulation process of one run."""
+    """Follows the memory of the process with the ServerApp: a child with `name` in its command line, or "" itself."""
 
-    def __init__(self, folder: Path, launcher: int) -> None:
+    def __init__(self, folder: Path, launcher: int, name: str = "flwr-simulation") -> None:
         super().__init__(daemon=True)
-        self.folder, self.launcher = folder, psutil.Process(launcher)
+        self.folder, self.launcher, self.name = folder, psutil.Process(launcher), name
         self.idle = self.peak = 0
         self.stop = False
         self.at_peak: dict[str, int] = {}
@@ -48,8 +48,8 @@ class Sampler(threading.Thread):
         while not self.stop:
             try:
                 if driver is None:
-                    for child in self.launcher.children(recursive=True):
-                        if "flwr-simulation" in " ".join(child.cmdline()):
+                    for child in self.launcher.children(recursive=True) if self.name else [self.launcher]:
+                        if self.name in " ".join(child.cmdline()):
                             driver = child.pid
                 else:
                     now = resident(driver)

@@ -1,6 +1,6 @@
 """What simulation costs on this machine's cores beside the training itself.
 
-.venv/bin/python -m benchmarks.simulation.run [efficiency|peers|busy|startup|scale ...]
+.venv/bin/python -m benchmarks.simulation.run [efficiency|peers|busy|startup|scale|many ...]
 
 Each part replaces what benchmarks/results/simulation.json has of it; simulation.md and the plot are made from that
 file. See README.md.
@@ -14,12 +14,12 @@ import time
 from datetime import date
 from pathlib import Path
 
-from benchmarks.simulation import busy, efficiency, peers, scale, startup
+from benchmarks.simulation import busy, efficiency, many, peers, scale, startup
 from benchmarks.simulation.table import write_table
 from ssfl_app.results.recorder import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
-PARTS = {"efficiency": efficiency, "peers": peers, "busy": busy, "startup": startup, "scale": scale}
+PARTS = {"efficiency": efficiency, "peers": peers, "busy": busy, "startup": startup, "scale": scale, "many": many}
 IMAGES = 3200
 """Of CIFAR-10: 160 for each of the 20 clients, five steps; rounds of some seconds on two cores."""
 

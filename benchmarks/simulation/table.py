@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.simulation.app import ENGINES
 from benchmarks.simulation.efficiency import STRATEGIES
+from benchmarks.simulation.many import GOAL_MS, GOAL_SPREAD, overhead
 from benchmarks.simulation.turns import middle, quotient
 from ssfl_app.results.plots import FAINT, INK, PALETTE, svg_bytes
 
@@ -17,7 +18,7 @@ Part = dict[str, Any]
 
 
 def write_table(known: dict[str, Part], folder: Path) -> None:
-    """Write the page of a record, and the plot if the record has its part."""
+    """Write the page of a record, and the plots of the parts that it has."""
     lines = ["# Simulation on CPU", "", "Written by `python -m benchmarks.simulation.run`.", ""]
     lines += [*table(("goal", "measured", ""), (row for _, *row in goals(known))), ""]
     for name, section in SECTIONS.items():
@@ -26,6 +27,9 @@ def write_table(known: dict[str, Part], folder: Path) -> None:
     if "scale" in known:
         (folder / "scale.svg").write_bytes(svg_bytes(lambda: plot(known["scale"]["cases"])))
         lines += ["![Cost against scale](scale.svg)", ""]
+    if "many" in known:
+        (folder / "many.svg").write_bytes(svg_bytes(lambda: plot_many(known["many"])))
+        lines += ["![Cost of many clients](many.svg)", ""]
     (folder / "simulation.md").write_text("\n".join(lines))
 
 
@@ -103,11 +107,29 @@ def judged_scale(part: Part) -> Iterator[tuple[str, str, str]]:
     yield what, found, verdict(part, True)
 
 
+def judged_many(part: Part) -> Iterator[tuple[str, str, str]]:
+    for engine, strategy in product(ENGINES, STRATEGIES):
+        own = [case for case in part["cases"] if (case["engine"], case["strategy"]) == (engine, strategy)]
+        largest = max(own, key=lambda case: case["clients"])
+        costs = {phase: overhead(part, largest, phase) for phase in ("scores", "train", "test")}
+        told = ", ".join(f"{phase} {ms:.1f} ms" for phase, ms in costs.items() if ms is not None)
+        what = f"{largest['clients']:,} clients, {largest['cohort']} a round, `{strategy}`, {engine}: at most "
+        yes = all(ms <= GOAL_MS for ms in costs.values() if ms is not None)
+        yield what + f"{GOAL_MS:g} ms a client beside the computation", told, verdict(part, yes)
+        peaks = {case["clients"]: case["peak_bytes"] for case in own}
+        grown = peaks[max(peaks)] / peaks[min(peaks)] - 1
+        what = (
+            f"server memory of {max(peaks):,} clients at most {100 * GOAL_SPREAD:g} % above that of {min(peaks):,}, "
+        )
+        yield what + f"`{strategy}`, {engine}", f"{100 * grown:+.0f} %", verdict(part, grown <= GOAL_SPREAD)
+
+
 JUDGES = {
     "efficiency": judged_efficiency,
     "peers": judged_peers,
     "startup": judged_startup,
     "scale": judged_scale,
+    "many": judged_many,
 }
 
 
@@ -195,7 +217,31 @@ def scale(part: Part) -> Iterator[str]:
     yield from ("", *table((*head, "server MB idle", "at its peak"), rows))
 
 
-SECTIONS = {"efficiency": efficiency, "peers": peers, "busy": busy, "startup": startup, "scale": scale}
+def many(part: Part) -> Iterator[str]:
+    yield from ("## Many clients", "", where(part), "")
+    bare = ", ".join(f"{phase} {1e3 * seconds:.2f} ms" for phase, seconds in part["bare"].items())
+    yield (
+        "All clients are asked for scores (SSFL) and test the last model; the cohort trains one step on four images. "
+        f"ms a client: wall time by clients, less what plain PyTorch takes on one core ({bare}) by the cores."
+    )
+    rows = [
+        (
+            case["engine"],
+            f"`{case['strategy']}`",
+            f"{case['clients']:,}",
+            *("" if ms is None else f"{ms:.2f}" for ms in (overhead(part, case, p) for p in part["bare"])),
+            f"{case['round_seconds']:.2f}",
+            f"{case['command_seconds']:.0f}",
+            f"{case['peak_bytes'] / 1e6:.0f}",
+            f"{case['record_bytes'] / 1e6:.1f}",
+        )
+        for case in part["cases"]
+    ]
+    head = ("engine", "", "clients", *(f"{p}, ms a client" for p in part["bare"]), "s a round", "s in all")
+    yield from ("", *table((*head, "server MB at its peak", "MB of the run folder"), rows))
+
+
+SECTIONS = {"efficiency": efficiency, "peers": peers, "busy": busy, "startup": startup, "scale": scale, "many": many}
 
 
 def plot(cases: list[Part]) -> Any:
@@ -220,4 +266,27 @@ def plot(cases: list[Part]) -> Any:
             axes.spines[["top", "right"]].set_visible(False)
         line[0].set_title(f"{value:,} {fixed}", loc="left", fontsize=10, color=INK)
     panels[0][0].legend(frameon=False)
+    return figure
+
+
+def plot_many(part: Part) -> Any:
+    """Return what a client costs in each phase, and server memory, against the number of clients."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 4)
+    labels = {"scores": "ms a scored client", "train": "ms a trained client", "test": "ms a tested client"}
+    for axes, phase in zip(panels, (*labels, ""), strict=True):
+        for colour, (engine, strategy) in zip(PALETTE, product(ENGINES, STRATEGIES), strict=False):
+            own = [case for case in part["cases"] if (case["engine"], case["strategy"]) == (engine, strategy)]
+            ys = [overhead(part, case, phase) if phase else case["peak_bytes"] / 1e6 for case in own]
+            if None not in ys:
+                xs = [case["clients"] for case in own]
+                axes.plot(xs, ys, "o-", color=colour, ms=4, lw=1.6, label=f"{strategy}, {engine}")
+        if phase:
+            axes.axhline(GOAL_MS, color=FAINT, lw=1.2, ls="--")
+        axes.set(xscale="log", ylim=(0, None), xlabel="clients", ylabel=labels.get(phase, "server memory, MB"))
+        axes.tick_params(colors=INK, labelsize=8.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].legend(frameon=False, fontsize=8)
     return figure
