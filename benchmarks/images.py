@@ -1,13 +1,15 @@
 """CIFAR-10 images on a CPU, as many runs as fit: python -m benchmarks.images --data DIR --minutes M [--jobs 2]
 
-The common terms are those of configs/cifar10-study.toml; `plan` has the runs, the most important first. That is the
-gate, dense FedAvg: if it stays below `GATE`, nothing else is played. What the end of the minutes cuts goes on with
-the next call, from its checkpoint in --out; a run that the record has is not played again, but one that failed.
-Each run that ends is written to benchmarks/results/images.json at once, and the tables beside it are made of that
-file alone.
+The common terms are those of configs/cifar10-study.toml; `plan` has the runs, the most important first: those that
+two cores play in a night, or with --all every run that was thought of. The first one is the gate, dense FedAvg: if
+it stays below `GATE`, nothing else is played. What the end of the minutes cuts goes on with the next call, from its
+checkpoint in --out; a run that the record has is not played again, but one that failed. Each run that ends is
+written to benchmarks/results/images.json at once, and the tables beside it are made of that file alone.
 
 "narrow" are dense networks of uniform width that have as many parameters as the masked ones have alive ones, biases
-and norms included. Accuracies are means of the last three evaluations.
+and norms included. "channels" are the networks of fewer channels of mask.granularity "channel", with a share of the
+parameters; "FLOPs as narrow" those with a share of the multiplications, that of the narrow network beside them.
+Accuracies are means of the last three evaluations.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from ssfl_app.results.run_folder import CENTRAL, LOCAL, PERSONAL, evaluated, rea
 from ssfl_app.results.table import NONE, Table, megabytes
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.training.models import ModelOptions, outline, width_for
+from ssfl_app.training.narrow import flops, of_widths
 
 ROOT = Path(__file__).parents[1]
 TERMS = ROOT / "configs" / "cifar10-study.toml"
@@ -42,23 +45,27 @@ LAST = 3  # evaluations that an accuracy is the mean of
 SEEDS = (1, 2, 3)
 
 DENSE = {"dense": "strategy='fedavg'"}
-LEADERS = {
+MASKS = {"ssfl": "strategy='ssfl'", "shuffled": "strategy='shuffled'"}
+CONTROLS = {"random": "strategy='random'", "narrow": "strategy='fedavg'"}
+LAYERWISE = {"random, layer by layer": "strategy='random' mask.scope='layer'"}
+LEADERS = MASKS | CONTROLS | LAYERWISE
+AT_FLOPS = "ssfl, channels, FLOPs as narrow"
+CHANNELS = {
     "ssfl": "strategy='ssfl'",
-    "shuffled": "strategy='shuffled'",
-    "random": "strategy='random'",
-    "random, layer by layer": "strategy='random' mask.scope='layer'",
+    "ssfl, channels": "strategy='ssfl' mask.granularity='channel'",
     "narrow": "strategy='fedavg'",
+    "random, channels": "strategy='random' mask.granularity='channel'",
+    AT_FLOPS: "strategy='ssfl' mask.granularity='channel' mask.budget='flops'",
 }
 # Knobs that a method's own paper turns: SparsyFed's rate; PruneFL's 50 rounds are more than there are here.
 OTHERS = {
-    "random-local": "strategy='random-local'",
-    "local-saliency": "strategy='local-saliency'",
-    "dispfl": "strategy='dispfl'",
-    "flash": "strategy='flash'",
     "prunefl": "strategy='prunefl' prunefl.every=10",
     "sparsyfed, rate 0.5": "strategy='sparsyfed' local.lr=0.5",
+    "flash": "strategy='flash'",
     "topk": "strategy='topk'",
+    "local-saliency": "strategy='local-saliency'",
 }
+PERSONAL_MASKS = {"random-local": "strategy='random-local'", "dispfl": "strategy='dispfl'"}
 # Other ways to choose the mask: what they change tells why SSFL's is as good as it is.
 CAUSES = {
     "ssfl, layer by layer": "mask.scope='layer'",
@@ -87,18 +94,32 @@ class Entry(NamedTuple):
     run: RunSpec
 
 
-def plan(given: dict[str, Any]) -> list[Entry]:
-    """Return the runs, the most important one first; `given` keys have the last word in all of them."""
-    part = partial(entries, given)
-    found = [entry for seed in SEEDS for entry in part("ten clients", DENSE | LEADERS, [0.05], [seed])]
-    found += part("ten clients", OTHERS, [0.05], SEEDS[:1])
-    found += part("ten clients", LEADERS, [0.1, 0.2, 0.02], SEEDS[:1])
-    found += part("ten clients, how ssfl chooses", CAUSES, [0.05], SEEDS[:1])
-    found += part("ten clients, how ssfl chooses", ABLATIONS, [0.05, 0.1], SEEDS[:1])
-    found += part("ten clients", LEADERS, [0.1, 0.2, 0.02], SEEDS[1:])
-    for seed in SEEDS:
-        found += part("100 clients, 10 a round", DENSE | LEADERS, [0.05], [seed], LARGER)
-    return found
+def plan(given: dict[str, Any], everything: bool = False) -> list[Entry]:
+    """Return the runs, the most important one first; `given` keys have the last word in all of them.
+
+    Parameters
+    ----------
+    everything : bool
+        Also what a CPU has no time for: 138 runs in place of 27.
+    """
+    part, first = partial(entries, given), SEEDS[:1]
+    ten, larger, how = "ten clients", "100 clients, 10 a round", "ten clients, how ssfl chooses"
+    found = list(part(ten, DENSE, [0.05], first))
+    found += [entry for seed in SEEDS for entry in part(ten, MASKS | CONTROLS, [0.05], [seed])]
+    found += part(ten, CHANNELS, [0.1], first)
+    found += part(ten, LAYERWISE | OTHERS, [0.05], first)
+    found += [*part(ten, MASKS, [0.02], first), *part(ten, {"ssfl": MASKS["ssfl"]}, [0.2], first)]
+    if everything:
+        found += part(ten, DENSE | LAYERWISE, [0.05], SEEDS)
+        found += part(ten, PERSONAL_MASKS, [0.05], first)
+        found += part(ten, CHANNELS, [0.1, 0.25], SEEDS)
+        found += part(ten, LEADERS, [0.1, 0.2, 0.02], first)
+        found += part(how, CAUSES, [0.05], first)
+        found += part(how, ABLATIONS, [0.05, 0.1], first)
+        found += part(ten, LEADERS, [0.1, 0.2, 0.02], SEEDS[1:])
+        for seed in SEEDS:
+            found += part(larger, DENSE | LEADERS, [0.05], [seed], LARGER)
+    return list({entry.run.slug: entry for entry in found}.values())
 
 
 def entries(
@@ -114,8 +135,11 @@ def entries(
         for seed in seeds:
             for row, keys in rows.items():
                 own = configuration.read_overrides([terms, keys]) | {"run.seed": seed, "mask.density": density}
-                width = {"model.width": narrow(density)} if row == "narrow" else {}
-                flat = configuration.merge(configuration.read_file(TERMS), width, own, given)
+                if row == "narrow":
+                    own["model.width"] = narrow(density)
+                elif row == AT_FLOPS:
+                    own["mask.density"] = narrow_flops(density)
+                flat = configuration.merge(configuration.read_file(TERMS), own, given)
                 words = [part, row, *([] if row in DENSE else [f"d{density}"]), f"s{seed}"]
                 slug = re.sub(r"[^\w.]+", "-", "-".join(words))
                 run = replace(planned(flat, dense=row in DENSE), slug=slug, name=", ".join(words))
@@ -127,6 +151,14 @@ def narrow(density: float) -> float:
     options = ModelOptions(str(configuration.read_file(TERMS)["model.name"]))
     layout = Layout.of(outline(options, *INPUT))
     return width_for(options, *INPUT, layout.size - layout.prunable_size + round(density * layout.prunable_size))
+
+
+def narrow_flops(density: float) -> float:
+    """Return the share of the dense model's multiplications that the narrow one of this density does."""
+    name = str(configuration.read_file(TERMS)["model.name"])
+    nets = [outline(ModelOptions(name, width=width), *INPUT) for width in (narrow(density), 1.0)]
+    small, whole = (flops(net, INPUT[0]) for net in nets)
+    return small / whole
 
 
 def keys_of(run: RunSpec) -> dict[str, Any]:
@@ -159,9 +191,13 @@ def measured(entry: Entry, home: Path) -> dict[str, Any]:
         "train_loss": mean(run.rounds[i]["train_loss"] for i in sorted(at)),
         "central_by_round": {r["round"]: r[CENTRAL] for r in run.rounds if r.get(CENTRAL) is not None},
         "layers": {layer.name: layer.alive / layer.size for layer in run.layers},
-        **{key: known.get(key) for key in ("parameters", "prunable", "alive", "model_sha256", "mask_sha256")},
+        **{key: known.get(key) for key in KNOWN},
         "environment": run.environment,
     }
+
+
+KNOWN = ("parameters", "prunable", "alive", "model_sha256", "mask_sha256", "widths")
+"""What the record of a run has of its summary."""
 
 
 class Study:
@@ -242,11 +278,12 @@ def tables(known: Sequence[dict[str, Any]]) -> str:
 
 
 HEADERS = ["row", "density", "seeds", "central %", "own tests %", "train loss", "alive parameters"]
-HEADERS += ["MB", "image passes", "minutes"]
+HEADERS += ["MFLOPs", "MB", "image passes", "minutes"]
 NOTE = (
     "± is half the 95 % interval of the mean over seeds. Accuracies and the clients' loss are means of the last "
-    f"{LAST} evaluated rounds; own tests: the personal model where a method has one. MB: training, masks and "
-    "discovery, both directions. Minutes are of a run beside other work."
+    f"{LAST} evaluated rounds; own tests: the personal model where a method has one. MFLOPs: what torch does in a "
+    "forward pass of an image, also by zeros. MB: training, masks and discovery, both directions. Minutes are of a "
+    "run beside other work."
 )
 
 
@@ -274,7 +311,19 @@ def cells(row: str, density: float, runs: Sequence[dict[str, Any]]) -> list[str]
     costs = [megabytes(statistics.fmean(sent)), shown(each("image_passes"), ",.0f")]
     minutes = shown((None if run["seconds"] is None else run["seconds"] / 60 for run in known), ".0f")
     shares = [share("central"), share("own"), shown(each("train_loss"), ".3f")]
-    return [row, f"{density:g}", seeds, *shares, shown(each("density_all", "parameters"), ",.0f"), *costs, minutes]
+    work = f"{statistics.fmean(map(forward_flops, known)) / 1e6:.1f}"
+    alive = shown(each("density_all", "parameters"), ",.0f")
+    return [row, f"{density:g}", seeds, *shares, alive, work, *costs, minutes]
+
+
+def forward_flops(known: dict[str, Any]) -> int:
+    """Return the floating-point operations of a forward pass of an image, of the study's size, by a recorded run."""
+    section = "model."
+    options = {key[len(section) :]: value for key, value in known["keys"].items() if key.startswith(section)}
+    net = outline(ModelOptions(**options), *INPUT)
+    if widths := known.get("widths"):
+        net = of_widths(net, Layout.of(net), tuple(widths.values()))
+    return flops(net, INPUT[0])
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -296,13 +345,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder with train and test parquet files of CIFAR-10")
     parser.add_argument("--minutes", type=float, required=True, help="0: make the tables of the record")
+    parser.add_argument("--all", action="store_true", help="the whole plan, also what a CPU has no time for")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--out", type=Path, default=ROOT / "scratch" / "images", help="of the run folders")
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("-c", action="append", default=[], help="keys that all runs get; take another --record")
     given = parser.parse_args(words)
     keys = configuration.read_overrides([*given.c, f"data.path='{given.data}'"])
-    say(play(plan(keys), given.record, given.out.resolve(), given.minutes, given.jobs))
+    say(play(plan(keys, given.all), given.record, given.out.resolve(), given.minutes, given.jobs))
 
 
 if __name__ == "__main__":

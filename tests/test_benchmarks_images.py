@@ -66,15 +66,17 @@ def known(seed: int, **more: Any) -> dict[str, Any]:
     """Return a record of a run."""
     run = {"part": "a part", "row": "random", "mask_density": 0.1, "seed": seed, "central": 0.5, "own": 0.6}
     run |= {"train_loss": 1.5, "density_all": 0.1, "parameters": 1000, "down": 10**6, "up": 10**6}
-    run |= {"image_passes": 1234.0, "seconds": 120.0}
+    run |= {"image_passes": 1234.0, "seconds": 120.0, "keys": {"model.name": "conv4"}}
     return run | {"environment": {"cores": 2, "cpu": "x", "time": "2026-01-02T03"}} | more
 
 
 def test_means_are_over_the_seeds_that_did_not_fail_and_over_what_is_known() -> None:
     lost = {**{key: known(2)[key] for key in ("part", "row", "mask_density", "seed")}, "failed": "failed: NaN"}
     made = cells("random", 0.1, [known(1), lost])
-    assert made == ["random", "0.1", "1 (of 2)", "50.0", "60.0", "1.500", "100", "2.00", "1,234", "2"]
+    assert made == ["random", "0.1", "1 (of 2)", "50.0", "60.0", "1.500", "100", "25.4", "2.00", "1,234", "2"]
     nothing = dict.fromkeys(("central", "own", "train_loss", "density_all", "image_passes", "seconds"))
-    assert cells("random", 0.1, [known(1, **nothing)]) == ["random", "0.1", "1", *["-"] * 4, "2.00", "-", "-"]
+    assert cells("random", 0.1, [known(1, **nothing)]) == ["random", "0.1", "1", *["-"] * 4, "25.4", "2.00", "-", "-"]
+    small = known(1, widths={"0": 16, "4": 32, "8": 64, "12": 64})
+    assert cells("random, channels", 0.1, [small])[7] == "6.8"  # as a conv4 of half the width
     assert tables([lost]).splitlines()[-2:] == ["- random, density 0.1, seed 2: failed: NaN.", ""]
     assert "2 cores of x, no GPU, 2026-01-02 to 2026-01-02." in tables([known(1), lost])

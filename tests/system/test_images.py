@@ -14,6 +14,7 @@ from ssfl_app.experiments import jobs
 from ssfl_app.results.study_plots import SCORES
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.training.models import ModelOptions, outline, parameters
+from ssfl_app.training.narrow import flops
 
 TINY = {
     "data.name": "digits",
@@ -32,37 +33,53 @@ def slugs(runs: list[Any]) -> list[str]:
 
 
 def test_the_order_of_the_study() -> None:
-    entries = images.plan({})
-    names = slugs([entry.run for entry in entries])
-    assert len(set(names)) == len(names)
-    assert names[:7] == [
+    entries, everything = images.plan({}), images.plan({}, everything=True)
+    names, all_names = (slugs([entry.run for entry in runs]) for runs in (entries, everything))
+    assert len(set(all_names)) == len(all_names) == 138
+    assert all_names[:27] == names
+    assert names[:6] == [
         "ten-clients-dense-s1",
         "ten-clients-ssfl-d0.05-s1",
         "ten-clients-shuffled-d0.05-s1",
         "ten-clients-random-d0.05-s1",
-        "ten-clients-random-layer-by-layer-d0.05-s1",
         "ten-clients-narrow-d0.05-s1",
-        "ten-clients-dense-s2",
+        "ten-clients-ssfl-d0.05-s2",
     ]
+    assert {entry.row for entry in entries if entry.density == 0.1} == set(images.CHANNELS)
     flat = entries[0].run.flat
     assert (flat["strategy"], flat["model.name"], flat["model.width"]) == ("fedavg", "conv4", 1.0)
     assert flat["local.lr"] * flat["local.lr-decay"] ** flat["run.rounds"] == pytest.approx(0.01, rel=0.01)
-    larger = entries[-1].run.flat
+    larger = everything[-1].run.flat
     assert (larger["run.clients"], larger["run.cohort"]) == (100, 10)
     assert larger["local.lr"] * larger["local.lr-decay"] ** larger["run.rounds"] == pytest.approx(0.01, rel=0.01)
     passes = [run["run.rounds"] * run["run.cohort"] / run["run.clients"] for run in (flat, larger)]
     assert passes[0] == passes[1]
 
 
+def test_what_is_recorded_was_played_as_the_plan_has_it(tmp_path: Path) -> None:
+    record = tmp_path / "images.json"
+    shutil.copy(images.RECORD, record)
+    runs = images.plan({"data.path": "here"}, everything=True)
+    waiting = slugs(images.Study(runs, record, tmp_path / "none").waiting())
+    assert not set(waiting) & json.loads(record.read_text())["runs"].keys()
+    assert record.with_suffix(".md").read_text() == images.RECORD.with_suffix(".md").read_text()
+
+
 def test_the_narrow_network_is_as_large_as_what_the_masks_leave_alive() -> None:
-    layout = Layout.of(outline(ModelOptions("conv4"), *images.INPUT))
-    rows = {(e.row, e.density): e.run.flat for e in images.plan({}) if e.part == "ten clients"}
+    whole = outline(ModelOptions("conv4"), *images.INPUT)
+    layout, shape = Layout.of(whole), images.INPUT[0]
+    rows = {(e.row, e.density): e.run.flat for e in images.plan({}, everything=True) if e.part == "ten clients"}
     for density in (0.02, 0.05, 0.1, 0.2):
         flat, masked = rows["narrow", density], rows["ssfl", density]
         assert (flat["strategy"], masked["model.width"], masked["mask.density"]) == ("fedavg", 1.0, density)
         alive = layout.size - (1 - density) * layout.prunable_size
         size = parameters(ModelOptions("conv4", width=float(flat["model.width"])), *images.INPUT)
         assert size == pytest.approx(alive, rel=0.05)
+    for density in (0.1, 0.25):
+        flat, narrow = rows[images.AT_FLOPS, density], rows["narrow", density]
+        assert (flat["mask.budget"], flat["mask.granularity"]) == ("flops", "channel")
+        small = outline(ModelOptions("conv4", width=float(narrow["model.width"])), *images.INPUT)
+        assert flat["mask.density"] * flops(whole, shape) == pytest.approx(flops(small, shape))
 
 
 class Clock:
