@@ -84,6 +84,21 @@ def test_objects_that_come_one_by_one_are_pulled_twice_at_most() -> None:
     assert grid.served <= 2 * len(grid._objects)
 
 
+def test_one_request_asks_for_all_replies_that_are_awaited() -> None:
+    asked = list[int]()
+
+    class Asked(Uploading):
+        def PullMessages(self, request: Any) -> Any:  # noqa: N802
+            asked.append(len(request.message_ids))
+            return super().PullMessages(request)
+
+    grid = Asked(InlineGrid(node, {}, {k: k for k in range(4)}), lambda m: every(0.1))
+    sent = MessageExchange(grid, 5.0, 32768)
+    sent.send({k: Message(RecordDict(), k, "train", ttl=5.0) for k in range(4)})
+    assert sorted(client for client, _ in sent.replies()) == [0, 1, 2, 3]
+    assert asked == [4]  # and what is announced is not asked for again while it is uploaded
+
+
 class Counting(Uploading):
     """Counts the objects that it hands out."""
 
