@@ -13,6 +13,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,7 @@ import psutil
 from benchmarks.drills.field import NODES, Field, federation, inline
 from benchmarks.wan.measure import Transfer, Watch, round_ends, transfers
 from ssfl_app.deployment.supernode import PLAIN
+from ssfl_app.simulation.processes import families
 
 HERE = Path(__file__).resolve().parent
 GOAL, ROUNDS = 5.0, 13
@@ -45,8 +47,8 @@ class Processes(threading.Thread):
 
     def __init__(self, place: Field) -> None:
         super().__init__(daemon=True)
-        self._roots = [place.service(name) for name in ("superlink", "front")]
-        self._nodes = [place.service(node.name) for node in place.federation.nodes]
+        names = [node.name for node in place.federation.nodes]
+        self._roots = [place.service(name) for name in ("superlink", "front", *names)]
         self._seen: dict[tuple[int, float], tuple[str, float]] = {}
         self._stop_now = threading.Event()
 
@@ -55,15 +57,11 @@ class Processes(threading.Thread):
             self.look()
 
     def look(self) -> None:
-        for root in [*self._roots, *self._nodes]:
-            for process in [root, *root.children(recursive=True)]:
-                try:
-                    times = process.cpu_times()
-                    program = self._program(process)
-                    if program:
-                        self._seen[process.pid, process.create_time()] = program, times.user + times.system
-                except psutil.Error:
-                    continue
+        for process in families([root.pid for root in self._roots]):
+            with suppress(psutil.Error):  # it has ended
+                times, program = process.cpu_times(), self._program(process)
+                if program:
+                    self._seen[process.pid, process.create_time()] = program, times.user + times.system
 
     @staticmethod
     def _program(process: psutil.Process) -> str:
@@ -80,8 +78,7 @@ class Processes(threading.Thread):
 
     def node_mb(self) -> float:
         """Return the memory of one node with all its processes, what they share counted once, in MB."""
-        family = [self._nodes[0], *self._nodes[0].children(recursive=True)]
-        return sum(process.memory_full_info().pss for process in family) / 1e6
+        return sum(process.memory_full_info().pss for process in families([self._roots[-1].pid])) / 1e6
 
     def end(self) -> None:
         self._stop_now.set()
@@ -99,7 +96,7 @@ def played(work: Path, plain: bool) -> dict[str, Any]:
         processes.start()
         with Watch({**logs, out / "rounds.jsonl": None}) as watch:
             run = place.start(out, **KEYS)
-            run.wait_for("round 1/")  # the mask is found, and every process that stays is there
+            run.wait_for(f" 1/{ROUNDS} ")  # the mask is found, and every process that stays is there
             before = processes.seconds()
             code, errors = run.end()
         cpu = {name: seconds - before[name] for name, seconds in processes.seconds().items()}
