@@ -26,11 +26,16 @@ from typing import Any
 import httpx
 from flwr.cli.install import install_from_fab
 from flwr.common.constant import Status
-from flwr.supercore.protobuf import client as protobuf_client
+from flwr.supercore.protobuf import client
 from flwr.supercore.version import package_version
-from flwr.supernode import start_client_internal as node_loop
+from flwr.supernode import start_client_internal
 from flwr.supernode.nodestate import NodeState
-from flwr.supernode.runtime import run_clientapp as client_process
+from flwr.supernode.runtime import run_clientapp
+
+# Modules of Flower whose names are replaced: those that these have imported themselves.
+_node_loop: Any = start_client_internal
+_http: Any = client
+_client_process: Any = run_clientapp
 
 KNOWN = ("1.41.",)
 """Beginnings of the versions of Flower that the changes are for."""
@@ -82,7 +87,7 @@ class Pace:
 
 def pace(told: Callable[[NodeState, int], None]) -> None:
     """Have the SuperNode of this process wait less; `told` gets its state and a run when a message of it is there."""
-    waits, pull = Pace(), node_loop._pull_and_store_message
+    waits, pull = Pace(), start_client_internal._pull_and_store_message
 
     @functools.wraps(pull)
     def pull_and_tell(*, state: NodeState, **others: Any) -> int | None:
@@ -96,15 +101,14 @@ def pace(told: Callable[[NodeState, int], None]) -> None:
             told(state, run_id)
         return run_id
 
-    node_loop.time = waits  # type: ignore[assignment]
-    node_loop._pull_and_store_message = pull_and_tell
+    _node_loop.time = waits
+    _node_loop._pull_and_store_message = pull_and_tell
 
 
 def keep_alive() -> None:
     """Have the Flower clients of this process keep their idle connections for `KEEP_ALIVE` seconds."""
     limits = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=KEEP_ALIVE)
-    client = functools.partial(httpx.Client, limits=limits)
-    protobuf_client.httpx = SimpleNamespace(**vars(httpx) | {"Client": client})  # type: ignore[assignment]
+    _http.httpx = SimpleNamespace(**vars(httpx) | {"Client": functools.partial(httpx.Client, limits=limits)})
 
 
 def installed(fab_hash: str) -> None:
@@ -115,4 +119,4 @@ def installed(fab_hash: str) -> None:
             return None
         return install_from_fab(fab, *words, **named)
 
-    client_process.install_from_fab = install
+    _client_process.install_from_fab = install
