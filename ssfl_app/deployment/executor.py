@@ -33,7 +33,7 @@ from logging import INFO, WARN
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401 - what takes longest to import of all that a message needs
+import torch._dynamo  # noqa: F401 - what takes longest to import of all that an answer needs: optimizers do it
 from flwr.app import Context, RecordDict
 from flwr.clientapp.utils import get_load_client_app_fn
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
