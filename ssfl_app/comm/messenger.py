@@ -226,7 +226,8 @@ class Messenger:
 
     def _push(self, exchange: MessageExchange, messages: dict[int, Message]) -> None:
         for client, message in messages.items():
-            sizes, traffic, pending = encoded_sizes(message.content), self.report.traffic[client], self._pending[client]
+            sizes = encoded_sizes(message.content)
+            traffic, pending = self.report.traffic[client], self._pending[client]
             if "mask" in pending.attachments:  # not one that belongs to the codec
                 bitmap = sum(sizes.pop(name, 0) for name in WITH_MASK)
                 self.report.mask_down += bitmap
