@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
 from ssfl_app.comm import exchange, membership, pulling
 from ssfl_app.comm.exchange import MessageExchange
@@ -117,11 +118,12 @@ class Forged(Uploading):
 
     def PullMessages(self, request: Any) -> Any:  # noqa: N802
         told = super().PullMessages(request)
-        asked = [self._asked[message.metadata.reply_to_message_id] for message in told.messages_list]
-        if [message.metadata.dst_node_id for message in asked] == [0]:
-            for name, (content, there) in list(self._objects.items()):
-                if content.startswith(b"Array "):
-                    self._objects[name] = self.forged(content), there
+        for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
+            if self._asked[message.metadata.reply_to_message_id].metadata.dst_node_id == 0:
+                for name in {node.object_id for node in iterate_object_tree(tree)}:
+                    content, there = self._objects[name]
+                    if content.startswith(b"Array "):
+                        self._objects[name] = self.forged(content), there
         return told
 
     def forged(self, content: bytes) -> bytes:
