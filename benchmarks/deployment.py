@@ -14,7 +14,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +26,7 @@ from ssfl_app.deployment.supernode import PLAIN
 from ssfl_app.simulation.processes import families
 
 HERE = Path(__file__).resolve().parent
-GOAL, ROUNDS = 5.0, 13
+GOAL, ROUNDS = 5.0, 7
 KEYS: dict[str, Any] = {"run__rounds": ROUNDS, "run__evaluate_every": 2, "run__checkpoint_every": ROUNDS}
 
 # How a process is known, by its name or a word of its command, and what it is called here.
@@ -165,20 +164,20 @@ def profile(rounds: Iterator[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=["warm", "plain"], help="play one of the two, and leave the record alone")
+    parser.add_argument("--only", choices=["warm", "plain"], help="play one of the two, and keep what is recorded")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "deployment.json")
     words = parser.parse_args()
-    load, ways = os.getloadavg()[0], [words.only] if words.only else ["warm", "plain"]
+    record = json.loads(words.out.read_text()) if words.only and words.out.exists() else {}
+    record |= {"nodes": NODES, "keys": KEYS, "goal": GOAL}
     with tempfile.TemporaryDirectory() as work:
         same = inline(Path(work) / "inline", **KEYS)["model_sha256"]
-        found = {way: played(Path(work) / way, way == "plain") for way in ways}
-    for way, row in found.items():
-        print(f"{way}: {row['seconds']}\n  {row['profile']}\n  CPU seconds a round {row['cpu_seconds_a_round']}")
-        print(f"  memory of a node {row['node_mb']}, same bits {row['model_sha256'] == same}")
-    record = {"date": str(date.today()), "load": load, "nodes": NODES, "keys": KEYS, "goal": GOAL}
-    record["same_bits"] = all(row["model_sha256"] == same for row in found.values())
-    if not words.only:
-        words.out.write_text(json.dumps(record | found, indent=1) + "\n")
+        for way in [words.only] if words.only else ["warm", "plain"]:
+            load = os.getloadavg()[0]
+            row = played(Path(work) / way, way == "plain")
+            record[way] = row | {"same_bits": row["model_sha256"] == same, "load": load}
+            print(f"{way}: {row['seconds']}\n  {row['profile']}\n  CPU seconds a round {row['cpu_seconds_a_round']}")
+            print(f"  memory of a node {row['node_mb']}, same bits {record[way]['same_bits']}", flush=True)
+            words.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
