@@ -15,10 +15,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.simulation import table as simulation  # noqa: E402
+from benchmarks.wan import table as wan  # noqa: E402
 
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- goals -->\n", "<!-- end goals -->"
 POINTS, DISCOVERY_GB, OVERLAP, SECONDS, MEMORY = 0.3, 2.4, 99.9, 1.0, 3.0
+GATHER = 4.0
 Row = tuple[str, str, str, str, str]
 
 
@@ -76,6 +78,39 @@ def wired(record: dict[str, Any]) -> Iterator[Row]:
             yield goal, f"{row['seconds']:.2f} s, {row['memory']:.2f} x", met(yes), machine(where["select"]), script
 
 
+def deployed(record: dict[str, Any]) -> Iterator[Row]:
+    script, goal = "`python -m benchmarks.deployment`", "a round on three SuperNodes, digits, TLS and keys"
+    if "warm" not in record:
+        yield goal, "not measured", "", "", script
+        return
+    row, most = record["warm"], record["goal"]
+    plain = record.get("plain", {}).get("seconds", {})
+    for kind, seconds in row["seconds"].items():
+        told = f"{seconds:.1f} s" + (f" ({plain[kind]:.1f} s with plain SuperNodes)" if plain else "")
+        what = f"{goal}, {kind}: at most {most:g} s, the bits of one process"
+        yield what, told, met(seconds <= most and row["same_bits"]), machine(row["environment"]), script
+
+
+def wide(record: dict[str, Any]) -> Iterator[Row]:
+    script, goal = (
+        "`sudo python -m benchmarks.wan.run`",
+        f"gather of {wan.SPEED_MODEL}, density 0.1, five regions: at least {GATHER:g} x faster than dense",
+    )
+    found = [pair for pair in (wan.pairs(record) if record else []) if pair[0]["model"] == wan.SPEED_MODEL]
+    if not found:
+        yield goal, "not measured", "", "", script
+    for dense, sparse in found:
+        times = wan.gather(dense), wan.gather(sparse)
+        told = f"{times[0] / times[1]:.2f} x ({times[0]:.2f} s and {times[1]:.2f} s)"
+        yield (
+            goal.replace(wan.SPEED_MODEL, wan.title(dense)),
+            told,
+            met(times[0] >= GATHER * times[1]),
+            machine(sparse["environment"]),
+            script,
+        )
+
+
 def on_gpu() -> Iterator[Row]:
     goal = "the paper's CIFAR-10 recipe, 999 rounds, on one H200: at most 15 minutes, by a round's measured time"
     script, records = "`benchmarks/gpu_window.py`", sorted((HERE / "results").glob("gpu-*.jsonl"))
@@ -89,7 +124,8 @@ def on_gpu() -> Iterator[Row]:
 
 
 def main() -> None:
-    rows = [*simulated(read("simulation.json")), *wired(read("wire.json")), *on_gpu()]
+    rows = [*simulated(read("simulation.json")), *wired(read("wire.json"))]
+    rows += [*deployed(read("deployment.json")), *wide(read("wan.json")), *on_gpu()]
     lines = ["| goal | measured | | where and when | script |", "| --- | --- | --- | --- | --- |"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     before, rest = PAGE.read_text().split(BEGIN)

@@ -8,17 +8,19 @@ import functools
 from typing import Any
 
 import numpy.typing as npt
+import torch
 from flwr.app import Context, Message
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 
 from ssfl_app.client_node import UNMASK, check_policy, client_number, guarded, identity, memory_of, place_of, unmask
 from ssfl_app.comm.handshake import KEY
+from ssfl_app.comm.node_config import NodeConfig
 from ssfl_app.comm.payload import ClientState, Metadata, Payload, PayloadEncoder, decode_arrays, decode_metadata
 from ssfl_app.core.client import ClientAlgorithm, Need
 from ssfl_app.options import ConfigError
 from ssfl_app.registry import only_brought
-from ssfl_app.runtime import code_digest, get_runtime, gpu_is_hidden
+from ssfl_app.runtime import Runtime, code_digest, get_runtime, gpu_is_hidden
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.text import tell
 from ssfl_app.training.malloc import keep_heap
@@ -153,17 +155,31 @@ def handle(message: Message, context: Context) -> Message:
     return unmask(message, context) if message.metadata.message_type == UNMASK else guarded(_answer, message, context)
 
 
+def prepare(context: Context) -> None:
+    """Open data, partition and model of a run, which `get_runtime` keeps, unless messages will find a GPU.
+
+    Nothing of a GPU survives a fork.
+    """
+    place = place_of(context)
+    if context.run_config.get("run.device") == "cpu" or not torch.cuda.is_available():
+        _open(place, context)
+
+
+def _open(place: NodeConfig, context: Context) -> Runtime:
+    flat = place.obeyed(context.run_config)
+    try:
+        with only_brought(not place.simulated):
+            return get_runtime(flat, place.data_path)
+    except ConfigError as error:
+        raise place.in_its_words(error) from error
+
+
 def _answer(message: Message, context: Context) -> Message:
     metadata = decode_metadata(message.content)
     place = place_of(context)
     hello = message.metadata.message_type == "query.hello"
     number = 0 if hello and place.name else client_number(place, metadata)
-    flat = place.obeyed(context.run_config)
-    try:
-        with only_brought(not place.simulated):
-            runtime = get_runtime(flat, place.data_path)
-    except ConfigError as error:
-        raise place.in_its_words(error) from error
+    runtime = _open(place, context)
     if hello and not place.simulated:  # into this node's log; in simulation the server says it of the same files
         for note in runtime.data.notes:
             tell(f"note: {note}")
@@ -179,7 +195,8 @@ def _answer(message: Message, context: Context) -> Message:
     me = functools.partial(identity, context, place)
     start = runtime.start_digest if hello else ""
     client = SparseClient(runtime.rule(number, memory, place.least_batch, me), place.name, runtime.modules, start)
-    bitmap, encoder = -(-runtime.layout.prunable_size // 8), PayloadEncoder(runtime.config.settings.wire.bitmaps)
+    bitmap, bitmaps = -(-runtime.layout.prunable_size // 8), runtime.config.settings.wire.bitmaps
+    encoder = PayloadEncoder(bitmaps, join=not place.simulated)
     return serve(client, message, metadata, encoder, MOST_BITMAPS * bitmap)
 
 

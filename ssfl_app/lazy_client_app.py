@@ -28,6 +28,15 @@ class LazyClientApp(ClientApp):
 
         return inner(message, context)
 
+    def prepare(self, context: Context) -> None:
+        """Open what all messages of a run need, on a real node, in a process whose forks will answer them.
+
+        `context` has the configuration of run and node; its state is empty. Errors are those of a message.
+        """
+        from ssfl_app.client_app import prepare
+
+        prepare(context)
+
 
 app = LazyClientApp()
 if locks.LATER in os.environ:  # before Ray is imported, which reads its variables then

@@ -123,15 +123,13 @@ class Field:
     def client_app(self, name: str) -> psutil.Process:
         """Wait until a node is in the middle of a message, and return the process that works on it.
 
-        In the middle: it has the message and loads torch. One that is killed earlier Flower starts again, and one
-        that is about to end, of the message before, has nothing to lose.
+        In the middle: it sends heartbeats, which begin as it pulls the message. One that is killed earlier Flower
+        starts again, and one that is about to end, of the message before, has nothing to lose.
         """
         asked = time.time()
 
         def busy(process: psutil.Process) -> bool:
-            return any("flwr-clientapp" in word for word in process.cmdline()) and any(
-                "libtorch" in mapped.path for mapped in process.memory_maps()
-            )
+            return process.name() == "flwr-clientapp" and process.num_threads() > 1
 
         def found() -> psutil.Process | None:
             try:

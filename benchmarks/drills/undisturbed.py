@@ -10,7 +10,15 @@ import psutil
 from benchmarks.drills.field import Field, federation
 from ssfl_app.deployment.control import control
 
-PROGRAMS = ("flower-superlink", "flower-supernode", "flower-superexec", "flwr-serverapp", "flwr-clientapp")
+PROGRAMS = {
+    "flwr-clientapp": "flwr-clientapp",
+    "flower-superlink": "flower-superlink",
+    "flwr-serverapp": "flwr-serverapp",
+    "flower-superexec": "flower-superexec",
+    "ssfl_app.deployment.supernode": "flower-supernode",
+    "ssfl_app.deployment.executor": "executor",
+}
+"""The name of a process, or a word of its command -> what it is called here."""
 
 
 def undisturbed(work: Path, reference: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +56,8 @@ def _watch(place: Field, peaks: dict[str, float], done: threading.Event) -> None
     while not done.wait(0.1):
         for process in psutil.process_iter():
             try:
-                program = next((p for p in PROGRAMS if any(p in word for word in process.cmdline()[:2])), None)
+                words = [process.name(), *(Path(word).name for word in process.cmdline()[:5])]
+                program = next((called for word, called in PROGRAMS.items() if word in words), None)
                 if program is None or not process.environ().get("FLWR_HOME", "").startswith(home):
                     continue
                 peaks[program] = max(peaks.get(program, 0.0), process.memory_info().rss / 1e6)

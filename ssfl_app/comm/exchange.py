@@ -227,6 +227,7 @@ class MessageExchange:
         """
         while (self._waiting or self._queue) and not self._closed and time.monotonic() < self._end:
             looked, got = time.monotonic(), False
+            self._puller.look(self._waiting)
             for message_id in list(self._waiting):
                 if self._closed:
                     break

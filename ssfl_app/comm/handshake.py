@@ -146,6 +146,7 @@ class HandshakePoller:
     def hear(self) -> list[Handshake]:
         """Return the good answers that came; RunFailed if a Ray actor died."""
         good = []
+        self._puller.look(self._waiting)
         for message_id, node in list(self._waiting.items()):
             reply = self._pull(message_id, node)
             if reply is None or node in self.answered:

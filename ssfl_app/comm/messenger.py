@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from ssfl_app.comm.exchange import ExchangeReport, MessageExchange
@@ -38,6 +38,7 @@ from ssfl_app.comm.payload import (
     Payload,
     PayloadEncoder,
     decode_payload,
+    encoded_sizes,
 )
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.files import check_regular, write_bytes
@@ -110,13 +111,13 @@ class Messenger:
     """Carries messages, sends after what clients ask for, and opens the replies one at a time.
 
     An exchange may take `timeout` seconds, and so long do messages live. `report` is of the exchange that goes on, or
-    of the last one; `bitmaps` is as `PayloadEncoder` has it. `session` tells this run from others where masks are
-    bound to it.
+    of the last one; `bitmaps` and `join` are as `PayloadEncoder` has them. `session` tells this run from others
+    where masks are bound to it.
     """
 
-    def __init__(self, timeout: float, bitmaps: str = "plain") -> None:
+    def __init__(self, timeout: float, bitmaps: str = "plain", *, join: bool = False) -> None:
         self.report = ExchangeReport()
-        self._timeout, self._bitmaps = timeout, bitmaps
+        self._timeout, self._bitmaps, self._join = timeout, bitmaps, join
         self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
         self._had: dict[int, str] = {}  # the same, in a run that was resumed of before as well
         self._client_of: dict[str, int] = {}  # message id -> client
@@ -154,7 +155,7 @@ class Messenger:
 
     def _forget(self) -> None:
         """Let go of messages that nobody will ask about any more."""
-        self._encoder = PayloadEncoder(self._bitmaps)
+        self._encoder = PayloadEncoder(self._bitmaps, join=self._join)
         self._pending: dict[int, PendingMessage] = {}  # of the exchange that is going on
 
     def _message(self, client: int, brings: Iterable[str]) -> Message:
@@ -189,7 +190,7 @@ class Messenger:
         self, exchange: MessageExchange, given: defaultdict[int, set[str]], client: int, reply: Message
     ) -> Message | None:
         """Return the reply, or None if it asks for something, which is sent."""
-        size, traffic = sum(_sizes(reply).values()), self.report.traffic[client]
+        size, traffic = sum(encoded_sizes(reply.content).values()), self.report.traffic[client]
         self.report.up += size
         traffic.bytes_up, traffic.messages_up = traffic.bytes_up + size, traffic.messages_up + 1
         need, had = _need(reply), given[client]
@@ -225,7 +226,8 @@ class Messenger:
 
     def _push(self, exchange: MessageExchange, messages: dict[int, Message]) -> None:
         for client, message in messages.items():
-            sizes, traffic, pending = _sizes(message), self.report.traffic[client], self._pending[client]
+            sizes = encoded_sizes(message.content)
+            traffic, pending = self.report.traffic[client], self._pending[client]
             if "mask" in pending.attachments:  # not one that belongs to the codec
                 bitmap = sum(sizes.pop(name, 0) for name in WITH_MASK)
                 self.report.mask_down += bitmap
@@ -289,7 +291,7 @@ class ClientMessenger(Messenger):
         dealt: Callable[[int], DataSummary] | None = None,
         work: Callable[[int], int] = lambda images: MOST_WORK,
     ) -> None:
-        super().__init__(timeout, bitmaps)
+        super().__init__(timeout, bitmaps, join=folder is None)
         self.registry, self.folder, self.token, self.dealt, self.work = registry, folder, token, dealt, work
         self._mask_travels = mask_travels
         self.session = token or self.session
@@ -430,12 +432,6 @@ def check_counts(metadata: Metadata, images: int | None, work: int) -> None:
         count = metadata.get(name, 0)
         if type(count) is not int or not 0 <= count <= work:
             raise PayloadError(f"{name} is {quoted(count)}; it must be a whole number from 0 to {work}")
-
-
-def _sizes(message: Message) -> dict[str, int]:
-    # Counted on the encoded payload itself. By key: `.array_records` would build a reference cycle.
-    arrays = message.content.get("arrays")
-    return {name: len(array.data) for name, array in arrays.items()} if isinstance(arrays, ArrayRecord) else {}
 
 
 def _need(message: Message) -> str | None:

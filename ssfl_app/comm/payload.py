@@ -4,12 +4,17 @@ On the wire a message is a `RecordDict` of two records: "arrays" with one Flower
 codec, and "facts", a `ConfigRecord` with the metadata. The arrays hold raw little-endian bytes under a serial
 type of our own: no 128-byte ``.npy`` header each, no copy to read them, and Flower refuses to misread them.
 
+Flower carries each record, array and 5 MB of an array as an object of its own, a request each. So to and from real
+nodes arrays of `JOINED` bytes at most, all together, lie in "facts" too, and there is no "arrays": such an entry is
+called by serial type, dtype, length and name, with spaces between.
+
 Bytes of type uint8, bitmaps above all, can travel deflated: their layers have densities of their own, and far from
 0.5 a bit holds less than one bit (wire.bitmaps).
 """
 
+import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,11 @@ Facts = dict[str, Any]
 """What a client keeps of its exchanges, or of its privacy budget."""
 
 SERIAL_TYPE, DEFLATED = "ssfl.raw.v1", "ssfl.zlib.v1"
+JOINED = 2**20
+"""Bytes of a message's arrays, at most, that travel as one object with its facts. Flower cuts arrays into chunks, and
+no facts: with more of them one object would keep one connection busy while the other one has nothing to carry."""
+
+_LENGTH = re.compile(r"[0-9]{1,12}")
 _DTYPES = {np.dtype(t).name: np.dtype(t) for t in ("<f4", "<f2", "<u2", "<u4", "u1", "i1", "<i4", "<i8")}
 FOLDER = "folder"
 """Fact of a message in simulation: where simulated clients keep their files."""
@@ -75,17 +85,23 @@ def shared_buffers(arrays: Arrays) -> Arrays:
 class PayloadEncoder:
     """Writes payloads as records; an array that many payloads share is serialised once.
 
-    With `bitmaps` "zlib", not "plain", arrays of uint8 are deflated where that makes them smaller.
+    With `bitmaps` "zlib", not "plain", arrays of uint8 are deflated where that makes them smaller. With `join` small
+    arrays travel in one object with the metadata, as to and from real nodes.
     """
 
-    def __init__(self, bitmaps: str = "plain") -> None:
-        self._deflate = bitmaps == "zlib"
+    def __init__(self, bitmaps: str = "plain", *, join: bool = False) -> None:
+        self._deflate, self._join = bitmaps == "zlib", join
         self._done: dict[int, tuple[npt.NDArray[Any], Array]] = {}
 
     def record(self, payload: Payload) -> RecordDict:
         """Return the payload as Flower records."""
-        arrays = ArrayRecord({name: self._array(array) for name, array in payload.arrays.items()})
-        return RecordDict({"arrays": arrays, "facts": ConfigRecord(dict(payload.metadata))})
+        arrays = {name: self._array(array) for name, array in payload.arrays.items()}
+        facts = ConfigRecord(dict(payload.metadata))
+        if self._join and sum(len(array.data) for array in arrays.values()) <= JOINED:
+            for name, array in arrays.items():
+                facts[f"{array.stype} {array.dtype} {array.shape[0]} {name}"] = array.data
+            return RecordDict({"facts": facts})
+        return RecordDict({"arrays": ArrayRecord(arrays), "facts": facts})
 
     def _array(self, array: npt.NDArray[Any]) -> Array:
         # By name first: NumPy takes None, what `get` would return, for float64.
@@ -127,7 +143,7 @@ def decode_arrays(record: RecordDict, allowed: Allowed | None = None, unfolded: 
     PayloadError
         They are not what `PayloadEncoder` writes, or one is not allowed.
     """
-    arrays = _lookup(record, "arrays", ArrayRecord)
+    arrays = _encoded(record)
     for name, array in arrays.items():
         if array.dtype not in _DTYPES or array.stype not in (SERIAL_TYPE, DEFLATED):
             kind = f"{in_a_line(array.dtype, 20)} in {quoted(array.stype)}"
@@ -145,11 +161,39 @@ def decode_arrays(record: RecordDict, allowed: Allowed | None = None, unfolded: 
 
 def decode_metadata(record: RecordDict) -> Metadata:
     """Return the metadata of a message, and look at none of its arrays; PayloadError if they are no scalars."""
-    metadata = _lookup(record, "facts", ConfigRecord)
+    metadata = {name: value for name, value in _lookup(record, "facts", ConfigRecord).items() if not _is_title(name)}
     for name, value in metadata.items():
         if not isinstance(value, bool | int | float | str | bytes):
             raise PayloadError(f"fact {in_a_line(name, 60)} is {type(value).__name__}; it must be a scalar")
-    return dict(metadata)
+    return metadata
+
+
+def encoded_sizes(record: RecordDict) -> dict[str, int]:
+    """Return the bytes of each encoded array of a message, {} if it is none that `PayloadEncoder` writes."""
+    try:
+        return {name: len(array.data) for name, array in _encoded(record).items()}
+    except PayloadError:
+        return {}
+
+
+def _is_title(name: str) -> bool:
+    return name.startswith((f"{SERIAL_TYPE} ", f"{DEFLATED} "))
+
+
+def _encoded(record: RecordDict) -> Mapping[str, Array]:
+    """Return the arrays of a message as they came, those that lie in the facts too."""
+    if "facts" not in record or "arrays" in record:
+        return _lookup(record, "arrays", ArrayRecord)  # type: ignore[no-any-return]
+    found: dict[str, Array] = {}
+    for title, data in _lookup(record, "facts", ConfigRecord).items():
+        if _is_title(title):
+            stype, _, rest = title.partition(" ")
+            dtype, _, rest = rest.partition(" ")
+            length, _, name = rest.partition(" ")
+            if not _LENGTH.fullmatch(length) or not name or name in found or not isinstance(data, bytes):
+                raise PayloadError(f"fact {in_a_line(title, 60)} is no array, or another one has its name")
+            found[name] = Array(dtype, (int(length),), stype, data)
+    return found
 
 
 def _check_allowed(name: str, array: Array, allowed: Allowed) -> None:

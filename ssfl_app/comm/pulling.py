@@ -3,10 +3,10 @@
 `HttpGrid.pull_messages` (Flower 1.41) takes an announced reply out of the SuperLink, once, and then waits in line
 until the node has uploaded each of its objects: through 180 s of silence, 7200 s in all, and nobody else's reply is
 pulled meanwhile. A thread for each message would not end that: Flower waits in a pool of its own, whose threads
-Python joins when the process ends. So the same requests are made here one by one: an announcement is kept, and at
-each look the object that was missing last is asked for first. While it is missing a look costs one short request, as
-it does for a client that is still at work; when it is there, so may be the rest, and the reply is taken as a whole.
-What was pulled of an unfinished one is dropped, so no more than one reply is ever held.
+Python joins when the process ends. So the same requests are made here one by one: one asks for the announcements of
+all replies that are awaited, they are kept, and at each look the object that was missing last is asked for first.
+While it is missing a look costs one short request; when it is there, so may be the rest, and the reply is taken as a
+whole. What was pulled of an unfinished one is dropped, so no more than one reply is ever held.
 """
 
 import json
@@ -69,8 +69,14 @@ class Puller:
         """Return whether the reply to a message was announced, and has not come as a whole."""
         return message_id in self._announced
 
+    def look(self, message_ids: Iterable[str]) -> None:
+        """Find out which of these messages have a reply that was announced: in one request, however many they are."""
+        new = [message_id for message_id in message_ids if not self.begun(message_id)]
+        if self._http and new and time.monotonic() < self._end:
+            self._ask(new)
+
     def pull(self, message_id: str) -> Iterable[Message]:
-        """Return the reply to a message if it is there as a whole.
+        """Return the reply to a message if it is there as a whole; `look` has found out whether it is announced.
 
         Raises
         ------
@@ -83,8 +89,6 @@ class Puller:
         """
         if not self._http:
             return self._grid.pull_messages([message_id])
-        if not self.begun(message_id) and time.monotonic() < self._end:
-            self._ask(message_id)
         reply = self._take(message_id) if self.begun(message_id) else None
         return [] if reply is None else [reply]
 
@@ -96,17 +100,17 @@ class Puller:
     def _where(self) -> dict[str, Any]:
         return {"node": cast(Any, self._grid).node, "run_id": self._grid.run.run_id}
 
-    def _ask(self, message_id: str) -> None:
-        told = self._client.PullMessages(PullAppMessagesRequest(message_ids=[message_id]))
+    def _ask(self, message_ids: list[str]) -> None:
+        told = self._client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
         for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
-            if message.metadata.reply_to_message_id == message_id:
+            if message.metadata.reply_to_message_id in message_ids:
                 objects = list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
-                self._announced[message_id] = message.metadata.message_id, objects
-                if len(objects) > MOST_OBJECTS:
-                    self._refuse(message_id, f"{len(objects)} objects; it has at most {MOST_OBJECTS}")
+                self._announced[message.metadata.reply_to_message_id] = message.metadata.message_id, objects
 
     def _take(self, message_id: str) -> Message | None:
         (reply_id, objects), contents, size = self._announced[message_id], dict[str, bytes](), 0
+        if len(objects) > MOST_OBJECTS:
+            self._refuse(message_id, f"{len(objects)} objects; it has at most {MOST_OBJECTS}")
         for place, object_id in enumerate(objects):
             if time.monotonic() >= self._end:
                 return None

@@ -30,6 +30,10 @@ CONNECTIONS = 1000
 """Connections at once; each has at most one more to Flower. A node has two or three; the next one is asked
 to come again (503)."""
 
+KEEP_ALIVE = 130.0
+"""Seconds that a node's connection may be idle: longer than nodes keep one themselves, so that none of them sends a
+request on a connection that is being closed here."""
+
 QUIET = 60.0
 """Seconds between two warnings of one kind: strangers cause them, and may not fill the disk with them."""
 
@@ -229,7 +233,7 @@ def server(home: Path, bind: str, port: int, inner: int) -> uvicorn.Server:
         date_header=False,
         access_log=False,
         limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=15,
+        timeout_keep_alive=int(KEEP_ALIVE),
         timeout_graceful_shutdown=5,
     )
     log.filters = [Seldom()]

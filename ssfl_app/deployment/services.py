@@ -100,7 +100,8 @@ def node_service(
         config = f"{config} pins='{pins}'"
     config += " secure-only=true" * secure_only + f" least-clients={least_clients}" * bool(least_clients)
     check_config(config)  # what both say would be there twice
-    command = ["flower-supernode", "--superlink", superlink, "--root-certificates", str(home / "ca.crt")]
+    command = ["python", "-P", "-m", "ssfl_app.deployment.supernode", "--superlink", superlink]
+    command += ["--root-certificates", str(home / "ca.crt")]
     command += ["--auth-supernode-private-key", str(home / "key"), "--node-config", config]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     # A client computes with engine.threads; libraries must not start a thread a core beside them.

@@ -88,9 +88,9 @@ def _members(federation: Federation) -> list[psutil.Process]:
     for process in psutil.process_iter():
         words = _words(process)
         ours = any(word == home or word.startswith(home + os.sep) for word in words)
-        programs = {Path(word).name for word in words[:2]}
         supervisor = "ssfl_app" in words and not {"keep", "front"}.isdisjoint(words)
-        known = supervisor or programs & {"flower-superlink", "flower-supernode"}
+        known = supervisor or "ssfl_app.deployment.supernode" in words
+        known = known or any(Path(word).name == "flower-superlink" for word in words[:2])
         if ours and known and process.pid != os.getpid():
             found |= {member.pid: member for member in families([process.pid])}
     return list(found.values())

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssfl_app.comm import payload as payload_module
-from ssfl_app.comm.payload import SERIAL_TYPE, ClientState, Payload, PayloadEncoder, decode_payload
+from ssfl_app.comm.payload import (
+    JOINED,
+    SERIAL_TYPE,
+    ClientState,
+    Payload,
+    PayloadEncoder,
+    decode_metadata,
+    decode_payload,
+    encoded_sizes,
+)
 from ssfl_app.sparsity.values import PayloadError
 
 law = settings(deadline=None, derandomize=True, max_examples=80)
@@ -164,7 +173,6 @@ def test_a_whole_message_is_at_most_2_kb_larger_than_its_payload(sizes):
     [
         (RecordDict(), "record 'arrays' is not there"),
         (RecordDict({"arrays": ArrayRecord()}), "record 'facts' is not there"),
-        (RecordDict({"facts": ConfigRecord()}), "record 'arrays' is not there"),
         (RecordDict({"arrays": ConfigRecord(), "facts": ConfigRecord()}), "record 'arrays' is ConfigRecord"),
         (RecordDict({"arrays": ArrayRecord(), "facts": MetricRecord({"a": 1})}), "record 'facts' is MetricRecord"),
         (record_of(metadata={"samples": [1, 2]}), "fact samples is list; it must be a scalar"),
@@ -344,3 +352,59 @@ class TestPersonalState:
         self.save(ClientState(context, 0), 7)
         context.state = over_the_wire(context.state)
         assert self.load(ClientState(context, 0), 7) == 7
+
+
+# ---- one object ---------------------------------------------------------------------------------
+
+
+@given(payloads(), st.sampled_from(["plain", "zlib"]))
+@law
+def test_small_arrays_travel_in_one_object_with_the_facts_and_are_the_same(payload, bitmaps):
+    alone, joined = PayloadEncoder(bitmaps).record(payload), PayloadEncoder(bitmaps, join=True).record(payload)
+    assert_same(decode_payload(over_the_wire(joined), unfolded=10**6), payload)
+    assert encoded_sizes(joined) == encoded_sizes(alone)  # what is counted
+    assert len(get_all_nested_objects(joined)) == 2
+
+
+def test_the_records_of_a_message_are_two_objects_instead_of_five_up_to_a_size():
+    for size, objects in ((JOINED, 2), (JOINED + 1, 5)):
+        payload = Payload({"values": np.zeros(size, np.uint8)}, {"round": 1})
+        record = PayloadEncoder(join=True).record(payload)
+        assert len(get_all_nested_objects(record)) == objects
+        assert_same(decode_payload(record), payload)
+        assert len(get_all_nested_objects(PayloadEncoder().record(payload))) == 5
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"ssfl.raw.v1 float32 1": b"abcd"}, "is no array, or another one has its name"),
+        ({"ssfl.raw.v1 float32 -1 values": b"abcd"}, "is no array, or another one has its name"),
+        ({"ssfl.raw.v1 float32 ¹ values": b"abcd"}, "is no array, or another one has its name"),
+        ({"ssfl.raw.v1 float32 1 values": "abcd"}, "is no array, or another one has its name"),
+        (
+            {"ssfl.raw.v1 float32 1 values": b"abcd", "ssfl.raw.v1 int32 1 values": b"abcd"},
+            "another one has its name",
+        ),
+        ({"ssfl.raw.v1 float32 2 values": b"abcd"}, r"values has shape \(2,\) and 4 bytes of float32"),
+        ({"ssfl.raw.v1 float32 1 values": b"abcde"}, r"values has shape \(1,\) and 5 bytes of float32"),
+        ({"ssfl.raw.v1 float64 1 values": b"abcdefgh"}, "values is float64 in"),
+        ({"ssfl.zlib.v1 float32 1 values": b"abcd"}, "values is float32 in 'ssfl.zlib.v1'"),
+        ({"ssfl.zlib.v1 uint8 999 mask": b"abcd"}, "deflated arrays have 999 bytes"),
+        ({"ssfl.raw.v1 float32 1 other": b"abcd"}, "array other is none of this message's"),
+        ({"ssfl.raw.v1 float32 3 values": bytes(12)}, "values has length 3; it has at most 2"),
+    ],
+)
+def test_arrays_among_the_facts_are_checked_as_others_are(facts, reason):
+    allowed = {"values": (np.float32, 2)} if "at most 2" in reason or "none of" in reason else None
+    with pytest.raises(PayloadError, match=reason):
+        decode_payload(RecordDict({"facts": ConfigRecord(facts)}), allowed, unfolded=998)
+
+
+def test_an_array_among_the_facts_is_no_fact_and_what_is_no_message_has_no_size():
+    record = PayloadEncoder(join=True).record(Payload({"values": np.ones(2, np.float32)}, {"round": 3, "a b": 1}))
+    assert decode_metadata(record) == {"round": 3, "a b": 1}
+    assert encoded_sizes(record) == {"values": 8}
+    odd = ConfigRecord({f"{SERIAL_TYPE} ": 1})
+    for other in ({}, {"arrays": ConfigRecord()}, {"facts": MetricRecord()}, {"facts": odd}):
+        assert encoded_sizes(RecordDict(other)) == {}

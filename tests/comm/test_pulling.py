@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
 from ssfl_app.comm import exchange, membership, pulling
 from ssfl_app.comm.exchange import MessageExchange
@@ -84,6 +85,21 @@ def test_objects_that_come_one_by_one_are_pulled_twice_at_most() -> None:
     assert grid.served <= 2 * len(grid._objects)
 
 
+def test_one_request_asks_for_all_replies_that_are_awaited() -> None:
+    asked = list[int]()
+
+    class Asked(Uploading):
+        def PullMessages(self, request: Any) -> Any:  # noqa: N802
+            asked.append(len(request.message_ids))
+            return super().PullMessages(request)
+
+    grid = Asked(InlineGrid(node, {}, {k: k for k in range(4)}), lambda m: every(0.1))
+    sent = MessageExchange(grid, 5.0, 32768)
+    sent.send({k: Message(RecordDict(), k, "train", ttl=5.0) for k in range(4)})
+    assert sorted(client for client, _ in sent.replies()) == [0, 1, 2, 3]
+    assert asked == [4]  # and what is announced is not asked for again while it is uploaded
+
+
 class Counting(Uploading):
     """Counts the objects that it hands out."""
 
@@ -102,11 +118,12 @@ class Forged(Uploading):
 
     def PullMessages(self, request: Any) -> Any:  # noqa: N802
         told = super().PullMessages(request)
-        asked = [self._asked[message.metadata.reply_to_message_id] for message in told.messages_list]
-        if [message.metadata.dst_node_id for message in asked] == [0]:
-            for name, (content, there) in list(self._objects.items()):
-                if content.startswith(b"Array "):
-                    self._objects[name] = self.forged(content), there
+        for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
+            if self._asked[message.metadata.reply_to_message_id].metadata.dst_node_id == 0:
+                for name in {node.object_id for node in iterate_object_tree(tree)}:
+                    content, there = self._objects[name]
+                    if content.startswith(b"Array "):
+                        self._objects[name] = self.forged(content), there
         return told
 
     def forged(self, content: bytes) -> bytes:

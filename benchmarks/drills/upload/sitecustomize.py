@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 _words = " ".join(sys.orig_argv)
-if "DRILL_UPLOAD" in os.environ and "flower-supernode" in _words and f"/{os.environ['DRILL_VICTIM']}/" in _words:
+if (
+    "DRILL_UPLOAD" in os.environ
+    and "ssfl_app.deployment.supernode" in _words
+    and f"/{os.environ['DRILL_VICTIM']}/" in _words
+):
     from flwr.supercore.inflatable import inflatable_utils
 
     _file, _push = Path(os.environ["DRILL_UPLOAD"]), inflatable_utils.push_object_contents_from_iterable

@@ -1,0 +1,122 @@
+"""All that this package changes in Flower's code while it runs; nothing else patches Flower or its HTTP client.
+
+`supernode.py` makes these changes in the processes of a node, and only under a version of Flower whose source was
+read for them (`KNOWN`). Under another one it says so in the node's log and changes nothing: a node then waits as
+Flower does, and does the same work.
+
+| function | what Flower 1.41 does | asked for upstream |
+|---|---|---|
+| `pace` | a SuperNode without a message sleeps 3 s, and looks for its ClientApp's reply every 0.5 s | none; \
+flwrlabs/flower#8041 made the SuperExec's interval an option, not these |
+| `keep_alive` | an HTTP connection that is idle for 5 s is closed, which is httpx' default | encode/httpx#1395 |
+| `installed` | each message unpacks and checks the app again, which is installed already | flwrlabs/flower#3670 |
+
+The warm ClientApp (`executor.py`) is no patch: it takes the place of ``flower-superexec``, as
+``--isolation process`` allows, and stands for flwrlabs/flower#3670 too.
+"""
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+from flwr.cli.install import install_from_fab
+from flwr.common.constant import Status
+from flwr.supercore.protobuf import client
+from flwr.supercore.version import package_version
+from flwr.supernode import start_client_internal
+from flwr.supernode.nodestate import NodeState
+from flwr.supernode.runtime import run_clientapp
+
+# Modules of Flower whose names are replaced: those that these have imported themselves.
+_node_loop: Any = start_client_internal
+_http: Any = client
+_client_process: Any = run_clientapp
+
+KNOWN = ("1.41.",)
+"""Beginnings of the versions of Flower that the changes are for."""
+
+SHORTEST = 0.25
+"""Seconds between two looks for a message, at least: a look costs the SuperLink 25 ms of CPU."""
+
+SHARE = 0.1
+"""Of the time that a node has waited for a message already it waits before the next look. So the wait makes a round
+longer by that share at most, and a node with nothing to do soon asks as seldom as Flower's own."""
+
+AT_ONCE = 0.02
+"""Seconds between two looks for the ClientApp's reply, which lies in the memory of the SuperNode's process."""
+
+HANDED_OVER = 5.0
+"""Seconds that a node waits at most, before it asks for a message, for what the ClientApp of the last one keeps."""
+
+KEEP_ALIVE = 120.0
+"""Seconds that an idle connection of a node is kept. The heartbeat, two a minute, keeps one of them for ever. Load
+balancers and firewalls of clouds forget connections that are idle for some four minutes without a word to anybody."""
+
+
+def known(version: str = package_version) -> bool:
+    """Return whether the changes are for this version of Flower."""
+    return version.startswith(KNOWN)
+
+
+class Pace:
+    """Stands in for the module `time` in a SuperNode's loop: it sleeps less than the loop asks for."""
+
+    def __init__(self) -> None:
+        self._busy = time.monotonic()
+
+    def busy(self) -> None:
+        """Note that the node has work now."""
+        self._busy = time.monotonic()
+
+    def wait(self, seconds: float) -> float:
+        """Return how long to sleep where Flower sleeps `seconds`: 3 without a message, less while it has one."""
+        if seconds < 1:
+            self.busy()
+            return min(seconds, AT_ONCE)
+        return min(seconds, max(SHORTEST, SHARE * (time.monotonic() - self._busy)))
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep that long."""
+        time.sleep(self.wait(seconds))
+
+
+def pace(told: Callable[[NodeState, int], None]) -> None:
+    """Have the SuperNode of this process wait less; `told` gets its state and a run when a message of it is there."""
+    waits, pull = Pace(), start_client_internal._pull_and_store_message
+
+    @functools.wraps(pull)
+    def pull_and_tell(*, state: NodeState, **others: Any) -> int | None:
+        # A ClientApp hands its state over after its reply. Flower's 0.5 s between looks were longer than that takes.
+        end = time.monotonic() + HANDED_OVER
+        while state.get_tasks(statuses=[Status.RUNNING]) and time.monotonic() < end:
+            time.sleep(AT_ONCE)
+        run_id = pull(state=state, **others)
+        if run_id is not None:
+            waits.busy()
+            told(state, run_id)
+        return run_id
+
+    _node_loop.time = waits
+    _node_loop._pull_and_store_message = pull_and_tell
+
+
+def keep_alive() -> None:
+    """Have the Flower clients of this process keep their idle connections for `KEEP_ALIVE` seconds."""
+    limits = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=KEEP_ALIVE)
+    _http.httpx = SimpleNamespace(**vars(httpx) | {"Client": functools.partial(httpx.Client, limits=limits)})
+
+
+def installed(fab_hash: str) -> None:
+    """Have the ClientApps of this process take the app with this hash (SHA-256, hex) for installed, which it is."""
+
+    def install(fab: Path | bytes, *words: Any, **named: Any) -> Any:
+        if isinstance(fab, bytes) and hashlib.sha256(fab).hexdigest() == fab_hash:
+            return None
+        return install_from_fab(fab, *words, **named)
+
+    _client_process.install_from_fab = install

@@ -1,0 +1,197 @@
+"""What is changed in Flower: which waits, for how long, under which versions, and that nothing else is."""
+
+import hashlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from flwr.supercore.protobuf import client as protobuf_client
+from flwr.supercore.protobuf.client import ProtobufClient
+from flwr.supercore.version import package_version
+from flwr.supernode import start_client_internal as node_loop
+from flwr.supernode.runtime import run_clientapp as client_process
+
+from ssfl_app.deployment import flower_patches, front, supernode
+from ssfl_app.deployment.flower_patches import AT_ONCE, SHARE, SHORTEST, Pace
+
+PATCHED = [
+    (node_loop, "time"),
+    (node_loop, "_pull_and_store_message"),
+    (protobuf_client, "httpx"),
+    (client_process, "install_from_fab"),
+]
+
+
+@pytest.fixture(autouse=True)
+def flowers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put back what a test patched."""
+    for module, name in PATCHED:
+        monkeypatch.setattr(module, name, getattr(module, name))
+
+
+class Clock:
+    """Stands in for `time`: who sleeps moves it."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 100.0, list[float]()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(flower_patches, "time", made)
+    return made
+
+
+def test_the_version_that_is_installed_is_known_and_another_one_is_not() -> None:
+    assert flower_patches.known(package_version)
+    for version in ("1.40.9", "1.410.0", "1.99.0", "2.0.0", "unknown", ""):
+        assert not flower_patches.known(version)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_unknown_version_is_left_as_it_is_and_the_log_says_so(
+    plain: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = [getattr(module, name) for module, name in PATCHED]
+    started, said = list[list[str]](), list[str]()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(supernode.PLAIN, "1") if plain else monkeypatch.setattr(flower_patches, "KNOWN", ("0.1.",))
+    monkeypatch.setattr(supernode, "flower_supernode", lambda: started.append(sys.argv[1:]))
+    monkeypatch.setattr(supernode, "log", lambda level, text, *words: said.append(text % words))
+    monkeypatch.setattr(sys, "argv", ["supernode.py", "--superlink", "a:1"])
+    supernode.main()
+    assert started == [["--superlink", "a:1"]]
+    assert [getattr(module, name) for module, name in PATCHED] == before
+    why = "SSFL_PLAIN_NODE is 1" if plain else f"flwr {package_version} is none that is known here"
+    assert said == [f"{why}: waits and process starts are Flower's"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_waits_a_share_of_what_it_has_waited_already(clock: Clock) -> None:
+    pace = Pace()
+    while clock.now < 1000:
+        pace.sleep(3)
+    assert clock.slept[0] == SHORTEST
+    assert max(clock.slept) == 3  # Flower's own, in the end
+    waited = 0.0
+    for slept in clock.slept:
+        assert slept == pytest.approx(min(3, max(SHORTEST, SHARE * waited)))
+        waited += slept
+    pace.busy()
+    assert pace.wait(3) == SHORTEST
+
+
+def test_a_reply_in_the_nodes_own_memory_is_found_at_once_and_is_work(clock: Clock) -> None:
+    pace = Pace()
+    clock.now += 500
+    assert pace.wait(3) == 3
+    assert pace.wait(0.5) == AT_ONCE  # it has a message
+    assert pace.wait(3) == SHORTEST
+
+
+class Idle(Exception):
+    """The loop of a SuperNode has gone round."""
+
+
+class Tasks:
+    """The state of a SuperNode whose ClientApp hands its state over after a while."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self._clock, self._end = clock, clock.now + seconds
+
+    def get_tasks(self, statuses: Any) -> list[str]:
+        assert statuses == ["running"]
+        return ["a task"] if self._clock.now < self._end else []
+
+
+def test_the_loop_of_a_supernode_tells_of_each_message_and_waits_less(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, told, pushed = iter([7, None, 8]), list[tuple[object, int]](), list[object]()
+
+    def pull(**named: Any) -> int | None:
+        if (run := next(answers, -1)) == -1:
+            raise Idle
+        return run
+
+    class Factory:
+        objectstore_factory = SimpleNamespace(store=lambda: None)
+
+        @staticmethod
+        def state() -> Any:
+            return state
+
+    state: Any = Tasks(clock, 0.1)
+    state.set_node_id = pushed.append
+    monkeypatch.setattr(node_loop, "_pull_and_store_message", pull)
+    monkeypatch.setattr(node_loop, "_push_messages", lambda **named: pushed.append("pushed"))
+    monkeypatch.setattr(node_loop, "register_signal_handlers", lambda **named: None)
+
+    class Connection:
+        def __enter__(self) -> tuple[Any, ...]:
+            return (5, *[None] * 7)
+
+        def __exit__(self, *words: object) -> None: ...
+
+    monkeypatch.setattr(node_loop, "_init_connection", lambda **named: Connection())
+    flower_patches.pace(lambda state, run_id: told.append((state, run_id)))
+    with pytest.raises(Idle):
+        node_loop.start_client_internal(
+            state_factory=Factory(),  # type: ignore[arg-type]
+            server_address="a:1",
+            node_config={},
+            isolation="process",
+        )
+    assert told == [(state, 7), (state, 8)]
+    assert pushed == [5, "pushed", "pushed"]
+    *handed_over, idle = clock.slept
+    assert set(handed_over) == {AT_ONCE}
+    assert sum(handed_over) == pytest.approx(0.1, abs=1.1 * AT_ONCE)
+    assert idle == SHORTEST
+
+
+def test_a_clientapp_that_never_hands_its_state_over_does_not_stop_its_node(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_loop, "_pull_and_store_message", lambda **named: 7)
+    flower_patches.pace(lambda state, run_id: None)
+    pull: Any = node_loop._pull_and_store_message
+    assert pull(state=Tasks(clock, 1000.0), object_store=None) == 7
+    assert clock.now - 100 == pytest.approx(flower_patches.HANDED_OVER, abs=AT_ONCE)
+
+
+def expiry(client: ProtobufClient) -> float:
+    """Return the seconds after which a client of Flower closes an idle connection."""
+    transport: Any = client._client._transport
+    return float(transport._pool._keepalive_expiry)
+
+
+def test_connections_are_kept_longer_than_httpx_does_and_not_as_long_as_the_front() -> None:
+    with ProtobufClient("https://localhost") as before:
+        assert expiry(before) == 5  # as soon as this fails, `keep_alive` may be of no use any more
+    flower_patches.keep_alive()
+    with ProtobufClient("https://localhost") as after:
+        assert expiry(after) == flower_patches.KEEP_ALIVE
+        assert (after._client.timeout, after._client.follow_redirects) == (httpx.Timeout(30.0), True)
+    assert httpx.Client()._transport._pool._keepalive_expiry == 5  # type: ignore[attr-defined]
+    assert 30 < flower_patches.KEEP_ALIVE < front.KEEP_ALIVE  # a heartbeat in between
+
+
+def test_only_the_app_that_is_installed_is_not_installed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[bytes]()
+    monkeypatch.setattr(flower_patches, "install_from_fab", lambda fab, **named: done.append(fab))
+    flower_patches.installed(hashlib.sha256(b"ours").hexdigest())
+    for fab in (b"ours", b"another", b"ours"):
+        client_process.install_from_fab(fab, skip_prompt=True)
+    assert done == [b"another"]
