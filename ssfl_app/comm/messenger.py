@@ -2,8 +2,9 @@
 
 Mask protocol: the mask goes down once per client, as a bitmap with the first message that needs it. Every message
 carries the digest of (names, shapes, mask). A client that does not hold that mask (restarted, joined late)
-answers "need mask" and gets the message again with the mask: no exception, no lost round. Initial weights work the
-same way: a question names their digest, and a client that makes others from the seed asks for them.
+answers "need mask" and gets the message again with the mask: no exception, no lost round. Of a mask that moved a
+little (`mask_moved`) those who hold the one before get the places that differ, where these are fewer bytes. Initial
+weights work the same way: a question names their digest, and a client that makes others from the seed asks for them.
 
 Refusal: an answer that is for another round or digest, or whose arrays and metadata are not what they must be, is
 refused by name and counted. It never reaches an algorithm.
@@ -29,6 +30,7 @@ from flwr.serverapp import Grid
 from ssfl_app.comm.exchange import ExchangeReport, MessageExchange
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.payload import (
+    BEFORE,
     CLIENT,
     FOLDER,
     MASKS,
@@ -41,6 +43,7 @@ from ssfl_app.comm.payload import (
 )
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.files import check_regular, write_bytes
+from ssfl_app.sparsity.codec import write_moved
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
 from ssfl_app.text import quoted
@@ -292,6 +295,7 @@ class ClientMessenger(Messenger):
         super().__init__(timeout, bitmaps)
         self.registry, self.folder, self.token, self.dealt, self.work = registry, folder, token, dealt, work
         self._mask_travels = mask_travels
+        self._mask_before: Mask | None = None
         self.session = token or self.session
 
     def held(self, client: int) -> int | None:
@@ -329,6 +333,7 @@ class ClientMessenger(Messenger):
         self._forget()
         # Packed when the first client needs it, and the same array for all, so that it is serialised once.
         bitmap = functools.cache(lambda mask: {"mask": mask.packed()})
+        moved = functools.cache(lambda mask: self._moved(mask, bitmap(mask)))
         common = {**config, "round": round_} | ({} if self.folder is None else {FOLDER: str(self.folder)})
         common |= {} if self.token is None else {RUN: self.token}
         messages = []
@@ -339,7 +344,11 @@ class ClientMessenger(Messenger):
                 metadata["digest"] = mask.digest
                 if self._mask_travels and mask.count < mask.alive.size:  # everybody knows the dense one
                     later["mask"] = functools.partial(bitmap, mask)
-                    brings = set() if self._holds.get(client) == mask.digest else {"mask"}
+                    held, before = self._holds.get(client), self._mask_before
+                    brings = set() if held == mask.digest else {"mask"}
+                    if brings and before is not None and held == before.digest and moved(mask):
+                        later["moved"] = functools.partial(moved, mask)
+                        brings, metadata[BEFORE] = {"moved"}, before.digest
             self._pending[client] = PendingMessage(kind, Payload(payload.arrays, metadata), mask, later)
             messages.append(self._message(client, brings))
         return messages
@@ -357,6 +366,17 @@ class ClientMessenger(Messenger):
         Simulated clients are new when a run is resumed, and are sent their masks again. That is no traffic of theirs.
         """
         self._had = {client: row.tobytes().hex() for client, row in enumerate(held.reshape(-1, 32)) if row.any()}
+
+    def mask_moved(self, before: Mask) -> None:
+        """Note that the mask of the next messages was made of this one: who holds it can be told what differs."""
+        self._mask_before = before
+
+    def _moved(self, mask: Mask, bitmap: Arrays) -> Arrays:
+        """Return where a mask differs from the one before; {} where that is not fewer bytes than its bitmap."""
+        assert self._mask_before is not None
+        places = write_moved(self._mask_before, mask)
+        ours, theirs = (self._encoder.nbytes(array) for arrays in (places, bitmap) for array in arrays.values())
+        return places if ours < theirs else {}
 
     def mark_mask_held(self, client: int, mask: Mask) -> None:
         """Note that a client holds this mask: it answered under it, or made it itself."""

@@ -122,7 +122,7 @@ def check_sums(strategy: _Algorithm) -> None:
     if scores:
         options = settings.sections["ssfl"]
         refused |= {"ssfl.score-fold": (options.score_fold, "mean")}
-        refused |= {"ssfl.refresh": (options.refresh, "never")} if options.refresh == "drift" else {}
+        refused |= {"ssfl.refresh": (options.refresh, "never")} if options.refresh in ("drift", "continuous") else {}
     if private:
         refused |= {"run.weighting": (run.weighting, "uniform"), "shift.round": (settings.shift.round, 0)}
         asked = "private-channels" if settings.mask.granularity == "channel" else "private-densities"
