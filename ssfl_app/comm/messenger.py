@@ -3,7 +3,7 @@
 Mask protocol: the mask goes down once per client, as a bitmap with the first message that needs it. Every message
 carries the digest of (names, shapes, mask). A client that does not hold that mask (restarted, joined late)
 answers "need mask" and gets the message again with the mask: no exception, no lost round. Of a mask that moved a
-little (`mask_moved`) those who hold the one before get the places that differ, where these are fewer bytes. Initial
+little (`mask_before`) those who hold the one before get the places that differ, where these are fewer bytes. Initial
 weights work the same way: a question names their digest, and a client that makes others from the seed asks for them.
 
 Refusal: an answer that is for another round or digest, or whose arrays and metadata are not what they must be, is
@@ -122,6 +122,8 @@ class Messenger:
         self._timeout, self._bitmaps = timeout, bitmaps
         self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
         self._had: dict[int, str] = {}  # the same, in a run that was resumed of before as well
+        self.mask_before: Mask | None = None
+        """What the mask of the next messages was made of by a little: who holds it is told the places that differ."""
         self._client_of: dict[str, int] = {}  # message id -> client
         self._grid: Grid | None = None  # of the last exchange
         self._closed: list[MessageExchange] = []  # those that may have closed before the last answer
@@ -232,11 +234,20 @@ class Messenger:
             if "mask" in pending.attachments:  # not one that belongs to the codec
                 bitmap = sum(sizes.pop(name, 0) for name in WITH_MASK)
                 self.report.mask_down += bitmap
-                traffic.bytes_down += 0 if self._had.get(client) == pending.payload.metadata["digest"] else bitmap
+                traffic.bytes_down += self._on_clock(client, bitmap)
             self.report.down += sum(sizes.values())
             traffic.bytes_down += sum(sizes.values())
             traffic.messages_down += 1
         exchange.send(messages)
+
+    def _on_clock(self, client: int, told: int) -> int:
+        """Return the bytes of `told`, which tell a client a mask, that it takes had the run not been resumed."""
+        pending = self._pending[client]
+        if self._had.get(client) == pending.payload.metadata["digest"]:
+            return 0
+        if told and "moved" in pending.attachments and BEFORE not in pending.payload.metadata:
+            return sum(map(self._encoder.nbytes, pending.attachments["moved"]().values()))
+        return told
 
     # ---- in ----------------------------------------------------------------------------------
 
@@ -295,7 +306,6 @@ class ClientMessenger(Messenger):
         super().__init__(timeout, bitmaps)
         self.registry, self.folder, self.token, self.dealt, self.work = registry, folder, token, dealt, work
         self._mask_travels = mask_travels
-        self._mask_before: Mask | None = None
         self.session = token or self.session
 
     def held(self, client: int) -> int | None:
@@ -344,11 +354,13 @@ class ClientMessenger(Messenger):
                 metadata["digest"] = mask.digest
                 if self._mask_travels and mask.count < mask.alive.size:  # everybody knows the dense one
                     later["mask"] = functools.partial(bitmap, mask)
-                    held, before = self._holds.get(client), self._mask_before
+                    held, before = self._holds.get(client), self.mask_before
                     brings = set() if held == mask.digest else {"mask"}
-                    if brings and before is not None and held == before.digest and moved(mask):
+                    known = before is not None and before.digest in (held, self._had.get(client))
+                    if brings and known and moved(mask):
                         later["moved"] = functools.partial(moved, mask)
-                        brings, metadata[BEFORE] = {"moved"}, before.digest
+                        if held:  # of a resumed run clients are new
+                            brings, metadata[BEFORE] = {"moved"}, held
             self._pending[client] = PendingMessage(kind, Payload(payload.arrays, metadata), mask, later)
             messages.append(self._message(client, brings))
         return messages
@@ -367,14 +379,10 @@ class ClientMessenger(Messenger):
         """
         self._had = {client: row.tobytes().hex() for client, row in enumerate(held.reshape(-1, 32)) if row.any()}
 
-    def mask_moved(self, before: Mask) -> None:
-        """Note that the mask of the next messages was made of this one: who holds it can be told what differs."""
-        self._mask_before = before
-
     def _moved(self, mask: Mask, bitmap: Arrays) -> Arrays:
         """Return where a mask differs from the one before; {} where that is not fewer bytes than its bitmap."""
-        assert self._mask_before is not None
-        places = write_moved(self._mask_before, mask)
+        assert self.mask_before is not None
+        places = write_moved(self.mask_before, mask)
         ours, theirs = (self._encoder.nbytes(array) for arrays in (places, bitmap) for array in arrays.values())
         return places if ours < theirs else {}
 

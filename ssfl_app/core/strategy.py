@@ -466,6 +466,8 @@ class SparseStrategy(OwnStart):
         kept: Arrays = {"state": state, "mask": mask, "since": self._last_accepted}
         if self.clock is not None:  # a mask that is sent once more takes no time
             kept["holds"] = self.messenger.masks_held(self.settings.run.clients)
+            if self.messenger.mask_before is not None:
+                kept["mask-before"] = self.messenger.mask_before.packed()
         if self._closing is not None:
             kept["left"] = self._closing.left
         if self._silent:
@@ -488,6 +490,9 @@ class SparseStrategy(OwnStart):
         if self.clock is not None:
             held = stored(arrays, "holds", "uint8", 32 * self.settings.run.clients)
             self.messenger.restore_masks_held(held)
+            if "mask-before" in arrays:
+                packed = np.asarray(arrays["mask-before"], dtype=np.uint8)
+                self.messenger.mask_before = Mask.unpack(self.layout, packed)
         if self._closing is not None:
             self._closing.restore(stored(arrays, "left", "float64", self.settings.run.clients))
         if self._silent:

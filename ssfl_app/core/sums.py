@@ -118,6 +118,7 @@ def check_sums(strategy: _Algorithm) -> None:
         "run.fold": (run.fold, "mean"),
         "failures.norm-factor": (settings.failures.norm_factor, 0.0),
         "wire.error-feedback": (settings.wire.error_feedback, False),
+        "shift.stream": (settings.shift.stream, "none"),  # weights are what the greeting says of samples
     }
     if scores:
         options = settings.sections["ssfl"]

@@ -230,8 +230,7 @@ class Ssfl(FixedMask):
             values = self.layout.flatten_prunable(self.state)[left].astype(np.float64)
             self.swapped = {"weights": int(np.count_nonzero(come)), "norm": float(np.linalg.norm(values))}
             lifted = reveal_dead_weights(move.before, self.state, self._initial)
-            self.messenger.mask_moved(move.before)
-            self.mask = after
+            self.messenger.mask_before, self.mask = move.before, after
             self.state = self.under_mask(
                 self.state if self.options.refresh_weights == "zero" else lifted, self._initial
             )

@@ -264,21 +264,31 @@ def test_who_lies_in_its_scores_is_refused_by_name_and_changes_no_more_than_one_
     assert lying.masks[-1] == lost.masks[-1]
 
 
-def test_a_well_formed_lie_moves_what_its_share_of_the_sum_can() -> None:
-    """With score-fold normalised one client of six that shouts for one layer gets less of it than with mean."""
-
-    def shout(arrays: dict[str, Any]) -> dict[str, Any]:
-        scores = np.zeros_like(arrays["scores.values"])
-        scores[-300:] = 32768  # of the last candidates
-        return arrays | {"scores.values": scores}
-
-    came = {}
-    for fold in ("mean", "normalised"):
-        keys = MOVES | {"run.cohort": 6, "ssfl.score-fold": fold, "ssfl.refresh-share": 0.02}
-        lying = play(keys, faults={("train", 1, 2): lie(shout)})
+def test_a_well_formed_lie_decides_a_move_under_the_mean_and_hardly_anything_under_the_median() -> None:
+    """One of six scores the honest choice 0 and shouts for as many other candidates."""
+    kept = {}
+    for fold in ("mean", "normalised", "median"):
+        keys = MOVES | {"run.cohort": 6, "ssfl.score-fold": fold, "partition.name": "iid"}
         honest = play(keys)
-        came[fold] = int((moved(lying, 1)[1] & moved(honest, 1)[1]).sum())
-    assert came["mean"] < came["normalised"]
+        mask, (_, come) = honest.masks[0].alive, moved(honest, 1)
+        dead = np.flatnonzero(~mask)
+        sample = np.sort(
+            dead[generator(1, "refresh-sample", 1).choice(dead.size, SAMPLE, replace=False, shuffle=False)]
+        )
+        others = np.flatnonzero(~come[sample])[: 2 * MOST]
+
+        def shout(arrays: dict[str, Any], others: Any = others) -> dict[str, Any]:
+            scores = np.zeros_like(arrays["scores.values"])
+            scores[ALIVE + others] = 32768
+            return arrays | {"scores.values": scores}
+
+        lying = play(keys, faults={("train", 1, 2): lie(shout)})
+        assert moved(lying, 1)[1].sum() <= MOST
+        kept[fold] = (moved(lying, 1)[1] & come).sum() / come.sum()
+    print(kept)
+    assert kept["mean"] == 0
+    assert kept["normalised"] < 0.5
+    assert kept["median"] > 0.7
 
 
 # ---- options -------------------------------------------------------------------------------------
