@@ -219,11 +219,19 @@ class Study:
             home, entry = self.homes / run.slug, self.runs[run.slug]
             stands = jobs.state(run, home)
             if stands == "finished":
-                self.known[run.slug] = measured(entry, home)
+                self.known[run.slug] = self.measured(entry, home)
             elif why := failed.get(run.slug, "") or (jobs.old_reason(home) if stands == "unfinished" else ""):
                 self.known[run.slug] = place(entry) | {"failed": why}
         write_json(self.record, {"runs": self.known})
-        write_bytes(self.record.with_suffix(".md"), tables(self.known.values()).encode())
+        write_bytes(self.record.with_suffix(".md"), self.page().encode())
+
+    def measured(self, entry: Entry, home: Path) -> dict[str, Any]:
+        """Return the record of a run that is finished."""
+        return measured(entry, home)
+
+    def page(self) -> str:
+        """Return what stands beside the record."""
+        return tables(self.known.values())
 
     def result(self, run: RunSpec, why: str) -> str:
         """Return what is told of a run that ended or was cut."""

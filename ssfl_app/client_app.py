@@ -194,7 +194,9 @@ def _answer(message: Message, context: Context) -> Message:
     memory = ClientState(context, number) if hello else memory_of(context, place, number, metadata)
     me = functools.partial(identity, context, place)
     start = runtime.start_digest if hello else ""
-    client = SparseClient(runtime.rule(number, memory, place.least_batch, me), place.name, runtime.modules, start)
+    round_ = None if hello else int(metadata.get("round", 0))
+    rule = runtime.rule(number, memory, place.least_batch, me, round_)
+    client = SparseClient(rule, place.name, runtime.modules, start)
     bitmap, bitmaps = -(-runtime.layout.prunable_size // 8), runtime.config.settings.wire.bitmaps
     encoder = PayloadEncoder(bitmaps, join=not place.simulated)
     return serve(client, message, metadata, encoder, MOST_BITMAPS * bitmap)

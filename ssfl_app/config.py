@@ -182,11 +182,21 @@ def parse(flat: Mapping[str, Any]) -> Config:
         raise ConfigError(f"clock.profile is {made['clock'].profile!r}; {rule}")
     if made["data"].where == "sites" and made["shift"].round:
         raise ConfigError(f"shift.round is {made['shift'].round}; it is 0 with data.where 'sites'")
+    if made["shift"].stream != "none":
+        _check_stream(made)
     _fit_to_place(made, kind.has_floor)
     shared = {name: made[name] for name in SETTINGS}
     parts = {name: made[name] for name in ("data", "partition", "model", "task", "engine")}
     settings = Settings(**shared, sections={name: made[name] for name in own})
     return Config(str(flat["strategy"]), settings, **parts, flat=flat)
+
+
+def _check_stream(made: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the images of a client may not change."""
+    others = {"data.where": (made["data"].where, "sites"), "privacy.level": (made["privacy"].level, "record")}
+    for key, (value, refused) in others.items():
+        if value == refused:
+            raise ConfigError(f"shift.stream is {made['shift'].stream!r}; it is 'none' with {key} {refused!r}")
 
 
 def with_out(config: Config, folder: Path) -> Config:

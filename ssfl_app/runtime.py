@@ -32,7 +32,9 @@ from ssfl_app.data.dataset import DataSet, Samples
 from ssfl_app.data.summary import ALL, DataSummary
 from ssfl_app.options import ConfigError, Scalar
 from ssfl_app.partitions import Indices, Partition, split
+from ssfl_app.partitions.stream import check_stream, in_play
 from ssfl_app.registry import sources
+from ssfl_app.seeding import generator
 from ssfl_app.sparsity.channels import Widths, whole_widths, widths_in
 from ssfl_app.sparsity.layout import Layout, State, load_state, mask_everything, state_digest, state_of
 from ssfl_app.sparsity.mask import Mask
@@ -107,8 +109,14 @@ class Runtime:
 
     def initial_state(self) -> State:
         """Return the weights that a run starts from, on the CPU; nobody writes into them."""
-        always = self.config.settings.mask.frozen or self.config.model.weights
-        return self._start if always or self.layout.size <= MOST_KEPT else self._made()
+        return self._start if self._shared_start or self.layout.size <= MOST_KEPT else self._made()
+
+    @property
+    def _shared_start(self) -> bool:
+        # Whether server and clients must have the same ones, message after message.
+        sections = self.config.settings.sections
+        lifted = "ssfl" in sections and sections["ssfl"].refresh == "continuous"
+        return bool(self.config.settings.mask.frozen or self.config.model.weights or lifted)
 
     @functools.cached_property
     def _start(self) -> State:
@@ -123,8 +131,7 @@ class Runtime:
     @functools.cached_property
     def start_digest(self) -> str:
         """The digest of the initial weights, where server and clients must have the same ones; else ""."""
-        compared = self.config.settings.mask.frozen or self.config.model.weights
-        return state_digest(self.layout, self.initial_state()) if compared else ""
+        return state_digest(self.layout, self.initial_state()) if self._shared_start else ""
 
     def load(self, state: Mapping[str, torch.Tensor]) -> nn.Module:
         """Return a model of this thread with a state in it: of the whole network, or of a narrower one."""
@@ -157,6 +164,28 @@ class Runtime:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         return self.partition.train[place], self.partition.test[place]
 
+    def in_round(self, client: int, round_: int) -> tuple[Indices, Indices]:
+        """Return the indices of the images that a client trains and tests on in a round: all, unless they stream."""
+        train, test = self.share(client)
+        return self._playing(train, "train", client, round_), self._playing(test, "test", client, round_)
+
+    def central_test(self, round_: int) -> Samples:
+        """Return the test images of a round that the server knows: all, unless they stream."""
+        if self.config.settings.shift.stream == "none":
+            return self.data.test
+        return self.data.test.take(self._playing(np.arange(len(self.data.test)), "test", "server", round_))
+
+    def _playing(self, indices: Indices, part: str, whose: int | str, round_: int) -> Indices:
+        """Return those of some images, of the part "train" or "test", that are in play in a round."""
+        shift = self.config.settings.shift
+        if shift.stream == "none":
+            return indices
+        samples = self.data.train if part == "train" else self.data.test
+        rng = generator(self.config.settings.run.seed, "stream", part, whose, round_)
+        labels = samples.labels.cpu().numpy()[indices]
+        some = part == "train" or whose == "server"
+        return indices[in_play(shift, self.data.classes, round_, labels, rng, some)]
+
     def holding(self, client: int) -> DataSummary:
         """Return what a client holds."""
         return self.data.holding(*self.share(client))
@@ -167,8 +196,12 @@ class Runtime:
         memory: ClientState,
         least_batch: int = 1,
         identity: Callable[[], Identity] = no_identity,
+        round_: int | None = None,
     ) -> ClientAlgorithm:
-        """Return the client side of the strategy for one client; see `ClientContext`."""
+        """Return the client side of the strategy for one client; see `ClientContext`.
+
+        It has what the client holds in a round, where that is a stream; None: all that it ever holds.
+        """
         state = self.worker_state
         site = ClientContext(
             client_id=client,
@@ -177,7 +210,7 @@ class Runtime:
             layout=self.layout,
             trainer=state.trainer,
             data=self.data,
-            indices=self.share(client),
+            indices=self.share(client) if round_ is None else self.in_round(client, round_),
             memory=memory,
             least_batch=least_batch,
             identity=identity,
@@ -326,6 +359,7 @@ def load_federation(config: Config) -> tuple[DataSet, Partition]:
         raise ConfigError(f"data.where is {config.data.where!r}; what sites bring with them is not dealt")
     images = _for_task(config, data.load(config.data))
     run = config.settings.run
+    check_stream(config.settings.shift, images.classes)
     labels = images.train.labels.numpy(), images.test.labels.numpy()
     return images, split(config.partition, *labels, run.clients, run.seed, config.settings.shift, images.owners)
 

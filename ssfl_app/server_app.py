@@ -300,13 +300,16 @@ def engine_name(grid: Grid) -> str:
 
 
 def central_evaluation(runtime: Runtime) -> Callable[[int, ArrayRecord], MetricRecord] | None:
-    """Return Flower's evaluate_fn, loss and metric of the global model on the whole test set; None without one."""
+    """Return Flower's evaluate_fn, loss and metric of the global model on the whole test set; None without one.
+
+    Where data stream, it is the part of the test set that is in play.
+    """
     if not len(runtime.data.test):
         return None
 
-    def evaluate(_: int, arrays: ArrayRecord) -> MetricRecord:
+    def evaluate(round_: int, arrays: ArrayRecord) -> MetricRecord:
         model = runtime.load({n: torch.from_numpy(a.numpy()) for n, a in arrays.items()})
-        loss, accuracy = runtime.trainer.evaluate(model, runtime.data.test)
+        loss, accuracy = runtime.trainer.evaluate(model, runtime.central_test(round_))
         return MetricRecord({"loss": loss, "accuracy": accuracy})
 
     return evaluate

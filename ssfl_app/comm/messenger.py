@@ -2,8 +2,9 @@
 
 Mask protocol: the mask goes down once per client, as a bitmap with the first message that needs it. Every message
 carries the digest of (names, shapes, mask). A client that does not hold that mask (restarted, joined late)
-answers "need mask" and gets the message again with the mask: no exception, no lost round. Initial weights work the
-same way: a question names their digest, and a client that makes others from the seed asks for them.
+answers "need mask" and gets the message again with the mask: no exception, no lost round. Of a mask that moved a
+little (`mask_before`) those who hold the one before get the places that differ, where these are fewer bytes. Initial
+weights work the same way: a question names their digest, and a client that makes others from the seed asks for them.
 
 Refusal: an answer that is for another round or digest, or whose arrays and metadata are not what they must be, is
 refused by name and counted. It never reaches an algorithm.
@@ -29,6 +30,7 @@ from flwr.serverapp import Grid
 from ssfl_app.comm.exchange import ExchangeReport, MessageExchange
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.payload import (
+    BEFORE,
     CLIENT,
     FOLDER,
     MASKS,
@@ -42,6 +44,7 @@ from ssfl_app.comm.payload import (
 )
 from ssfl_app.data.summary import DataSummary
 from ssfl_app.files import check_regular, write_bytes
+from ssfl_app.sparsity.codec import write_moved
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
 from ssfl_app.text import quoted
@@ -120,6 +123,8 @@ class Messenger:
         self._timeout, self._bitmaps, self._join = timeout, bitmaps, join
         self._holds: dict[int, str] = {}  # client -> digest of the mask it answered under
         self._had: dict[int, str] = {}  # the same, in a run that was resumed of before as well
+        self.mask_before: Mask | None = None
+        """What the mask of the next messages was made of by a little: who holds it is told the places that differ."""
         self._client_of: dict[str, int] = {}  # message id -> client
         self._grid: Grid | None = None  # of the last exchange
         self._closed: list[MessageExchange] = []  # those that may have closed before the last answer
@@ -231,11 +236,20 @@ class Messenger:
             if "mask" in pending.attachments:  # not one that belongs to the codec
                 bitmap = sum(sizes.pop(name, 0) for name in WITH_MASK)
                 self.report.mask_down += bitmap
-                traffic.bytes_down += 0 if self._had.get(client) == pending.payload.metadata["digest"] else bitmap
+                traffic.bytes_down += self._on_clock(client, bitmap)
             self.report.down += sum(sizes.values())
             traffic.bytes_down += sum(sizes.values())
             traffic.messages_down += 1
         exchange.send(messages)
+
+    def _on_clock(self, client: int, told: int) -> int:
+        """Return the bytes of `told`, which tell a client a mask, that it takes had the run not been resumed."""
+        pending = self._pending[client]
+        if self._had.get(client) == pending.payload.metadata["digest"]:
+            return 0
+        if told and "moved" in pending.attachments and BEFORE not in pending.payload.metadata:
+            return sum(map(self._encoder.nbytes, pending.attachments["moved"]().values()))
+        return told
 
     # ---- in ----------------------------------------------------------------------------------
 
@@ -331,6 +345,7 @@ class ClientMessenger(Messenger):
         self._forget()
         # Packed when the first client needs it, and the same array for all, so that it is serialised once.
         bitmap = functools.cache(lambda mask: {"mask": mask.packed()})
+        moved = functools.cache(lambda mask: self._moved(mask, bitmap(mask)))
         common = {**config, "round": round_} | ({} if self.folder is None else {FOLDER: str(self.folder)})
         common |= {} if self.token is None else {RUN: self.token}
         messages = []
@@ -341,7 +356,13 @@ class ClientMessenger(Messenger):
                 metadata["digest"] = mask.digest
                 if self._mask_travels and mask.count < mask.alive.size:  # everybody knows the dense one
                     later["mask"] = functools.partial(bitmap, mask)
-                    brings = set() if self._holds.get(client) == mask.digest else {"mask"}
+                    held, before = self._holds.get(client), self.mask_before
+                    brings = set() if held == mask.digest else {"mask"}
+                    known = before is not None and before.digest in (held, self._had.get(client))
+                    if brings and known and moved(mask):
+                        later["moved"] = functools.partial(moved, mask)
+                        if held:  # of a resumed run clients are new
+                            brings, metadata[BEFORE] = {"moved"}, held
             self._pending[client] = PendingMessage(kind, Payload(payload.arrays, metadata), mask, later)
             messages.append(self._message(client, brings))
         return messages
@@ -359,6 +380,13 @@ class ClientMessenger(Messenger):
         Simulated clients are new when a run is resumed, and are sent their masks again. That is no traffic of theirs.
         """
         self._had = {client: row.tobytes().hex() for client, row in enumerate(held.reshape(-1, 32)) if row.any()}
+
+    def _moved(self, mask: Mask, bitmap: Arrays) -> Arrays:
+        """Return where a mask differs from the one before; {} where that is not fewer bytes than its bitmap."""
+        assert self.mask_before is not None
+        places = write_moved(self.mask_before, mask)
+        ours, theirs = (self._encoder.nbytes(array) for arrays in (places, bitmap) for array in arrays.values())
+        return places if ours < theirs else {}
 
     def mark_mask_held(self, client: int, mask: Mask) -> None:
         """Note that a client holds this mask: it answered under it, or made it itself."""

@@ -51,8 +51,11 @@ RUN = "run"
 CLIENT = "client"
 """Fact of a message to a site with data of its own: the number that its name has in this run."""
 
-WITH_MASK = ("mask", "sheet", "fixed", "frozen")
-"""Arrays that go down once per client, beside the mask or with it; their bytes are counted apart."""
+WITH_MASK = ("mask", "moved", "sheet", "fixed", "frozen")
+"""Arrays that go down once per client, for the mask or with it; their bytes are counted apart."""
+
+BEFORE = "before"
+"""Fact of a message: digest of the mask from which that of the message differs at the places of "moved"."""
 
 MASKS = "masks"
 """Folder of bitmaps, one file a digest, in the folder that simulated clients share."""
@@ -102,6 +105,10 @@ class PayloadEncoder:
                 facts[f"{array.stype} {array.dtype} {array.shape[0]} {name}"] = array.data
             return RecordDict({"facts": facts})
         return RecordDict({"arrays": ArrayRecord(arrays), "facts": facts})
+
+    def nbytes(self, array: npt.NDArray[Any]) -> int:
+        """Return the bytes that an array has on the wire."""
+        return len(self._array(array).data)
 
     def _array(self, array: npt.NDArray[Any]) -> Array:
         # By name first: NumPy takes None, what `get` would return, for float64.

@@ -174,6 +174,22 @@ class ReplyOverlapMean:
         return mean, self._strategy.mask
 
 
+def both(aggregator: Aggregator, beside: Aggregator | None) -> Aggregator:
+    """Return what hands each reply to two aggregators, and finishes them one after the other."""
+    if beside is None:
+        return aggregator
+
+    def add(reply: Reply) -> None:
+        aggregator.add(reply)
+        beside.add(reply)
+
+    def finish() -> None:
+        aggregator.finish()
+        beside.finish()
+
+    return Aggregator(add, finish)
+
+
 def within_norm(strategy: _Algorithm, aggregator: Aggregator, what: str) -> Aggregator:
     """Return an aggregator of the replies whose updates are not much longer than others of their round.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssfl_app.comm.payload import ClientState, Metadata, Payload
+from ssfl_app.comm.payload import BEFORE, ClientState, Metadata, Payload
 from ssfl_app.core.options import Settings
 from ssfl_app.core.summand import Identity, SummandWriter, terms_of, told
 from ssfl_app.data.dataset import DataSet, Samples
@@ -18,7 +18,7 @@ from ssfl_app.partitions import Indices
 from ssfl_app.privacy import record
 from ssfl_app.seeding import generator
 from ssfl_app.sparsity.channels import Widths, check_widths, narrow_layout
-from ssfl_app.sparsity.codec import Codec, Dense, LinearCodec, MaskedValues, read_mask
+from ssfl_app.sparsity.codec import Codec, Dense, LinearCodec, MaskedValues, read_mask, read_moved
 from ssfl_app.sparsity.layout import Layout, State, Vector, load_state, state_digest, state_of
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import SUMMED_TYPES, Arrays, PayloadError
@@ -454,7 +454,7 @@ class ClientAlgorithm:
         return state
 
     def known_mask(self, payload: Payload, digest: str) -> Mask:
-        """Return the shared mask with this digest, keeping it if the message brings it along.
+        """Return the shared mask with this digest, keeping it if the message brings it along, or where it moved.
 
         Raises
         ------
@@ -469,6 +469,20 @@ class ClientAlgorithm:
                 raise PayloadError(f"the mask has digest {brought.digest!r}; the message states {digest!r}")
             self.context.memory.keep(digest, brought.packed())
         mask_held = self.context.mask(digest)
+        if mask_held is None and "moved" in payload.arrays:
+            return self._moved_mask(payload, digest)
         if mask_held is None:
             raise Need("mask")
         return mask_held
+
+    def _moved_mask(self, payload: Payload, digest: str) -> Mask:
+        """Return the mask with this digest, made of the one that is held and where it differs, and keep it."""
+        before = self.context.mask(str(payload.metadata.get(BEFORE, "")))
+        if before is None:
+            raise Need("mask")
+        mask = read_moved(payload.arrays, before)
+        if mask.digest != digest:
+            found = f"the held mask moved at {payload.arrays['moved'].size} places has digest {mask.digest!r}"
+            raise PayloadError(f"{found}; the message states {digest!r}")
+        self.context.memory.keep(digest, mask.packed())
+        return mask

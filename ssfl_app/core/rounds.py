@@ -135,6 +135,7 @@ class _Algorithm(Protocol):
     clock: Clock | None
     peer_bytes: int
     clipped: int
+    swapped: dict[str, float]
     accuracy: dict[int, float]
     personal_accuracy: dict[int, float]
     update_norms: dict[int, float]
@@ -189,6 +190,8 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
             record["density"], record["density_all"] = self._strategy.densities()
             if found:  # the strategy asked: how far is its mask from the one before?
                 record["mask_distance"] = before.jaccard_distance(self._strategy.mask)
+            if self._strategy.swapped:
+                record["swapped"], self._strategy.swapped = self._strategy.swapped, {}
             if self._tell(record | {"seconds": time.monotonic() - began}):
                 break
         self._result.arrays = ArrayRecord(dict(self._strategy.model()))

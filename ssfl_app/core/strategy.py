@@ -25,7 +25,7 @@ from ssfl_app.callbacks.base import RunCallback
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.messenger import ClientMessenger, Outgoing, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
-from ssfl_app.core.aggregation import Aggregator, ReplyMean, ReplySum, within_norm
+from ssfl_app.core.aggregation import Aggregator, ReplyMean, ReplySum, both, within_norm
 from ssfl_app.core.client import ClientAlgorithm, encode_with
 from ssfl_app.core.clock import Clock, find_profile
 from ssfl_app.core.closing import AT_WORK, Closing, Taken
@@ -133,6 +133,9 @@ class SparseStrategy(OwnStart):
         Tells how long clients of clock.profile would have taken.
     clipped : int
         Values that clients clipped since the round began, where their answers are only added.
+    swapped : dict of str to float
+        Where the mask moved a little at the end of the round: "weights", how many came into it and as many left, and
+        "norm", the Euclidean length of the values that left.
     update_norms : dict of int to float
         Length of each update that came in the last round (`update_norm`), of refused ones too: with the default
         aggregator, or with failures.norm-factor.
@@ -210,7 +213,7 @@ class SparseStrategy(OwnStart):
             raise ConfigError(
                 f"run.fold is {run.fold!r}; it is 'mean' with strategy {self.name}, which has a fold of its own"
             )
-        self.clipped = 0
+        self.clipped, self.swapped = 0, dict[str, float]()
         self.clock: Clock | None = None
         if settings.clock.profile:
             self.clock = Clock(find_profile(settings.clock.profile), run.seed, self.forward_flops)
@@ -302,6 +305,13 @@ class SparseStrategy(OwnStart):
             self.state = mean.finish()
 
         return Aggregator(mean.add, finish)
+
+    def beside(self, round_: int) -> Aggregator | None:
+        """Return what takes what the replies of a round bring beside the model, and finishes after it. Default: none.
+
+        It makes no other mean of the models, so that all that goes with the default `aggregator` goes with it.
+        """
+        return None
 
     def eval_payload(self, round_: int, client: int) -> Payload:
         """Return the model this client evaluates. Default: the one it would be sent to train."""
@@ -456,6 +466,8 @@ class SparseStrategy(OwnStart):
         kept: Arrays = {"state": state, "mask": mask, "since": self._last_accepted}
         if self.clock is not None:  # a mask that is sent once more takes no time
             kept["holds"] = self.messenger.masks_held(self.settings.run.clients)
+            if self.messenger.mask_before is not None:
+                kept["mask-before"] = self.messenger.mask_before.packed()
         if self._closing is not None:
             kept["left"] = self._closing.left
         if self._silent:
@@ -478,6 +490,9 @@ class SparseStrategy(OwnStart):
         if self.clock is not None:
             held = stored(arrays, "holds", "uint8", 32 * self.settings.run.clients)
             self.messenger.restore_masks_held(held)
+            if "mask-before" in arrays:
+                packed = np.asarray(arrays["mask-before"], dtype=np.uint8)
+                self.messenger.mask_before = Mask.unpack(self.layout, packed)
         if self._closing is not None:
             self._closing.restore(stored(arrays, "left", "float64", self.settings.run.clients))
         if self._silent:
@@ -526,7 +541,7 @@ class SparseStrategy(OwnStart):
         report.busy, report.asked = self._busy, report.asked + len(self._busy)
         self.update_norms = {}
         self._encoded = None  # it holds the model that this round replaces
-        aggregator = self.aggregator(server_round)
+        aggregator = both(self.aggregator(server_round), self.beside(server_round))
         if failures.norm_factor and not self.context.replay:  # whom it left out is recorded
             aggregator = within_norm(self, aggregator, what)
         if self._closing is not None:

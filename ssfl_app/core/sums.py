@@ -118,11 +118,12 @@ def check_sums(strategy: _Algorithm) -> None:
         "run.fold": (run.fold, "mean"),
         "failures.norm-factor": (settings.failures.norm_factor, 0.0),
         "wire.error-feedback": (settings.wire.error_feedback, False),
+        "shift.stream": (settings.shift.stream, "none"),  # weights are what the greeting says of samples
     }
     if scores:
         options = settings.sections["ssfl"]
         refused |= {"ssfl.score-fold": (options.score_fold, "mean")}
-        refused |= {"ssfl.refresh": (options.refresh, "never")} if options.refresh == "drift" else {}
+        refused |= {"ssfl.refresh": (options.refresh, "never")} if options.refresh in ("drift", "continuous") else {}
     if private:
         refused |= {"run.weighting": (run.weighting, "uniform"), "shift.round": (settings.shift.round, 0)}
         asked = "private-channels" if settings.mask.granularity == "channel" else "private-densities"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssfl_app.options import ConfigError, at_least
+from ssfl_app.options import ConfigError, at_least, choice
 from ssfl_app.partitions.options import Indices
 
 Shares = tuple[Indices, ...]
@@ -21,18 +21,24 @@ Split = Callable[[Indices, Indices, int], tuple[Shares, Shares]]
 
 @dataclass(frozen=True)
 class ShiftOptions:
-    """Keys of the section ``shift``; round 0: nobody joins late."""
+    """Keys of the section ``shift``; round 0: nobody joins late. `ssfl_app.partitions.stream` has the streams."""
 
     round: int = at_least(0, 0, "from this round on clients with new classes take part; 0: nobody joins late")
     clients: int = at_least(1, 4, "how many: the last ones")
-    classes: int = at_least(1, 2, "which classes only they hold: the last ones")
+    classes: int = at_least(1, 2, "which classes only they hold: the last ones; of a stream: how many are in play")
+    stream: str = choice(
+        "none", "classes", "labels", about="what clients train and test on changes over rounds (docs/streams.md)"
+    )
+    every: int = at_least(1, 5, "of a stream: rounds in which it moves on by one class")
 
     def present(self, clients: int, round_: int) -> int:
         """Return how many of `clients` take part in a round; they are the first ones."""
         return clients - self.clients if round_ < self.round else clients
 
     def check(self, clients: int, cohort: int) -> None:
-        """Raise ConfigError unless the clients of the start suffice for a cohort."""
+        """Raise ConfigError unless there is one shift at most and the clients of the start suffice for a cohort."""
+        if self.round and self.stream != "none":
+            raise ConfigError(f"shift.stream is {self.stream!r}; it is 'none' where shift.round is above 0")
         if self.round and self.present(clients, 0) < cohort:
             raise ConfigError(
                 f"shift.clients is {self.clients}; of {clients} clients at least run.cohort, {cohort}, start early"

@@ -207,11 +207,7 @@ class Indexed(Codec):
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask | None = None) -> tuple[State, Mask]:
         """Return the state and the mask that the positions tell."""
-        index = read_array(arrays, "index", np.int32, None)
-        # Neighbours are compared, not subtracted: int32 differences of hostile values wrap around.
-        rising = (index[1:] > index[:-1]).all()
-        if index.size and (not rising or index[0] < 0 or index[-1] >= layout.prunable_size):
-            raise PayloadError(f"index must rise strictly within 0..{layout.prunable_size - 1}")
+        index = _read_places(arrays, "index", layout)
         alive = np.zeros(layout.prunable_size, dtype=np.bool_)
         alive[index] = True
         return MaskedValues(self.values).decode(arrays, layout, Mask(layout, alive))
@@ -255,6 +251,34 @@ def read_mask(arrays: ArrayMap, layout: Layout) -> Mask:
         return Mask.unpack(layout, bitmap)
     except ValueError as error:
         raise PayloadError(str(error)) from error
+
+
+def write_moved(before: Mask, after: Mask) -> Arrays:
+    """Return the array "moved": where two masks of one layout differ, int32, ascending."""
+    return {"moved": np.flatnonzero(before.alive ^ after.alive).astype(np.int32)}
+
+
+def read_moved(arrays: ArrayMap, before: Mask) -> Mask:
+    """Return the mask that differs from `before` at the places of the array "moved".
+
+    Raises
+    ------
+    PayloadError
+        It is missing, or its places do not rise strictly within those of the layout.
+    """
+    moved = _read_places(arrays, "moved", before.layout)
+    alive = before.alive.copy()
+    alive[moved] ^= True
+    return Mask(before.layout, alive)
+
+
+def _read_places(arrays: ArrayMap, name: str, layout: Layout) -> npt.NDArray[np.int32]:
+    places = read_array(arrays, name, np.int32, None)
+    # Neighbours are compared, not subtracted: int32 differences of hostile values wrap around.
+    rising = (places[1:] > places[:-1]).all()
+    if places.size and (not rising or places[0] < 0 or places[-1] >= layout.prunable_size):
+        raise PayloadError(f"{name} must rise strictly within 0..{layout.prunable_size - 1}")
+    return places
 
 
 def _allowed_bitmap(layout: Layout) -> Allowed:

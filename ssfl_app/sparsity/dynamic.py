@@ -1,12 +1,12 @@
-"""Moves masks while a model trains: coordinates die (`drop`), others come alive (`grow`).
+"""Moves masks while a model trains: coordinates die (`drop`), others come alive (`grow`), or both at once (`swap`).
 
 Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", Nature Comm. 2018
 (random regrowth); Evci et al., "Rigging the lottery", ICML 2020 (regrowth by gradient, cosine decay); per client in
 Dai et al., "DisPFL", ICML 2022.
 
-All functions say with `Counts` how many coordinates of each prunable tensor they choose, and return a new mask. The
-counts name every prunable tensor; scores and magnitudes are float32, shape (layout.prunable_size,), and finite. What
-does not fit a layout is a ValueError. Chance is drawn layer after layer from the generator that is passed in.
+All functions but `swap` say with `Counts` how many coordinates of each prunable tensor they choose; all return a new
+mask. The counts name every prunable tensor; scores and magnitudes are float32, shape (layout.prunable_size,), and
+finite. What does not fit a layout is a ValueError. Chance is drawn layer after layer from the generator passed in.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 
 from ssfl_app.sparsity.densities import Counts
 from ssfl_app.sparsity.layout import Bits, Layout, Vector
-from ssfl_app.sparsity.mask import Mask, largest
+from ssfl_app.sparsity.mask import Mask, Scope, keep_count, largest
 
 
 def random_mask(layout: Layout, counts: Counts, rng: np.random.Generator) -> Mask:
@@ -52,6 +52,47 @@ def grow(mask: Mask, counts: Counts, by: Vector | np.random.Generator) -> Mask:
     if isinstance(by, np.ndarray):
         _check_vector("scores", by, mask.layout)
     return Mask(mask.layout, mask.alive | _choose(mask.layout, ~mask.alive, counts, by))
+
+
+def swap(
+    mask: Mask, scores: Vector, candidates: Bits, share: float, scope: Scope = "global", min_per_layer: int = 0
+) -> Mask:
+    """Return the mask in which the weakest alive coordinates have given way to stronger candidates.
+
+    The weakest is held against the strongest candidate, the next weakest against the next strongest, and so on as
+    long as the candidate's score is the larger one. Among equals the lower index stays and comes first.
+
+    Parameters
+    ----------
+    scores : Vector
+        Read where the mask or `candidates` is true.
+    candidates : bool ndarray, shape (layout.prunable_size,)
+        Dead coordinates that may come alive.
+    share : float
+        In (0, 1]: floor(share * alive) coordinates are exchanged at most.
+    scope : {"global", "layer"}
+        Exchange among all layers together, or in each on its own.
+    min_per_layer : int
+        The best `min_per_layer` alive coordinates of each layer stay.
+    """
+    layout = mask.layout
+    _check_vector("scores", scores, layout)
+    if candidates.shape != mask.alive.shape or (candidates & mask.alive).any():
+        raise ValueError(f"candidates are {candidates.shape}, some may be alive; they are dead ones of this layout")
+    alive, may_go = mask.alive.copy(), mask.alive.copy()
+    for span in layout.prunable_spans.values() if min_per_layer else ():
+        places = span.start + np.flatnonzero(mask.alive[span])
+        may_go[places[largest(scores[places], min(min_per_layer, places.size))]] = False
+    whole = [slice(0, layout.prunable_size)]
+    for span in layout.prunable_spans.values() if scope == "layer" else whole:
+        most = keep_count(share, int(np.count_nonzero(mask.alive[span])))
+        old, new = (span.start + np.flatnonzero(bits[span]) for bits in (may_go, candidates))
+        old = old[np.lexsort((-old, scores[old]))][:most]
+        new = new[np.argsort(-scores[new], kind="stable")][: old.size]
+        stronger = scores[new] > scores[old[: new.size]]  # at first all of them, then none
+        alive[old[: new.size][stronger]] = False
+        alive[new[stronger]] = True
+    return Mask(layout, alive)
 
 
 def layer_densities(mask: Mask) -> dict[str, float]:

@@ -117,7 +117,7 @@ def read_values(arrays: Mapping[str, npt.NDArray[Any]], kind: str, size: int) ->
 class SecondVector:
     """A vector that travels beside a model, with a value type of its own: arrays "<name>.values", "<name>.scales".
 
-    `size` is how many values it has; `kind` is one of `VALUE_TYPES`.
+    `size` is how many values it has; `kind` is one of `VALUE_TYPES`, or for scores "log8".
     """
 
     name: str

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ssfl_app.comm.exchange import ExchangeReport, Traffic
-from ssfl_app.config import merge, parse
+from ssfl_app.config import Flat, merge, parse
 from ssfl_app.core.clock import (
     FORWARD_PASSES,
     HEADERS,
@@ -127,8 +127,13 @@ def test_a_run_takes_what_its_bytes_and_passes_say_and_keeps_its_bits() -> None:
     assert timed.records[0]["simulated_seconds"] > (TRIPS_DOWN + TRIPS_UP) * max(r.rtt for r in PROFILES["wan"].rows)
 
 
-def test_the_order_of_replies_and_a_resumption_change_no_time(tmp_path: Path) -> None:
-    keys = {"clock.profile": "mobile"}
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"ssfl.refresh": "continuous", "ssfl.refresh-every": 1, "run.evaluate-every": 3}],
+    ids=["one mask", "a mask that moved before the snapshot, which no client knows yet"],
+)
+def test_the_order_of_replies_and_a_resumption_change_no_time(more: Flat, tmp_path: Path) -> None:
+    keys = {"clock.profile": "mobile", **more}
     whole, kept = play(keys), dict[str, np.ndarray]()
     assert play(keys, luck=5).metrics() == whole.metrics()
     play(keys, folder=tmp_path, until=1, prepare=snapshot_of(1, kept))

@@ -168,6 +168,8 @@ def test_fixed_point_is_close_to_float() -> None:
         ({"wire.error-feedback": True}, "wire.error-feedback is True"),
         ({"ssfl.score-fold": "median"}, "ssfl.score-fold is 'median'"),
         ({"ssfl.refresh": "drift"}, "ssfl.refresh is 'drift'"),
+        ({"ssfl.refresh": "continuous"}, "ssfl.refresh is 'continuous'"),
+        ({"shift.stream": "labels"}, "shift.stream is 'labels'"),
         ({"wire.up-values": "fp16"}, "wire.up-values is 'fp16'"),
         ({"ssfl.score-values": "log8"}, "ssfl.score-values is 'log8'"),
         ({"run.cohort": 2}, "run.cohort is 2"),

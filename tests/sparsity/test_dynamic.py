@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssfl_app.sparsity.dynamic import cosine_drop, drop, grow, layer_densities, random_mask, top_mask
+from ssfl_app.sparsity.dynamic import cosine_drop, drop, grow, layer_densities, random_mask, swap, top_mask
 from ssfl_app.sparsity.layout import Layout
-from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.mask import Mask, keep_count
 
 law = settings(deadline=None, derandomize=True, max_examples=80)
 
@@ -186,3 +186,37 @@ def test_the_cosine_falls_from_alpha_to_nothing():
     # cos(pi / 3) is 1/2, cos(pi / 2) is 0, cos(2 pi / 3) is -1/2
     drops = [cosine_drop(0.4, round_, 6) for round_ in (0, 2, 3, 4, 6)]
     assert all(math.isclose(a, b, abs_tol=1e-15) for a, b in zip(drops, (0.4, 0.3, 0.2, 0.1, 0), strict=True))
+
+
+# ---- both at once ----------------------------------------------------------------------------------
+
+
+@given(BITS, BITS, SCORES, st.floats(0.01, 1), st.sampled_from(["global", "layer"]), st.integers(0, 4))
+@law
+def test_the_weakest_give_way_to_stronger_candidates_and_counts_and_floors_stay(
+    live, offered, scores, share, scope, floor
+):
+    mask, candidates = Mask(LAYOUT, live), offered & ~live
+    after = swap(mask, scores, candidates, share, scope, floor)
+    assert after.count == mask.count
+    come, left = after.alive & ~mask.alive, mask.alive & ~after.alive
+    assert not (come & ~candidates).any()
+    for group in [range(14)] if scope == "global" else SPANS.values():
+        alive_before = {i for i in group if mask.alive[i]}
+        safe = {i for places in SPANS.values() for i in best({i for i in places if mask.alive[i]}, scores, floor)}
+        weakest = sorted(alive_before - safe, key=lambda i: (scores[i], -i))
+        strongest = best(group, np.where(candidates, scores, -1), int(candidates[list(group)].sum()))
+        strongest = sorted(strongest, key=lambda i: (-scores[i], i))
+        pairs = list(zip(weakest, strongest, strict=False))[: keep_count(share, len(alive_before))]
+        pairs = [(old, new) for old, new in pairs if scores[new] > scores[old]]
+        assert {i for i in group if left[i]} == {old for old, _ in pairs}
+        assert {i for i in group if come[i]} == {new for _, new in pairs}
+    for name, count, _ in after.layers():
+        before = int(mask.alive[list(SPANS[name])].sum())
+        assert count >= min(floor, before)
+        assert scope == "global" or count == before
+
+
+def test_alive_candidates_are_no_candidates():
+    with pytest.raises(ValueError, match=r"candidates are .*; they are dead ones of this layout"):
+        swap(MASK, np.ones(14, np.float32), LIVE, 0.5)

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in sor
     "ssfl-iterative": ("ssfl", {"ssfl.criterion": "iterative-snip", "ssfl.steps": 2}),
     "ssfl-force": ("ssfl", {"ssfl.criterion": "force", "ssfl.steps": 2}),
     "ssfl-refresh": ("ssfl", {"ssfl.refresh": "scheduled", "ssfl.refresh-round": 2, "run.rounds": 2}),
+    "ssfl-continuous": ("ssfl", {"ssfl.refresh": "continuous", "ssfl.refresh-every": 1, "run.rounds": 2}),
     "ssfl-int8": ("ssfl", {"wire.up-values": "int8"}),
     "local-layers": ("local-saliency", {"mask.scope": "layer", "mask.min-per-layer": 100}),
     "topk-int32": ("topk", {"topk.index": "int32", "topk.of": "update", "topk.error-feedback": True}),
@@ -272,7 +273,7 @@ def poison(draft: Draft, draw: Draw) -> None:
 
 def negative(draft: Draft, draw: Draw) -> None:
     """A magnitude or a share below 0."""
-    name = "squares" if "squares" in draft.arrays else "values"
+    name = next(name for name in ("squares", "scores.values", "values") if name in draft.arrays)
     vector = draft.vector(name)
     vector[draw(st.integers(0, vector.size - 1))] = draw(st.sampled_from([-1e-30, -1.0, -30000.0]))
     draft.put(name, vector)
@@ -316,7 +317,8 @@ def damages(draft: Draft) -> list[Damage]:
     layerwise = draft.name in ("dispfl", "feddst") or draft.case == "local-layers"
     if "mask" in draft.arrays and layerwise:
         found.append(another_layer)
-    if "squares" in draft.arrays or draft.target[0] == "query.layer_densities" or scores_magnitudes(draft):
+    told = {"squares", "scores.values"} & set(draft.arrays)
+    if told or draft.target[0] == "query.layer_densities" or scores_magnitudes(draft):
         found.append(negative)
     if draft.target[0] == "query.layer_densities":
         found.append(no_density)

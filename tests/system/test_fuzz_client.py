@@ -29,7 +29,8 @@ pytestmark = pytest.mark.narrow
 
 # A client of each kind: what it is asked, which mask it keeps, and what it remembers.
 MINE = ["ssfl", "ssfl-refresh", "ssfl-grasp", "ssfl-force", "local-saliency", "random-local", "fedpm", "prunefl"]
-MINE += ["ditto", "fedfomo-2", "topk-int32", "lotteryfl", "flash-joint", "dispfl", "fedpai", "spafl"]
+MINE += ["ssfl-continuous", "ditto", "fedfomo-2", "topk-int32", "lotteryfl", "flash-joint", "dispfl"]
+MINE += ["fedpai", "spafl"]
 
 
 def context_before(case: str, target: Where) -> Context:

@@ -51,12 +51,26 @@ class SsflOptions(Section):
     steps: int = at_least(0, 0, "of synflow (0: 100), iterative-snip and force (0: 5)")
     grasp_temperature: float = above(0, 200.0, "logits are divided by it under grasp")
     warmup_rounds: int = at_least(0, 0, "dense rounds first; the mask is then found at the weights of that moment")
-    refresh: str = choice("never", "scheduled", "drift", about="find the mask once more, later")
-    refresh_round: int = at_least(0, 0, "scheduled: before this round; drift: not before it")
+    refresh: str = choice(
+        "never",
+        "scheduled",
+        "drift",
+        "continuous",
+        about="find the mask once more, later; or move a share of it every few rounds",
+    )
+    refresh_round: int = at_least(0, 0, "scheduled: before this round; drift, continuous: not before it")
     refresh_drift: float = above(0, 3.0, "drift: newcomers' training loss is above this many times the mean before")
     refresh_weights: str = choice(
         "initial", "zero", "restart", about="weights that come back start at w0 or 0; or all at w0"
     )
+    refresh_every: int = at_least(1, 5, "continuous: rounds from one move of the mask to the next")
+    refresh_share: float = fraction(0.05, "continuous: share of the alive weights that a move exchanges at most")
+    refresh_sample: float = fraction(0.1, "continuous: share of the dead weights that is scored for a move")
+
+    def moves(self, round_: int, rounds: int) -> bool:
+        """Return whether a share of the mask moves at the end of a round, of so many."""
+        first = max(self.refresh_round, self.warmup_rounds + 1)
+        return self.refresh == "continuous" and first <= round_ < rounds and round_ % self.refresh_every == 0
 
     def minibatch(self, labels: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """Return the indices of a minibatch of images with these `labels`, (n >= 1,)."""

@@ -46,7 +46,7 @@ class MaskRefresh:
 
     def due(self, round_: int, losses: Mapping[int, float]) -> bool:
         """Return whether the mask is refreshed before this round; `losses` are those of the round before."""
-        if self.done or self.options.refresh == "never":
+        if self.done or self.options.refresh in ("never", "continuous"):
             return False
         if self.options.refresh == "scheduled":
             return round_ == self.options.refresh_round

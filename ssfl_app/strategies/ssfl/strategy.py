@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.algorithm import Payload, Query, ServerContext
 from ssfl_app.core.options import ConfigError, FromSettings, MaskOptions, Settings
 from ssfl_app.core.validation import stored
@@ -40,6 +41,7 @@ from ssfl_app.sparsity.patterns import SIDE, shuffled_blocks, two_of_four
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, allowed_values, read_array
 from ssfl_app.strategies.shared.narrowing import NarrowingClient, NarrowingStrategy
 from ssfl_app.strategies.shared.scoring import ScoringClient, SsflOptions, patterned
+from ssfl_app.strategies.ssfl.continuous import MaskMove, check_continuous, score_beside
 from ssfl_app.strategies.ssfl.criteria import (
     CHANNELS,
     DENSITIES,
@@ -50,7 +52,7 @@ from ssfl_app.strategies.ssfl.criteria import (
     score_weights,
     steps_of,
 )
-from ssfl_app.strategies.ssfl.refresh import MaskRefresh, lifted_weights
+from ssfl_app.strategies.ssfl.refresh import MaskRefresh, lifted_weights, reveal_dead_weights
 
 
 def random_mask(layout: Layout, wanted: MaskOptions, seed: int) -> Mask:
@@ -89,6 +91,15 @@ class SaliencyClient(ScoringClient, MaskedClient):
 
     query_types = (*QUESTIONS, DENSITIES, CHANNELS)
     summed = query_types
+
+    def train(self, payload: Payload) -> Payload:
+        """Train the model that came down and return it; in a round that moves the mask, with scores at what came."""
+        if not self.scoring.moves(payload.round, self.settings.run.rounds):
+            return super().train(payload)
+        mask = self.load(payload)
+        scores = score_beside(self, mask, payload.round)
+        reply = self.reply(payload, mask, self.fit(payload.round, mask))
+        return Payload({**reply.arrays, **scores}, reply.metadata)
 
     def answer_query(self, question: str, payload: Payload) -> Payload:
         """Return the scores at the dense weights the question is about."""
@@ -163,6 +174,8 @@ class Ssfl(FixedMask):
         super().__init__(context)
         steps_of(self.settings)  # refuses steps where there are none
         check_granularity(self.settings)
+        check_continuous(self.settings)
+        self._move: MaskMove | None = None  # of the round that goes on
         self._initial: State = {}  # kept where a refresh may need it
         self._refresher = MaskRefresh(self.options, self.settings.run.clients)
 
@@ -202,6 +215,42 @@ class Ssfl(FixedMask):
                 self.state = trained
             self.mask = mask
             self.state = self.under_mask(self._refresher.start(trained, lifted, self._initial), self._initial)
+
+    def beside(self, round_: int) -> Aggregator | None:
+        """Take the scores of a round that moves the mask, and move it."""
+        move = self._moving(round_)
+        if move is None:
+            return None
+
+        def finish() -> None:
+            self._move, after = None, move.mask()
+            left, come = move.before.alive & ~after.alive, after.alive & ~move.before.alive
+            if not come.any():
+                return
+            values = self.layout.flatten_prunable(self.state)[left].astype(np.float64)
+            self.swapped = {"weights": int(np.count_nonzero(come)), "norm": float(np.linalg.norm(values))}
+            lifted = reveal_dead_weights(move.before, self.state, self._initial)
+            self.messenger.mask_before, self.mask = move.before, after
+            self.state = self.under_mask(
+                self.state if self.options.refresh_weights == "zero" else lifted, self._initial
+            )
+
+        return Aggregator(move.add, finish)
+
+    def _moving(self, round_: int) -> MaskMove | None:
+        """Return the move of a round; None if its mask stays."""
+        if not self.options.moves(round_, self.settings.run.rounds):
+            return None
+        if self._move is None or self._move.round != round_:
+            self._move = MaskMove(self.mask, self.settings, round_)
+        return self._move
+
+    def check_trained(self, client: int, payload: Payload) -> None:
+        """Refuse scores that are none, too."""
+        super().check_trained(client, payload)
+        move = self._moving(payload.round)
+        if move is not None:
+            move.check(payload)
 
     @property
     def mask_travels(self) -> bool:
@@ -246,9 +295,10 @@ class Ssfl(FixedMask):
         return self.kept_units(channel_means(self, ask, self.asked(0)))
 
     def answers(self, round_: int, question: str | None = None) -> Allowed:
-        """Return a score for each weight, or channel, for a question."""
+        """Return a score for each weight, or channel, for a question; beside a model, where the mask moves."""
         if question is None:
-            return super().answers(round_)
+            move = self._moving(round_)
+            return {**super().answers(round_), **({} if move is None else move.vector.allowed())}
         layout = self.layout
         count = unit_count(layout) if self.by_channel else layout.prunable_size
         return allowed_values(self.options.score_values, count)
@@ -269,6 +319,9 @@ class Shuffled(Ssfl):
 
     def __init__(self, context: ServerContext) -> None:
         super().__init__(context)
+        if self.options.refresh == "continuous":
+            rule = "it is never, scheduled or drift with strategy shuffled: moves by scores would undo it bit by bit"
+            raise ConfigError(f"ssfl.refresh is 'continuous'; {rule}")
         if self.options.discovery != "scores":
             drawn = self.options.discovery == "private-densities"
             rule = "it is 'scores' with strategy shuffled" + drawn * "; that of ssfl is random inside the layers, too"
