@@ -12,6 +12,7 @@ OUT/gpu_window.jsonl when it is known: a part that fails or hangs is a line, and
     grouped      one grouped convolution for ten clients
     compile      torch.compile inside the captured step
     sweep        1, 2, 4, 8, 16 clients at once, tf32 and bf16
+    two-of-four  what `ssfl export --to semi-structured` writes, read back: products and outputs are the dense ones
 
 Afterwards ``--show`` prints the rows as Markdown. The record goes to benchmarks/results/gpu-<hardware>-<date>.jsonl.
 Images are random unless --data names a folder with CIFAR-10 (parquet files or torchvision's).
@@ -54,7 +55,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 MINUTES = 9.0
 LIMITS = {
     "checks": 75, "rates": 90, "profile": 60, "rounds": 120, "queues-8": 30, "queues-32": 30, "convolutions": 45,
-    "grouped": 30, "compile": 75, "sweep": 120,
+    "grouped": 30, "compile": 75, "sweep": 120, "two-of-four": 30,
 }  # fmt: skip
 """Parts in their order, and seconds each may take, the start of Python included."""
 
@@ -129,6 +130,48 @@ def rounds(bench: "WorkerState", data: Path | None) -> Iterator[dict]:
     yield engine_rate(bench.scale, data, *kind, bench.device.type)
 
 
+def two_of_four(bench: "WorkerState") -> Iterator[dict]:
+    import io
+
+    import numpy as np
+    import torch
+    from torch.nn import functional as F
+
+    from ssfl_app.options import ConfigError
+    from ssfl_app.results.export import semi_structured
+    from ssfl_app.sparsity.layout import Layout, load_state, state_of
+    from ssfl_app.sparsity.patterns import two_of_four
+
+    model, rng = bench.model(name="cnn"), np.random.default_rng(1)
+    layout = Layout.of(model)
+    mask = two_of_four(layout, rng.random(layout.prunable_size, np.float32))
+    load_state(model, mask.apply(state_of(model)))
+    file = io.BytesIO()
+    try:
+        torch.save(semi_structured(model, mask.tensors()), file)
+    except ConfigError as error:
+        yield {"refused": str(error)}
+        return
+    kinds = torch.sparse.SparseSemiStructuredTensorCUSPARSELT, torch.sparse.SparseSemiStructuredTensorCUTLASS
+    file.seek(0)
+    with torch.serialization.safe_globals([*kinds]):
+        state = torch.load(file, weights_only=True)
+    images = torch.from_numpy(rng.standard_normal((64, 3, 8, 8), np.float32)).to(bench.device).half()
+    with torch.no_grad():
+        dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        expected = model(images)
+        model.load_state_dict(state, assign=True)
+        pairs = {"outputs": (model(images), expected)}
+        for name in (name for name, tensor in state.items() if isinstance(tensor, kinds)):
+            x = torch.from_numpy(rng.standard_normal((64, dense[name].shape[1]), np.float32)).to(dense[name])
+            pairs[name] = F.linear(x, state[name]), F.linear(x, dense[name])
+    for what, (found, expected) in pairs.items():
+        far = float((found.double() - expected.double()).norm() / expected.double().norm())
+        yield {"of": what, "kind": type(state.get(what)).__name__, "distance": far, "bytes": file.getbuffer().nbytes}
+        if far > 4 * torch.finfo(torch.float16).eps:
+            raise RuntimeError(f"{what} is {far:.2g} away from the dense one, more than rounding in float16")
+
+
 def play(part: str, options: argparse.Namespace) -> None:
     """Play one part in this process and write its rows."""
     if part.startswith("queues-"):
@@ -157,6 +200,7 @@ def play(part: str, options: argparse.Namespace) -> None:
         "grouped": lambda: gpu_trials.convolutions(bench, bench.scale.many),
         "compile": lambda: gpu_trials.compiled(bench),
         "sweep": lambda: rates(bench, bench.scale.at_once, ("tf32", "bf16")),
+        "two-of-four": lambda: two_of_four(bench),
     }
     for row in parts[part]():
         write(options.out, {"part": part, **row})

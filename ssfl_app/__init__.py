@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from ssfl_app.plugin.mod import sparse_numpy_mod as sparse_numpy_mod
     from ssfl_app.plugin.strategy import SSFL as SSFL
     from ssfl_app.plugin.topk import TopK as TopK
+    from ssfl_app.sparsity.inner import InnerChannels as InnerChannels
+    from ssfl_app.sparsity.inner import inner_of as inner_of
     from ssfl_app.sparsity.mask import Mask as Mask
+    from ssfl_app.training.narrow import narrowed_to as narrowed_to
     from ssfl_app.training.tasks import Task as Task
 
     __version__: str
@@ -46,6 +49,9 @@ _HOMES = {
     "sparse_numpy_mod": "ssfl_app.plugin.mod",
     "active_mask": "ssfl_app.plugin.gradients",
     "mask_gradients": "ssfl_app.plugin.gradients",
+    "InnerChannels": "ssfl_app.sparsity.inner",
+    "inner_of": "ssfl_app.sparsity.inner",
+    "narrowed_to": "ssfl_app.training.narrow",
 }
 
 __all__ = sorted(_HOMES)

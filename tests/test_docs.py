@@ -99,7 +99,7 @@ FEW = "few-digits"  # of tests/conftest.py
 # What Flower, torch and others call their own.
 FOREIGN = {
     *("PushMessages", "PushObject", "ArrayChunk", "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES", "add_messages_to_queue"),
-    *("nn.TransformerEncoder", "lightning_logs", "train_test"),
+    *("nn.TransformerEncoder", "lightning_logs", "train_test", "SparseSemiStructuredTensor"),
 }
 
 

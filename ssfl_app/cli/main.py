@@ -144,7 +144,12 @@ def report(
 @app.command()
 def export(
     folder: Annotated[Path, Argument(metavar="RUN", help="Folder of a finished run.")],
-    to: Annotated[str, Option(help="safetensors: bitmap and alive values; torch: a state dict; onnx; torch-export.")],
+    to: Annotated[
+        str,
+        Option(
+            help="safetensors: bitmap and alive values; torch: a state dict; onnx; torch-export; semi-structured."
+        ),
+    ],
     out: Annotated[Path | None, Option(help="File.", show_default="exported.* in the run folder")] = None,
     compact: Annotated[bool, Option("--compact", help="Without channels that nothing reads.")] = False,
 ) -> None:

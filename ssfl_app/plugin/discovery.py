@@ -33,11 +33,23 @@ from ssfl_app.plugin.node_sum import NodeSum, SumOptions
 from ssfl_app.plugin.ranking import MaskRule, check_unranked, top, unscorable, within
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.plugin.tensor_report import TensorKind, TensorReport, Ties
-from ssfl_app.sparsity.layout import Layout, Vector
+from ssfl_app.sparsity.channels import (
+    Cost,
+    Ranks,
+    channel_ranks,
+    choose,
+    narrow_layout,
+    narrow_state,
+    unit_count,
+    unit_scores,
+    widths_of,
+)
+from ssfl_app.sparsity.inner import InnerChannels, checked
+from ssfl_app.sparsity.layout import Bits, Layout, Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.saliency import pooled_snip
 from ssfl_app.strategies.flash import FlashOptions, check_shares, first_mask, last_mask
-from ssfl_app.strategies.ssfl.strategy import random_mask, shuffled_mask
+from ssfl_app.strategies.ssfl.strategy import random_mask, random_ranks, shuffled_mask, shuffled_units
 from ssfl_app.text import in_a_line
 
 MASKS = ("ssfl", "random", "shuffled", "flash")
@@ -62,6 +74,8 @@ class Discovery(MaskRule):
     seed: int
     flash: FlashOptions
     frozen: bool = False
+    granularity: str = "weight"
+    channels: tuple[InnerChannels, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
@@ -79,6 +93,25 @@ class Discovery(MaskRule):
         if self.criterion not in CRITERIA:
             why = "others need more than the gradients of one question, or a module on the server"
             raise ValueError(f"criterion is {self.criterion!r}; it is one of {', '.join(CRITERIA)}: {why}")
+        if self.granularity not in ("weight", "channel"):
+            raise ValueError(f"granularity is {self.granularity!r}; it is weight or channel")
+        if self.granularity == "weight" and self.channels:
+            raise ValueError(f"channels are {[each.name for each in self.channels]}; granularity 'weight' has none")
+        if self.granularity == "channel":
+            if not self.channels:
+                rule = "channels are those of the model, as inner_of(model) tells them"
+                raise ValueError(f"granularity is 'channel' and channels are none; {rule}")
+            if self.criterion != "snip" or self.frozen:
+                given = "dead is 'frozen'" if self.frozen else f"criterion is {self.criterion!r}"
+                raise ValueError(f"{given}; with granularity 'channel' it is {'zero' if self.frozen else 'snip'}")
+
+    def check(self, layout: Layout) -> None:
+        """Raise ValueError for a density under which nothing of these tensors is kept, or channels of other ones."""
+        if self.granularity == "weight":
+            super().check(layout)
+        else:
+            layout = replace(layout, inner=checked("channels", self.channels, dict(layout.shapes)))
+            self._units(layout, np.zeros(unit_count(layout)))
 
     def find(
         self,
@@ -90,8 +123,10 @@ class Discovery(MaskRule):
         record: dict[str, Any],
         inner: FedAvg | None = None,
         sums: SumOptions | None = None,
-    ) -> tuple[StateSpec, Mask]:
-        """Ask nodes for scores; return the mask, SSFL's of the highest mean score (eq. 6 and 7), and its spec.
+    ) -> tuple[StateSpec, Vector, Mask]:
+        """Ask nodes for scores; return the mask, SSFL's of the highest mean score (eq. 6 and 7), its spec and model.
+
+        With granularity "channel" these are of the smaller network, and the mask is dense.
 
         With a robust inner strategy it folds the scores instead, which then wait for each other in memory. With
         `sums` scores are added and not told apart, so that all nodes must agree on which tensors are one.
@@ -189,6 +224,11 @@ class Discovery(MaskRule):
         spec, model, scores = _settled(messenger.spec, model, scores, ties, dense)
         if not spec.prunable:
             raise RunFailed(f"no tensor is left to prune: {dense}; name some by prunable=[...]")
+        messenger.whole = spec.layout
+        if self.granularity == "channel":
+            spec, model = self._smaller(spec, model, scores, compare, ties, record)
+            record |= {"ties": dict(ties), "within": {}, "dense": dense}
+            return spec, model, Mask.dense(spec.layout)
         alone = {} if compare else within(spec.layout, model, scores)
         if self.criterion == "gradient":  # all are ranked by it
             alone = {name: by for name, by in alone.items() if by == "magnitude"}
@@ -202,7 +242,40 @@ class Discovery(MaskRule):
         record |= {"density": mask.density, "layers": {name: alive / size for name, alive, size in mask.layers()}}
         record |= {"ties": dict(ties), "within": alone, "dense": dense}
         _tell(spec, mask, record, cut=not self.frozen)
-        return spec, mask
+        return spec, model, mask
+
+    def _units(self, layout: Layout, ranks: Ranks) -> Bits:
+        return choose(layout, ranks, self.density, Cost(layout), max(1, self.min_per_layer))
+
+    def _smaller(
+        self, spec: StateSpec, model: Vector, scores: Vector, told: bool, ties: Ties, record: dict[str, Any]
+    ) -> tuple[StateSpec, Vector]:
+        """Return spec and initial weights of the network of the best channels; `told`: scores are a user's own."""
+        layout = replace(spec.layout, inner=self.channels)
+        one = {name for pair in ties for name in pair}
+        if tied := sorted(one & {name for inner in self.channels for name, _ in inner.pairs}):
+            raise RunFailed(f"channels name {tied}, tensors with several names; no channel is removed from them")
+        scores = scores.copy()
+        if not told:  # |g| is no |g * w|, which is 0 there
+            for name in starts_at_zero(layout, model):
+                scores[layout.prunable_spans[name]] = 0
+        if self.mask == "random":
+            kept = self._units(layout, random_ranks(layout, self.scope, self.seed))
+        else:
+            of_units = unit_scores(layout, scores)
+            if not of_units.any():
+                raise RunFailed(f"no channel has a score above 0. {_cause(layout, model)}")
+            kept = self._units(layout, channel_ranks(layout, of_units, self.scope))
+        if self.mask == "shuffled":
+            kept = shuffled_units(layout, kept, self.seed)
+        widths = widths_of(layout, kept)
+        small = narrow_layout(layout, widths)
+        record["widths"] = {inner.name: width for inner, width in zip(self.channels, widths, strict=True)}
+        sizes, whole = small.prunable_sizes, layout.prunable_sizes
+        record |= {"density": small.prunable_size / layout.prunable_size}
+        record |= {"layers": {name: size / whole[name] for name, size in sizes.items()}}
+        log(INFO, "\t> channels that stay: %s", ", ".join(f"{name} {n}" for name, n in record["widths"].items()))
+        return spec.with_shapes(small), small.flatten(narrow_state(layout, layout.unflatten(model), kept))
 
     def _choose(self, spec: StateSpec, model: Vector, scores: Vector, alone: dict[str, str]) -> Mask:
         """Return the mask that needs no further question; what starts at 0 has no magnitude to be ranked by."""

@@ -61,6 +61,7 @@ class NodeMessenger(Messenger):
     def __init__(self, spec: StateSpec, values: str, weight_key: str, timeout: float, most_examples: float) -> None:
         super().__init__(timeout)
         self.spec, self.mask = spec, Mask.dense(spec.layout)
+        self.whole = spec.layout  # before channels are removed
         self.frozen: Vector | None = None
         self._values, self._weight_key, self._most = values, weight_key, most_examples
         self.up: Codec | None = None

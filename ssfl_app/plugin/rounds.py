@@ -76,12 +76,11 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
         log(INFO, "")
         log(INFO, "[DISCOVERY]")
         config = strategy.question_config(self._configs[0], self._grid)
-        before = self._messenger.spec
 
         def sample(what: str, share: float) -> list[int]:
             return strategy.sample(self._grid, what, 0, share, strategy.base.min_train_nodes)
 
-        spec, mask = strategy.discovery.find(
+        spec, strategy.model, mask = strategy.discovery.find(
             self._messenger, self._grid, sample, strategy.model, config, record, strategy.inner, strategy.sums
         )
         strategy.clipped += record.pop("clipped", 0)
@@ -93,13 +92,12 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
                 ", ".join(f"{count} by {how}" for how, count in record["scored_by"].items()),
             )
         self._tell_clipped(record)
-        strategy.model = spec.narrowed(strategy.model, before)
         self._messenger.spec, self._messenger.mask = spec, mask
         if strategy.discovery.frozen:
             self._messenger.frozen = strategy.model[~mask.transmitted]
         strategy.model[~mask.transmitted] = self._messenger.frozen if strategy.discovery.frozen else 0
         record["seconds"] = time.monotonic() - start
-        log(INFO, "\t└──> %s of %s prunable weights stay alive", mask.count, mask.alive.size)
+        log(INFO, "\t└──> %s of %s prunable weights stay alive", mask.count, self._messenger.whole.prunable_size)
 
     def _tell_clipped(self, record: Record) -> None:
         clipped, self._strategy.clipped = self._strategy.clipped, 0
@@ -108,7 +106,7 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
             log(WARNING, "\t> clients clipped %s values to update_range", clipped)
 
     def _train(self, round_: int) -> Record:
-        mask = self._messenger.mask
+        mask, whole = self._messenger.mask, self._messenger.whole
         carried = int(np.count_nonzero(mask.transmitted))
         arrays, metrics, counts = self._training(round_, 4 * carried)
         self._tell_metrics("aggregate_train", metrics)
@@ -117,8 +115,8 @@ class NodeRoundLoop(RoundLoop[_Algorithm, NodeMessenger]):
             "aggregated": arrays is not None,
             "metrics": dict(metrics or {}),
             **counts,
-            "density": mask.density,
-            "density_all": carried / mask.transmitted.size,
+            "density": mask.count / max(1, whole.prunable_size),
+            "density_all": carried / whole.size,
         }
 
     def _evaluate(self, round_: int) -> Record:

@@ -95,6 +95,12 @@ class StateSpec:
             return flat
         return np.concatenate([flat[wider.layout.spans[name]] for name, _ in self.layout.shapes])
 
+    def with_shapes(self, layout: Layout) -> "StateSpec":
+        """Return the spec of a network whose averaged tensors have the shapes of this layout, and the same names."""
+        shapes = dict(layout.shapes)
+        rows = ((name, shapes.get(name, shape)[: len(shape)], kind) for name, shape, kind in self.tensors)
+        return replace(self, tensors=tuple(rows))
+
     @cached_property
     def layout(self) -> Layout:
         """Names and shapes of the floating tensors: what is averaged. A complex number is two of its coordinates."""

@@ -50,6 +50,7 @@ from ssfl_app.plugin.rounds import NodeRoundLoop
 from ssfl_app.plugin.secure import KIND
 from ssfl_app.plugin.state_spec import StateSpec
 from ssfl_app.privacy.options import PrivacyOptions
+from ssfl_app.sparsity.inner import InnerChannels
 from ssfl_app.sparsity.layout import Vector
 from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.sparsity.values import VALUE_TYPES, check_values
@@ -89,6 +90,12 @@ class SSFL(OwnStart):
     dead : {"zero", "frozen"}
         What dead weights are: 0, or what they are in `initial_arrays`, for fine-tuning. Each node gets them once and
         keeps them in its ``Context.state``.
+    granularity : {"weight", "channel"}
+        What stays or goes: single weights; or whole channels, and clients train a smaller network, the arrays of
+        which they get and return (`narrowed_to`). `density` is its share of the prunable weights, `min_per_layer` a
+        floor of channels.
+    channels : iterable of InnerChannels
+        With granularity "channel": which channels the model can do without, as `inner_of` tells them.
     inner : FedAvg, optional
         One of Flower's Message-API strategies that derive from FedAvg: FedAvgM, FedAdam, FedYogi, FedAdagrad,
         FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan. It aggregates replies whose one array is the flat vector
@@ -167,6 +174,8 @@ class SSFL(OwnStart):
         mask: str = MASKS[0],
         criterion: str = CRITERIA[0],
         dead: str = "zero",
+        granularity: str = "weight",
+        channels: Iterable[InnerChannels] = (),
         inner: FedAvg | None = None,
         inner_arrays: Literal["vector", "model"] = "vector",
         seed: int = 1,
@@ -194,6 +203,7 @@ class SSFL(OwnStart):
             raise TypeError(f"{type(self).__name__} has no argument {odd[0]!r}{meant}")
         stage = {"stage_clients": stage_clients, "stage_epochs": stage_epochs, "prune_rate": prune_rate}
         ranked = {"criterion": criterion, "scope": scope, "min_per_layer": min_per_layer, "dead": dead}
+        ranked |= {"granularity": granularity}
         _check_read(mask, {**ranked, **stage, "saliency_weighting": saliency_weighting})
         if inner is not None and fedavg:
             raise ValueError(f"{sorted(fedavg)} beside inner: give them to {type(inner).__name__}, which takes them")
@@ -248,7 +258,15 @@ class SSFL(OwnStart):
         asked = saliency_batches, weighting, saliency_share
         self.discovery = Discovery(
             *(density, scope, min_per_layer, *asked, min_ok_fraction, prunable is not None),
-            *(mask, criterion, seed, checked_options(FlashOptions, stage), dead == "frozen"),
+            *(
+                mask,
+                criterion,
+                seed,
+                checked_options(FlashOptions, stage),
+                dead == "frozen",
+                granularity,
+                tuple(channels),
+            ),
         )
         self.inner, self.base = inner, FedAvg(**fedavg) if inner is None else inner
         self._named = inner_arrays == "model"
@@ -353,7 +371,8 @@ class SSFL(OwnStart):
         """Find the mask and train inside it; arguments and result are those of Flower's `Strategy.start`.
 
         `timeout` is for each exchange of messages, and for nodes to connect. The result holds dense arrays under the
-        names, shapes and types of `initial_arrays`, dead weights exactly 0, or frozen as they are there.
+        names, shapes and types of `initial_arrays`, dead weights exactly 0, or frozen as they are there; or with
+        granularity "channel" of the shapes of the smaller network.
 
         Raises
         ------
@@ -518,9 +537,9 @@ class SSFL(OwnStart):
 _OF_THE_MEAN = [each.aggregate_train for each in (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi)]
 """What Flower's strategies do with a mean, and with replies only by taking it."""
 MOST_OF_ONE = (2**31 - 1) // LEAST_NODES
-_RANKED = frozenset({"criterion", "scope", "min_per_layer", "saliency_weighting", "dead"})
+_RANKED = frozenset({"criterion", "scope", "min_per_layer", "saliency_weighting", "dead", "granularity"})
 _SCORED = {"ssfl": _RANKED, "shuffled": _RANKED}
-_READ = {**_SCORED, "random": {"scope", "dead"}, "dense": {"scope", "min_per_layer"}}  # dense: `TopK`
+_READ = {**_SCORED, "random": {"scope", "dead", "granularity"}, "dense": {"scope", "min_per_layer"}}  # dense: `TopK`
 _READ["flash"] = {"stage_clients", "stage_epochs", "prune_rate"}
 
 

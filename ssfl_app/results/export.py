@@ -3,6 +3,7 @@
 ``safetensors`` is the sparse form: "values" are the float32 of what is alive or cannot be pruned, in the order of the
 model's state, "mask" is one bit a weight that can be pruned (`Mask.packed`), and the header tells names and shapes.
 With mask.dead "frozen" it holds what was updated, and a digest of the whole model in the header.
+``semi-structured`` is a state dict in float16 for GPUs, with torch's own tensors for weights that keep two of four.
 The others are dense, with zeros where nothing is alive. ``onnx`` and ``torch-export`` are programs for batches of any
 size; they take data as a reader gives them: pixels are bytes, and normalising them is part of the program.
 """
@@ -34,6 +35,11 @@ from ssfl_app.training import models
 from ssfl_app.training.narrow import narrowed, of_widths
 
 Known = Mapping[str, Any]
+
+ROWS, COLUMNS = 32, 64
+"""What the sides of a 2:4 weight in float16 are multiples of; both libraries that torch uses for it take these."""
+CAPABILITY = (8, 0)
+"""Compute capability from which on a GPU multiplies by 2:4 weights."""
 
 # torch's recurrent layers keep a list of their own weights and renew it while they are exported. torch takes that for
 # a state that the program would lose, and warns; the weights themselves are parameters, and are in the program.
@@ -201,11 +207,67 @@ def read_sparse(path: Path, start: Path | str | None = None) -> tuple[State, Sta
     return state, mask.tensors()
 
 
+def two_of_four_linears(model: nn.Module, mask: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of the weights that a GPU multiplies as 2:4: those of linear layers, of whole tiles.
+
+    `mask` are bool tensors by name.
+
+    Raises
+    ------
+    ConfigError
+        There are none, or the mask keeps more than two of four weights of one: torch would write other numbers.
+    """
+    linears = [(f"{path}.weight", layer) for path, layer in model.named_modules() if type(layer) is nn.Linear]
+    found = [name for name, layer in linears if name in mask and _in_tiles(layer)]
+    if not found:
+        raise ConfigError(f"no linear layer with a mask has a multiple of {ROWS} outputs and of {COLUMNS} inputs")
+    for name in found:
+        if (most := int(mask[name].reshape(-1, 4).sum(dim=1).max())) > 2:
+            rule = "it is at most 2, as with mask.granularity '2:4'"
+            raise ConfigError(f"the mask keeps {most} of four weights in a row of {name}; {rule}")
+    return found
+
+
+def _in_tiles(layer: nn.Linear) -> bool:
+    return layer.out_features % ROWS == 0 and layer.in_features % COLUMNS == 0
+
+
+def _gpu() -> torch.device:
+    """Return a GPU that has 2:4 products; ConfigError without one."""
+    has = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if has is None or has < CAPABILITY:
+        found = "there is no GPU here" if has is None else f"the GPU has compute capability {has[0]}.{has[1]}"
+        raise ConfigError(f"{found}; 2:4 weights are made on one of {CAPABILITY[0]}.{CAPABILITY[1]} or higher")
+    return torch.device("cuda")
+
+
+def semi_structured(model: nn.Module, mask: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the state of a model in float16 on the GPU, 2:4 weights of linear layers as torch keeps these.
+
+    In float32 the GPU's pattern is 1:2 (pytorch pull request 115550). The model becomes one of float16.
+
+    Raises
+    ------
+    ConfigError
+        The mask is not 2:4, no layer fits, or no GPU of compute capability 8.0 is here.
+    """
+    names, device = two_of_four_linears(model, mask), _gpu()
+    state = {name: tensor.to(device) for name, tensor in model.half().state_dict().items()}
+    return state | {name: torch.sparse.to_sparse_semi_structured(state[name]) for name in names}
+
+
+def _semi_structured(exported: Exported, path: Path) -> None:
+    if _frozen(exported.run):
+        raise ConfigError(f"{exported.run.folder} has mask.dead 'frozen'; its dead weights are not 0")
+    torch.save(semi_structured(exported.model, exported.mask), path)
+
+
 FORMS: dict[str, tuple[str, Callable[[Exported, Path], None]]] = {
     "safetensors": (".safetensors", _sparse),
     "torch": (".pt", lambda exported, path: torch.save(exported.model.state_dict(), path)),
     "onnx": (".onnx", _onnx),
     "torch-export": (".pt2", _torch_export),
+    "semi-structured": (".pt", _semi_structured),
 }
 """What a model can be exported to: the end of the file's name, and what writes it."""
 
@@ -222,7 +284,8 @@ def write(
 
     With `compact`, without channels that nothing reads; `say` is told how many they were.
 
-    ConfigError: there is no such form, the run is not finished, or a package that is needed is not installed.
+    ConfigError: there is no such form, the run is not finished, a package that is needed is not installed, or
+    "semi-structured" is no form for this mask or machine.
     """
     if to not in FORMS:
         raise ConfigError(f"to is {to!r}; it is one of {', '.join(FORMS)}")

@@ -82,7 +82,8 @@ def inner_of(model: nn.Module) -> tuple[InnerChannels, ...]:
     """
     tell = getattr(model, "inner_channels", None)
     if callable(tell):
-        return _checked(model, tell())
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return checked(f"inner_channels of {type(model).__name__}", tell(), shapes)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     shared = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     lone = {name for name in names if shared[id(model.get_parameter(name))] == 1}
@@ -93,14 +94,17 @@ def inner_of(model: nn.Module) -> tuple[InnerChannels, ...]:
     return tuple(sorted(found, key=lambda inner: order[inner.pairs[0][0]]))
 
 
-def _checked(model: nn.Module, told: Iterable[InnerChannels]) -> tuple[InnerChannels, ...]:
-    state, seen, found = model.state_dict(), set[tuple[str, int]](), tuple(told)
+def checked(
+    where: str, told: Iterable[InnerChannels], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[InnerChannels, ...]:
+    """Return the inner channels that were told; ConfigError, which begins with `where`, if no tensor has them."""
+    seen, found = set[tuple[str, int]](), tuple(told)
     for inner in found:
-        what = f"inner_channels of {type(model).__name__}: {inner.name!r}"
+        what = f"{where}: {inner.name!r}"
         if inner.size < 1 or inner.together < 1 or inner.size % inner.together:
             raise ConfigError(f"{what} has {inner.size} channels, {inner.together} together; one divides the other")
         for name, axis in inner.pairs:
-            shape = tuple(state[name].shape) if name in state else ()
+            shape = shapes.get(name, ())
             if not 0 <= axis < len(shape):
                 raise ConfigError(f"{what} names axis {axis} of {name!r}, whose shape is {shape}")
             if shape[axis] % inner.size:

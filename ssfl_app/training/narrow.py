@@ -2,6 +2,8 @@
 
 import copy
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssfl_app.options import ConfigError
-from ssfl_app.sparsity.channels import check_widths, entries, first_units, unit_spans, widths_of
+from ssfl_app.sparsity.channels import check_widths, entries, first_units, unit_spans, widths_in, widths_of
 from ssfl_app.sparsity.inner import CONVOLUTIONS
 from ssfl_app.sparsity.layout import Bits, Layout
 
@@ -48,6 +50,26 @@ def narrowed(model: nn.Module, layout: Layout, kept: Bits) -> nn.Module:
 def of_widths(model: nn.Module, layout: Layout, widths: tuple[int, ...]) -> nn.Module:
     """Return a copy of a model with inner layers of these widths; its weights mean nothing."""
     return narrowed(model, layout, first_units(layout, widths))
+
+
+def narrowed_to(model: nn.Module, arrays: Mapping[str, Any]) -> nn.Module:
+    """Return a network with as many inner channels as arrays of its state have, which are loaded into it next.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The whole network; it is returned itself if the arrays have all channels, and not changed.
+    arrays : mapping of str to array
+        By the names of its state: a Flower ``ArrayRecord``, arrays or tensors.
+
+    Raises
+    ------
+    ValueError
+        Names or shapes are those of no narrower network of this model.
+    """
+    layout = Layout.of(model)
+    shapes = {name: tuple(arrays[name].shape) for name, _ in layout.shapes if name in arrays}
+    return model if shapes == dict(layout.shapes) else of_widths(model, layout, widths_in(layout, shapes))
 
 
 def _state_sizes(module: nn.Module) -> None:

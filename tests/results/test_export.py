@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
+from torch.sparse import _semi_structured_conversions as conversions
 
 import ssfl_app
 from ssfl_app import api
@@ -109,7 +111,9 @@ def test_a_state_dict_loads_without_pickled_code(
 def test_what_cannot_be_exported_is_refused_and_nothing_is_left(
     digits: api.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="to is 'keras'; it is one of safetensors, torch, onnx, torch-export"):
+    with pytest.raises(
+        ConfigError, match="to is 'keras'; it is one of safetensors, torch, onnx, torch-export, semi-"
+    ):
         digits.export("keras", tmp_path / "x")
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(
@@ -143,6 +147,70 @@ def test_what_was_updated_goes_into_the_weights_that_a_run_started_from(tmp_path
         read_sparse(file, tmp_path / "other.safetensors")
     whole = torch.load(run.export("torch"), weights_only=True)
     assert all(torch.equal(weight, whole[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def two_of_four(tmp_path_factory: pytest.TempPathFactory) -> api.Run:
+    keys = {"clients": 2, "rounds": 1, "local_epochs": 1, "engine_concurrent": 1, "quiet": True}
+    keys |= {"mask_granularity": "2:4", "density": 0.5, "out": tmp_path_factory.mktemp("export") / "run"}
+    return ssfl_app.run(**keys)  # type: ignore[arg-type]
+
+
+def on_cpu(dense: torch.Tensor) -> torch.Tensor:
+    """Return a 2:4 weight as torch makes it on a GPU without cuSPARSELt; it lets a CPU hold one, not multiply."""
+    packed, meta = conversions.sparse_semi_structured_from_dense_cutlass(dense)
+    parts = {"packed_t": None, "meta_t": None, "compressed_swizzled_bitmask": None, "requires_grad": False}
+    return SparseSemiStructuredTensorCUTLASS(dense.shape, packed=packed, meta=meta, **parts)
+
+
+def test_2_of_4_weights_of_linear_layers_are_written_as_torch_keeps_them(
+    two_of_four: api.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", on_cpu)
+    file, model = two_of_four.export("semi-structured"), two_of_four.model().half()
+    with torch.serialization.safe_globals([SparseSemiStructuredTensorCUTLASS]):
+        state = torch.load(file, weights_only=True)
+    # The last layer has 10 outputs; convolutions have no such kernel.
+    held = [name for name, tensor in state.items() if isinstance(tensor, SparseSemiStructuredTensorCUTLASS)]
+    assert held == ["8.weight"]
+    assert tuple(state["8.weight"].shape) == (128, 1024)
+    assert state["8.weight"].packed.numel() == 128 * 1024 / 2
+    model.load_state_dict(state, assign=True)
+    for name, tensor in two_of_four.model().half().state_dict().items():
+        assert torch.equal(state[name].to_dense() if name in held else state[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("has", "why"),
+    [
+        (None, "there is no GPU here; 2:4 weights are made on one of 8.0 or higher"),
+        ((7, 5), "the GPU has compute capability 7.5"),
+    ],
+)
+def test_without_a_gpu_that_multiplies_by_2_of_4_weights_none_are_written(
+    has: tuple[int, int] | None, why: str, two_of_four: api.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: has)
+    with pytest.raises(ConfigError, match=why):
+        two_of_four.export("semi-structured", tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_2_of_4_is_refused_whatever_the_machine(digits: api.Run, two_of_four: api.Run) -> None:
+    with pytest.raises(ConfigError, match=r"keeps [34] of four weights in a row of 8.weight; it is at most 2"):
+        digits.export("semi-structured")
+    model, bits = two_of_four.model(), two_of_four.mask
+    assert export.two_of_four_linears(model, bits) == ["8.weight"]
+    row = bits["8.weight"][3, 4:8]
+    row[int(torch.nonzero(~row)[0])] = True
+    with pytest.raises(ConfigError, match=r"keeps 3 of four weights in a row of 8.weight"):
+        export.two_of_four_linears(model, bits)
+    with pytest.raises(
+        ConfigError, match="no linear layer with a mask has a multiple of 32 outputs and of 64 inputs"
+    ):
+        export.two_of_four_linears(model, {name: part for name, part in bits.items() if name != "8.weight"})
 
 
 def test_a_file_of_a_stranger_is_refused_by_name(digits: api.Run, tmp_path: Path) -> None:

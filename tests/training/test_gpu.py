@@ -167,6 +167,7 @@ def script(name, *words):
 
 PARTS = (
     "checks", "rates", "profile", "rounds", "queues-8", "queues-32", "convolutions", "grouped", "compile", "sweep",
+    "two-of-four",
 )  # fmt: skip
 
 
@@ -228,6 +229,7 @@ def test_the_window_answers_its_questions_and_a_part_that_fails_is_a_line(tmp_pa
     assert all(row["images_per_second"] > 0 for part in ("rates", "queues-8", "sweep") for row in found[part])
     assert {row["kind"] for row in found["convolutions"]} == {"tf32 NCHW", "bf16 NCHW", "bf16 NHWC"}
     assert {row["compiled"] for row in found["compile"]} == {True, False}
+    assert [row["refused"].partition(";")[0] for row in found["two-of-four"]] == ["there is no GPU here"]
     shown = script("gpu_window.py", tmp_path, "--show").stdout
     assert all(f"**{part}**: well" in shown for part in ended)
     assert "**rounds**: failed with 1" in shown

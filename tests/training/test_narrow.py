@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch_pruning
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,6 +71,39 @@ def test_it_is_the_whole_network_with_the_other_channels_dead(name: str, norm: s
     for path, weight in small.named_parameters():
         assert weight.grad is not None
         assert (weight.grad - wanted[path]).abs().max() <= 1e-6 * (1 + wanted[path].abs().max()), path
+
+
+def judged(model: nn.Module, layout: Layout, kept: Bits, x: torch.Tensor) -> nn.Module:
+    """Return the model from which torch-pruning removed the other channels; it finds out itself who reads them."""
+    pruned = copy.deepcopy(model)
+    graph = torch_pruning.DependencyGraph().build_dependency(pruned, example_inputs=x)
+    for inner, span in zip(layout.inner, unit_spans(layout), strict=True):
+        layer, dead = pruned.get_submodule(inner.name), np.flatnonzero(np.repeat(~kept[span], inner.together))
+        linear = isinstance(layer, nn.Linear)
+        how = torch_pruning.prune_linear_out_channels if linear else torch_pruning.prune_conv_out_channels
+        graph.get_pruning_group(layer, how, idxs=dead.tolist()).prune()
+    for path, norm in pruned.named_modules():
+        if isinstance(norm, nn.GroupNorm):  # it keeps their number, and ours the size that they had
+            old = model.get_submodule(path)
+            assert isinstance(old, nn.GroupNorm)
+            norm.num_groups = norm.num_channels // (old.num_channels // old.num_groups)
+    return pruned
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("name", ["cnn", "conv4", "resnet18", "resnet20", "resnet50"])
+def test_torch_pruning_makes_the_same_network(name: str, norm: str) -> None:
+    model = woken(name, norm)
+    layout = Layout.of(model)
+    kept = some_units(layout)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    small, pruned = narrowed(model, layout, kept), judged(model, layout, kept, x)
+    expected = pruned.state_dict()
+    assert list(small.state_dict()) == list(expected)
+    assert all(torch.equal(tensor, expected[path]) for path, tensor in small.state_dict().items())
+    for mode in (True, False):
+        found, wanted = small.train(mode)(x), pruned.train(mode)(x)
+        assert (found - wanted).abs().max() <= 1e-12 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("norm", ["group", "batch", "none"])

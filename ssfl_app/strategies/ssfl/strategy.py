@@ -34,9 +34,9 @@ from ssfl_app.core.options import ConfigError, FromSettings, MaskOptions, Settin
 from ssfl_app.core.validation import stored
 from ssfl_app.privacy.densities import drawn_mask
 from ssfl_app.seeding import generator
-from ssfl_app.sparsity.channels import ranks_in_layers, unit_count, unit_spans
+from ssfl_app.sparsity.channels import Ranks, ranks_in_layers, unit_count, unit_spans
 from ssfl_app.sparsity.layout import Bits, Layout, State
-from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.mask import Mask, Scope
 from ssfl_app.sparsity.patterns import SIDE, shuffled_blocks, two_of_four
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError, allowed_values, read_array
 from ssfl_app.strategies.shared.narrowing import NarrowingClient, NarrowingStrategy
@@ -71,6 +71,20 @@ def shuffled_mask(found: Mask, seed: int, granularity: str = "weight") -> Mask:
         drawn = generator(seed, "shuffle").random(found.layout.prunable_size, dtype=np.float32)
         return two_of_four(found.layout, drawn)
     return found.shuffle(generator(seed, "shuffle"))
+
+
+def random_ranks(layout: Layout, scope: Scope, seed: int) -> Ranks:
+    """Return the ranks of units of `random`, shape (units,): the same chance for all, or the same share a layer."""
+    drawn = generator(seed, "random-mask").random(unit_count(layout))
+    return ranks_in_layers(layout, drawn) if scope == "layer" else drawn
+
+
+def shuffled_units(layout: Layout, kept: Bits, seed: int) -> Bits:
+    """Return the units of `shuffled`, bool, shape (units,): as many of each layer as `kept` has, others."""
+    kept, rng = kept.copy(), generator(seed, "shuffle")
+    for span in unit_spans(layout):
+        kept[span] = rng.permutation(kept[span])
+    return kept
 
 
 PATTERNS = ("2:4", "block")
@@ -336,10 +350,7 @@ class Shuffled(Ssfl):
 
     def find_channels(self, ask: Query) -> Bits:
         """Return as many units of each layer as SSFL keeps, others."""
-        kept, rng = super().find_channels(ask).copy(), generator(self.settings.run.seed, "shuffle")
-        for span in unit_spans(self.layout):
-            kept[span] = rng.permutation(kept[span])
-        return kept
+        return shuffled_units(self.layout, super().find_channels(ask), self.settings.run.seed)
 
 
 class Random(FixedMask):
@@ -353,8 +364,5 @@ class Random(FixedMask):
         return random_mask(self.layout, self.settings.mask, self.settings.run.seed)
 
     def find_channels(self, ask: Query) -> Bits:
-        """Draw the units, all with the same chance; with mask.scope "layer" the same share of each layer."""
-        drawn = generator(self.settings.run.seed, "random-mask").random(unit_count(self.layout))
-        if self.settings.mask.scope == "layer":
-            drawn = ranks_in_layers(self.layout, drawn)
-        return self.kept_units(drawn)
+        """Draw the units."""
+        return self.kept_units(random_ranks(self.layout, self.settings.mask.scope, self.settings.run.seed))
