@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, Message
+from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ from ssfl_app.client_app import app
 from ssfl_app.client_node import check_policy
 from ssfl_app.comm.messenger import Messenger
 from ssfl_app.comm.node_config import read_node_config
-from ssfl_app.comm.payload import Payload, PayloadEncoder
+from ssfl_app.comm.payload import Payload, PayloadEncoder, decode_payload
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.core.summand import (
     ABOUT,
@@ -306,12 +306,12 @@ def test_more_clients_than_neighbours_make_one_ring_that_each_of_them_checks() -
 @pytest.mark.parametrize("change", ["none", "another"])
 def test_a_server_that_tells_one_client_another_ring_gets_no_sum(change: str) -> None:
     def lying(grid: Any, message: Message) -> Message:
-        arrays = message.content["arrays"]
-        if change == "none":
-            del arrays[RING]
-        else:
-            told = arrays[RING]
-            arrays[RING] = Array(told.dtype, told.shape, told.stype, told.data[:-1] + bytes([told.data[-1] ^ 1]))
+        told = decode_payload(message.content)
+        ring = told.arrays.pop(RING).copy()
+        if change == "another":
+            ring[-1] ^= 1
+            told.arrays[RING] = ring
+        message.content = PayloadEncoder().record(told)
         return grid.work(message)  # type: ignore[no-any-return]
 
     keys: Flat = {"run.clients": 8, "run.cohort": 8, "run.rounds": 1, "strategy": "random"}
@@ -421,9 +421,9 @@ def test_a_fact_that_nobody_checks_hides_no_other_model() -> None:
         strategy.train_payload = lambda *at: Payload(written(*at).arrays, {**written(*at).metadata, "weights": "x"})
 
     def lie(grid: Any, message: Message) -> Message:
-        own = message.content["arrays"]
-        told = own["values"]
-        own["values"] = Array(told.dtype, told.shape, told.stype, bytes(len(told.data)))
+        told = decode_payload(message.content)
+        told.arrays["values"] = np.zeros_like(told.arrays["values"])
+        message.content = PayloadEncoder().record(told)
         return grid.work(message)  # type: ignore[no-any-return]
 
     keys = SIX | SECURE | {"run.rounds": 1, "strategy": "random"}
