@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from ssfl_app.simulation.processes import families
 
 HERE = Path(__file__).resolve().parent
 GOAL, ROUNDS = 5.0, 7
+SETTLED, IDLE = 35.0, 30.0  # seconds after a run until nodes ask as seldom as they ever do; and that are looked at
 KEYS: dict[str, Any] = {"run__rounds": ROUNDS, "run__evaluate_every": 2, "run__checkpoint_every": ROUNDS}
 
 # How a process is known, by its name or a word of its command, and what it is called here.
@@ -100,6 +102,10 @@ def played(work: Path, plain: bool) -> dict[str, Any]:
             code, errors = run.end()
         cpu = {name: seconds - before[name] for name, seconds in processes.seconds().items()}
         ready = processes.node_mb()
+        time.sleep(SETTLED)
+        before = processes.seconds()
+        time.sleep(IDLE)
+        asked = {name: (seconds - before[name]) / IDLE for name, seconds in processes.seconds().items()}
         processes.end()
         if code:
             raise RuntimeError(errors)
@@ -111,6 +117,7 @@ def played(work: Path, plain: bool) -> dict[str, Any]:
             },
             "profile": {kind: profile(r for r in rounds if r["evaluated"] is bool_) for kind, bool_ in KINDS},
             "cpu_seconds_a_round": {name: seconds / ROUNDS for name, seconds in cpu.items()},
+            "idle_cpu_seconds_a_second": asked,
             "node_mb": {"before the first message": idle, "after a run": ready},
             "rounds": rounds,
             "model_sha256": run.summary["model_sha256"],

@@ -22,7 +22,7 @@ matplotlib, safetensors, psutil, jinja2 and pillow, Flower comes as wheels, abou
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl \\
-        flwr==1.41.0 tomli-w cryptography pycryptodome cffi pycparser iterators==0.0.2 httpx
+        flwr==1.42.0 tomli-w cryptography pycryptodome cffi pycparser iterators==0.0.2 httpx
 
 and there, from the root of the repository, with the wheels in .whl and the images in .data:
 

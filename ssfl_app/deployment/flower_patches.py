@@ -37,7 +37,7 @@ _node_loop: Any = start_client_internal
 _http: Any = client
 _client_process: Any = run_clientapp
 
-KNOWN = ("1.41.",)
+KNOWN = ("1.41.", "1.42.")
 """Beginnings of the versions of Flower that the changes are for."""
 
 SHORTEST = 0.25
