@@ -3,7 +3,8 @@
 `speed`: seconds of local training and multiplications of networks that keep a share of their parameters, on one core:
 batches of BATCH images, in turns in one run, so that what else the machine does falls on all alike; a turn is one
 `LocalTrainer.fit`. Channels are kept uniformly (mask.scope "layer"), in parameters. A model that is recorded is left
-out.
+out. Then its peak memory, in part "memory": of a fresh process that trains two batches, less what it had before, with
+the network and the images. It takes Linux's /proc.
 
 `ranks`: how scores of channels are made comparable between layers, on digits, seeds 101, 102, ...: what the product
 does is what wins here. `accuracy`: channels, weights, uniform width and random channels at equal parameters, digits,
@@ -16,11 +17,13 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -67,20 +70,25 @@ def smaller(model: torch.nn.Module, share: float) -> torch.nn.Module:
     return narrowed(model, layout, channels.choose(layout, ranks, share, channels.Cost(layout)))
 
 
-def speed() -> None:
+def images_of(count: int, rng: np.random.Generator) -> Samples:
+    return Samples(torch.from_numpy(rng.integers(0, 256, (count, 3, 32, 32), np.uint8)), torch.arange(count) % 10)
+
+
+def make_trainer() -> LocalTrainer:
+    options = LocalOptions(batch_size=BATCH, epochs=1)
+    return LocalTrainer(options, Transform((0.5,) * 3, (0.25,) * 3, "none"), torch.device("cpu"))
+
+
+def speed(names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     keep_heap()
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
     rng, rows = np.random.default_rng(1), known.get("speed", {}).get("rows", [])
-    for name in MODELS:
+    for name in names:
         if any(row["model"] == name for row in rows):
             continue
         count = IMAGES[name]
-        images = Samples(
-            torch.from_numpy(rng.integers(0, 256, (count, 3, 32, 32), np.uint8)), torch.arange(count) % 10
-        )
-        options = LocalOptions(batch_size=BATCH, epochs=1)
-        trainer = LocalTrainer(options, Transform((0.5,) * 3, (0.25,) * 3, "none"), torch.device("cpu"))
+        images, trainer = images_of(count, rng), make_trainer()
         whole = models.create(models.ModelOptions(name), (3, 32, 32), 10, seed=1)
         nets = {share: smaller(whole, share) for share in SHARES}
         seconds: dict[float, list[float]] = {share: [] for share in SHARES}
@@ -110,6 +118,52 @@ def speed() -> None:
         how = {"batch": BATCH, "turns": TURNS, "seconds are": "of the process's CPU time, forward, backward and step"}
         head = {"date": date.today().isoformat(), "environment": environment(), "load": os.getloadavg()[0], **how}
         _merge("speed", {**head, "rows": rows})
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+def memory(names: Sequence[str]) -> None:
+    for name in names:
+        for share in SHARES:
+            known = json.loads(OUT.read_text()) if OUT.exists() else {}
+            rows = known.get("memory", {}).get("rows", [])
+            if any((row["model"], row["share"]) == (name, share) for row in rows):
+                continue
+            words = [sys.executable, __file__, "peak", name, str(share)]
+            done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
+            row = {"model": name, "share": share, **json.loads(done.stdout)}
+            print(row, flush=True)
+            head = {"date": date.today().isoformat(), "environment": environment(), "batch": BATCH}
+            _merge("memory", {**head, "rows": [*rows, row]})
+
+
+def peak(name: str, share: float) -> dict[str, int]:
+    """Return bytes: the peak of this process while it trains a network, and that less what it had before.
+
+    The network is made without the whole one, and another one is trained first: training would use the memory of the
+    one again, and loads code that counts as memory.
+    """
+    torch.set_num_threads(1)
+    keep_heap()
+    rng, trainer, shape = np.random.default_rng(1), make_trainer(), (3, 32, 32)
+    tiny = models.create(models.ModelOptions(width=0.05), shape, 10, seed=1)
+    trainer.fit(tiny, images_of(2, rng), rng, lr=0.01)
+    net = smaller(models.outline(models.ModelOptions(name), shape, 10), share).to_empty(device="cpu")
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.01)
+    images = images_of(2 * BATCH, rng)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    trainer.fit(net, images, rng, lr=0.01)
+    return {"bytes, process": resident("VmHWM"), "bytes, training": resident("VmHWM") - before}
+
+
+def resident(what: str) -> int:
+    """Return the memory of this process in bytes: "VmRSS" now, "VmHWM" at most."""
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 # ---- ranks, and accuracy -------------------------------------------------------------------------
@@ -242,12 +296,17 @@ def accuracy(seeds: int, densities: list[float], rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("speed", "ranks", "accuracy"))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of speed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.25])
     parser.add_argument("--rounds", type=int, default=20)
+    if sys.argv[1:2] == ["peak"]:
+        print(json.dumps(peak(sys.argv[2], float(sys.argv[3]))))
+        return
     words = parser.parse_args()
     if words.what == "speed":
-        speed()
+        speed(words.models)
+        memory(words.models)
     elif words.what == "ranks":
         ranks(words.seeds, words.densities, words.rounds)
     else:
