@@ -30,7 +30,7 @@ def federation(folder: Path, area: WideArea) -> Iterator[Federation]:
     """
     enter(SERVER)
     # Every node has a namespace of its own, so they may all use the same port there.
-    nodes = {site.name: f"partition-id={i} server-data-path=true" for i, site in enumerate(area.sites)}
+    nodes = {site.name: f"partition-id={i} server-data-path=true least-batch=1" for i, site in enumerate(area.sites)}
     ports = [NODE_PORT] * len(nodes)
     made = house.create(folder, SERVER_ADDRESS, (PORT, CONTROL_PORT), nodes, ports, timedelta(days=2))
     services: list[Service] = []

@@ -28,7 +28,18 @@ from PIL import Image
 from benchmarks.wan import measure
 from benchmarks.wan.federation import federation
 from benchmarks.wan.table import write_table
-from benchmarks.wan.topology import BURST, CONGESTION, QUEUE_MS, RATE_MBIT, ROOT, SERVER, SITES, WideArea, device
+from benchmarks.wan.topology import (
+    BURST,
+    CONGESTION,
+    QUEUE_MS,
+    RATE_MBIT,
+    ROOT,
+    SERVER,
+    SITES,
+    SLOW_START_AFTER_IDLE,
+    WideArea,
+    device,
+)
 from ssfl_app.deployment.federation import Federation
 from ssfl_app.deployment.run import run_on
 from ssfl_app.simulation.command import RunArgs
@@ -202,6 +213,7 @@ def measure_all(words: argparse.Namespace, work: Path, known: dict[str, Any], re
                     "burst_bytes": BURST,
                     "queue_ms": QUEUE_MS,
                     "congestion_control": CONGESTION,
+                    "slow_start_after_idle": SLOW_START_AFTER_IDLE,
                     "kernel": platform.release(),
                     "server_namespace": SERVER,
                 }

@@ -230,7 +230,8 @@ def write_table(known: dict[str, Any], path: Path, page: Path | None = None) -> 
     head = (
         f"{where['cores']} cores of {where['cpu']}, no GPU, {' and '.join(days)}, flwr {where['flwr']}, torch "
         f"{where['torch']}, Linux {links['kernel']}; load of the machine {min(loads):.1f} to {max(loads):.1f}. "
-        f"Five sites, {links['rate_mbit']} Mbit/s each way, {links['congestion_control']}; delay: {links['delay']}. "
+        f"Five sites, {links['rate_mbit']} Mbit/s each way, {links['congestion_control']}, "
+        f"tcp_slow_start_after_idle {links['slow_start_after_idle']}; delay: {links['delay']}. "
         f"Means over {' or '.join(map(str, sorted({len(c['rounds']) for c in cases})))} rounds a case."
     )
     times, goals = _times(known), _goals(known)

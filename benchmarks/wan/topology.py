@@ -31,6 +31,8 @@ LARGE_PACKET = 16_000  # bytes handed over at once; below the bucket's size, so 
 CONGESTION = (
     "cubic"  # Linux's default; set for each route, since a namespace may not choose what its kernel restricts
 )
+SLOW_START_AFTER_IDLE = 0
+"""Of Linux, whose default is 1: a connection that carried nothing for a fraction of a second starts slowly again."""
 ROOT = Path(__file__).resolve().parents[2]
 
 # A refused connection takes a round trip as well, so nobody need listen.
@@ -195,10 +197,14 @@ def _in(namespace: str, *words: str) -> None:
 
 
 def _prepare(namespace: str) -> None:
-    """Set what a host of today has: windows that grow beyond the bandwidth-delay product; and no IPv6 chatter."""
+    """Set what a host of today has, windows that grow beyond the bandwidth-delay product; and no IPv6 chatter.
+
+    And what docs/deployment.md advises: a connection that was idle keeps its window (`SLOW_START_AFTER_IDLE`).
+    """
     settings = {
         "net/ipv4/tcp_rmem": "4096 131072 33554432",
         "net/ipv4/tcp_wmem": "4096 65536 33554432",
+        "net/ipv4/tcp_slow_start_after_idle": str(SLOW_START_AFTER_IDLE),
         "net/ipv6/conf/all/disable_ipv6": "1",
         "net/ipv6/conf/default/disable_ipv6": "1",
     }
