@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from ssfl_app.comm.client_files import ClientStateError
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.comm.pulling import BrokenOff, Puller
-from ssfl_app.cores import usable_cores
+from ssfl_app.cores import training_cores
 from ssfl_app.locks import RunFailed, memory_ran_out
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.text import cause, in_a_line
@@ -188,7 +188,7 @@ class MessageExchange:
         if is_simulation(grid):
             self._poll = SIMULATION_POLL
             # Twice what is worked on at once: whoever is ready finds the next message there.
-            busy = max(usable_cores(), 2 * getattr(grid, "concurrent", 1))
+            busy = max(training_cores(), 2 * getattr(grid, "concurrent", 1))
             self._limit = max(busy, IN_FLIGHT // max(1, reply_bytes))
 
     def send(self, messages: Mapping[int, Message]) -> None:

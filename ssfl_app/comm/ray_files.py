@@ -1,0 +1,80 @@
+"""What simulated clients keep where a Ray cluster spreads them over machines: files that one of these writes for all.
+
+A client may be asked on another machine in the next round. A folder of a network file system would not do: its
+listings may be seconds old, and a client would go on from an older version of its model.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from ssfl_app.comm.client_files import Folder, Store
+
+NAME = "SSFL_FILES"
+"""Environment variable of Ray's processes: the actor that has the files; without it they lie on this machine."""
+
+NAMESPACE = "ssfl"
+"""Ray's namespace of that actor."""
+
+
+class Keeper:
+    """An actor on the server's machine, which reads and writes there."""
+
+    def call(self, folder: str, method: str, *given: Any) -> Any:
+        """Return what a method of the `Folder` with this path returns, or raise its OSError."""
+        return getattr(Folder(Path(folder)), method)(*given)
+
+
+class RayFolder:
+    """A `Store` that is a folder of the server's machine, through its `Keeper`."""
+
+    def __init__(self, folder: str, ask: Callable[..., Any]) -> None:
+        self._folder, self._ask = folder, ask
+
+    def names(self, own: str) -> list[str]:
+        """Return the names of the regular files in the folder `own`."""
+        return list(self._call("names", own))
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file."""
+        return bytes(self._call("read", name))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file atomically."""
+        self._call("write", name, content)
+
+    def delete(self, name: str) -> None:
+        """Delete a file."""
+        self._call("delete", name)
+
+    def alone(self, name: str) -> AbstractContextManager[None]:
+        """Do nothing: a simulated client has one message at a time, and no other process has its files."""
+        return contextlib.nullcontext()
+
+    def _call(self, method: str, *given: object) -> Any:
+        import ray  # real nodes import this module and need not have it
+
+        try:
+            return self._ask(self._folder, method, *given)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # what the file system said, without Ray's traceback for a text
+        except ray.exceptions.RayError as error:
+            raise OSError(f"the files of the clients, at the server, are out of reach ({error})") from error
+
+
+def store_of(folder: str) -> Path | Store:
+    """Return where simulated clients keep what lies in a folder of the server's machine."""
+    name = os.environ.get(NAME)
+    return RayFolder(folder, _keeper(name)) if name else Path(folder)
+
+
+@functools.cache
+def _keeper(name: str) -> Callable[..., Any]:
+    import ray
+
+    keeper: Any = ray.get_actor(name, namespace=NAMESPACE)
+    return lambda *given: ray.get(keeper.call.remote(*given))
