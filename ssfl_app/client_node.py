@@ -22,7 +22,7 @@ from ssfl_app.comm.payload import (
     PayloadEncoder,
     decode_payload,
 )
-from ssfl_app.comm.ray_files import store_of
+from ssfl_app.comm.ray_cluster import store_of
 from ssfl_app.core.summand import Identity, SummandWriter
 from ssfl_app.options import ConfigError, PrivateError, build
 from ssfl_app.privacy.keys import KEY_FILE, KeyPair, load_or_make, read_pins

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from ssfl_app.comm.client_files import ClientStateError
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.comm.pulling import BrokenOff, Puller
+from ssfl_app.comm.ray_cluster import why_an_actor_died
 from ssfl_app.cores import training_cores
 from ssfl_app.locks import RunFailed, memory_ran_out
 from ssfl_app.sparsity.values import PayloadError
@@ -304,8 +305,8 @@ class MessageExchange:
         # failed: a matter of that client.
         if code == ErrorCode.UNKNOWN and is_simulation(self._grid):
             raise RunFailed(
-                f"a Ray actor died while it worked for client {client} ({line}). Most often it ran out of memory: "
-                f"{FEWER_ACTORS}"
+                f"a Ray actor died while it worked for client {client} ({line}). "
+                f"{why_an_actor_died(f': {FEWER_ACTORS}')}"
             )
         if is_simulation(self._grid) and (what := memory_ran_out(reason)):
             raise RunFailed(f"client {client}: {what}: {fewer_at_once(self._grid)}")

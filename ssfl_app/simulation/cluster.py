@@ -16,13 +16,14 @@ cluster has a token is found out in another one.
 """
 
 import hashlib
+import json
 import multiprocessing
 import os
 import platform
 import secrets
 import signal
 import socket
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.common.constant import FAB_EXCLUDE_PATTERNS
 
-from ssfl_app.comm.ray_files import NAME, NAMESPACE, Keeper
+from ssfl_app.comm.ray_cluster import NAME, NAMESPACE, NODES, Keeper
 from ssfl_app.cores import ACTORS, usable_cores
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
@@ -59,12 +60,13 @@ AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Node:
-    """A node of a cluster: how people call it, Ray's id, and what it has for actors."""
+    """A node of a cluster: how people call it, Ray's id, what it has for actors, and where its raylet listens."""
 
     name: str
     number: str
     cpus: int
     gpus: int
+    place: tuple[str, int] = ("", 0)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def joined(
     RunFailed
         The process that speaks with it died.
     """
-    with _asked(_find, variables, log, cluster.address) as found:
+    with _asked(_find, {**variables, "RAY_AUTH_MODE": "disabled"}, log, cluster.address) as found:
         address, has_token = found
     if not has_token and not cluster.open_too:
         raise ConfigError(
@@ -121,9 +123,7 @@ def joined(
 
 
 @contextmanager
-def _asked(
-    task: Callable[..., Generator[Any]], variables: Mapping[str, str], log: Path, *given: Any
-) -> Iterator[Any]:
+def _asked(task: Callable[..., Iterator[Any]], variables: Mapping[str, str], log: Path, *given: Any) -> Iterator[Any]:
     """Yield what a task yields in a process of its own, which stays there until the end."""
     here, there = multiprocessing.Pipe(duplex=True)
     words = here, there, task, variables, log, given
@@ -131,14 +131,15 @@ def _asked(
     process.start()
     there.close()
     try:
-        found = here.recv()
+        try:
+            found = here.recv()
+        except EOFError:
+            process.join()
+            why = cause_in_log(words_of(log)) or f"exit code {process.exitcode}"
+            raise RunFailed(f"the process that speaks with Ray died: {why}") from None
         if isinstance(found, Exception):
             raise found
         yield found
-    except EOFError:
-        process.join()
-        why = cause_in_log(words_of(log)) or f"exit code {process.exitcode}"
-        raise RunFailed(f"the process that speaks with Ray died: {why}") from None
     finally:
         process.kill()
         process.join()
@@ -147,7 +148,7 @@ def _asked(
 def _work(
     ours: Connection,
     there: Connection,
-    task: Callable[..., Generator[Any]],
+    task: Callable[..., Iterator[Any]],
     variables: Mapping[str, str],
     log: Path,
     given: tuple[Any, ...],
@@ -170,18 +171,16 @@ def _work(
         there.send(ConfigError(str(error)))  # of this very class: others need not survive the way
 
 
-def _find(address: str) -> Generator[tuple[str, bool]]:
-    """Yield the address of a cluster and whether strangers are refused there."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+def _find(address: str) -> Iterator[tuple[str, bool]]:
+    """Yield the address of a cluster and whether strangers are refused there; this process has no token."""
     import ray
     from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     try:
         found = str(canonicalize_bootstrap_address_or_die(address))
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()  # Ray would ask for 35 s
-        GcsClient(address=found).internal_kv_get(b"session_name", b"session", timeout=CONNECT)
+        _greet(found)
     except ray.exceptions.AuthenticationError:
         yield found, True
     except (OSError, ValueError, ray.exceptions.RayError) as error:
@@ -190,7 +189,14 @@ def _find(address: str) -> Generator[tuple[str, bool]]:
         yield found, False
 
 
-def _serve(address: str, run: PreparedRun, app: Path) -> Generator[Joined]:
+def _greet(address: str) -> None:
+    """Ask a cluster for anything; ray.exceptions.AuthenticationError: not with this token."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    GcsClient(address=address).internal_kv_get(b"session_name", b"session", timeout=CONNECT)
+
+
+def _serve(address: str, run: PreparedRun, app: Path) -> Iterator[Joined]:
     """Join the cluster as a driver, ask its nodes, start the actor that has the clients' files, and stay."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Affinity
@@ -199,6 +205,7 @@ def _serve(address: str, run: PreparedRun, app: Path) -> Generator[Joined]:
     variables = {SHIPPED: str(app), NAME: name, "OMP_NUM_THREADS": str(run.threads)}
     variables |= {key: os.environ[key] for key in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
     try:
+        _greet(address)  # with a wrong token `init` would try for 20 s, and not say why it failed
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, runtime_env=_environment(variables))
     except ray.exceptions.AuthenticationError as error:
         rule = "it wants its token, by RAY_AUTH_TOKEN_PATH, RAY_AUTH_TOKEN or ~/.ray/auth_token"
@@ -219,13 +226,17 @@ def _serve(address: str, run: PreparedRun, app: Path) -> Generator[Joined]:
     if wrong := complaints(answers, here):
         raise ConfigError(f"--ray-address is {address}; {'; '.join(wrong)}")
     made = remote(num_cpus=0, max_concurrency=AT_ONCE)(Keeper)
+    # Ray ends an actor that nobody refers to; this function stays where it yields.
     keeper = made.options(name=name, scheduling_strategy=Affinity(here, soft=False)).remote()
     ray.get(keeper.__ray_ready__.remote())
-    places = [node.name for node in nodes if node.cpus]
+    places = {node.name: node.place for node in nodes if node.cpus}
     line = f"{room.actors} actors on {len(places)} node(s) of {address}: {', '.join(places)}"
-    variables |= {ACTORS: str(room.actors), "RAY_RUNTIME_ENV_HOOK": f"{__name__}.{shipped.__name__}"}
+    variables |= {
+        ACTORS: str(room.actors),
+        NODES: json.dumps(places),
+        "RAY_RUNTIME_ENV_HOOK": f"{__name__}.{shipped.__name__}",
+    }
     yield Joined(room, variables, line)
-    del keeper  # Ray ends an actor that nobody refers to
 
 
 def _answer(ray: Any, reply: Any) -> "Answer | str":
@@ -243,7 +254,8 @@ def _nodes(told: Sequence[Mapping[str, Any]]) -> list[Node]:
     for node in told:
         if node["Alive"]:
             has, name = node["Resources"], f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-            found.append(Node(name, node["NodeID"], int(has.get("CPU", 0)), int(has.get("GPU", 0))))
+            place = node["NodeManagerAddress"], node["NodeManagerPort"]
+            found.append(Node(name, node["NodeID"], int(has.get("CPU", 0)), int(has.get("GPU", 0)), place))
     return sorted(found, key=lambda node: node.name)
 
 
@@ -328,17 +340,16 @@ def complaints(answers: Mapping[Node, Answer | str], here: str) -> list[str]:
             found.append(f"node {node.name}: {told}")
             continue
         other = [
-            f"{name} {told.versions[name]}, not {ours_}"
-            for name, ours_ in versions.items()
-            if told.versions[name] != ours_
+            f"{name} is {told.versions[name]}, not {own}"
+            for name, own in versions.items()
+            if told.versions[name] != own
         ]
-        if told.fault:
-            other.append(told.fault)
-        elif isinstance(ours, Answer) and not ours.fault:
-            other += [] if told.data == ours.data else ["other data or initial weights than this machine"]
+        other += [told.fault] if told.fault else []
         if isinstance(ours, Answer) and told.code != ours.code:
-            other.append(f"other code ({told.code}) than this machine ({ours.code})")
-        found += [f"node {node.name} has {', '.join(other)}"] if other else []
+            other.append(f"its code is {told.code}, not {ours.code}")
+        if isinstance(ours, Answer) and not told.fault and not ours.fault and told.data != ours.data:
+            other.append("its data or initial weights are others than this machine's, under the same paths")
+        found += [f"node {node.name}: {', '.join(other)}"] if other else []
     return found
 
 

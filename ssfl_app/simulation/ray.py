@@ -59,7 +59,10 @@ class Launch:
         self._later = self._home / "later.json"
         self._log = self._home / "superlink.log"
         self._variables = _variables(self._home, self._address, self._later)
-        self._variables |= {} if cluster else _own_ray(self._home)
+        if cluster is None:
+            self._variables |= _own_ray(self._home)
+        # Under ``ray job submit`` Ray would merge that job's environment into this run's, and fail.
+        self._variables.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._held = contextlib.ExitStack()
 

@@ -1,12 +1,15 @@
-"""What simulated clients keep where a Ray cluster spreads them over machines: files that one of these writes for all.
+"""What is different where a Ray cluster spreads simulated clients over machines: their files, and machines that go.
 
-A client may be asked on another machine in the next round. A folder of a network file system would not do: its
-listings may be seconds old, and a client would go on from an older version of its model.
+A client may be asked on another machine in the next round, so one machine writes what all of them keep. A folder of a
+network file system would not do: its listings may be seconds old, and a client would go on from an older version of
+its model.
 """
 
 import contextlib
 import functools
+import json
 import os
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +22,12 @@ NAME = "SSFL_FILES"
 
 NAMESPACE = "ssfl"
 """Ray's namespace of that actor."""
+
+NODES = "SSFL_NODES"
+"""Environment variable of the server: JSON, by the name of each node that trains where its raylet listens."""
+
+ANSWER = 2.0
+"""Seconds that a raylet has to take a connection."""
 
 
 class Keeper:
@@ -78,3 +87,21 @@ def _keeper(name: str) -> Callable[..., Any]:
 
     keeper: Any = ray.get_actor(name, namespace=NAMESPACE)
     return lambda *given: ray.get(keeper.call.remote(*given))
+
+
+def silent_nodes() -> list[str]:
+    """Return the names of the cluster's nodes, of those that trained when the run began, that are not there now."""
+    found = []
+    for name, (host, port) in json.loads(os.environ.get(NODES, "{}")).items():
+        try:
+            socket.create_connection((host, port), ANSWER).close()
+        except OSError:
+            found.append(name)
+    return found
+
+
+def why_an_actor_died(cure: str) -> str:
+    """Return what to say of an actor that died: which machine is gone, or the usual reason, which `cure` completes."""
+    if gone := silent_nodes():
+        return f"Ray answers no more on {', '.join(gone)}; the run goes on with the nodes that are left"
+    return f"Most often it ran out of memory{cure}"
