@@ -101,7 +101,7 @@ def silent_nodes() -> list[str]:
 
 
 def why_an_actor_died(cure: str) -> str:
-    """Return what to say of an actor that died: which machine is gone, or the usual reason, which `cure` completes."""
+    """Return what to say of an actor that died: which machine is gone, or the usual reason with a `cure`."""
     if gone := silent_nodes():
         return f"Ray answers no more on {', '.join(gone)}; the run goes on with the nodes that are left"
     return f"Most often it ran out of memory{cure}"
