@@ -208,11 +208,11 @@ def _serve(address: str, run: PreparedRun, app: Path) -> Iterator[Joined]:
         _greet(address)  # with a wrong token `init` would try for 20 s, and not say why it failed
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, runtime_env=_environment(variables))
     except ray.exceptions.AuthenticationError as error:
-        rule = "it wants its token, by RAY_AUTH_TOKEN_PATH, RAY_AUTH_TOKEN or ~/.ray/auth_token"
-        raise ConfigError(f"--ray-address is {address}; {rule}: {one_line(error)}") from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        rule = "it takes its own token only: RAY_AUTH_TOKEN, a file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
+        raise ConfigError(f"--ray-address is {address}; {rule}") from error
+    except (OSError, RuntimeError, ValueError) as error:
         rule = f"this machine joins it first, as one of its nodes: ray start --address={address} --num-cpus=0"
-        raise ConfigError(f"--ray-address is {address}; {rule} ({one_line(error)})") from error
+        raise ConfigError(f"--ray-address is {address}; {rule} ({in_a_line(one_line(error))})") from error
     here, nodes = ray.get_runtime_context().get_node_id(), _nodes(ray.nodes())  # type: ignore[no-untyped-call]
     room = room_for(nodes, run)
     remote: Any = ray.remote
@@ -339,11 +339,8 @@ def complaints(answers: Mapping[Node, Answer | str], here: str) -> list[str]:
         if isinstance(told, str):
             found.append(f"node {node.name}: {told}")
             continue
-        other = [
-            f"{name} is {told.versions[name]}, not {own}"
-            for name, own in versions.items()
-            if told.versions[name] != own
-        ]
+        theirs = told.versions
+        other = [f"{name} is {theirs[name]}, not {own}" for name, own in versions.items() if theirs[name] != own]
         other += [told.fault] if told.fault else []
         if isinstance(ours, Answer) and told.code != ours.code:
             other.append(f"its code is {told.code}, not {ours.code}")
