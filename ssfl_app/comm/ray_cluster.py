@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,10 @@ def _keeper(name: str) -> Callable[..., Any]:
     return lambda *given: ray.get(keeper.call.remote(*given))
 
 
-def silent_nodes() -> list[str]:
-    """Return the names of the cluster's nodes, of those that trained when the run began, that are not there now."""
+def silent(places: Mapping[str, tuple[str, int]]) -> list[str]:
+    """Return the names of nodes whose raylet, at host and port, takes no connection."""
     found = []
-    for name, (host, port) in json.loads(os.environ.get(NODES, "{}")).items():
+    for name, (host, port) in places.items():
         try:
             socket.create_connection((host, port), ANSWER).close()
         except OSError:
@@ -102,6 +102,6 @@ def silent_nodes() -> list[str]:
 
 def why_an_actor_died(cure: str) -> str:
     """Return what to say of an actor that died: which machine is gone, or the usual reason with a `cure`."""
-    if gone := silent_nodes():
+    if gone := silent(json.loads(os.environ.get(NODES, "{}"))):
         return f"Ray answers no more on {', '.join(gone)}; the run goes on with the nodes that are left"
     return f"Most often it ran out of memory{cure}"

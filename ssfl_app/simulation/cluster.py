@@ -16,6 +16,7 @@ cluster has a token is found out in another one.
 """
 
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import platform
 import secrets
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.common.constant import FAB_EXCLUDE_PATTERNS
 
-from ssfl_app.comm.ray_cluster import NAME, NAMESPACE, NODES, Keeper
+from ssfl_app.comm.ray_cluster import NAME, NAMESPACE, NODES, Keeper, silent
 from ssfl_app.cores import ACTORS, usable_cores
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
@@ -50,6 +52,9 @@ SHIPPED = "SSFL_SHIPPED"
 
 CONNECT, PROBE = 5.0, 300.0
 """Seconds that the cluster's address, and each node, has for its first answer; a node reads the data in that time."""
+
+DEAD = 60.0
+"""Seconds in which a cluster finds out that a node is dead; Ray asks each 5 times, every 3 s."""
 
 LIBRARIES = ("flwr", "numpy", "ray", "torch", "torchvision")
 """Whose versions must be this machine's on every node: bits and messages depend on them."""
@@ -198,7 +203,7 @@ def _greet(address: str) -> None:
 
 def _serve(address: str, run: PreparedRun, app: Path) -> Iterator[Joined]:
     """Join the cluster as a driver, ask its nodes, start the actor that has the clients' files, and stay."""
-    import ray
+    ray: Any = importlib.import_module("ray")  # half of it has no types
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Affinity
 
     name = f"ssfl-{secrets.token_hex(8)}"
@@ -210,12 +215,11 @@ def _serve(address: str, run: PreparedRun, app: Path) -> Iterator[Joined]:
     except ray.exceptions.AuthenticationError as error:
         rule = "it takes its own token only: RAY_AUTH_TOKEN, a file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
         raise ConfigError(f"--ray-address is {address}; {rule}") from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         rule = f"this machine joins it first, as one of its nodes: ray start --address={address} --num-cpus=0"
         raise ConfigError(f"--ray-address is {address}; {rule} ({in_a_line(one_line(error))})") from error
-    here, nodes = ray.get_runtime_context().get_node_id(), _nodes(ray.nodes())  # type: ignore[no-untyped-call]
-    room = room_for(nodes, run)
-    remote: Any = ray.remote
+    here, nodes = ray.get_runtime_context().get_node_id(), _living(ray, address)
+    room, remote = room_for(nodes, run), ray.remote
     ask = remote(num_cpus=0, max_calls=1)(probe)  # one call: the data go with the process
     asked = {}
     for node in nodes:
@@ -237,6 +241,20 @@ def _serve(address: str, run: PreparedRun, app: Path) -> Iterator[Joined]:
         "RAY_RUNTIME_ENV_HOOK": f"{__name__}.{shipped.__name__}",
     }
     yield Joined(room, variables, line)
+
+
+def _living(ray: Any, address: str) -> list[Node]:
+    """Return the nodes of the cluster, as soon as it knows which of them are dead: Flower would make actors there."""
+    end = time.monotonic() + DEAD
+    while True:
+        nodes = _nodes(ray.nodes())
+        gone = silent({node.name: node.place for node in nodes})
+        if not gone:
+            return nodes
+        if time.monotonic() > end:
+            what = f"node {gone[0]} does not answer from here, and the cluster counts on it"
+            raise ConfigError(f"--ray-address is {address}; {what}")
+        time.sleep(1)
 
 
 def _answer(ray: Any, reply: Any) -> "Answer | str":
