@@ -8,7 +8,6 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message
@@ -23,6 +22,7 @@ from ssfl_app.comm.payload import (
     PayloadEncoder,
     decode_payload,
 )
+from ssfl_app.comm.ray_cluster import store_of
 from ssfl_app.core.summand import Identity, SummandWriter
 from ssfl_app.options import ConfigError, PrivateError, build
 from ssfl_app.privacy.keys import KEY_FILE, KeyPair, load_or_make, read_pins
@@ -140,7 +140,7 @@ def memory_of(context: Context, place: NodeConfig, number: int, metadata: Metada
     """
     folder = metadata.get(FOLDER)
     if place.simulated:
-        return ClientState(context, number, Path(str(folder)) if folder else None)
+        return ClientState(context, number, store_of(str(folder)) if folder else None)
     if folder is not None:
         raise PayloadError(f"the message has the fact {FOLDER}, which is for simulations; a real node obeys none")
     if place.state_path is None:

@@ -52,17 +52,27 @@ def run(
     engine: Engine = "inline",
     out: Out = None,
     resume: Resume = None,
+    ray_address: Annotated[
+        str, Option(metavar="HOST:PORT", help="Engine ray on a cluster that is up; auto: as Ray finds it.")
+    ] = "",
+    ray_without_token: Annotated[
+        bool, Option("--ray-without-token", help="Also where that cluster runs anybody's code.")
+    ] = False,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Run a strategy and write a run folder; CONFIG.toml has the keys that differ from the defaults (`ssfl keys`).
 
     Exit code: 0 finished, 1 failed or interrupted, 2 bad input.
     """
-    from ssfl_app.simulation.command import RunArgs, telling
+    from ssfl_app.simulation.command import RayCluster, RunArgs, telling
     from ssfl_app.simulation.play import play
 
     import_from(Path.cwd())
-    play(RunArgs(config, override or [], nodes, engine, out, resume), telling, quiet)
+    cluster = RayCluster(ray_address, ray_without_token) if ray_address else None
+    if ray_without_token and cluster is None:
+        raise ConfigError("--ray-without-token is given; it is about the cluster of --ray-address")
+    engine = "ray" if cluster else engine
+    play(RunArgs(config, override or [], nodes, engine, out, resume, cluster=cluster), telling, quiet)
 
 
 @app.command()

@@ -20,7 +20,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from ssfl_app.comm.client_files import ClientStateError
 from ssfl_app.comm.payload import Metadata
 from ssfl_app.comm.pulling import BrokenOff, Puller
-from ssfl_app.cores import usable_cores
+from ssfl_app.comm.ray_cluster import why_an_actor_died
+from ssfl_app.cores import training_cores
 from ssfl_app.locks import RunFailed, memory_ran_out
 from ssfl_app.sparsity.values import PayloadError
 from ssfl_app.text import cause, in_a_line
@@ -188,7 +189,7 @@ class MessageExchange:
         if is_simulation(grid):
             self._poll = SIMULATION_POLL
             # Twice what is worked on at once: whoever is ready finds the next message there.
-            busy = max(usable_cores(), 2 * getattr(grid, "concurrent", 1))
+            busy = max(training_cores(), 2 * getattr(grid, "concurrent", 1))
             self._limit = max(busy, IN_FLIGHT // max(1, reply_bytes))
 
     def send(self, messages: Mapping[int, Message]) -> None:
@@ -305,8 +306,8 @@ class MessageExchange:
         # failed: a matter of that client.
         if code == ErrorCode.UNKNOWN and is_simulation(self._grid):
             raise RunFailed(
-                f"a Ray actor died while it worked for client {client} ({line}). Most often it ran out of memory: "
-                f"{FEWER_ACTORS}"
+                f"a Ray actor died while it worked for client {client} ({line}). "
+                f"{why_an_actor_died(f': {FEWER_ACTORS}')}"
             )
         if is_simulation(self._grid) and (what := memory_ran_out(reason)):
             raise RunFailed(f"client {client}: {what}: {fewer_at_once(self._grid)}")

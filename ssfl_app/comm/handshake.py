@@ -16,6 +16,7 @@ from ssfl_app.comm.exchange import BESIDES, is_simulation
 from ssfl_app.comm.node_config import NAME
 from ssfl_app.comm.payload import Metadata, Payload, PayloadEncoder, decode_metadata
 from ssfl_app.comm.pulling import BrokenOff, Puller
+from ssfl_app.comm.ray_cluster import why_an_actor_died
 from ssfl_app.data.summary import read_data_summary
 from ssfl_app.locks import RunFailed
 from ssfl_app.privacy.keys import check_public
@@ -185,7 +186,7 @@ class HandshakePoller:
 
     def _sort(self, node: int, code: int, reason: str) -> None:
         if code == ErrorCode.UNKNOWN and is_simulation(self._grid):
-            raise RunFailed(f"a Ray actor died at the handshake ({reason}). Most often it ran out of memory")
+            raise RunFailed(f"a Ray actor died at the handshake ({reason}). {why_an_actor_died('')}")
         if code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
             self._settle(node)
             self.raised[node] = f"raised: {reason}"

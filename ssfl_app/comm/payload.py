@@ -23,10 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
-from ssfl_app.comm.client_files import Files, MaskFile, client_state_errors, content_of
-from ssfl_app.files import write_bytes
-from ssfl_app.locks import alone_with
-from ssfl_app.seal import Damaged, read_sealed, sealed, unsealed, write_sealed
+from ssfl_app.comm.client_files import Files, Folder, MaskFile, Store, client_state_errors, content_of
+from ssfl_app.seal import Damaged, sealed, unsealed
 from ssfl_app.sparsity.values import Allowed, Arrays, PayloadError
 from ssfl_app.text import in_a_line, quoted
 
@@ -261,8 +259,8 @@ class ClientState:
 
     Parameters
     ----------
-    folder : Path, optional
-        A folder that all clients of this machine share.
+    folder : Path or Store, optional
+        A folder that all clients of this machine share, or what stands for one on another machine.
     survives : bool
         Whether the mask that is held must be found in `folder` alone, after a restart, and not in Flower's state too.
     journal : Path, optional
@@ -284,20 +282,18 @@ class ClientState:
         self,
         context: Context,
         client: int,
-        folder: Path | None = None,
+        folder: Path | Store | None = None,
         survives: bool = False,
         journal: Path | None = None,
     ) -> None:
         self.notes: list[str] = []
-        self._state = context.state
-        self._masks = None if folder is None else folder / MASKS
-        self._personal: Files | _Records = _Records(context.state)
-        self._mask: MaskFile | None = None
-        own = None if folder is None else folder / f"client-{client:05d}"
-        self._exchanges = _Facts(context.state, _EXCHANGES, journal)
-        self._ledger = _Facts(context.state, _LEDGER, own and own / "privacy.safetensors")
-        if own is not None:
-            self._personal, self._mask = Files(own), MaskFile(own / "mask") if survives else None
+        self._state, own = context.state, f"client-{client:05d}"
+        self._store = store = Folder(folder) if isinstance(folder, Path) else folder
+        self._personal = _Records(context.state) if store is None else Files(store, own)
+        self._mask = MaskFile(store, own) if store is not None and survives else None
+        past = None if journal is None else Folder(journal.parent)
+        self._exchanges = _Facts(context.state, _EXCHANGES, past, journal.name if journal else "")
+        self._ledger = _Facts(context.state, _LEDGER, store, f"{own}/privacy.safetensors")
 
     def bitmap(self, digest: str) -> npt.NDArray[np.uint8] | None:
         """Return the bitmap that is kept of the mask with this digest, or None; a disk may have damaged it."""
@@ -308,7 +304,7 @@ class ClientState:
         if not isinstance(held, ConfigRecord) or held["digest"] != digest:
             return None
         own: Any = held.get("mask")
-        content = bytes(own) if self._masks is None else content_of(self._masks / digest)
+        content = bytes(own) if self._store is None else content_of(self._store, f"{MASKS}/{digest}")
         return None if content is None else np.frombuffer(content, dtype=np.uint8)
 
     @client_state_errors()
@@ -317,9 +313,10 @@ class ClientState:
         if self._mask is not None:
             self._mask.write(digest, bitmap.tobytes())
             return
-        if self._masks is not None:
-            if content_of(self._masks / digest) != bitmap.tobytes():  # the first of its clients, or it was damaged
-                write_bytes(self._masks / digest, bitmap.tobytes())
+        if self._store is not None:
+            name = f"{MASKS}/{digest}"
+            if content_of(self._store, name) != bitmap.tobytes():  # the first of its clients, or it was damaged
+                self._store.write(name, bitmap.tobytes())
             self._state[_MEMORY] = ConfigRecord({"digest": digest})
             return
         self._state[_MEMORY] = ConfigRecord({"digest": digest, "mask": bitmap.tobytes()})
@@ -449,30 +446,30 @@ def _later(held: Facts, what: str, exchange: int) -> Facts:
 class _Facts:
     """A few numbers and texts that know no going back: a sealed file, or a record of Flower's state without one."""
 
-    def __init__(self, state: RecordDict, name: str, path: Path | None) -> None:
-        self._state, self._name, self._path = state, name, path
+    def __init__(self, state: RecordDict, name: str, store: Store | None, file: str) -> None:
+        self._state, self._name, self._store, self._file = state, name, store, file
 
     def read(self) -> Facts:
         held = self._state.get(self._name)
-        if self._path is None:
+        if self._store is None:
             return dict(held) if isinstance(held, ConfigRecord) else {}
-        if not self._path.exists():
-            return {}
         try:
-            return read_sealed(self._path)[0]
+            return unsealed(self._store.read(self._file))[0]
+        except FileNotFoundError:
+            return {}
         except Damaged as error:
             what = "the ledger of this client's privacy budget" if self._name == _LEDGER else "what it has masked"
             raise PayloadError(f"{what} is damaged; it answers no more") from error
 
     def change(self, change: Callable[[Facts], Facts]) -> Facts:
         """Write and return what `change` makes of the facts; no other process writes in between."""
-        if self._path is None:
+        if self._store is None:
             facts = change(self.read())
             self._state[self._name] = ConfigRecord(dict(facts))
             return facts
-        with alone_with(self._path):
+        with self._store.alone(self._file):
             facts = change(self.read())
-            write_sealed(self._path, facts, {})
+            self._store.write(self._file, sealed(facts, {}))
         return facts
 
 

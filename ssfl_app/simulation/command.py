@@ -20,10 +20,26 @@ ENGINES = ("ray", "inline")
 
 
 @dataclass(frozen=True)
+class RayCluster:
+    """A Ray cluster that others started: HOST:PORT of its head, or "auto", as Ray finds one.
+
+    `open_too`: it is taken without a token as well.
+    """
+
+    address: str
+    open_too: bool = False
+
+    def __post_init__(self) -> None:
+        host, _, port = self.address.rpartition(":")
+        if self.address != "auto" and not (host and port.isdecimal() and "/" not in host):
+            raise ConfigError(f"--ray-address is {self.address!r}; it is HOST:PORT of a cluster's head, or auto")
+
+
+@dataclass(frozen=True)
 class RunArgs:
     """The arguments of `ssfl run`; `engine` is one of `ENGINES`, or "deployment" for `ssfl federation run`.
 
-    `keys` are those that Python gives, dotted, over those of `file`.
+    `keys` are those that Python gives, dotted, over those of `file`. With a `cluster` the engine is "ray".
     """
 
     file: Path | None
@@ -33,6 +49,14 @@ class RunArgs:
     out: Path | None
     resume: Path | None
     keys: Mapping[str, Scalar] = field(default_factory=dict)
+    cluster: RayCluster | None = None
+
+    @property
+    def going_on(self) -> list[str]:
+        """The words of the command that goes on with such a run, before ``--resume``."""
+        if self.cluster is None:
+            return ["run", *([] if self.engine == "inline" else ["--engine", self.engine])]
+        return ["run", "--ray-address", self.cluster.address, *["--ray-without-token"] * self.cluster.open_too]
 
 
 def check_engine(name: str) -> None:

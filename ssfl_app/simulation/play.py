@@ -22,14 +22,14 @@ def play(words: RunArgs, ending: Callable[..., AbstractContextManager[None]], qu
 
         checked, _ = resolve(words)
         folder = Path(checked.settings.run.out)
-        with ending(folder, "run"), showing(quiet):
+        with ending(folder, *words.going_on), showing(quiet):
             run_inline(server_app.app, client_app.app, checked)
         return folder
     from ssfl_app.simulation.prepared_run import prepare_run
     from ssfl_app.simulation.ray import Launch
 
-    with Launch() as launch:
+    with Launch(words.cluster) as launch:
         prepared = prepare_run(words)
-        with ending(prepared.folder, "run", "--engine", words.engine), showing(quiet):
+        with ending(prepared.folder, *words.going_on), showing(quiet):
             launch.play(prepared, tell)
     return prepared.folder

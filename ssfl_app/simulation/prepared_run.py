@@ -12,7 +12,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.simulation.command import RunArgs
 
 if TYPE_CHECKING:
-    from ssfl_app.config import Config
+    from ssfl_app.config import Config, Flat
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,15 @@ class PreparedRun:
     """A run that was checked, and whose folder is ready; `model_bytes` is the size of a dense model."""
 
     folder: Path
+    flat: "Flat"  # the configuration
     nodes: int
+    asked: int  # clients that train in a round
     threads: int  # of torch, in each actor
     actors: int  # processes that train
     gpu: float  # share of a GPU for each
     model_bytes: int
     notes: list[str]  # lines for people
+    modules: tuple[str, ...]  # foreign ones
     toml: str  # the configuration
 
 
@@ -64,14 +67,25 @@ def _answer(words: RunArgs, there: Connection) -> None:
 
 
 def _prepare(words: RunArgs) -> PreparedRun:
-    from ssfl_app.config import write_toml
+    from ssfl_app.config import foreign_modules, write_toml
     from ssfl_app.runtime import gpu_notes
     from ssfl_app.simulation.resolve import make_ready, resolve
 
     config, layout = resolve(words)
-    folder, (actors, gpu), nodes = make_ready(config, layout), plan(config), config.settings.run.clients
-    notes, toml = gpu_notes(config, "ray"), write_toml(config.flat)
-    return PreparedRun(folder, nodes, config.engine.threads, actors, gpu, 4 * layout.size, notes, toml)
+    folder, (actors, gpu) = make_ready(config, layout), plan(config)
+    return PreparedRun(
+        folder,
+        config.flat,
+        config.settings.run.clients,
+        max(config.settings.run.asked, 1),
+        config.engine.threads,
+        actors,
+        gpu,
+        4 * layout.size,
+        gpu_notes(config, "ray"),
+        tuple(foreign_modules(config.flat)),
+        write_toml(config.flat),
+    )
 
 
 def plan(config: "Config") -> tuple[int, float]:
@@ -86,4 +100,12 @@ def plan(config: "Config") -> tuple[int, float]:
     run = config.settings.run
     actors = config.engine.actors or min(usable_cores(), max(run.asked, 1))
     gpus = torch.cuda.device_count() if find_device(run.device).type == "cuda" else 0
-    return actors, gpus / actors
+    return actors, gpu_share(actors, gpus)
+
+
+def gpu_share(actors: int, gpus: int) -> float:
+    """Return the share of a GPU for each of some actors: one by how many share one, as none has parts of two.
+
+    Ray counts in ten-thousandths; what is left of a GPU is nobody's.
+    """
+    return 10_000 // -(-actors // gpus) / 10_000 if gpus else 0.0

@@ -13,6 +13,8 @@ What plain ``flwr run`` leaves to its user, and is done here:
 - ``flwr run --stream`` exits with 0 even if the run failed. Here success is what the ServerApp recorded.
 - Flower and Ray take seconds to end in order. Here nothing waits for that: when the ServerApp has recorded how the
   run ended, every process of it is killed, and what it left goes with its folder.
+
+With an address the run takes part in a cluster that others started (`cluster`), which stays as it was.
 """
 
 import contextlib
@@ -26,6 +28,8 @@ from pathlib import Path
 from ssfl_app import locks
 from ssfl_app.cores import usable_cores
 from ssfl_app.files import app_folder
+from ssfl_app.simulation.cluster import joined
+from ssfl_app.simulation.command import RayCluster
 from ssfl_app.simulation.flower_app import copy_app, follow, judge
 from ssfl_app.simulation.prepared_run import PreparedRun
 from ssfl_app.simulation.processes import (
@@ -43,16 +47,22 @@ SMALLEST_STORE = 100_000_000  # Ray refuses less than 79 MB
 class Launch:
     """A SuperLink for one run on Ray, all its processes, and its files besides the run folder.
 
-    It starts while the run is checked. Whoever has used it closes it; `play` does so itself.
+    It starts while the run is checked. Whoever has used it closes it; `play` does so itself. Without a `cluster` the
+    run has a Ray of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cluster: RayCluster | None = None) -> None:
+        self._cluster = cluster
         self._work = tempfile.TemporaryDirectory(prefix="ssfl-", dir=short_folder(), ignore_cleanup_errors=True)
         self._home = Path(self._work.name)
         self._address = f"127.0.0.1:{free_port()}"
         self._later = self._home / "later.json"
         self._log = self._home / "superlink.log"
         self._variables = _variables(self._home, self._address, self._later)
+        if cluster is None:
+            self._variables |= _own_ray(self._home)
+        # Under ``ray job submit`` Ray would merge that job's environment into this run's, and fail.
+        self._variables.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._held = contextlib.ExitStack()
 
@@ -76,30 +86,48 @@ class Launch:
         self._work.cleanup()
 
     def play(self, run: PreparedRun, say: Callable[[str], None]) -> None:
-        """Run it and wait for its end; RunFailed: with the reason that the ServerApp, Flower or Ray gave."""
+        """Run it and wait for its end.
+
+        Raises
+        ------
+        ConfigError
+            The cluster does not fit, as `joined` has it.
+        RunFailed
+            With the reason that the ServerApp, Flower or Ray gave.
+        """
         log = run.folder / "flower.log"
         begin = log.stat().st_size if log.exists() else 0
         try:
-            each = f"{run.threads} torch thread(s) and {run.gpu:g} GPU each"
-            for line in (f"engine ray: {run.actors} actors, {each}, on {usable_cores()} cores", *run.notes):
-                say(line)
-            app, overrides = copy_app(self._home / "ssfl-app", run.toml), self._home / "run.toml"
+            modules = run.modules if self._cluster else ()  # on this machine they are found where they lie
+            app, overrides = copy_app(self._home / "ssfl-app", run.toml, modules), self._home / "run.toml"
             overrides.write_text(run.toml, encoding="utf-8")
-            self._later.write_text(json.dumps({"OMP_NUM_THREADS": str(run.threads)} | _object_store(run)), "utf-8")
+            room, later = self._room(run, app, log, say)
+            self._later.write_text(json.dumps({"OMP_NUM_THREADS": str(run.threads)} | later), "utf-8")
             wait_until_healthy(self._superlink, self._address, self._log)
-            flwr = spawn(_flwr_run(run, app, overrides), self._home, self._variables, log)
+            flwr = spawn(_flwr_run(run, room, app, overrides), self._home, self._variables, log)
             self._processes.append(flwr)
             follow(flwr, run.folder, say)
         finally:
             self.close()
         judge(run.folder, log, begin)
 
+    def _room(self, run: PreparedRun, app: Path, log: Path, say: Callable[[str], None]) -> tuple[str, dict[str, str]]:
+        """Say where the actors are; return Flower's words for it, and the variables for its simulation."""
+        each = f"{run.threads} torch thread(s) and {{:g}} GPU each"
+        if self._cluster is None:
+            say(f"engine ray: {run.actors} actors, {each.format(run.gpu)}, on {usable_cores()} cores")
+            room, later = f"1 client-resources-num-gpus={run.gpu} init-args-num-cpus={run.actors}", _object_store(run)
+        else:
+            found = self._held.enter_context(joined(self._cluster, run, app, self._variables, log))
+            say(f"engine ray: {found.line}, {each.format(found.room.gpu)}")
+            room, later = f"{found.room.cpus} client-resources-num-gpus={found.room.gpu}", found.variables
+        for line in run.notes:
+            say(line)
+        return room, later
 
-def _flwr_run(run: PreparedRun, app: Path, overrides: Path) -> list[str]:
-    federation = (
-        f"num-supernodes={run.nodes} client-resources-num-cpus=1 client-resources-num-gpus={run.gpu} "
-        f"init-args-num-cpus={run.actors} init-args-log-to-driver=false"
-    )
+
+def _flwr_run(run: PreparedRun, room: str, app: Path, overrides: Path) -> list[str]:
+    federation = f"num-supernodes={run.nodes} client-resources-num-cpus={room} init-args-log-to-driver=false"
     command = ["flwr", "run", str(app), "local", "--stream", "-c", str(overrides)]
     return [*command, "--federation-config", federation]
 
@@ -111,12 +139,16 @@ def _variables(home: Path, address: str, later: Path) -> dict[str, str]:
         f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{address}"\ninsecure = true\n', "utf-8"
     )
     own = {locks.LAUNCHER: str(home / "launcher.lock"), locks.LATER: str(later), "SSFL_SOURCE": str(app_folder())}
-    # Flower looks for a run each second by default; and a Ray of its own keeps its files where they are removed.
-    quick = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1", "RAY_TMPDIR": str(home)}
+    # Flower looks for a run each second by default.
+    return environment(flwr_home, **own, FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.1")
+
+
+def _own_ray(home: Path) -> dict[str, str]:
+    """Return the variables of a Ray that is the run's own, with its files where they are removed."""
     # Processes that Ray starts before it is asked are never used, since Flower's actors have another environment;
     # those that are used import torch when they start, not when the first message comes.
     actors = {"RAY_prestart_worker_first_driver": "0", "RAY_preload_python_modules": "ssfl_app.client_app"}
-    return environment(flwr_home, **own, **quick, **_closed(), **actors)
+    return {"RAY_TMPDIR": str(home), **_closed(), **actors}
 
 
 def _closed() -> dict[str, str]:

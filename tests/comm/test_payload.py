@@ -259,13 +259,13 @@ class TestTwoProcesses:
     @pytest.fixture
     def states(self, tmp_path, monkeypatch):
         """Return the states of eight processes, which take their time between reading and writing."""
-        write = payload_module.write_sealed
+        write = payload_module.sealed
 
         def slow(*given):
             time.sleep(0.05)
-            write(*given)
+            return write(*given)
 
-        monkeypatch.setattr(payload_module, "write_sealed", slow)
+        monkeypatch.setattr(payload_module, "sealed", slow)
         contexts = [Context(0, 0, {}, RecordDict(), {}) for _ in range(8)]
         return [
             ClientState(context, 0, tmp_path, survives=True, journal=tmp_path / "exchanges" / "x")
