@@ -26,7 +26,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from ssfl_app.comm.exchange import ExchangeReport, MessageExchange
+from ssfl_app.comm.exchange import Closes, ExchangeReport, MessageExchange
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.payload import (
     CLIENT,
@@ -170,14 +170,14 @@ class Messenger:
         return Message(record, self.node_of(client), pending.kind, ttl=self._timeout, group_id=group)
 
     def exchange(
-        self, grid: Grid, messages: Sequence[Message], reply_bytes: int, enough: int | None = None
+        self, grid: Grid, messages: Sequence[Message], reply_bytes: int, closes: Closes | None = None
     ) -> Iterator[Message]:
         """Send messages that `build_messages` made; return the replies, of about this size, as they come.
 
-        `enough` good ones close the exchange.
+        `closes` says when the exchange ends before the last one.
         """
-        exchange, self._grid = MessageExchange(grid, self._timeout, reply_bytes, enough), grid
-        self._closed += [exchange] if enough is not None else []
+        exchange, self._grid = MessageExchange(grid, self._timeout, reply_bytes, closes), grid
+        self._closed += [exchange] if closes is not None else []
         self.report, self.report.asked = exchange.report, len(messages)
         client_at = {self.node_of(client): client for client in self._pending}
         self._push(exchange, {client_at[message.metadata.dst_node_id]: message for message in messages})

@@ -3,12 +3,14 @@
 More clients are asked than a round needs (run.over-select), it closes with some good replies (run.close-after), and
 what comes later is named and not taken: Bonawitz et al., "Towards federated learning at scale: system design",
 MLSys 2019. Departure: nobody is told to stop, so a late client works on and is asked nothing until it is ready.
+With run.deadline it closes when nobody is left who may be waited for (`Deadlines`), and enough have answered well.
 
 On real nodes replies come when they come, and the exchange ends (`MessageExchange`). In simulation each reply has
 its time by the simulated clock: all wait in a file, and the first ones count, of equally early ones the lower number.
 What the model becomes depends on arrival by who counts alone: the record names them, and a replay takes the same.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,11 +18,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ssfl_app.comm.exchange import ExchangeReport
+from ssfl_app.comm.exchange import Deadlines, ExchangeReport
 from ssfl_app.comm.messenger import ClientMessenger, Reply
 from ssfl_app.core.aggregation import Aggregator, held_back
 from ssfl_app.core.clock import Clock
-from ssfl_app.core.options import RunOptions
+from ssfl_app.core.options import RunOptions, Settings
 from ssfl_app.locks import RunFailed
 
 AT_WORK = "was not asked: it is still at work on the message of a round that closed without it"
@@ -37,6 +39,7 @@ class Taken:
 class _Algorithm(Protocol):
     """What is used of a strategy here."""
 
+    settings: Settings
     messenger: ClientMessenger
     update_norms: dict[int, float]
 
@@ -51,10 +54,18 @@ class Closing:
         The simulated clock; None in a replay of a run without one.
     replay : mapping of int to Taken, optional
         By round: what was recorded counts, whatever a clock says.
+    deadlines : Deadlines, optional
+        With run.deadline.
     """
 
-    def __init__(self, run: RunOptions, clock: Clock | None, replay: Mapping[int, Taken] | None) -> None:
-        self._run, self._clock, self._replay = run, clock, replay
+    def __init__(
+        self,
+        run: RunOptions,
+        clock: Clock | None,
+        replay: Mapping[int, Taken] | None,
+        deadlines: Deadlines | None = None,
+    ) -> None:
+        self._run, self._clock, self._replay, self._deadlines = run, clock, replay, deadlines
         self.left = np.zeros(run.clients)
         """Seconds for which each client is still at work, after the last round."""
 
@@ -68,7 +79,8 @@ class Closing:
 
         def choose(replies: list[Reply]) -> list[Reply]:
             report = strategy.messenger.report
-            late = self._unwanted(report, round_) if self._replay else self._by_clock(report)
+            share = strategy.settings.failures.min_ok_fraction
+            late = self._unwanted(report, round_) if self._replay else self._by_clock(report, share)
             for client, why in late.items():
                 report.come_late(client, why)
                 strategy.update_norms.pop(client, None)
@@ -76,16 +88,25 @@ class Closing:
 
         return held_back(aggregator, choose)
 
-    def _by_clock(self, report: ExchangeReport) -> dict[int, str]:
+    def _by_clock(self, report: ExchangeReport, share: float) -> dict[int, str]:
         assert self._clock is not None
-        seconds = self._clock.client_seconds(report)
+        seconds, count = self._clock.client_seconds(report), self._run.closes_at(report.asked)
         order = sorted(report.ok, key=lambda client: (seconds[client], client))
-        count = self._run.closes_at(report.asked)
         end = seconds[order[:count][-1]] if order else 0.0
+        why = dict.fromkeys(order[count:], f"{count} good replies closed the round at {end:.4g} s")
+        if self._deadlines is not None and order:
+            least = seconds[order[: math.ceil(share * report.asked)][-1]]
+            last = max(least, *(min(seconds[client], self._deadlines.of(client)) for client in order))
+            if last < end:
+                end = last
+                why = {client: self._deadlines.passed(client) for client in order if seconds[client] > end}
+            for client in order:
+                self._deadlines.note(client, seconds[client])
+            report.seconds = end
         self.left = np.maximum(self.left - end, 0)
-        for client in order[count:]:
+        for client in why:
             self.left[client] = seconds[client] - end
-        return {c: f"{seconds[c]:.4g} s; {count} good replies closed the round at {end:.4g} s" for c in order[count:]}
+        return {client: f"{seconds[client]:.4g} s; {reason}" for client, reason in why.items()}
 
     def _unwanted(self, report: ExchangeReport, round_: int) -> dict[int, str]:
         assert self._replay is not None

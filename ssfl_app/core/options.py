@@ -37,6 +37,12 @@ class RunOptions:
         0.0,
         "good replies that close a round, a number or a share of those asked; late ones do not count; 0: all",
     )
+    deadline: float = option(
+        "0 or a number of at least 1",
+        lambda value: value == 0 or 1 <= value < math.inf,
+        0.0,
+        "nobody is waited for longer than this many times what it usually takes; 0: run.round-timeout",
+    )
     seed: int = anything("a whole number", 1, "of everything random: init, partition, cohorts, minibatches")
     weighting: str = choice("samples", "uniform", about="weight of a client in the mean of a round")
     fold: str = choice(*FOLDS, about="what a round makes of its replies; the last three are unweighted")
@@ -62,6 +68,12 @@ class RunOptions:
     def asked(self) -> int:
         """How many clients are asked in a round at most."""
         return min(self.clients, math.ceil(Fraction(repr(self.over_select)) * self.cohort))
+
+    @property
+    def closes_early(self) -> str:
+        """The key, with its value, by which a round closes before its last reply; "" if it does not."""
+        keys = {"run.close-after": self.close_after, "run.deadline": self.deadline}
+        return next((f"{key} is {value:g}" for key, value in keys.items() if value), "")
 
     def closes_at(self, asked: int) -> int:
         """Return how many good replies close a round in which so many clients are asked."""

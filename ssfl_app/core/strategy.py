@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import Result
 from torch import nn
 
 from ssfl_app.callbacks.base import RunCallback
+from ssfl_app.comm.exchange import LAST, Closes, Deadlines
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.messenger import ClientMessenger, Outgoing, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
@@ -214,9 +215,10 @@ class SparseStrategy(OwnStart):
         self.clock: Clock | None = None
         if settings.clock.profile:
             self.clock = Clock(find_profile(settings.clock.profile), run.seed, self.forward_flops)
+        self._deadlines = Deadlines(run.deadline, run.clients) if run.deadline else None
         self._closing: Closing | None = None
-        if context.replay or (self.clock is not None and run.close_after):
-            self._closing = Closing(run, self.clock, context.replay)
+        if context.replay or (self.clock is not None and run.closes_early):
+            self._closing = Closing(run, self.clock, context.replay, self._deadlines)
         self._busy: dict[int, str] = {}  # who is not asked in this round
         self._flops: tuple[Layout, int] | None = None  # of the network of this layout
         self._summation: Summation | None = None  # of the training that goes on
@@ -430,10 +432,13 @@ class SparseStrategy(OwnStart):
             self._flops = self.layout, flops(model, context.input_shape, context.tokens)
         return self._flops[1]
 
-    def closes_at(self, asked: int) -> int | None:
-        """Return how many good replies of so many real nodes close a round; None: all are awaited."""
+    def closes(self, asked: int) -> Closes | None:
+        """Return when a round of so many real nodes closes; None: with the last reply."""
         run = self.settings.run
-        return run.closes_at(asked + len(self._busy)) if run.close_after and self._closing is None else None
+        if self._closing is not None or not run.closes_early:
+            return None
+        share = self.settings.failures.min_ok_fraction
+        return Closes(run.closes_at(asked + len(self._busy)), self._deadlines, share)
 
     def _at_work(self, round_: int) -> dict[int, str]:
         """Return who is still at work on the message of an earlier round, and is asked nothing."""
@@ -458,6 +463,8 @@ class SparseStrategy(OwnStart):
             kept["holds"] = self.messenger.masks_held(self.settings.run.clients)
         if self._closing is not None:
             kept["left"] = self._closing.left
+        if self._deadlines is not None:
+            kept["took"] = self._deadlines.seconds.flatten()
         if self._silent:
             kept["epsilons"] = np.array([self.epsilons.get(k, 0.0) for k in range(self.settings.run.clients)])
         return kept if self._residual is None else kept | {"residual": self._residual}
@@ -480,6 +487,9 @@ class SparseStrategy(OwnStart):
             self.messenger.restore_masks_held(held)
         if self._closing is not None:
             self._closing.restore(stored(arrays, "left", "float64", self.settings.run.clients))
+        if self._deadlines is not None:
+            took = stored(arrays, "took", "float64", LAST * self.settings.run.clients)
+            self._deadlines.seconds[:] = took.reshape(-1, LAST)
         if self._silent:
             spent = stored(arrays, "epsilons", "float64", self.settings.run.clients)
             self.epsilons = {client: float(value) for client, value in enumerate(spent) if value}

@@ -7,17 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssfl_app.comm.exchange import ExchangeReport, Traffic
+from ssfl_app.comm import exchange
+from ssfl_app.comm.exchange import Closes, Deadlines, ExchangeReport, MessageExchange, Traffic
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.core.aggregation import Aggregator
 from ssfl_app.core.clock import Capacity, Clock, Profile
 from ssfl_app.core.closing import Closing, Taken
-from ssfl_app.core.options import RunOptions
+from ssfl_app.core.options import FailureOptions, RunOptions
+from ssfl_app.core.strategy import SparseStrategy
 from ssfl_app.options import ConfigError
+from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.testing import grid as shipped
 from ssfl_app.testing.grid import SMALL, Played
 from tests.in_process_grid import MEMO, DeploymentGrid, answer_error, keep_silent, play, snapshot_of
@@ -167,6 +171,7 @@ class Lone:
 
     def __init__(self, report: ExchangeReport) -> None:
         self.messenger = type("Messenger", (), {"report": report})()
+        self.settings = type("Settings", (), {"failures": FailureOptions()})()
         self.update_norms = dict.fromkeys(report.ok, 1.0)
 
 
@@ -207,9 +212,147 @@ def test_whoever_is_late_the_rest_is_added_in_one_order(
     assert [closing.left[client] for client in sorted(report.late)] == [times[c] - end for c in sorted(report.late)]
 
 
+class Busier(Clock):
+    """Tells the time of clients whose work is another one from some call on: `grown` is by client, (call, times)."""
+
+    def __init__(self, seconds: Mapping[int, float], grown: Mapping[int, tuple[int, float]]) -> None:
+        self._rounds, self._usual, self._grown = 0, seconds, grown
+
+    def client_seconds(self, report: ExchangeReport) -> dict[int, float]:
+        times = {c: times for c, (call, times) in self._grown.items() if self._rounds >= call}
+        return {client: self._usual[client] * times.get(client, 1) for client in report.examples}
+
+    def seconds(self, report: ExchangeReport) -> float:
+        self._rounds += report.seconds is not None
+        return super().seconds(report)
+
+    def begin(self, strategy: SparseStrategy) -> None:
+        strategy.clock = strategy._closing._clock = self  # type: ignore[union-attr]
+
+
+GROWN: Flat = {"clock.profile": "lan", "run.deadline": 2.0, "run.cohort": 6, "run.rounds": 8, "strategy": "fedavg"}
+
+
+def test_who_takes_longer_than_it_usually_does_is_not_waited_for_until_that_is_what_it_usually_takes() -> None:
+    slow = Busier(dict.fromkeys(range(6), 10.0) | {5: 30.0}, {2: (3, 9.0)})
+    played = play(GROWN, prepare=slow.begin)
+    lengths = [record["simulated_seconds"] for record in played.records[1:]]
+    # Twice 10 s are over in a round that waits 30 s for client 5 anyway, and 90 s are not.
+    assert lengths[:4] == [30.0] * 4
+    told = {r["round"]: r.get("late", {}) for r in played.records[1:]}
+    assert told[4] == {"2": "90 s; not there after 20 s, run.deadline 2 times its usual 10 s"}
+    late = [round_ for round_, who in told.items() if "2" in who]
+    busy = [r["round"] for r in played.records[1:] if "2" in r.get("busy", {})]
+    # It works for 60 s after round 4. Its third answer of 90 s is the middle one of five.
+    assert (late[0], busy[:2]) == (4, [5, 6])
+    whole = play(GROWN | {"run.rounds": 16}, prepare=Busier(slow._usual, slow._grown).begin)
+    late = [r["round"] for r in whole.records[1:] if "2" in r.get("late", {})]
+    assert len(late) == 3
+    after = [r for r in whole.records[1:] if r["round"] > late[-1] and 2 in r["ok"]]
+    assert after
+    assert all(r["simulated_seconds"] == 90 for r in after)
+
+
+def test_a_deadline_does_not_close_a_round_that_lacks_answers() -> None:
+    grown = dict.fromkeys((0, 1, 2, 3), (3, 10.0))
+    played = play(GROWN | {"run.rounds": 4}, prepare=Busier(dict.fromkeys(range(6), 1.0), grown).begin)
+    last = played.records[-1]
+    assert last["simulated_seconds"] == 10
+    assert "late" not in last
+    played = play(
+        GROWN | {"run.rounds": 4, "failures.min-ok-fraction": 1 / 3},
+        prepare=Busier(dict.fromkeys(range(6), 1.0), grown).begin,
+    )
+    last = played.records[-1]
+    assert (last["simulated_seconds"], last["ok"]) == (2, [4, 5])
+    assert list(last["late"]) == ["0", "1", "2", "3"]
+
+
+def test_a_run_with_deadlines_is_replayed_and_resumed_to_its_bits(tmp_path: Path) -> None:
+    def slow() -> Busier:
+        return Busier(dict.fromkeys(range(6), 10.0) | {5: 30.0}, {2: (3, 9.0)})
+
+    whole, kept = play(GROWN, prepare=slow().begin), dict[str, np.ndarray]()
+    assert any(record.get("late") for record in whole.records)
+    assert play(GROWN, luck=5, grid=None, prepare=slow().begin).metrics() == whole.metrics()
+    assert replayed(GROWN | {"clock.profile": "", "run.deadline": 0.0}, whole.records).bits() == whole.bits()
+    begun, keep = slow(), snapshot_of(4, kept)
+    play(GROWN, folder=tmp_path, until=4, prepare=lambda strategy: (begun.begin(strategy), keep(strategy))[1])
+    rest = play(
+        GROWN,
+        folder=tmp_path,
+        prepare=lambda strategy: (begun.begin(strategy), strategy.load_state_dict(4, kept))[1],
+    )
+    assert rest.metrics() == whole.metrics()[5:]
+
+
+class Answering(InlineGrid):
+    """Real nodes that answer at stated times of a clock that moves while somebody waits."""
+
+    in_process = False
+
+    def __init__(self, times: Mapping[int, float]) -> None:
+        def answer(message: Message, context: Any) -> Message:
+            return Message(RecordDict(), reply_to=message)
+
+        super().__init__(answer, {}, {node: node for node in times})
+        self.now, self._times = 0.0, times
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    sleep = wait
+
+    def pull_messages(self, message_ids: Any) -> Any:
+        asked = {i: self._waiting[i].metadata.dst_node_id for i in message_ids if i in self._waiting}
+        return super().pull_messages([i for i, node in asked.items() if self.now >= self._times[node]])
+
+
+def test_a_real_exchange_ends_when_nobody_is_left_who_may_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines = Deadlines(2.0, 4)
+
+    def exchanged(times: Mapping[int, float], closes: Closes) -> tuple[MessageExchange, Answering]:
+        nodes = Answering(times)
+        monkeypatch.setattr(exchange, "time", nodes)
+        sent = MessageExchange(nodes, 100.0, closes=closes)
+        sent.report.asked = 4
+        sent.send({node: Message(RecordDict(), node, "train") for node in times})
+        for client, _ in sent.replies():
+            sent.report.accept(client, {})
+        return sent, nodes
+
+    closes, usual = Closes(deadlines=deadlines, share=0.5), {0: 1.0, 1: 2.0, 2: 2.0, 3: 4.0}
+    for _ in range(3):
+        sent, _ = exchanged(usual, closes)
+        assert (sorted(sent.report.ok), sent.report.late) == ([0, 1, 2, 3], {})
+    assert [deadlines.usual(client) for client in range(4)] == [1, 2, 2, 4]
+    # Client 0 is there after more than twice its second, while client 3 is waited for; client 2 is not.
+    sent, nodes = exchanged({0: 3.0, 1: 2.0, 2: 30.0, 3: 6.0}, closes)
+    assert (sorted(sent.report.ok), nodes.now) == ([0, 1, 3], 6)
+    assert sent.report.late == {2: "not there after 4 s, run.deadline 2 times its usual 2 s"}
+    assert sent.still_at_work() == [2]
+    nodes.now = 31.0
+    assert sent.still_at_work() == []
+    assert deadlines.seconds[2][0] == 31
+    # One of four is not half of them.
+    sent, nodes = exchanged({0: 1.0, 1: 70.0, 2: 90.0, 3: 300.0}, closes)
+    assert (sorted(sent.report.ok), list(sent.report.late), nodes.now) == ([0, 1], [2, 3], 70)
+    assert sent.still_at_work() == [2, 3]
+    nodes.now = 100.0
+    assert sent.still_at_work() == []
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
+        ({"run.deadline": 0.5}, r"run\.deadline is 0\.5; it is 0 or a number of at least 1"),
+        (
+            {"run.deadline": 2.0, "privacy.secure-aggregation": True, "strategy": "fedavg"},
+            r"run\.deadline is 2; it is 0 with privacy\.secure-aggregation",
+        ),
         ({"run.close-after": 2.5}, r"run\.close-after is 2\.5; it is 0, a share below 1, or a whole number"),
         ({"run.close-after": 11.0}, r"run\.close-after is 11; a round asks 10 clients"),
         ({"run.close-after": 4.0}, r"run\.close-after is 4; .* failures\.min-ok-fraction is 0\.5, of 10 .* asked 5"),
