@@ -169,6 +169,7 @@ def parse(flat: Mapping[str, Any]) -> Config:
         "run.over-select": (run.over_select, 1.0),
         "run.close-after": (run.close_after, 0.0),
         "run.deadline": (run.deadline, 0.0),
+        "run.buffer": (run.buffer, 0.0),
         "run.replay": (run.replay, ""),
     }
     for key, (value, needed) in late.items():

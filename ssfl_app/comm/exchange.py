@@ -107,11 +107,14 @@ class Closes:
         Or when nobody is left who may be waited for.
     share : float
         For that, this share of those asked must have answered well.
+    keeps : bool
+        Late replies count in the exchange in which they come, after `MessageExchange.reopen`. Else they are dropped.
     """
 
     enough: int = sys.maxsize
     deadlines: Deadlines | None = None
     share: float = 0.0
+    keeps: bool = False
 
 
 @dataclass
@@ -131,7 +134,8 @@ class ExchangeReport:
     `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client;
     `late` are those without which the round closed, `busy` those that are still at work and were not asked;
     `notes` are what clients found out of order, and `odd_metrics` which metrics do not count and why, of those that
-    answered well. `asked` counts the clients; `seconds` is when the round closed, where a simulated clock said so.
+    answered well; `stale` are those whose message is so many rounds old. `asked` counts the clients; `seconds` is
+    when the round closed, where a simulated clock said so.
     Bytes are payload bytes of encoded arrays; bitmaps of masks are counted apart from the rest of `down`.
     `examples` are images that went forward and backward, and forward only, for each good reply. `traffic` is by
     client, `further` are the exchanges that came after this one and belong to it.
@@ -142,6 +146,7 @@ class ExchangeReport:
     refused: dict[int, str] = field(default_factory=dict)
     late: dict[int, str] = field(default_factory=dict)
     busy: dict[int, str] = field(default_factory=dict)
+    stale: dict[int, int] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
     odd_metrics: dict[int, str] = field(default_factory=dict)
     examples: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -173,9 +178,10 @@ class ExchangeReport:
 
     def refuse(self, client: int, reason: str) -> None:
         """Note that a reply is none; one that was accepted may be none beside the others of its exchange."""
-        if self.examples.pop(client, None) is not None:
+        for known in (self.examples, self.notes, self.stale):
+            known.pop(client, None)
+        if client in self.ok:
             self.ok.remove(client)
-            self.notes.pop(client, None)
         self.refused[client] = reason
 
     def come_late(self, client: int, reason: str) -> None:
@@ -202,8 +208,8 @@ class ExchangeReport:
 def names(*reports: ExchangeReport) -> dict[str, Any]:
     """Return who answered well in any of the exchanges, and who did not and why, as a round's record has it."""
     told: dict[str, Any] = {"ok": sorted({client for report in reports for client in report.ok})}
-    for kind in ("lost", "refused", "late", "busy", "notes", "odd_metrics"):
-        why: dict[int, str] = {c: reason for report in reports for c, reason in getattr(report, kind).items()}
+    for kind in ("lost", "refused", "late", "busy", "stale", "notes", "odd_metrics"):
+        why: dict[int, Any] = {c: reason for report in reports for c, reason in getattr(report, kind).items()}
         if why or kind in ("lost", "refused"):
             told[kind] = {str(client): why[client] for client in sorted(why)}
     return told
@@ -239,6 +245,7 @@ class MessageExchange:
     def __init__(self, grid: Grid, timeout: float, reply_bytes: int = 0, closes: Closes | None = None) -> None:
         self.report, self._closes = ExchangeReport(), closes or Closes()
         self._late: dict[str, int] = {}  # who was still at work when it closed
+        self._ends: dict[str, float] = {}  # until when a message lives
         self._pushed: dict[int, float] = {}  # when a client got its first message, and until when it is waited for
         self._until: dict[int, float] = {}
         self._grid, self._timeout = grid, timeout
@@ -253,6 +260,15 @@ class MessageExchange:
             # Twice what is worked on at once: whoever is ready finds the next message there.
             busy = max(usable_cores(), 2 * getattr(grid, "concurrent", 1))
             self._limit = max(busy, IN_FLIGHT // max(1, reply_bytes))
+
+    def reopen(self, closes: Closes) -> None:
+        """Begin another round, in which those still count who are at work on older messages."""
+        self.report, self._closes = ExchangeReport(), closes
+        self._end = self._puller.end = time.monotonic() + self._timeout
+
+    def waiting(self) -> list[int]:
+        """Return who was sent a message and has not answered it, and may do so."""
+        return sorted(self._waiting.values())
 
     def send(self, messages: Mapping[int, Message]) -> None:
         """Take one message per client; a client must have no other message on its way.
@@ -273,6 +289,7 @@ class MessageExchange:
             # Grids differ in how they report a refused message (left out, or None): never zip the two lists.
             if message.metadata.message_id in accepted:
                 self._waiting[message.metadata.message_id] = client
+                self._ends[message.metadata.message_id] = self._end
                 self.report.sent += 1
                 if self._closes.deadlines is not None and client not in self._pushed:
                     self._pushed[client] = time.monotonic()
@@ -297,6 +314,8 @@ class MessageExchange:
                 if self._closed:
                     break
                 yield from self._answers(message_id)
+                if message_id in self._waiting and time.monotonic() >= self._ends[message_id]:
+                    self._lose(message_id)
                 got = got or message_id not in self._waiting
                 self._push()
             if self._waiting and not self._closed:
@@ -304,18 +323,21 @@ class MessageExchange:
                 in_vain = 0.0 if got else time.monotonic() - looked
                 self._sleep(max(self._poll, min(4 * in_vain, 0.1)))
         if self._closed:
-            self._late = self._waiting
-            out = [*self._waiting.values(), *(client for client, _ in self._queue)]
-            self.report.late |= {client: self._why_late(client) for client in out}
-            self._waiting, self._queue = {}, deque()
-        for client, _ in self._queue:
-            self.report.lost[client] = f"no answer within {self._timeout:g} s"
-        for message_id, client in self._waiting.items():
-            begun = self._puller.begun(message_id)
-            what, why = ("whole answer", ": its upload did not end") if begun else ("answer", "")
-            self.report.lost[client] = f"no {what} within {self._timeout:g} s{why}"
-        self._waiting.clear()
+            out = {*self._waiting.values(), *(client for client, _ in self._queue)} - self.report.busy.keys()
+            self.report.late |= {client: self._why_late(client) for client in sorted(out)}
+            if not self._closes.keeps:
+                self._late, self._waiting = self._waiting, {}
+        else:
+            for client, _ in self._queue:
+                self.report.lost[client] = f"no answer within {self._timeout:g} s"
+            for message_id in list(self._waiting):
+                self._lose(message_id)
         self._queue.clear()
+
+    def _lose(self, message_id: str) -> None:
+        begun = self._puller.begun(message_id)
+        what, why = ("whole answer", ": its upload did not end") if begun else ("answer", "")
+        self.report.lost[self._waiting.pop(message_id)] = f"no {what} within {self._timeout:g} s{why}"
 
     @property
     def _closed(self) -> bool:

@@ -59,7 +59,7 @@ class Puller:
     """
 
     def __init__(self, grid: Grid, end: float, most: int) -> None:
-        self._grid, self._end, self._most = grid, end, most
+        self._grid, self.end, self._most = grid, end, most
         # By its name: what a simulation or a client need not import it does not.
         self._http = any(kind.__name__ == "HttpGrid" for kind in type(grid).__mro__)
         # Message -> its reply whose upload was begun: id, and objects in the order in which they are asked for.
@@ -83,7 +83,7 @@ class Puller:
         """
         if not self._http:
             return self._grid.pull_messages([message_id])
-        if not self.begun(message_id) and time.monotonic() < self._end:
+        if not self.begun(message_id) and time.monotonic() < self.end:
             self._ask(message_id)
         reply = self._take(message_id) if self.begun(message_id) else None
         return [] if reply is None else [reply]
@@ -108,7 +108,7 @@ class Puller:
     def _take(self, message_id: str) -> Message | None:
         (reply_id, objects), contents, size = self._announced[message_id], dict[str, bytes](), 0
         for place, object_id in enumerate(objects):
-            if time.monotonic() >= self._end:
+            if time.monotonic() >= self.end:
                 return None
             told = self._client.PullObject(PullObjectRequest(**self._where, object_id=object_id))
             if not told.object_found:

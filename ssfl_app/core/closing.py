@@ -11,9 +11,9 @@ What the model becomes depends on arrival by who counts alone: the record names 
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,25 +23,56 @@ from ssfl_app.comm.messenger import ClientMessenger, Reply
 from ssfl_app.core.aggregation import Aggregator, held_back
 from ssfl_app.core.clock import Clock
 from ssfl_app.core.options import RunOptions, Settings
+from ssfl_app.core.validation import stored
 from ssfl_app.locks import RunFailed
+from ssfl_app.sparsity.codec import Codec
+from ssfl_app.sparsity.layout import Layout, State
+from ssfl_app.sparsity.mask import Mask
+from ssfl_app.sparsity.values import Arrays
 
+REPLAYED = "did not count in the run that is played again"
 AT_WORK = "was not asked: it is still at work on the message of a round that closed without it"
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Whose replies a recorded round took, and who was not asked."""
+    """Whose replies a recorded round took, who was not asked, and how many rounds old those were that came late."""
 
     ok: frozenset[int]
     busy: frozenset[int]
+    stale: Mapping[int, int] = field(default_factory=dict)
 
 
-class _Algorithm(Protocol):
-    """What is used of a strategy here."""
+class Closable(Protocol):
+    """What is used of a strategy here and in `buffering` (`SparseStrategy` says what each part means)."""
 
+    name: ClassVar[str]
+    one_mask: ClassVar[bool]
+    layout: Layout
     settings: Settings
+    mask: Mask
     messenger: ClientMessenger
     update_norms: dict[int, float]
+
+    def has_default_aggregator(self) -> bool:
+        """Return whether the mean of a round is the default one."""
+        ...
+
+    def sent_down(self, round_: int) -> tuple[State, Mask]:
+        """Return the model as clients get it in a round, and the mask."""
+        ...
+
+    def codec_down(self, round_: int) -> Codec:
+        """Return the codec of models sent to clients."""
+        ...
+
+    def codec_up(self, round_: int) -> Codec:
+        """Return the codec of models sent back."""
+        ...
+
+    def update_norm(self, reply: Reply) -> float | None:
+        """Return the length of an update."""
+        ...
 
 
 class Closing:
@@ -74,7 +105,7 @@ class Closing:
         who = sorted(self._replay[round_].busy) if self._replay else np.flatnonzero(self.left).tolist()
         return dict.fromkeys(who, AT_WORK)
 
-    def on_time(self, strategy: _Algorithm, aggregator: Aggregator, round_: int) -> Aggregator:
+    def on_time(self, strategy: Closable, aggregator: Aggregator, round_: int) -> Aggregator:
         """Return an aggregator of the replies that count; the others are named in the report when it finishes."""
 
         def choose(replies: list[Reply]) -> list[Reply]:
@@ -111,10 +142,20 @@ class Closing:
     def _unwanted(self, report: ExchangeReport, round_: int) -> dict[int, str]:
         assert self._replay is not None
         wanted, came = self._replay[round_].ok, set(report.ok)
-        if missing := sorted(wanted - came):
-            raise RunFailed(f"run.replay: clients {missing} counted in round {round_} of that run and do not in this")
-        return dict.fromkeys(sorted(came - wanted), "did not count in the run that is played again")
+        check_recorded(wanted - came, round_)
+        return dict.fromkeys(sorted(came - wanted), REPLAYED)
 
-    def restore(self, left: npt.NDArray[np.float64]) -> None:
-        """Go on with `left` of a checkpoint."""
-        self.left = left.copy()
+    def state_dict(self) -> Arrays:
+        """Return what `load_state_dict` needs."""
+        return {"left": self.left}
+
+    def load_state_dict(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go on from there; KeyError or ValueError if these are other arrays."""
+        self.left = stored(arrays, "left", "float64", self._run.clients).copy()
+
+
+def check_recorded(missing: Set[int], round_: int) -> None:
+    """Raise RunFailed if replies are missing that a recorded round took."""
+    if missing:
+        who = f"clients {sorted(missing)} counted in round {round_} of that run"
+        raise RunFailed(f"run.replay: {who} and do not in this")

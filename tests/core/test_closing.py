@@ -24,7 +24,7 @@ from ssfl_app.options import ConfigError
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.testing import grid as shipped
 from ssfl_app.testing.grid import SMALL, Played
-from tests.in_process_grid import MEMO, DeploymentGrid, answer_error, keep_silent, play, snapshot_of
+from tests.in_process_grid import MEMO, DeploymentGrid, ScriptedGrid, answer_error, keep_silent, play, snapshot_of
 
 pytestmark = pytest.mark.few
 
@@ -42,7 +42,14 @@ def far(tmp_path: Path) -> str:
 
 def taken(records: list[dict[str, Any]]) -> dict[int, Taken]:
     """Return what a replay needs of records."""
-    return {r["round"]: Taken(frozenset(r["ok"]), frozenset(map(int, r.get("busy", ())))) for r in records[1:]}
+    return {
+        r["round"]: Taken(
+            frozenset(r["ok"]),
+            frozenset(map(int, r.get("busy", ()))),
+            {int(client): age for client, age in r.get("stale", {}).items()},
+        )
+        for r in records[1:]
+    }
 
 
 def replayed(keys: Flat, records: list[dict[str, Any]], luck: int = 0) -> Played:
@@ -345,9 +352,145 @@ def test_a_real_exchange_ends_when_nobody_is_left_who_may_be_waited_for(monkeypa
     assert sent.still_at_work() == []
 
 
+def test_a_buffer_of_the_whole_cohort_is_the_synchronous_run() -> None:
+    keys = {"clock.profile": "mobile", "strategy": "ssfl", "wire.down-values": "fp16"}
+    assert play(keys | {"run.buffer": 4.0}).metrics() == play(keys).metrics()
+    assert play(keys | {"run.buffer": 4.0}).bits() == play(keys).bits()
+
+
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+def test_an_old_update_counts_when_it_comes_the_less_the_older_it_is(far: str, weighting: str) -> None:
+    """The formula of FedBuff in plain NumPy, of what went over the wire; client k needs 17 k seconds."""
+    keys: Flat = {"clock.profile": far, "run.buffer": 2.0, "strategy": "fedavg", "run.rounds": 6}
+    played = play(keys | {"run.weighting": weighting}, grid=ScriptedGrid(merge(SMALL, MEMO.images | keys)))
+    sent = {where: payload for where, payload in played.grid.sent if where[0] == "train"}
+    got = {where: payload for where, payload in played.grid.got if where[0] == "train"}
+    flat, due = played.layout.flatten, dict[int, tuple[float, int]]()
+    ages = list[int]()
+    for record, before, after in zip(played.records[1:], played.states, played.states[1:], strict=False):
+        round_ = record["round"]
+        assert list(map(int, record.get("busy", ()))) == sorted(due)
+        assert len(record["cohort"]) == 4 - len(due)
+        due |= {client: (record["client_seconds"][str(client)], round_) for client in record["cohort"]}
+        first = sorted(due, key=lambda client: (due[client][0], client))[:2]
+        end = due[first[-1]][0]
+        assert record["simulated_seconds"] == pytest.approx(end)
+        assert sorted(record["ok"]) == sorted(first)
+        assert record.get("stale", {}) == {str(c): round_ - due[c][1] for c in sorted(first) if due[c][1] < round_}
+        total, weights = np.zeros(played.layout.size), 0.0
+        for client in first:
+            _, began = due.pop(client)
+            reply, model = got["train", began, client], sent["train", began, client]
+            weight = reply.metadata["samples"] if weighting == "samples" else 1
+            change = np.subtract(reply.arrays["values"], model.arrays["values"], dtype=np.float64)
+            total, weights = total + weight * change / np.sqrt(1 + round_ - began), weights + weight
+            ages.append(round_ - began)
+        np.testing.assert_allclose(flat(after), flat(before) + total / weights, atol=1e-6)
+        due = {client: (seconds - end, began) for client, (seconds, began) in due.items()}
+    assert {0, 1, 2} <= set(ages)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"strategy": "fedavg", "wire.up-values": "fp16", "wire.down-values": "int8"},
+        {"run.fold": "median", "run.buffer": 3.0},
+        {"failures.norm-factor": 1.05, "failures.min-ok-fraction": 0.25},
+    ],
+)
+def test_a_buffered_run_is_replayed_resumed_and_played_in_any_order_to_its_bits(more: Flat, tmp_path: Path) -> None:
+    keys: Flat = {"clock.profile": "mobile", "run.buffer": 0.5, "run.rounds": 5, **more}
+    whole, kept = play(keys), dict[str, np.ndarray]()
+    assert any(record.get("stale") for record in whole.records)
+    assert any(record["refused"] for record in whole.records) == ("failures.norm-factor" in more)
+    assert play(keys, luck=9).metrics() == whole.metrics()
+    again = replayed(keys | {"clock.profile": ""}, whole.records, luck=3)
+    assert again.bits() == whole.bits()
+    for name in ("ok", "cohort", "busy", "stale", "train_loss", "central_accuracy"):
+        assert [record.get(name) for record in again.records] == [record.get(name) for record in whole.records]
+    play(keys, folder=tmp_path, until=2, prepare=snapshot_of(2, kept))
+    assert kept["late-changes"].size
+    rest = play(keys, folder=tmp_path, prepare=lambda strategy: strategy.load_state_dict(2, kept))
+    for after, before in zip(rest.metrics(), whole.metrics()[3:], strict=True):
+        assert after.pop("bytes_mask_down") >= before.pop("bytes_mask_down")  # clients are new, and no slower for it
+        assert after == before
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_an_update_under_a_mask_that_was_replaced_is_refused_by_name(real: bool, far: str) -> None:
+    keys: Flat = {"run.buffer": 2.0, "ssfl.warmup-rounds": 2, "run.rounds": 6, "failures.min-ok-fraction": 0.1}
+    keys |= {} if real else {"clock.profile": far}
+    grid = DeploymentGrid(merge(SMALL, MEMO.images | keys), luck=2) if real else None
+    played = play(keys, grid=grid)
+    refused = [(r["round"], why) for r in played.records for why in r["refused"].values()]
+    assert refused
+    assert all(round_ > 2 for round_, _ in refused)
+    assert all(why == "it is an update under an older mask" for _, why in refused)
+
+
+def test_late_replies_of_real_nodes_count_in_the_round_in_which_they_come() -> None:
+    keys: Flat = {"run.buffer": 2.0, "strategy": "fedavg", "run.rounds": 6, "wire.down-values": "bf16"}
+    played = play(keys, grid=DeploymentGrid(merge(SMALL, MEMO.images | keys), luck=3))
+    ages = [age for record in played.records for age in record.get("stale", {}).values()]
+    assert max(ages) >= 2
+    assert all(len(record["ok"]) == 2 for record in played.records[1:])
+    assert all(len(record["cohort"]) + len(record.get("busy", ())) == 4 for record in played.records[1:])
+    total = sum(record["image_passes"] for record in played.records)
+    assert total > 0
+    assert replayed(keys, played.records).bits() == played.bits()
+
+
+def test_who_dies_while_it_is_late_is_a_number_in_a_later_round() -> None:
+    keys: Flat = {"run.buffer": 2.0, "strategy": "fedavg", "run.rounds": 6}
+    alive = play(keys, grid=DeploymentGrid(merge(SMALL, MEMO.images | keys), luck=3))
+    late = [(r["round"], int(client)) for r in alive.records for client in r.get("late", {})]
+    (first, gone), (_, silent) = late[:2]
+    faults = {("train", first, gone): answer_error(5, "node gone"), ("train", first, silent): keep_silent}
+    played = play(keys, grid=DeploymentGrid(merge(SMALL, MEMO.images | keys), luck=3, faults=faults))
+    lost = [(r["round"], client) for r in played.records[1:] for client in r["lost"]]
+    assert [client for _, client in lost] == [str(gone)]
+    assert lost[0][0] > first
+    assert all(str(silent) in r["busy"] for r in played.records[1:] if r["round"] > first)
+    assert any(gone in r["cohort"] for r in played.records[1:] if r["round"] > lost[0][0])
+    assert replayed(keys, played.records).bits() == played.bits()
+
+
+def test_an_exchange_that_goes_on_hears_who_was_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = Answering({0: 1.0, 1: 40.0, 2: 60.0, 3: 1e9})
+    monkeypatch.setattr(exchange, "time", nodes)
+    closes = Closes(1, keeps=True)
+    sent = MessageExchange(nodes, 100.0, closes=closes)
+
+    def play_round(*asked: int) -> ExchangeReport:
+        sent.send({node: Message(RecordDict(), node, "train") for node in asked})
+        for client, _ in sent.replies():
+            sent.report.accept(client, {})
+        return sent.report
+
+    first = play_round(0, 1, 3)
+    assert (first.ok, sorted(first.late), sent.waiting()) == ([0], [1, 3], [1, 3])
+    sent.reopen(closes)
+    sent.report.busy = dict.fromkeys((1, 3), "")
+    second = play_round(2)
+    assert (second.ok, second.late, second.sent, nodes.now) == ([1], {2: "1 good replies closed the round"}, 1, 40)
+    sent.reopen(Closes(2, keeps=True))
+    third = play_round()
+    # The message of client 3 lived for 100 s from the first round.
+    assert (third.ok, list(third.lost), nodes.now) == ([2], [3], 100)
+    assert sent.waiting() == []
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
+        ({"run.buffer": 11.0}, r"run\.buffer is 11; a round asks 10 clients"),
+        ({"run.buffer": 3.0, "run.close-after": 8.0}, r"run\.buffer is 3; it is 0 where run\.close-after is 8"),
+        ({"run.buffer": 3.0, "run.deadline": 2.0}, r"run\.buffer is 3; it is 0 where run\.deadline is 2"),
+        (
+            {"run.buffer": 3.0, "privacy.secure-aggregation": True, "strategy": "fedavg"},
+            r"run\.buffer is 3; it is 0 with privacy\.secure-aggregation",
+        ),
         ({"run.deadline": 0.5}, r"run\.deadline is 0\.5; it is 0 or a number of at least 1"),
         (
             {"run.deadline": 2.0, "privacy.secure-aggregation": True, "strategy": "fedavg"},
@@ -374,6 +517,23 @@ def test_a_real_exchange_ends_when_nobody_is_left_who_may_be_waited_for(monkeypa
 def test_rounds_that_cannot_close_are_refused_by_name(keys: Flat, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse(keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"strategy": "topk"}, r"run\.buffer is 3; it is 0 with strategy topk"),
+        ({"strategy": "ditto"}, r"run\.buffer is 3; it is 0 with strategy ditto"),
+        ({"strategy": "fedavg", "wire.up-values": "fixed32"}, r"wire\.up-values is 'fixed32'; it is 'fp32' or"),
+        (
+            {"wire.error-feedback": True, "wire.down-values": "fp16"},
+            r"wire\.error-feedback is True; it is False with",
+        ),
+    ],
+)
+def test_a_buffer_needs_updates_that_can_be_added_later(keys: Flat, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        play({"run.buffer": 3.0, "clock.profile": "mobile", **keys})
 
 
 def test_a_simulation_without_a_clock_has_nobody_late(tmp_path: Path) -> None:
