@@ -168,15 +168,17 @@ def parse(flat: Mapping[str, Any]) -> Config:
     late = {
         "run.over-select": (run.over_select, 1.0),
         "run.close-after": (run.close_after, 0.0),
+        "run.deadline": (run.deadline, 0.0),
+        "run.buffer": (run.buffer, 0.0),
         "run.replay": (run.replay, ""),
     }
     for key, (value, needed) in late.items():
         if value != needed and made["privacy"].level == "client":
             rule = f"it is {needed!r} with privacy.level 'client', where nobody knows who takes part"
             raise ConfigError(f"{key} is {value!r}; {rule}")
-    if run.close_after and made["privacy"].secure_aggregation:
+    if (early := run.closes_early) and made["privacy"].secure_aggregation:
         rule = "it is 0 with privacy.secure-aggregation: what unmasks a sum without a late answer unmasks that answer"
-        raise ConfigError(f"run.close-after is {run.close_after:g}; {rule}")
+        raise ConfigError(f"{early}; {rule}")
     if made["clock"].profile and made["privacy"].level == "client":
         rule = "it is empty with privacy.level 'client': how long a round takes tells who is in its cohort"
         raise ConfigError(f"clock.profile is {made['clock'].profile!r}; {rule}")

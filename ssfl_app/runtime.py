@@ -468,8 +468,8 @@ def most_at_once(config: Config) -> int:
 def check_time(config: Config, simulated: bool) -> None:
     """Raise ConfigError unless time is told by what there is: a simulated clock in simulation, else the real one."""
     run, profile = config.settings.run, config.settings.clock.profile
-    if simulated and run.close_after and not (profile or run.replay):
-        raise ConfigError(f"run.close-after is {run.close_after:g}; simulated clients are late by clock.profile only")
+    if simulated and run.closes_early and not (profile or run.replay):
+        raise ConfigError(f"{run.closes_early}; simulated clients are late by clock.profile only")
     for key, value in {"clock.profile": profile, "run.replay": run.replay}.items():
         if value and not simulated:
             raise ConfigError(f"{key} is {value!r}; it is empty on real nodes, which take the time that they take")

@@ -206,7 +206,11 @@ def taken_replies(folder: Path, flat: Flat) -> dict[int, Taken]:
     if len(run.rounds) < wanted and not any("stopped" in entry for entry in run.rounds):
         raise ConfigError(f"run.replay is {folder}; it has {len(run.rounds)} rounds of run.rounds, {wanted}")
     return {
-        entry["round"]: Taken(frozenset(map(int, entry.get("ok", ()))), frozenset(map(int, entry.get("busy", ()))))
+        entry["round"]: Taken(
+            frozenset(map(int, entry.get("ok", ()))),
+            frozenset(map(int, entry.get("busy", ()))),
+            {int(client): age for client, age in entry.get("stale", {}).items()},
+        )
         for entry in run.rounds
     }
 

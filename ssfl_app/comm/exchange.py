@@ -5,6 +5,7 @@ up to 3 s between polls. Here at most one reply is in memory, so server memory d
 of clients, and every client ends up in exactly one of three lists: ok, lost, refused.
 """
 
+import math
 import sys
 import time
 from collections import defaultdict, deque
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
@@ -55,6 +57,67 @@ def fewer_at_once(grid: Grid) -> str:
     return "try a smaller model or batch" if count else FEWER_ACTORS
 
 
+LAST, LEAST = 5, 3
+"""Answers of a client that say how long it usually takes, and how many of them must be known."""
+
+
+class Deadlines:
+    """How long each client is waited for: `factor` times the median time of its last good answers, late ones too.
+
+    Attributes
+    ----------
+    factor : float
+        ``run.deadline``.
+    seconds : array of float64, shape (clients, LAST)
+        What the last answers of a client took, the newest first; NaN: it has not answered so often.
+    """
+
+    def __init__(self, factor: float, clients: int) -> None:
+        self.factor, self.seconds = factor, np.full((clients, LAST), np.nan)
+
+    def note(self, client: int, seconds: float) -> None:
+        """Learn from a good answer."""
+        self.seconds[client] = [seconds, *self.seconds[client, :-1]]
+
+    def usual(self, client: int) -> float:
+        """Return what a client usually takes, in seconds; infinite before its third answer."""
+        known = self.seconds[client][~np.isnan(self.seconds[client])]
+        return float(np.median(known)) if known.size >= LEAST else math.inf
+
+    def of(self, client: int) -> float:
+        """Return for how many seconds a client is waited for."""
+        return self.factor * self.usual(client)
+
+    def passed(self, client: int) -> str:
+        """Return the reason of a client that was not waited for any longer."""
+        usual = self.usual(client)
+        return (
+            f"not there after {self.factor * usual:.4g} s, run.deadline {self.factor:g} times its usual {usual:.4g} s"
+        )
+
+
+@dataclass(frozen=True)
+class Closes:
+    """When an exchange ends although clients are still at work; they are late.
+
+    Attributes
+    ----------
+    enough : int
+        With so many good replies.
+    deadlines : Deadlines or None
+        Or when nobody is left who may be waited for.
+    share : float
+        For that, this share of those asked must have answered well.
+    keeps : bool
+        Late replies count in the exchange in which they come, after `MessageExchange.reopen`. Else they are dropped.
+    """
+
+    enough: int = sys.maxsize
+    deadlines: Deadlines | None = None
+    share: float = 0.0
+    keeps: bool = False
+
+
 @dataclass
 class Traffic:
     """Messages and payload bytes between the server and one client in an exchange; a mask when it is new to it."""
@@ -72,7 +135,8 @@ class ExchangeReport:
     `ok` lists clients in order of arrival; `lost` (no answer) and `refused` (a bad one) give a reason by client;
     `late` are those without which the round closed, `busy` those that are still at work and were not asked;
     `notes` are what clients found out of order, and `odd_metrics` which metrics do not count and why, of those that
-    answered well. `asked` counts the clients.
+    answered well; `stale` are those whose message is so many rounds old. `asked` counts the clients; `seconds` is
+    when the round closed, where a simulated clock said so.
     Bytes are payload bytes of encoded arrays; bitmaps of masks are counted apart from the rest of `down`.
     `examples` are images that went forward and backward, and forward only, for each good reply. `traffic` is by
     client, `further` are the exchanges that came after this one and belong to it.
@@ -83,12 +147,14 @@ class ExchangeReport:
     refused: dict[int, str] = field(default_factory=dict)
     late: dict[int, str] = field(default_factory=dict)
     busy: dict[int, str] = field(default_factory=dict)
+    stale: dict[int, int] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
     odd_metrics: dict[int, str] = field(default_factory=dict)
     examples: dict[int, tuple[int, int]] = field(default_factory=dict)
     traffic: defaultdict[int, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     further: list["ExchangeReport"] = field(default_factory=list)
     asked: int = 0
+    seconds: float | None = None
     down: int = 0
     mask_down: int = 0
     up: int = 0
@@ -113,9 +179,10 @@ class ExchangeReport:
 
     def refuse(self, client: int, reason: str) -> None:
         """Note that a reply is none; one that was accepted may be none beside the others of its exchange."""
-        if self.examples.pop(client, None) is not None:
+        for known in (self.examples, self.notes, self.stale):
+            known.pop(client, None)
+        if client in self.ok:
             self.ok.remove(client)
-            self.notes.pop(client, None)
         self.refused[client] = reason
 
     def come_late(self, client: int, reason: str) -> None:
@@ -133,7 +200,7 @@ class ExchangeReport:
         if self.enough(share) and len(self.ok) >= least:
             return
         clients: dict[str, list[str]] = {}  # each reason once
-        for client, why in sorted({**self.lost, **self.refused, **self.busy}.items()):
+        for client, why in sorted({**self.lost, **self.refused, **self.busy, **self.late}.items()):
             clients.setdefault(why, []).append(str(client))
         bad = ", ".join(f"{_called(who, of)}: {why}" for why, of in clients.items())
         raise RunFailed(f"{what}: {len(self.ok)} of {self.asked} {who}s answered well; {option} is {share} ({bad})")
@@ -142,8 +209,8 @@ class ExchangeReport:
 def names(*reports: ExchangeReport) -> dict[str, Any]:
     """Return who answered well in any of the exchanges, and who did not and why, as a round's record has it."""
     told: dict[str, Any] = {"ok": sorted({client for report in reports for client in report.ok})}
-    for kind in ("lost", "refused", "late", "busy", "notes", "odd_metrics"):
-        why: dict[int, str] = {c: reason for report in reports for c, reason in getattr(report, kind).items()}
+    for kind in ("lost", "refused", "late", "busy", "stale", "notes", "odd_metrics"):
+        why: dict[int, Any] = {c: reason for report in reports for c, reason in getattr(report, kind).items()}
         if why or kind in ("lost", "refused"):
             told[kind] = {str(client): why[client] for client in sorted(why)}
     return told
@@ -167,8 +234,8 @@ class MessageExchange:
         Expected size of a reply. In simulation replies wait in this process until they are pulled, so only
         as many messages are in flight as keep every core busy, or fit into `IN_FLIGHT` together. Real nodes
         get all messages at once.
-    enough : int or None
-        Good replies that close the exchange; who has not answered then is late. None: all are awaited.
+    closes : Closes
+        When it ends before the last reply. Default: all are awaited.
 
     Notes
     -----
@@ -176,9 +243,12 @@ class MessageExchange:
     sleeps until a reply is there.
     """
 
-    def __init__(self, grid: Grid, timeout: float, reply_bytes: int = 0, enough: int | None = None) -> None:
-        self.report, self._enough = ExchangeReport(), sys.maxsize if enough is None else enough
+    def __init__(self, grid: Grid, timeout: float, reply_bytes: int = 0, closes: Closes | None = None) -> None:
+        self.report, self._closes = ExchangeReport(), closes or Closes()
         self._late: dict[str, int] = {}  # who was still at work when it closed
+        self._ends: dict[str, float] = {}  # until when a message lives
+        self._pushed: dict[int, float] = {}  # when a client got its first message, and until when it is waited for
+        self._until: dict[int, float] = {}
         self._grid, self._timeout = grid, timeout
         self._end = time.monotonic() + timeout
         self._puller = Puller(grid, self._end, LARGER * reply_bytes + BESIDES)
@@ -191,6 +261,15 @@ class MessageExchange:
             # Twice what is worked on at once: whoever is ready finds the next message there.
             busy = max(training_cores(), 2 * getattr(grid, "concurrent", 1))
             self._limit = max(busy, IN_FLIGHT // max(1, reply_bytes))
+
+    def reopen(self, closes: Closes) -> None:
+        """Begin another round, in which those still count who are at work on older messages."""
+        self.report, self._closes = ExchangeReport(), closes
+        self._end = self._puller.end = time.monotonic() + self._timeout
+
+    def waiting(self) -> list[int]:
+        """Return who was sent a message and has not answered it, and may do so."""
+        return sorted(self._waiting.values())
 
     def send(self, messages: Mapping[int, Message]) -> None:
         """Take one message per client; a client must have no other message on its way.
@@ -211,7 +290,11 @@ class MessageExchange:
             # Grids differ in how they report a refused message (left out, or None): never zip the two lists.
             if message.metadata.message_id in accepted:
                 self._waiting[message.metadata.message_id] = client
+                self._ends[message.metadata.message_id] = self._end
                 self.report.sent += 1
+                if self._closes.deadlines is not None and client not in self._pushed:
+                    self._pushed[client] = time.monotonic()
+                    self._until[client] = self._pushed[client] + self._closes.deadlines.of(client)
             else:
                 self.report.lost[client] = "Flower did not accept the message: the node is gone"
 
@@ -233,6 +316,8 @@ class MessageExchange:
                 if self._closed:
                     break
                 yield from self._answers(message_id)
+                if message_id in self._waiting and time.monotonic() >= self._ends[message_id]:
+                    self._lose(message_id)
                 got = got or message_id not in self._waiting
                 self._push()
             if self._waiting and not self._closed:
@@ -240,31 +325,52 @@ class MessageExchange:
                 in_vain = 0.0 if got else time.monotonic() - looked
                 self._sleep(max(self._poll, min(4 * in_vain, 0.1)))
         if self._closed:
-            self._late = self._waiting
-            out = [*self._waiting.values(), *(client for client, _ in self._queue)]
-            self.report.late |= dict.fromkeys(out, f"{len(self.report.ok)} good replies closed the round")
-            self._waiting, self._queue = {}, deque()
-        for client, _ in self._queue:
-            self.report.lost[client] = f"no answer within {self._timeout:g} s"
-        for message_id, client in self._waiting.items():
-            begun = self._puller.begun(message_id)
-            what, why = ("whole answer", ": its upload did not end") if begun else ("answer", "")
-            self.report.lost[client] = f"no {what} within {self._timeout:g} s{why}"
-        self._waiting.clear()
+            out = {*self._waiting.values(), *(client for client, _ in self._queue)} - self.report.busy.keys()
+            self.report.late |= {client: self._why_late(client) for client in sorted(out)}
+            if not self._closes.keeps:
+                self._late, self._waiting = self._waiting, {}
+        else:
+            for client, _ in self._queue:
+                self.report.lost[client] = f"no answer within {self._timeout:g} s"
+            for message_id in list(self._waiting):
+                self._lose(message_id)
         self._queue.clear()
+
+    def _lose(self, message_id: str) -> None:
+        begun = self._puller.begun(message_id)
+        what, why = ("whole answer", ": its upload did not end") if begun else ("answer", "")
+        self.report.lost[self._waiting.pop(message_id)] = f"no {what} within {self._timeout:g} s{why}"
 
     @property
     def _closed(self) -> bool:
-        return len(self.report.ok) >= self._enough
+        if len(self.report.ok) >= self._closes.enough:
+            return True
+        if self._closes.deadlines is None or self._queue or not self.report.enough(self._closes.share):
+            return False
+        now = time.monotonic()
+        return all(now >= self._until[client] for client in self._waiting.values())
+
+    def _why_late(self, client: int) -> str:
+        if self._closes.deadlines is None or len(self.report.ok) >= self._closes.enough:
+            return f"{len(self.report.ok)} good replies closed the round"
+        return self._closes.deadlines.passed(client)
+
+    def _learn(self, client: int, answered: float) -> None:
+        if self._closes.deadlines is not None:
+            self._closes.deadlines.note(client, answered - self._pushed[client])
 
     def still_at_work(self) -> list[int]:
         """Return who was late and has not answered since; an answer that is there now is dropped.
 
         Nobody is after the time limit: messages live no longer.
         """
-        for message_id in list(self._late):
+        self._puller.look(self._late)
+        for message_id, client in list(self._late.items()):
             try:
-                over = any(True for _ in self._puller.pull(message_id)) or time.monotonic() >= self._end
+                answers = [not reply.has_error() for reply in self._puller.pull(message_id)]
+                over = bool(answers) or time.monotonic() >= self._end
+                if any(answers):
+                    self._learn(client, time.monotonic())
             except (BrokenOff, ValueError, TypeError, LookupError, AttributeError, DecodeError):
                 over = True
             if over:
@@ -283,7 +389,10 @@ class MessageExchange:
             elif not reply.has_content():
                 self.report.refuse(client, "answered with neither content nor an error")
             else:
+                answered = time.monotonic()
                 yield client, reply
+                if client in self.report.examples:
+                    self._learn(client, answered)
 
     def _pull(self, message_id: str) -> Iterable[Message]:
         try:

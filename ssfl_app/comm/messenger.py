@@ -27,7 +27,7 @@ import numpy.typing as npt
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from ssfl_app.comm.exchange import ExchangeReport, MessageExchange
+from ssfl_app.comm.exchange import Closes, ExchangeReport, MessageExchange
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.payload import (
     BEFORE,
@@ -128,6 +128,8 @@ class Messenger:
         self._client_of: dict[str, int] = {}  # message id -> client
         self._grid: Grid | None = None  # of the last exchange
         self._closed: list[MessageExchange] = []  # those that may have closed before the last answer
+        self._kept: MessageExchange | None = None  # of trainings whose late answers count
+        self._pending: dict[int, PendingMessage] = {}  # of the exchange that is going on, and of who is still at work
         self.session, self._last_exchange = secrets.token_hex(8), 0
         self._exchange_file: Path | None = None
         self._forget()
@@ -152,16 +154,23 @@ class Messenger:
 
     def still_at_work(self) -> list[int]:
         """Return the clients that an exchange closed without, and that have not answered since."""
+        if self._kept is not None:
+            return self._kept.waiting()
         found = [(exchange, exchange.still_at_work()) for exchange in self._closed]
         self._closed = [exchange for exchange, clients in found if clients]
         return sorted({client for _, clients in found for client in clients})
+
+    def sent(self, client: int) -> Payload:
+        """Return what a client was sent, until it has answered."""
+        return self._pending[client].payload
 
     # ---- out ---------------------------------------------------------------------------------
 
     def _forget(self) -> None:
         """Let go of messages that nobody will ask about any more."""
         self._encoder = PayloadEncoder(self._bitmaps, join=self._join)
-        self._pending: dict[int, PendingMessage] = {}  # of the exchange that is going on
+        at_work = () if self._kept is None else self._kept.waiting()
+        self._pending = {client: self._pending[client] for client in at_work}
 
     def _message(self, client: int, brings: Iterable[str]) -> Message:
         pending = self._pending[client]
@@ -176,14 +185,22 @@ class Messenger:
         return Message(record, self.node_of(client), pending.kind, ttl=self._timeout, group_id=group)
 
     def exchange(
-        self, grid: Grid, messages: Sequence[Message], reply_bytes: int, enough: int | None = None
+        self, grid: Grid, messages: Sequence[Message], reply_bytes: int, closes: Closes | None = None
     ) -> Iterator[Message]:
         """Send messages that `build_messages` made; return the replies, of about this size, as they come.
 
-        `enough` good ones close the exchange.
+        `closes` says when the exchange ends before the last one.
         """
-        exchange, self._grid = MessageExchange(grid, self._timeout, reply_bytes, enough), grid
-        self._closed += [exchange] if enough is not None else []
+        self._grid = grid
+        if closes is not None and self._kept is not None:
+            exchange = self._kept
+            exchange.reopen(closes)
+        else:
+            exchange = MessageExchange(grid, self._timeout, reply_bytes, closes)
+        if closes is not None and closes.keeps:
+            self._kept = exchange
+        elif closes is not None:
+            self._closed.append(exchange)
         self.report, self.report.asked = exchange.report, len(messages)
         client_at = {self.node_of(client): client for client in self._pending}
         self._push(exchange, {client_at[message.metadata.dst_node_id]: message for message in messages})

@@ -59,7 +59,7 @@ class Puller:
     """
 
     def __init__(self, grid: Grid, end: float, most: int) -> None:
-        self._grid, self._end, self._most = grid, end, most
+        self._grid, self.end, self._most = grid, end, most
         # By its name: what a simulation or a client need not import it does not.
         self._http = any(kind.__name__ == "HttpGrid" for kind in type(grid).__mro__)
         # Message -> its reply whose upload was begun: id, and objects in the order in which they are asked for.
@@ -72,7 +72,7 @@ class Puller:
     def look(self, message_ids: Iterable[str]) -> None:
         """Find out which of these messages have a reply that was announced: in one request, however many they are."""
         new = [message_id for message_id in message_ids if not self.begun(message_id)]
-        if self._http and new and time.monotonic() < self._end:
+        if self._http and new and time.monotonic() < self.end:
             self._ask(new)
 
     def pull(self, message_id: str) -> Iterable[Message]:
@@ -112,7 +112,7 @@ class Puller:
         if len(objects) > MOST_OBJECTS:
             self._refuse(message_id, f"{len(objects)} objects; it has at most {MOST_OBJECTS}")
         for place, object_id in enumerate(objects):
-            if time.monotonic() >= self._end:
+            if time.monotonic() >= self.end:
                 return None
             told = self._client.PullObject(PullObjectRequest(**self._where, object_id=object_id))
             if not told.object_found:

@@ -12,9 +12,9 @@ two forward ones (Kaplan et al., "Scaling laws for neural language models", arXi
 weights are multiplied like others. Bytes are payload bytes of the encoded arrays, masks with them. h, d and u are
 `HEADERS`, `TRIPS_DOWN` and `TRIPS_UP` of Flower's messages over TLS, read from a record (docs/wan.md).
 
-An exchange takes as long as its slowest reply that counts, a round as long as its exchanges one after the other. No
-clock of this machine is read. Evaluation is left out: it is how a study looks at a run. So are the server's work, its
-own link, and what Flower waits between polls.
+An exchange takes as long as its slowest reply that counts, or until it closes (`closing`), a round as long as its
+exchanges one after the other. No clock of this machine is read. Evaluation is left out: it is how a study looks at a
+run. So are the server's work, its own link, and what Flower waits between polls.
 """
 
 import csv
@@ -177,7 +177,8 @@ class Clock:
 
     def seconds(self, report: ExchangeReport) -> float:
         """Return how long an exchange took, and those that belong to it, one after the other."""
-        found = self.client_seconds(report)
-        return max((found[client] for client in report.ok), default=0.0) + math.fsum(
-            map(self.seconds, report.further)
-        )
+        end = report.seconds
+        if end is None:
+            found = self.client_seconds(report)
+            end = max((found[client] for client in report.ok), default=0.0)
+        return end + math.fsum(map(self.seconds, report.further))

@@ -37,6 +37,18 @@ class RunOptions:
         0.0,
         "good replies that close a round, a number or a share of those asked; late ones do not count; 0: all",
     )
+    buffer: float = option(
+        "0, a share below 1, or a whole number",
+        lambda value: 0 <= value < 1 or (value < math.inf and value == int(value)),
+        0.0,
+        "the same, but late ones count in the round in which they come, the less the older they are; 0: off",
+    )
+    deadline: float = option(
+        "0 or a number of at least 1",
+        lambda value: value == 0 or 1 <= value < math.inf,
+        0.0,
+        "nobody is waited for longer than this many times what it usually takes; 0: run.round-timeout",
+    )
     seed: int = anything("a whole number", 1, "of everything random: init, partition, cohorts, minibatches")
     weighting: str = choice("samples", "uniform", about="weight of a client in the mean of a round")
     fold: str = choice(*FOLDS, about="what a round makes of its replies; the last three are unweighted")
@@ -63,11 +75,18 @@ class RunOptions:
         """How many clients are asked in a round at most."""
         return min(self.clients, math.ceil(Fraction(repr(self.over_select)) * self.cohort))
 
+    @property
+    def closes_early(self) -> str:
+        """The key, with its value, by which a round closes before its last reply; "" if it does not."""
+        keys = {"run.close-after": self.close_after, "run.deadline": self.deadline, "run.buffer": self.buffer}
+        return next((f"{key} is {value:g}" for key, value in keys.items() if value), "")
+
     def closes_at(self, asked: int) -> int:
-        """Return how many good replies close a round in which so many clients are asked."""
-        if self.close_after >= 1 or not self.close_after:
-            return min(asked, int(self.close_after) or asked)
-        return math.ceil(Fraction(repr(self.close_after)) * asked)
+        """Return how many good replies close a round in which so many clients are asked, or at work."""
+        count = self.close_after or self.buffer
+        if count >= 1 or not count:
+            return min(asked, int(count) or asked)
+        return math.ceil(Fraction(repr(count)) * asked)
 
     def check(self, everybody: bool, min_ok_fraction: float) -> None:
         """Raise ConfigError unless a round can close, and counts, with the replies that it is to close with.
@@ -80,10 +99,12 @@ class RunOptions:
         if everybody and self.over_select != 1:
             raise ConfigError(f"run.over-select is {self.over_select:g}; it is 1 where all clients train in a round")
         asked = self.clients if everybody else self.asked
-        if self.close_after > asked:
-            raise ConfigError(f"run.close-after is {self.close_after:g}; a round asks {asked} clients")
+        if self.buffer and (self.close_after or self.deadline):
+            raise ConfigError(f"run.buffer is {self.buffer:g}; it is 0 where {self.closes_early}: nobody is too late")
+        if self.close_after > asked or self.buffer > asked:
+            raise ConfigError(f"{self.closes_early}; a round asks {asked} clients")
         least = math.ceil(Fraction(repr(min_ok_fraction)) * asked)
-        if self.closes_at(asked) < least:
+        if self.close_after and self.closes_at(asked) < least:
             rule = f"failures.min-ok-fraction is {min_ok_fraction:g}, of {asked} clients that are asked {least}"
             raise ConfigError(f"run.close-after is {self.close_after:g}; a round counts with more replies: {rule}")
 

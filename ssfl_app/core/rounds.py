@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from ssfl_app.callbacks.base import RunCallback
-from ssfl_app.comm.exchange import ExchangeReport, names
+from ssfl_app.comm.exchange import Closes, ExchangeReport, names
 from ssfl_app.comm.messenger import Check, ClientMessenger, Messenger, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
 from ssfl_app.core.clock import Clock
@@ -75,8 +75,8 @@ class RoundLoop(Generic[S, M]):
         """Return what a method is given as the model. Default: nothing, the strategy has its own."""
         return ArrayRecord()
 
-    def _enough(self, asked: int) -> int | None:
-        """Return how many good replies close a round of training; None: all are awaited."""
+    def _closes(self, asked: int) -> Closes | None:
+        """Return when a round of training closes; None: with its last reply."""
         return None
 
     def _heard(self, method: str, replies: Iterator[Message]) -> Iterable[Message]:
@@ -87,14 +87,14 @@ class RoundLoop(Generic[S, M]):
         """Have clients train; return arrays, metrics, and how many messages and bytes that took."""
         given = self._given("configure_train")
         messages = list(self._flower.configure_train(round_, given, self._configs[0], self._grid))
-        replies = self._messenger.exchange(self._grid, messages, reply_bytes, self._enough(len(messages)))
+        replies = self._messenger.exchange(self._grid, messages, reply_bytes, self._closes(len(messages)))
         arrays, metrics = self._flower.aggregate_train(round_, self._heard("aggregate_train", replies))
         if metrics is not None:
             self._result.train_metrics_clientapp[round_] = metrics
         report = self._messenger.report
         counts = {
             "messages_train_down": report.sent,
-            "messages_train_up": len(report.ok) + len(report.refused) + len(report.late.keys() & report.examples),
+            "messages_train_up": len(report.examples) + len(report.refused),
             "bytes_train_down": report.down,
             "bytes_train_up": report.up,
             "bytes_mask_down": report.mask_down,
@@ -148,7 +148,7 @@ class _Algorithm(Protocol):
     def before_round(self, round_: int, ask: Query) -> None: ...
     def cohort(self, round_: int) -> list[int]: ...
     def evaluated(self, round_: int) -> bool: ...
-    def closes_at(self, asked: int) -> int | None: ...
+    def closes(self, asked: int) -> Closes | None: ...
     def model(self) -> State: ...
     def answers(self, round_: int, question: str | None = None) -> Allowed: ...
     def densities(self) -> tuple[float, float]: ...
@@ -166,8 +166,8 @@ class ClientRoundLoop(RoundLoop[_Algorithm, ClientMessenger]):
         """An upper bound of what a client sends back: a dense model, or a score for each of its weights."""
         return 4 * self._strategy.layout.size
 
-    def _enough(self, asked: int) -> int | None:
-        return self._strategy.closes_at(asked)
+    def _closes(self, asked: int) -> Closes | None:
+        return self._strategy.closes(asked)
 
     def run(self, first: int, last: int) -> Result:
         """Play rounds `first` to `last`, or until a callback ends the run; 0 is setup."""

@@ -22,10 +22,12 @@ from flwr.serverapp.strategy import Result
 from torch import nn
 
 from ssfl_app.callbacks.base import RunCallback
+from ssfl_app.comm.exchange import LAST, Closes, Deadlines
 from ssfl_app.comm.membership import ClientRegistry
 from ssfl_app.comm.messenger import ClientMessenger, Outgoing, Reply
 from ssfl_app.comm.payload import Payload, shared_buffers
 from ssfl_app.core.aggregation import Aggregator, ReplyMean, ReplySum, both, within_norm
+from ssfl_app.core.buffering import Buffer, check_buffer, check_mask, renewed_on_nodes, sent_values
 from ssfl_app.core.client import ClientAlgorithm, encode_with
 from ssfl_app.core.clock import Clock, find_profile
 from ssfl_app.core.closing import AT_WORK, Closing, Taken
@@ -45,7 +47,7 @@ from ssfl_app.sparsity.channels import whole_widths
 from ssfl_app.sparsity.codec import Codec, LinearCodec, MaskedValues
 from ssfl_app.sparsity.layout import Layout, State, Vector
 from ssfl_app.sparsity.mask import Mask, alive_count, check_floor, none_alive
-from ssfl_app.sparsity.values import SUMMED_TYPES, Allowed, Arrays
+from ssfl_app.sparsity.values import SUMMED_TYPES, Allowed, Arrays, PayloadError
 from ssfl_app.training.narrow import flops, of_widths
 
 
@@ -217,13 +219,16 @@ class SparseStrategy(OwnStart):
         self.clock: Clock | None = None
         if settings.clock.profile:
             self.clock = Clock(find_profile(settings.clock.profile), run.seed, self.forward_flops)
+        self._deadlines = Deadlines(run.deadline, run.clients) if run.deadline else None
         self._closing: Closing | None = None
-        if context.replay or (self.clock is not None and run.close_after):
-            self._closing = Closing(run, self.clock, context.replay)
+        if context.replay or (self.clock is not None and run.closes_early):
+            kind = Buffer if run.buffer else Closing
+            self._closing = kind(run, self.clock, context.replay, self._deadlines)
         self._busy: dict[int, str] = {}  # who is not asked in this round
         self._flops: tuple[Layout, int] | None = None  # of the network of this layout
         self._summation: Summation | None = None  # of the training that goes on
         check_sums(self)
+        check_buffer(self)
 
     @classmethod
     def private_discoveries(cls, settings: Settings) -> int:
@@ -388,6 +393,8 @@ class SparseStrategy(OwnStart):
             return list(present)
         if self.settings.privacy.level == "client":
             return self._drawn_secretly(round_)
+        if run.buffer and self._cohort[0] == round_:
+            return list(self._cohort[1])
         asked = min(run.asked, len(present))
         chosen = generator(run.seed, "cohort", round_).choice(len(present), asked, replace=False)
         return sorted(int(client) for client in chosen)
@@ -440,10 +447,13 @@ class SparseStrategy(OwnStart):
             self._flops = self.layout, flops(model, context.input_shape, context.tokens)
         return self._flops[1]
 
-    def closes_at(self, asked: int) -> int | None:
-        """Return how many good replies of so many real nodes close a round; None: all are awaited."""
+    def closes(self, asked: int) -> Closes | None:
+        """Return when a round of so many real nodes closes; None: with the last reply."""
         run = self.settings.run
-        return run.closes_at(asked + len(self._busy)) if run.close_after and self._closing is None else None
+        if self._closing is not None or not run.closes_early:
+            return None
+        share = self.settings.failures.min_ok_fraction
+        return Closes(run.closes_at(asked + len(self._busy)), self._deadlines, share, bool(run.buffer))
 
     def _at_work(self, round_: int) -> dict[int, str]:
         """Return who is still at work on the message of an earlier round, and is asked nothing."""
@@ -469,7 +479,9 @@ class SparseStrategy(OwnStart):
             if self.messenger.mask_before is not None:
                 kept["mask-before"] = self.messenger.mask_before.packed()
         if self._closing is not None:
-            kept["left"] = self._closing.left
+            kept |= self._closing.state_dict()
+        if self._deadlines is not None:
+            kept["took"] = self._deadlines.seconds.flatten()
         if self._silent:
             kept["epsilons"] = np.array([self.epsilons.get(k, 0.0) for k in range(self.settings.run.clients)])
         return kept if self._residual is None else kept | {"residual": self._residual}
@@ -494,7 +506,10 @@ class SparseStrategy(OwnStart):
                 packed = np.asarray(arrays["mask-before"], dtype=np.uint8)
                 self.messenger.mask_before = Mask.unpack(self.layout, packed)
         if self._closing is not None:
-            self._closing.restore(stored(arrays, "left", "float64", self.settings.run.clients))
+            self._closing.load_state_dict(arrays)
+        if self._deadlines is not None:
+            took = stored(arrays, "took", "float64", LAST * self.settings.run.clients)
+            self._deadlines.seconds[:] = took.reshape(-1, LAST)
         if self._silent:
             spent = stored(arrays, "epsilons", "float64", self.settings.run.clients)
             self.epsilons = {client: float(value) for client, value in enumerate(spent) if value}
@@ -514,9 +529,7 @@ class SparseStrategy(OwnStart):
     ) -> Iterable[Message]:
         """Return the training messages of a round. The model is `self.state`; `arrays` is not read."""
         self.check_playing()
-        at_work, drawn = self._at_work(server_round), self.cohort(server_round)
-        self._busy = {client: at_work[client] for client in drawn if client in at_work}
-        cohort = [client for client in drawn if client not in self._busy]
+        cohort = self._free(server_round)
         self._summation, outgoing = None, self._outgoing
         if self.settings.wire.up_values in SUMMED_TYPES:
             self._summation = summation = training_sum(self, server_round, cohort)
@@ -526,6 +539,17 @@ class SparseStrategy(OwnStart):
 
         payloads = (outgoing(client, self.train_payload(server_round, client)) for client in cohort)
         return self.messenger.build_messages("train", server_round, payloads, config)
+
+    def _free(self, round_: int) -> list[int]:
+        """Return who of the cohort is asked: nobody who is still at work; with run.buffer as many as have ended."""
+        run, at_work, cohort = self.settings.run, self._at_work(round_), self.cohort(round_)
+        self._busy = {client: why for client, why in at_work.items() if run.buffer or client in cohort}
+        free = [client for client in cohort if client not in at_work]
+        if run.buffer:
+            order = generator(run.seed, "fill-up", round_).permutation(len(free))
+            free = sorted(free[int(place)] for place in order[: max(0, len(cohort) - len(at_work))])
+            self._cohort = round_, free
+        return free
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, MetricRecord]:
         """Aggregate the replies into `self.state` and return their mean loss, if told; refuse bad ones by name.
@@ -539,9 +563,19 @@ class SparseStrategy(OwnStart):
         failures, what = self.settings.failures, f"training in round {server_round}"
         report = self.messenger.report
         report.busy, report.asked = self._busy, report.asked + len(self._busy)
+        if self.settings.run.buffer:
+            report.asked = self.settings.run.closes_at(report.asked)
         self.update_norms = {}
         self._encoded = None  # it holds the model that this round replaces
-        aggregator = both(self.aggregator(server_round), self.beside(server_round))
+        began = functools.cache(functools.partial(sent_values, self, server_round))
+        mean = both(self.aggregator(server_round), self.beside(server_round))
+
+        def count(reply: Reply) -> None:
+            told = reply.metadata.get("loss")
+            seen[reply.client] = (reply.samples, None if told is None else float(told))
+            mean.add(reply)
+
+        aggregator = Aggregator(count, mean.finish)
         if failures.norm_factor and not self.context.replay:  # whom it left out is recorded
             aggregator = within_norm(self, aggregator, what)
         if self._closing is not None:
@@ -551,8 +585,12 @@ class SparseStrategy(OwnStart):
         allowed = self.answers(server_round) if summation is None else summation.allowed()
 
         def take(reply: Reply) -> None:
-            told = reply.metadata.get("loss")
-            seen[reply.client] = (reply.samples, None if told is None else float(told))
+            if reply.round != server_round:
+                try:
+                    reply = renewed_on_nodes(self, reply, began(), server_round)
+                except PayloadError as error:
+                    report.refuse(reply.client, str(error))
+                    return
             if "epsilon" in reply.metadata:
                 self.epsilons[reply.client] = float(reply.metadata["epsilon"])
             if summation is None and (failures.norm_factor or self.has_default_aggregator()):
@@ -562,13 +600,12 @@ class SparseStrategy(OwnStart):
             aggregator.add(reply)
 
         # A sum of differential privacy is told whoever is in it.
-        share = None if self.ledger is not None else failures.min_ok_fraction
+        late = isinstance(self._closing, Buffer)  # its old updates come when all new ones are there
+        share = None if self.ledger is not None or late else failures.min_ok_fraction
         self.messenger.receive(replies, allowed, self.check_trained, take, share, what)
         self._there = None  # before a vector is made of the sums
         aggregator.finish()
         self._made_in_round, self._residual, self._lost = server_round, self._lost, None
-        for client in (*report.refused, *report.late):  # beside the other replies, after it was seen
-            seen.pop(client, None)
         if self.ledger is None:  # else who took part would lie in the checkpoint
             self._last_accepted[list(seen)] = server_round
         told = {client: (n, loss) for client, (n, loss) in sorted(seen.items()) if loss is not None}
@@ -660,6 +697,8 @@ class SparseStrategy(OwnStart):
         if not self._silent:
             check_number(payload, "loss")
         self.check_samples(payload)
+        if self.settings.run.buffer:
+            check_mask(self, payload)
         self.codec_up(payload.round).check(payload.arrays, self.layout, self.mask_for(client))
 
 

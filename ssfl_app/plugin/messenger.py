@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 
-from ssfl_app.comm.exchange import MOST_NAMED, ExchangeReport
+from ssfl_app.comm.exchange import MOST_NAMED, Closes, ExchangeReport
 from ssfl_app.comm.messenger import Further, Messenger, PendingMessage, Reply
 from ssfl_app.comm.payload import SERIAL_TYPE, Metadata, Payload, shared_buffers
 from ssfl_app.locks import RunFailed
@@ -120,14 +120,14 @@ class NodeMessenger(Messenger):
         return self.spec.spread(values, self.mask, self.frozen)
 
     def exchange(
-        self, grid: Grid, messages: Sequence[Message], reply_bytes: int, enough: int | None = None
+        self, grid: Grid, messages: Sequence[Message], reply_bytes: int, closes: Closes | None = None
     ) -> Iterator[Message]:
         """Send messages that `build_messages` made; return the replies, of about this size, as they come."""
         self._decoded = {}
         # A user's subclass may address messages to other nodes, to which what was written says nothing of their own.
         known, some = self._pending, next(iter(self._pending.values()))
         self._pending = {node: known.get(node, some) for node in (each.metadata.dst_node_id for each in messages)}
-        replies = super().exchange(grid, messages, reply_bytes, enough)
+        replies = super().exchange(grid, messages, reply_bytes, closes)
         before, self._asked_for_keys = self._asked_for_keys, ExchangeReport()
         self.report.asked += len(before.lost) + len(before.refused)
         self.report.lost |= before.lost

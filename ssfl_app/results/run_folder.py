@@ -153,10 +153,10 @@ def _check_round(entry: Any, where: str) -> None:
     for key in ("cohort", "ok"):
         if not isinstance(entry.get(key) or [], list):
             raise ConfigError(f"{where}: {key} is {_cut(entry[key])}; it is a list")
-    for kind in KINDS:
+    for kind in (*KINDS, "stale"):
         for key in (kind, f"setup_{kind}", f"evaluate_{kind}"):
             if not isinstance(entry.get(key, {}), dict):
-                raise ConfigError(f"{where}: {key} is {_cut(entry[key])}; it is an object of client to reason")
+                raise ConfigError(f"{where}: {key} is {_cut(entry[key])}; it is an object by client")
 
 
 def _check_numbers(entry: Mapping[str, Any], keys: Iterable[str], where: str) -> None:

@@ -140,8 +140,9 @@ class Played(RunCallback):
     warnings: list[str] = field(default_factory=list)
 
     def own_copy(self) -> "Played":
-        """Return this run for one test, which may change what it likes; data and models to work with are shared."""
-        return copy.deepcopy(self, {id(shared): shared for shared in (self.runtime, self.runtime.model, self.layout)})
+        """Return this run for one test, free to change it; data, files and models to work with are shared."""
+        kept = (self.runtime, self.runtime.model, self.layout, self.strategy._closing)
+        return copy.deepcopy(self, {id(shared): shared for shared in kept})
 
     def met(self, sites: Any) -> None:
         """See the clients."""
