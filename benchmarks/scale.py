@@ -103,8 +103,8 @@ def main() -> None:
     found = constants()
     said = (
         f"{1e3 * found['idle']:.1f} ms of CPU a second for an idle node (SuperLink, front), "
-        f"{1e3 * found['message']:.0f} ms there and {1e3 * found['server']:.0f} ms in the ServerApp for a message and "
-        f"its answer, {found['memory_kb']:.1f} kB of memory and {found['record_kb']:.2f} kB on disk a client."
+        f"{1e3 * found['message']:.0f} ms there and {1e3 * found['server']:.0f} ms in the ServerApp for a message, "
+        f"with its answer; {found['memory_kb']:.1f} kB of memory and {found['record_kb']:.2f} kB on disk a client."
     )
     lines = [f"Constants: {said}", "", *table(HEAD, rows(found)), ""]
     PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
