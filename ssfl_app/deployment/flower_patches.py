@@ -8,6 +8,7 @@ Flower does, and does the same work.
 |---|---|---|
 | `pace` | a SuperNode without a message sleeps 3 s, and looks for its ClientApp's reply every 0.5 s | none; \
 flwrlabs/flower#8041 made the SuperExec's interval an option, not these |
+| `pace` | an object of a message that the server has not uploaded yet is asked for again after 1 s | none |
 | `keep_alive` | an HTTP connection that is idle for 5 s is closed, which is httpx' default | encode/httpx#1395 |
 | `installed` | each message unpacks and checks the app again, which is installed already | flwrlabs/flower#3670 |
 
@@ -26,6 +27,7 @@ from typing import Any
 import httpx
 from flwr.cli.install import install_from_fab
 from flwr.common.constant import Status
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.protobuf import client
 from flwr.supercore.version import package_version
 from flwr.supernode import start_client_internal
@@ -49,6 +51,10 @@ longer by that share at most, and a node with nothing to do soon asks as seldom 
 
 AT_ONCE = 0.02
 """Seconds between two looks for the ClientApp's reply, which lies in the memory of the SuperNode's process."""
+
+UPLOADED = 0.1
+"""Seconds after which an object of a message is asked for again, each further time after twice as many: a node that
+looks often sees a message whose objects are still on their way from the server."""
 
 HANDED_OVER = 5.0
 """Seconds that a node waits at most, before it asks for a message, for what the ClientApp of the last one keeps."""
@@ -103,6 +109,7 @@ def pace(told: Callable[[NodeState, int], None]) -> None:
 
     _node_loop.time = waits
     _node_loop._pull_and_store_message = pull_and_tell
+    _node_loop.pull_objects = functools.partial(pull_objects, initial_backoff=UPLOADED)
 
 
 def keep_alive() -> None:

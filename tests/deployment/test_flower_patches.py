@@ -2,12 +2,15 @@
 
 import hashlib
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 from flwr.supercore.protobuf import client as protobuf_client
 from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.version import package_version
@@ -15,11 +18,12 @@ from flwr.supernode import start_client_internal as node_loop
 from flwr.supernode.runtime import run_clientapp as client_process
 
 from ssfl_app.deployment import flower_patches, front, supernode
-from ssfl_app.deployment.flower_patches import AT_ONCE, SHARE, SHORTEST, Pace
+from ssfl_app.deployment.flower_patches import AT_ONCE, SHARE, SHORTEST, UPLOADED, Pace
 
 PATCHED = [
     (node_loop, "time"),
     (node_loop, "_pull_and_store_message"),
+    (node_loop, "pull_objects"),
     (protobuf_client, "httpx"),
     (client_process, "install_from_fab"),
 ]
@@ -169,6 +173,25 @@ def test_a_clientapp_that_never_hands_its_state_over_does_not_stop_its_node(
     pull: Any = node_loop._pull_and_store_message
     assert pull(state=Tasks(clock, 1000.0), object_store=None) == 7
     assert clock.now - 100 == pytest.approx(flower_patches.HANDED_OVER, abs=AT_ONCE)
+
+
+def test_an_object_that_is_not_uploaded_yet_is_asked_for_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, answers = list[float](), iter([None, None, b"there"])
+
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            return False
+
+    def pull(object_id: str) -> bytes:
+        if (content := next(answers)) is None:
+            raise ObjectUnavailableError(object_id)
+        return content
+
+    monkeypatch.setattr(inflatable_utils, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
+    flower_patches.pace(lambda state, run_id: None)
+    assert node_loop.pull_objects(["a"], pull) == {"a": b"there"}
+    assert waits == pytest.approx([UPLOADED, 2 * UPLOADED], rel=0.2)  # Flower's jitter
 
 
 def expiry(client: ProtobufClient) -> float:
