@@ -8,7 +8,8 @@ Flower does, and does the same work.
 |---|---|---|
 | `pace` | a SuperNode without a message sleeps 3 s, and looks for its ClientApp's reply every 0.5 s | none; \
 flwrlabs/flower#8041 made the SuperExec's interval an option, not these |
-| `pace` | an object of a message that the server has not uploaded yet is asked for again after 1 s | none |
+| `objects` | an object of a message that the server has not uploaded yet is asked for again after 1 s; two objects \
+travel at once, and no more than there are cores | none |
 | `keep_alive` | an HTTP connection that is idle for 5 s is closed, which is httpx' default | encode/httpx#1395 |
 | `installed` | each message unpacks and checks the app again, which is installed already | flwrlabs/flower#3670 |
 
@@ -27,7 +28,7 @@ from typing import Any
 import httpx
 from flwr.cli.install import install_from_fab
 from flwr.common.constant import Status
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.protobuf import client
 from flwr.supercore.version import package_version
 from flwr.supernode import start_client_internal
@@ -36,6 +37,7 @@ from flwr.supernode.runtime import run_clientapp
 
 # Modules of Flower whose names are replaced: those that these have imported themselves.
 _node_loop: Any = start_client_internal
+_objects: Any = inflatable_utils
 _http: Any = client
 _client_process: Any = run_clientapp
 
@@ -55,6 +57,10 @@ AT_ONCE = 0.02
 UPLOADED = 0.1
 """Seconds after which an object of a message is asked for again, each further time after twice as many: a node that
 looks often sees a message whose objects are still on their way from the server."""
+
+TOGETHER = 3
+"""Objects of a message that travel at once, each on a connection of its own: all of those that a small message has
+(`comm/payload.py`). They wait for the network, not for a core; with two the last one waits for the largest."""
 
 HANDED_OVER = 5.0
 """Seconds that a node waits at most, before it asks for a message, for what the ClientApp of the last one keeps."""
@@ -109,7 +115,12 @@ def pace(told: Callable[[NodeState, int], None]) -> None:
 
     _node_loop.time = waits
     _node_loop._pull_and_store_message = pull_and_tell
-    _node_loop.pull_objects = functools.partial(pull_objects, initial_backoff=UPLOADED)
+
+
+def objects() -> None:
+    """Have the SuperNode of this process move the objects of a message together, and ask soon for missing ones."""
+    _node_loop.pull_objects = functools.partial(inflatable_utils.pull_objects, initial_backoff=UPLOADED)
+    _objects.get_num_workers = lambda asked: max(asked, TOGETHER)
 
 
 def keep_alive() -> None:

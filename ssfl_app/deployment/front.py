@@ -26,9 +26,9 @@ PATIENCE = 60.0
 """Seconds that a request may take to begin, that either side may be silent in the middle of one, and that Flower may
 take for its answer; nodes themselves give up after 30."""
 
-CONNECTIONS = 1000
-"""Connections at once; each has at most one more to Flower. A node has two or three; the next one is asked
-to come again (503)."""
+CONNECTIONS = 2000
+"""Connections at once; each has at most one more to Flower. A node keeps up to four; who comes when there are so many
+is asked to come again (503)."""
 
 KEEP_ALIVE = 130.0
 """Seconds that a node's connection may be idle: longer than nodes keep one themselves, so that none of them sends a

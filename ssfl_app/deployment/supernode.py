@@ -110,6 +110,7 @@ def main() -> None:
         write_atomically(secret, lambda file: file.write_bytes(secrets.token_bytes(32)), 0o600)
         warm = Warm(f"{words.host}:{words.port}", secret)
         flower_patches.pace(warm.tell)
+        flower_patches.objects()
         flower_patches.keep_alive()
         warm.start()
         sys.argv += ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]

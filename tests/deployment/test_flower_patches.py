@@ -8,8 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from flwr.app import Message
 from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
 from flwr.supercore.protobuf import client as protobuf_client
 from flwr.supercore.protobuf.client import ProtobufClient
@@ -17,13 +20,16 @@ from flwr.supercore.version import package_version
 from flwr.supernode import start_client_internal as node_loop
 from flwr.supernode.runtime import run_clientapp as client_process
 
+from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.deployment import flower_patches, front, supernode
 from ssfl_app.deployment.flower_patches import AT_ONCE, SHARE, SHORTEST, UPLOADED, Pace
+from ssfl_app.simulation.worker_pool import set_task_identity
 
 PATCHED = [
     (node_loop, "time"),
     (node_loop, "_pull_and_store_message"),
     (node_loop, "pull_objects"),
+    (inflatable_utils, "get_num_workers"),
     (protobuf_client, "httpx"),
     (client_process, "install_from_fab"),
 ]
@@ -189,9 +195,25 @@ def test_an_object_that_is_not_uploaded_yet_is_asked_for_again_soon(monkeypatch:
         return content
 
     monkeypatch.setattr(inflatable_utils, "threading", SimpleNamespace(Event=Event, Lock=threading.Lock))
-    flower_patches.pace(lambda state, run_id: None)
+    flower_patches.objects()
     assert node_loop.pull_objects(["a"], pull) == {"a": b"there"}
     assert waits == pytest.approx([UPLOADED, 2 * UPLOADED], rel=0.2)  # Flower's jitter
+
+
+@pytest.mark.parametrize("cores", [1, 64])
+def test_the_objects_of_a_small_message_travel_together(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inflatable_utils.os, "cpu_count", lambda: cores)
+    flower_patches.objects()
+    set_task_identity()
+    record = PayloadEncoder(join=True).record(Payload({"values": np.ones(8, np.float32)}, {"samples": 1}))
+    message = Message(record, 7, "train")
+    together = threading.Barrier(len(get_all_nested_objects(message)))
+
+    def push(object_id: str, content: bytes) -> None:
+        together.wait(60)  # breaks unless all are on their way at once
+
+    inflatable_utils.push_object_contents_from_iterable(((str(i), b"") for i in range(together.parties)), push)
+    assert node_loop.push_object_contents_from_iterable is inflatable_utils.push_object_contents_from_iterable
 
 
 def expiry(client: ProtobufClient) -> float:
