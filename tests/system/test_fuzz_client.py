@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ssfl_app.client_app import handle
 from ssfl_app.comm.node_config import SIMULATED
-from ssfl_app.comm.payload import DEFLATED, SERIAL_TYPE
+from ssfl_app.comm.payload import DEFLATED, SERIAL_TYPE, PayloadEncoder, decode_payload
 from ssfl_app.config import Flat
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import PayloadError
@@ -49,6 +49,13 @@ def _before(case: str, target: Where) -> Context:
         if where[2] == target[2] and where[0] != "query.hello":
             handle(message, context)
     return context
+
+
+def asked(case: str, target: Where) -> Message:
+    """Return what a client was asked, its arrays in a record of their own, as large ones are."""
+    message = copy.copy(recorded(case).asked[target])
+    message.content = PayloadEncoder().record(decode_payload(message.content, unfolded=2**24))
+    return message
 
 
 def bits(content: RecordDict) -> Any:
@@ -106,7 +113,7 @@ def test_a_damaged_message_is_refused_or_answered_and_forgotten(case: str, data:
     run = recorded(case)
     kinds = ["train", "evaluate", *(["query"] if REGISTRY[CASES[case][0]].client.query_types else [])]
     target = data.draw(st.sampled_from([where for kind in kinds for where in run.targets(kind)]))
-    context, message = context_before(case, target), run.asked[target]
+    context, message = context_before(case, target), asked(case, target)
     content = data.draw(damaged(message.content, zlib.crc32(case.encode())))
     bad = Message(content, message.metadata.dst_node_id, message.metadata.message_type, group_id="1")
     bad.metadata.__dict__["_message_id"] = "bad"
@@ -119,7 +126,7 @@ def test_a_damaged_message_is_refused_or_answered_and_forgotten(case: str, data:
 def test_a_digest_that_nobody_has_leaves_the_held_mask() -> None:
     """A local mask is not replaced by the random one, which the client could draw as well, but which is not meant."""
     target = recorded("local-saliency").targets("train")[0]
-    context, message = context_before("local-saliency", target), recorded("local-saliency").asked[target]
+    context, message = context_before("local-saliency", target), asked("local-saliency", target)
     held = copy.deepcopy(context.state)
     metadata = ConfigRecord({**message.content["facts"], "digest": "0" * 16})
     arrays = ArrayRecord({n: array for n, array in message.content["arrays"].items() if n != "mask"})
@@ -133,7 +140,7 @@ def test_a_digest_that_nobody_has_leaves_the_held_mask() -> None:
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_a_model_that_is_no_model_is_neither_trained_nor_remembered(case: str, bad: float) -> None:
     target = recorded(case).targets("train")[0]
-    context, message = context_before(case, target), recorded(case).asked[target]
+    context, message = context_before(case, target), asked(case, target)
     arrays = dict(message.content["arrays"].items())
     values = np.frombuffer(arrays["values"].data, np.float32).copy()
     values[5] = bad
@@ -147,7 +154,7 @@ def test_a_model_that_is_no_model_is_neither_trained_nor_remembered(case: str, b
 def test_a_message_unfolds_to_no_more_than_a_few_bitmaps() -> None:
     """261 kB that a server sends fill no client's memory: what unfolds is bounded by the model."""
     target = recorded("ssfl").targets("train")[0]
-    context, message = context_before("ssfl", target), copy.copy(recorded("ssfl").asked[target])
+    context, message = context_before("ssfl", target), asked("ssfl", target)
     arrays = {**message.content["arrays"], "mask": Array("uint8", (2**28,), DEFLATED, BOMB)}  # type: ignore[dict-item]
     message.content = RecordDict({"arrays": ArrayRecord(arrays), "facts": message.content["facts"]})
     with pytest.raises(PayloadError, match=r"deflated arrays have 268435456 bytes; together they have at most \d+$"):
