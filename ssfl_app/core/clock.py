@@ -10,7 +10,8 @@ For one exchange, a client that answered well takes, in seconds,
 F are the floating-point operations of a forward pass of one sample, as torch counts them; a backward pass counts as
 two forward ones (Kaplan et al., "Scaling laws for neural language models", arXiv 2001.08361, section 2.1). Dead
 weights are multiplied like others. Bytes are payload bytes of the encoded arrays, masks with them. h, d and u are
-`HEADERS`, `TRIPS_DOWN` and `TRIPS_UP` of Flower's messages over TLS, read from a record (docs/wan.md).
+`HEADERS`, `TRIPS_DOWN` and `TRIPS_UP` of messages between a SuperLink and the nodes of `ssfl federation`, read from a
+record (docs/wan.md).
 
 An exchange takes as long as its slowest reply that counts, or until it closes (`closing`), a round as long as its
 exchanges one after the other. No clock of this machine is read. Evaluation is left out: it is how a study looks at a
@@ -33,8 +34,8 @@ FORWARD_PASSES = 3
 HEADERS = 1.04
 """IP bytes of a message by its payload bytes."""
 
-TRIPS_DOWN, TRIPS_UP = 7, 10
-"""Round trips of one message: connections, requests, and windows that grow."""
+TRIPS_DOWN, TRIPS_UP = 4, 4
+"""Round trips of one message: requests, what they wait for, and windows that grow."""
 
 COLUMNS = ("gflops", "down_mbit", "up_mbit", "rtt_ms")
 """Of a CSV file of clients."""
@@ -96,7 +97,7 @@ PROFILES: dict[str, Profile] = {
     "lan": Profile((Capacity(GPU, 1e9, 1e9, 0.0002),)),
     "hospital": Profile((Capacity(GPU, 100e6, 100e6, 0.021), Capacity(GPU, 1e9, 1e9, 0.021))),
     "mobile": Profile((Capacity(PHONE, 35.96e6, 11.22e6, 0.040),), DECADE),
-    "wan": Profile(tuple(Capacity(GPU, 50e6, 50e6, ms / 1e3) for ms in (0.16, 12.65, 88.78, 76.79, 91.77))),
+    "wan": Profile(tuple(Capacity(GPU, 50e6, 50e6, ms / 1e3) for ms in (0.12, 12.61, 88.70, 76.72, 91.69))),
 }
 
 

@@ -16,7 +16,7 @@ from ssfl_app.comm.exchange import Closes, Deadlines, ExchangeReport, MessageExc
 from ssfl_app.comm.messenger import Reply
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.core.aggregation import Aggregator
-from ssfl_app.core.clock import Capacity, Clock, Profile
+from ssfl_app.core.clock import TRIPS_DOWN, TRIPS_UP, Capacity, Clock, Profile
 from ssfl_app.core.closing import Closing, Taken
 from ssfl_app.core.options import FailureOptions, RunOptions
 from ssfl_app.core.strategy import SparseStrategy
@@ -27,6 +27,7 @@ from ssfl_app.testing.grid import SMALL, Played
 from tests.in_process_grid import MEMO, DeploymentGrid, ScriptedGrid, answer_error, keep_silent, play, snapshot_of
 
 pytestmark = pytest.mark.few
+TRIPS = TRIPS_DOWN + TRIPS_UP
 
 law = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -67,7 +68,7 @@ def test_the_first_replies_count_and_a_late_client_is_asked_when_it_is_ready(far
         assert record["ok"] == asked[:3]
         late = asked[3:]
         assert list(map(int, record.get("late", ()))) == late
-        end = 17.0 * record["ok"][-1]  # round trips of a client, of a second each
+        end = float(TRIPS) * record["ok"][-1]  # round trips of a client, of a second each
         assert record["simulated_seconds"] == pytest.approx(end, abs=0.1)
         left = np.maximum(left - record["simulated_seconds"], 0)
         for client in late:
@@ -191,7 +192,7 @@ class Lone:
 def test_whoever_is_late_the_rest_is_added_in_one_order(
     seconds: Mapping[int, float], close_after: float, luck: Any
 ) -> None:
-    rows = tuple(Capacity(1.0, 1.0, 1.0, seconds.get(client, 0.0) / 17) for client in range(20))
+    rows = tuple(Capacity(1.0, 1.0, 1.0, seconds.get(client, 0.0) / TRIPS) for client in range(20))
     report, added, ended = ExchangeReport(), list[tuple[int, int]](), list[bool]()
     closing = Closing(RunOptions(clients=20, close_after=close_after), Clock(Profile(rows), 1, lambda: 0), None)
     arrived = list(seconds)
@@ -209,7 +210,7 @@ def test_whoever_is_late_the_rest_is_added_in_one_order(
         outer.add(Reply({"x": np.array([client], dtype=np.int32)}, {}, client=client, samples=1))
     assert added == []
     outer.finish()
-    times = {client: 17 * rows[client].rtt for client in seconds}
+    times = {client: TRIPS * rows[client].rtt for client in seconds}
     wanted = sorted(sorted(seconds, key=lambda c: (times[c], c))[: closing._run.closes_at(len(seconds))])
     assert added == [(client, client) for client in wanted]
     assert ended == [True]

@@ -235,7 +235,7 @@ def test_the_table_is_made_of_the_record_alone(tmp_path) -> None:
         return told | {"rounds": [round_, round_ | {"seconds": None}]}
 
     links = {"sites": {"a": {"rtt_ms": 90, "measured_ms": 91.0}}, "rate_mbit": 50, "kernel": "6", "delay": "relay"}
-    links["congestion_control"] = "cubic"
+    links |= {"congestion_control": "cubic", "slow_start_after_idle": 0}
     known = {"links": links, "cases": {"1": case("fedavg", 1.0, 8_000_000, 2.0), "2": case("ssfl", 0.1, 10**6, 0.25)}}
     table.write_table(json.loads(json.dumps(known)), tmp_path / "wan.md")
     text = (tmp_path / "wan.md").read_text()
