@@ -4,9 +4,9 @@ Digits under both streams of ``shift.stream`` (docs/streams.md). Compared at one
 again, one that is once, by schedule or by the newcomers' loss, or with all weights back at w0, one that moves all the
 time, FedDST, and dense FedAvg; beside them a mask that is never found again and has ten times the weights, which is
 what about an eighth of dense's bytes buy without any move. Each run that ends is written to
-benchmarks/results/drift.json at once, by its slug, and the table beside it is made of that file alone; what the end of
-the minutes cuts goes on with the next call, from its checkpoint in --out, and a run that the record has is not played
-again, on whatever machine.
+benchmarks/results/drift.json at once, by its slug, and the table beside it is made of that file alone; what the end
+of the minutes cuts goes on with the next call, from its checkpoint in --out, and a run that the record has is not
+played again, on whatever machine.
 
 Accuracy is that of the global model on the test images that are in play in a round: the mean over all rounds, and
 over the last turn of the stream. Goal: continuous within 2 points of dense at a fifth of its bytes where never loses
