@@ -4,7 +4,6 @@ python -m benchmarks.drills [name ...]     about 20 minutes; root for the full d
 """
 
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -107,12 +106,9 @@ def masked(played: dict[str, Any]) -> list[str]:
     if row := played.get("seconds_a_round"):
         clear, under = (row["median"][kind] for kind in ("clear", "masked"))
         loads = f"{min(row['load']):.1f} to {max(row['load']):.1f}"
-        cpu = [statistics.median(row["cpu"][kind]) for kind in ("clear", "masked")]
         told = (
             f"A round takes {clear:.1f} s in the clear and {under:.1f} s under secure aggregation: medians of "
-            f"{len(row['rounds']['clear'])} rounds each, {row['day']}, in turns; load of the machine {loads}. "
-            f"A node's processes compute {cpu[0]:.1f} s and {cpu[1]:.1f} s for it, most of it to start Python and "
-            "import torch: Flower starts a process for each message."
+            f"{len(row['rounds']['clear'])} rounds each, {row['day']}, in turns; load of the machine {loads}."
         )
         lines += ["", told]
     return lines

@@ -83,25 +83,18 @@ def _row(run: Run, ends: str) -> dict[str, Any]:
 
 
 def seconds_a_round(work: Path) -> dict[str, Any]:
-    """Play runs in the clear and under secure aggregation in turns; return seconds of their rounds, and medians.
-
-    `cpu` is what a node's processes computed for a round, a run's part in greeting, mask and tests in it: where other
-    work on the machine makes rounds slow it says more than a clock.
-    """
+    """Play runs in the clear and under secure aggregation in turns; return seconds of their rounds, and medians."""
     kinds = {"clear": CLEAR, "masked": MASKED}
-    rounds, cpu = ({kind: list[float]() for kind in kinds} for _ in range(2))
+    rounds = {kind: list[float]() for kind in kinds}
     loads = []
     with federation(work, SUPERNODES) as place:
         for turn in range(TURNS):
             for kind, keys in kinds.items():
                 loads.append(os.getloadavg()[0])
-                before = _computed(place)
                 run = place.start(work / f"{kind}-{turn}", **RUN, **keys)
                 code, errors = run.end()
                 if code:
                     raise RuntimeError(errors)
-                computed = (_computed(place) - before) / SUPERNODES / RUN["run.rounds"]
-                cpu[kind].append(round(computed, 2))
                 # Not those in which clients are tested as well.
                 rounds[kind] += [record["seconds"] for record in run.records[1:-1]]
     medians = {kind: statistics.median(each) for kind, each in rounds.items()}
@@ -109,15 +102,8 @@ def seconds_a_round(work: Path) -> dict[str, Any]:
         "median": medians,
         "more": medians["masked"] - medians["clear"],
         "rounds": rounds,
-        "cpu": cpu,
         "load": loads,
     }
-
-
-def _computed(place: Field) -> float:
-    """Return the seconds of CPU of all processes of the nodes since these were started."""
-    nodes = [place.service(node.name) for node in place.federation.nodes]
-    return sum(sum(p.cpu_times()[:4]) for node in nodes for p in [node, *node.children(recursive=True)])
 
 
 def _held(process: psutil.Process, enough: bool) -> bool:

@@ -265,6 +265,7 @@ class MessageExchange:
     def reopen(self, closes: Closes) -> None:
         """Begin another round, in which those still count who are at work on older messages."""
         self.report, self._closes = ExchangeReport(), closes
+        self._ends = {message_id: self._ends[message_id] for message_id in self._waiting}
         self._end = self._puller.end = time.monotonic() + self._timeout
 
     def waiting(self) -> list[int]:

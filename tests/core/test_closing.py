@@ -537,6 +537,12 @@ def test_a_buffer_needs_updates_that_can_be_added_later(keys: Flat, said: str) -
         play({"run.buffer": 3.0, "clock.profile": "mobile", **keys})
 
 
+def test_the_table_of_what_waiting_costs_is_that_of_its_record() -> None:
+    from benchmarks import slow_sites
+
+    assert slow_sites.page_table(json.loads(slow_sites.RECORD.read_text())) in slow_sites.PAGE.read_text()
+
+
 def test_a_simulation_without_a_clock_has_nobody_late(tmp_path: Path) -> None:
     import ssfl_app
 

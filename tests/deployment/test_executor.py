@@ -136,10 +136,10 @@ class Node:
         executor.stdin.write(json.dumps(self.warm.recipe(self.state, run_id)).encode() + b"\n")
         executor.stdin.flush()
 
-    def answer(self) -> dict[str, Any]:
-        """Return what the next reply says, once its ClientApp has ended."""
-        (reply,) = until(lambda: self.state.get_messages_legacy(is_reply=True))
-        until(lambda: not self.state.get_tasks(statuses=[Status.RUNNING]))
+    def answer(self, ended: bool = True) -> dict[str, Any]:
+        """Return what the next good reply says, once its ClientApp has ended, or at once."""
+        (reply,) = until(lambda: [r for r in self.state.get_messages_legacy(is_reply=True) if not r.has_error()])
+        until(lambda: not ended or not self.state.get_tasks(statuses=[Status.RUNNING]))
         store, (facts,) = (
             self.state.object_store,
             [t for t in tree(self.state, reply) if t.startswith(b"ConfigRecord")],
@@ -316,4 +316,28 @@ def test_a_supernode_that_is_killed_leaves_no_process_behind(node: Node) -> None
         until(lambda: not alive(family))
     finally:
         parent.kill()
+        os.kill(node.executor.pid, signal.SIGCONT)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they end when they look for their parent")
+def test_an_executor_that_is_killed_with_a_message_in_hand_has_a_successor(node: Node) -> None:
+    run, other = node.brings(), node.brings()
+    os.kill(node.executor.pid, signal.SIGSTOP)
+    parent = node.start([sys.executable, "-P", "-c", PARENT, node.address, str(node.secret)])
+    try:
+        node.send(run, "one", seconds=1000.0)
+        node.tell(run, parent)
+        until(lambda: len(psutil.Process(parent.pid).children(recursive=True)) == 3)
+        (first,) = psutil.Process(parent.pid).children()
+        family = [process.pid for process in [first, *first.children(recursive=True)]]
+        first.kill()
+        until(lambda: not alive(family))  # who answered goes too, as with Flower's own executor
+        node.warm.recipe(node.state, other)
+        node.send(other, "two")
+        answer = node.answer(ended=False)  # Flower waits for a heartbeat of the one that was killed
+        assert answer["seen"] == ["two"]
+        assert answer["parent"] == psutil.Process(parent.pid).children()[0].pid != first.pid
+    finally:
+        parent.kill()
+        parent.wait(SECONDS)
         os.kill(node.executor.pid, signal.SIGCONT)
