@@ -80,7 +80,8 @@ class Files:
 
     def rounds(self) -> list[int]:
         """Return the rounds there are, in order; files of other names are nobody's."""
-        named = [re.fullmatch(r"(\d{6,})\.safetensors", name, re.ASCII) for name in self._store.names(self._own)]
+        names = self._store.names(self._own)
+        named = [re.fullmatch(r"(\d{6}|[1-9]\d{6,})\.safetensors", name, re.ASCII) for name in names]
         return sorted(int(name[1]) for name in named if name is not None)
 
     def read(self, round_: int) -> bytes:

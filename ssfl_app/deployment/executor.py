@@ -109,7 +109,7 @@ def answer(address: str, token: str) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     with suppress(OSError):
-        Path("/proc/self/comm").write_text("flwr-clientapp")
+        Path("/proc/self/comm").write_text("flwr-clientapp", encoding="ascii")
     run_clientapp(address, token, insecure=True, parent_pid=os.getppid())
 
 

@@ -28,7 +28,6 @@ from pathlib import Path
 from ssfl_app import locks
 from ssfl_app.cores import usable_cores
 from ssfl_app.files import app_folder
-from ssfl_app.simulation.cluster import joined
 from ssfl_app.simulation.command import RayCluster
 from ssfl_app.simulation.flower_app import copy_app, follow, judge
 from ssfl_app.simulation.prepared_run import PreparedRun
@@ -118,6 +117,8 @@ class Launch:
             say(f"engine ray: {run.actors} actors, {each.format(run.gpu)}, on {usable_cores()} cores")
             room, later = f"1 client-resources-num-gpus={run.gpu} init-args-num-cpus={run.actors}", _object_store(run)
         else:
+            from ssfl_app.simulation.cluster import joined  # Flower and NumPy: seconds that other runs do not need
+
             found = self._held.enter_context(joined(self._cluster, run, app, self._variables, log))
             say(f"engine ray: {found.line}, {each.format(found.room.gpu)}")
             room, later = f"{found.room.cpus} client-resources-num-gpus={found.room.gpu}", found.variables

@@ -155,7 +155,7 @@ def test_an_exception_becomes_an_answer(grid):
 
 
 def test_enough_messages_are_in_flight_for_all_threads(grid, monkeypatch):
-    monkeypatch.setattr("ssfl_app.comm.exchange.usable_cores", lambda: 1)
+    monkeypatch.setattr("ssfl_app.comm.exchange.training_cores", lambda: 1)
     here = grid(lambda node: node, 2)
     exchange = MessageExchange(here, 10.0, reply_bytes=10**12)
     exchange.send({node: letter(here, node) for node in range(1, 7)})

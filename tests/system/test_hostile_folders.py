@@ -153,7 +153,7 @@ def test_names_of_folders_and_classes_reach_no_terminal_as_they_are(
     assert code == 0, err
     page = (folder / "report.html").read_text("utf-8")
     assert "could not be drawn" not in page
-    assert page.count("<img") == 4
+    assert page.count("<img") == 5
     assert all(c.isprintable() or c == "\n" for c in out)
 
 
@@ -168,7 +168,7 @@ def test_a_picture_that_cannot_be_drawn_says_so_on_the_page(
     assert ssfl_report(folder, capsys)[0] == 0
     page = (folder / "report.html").read_text()
     assert "Accuracy by round: could not be drawn (TypeError: no such font)" in page
-    assert page.count("<img") == 3
+    assert page.count("<img") == 4
 
 
 def test_pictures_of_very_many_clients_are_a_bounded_number_of_shapes(
