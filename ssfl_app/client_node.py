@@ -1,7 +1,7 @@
 """What a client does with any message: who it is, what it remembers and masks with, what it tells of errors.
 
 It imports no torch. So the second exchange of secure aggregation, `unmask`, which needs no model and no data, does
-not wait for it: a SuperNode starts a process for each message, and most of its time would be that import.
+not wait for it: a plain SuperNode starts a process for each message, and most of its time would be that import.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Sets up, once a process, what both apps work with: data, partition, model.
 
 In simulation one process serves many clients and many messages, so the runtime is kept between them; in deployment
-each message has a fresh process and it is opened once there. Threads that serve clients at the same time share data
-and partition, and each has a `WorkerState` of its own: what a message writes to.
+each message has a process of its own, which opens it or is a fork of one that did. Threads that serve clients at the
+same time share data and partition, and each has a `WorkerState` of its own: what a message writes to.
 """
 
 import functools
