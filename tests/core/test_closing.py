@@ -361,7 +361,7 @@ def test_a_buffer_of_the_whole_cohort_is_the_synchronous_run() -> None:
 
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
 def test_an_old_update_counts_when_it_comes_the_less_the_older_it_is(far: str, weighting: str) -> None:
-    """The formula of FedBuff in plain NumPy, of what went over the wire; client k needs 17 k seconds."""
+    """The formula of FedBuff in plain NumPy, of what went over the wire; client k is k seconds of round trip away."""
     keys: Flat = {"clock.profile": far, "run.buffer": 2.0, "strategy": "fedavg", "run.rounds": 6}
     played = play(keys | {"run.weighting": weighting}, grid=ScriptedGrid(merge(SMALL, MEMO.images | keys)))
     sent = {where: payload for where, payload in played.grid.sent if where[0] == "train"}
