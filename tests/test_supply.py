@@ -53,7 +53,7 @@ PRIVACY = PROJECT["optional-dependencies"]["privacy"]
 TESTING = PROJECT["optional-dependencies"]["testing"]
 EXTRAS = PROJECT["optional-dependencies"]
 TRACKERS = [text for name in callbacks.REGISTRY for text in EXTRAS[name]]  # an extra each
-# A table is a DataFrame; who calls from a notebook has it; flwr[simulation] of the extra app brings its own Ray.
+# A table is a DataFrame; who calls from a notebook has it; the extra app has that Ray which flwr[simulation] wants.
 USED_IF_THERE = {"pandas", "ipython", "ray"}
 BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + DATA + PRIVACY + TESTING + TRACKERS}
 

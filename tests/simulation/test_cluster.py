@@ -245,8 +245,9 @@ def network(spaces: Mapping[str, str]) -> Iterator[None]:
 def cluster() -> Iterator[Cluster]:
     if os.geteuid() or not all(map(shutil.which, ("ip", "unshare", "mount"))):
         pytest.skip("two nodes need root, ip, unshare and mount, for namespaces")
-    with tempfile.TemporaryDirectory(prefix="ssfl-", dir="/tmp") as folder, ExitStack() as stack:
-        made = Cluster(Path(folder))
+    with ExitStack() as stack:
+        short = tempfile.TemporaryDirectory(prefix="ssfl-", dir="/tmp", ignore_cleanup_errors=True)
+        made = Cluster(Path(stack.enter_context(short)))
         try:
             stack.enter_context(network(made.spaces))
         except subprocess.CalledProcessError as error:
