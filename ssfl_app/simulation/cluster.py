@@ -181,6 +181,7 @@ def _find(address: str) -> Iterator[tuple[str, bool]]:
     import ray
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
+    found = address
     try:
         found = str(canonicalize_bootstrap_address_or_die(address))
         host, _, port = found.rpartition(":")
@@ -189,7 +190,7 @@ def _find(address: str) -> Iterator[tuple[str, bool]]:
     except ray.exceptions.AuthenticationError:
         yield found, True
     except (OSError, ValueError, ray.exceptions.RayError) as error:
-        raise ConfigError(f"--ray-address is {address}; no cluster answers there ({one_line(error)})") from error
+        raise ConfigError(f"--ray-address is {address}; no cluster answers at {found} ({one_line(error)})") from error
     else:
         yield found, False
 

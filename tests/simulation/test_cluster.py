@@ -350,10 +350,10 @@ def test_a_cluster_without_a_token_is_refused_unless_it_is_taken_as_it_is(tmp_pa
             assert head.stdout is not None
             address = head.stdout.readline().strip()
             words = [*SSFL, "--ray-address", address, "-c", keys(**{"engine.actors": 2}), "--out", tmp_path / "run"]
-            done = played(words)
+            done = played(words, env=variables)
             assert done.returncode == 2, done.stdout + done.stderr
             assert "whoever reaches this cluster runs code on it, as it has no token" in done.stderr
-            done = played([*words, "--ray-without-token"])  # it is joined, and asked what it has
+            done = played([*words, "--ray-without-token"], env=variables)  # it is joined, and asked what it has
             assert done.returncode == 2, done.stdout + done.stderr
             assert "engine.actors is 2; the cluster has 1 cores for them" in done.stderr
         finally:
