@@ -103,5 +103,5 @@ def silent(places: Mapping[str, tuple[str, int]]) -> list[str]:
 def why_an_actor_died(cure: str) -> str:
     """Return what to say of an actor that died: which machine is gone, or the usual reason with a `cure`."""
     if gone := silent(json.loads(os.environ.get(NODES, "{}"))):
-        return f"Ray answers no more on {', '.join(gone)}; the run goes on with the nodes that are left"
+        return f"Ray answers no more on {', '.join(gone)}; --resume plays on with the nodes that are left"
     return f"Most often it ran out of memory{cure}"
