@@ -220,6 +220,9 @@ def _serve(address: str, run: PreparedRun, app: Path) -> Iterator[Joined]:
         raise ConfigError(f"--ray-address is {address}; {rule} ({in_a_line(one_line(error))})") from error
     here, nodes = ray.get_runtime_context().get_node_id(), _living(ray, address)
     room, remote = room_for(nodes, run), ray.remote
+    made = remote(num_cpus=0, max_concurrency=AT_ONCE)(Keeper)
+    # Ray ends an actor that nobody refers to; this function stays where it yields.
+    keeper = made.options(name=name, scheduling_strategy=Affinity(here, soft=False)).remote()
     ask = remote(num_cpus=0, max_calls=1)(probe)  # one call: the data go with the process
     asked = {}
     for node in nodes:
@@ -229,9 +232,6 @@ def _serve(address: str, run: PreparedRun, app: Path) -> Iterator[Joined]:
     answers = {node: _answer(ray, reply) for node, reply in asked.items()}
     if wrong := complaints(answers, here):
         raise ConfigError(f"--ray-address is {address}; {'; '.join(wrong)}")
-    made = remote(num_cpus=0, max_concurrency=AT_ONCE)(Keeper)
-    # Ray ends an actor that nobody refers to; this function stays where it yields.
-    keeper = made.options(name=name, scheduling_strategy=Affinity(here, soft=False)).remote()
     ray.get(keeper.__ray_ready__.remote())
     places = {node.name: node.place for node in nodes if node.cpus}
     line = f"{room.actors} actors on {len(places)} node(s) of {address}: {', '.join(places)}"

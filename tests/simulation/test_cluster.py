@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import ray
 
-import ssfl_app
 from ssfl_app.comm.client_files import Folder
 from ssfl_app.comm.ray_cluster import NODES, Keeper, RayFolder, why_an_actor_died
 from ssfl_app.options import ConfigError
@@ -157,19 +156,27 @@ def test_a_machine_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert why_an_actor_died(": try") == "Most often it ran out of memory: try"
 
 
-def played(words: Sequence[object], **where: Any) -> "subprocess.CompletedProcess[str]":
-    command = list(map(str, words))
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, **where)
+def started(words: Sequence[object], cwd: Path = Path("/"), **variables: str) -> "subprocess.Popen[str]":
+    """Start a command; much of what it does is to wait, so that two at once take little longer than one."""
+    return subprocess.Popen(
+        list(map(str, words)),
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:
+    """Return what a command said, and said of errors, when it ends with this exit code."""
+    said = process.communicate(timeout=SECONDS)
+    assert process.returncode == code, said
+    return said
 
 
 def keys(**more: Any) -> str:
     return " ".join(f"{key}={value!r}" for key, value in {**KEYS, **more}.items())
-
-
-def inline(folder: Path, **more: Any) -> dict[str, Any]:
-    """Return the result of the in-process engine."""
-    ssfl_app.run(config={**KEYS, **more}, out=folder, quiet=True)
-    return result(folder)
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -189,8 +196,8 @@ class Cluster:
         self.spaces = {name: f"ssfl-{os.getpid()}-{name}" for name in "ab"}
         self.variables = environment(home / "flwr", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="5" * 64)
         self.variables |= {"RAY_TMPDIR": str(home), "RAY_prestart_worker_first_driver": "0"}
+        self.variables["RAY_health_check_period_ms"] = "300"  # five in vain: a node is dead
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self.command = ["ip", "netns", "exec", self.spaces["a"], *SSFL]
 
     def start(self, name: str, *words: str, hidden: tuple[Path, ...] = ()) -> None:
         number = "ab".index(name) + 1
@@ -219,8 +226,9 @@ class Cluster:
         for name in self.nodes:
             self.kill(name)
 
-    def ssfl(self, *words: object, cwd: Path = Path("/")) -> "subprocess.CompletedProcess[str]":
-        return played([*self.command, *words], env=self.variables | {"PYTHONPATH": str(ROOT)}, cwd=cwd)
+    def ssfl(self, *words: object, address: str = "", cwd: Path = Path("/"), **more: str) -> "subprocess.Popen[str]":
+        within = ["ip", "netns", "exec", self.spaces["a"], *SSFL, "--ray-address", address or self.address]
+        return started([*within, *words], cwd, **{**self.variables, **more})
 
 
 def ip(*words: str) -> None:
@@ -259,20 +267,17 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.mark.slow
-def test_two_nodes_that_share_no_file_give_the_bits_of_one_process(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_nodes_that_share_no_file_give_the_bits_of_one_process(cluster: Cluster) -> None:
     """The code travels, with a module of the user's; so do the masks that clients hold."""
     place = cluster.home / "mine"
     place.mkdir()
     (place / "nets.py").write_text(NETS)
-    monkeypatch.chdir(place)
-    model = {"model.name": "nets:net", "model.width": 1.0}
-    done = cluster.ssfl("-c", keys(**model), "--ray-address", cluster.address, "--out", place / "ray", cwd=place)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = "engine ray: 2 actors on 2 node(s) of 10.77.0.1:6379: node-a (10.77.0.1), node-b (10.77.0.2)"
-    assert said in done.stdout
-    assert result(place / "ray") == inline(place / "inline", **model)
+    words = "-c", keys(**{"model.name": "nets:net", "model.width": 1.0}), "--out"
+    inline = started([*SSFL, *words, place / "inline"], place)
+    said, _ = ended(cluster.ssfl(*words, place / "ray", cwd=place))
+    assert "engine ray: 2 actors on 2 node(s) of 10.77.0.1:6379: node-a (10.77.0.1), node-b (10.77.0.2)" in said
+    ended(inline)
+    assert result(place / "ray") == result(place / "inline")
     assert json.loads((place / "ray" / "summary.json").read_text())["engine"] == "ray"
 
 
@@ -284,50 +289,36 @@ def test_a_node_without_the_data_and_a_wrong_token_are_refused(cluster: Cluster)
     x, y = rng.integers(0, 255, (120, 1, 8, 8)).astype(np.uint8), np.arange(120) % 4
     np.savez(file, x_train=x, y_train=y, x_test=x, y_test=y)
     data = {"data.name": "arrays", "data.path": str(file)}
-    words = "-c", keys(**data), "--ray-address", cluster.address, "--out", cluster.home / "refused"
-    done = cluster.ssfl(*words)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert f"node node-b (10.77.0.2): data.path is '{file}'; there is no such file" in done.stderr
-    assert "node-a" not in done.stderr
-    cluster.variables["RAY_AUTH_TOKEN"] = "6" * 64
-    done = cluster.ssfl(*words)
-    cluster.variables["RAY_AUTH_TOKEN"] = "5" * 64
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "it takes its own token only" in done.stderr
+    missing = cluster.ssfl("-c", keys(**data), "--out", cluster.home / "missing")
+    wrong = cluster.ssfl("-c", keys(), "--out", cluster.home / "wrong", RAY_AUTH_TOKEN="6" * 64)
+    _, why = ended(missing, 2)
+    assert f"node node-b (10.77.0.2): data.path is '{file}'; there is no such file" in why
+    assert "node-a" not in why
+    assert "it takes its own token only" in ended(wrong, 2)[1]
 
 
 @pytest.mark.slow
 def test_a_node_that_dies_in_a_round_ends_the_run_by_name_and_it_goes_on_to_the_same_bits(cluster: Cluster) -> None:
     """What the clients of the dead node kept is at the server, and the other node goes on with it."""
-    more = {"strategy": "ditto", "run.rounds": 8}
-    folder = cluster.home / "ditto"
-    process = subprocess.Popen(
-        [*cluster.command, "--out", folder, "--ray-address", cluster.address, "-c", keys(**more)],
-        env=cluster.variables | {"PYTHONPATH": str(ROOT)},
-        cwd="/",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words, folder = ("-c", keys(**{"strategy": "ditto", "run.rounds": 5})), cluster.home / "ditto"
+    process = cluster.ssfl(*words, "--out", folder)
     rounds, end = folder / "rounds.jsonl", time.monotonic() + SECONDS
-    while not rounds.exists() or rounds.read_text().count("\n") < 3:  # round 0 and two more
+    while not rounds.exists() or rounds.read_text().count("\n") < 2:  # round 0 and one more
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)
     cluster.kill("b")
-    _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 1, errors
+    _, errors = ended(process, 1)
     assert "a Ray actor died while it worked for client" in errors
     assert "Ray answers no more on node-b (10.77.0.2)" in errors
     assert f"to go on: ssfl run --ray-address {cluster.address} --resume {folder}" in errors
     assert json.loads((folder / "status.json").read_text())["status"] == "failed"
-    assert rounds.read_text().count("\n") < 9
-    done = cluster.ssfl("--ray-address", "auto", "--resume", folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 actors on 1 node(s) of 10.77.0.1:6379: node-a (10.77.0.1)" in done.stdout
-    ray_ = result(folder)
-    assert len(ray_["files"]) >= 6
-    assert ray_ == inline(cluster.home / "inline", **more)
+    assert rounds.read_text().count("\n") < 6
+    going_on = cluster.ssfl("--resume", folder, address="auto")
+    ended(started([*SSFL, *words, "--out", cluster.home / "inline"]))
+    assert "1 actors on 1 node(s) of 10.77.0.1:6379: node-a (10.77.0.1)" in ended(going_on)[0]
+    assert len(result(folder)["files"]) >= 6
+    assert result(folder) == result(cluster.home / "inline")
 
 
 OPEN = """
@@ -342,21 +333,20 @@ input()
 def test_a_cluster_without_a_token_is_refused_unless_it_is_taken_as_it_is(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         variables = environment(tmp_path / "flwr", RAY_ADDRESS="local", RAY_TMPDIR=short, RAY_AUTH_MODE="disabled")
-        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on the loopback interface
+        loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # without it Ray looks for the address on the network
+        variables |= loopback
         head = subprocess.Popen(
             [sys.executable, "-c", OPEN], env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         try:
             assert head.stdout is not None
             address = head.stdout.readline().strip()
-            words = [*SSFL, "--ray-address", address, "-c", keys(**{"engine.actors": 2}), "--out", tmp_path / "run"]
-            here = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # loopback stays loopback
-            done = played(words, env=here)
-            assert done.returncode == 2, done.stdout + done.stderr
-            assert "whoever reaches this cluster runs code on it, as it has no token" in done.stderr
-            done = played([*words, "--ray-without-token"], env=here)  # it is joined, and asked what it has
-            assert done.returncode == 2, done.stdout + done.stderr
-            assert "engine.actors is 2; the cluster has 1 cores for them" in done.stderr
+            words = [*SSFL, "--ray-address", address, "-c", keys(**{"engine.actors": 2}), "--out"]
+            refused = started([*words, tmp_path / "refused"], tmp_path, **loopback)
+            taken = started([*words, tmp_path / "taken", "--ray-without-token"], tmp_path, **loopback)
+            assert "whoever reaches this cluster runs code on it, as it has no token" in ended(refused, 2)[1]
+            # It is joined, and asked what it has.
+            assert "engine.actors is 2; the cluster has 1 cores for them" in ended(taken, 2)[1]
         finally:
             kill_families([head.pid])
             head.wait()
