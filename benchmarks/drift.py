@@ -25,7 +25,6 @@ from typing import Any
 from benchmarks import images
 from benchmarks.images import Entry, percent, place, say
 from ssfl_app import config as configuration
-from ssfl_app.experiments import jobs
 from ssfl_app.experiments.run_spec import planned
 from ssfl_app.results.compare import estimate, numbers
 from ssfl_app.results.run_folder import CENTRAL, read_run
@@ -149,14 +148,7 @@ def cells(row: str, runs: dict[int, dict[str, Any]], dense: dict[int, dict[str, 
 
 def play(runs: Sequence[Entry], record: Path, out: Path, minutes: float, at_once: int) -> str:
     """Play what fits and return what is to be said at the end."""
-    end = time.monotonic() + 60 * minutes
-    study = Study(runs, record, out / "runs")
-    if waiting := study.waiting():
-        jobs.check_all(waiting)
-        some = {"homes": study.homes, "at_once": at_once, "budget": end - time.monotonic()}
-        jobs.play(waiting, out, "inline", say, study.result, **some)
-    failed = sum("failed" in known for known in study.known.values())
-    return f"{len(runs) - len(study.waiting())} of {len(runs)} runs are in {record}, {failed} failed"
+    return Study(runs, record, out / "runs").play(out, time.monotonic() + 60 * minutes, at_once)
 
 
 def main(words: Sequence[str] | None = None) -> None:

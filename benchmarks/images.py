@@ -233,6 +233,16 @@ class Study:
         """Return what stands beside the record."""
         return tables(self.known.values())
 
+    def play(self, out: Path, end: float, at_once: int) -> str:
+        """Play what waits and fits before `end`, a time of `time.monotonic`; return what is to be said then."""
+        if waiting := self.waiting():
+            jobs.check_all(waiting)
+            some = {"homes": self.homes, "at_once": at_once, "budget": end - time.monotonic()}
+            jobs.play(waiting, out, "inline", say, self.result, **some)
+        failed = sum("failed" in known for known in self.known.values())
+        done = len(self.runs) - len(self.waiting())
+        return f"{done} of {len(self.runs)} runs are in {self.record}, {failed} failed"
+
     def result(self, run: RunSpec, why: str) -> str:
         """Return what is told of a run that ended or was cut."""
         self.take({run.slug: why} if why else {})
@@ -256,12 +266,7 @@ def play(runs: Sequence[Entry], record: Path, out: Path, minutes: float, at_once
         return f"the gate {study.known.get(gate.slug, {}).get('failed', 'is not finished')}"
     if ((reached := study.known[gate.slug]["central"]) or 0) < GATE:
         return f"the gate, {gate.name}, reached {percent(reached)} %, below {percent(GATE)} %: nothing else is played"
-    if rest := study.waiting():
-        jobs.check_all(rest)
-        some = {"homes": study.homes, "at_once": at_once, "budget": end - time.monotonic()}
-        jobs.play(rest, out, "inline", say, study.result, **some)
-    failed = sum("failed" in known for known in study.known.values())
-    return f"{len(runs) - len(study.waiting())} of {len(runs)} runs are in {record}, {failed} failed"
+    return study.play(out, end, at_once)
 
 
 def tables(known: Sequence[dict[str, Any]]) -> str:
