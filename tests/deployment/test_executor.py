@@ -30,7 +30,7 @@ from flwr.supernode.start_client_internal import _insert_message
 
 from ssfl_app.deployment import executor, supernode
 from ssfl_app.deployment.supernode import Warm
-from ssfl_app.simulation.processes import free_port
+from ssfl_app.simulation.processes import environment, free_port
 from ssfl_app.simulation.worker_pool import set_task_identity
 from tests.deployment.test_front import serving
 
@@ -98,7 +98,10 @@ class Node:
         self.runs = 0
 
     def start(self, command: list[str]) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(command, stdin=subprocess.PIPE, cwd=self.folder)
+        # As the supervisor starts a node: Flower's processes find each other by PATH.
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, cwd=self.folder, env=environment(self.folder / "flwr")
+        )
 
     def end(self, executor: "subprocess.Popen[bytes]") -> None:
         """Do what a SuperNode's end does."""
