@@ -44,13 +44,13 @@ def cases(tiny: bool) -> Iterator[tuple[str, str, int]]:
 
 def measure(work: Path, images: int, tiny: bool) -> dict[str, Any]:
     """Measure all cases; `images` is not used."""
-    make_images(work / "data", EACH * (200 if tiny else max(CLIENTS)))
-    return {"bare": bare(work / "data", 20 if tiny else 200), "cases": [case(*c, work) for c in cases(tiny)]}
+    found = [case(*each, work) for each in cases(tiny)]
+    return {"bare": bare(next(work.glob("data-*")), 20 if tiny else 200), "cases": found}
 
 
 def make_images(folder: Path, count: int) -> None:
     """Write a training set of `count` images of noise and a small test set."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     for part, n in (("train", count), ("test", 100)):
         images = rng.normal(0, 1, (n, 1, 8, 8)).astype(np.float32)
@@ -100,7 +100,9 @@ def typical(work: Callable[[], None], times: int) -> float:
 
 def case(engine: str, strategy: str, clients: int, work: Path) -> dict[str, Any]:
     """Run one case."""
-    keys = KEYS.format(path=work / "data", rounds=ROUNDS, strategy=strategy, n=clients, cohort=min(COHORT, clients))
+    data = work / f"data-{clients}"
+    make_images(data, EACH * clients)
+    keys = KEYS.format(path=data, rounds=ROUNDS, strategy=strategy, n=clients, cohort=min(COHORT, clients))
     folder = work / f"{engine}-{strategy}-{clients}"
     with folder.with_suffix(".log").open("w") as output:
         command = [app.SSFL, "run", "--engine", engine, "-c", keys, "--out", str(folder)]
