@@ -37,6 +37,9 @@ FEWER_ACTORS = "try fewer actors (engine.actors) or a smaller model"
 IN_FLIGHT = 100_000_000
 """Bytes of replies that may be on their way at once in simulation, if that is more than one a core."""
 
+MOST_IN_FLIGHT = 500
+"""Messages that may be so: each costs a look for its reply, and Flower takes a tenth of a second to hand them out."""
+
 MOST_NAMED = 8
 """Clients that a reason names."""
 
@@ -232,8 +235,8 @@ class MessageExchange:
         Give the messages the same time to live, so that no reply of this exchange arrives in a later one.
     reply_bytes : int
         Expected size of a reply. In simulation replies wait in this process until they are pulled, so only
-        as many messages are in flight as keep every core busy, or fit into `IN_FLIGHT` together. Real nodes
-        get all messages at once.
+        as many messages are in flight as keep every core busy, or fit into `IN_FLIGHT` together and are no more than
+        `MOST_IN_FLIGHT`. Real nodes get all messages at once.
     closes : Closes
         When it ends before the last reply. Default: all are awaited.
 
@@ -260,7 +263,7 @@ class MessageExchange:
             self._poll = SIMULATION_POLL
             # Twice what is worked on at once: whoever is ready finds the next message there.
             busy = max(training_cores(), 2 * getattr(grid, "concurrent", 1))
-            self._limit = max(busy, IN_FLIGHT // max(1, reply_bytes))
+            self._limit = max(busy, min(MOST_IN_FLIGHT, IN_FLIGHT // max(1, reply_bytes)))
 
     def reopen(self, closes: Closes) -> None:
         """Begin another round, in which those still count who are at work on older messages."""

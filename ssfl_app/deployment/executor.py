@@ -45,7 +45,7 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
-from ssfl_app.deployment import flower_patches
+from ssfl_app.comm import flower_patches
 
 LOOK = 3.0
 """Seconds after which it looks for a message by itself, as a SuperNode told it of none: one may have come while the

@@ -22,7 +22,7 @@ from flwr.supercore.version import package_version
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.nodestate import NodeState
 
-from ssfl_app.deployment import flower_patches
+from ssfl_app.comm import flower_patches
 from ssfl_app.files import write_atomically
 
 PLAIN = "SSFL_PLAIN_NODE"

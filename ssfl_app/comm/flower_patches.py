@@ -1,8 +1,8 @@
 """All that this package changes in Flower's code while it runs; nothing else patches Flower or its HTTP client.
 
-`supernode.py` makes these changes in the processes of a node, and only under a version of Flower whose source was
-read for them (`KNOWN`). Under another one it says so in the node's log and changes nothing: a node then waits as
-Flower does, and does the same work.
+`deployment/supernode.py` makes the first four in the processes of a node, `server_app.py` the last one in a
+simulation on Ray, and only under a version of Flower whose source was read for them (`KNOWN`). Under another one
+nothing is changed, and a node says so in its log: then they wait as Flower does, and do the same work.
 
 | function | what Flower 1.41 does | asked for upstream |
 |---|---|---|
@@ -12,6 +12,7 @@ flwrlabs/flower#8041 made the SuperExec's interval an option, not these |
 travel at once, and no more than there are cores | none |
 | `keep_alive` | an HTTP connection that is idle for 5 s is closed, which is httpx' default | encode/httpx#1395 |
 | `installed` | each message unpacks and checks the app again, which is installed already | flwrlabs/flower#3670 |
+| `mailboxes` | a simulation looks through all messages for each of its nodes, ten times a second | none |
 
 The warm ClientApp (`executor.py`) is no patch: it takes the place of ``flower-superexec``, as
 ``--isolation process`` allows, and stands for flwrlabs/flower#3670 too.
@@ -26,8 +27,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+from flwr.app import Message
 from flwr.cli.install import install_from_fab
 from flwr.common.constant import Status
+from flwr.server.superlink.linkstate import InMemoryLinkState
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.protobuf import client
 from flwr.supercore.version import package_version
@@ -138,3 +141,31 @@ def installed(fab_hash: str) -> None:
         return install_from_fab(fab, *words, **named)
 
     _client_process.install_from_fab = install
+
+
+def mailboxes(state: InMemoryLinkState) -> None:
+    """Have the state of a simulation look for messages of those nodes only that were sent one.
+
+    Flower asks it for the messages of each node in turn, and it looks through all of them each time: for 10,000 nodes
+    with one message each that is a hundred million looks.
+    """
+    told, store, find = set[int](), state.store_message_ins, state.get_message_ins
+
+    def store_and_tell(message: Message) -> str | None:
+        with state.lock:
+            message_id = store(message)
+            if message_id is not None:
+                told.add(message.metadata.dst_node_id)
+            return message_id
+
+    def find_if_told(node_id: int, limit: int | None, **named: Any) -> list[Message]:
+        if node_id not in told:
+            return []
+        with state.lock:
+            found = find(node_id, limit, **named)
+            if not found:
+                told.discard(node_id)
+            return found
+
+    patched: Any = state
+    patched.store_message_ins, patched.get_message_ins = store_and_tell, find_if_told

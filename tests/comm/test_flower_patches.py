@@ -10,19 +10,29 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Message, RecordDict
+from flwr.proto.task_pb2 import Task
+from flwr.server.superlink.fleet.vce.vce_api import _register_nodes
+from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
+from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
+from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.protobuf import client as protobuf_client
 from flwr.supercore.protobuf.client import ProtobufClient
+from flwr.supercore.run import Run
 from flwr.supercore.version import package_version
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from flwr.supernode import start_client_internal as node_loop
 from flwr.supernode.runtime import run_clientapp as client_process
 
+from ssfl_app.comm import flower_patches
+from ssfl_app.comm.flower_patches import AT_ONCE, SHARE, SHORTEST, UPLOADED, Pace
 from ssfl_app.comm.payload import Payload, PayloadEncoder
-from ssfl_app.deployment import flower_patches, front, supernode
-from ssfl_app.deployment.flower_patches import AT_ONCE, SHARE, SHORTEST, UPLOADED, Pace
+from ssfl_app.deployment import front, supernode
 from ssfl_app.simulation.worker_pool import set_task_identity
 
 PATCHED = [
@@ -240,3 +250,44 @@ def test_only_the_app_that_is_installed_is_not_installed_again(monkeypatch: pyte
     for fab in (b"ours", b"another", b"ours"):
         client_process.install_from_fab(fab, skip_prompt=True)
     assert done == [b"another"]
+
+
+def test_a_simulation_looks_for_messages_of_nodes_that_were_sent_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_task_identity()
+    factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
+    state, run = factory.state(), Run.create_empty(1)
+    assert isinstance(state, InMemoryLinkState)
+    nodes, grid = list(_register_nodes(50, factory)), InMemoryGrid(factory)
+    run.primary_task_id, run.federation_id = 7, NOOP_FEDERATION_ID
+    state.run_ids[run.run_id], state.task_store[7] = RunRecord(run=run), Task(task_id=7, run_id=run.run_id)
+    grid.set_run(run)
+    looked, check = [], state._check_stored_messages
+    monkeypatch.setattr(state, "_check_stored_messages", lambda ids, *more: (looked.append(ids), check(ids, *more)))
+
+    def send(*places: int) -> list[str]:
+        return list(grid.push_messages([Message(RecordDict(), nodes[place], "train") for place in places]))
+
+    def hand_out() -> list[str]:
+        """Do what Flower's simulation does, until no node has a message."""
+        found: list[str] = []
+        for _ in range(3):
+            for node in nodes:
+                found += [message.metadata.message_id for message in state.get_message_ins(node, limit=1)]
+        return found
+
+    sent = send(0, 1)
+    assert hand_out() == sent
+    assert len(looked) > 2 * len(nodes)
+    flower_patches.mailboxes(state)
+    for places in ((2, 3), (49, 3)):  # again, when all were found
+        sent = send(*places)
+        looked.clear()
+        assert sorted(hand_out()) == sorted(sent)
+        assert 0 < len(looked) < len(nodes)
+        looked.clear()
+        assert hand_out() == []
+        assert looked == []
+    two = send(5, 5)
+    assert hand_out() == two
+    assert list(grid.push_messages([Message(RecordDict(), 12345, "train")])) == []  # no node of this simulation
+    assert state.get_message_ins(12345, limit=1) == []
