@@ -39,8 +39,7 @@ from ssfl_app.files import write_json  # noqa: E402
 from ssfl_app.results.recorder import environment  # noqa: E402
 from ssfl_app.sparsity import channels  # noqa: E402
 from ssfl_app.sparsity.layout import Layout, Vector  # noqa: E402
-from ssfl_app.strategies.ssfl import criteria  # noqa: E402
-from ssfl_app.strategies.ssfl import strategy as ssfl_strategy  # noqa: E402
+from ssfl_app.strategies.shared import narrowing  # noqa: E402
 from ssfl_app.training import models  # noqa: E402
 from ssfl_app.training.malloc import keep_heap  # noqa: E402
 from ssfl_app.training.narrow import flops, narrowed  # noqa: E402
@@ -168,13 +167,13 @@ def resident(what: str) -> int:
 
 # ---- ranks, and accuracy -------------------------------------------------------------------------
 
-Rank = Callable[[Layout, Vector, str], np.ndarray]
+Rank = Callable[[Layout, Vector, str, channels.Cost], np.ndarray]
 
 
 def tempered(alpha: float, by_weights: float = 0.0) -> Rank:
     """Return scores by the mean score of their layer to the power `alpha`, and by a unit's weights to another."""
 
-    def rank(layout: Layout, scores: Vector, scope: str) -> np.ndarray:
+    def rank(layout: Layout, scores: Vector, scope: str, _: channels.Cost) -> np.ndarray:
         ranks, cost, widths = scores.astype(np.float64), channels.Cost(layout), channels.whole_widths(layout)
         for place, (inner, span) in enumerate(zip(layout.inner, channels.unit_spans(layout), strict=True)):
             ranks[span] /= ranks[span].mean() ** alpha * (cost.around(place, widths) / inner.units) ** by_weights
@@ -183,20 +182,22 @@ def tempered(alpha: float, by_weights: float = 0.0) -> Rank:
     return rank
 
 
+MULTIPLICATIONS = "score / multiplications of the channel"
 RANKS: dict[str, Rank] = {
     "score": tempered(0),
     "score / weights of the channel": tempered(0, 1),
+    MULTIPLICATIONS: channels.channel_ranks,
     "score / sqrt(weights of the channel)": tempered(0, 0.5),
     "score / sqrt(mean of its layer)": tempered(0.5),
     "score / mean of its layer": tempered(1),
-    "rank in its layer": lambda layout, scores, _: channels.ranks_in_layers(layout, scores),
+    "rank in its layer": lambda layout, scores, *_: channels.ranks_in_layers(layout, scores),
 }
 
 
 @contextlib.contextmanager
 def ranked_by(rank: Rank | None, least: float = 0.0) -> Iterator[None]:
     """Have SSFL rank channels another way; each layer keeps a share `least` of its channels."""
-    old, choose = criteria.channel_ranks, ssfl_strategy.choose
+    old, choose = narrowing.channel_ranks, narrowing.choose
 
     def raised(layout: Layout, ranks: np.ndarray, *more: object) -> np.ndarray:
         if least and ranks.any():
@@ -207,11 +208,10 @@ def ranked_by(rank: Rank | None, least: float = 0.0) -> Iterator[None]:
         return choose(layout, ranks, *more)
 
     try:
-        criteria.channel_ranks = rank or old
-        ssfl_strategy.choose = raised
+        narrowing.channel_ranks, narrowing.choose = rank or old, raised
         yield
     finally:
-        criteria.channel_ranks, ssfl_strategy.choose = old, choose
+        narrowing.channel_ranks, narrowing.choose = old, choose
 
 
 def play(strategy: str, seed: int, keys: dict, rounds: int) -> dict:
@@ -250,11 +250,15 @@ def played(part: str, name: str, density: float, seed: int, rounds: int, make: C
     _merge(part, {**head, "rows": [*rows, row]})
 
 
-def ranks(seeds: int, densities: list[float], rounds: int) -> None:
+def ranks(seeds: int, densities: list[float], rounds: int, budget: str) -> None:
+    """Play each rule; one by multiplications is that by weights where the budget is one of weights."""
+    part = "ranks" if budget == "parameters" else "ranks by flops"
     for seed in range(101, 101 + seeds):
         for density in densities:
-            keys = {"mask.granularity": "channel", "mask.density": density}
+            keys = {"mask.granularity": "channel", "mask.density": density, "mask.budget": budget}
             for name, rank in RANKS.items():
+                if name == MULTIPLICATIONS and budget == "parameters":
+                    continue
                 for more, least in (("", 0.0), (", each layer keeps the density", density)):
                     if least and name not in ("score", "score / sqrt(mean of its layer)"):
                         continue
@@ -263,7 +267,7 @@ def ranks(seeds: int, densities: list[float], rounds: int) -> None:
                         with ranked_by(rank, least):
                             return play("ssfl", seed, keys, rounds)
 
-                    played("ranks", name + more, density, seed, rounds, make)
+                    played(part, name + more, density, seed, rounds, make)
 
 
 def narrow(density: float) -> dict:
@@ -297,6 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("speed", "ranks", "accuracy"))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of speed")
+    parser.add_argument("--budget", choices=("parameters", "flops"), default="parameters", help="of ranks")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.25])
     parser.add_argument("--rounds", type=int, default=20)
@@ -308,7 +313,7 @@ def main() -> None:
         speed(words.models)
         memory(words.models)
     elif words.what == "ranks":
-        ranks(words.seeds, words.densities, words.rounds)
+        ranks(words.seeds, words.densities, words.rounds, words.budget)
     else:
         accuracy(words.seeds, words.densities, words.rounds)
 

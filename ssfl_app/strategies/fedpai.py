@@ -26,7 +26,7 @@ import numpy as np
 
 from ssfl_app.core.algorithm import Metadata, Payload, Query
 from ssfl_app.core.options import Settings
-from ssfl_app.sparsity.channels import Widths, channel_ranks, unit_scores
+from ssfl_app.sparsity.channels import Widths, unit_scores
 from ssfl_app.sparsity.layout import State, Vector
 from ssfl_app.sparsity.saliency import grasp
 from ssfl_app.strategies.shared.client_masks import RankedMasks, RankingClient
@@ -80,7 +80,7 @@ class FedPai(NarrowingStrategy, RankedMasks):
             return
         flow = flow_scores(self.context, "strategy fedpai with mask.granularity 'channel'")
         scores = unit_scores(self.layout, flow(self.state))
-        self.narrow(self.kept_units(channel_ranks(self.layout, scores, self.settings.mask.scope)))
+        self.narrow(self.kept_units(self.ranks(scores)))
 
     def become(self, widths: Widths) -> None:
         """Go on with the network of these widths, of which every client has all."""

@@ -13,6 +13,7 @@ from ssfl_app.sparsity.channels import (
     Cost,
     Ranks,
     Widths,
+    channel_ranks,
     check_widths,
     choose,
     narrow_layout,
@@ -22,7 +23,7 @@ from ssfl_app.sparsity.channels import (
     widths_of,
 )
 from ssfl_app.sparsity.codec import MaskedValues
-from ssfl_app.sparsity.layout import Bits
+from ssfl_app.sparsity.layout import Bits, Vector
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import Arrays, PayloadError, read_array
 from ssfl_app.training.narrow import uses_of_weights
@@ -63,16 +64,24 @@ class NarrowingStrategy(SparseStrategy):
         """Whether channels stay or go, and not weights."""
         return self.settings.mask.granularity == "channel"
 
+    def cost(self) -> Cost:
+        """Return what a network costs by mask.budget, as a function of its widths."""
+        context = self.context
+        if self.settings.mask.budget == "parameters":
+            return Cost(context.layout)
+        if context.workbench is None or context.input_shape is None:
+            raise RuntimeError("mask.budget is 'flops'; the server counts them with the model, and has none")
+        return Cost(context.layout, uses_of_weights(context.workbench, context.layout, context.input_shape))
+
+    def ranks(self, scores: Vector) -> Ranks:
+        """Return by what units stay, float64, shape (units,), of their `scores`."""
+        return channel_ranks(self.context.layout, scores, self.settings.mask.scope, self.cost())
+
     def kept_units(self, ranks: Ranks) -> Bits:
         """Return the units of the largest ranks that mask.budget holds; ConfigError if the density is too low."""
-        wanted, context, layout = self.settings.mask, self.context, self.context.layout
-        times = None
-        if wanted.budget == "flops":
-            if context.workbench is None or context.input_shape is None:
-                raise RuntimeError("mask.budget is 'flops'; the server counts them with the model, and has none")
-            times = uses_of_weights(context.workbench, layout, context.input_shape)
+        wanted = self.settings.mask
         try:
-            return choose(layout, ranks, wanted.density, Cost(layout, times), max(1, wanted.min_per_layer))
+            return choose(self.context.layout, ranks, wanted.density, self.cost(), max(1, wanted.min_per_layer))
         except ValueError as error:
             raise ConfigError(f"mask.{error}") from error
 

@@ -48,7 +48,7 @@ from ssfl_app.core.options import ConfigError, Settings
 from ssfl_app.core.robust import ScoreFold
 from ssfl_app.core.sums import Release, Summation
 from ssfl_app.privacy.densities import densities, drawn_mask, own_shares, tiny_layers
-from ssfl_app.sparsity.channels import Ranks, channel_ranks, level_ranks, ranks_in_layers, unit_count, unit_scores
+from ssfl_app.sparsity.channels import Ranks, level_ranks, ranks_in_layers, unit_count, unit_scores
 from ssfl_app.sparsity.codec import Dense, read_mask
 from ssfl_app.sparsity.layout import State, Vector, state_digest
 from ssfl_app.sparsity.mask import Mask
@@ -62,6 +62,7 @@ from ssfl_app.sparsity.values import (
     read_values,
     write_values,
 )
+from ssfl_app.strategies.shared.narrowing import NarrowingStrategy
 from ssfl_app.strategies.shared.scoring import (
     CRITERIA,
     SsflOptions,
@@ -174,7 +175,7 @@ def check_granularity(settings: Settings) -> None:
             raise ConfigError(f"ssfl.{name.replace('_', '-')} is {getattr(options, name)!r}; {rule}")
 
 
-def channel_means(strategy: SparseStrategy, ask: Query, clients: Iterable[int]) -> Ranks:
+def channel_means(strategy: NarrowingStrategy, ask: Query, clients: Iterable[int]) -> Ranks:
     """Return by what units are ranked, float64, shape (units,), of the scores that clients have at w0.
 
     With ssfl.discovery "private-channels" it is the noisy mean of the clients' own ranks, each vector scaled to
@@ -186,7 +187,7 @@ def channel_means(strategy: SparseStrategy, ask: Query, clients: Iterable[int]) 
     if SsflOptions.from_settings(strategy.settings).discovery == "private-channels":
         mean = collector.released(CHANNELS, unit_count(layout))
         return ranks_in_layers(layout, mean) if scope == "layer" else mean
-    return channel_ranks(layout, collector.mean("saliency", unit_count(layout)), scope)
+    return strategy.ranks(collector.mean("saliency", unit_count(layout)))
 
 
 @dataclass(frozen=True)
