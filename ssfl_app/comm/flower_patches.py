@@ -21,6 +21,7 @@ The warm ClientApp (`executor.py`) is no patch: it takes the place of ``flower-s
 import functools
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from flwr.app import Message
 from flwr.cli.install import install_from_fab
 from flwr.common.constant import Status
 from flwr.server.superlink.linkstate import InMemoryLinkState
+from flwr.supercore.date import now
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.protobuf import client
 from flwr.supercore.version import package_version
@@ -144,28 +146,37 @@ def installed(fab_hash: str) -> None:
 
 
 def mailboxes(state: InMemoryLinkState) -> None:
-    """Have the state of a simulation look for messages of those nodes only that were sent one.
+    """Have the state of a simulation know which messages wait for a node.
 
     Flower asks it for the messages of each node in turn, and it looks through all of them each time: for 10,000 nodes
-    with one message each that is a hundred million looks.
+    with one message each that is a hundred million looks. With these boxes it looks through those of the node.
     """
-    told, store, find = set[int](), state.store_message_ins, state.get_message_ins
+    boxes, store = defaultdict[int, list[str]](list), state.store_message_ins
 
-    def store_and_tell(message: Message) -> str | None:
+    def store_in_box(message: Message) -> str | None:
         with state.lock:
             message_id = store(message)
             if message_id is not None:
-                told.add(message.metadata.dst_node_id)
+                boxes[message.metadata.dst_node_id].append(message_id)
             return message_id
 
-    def find_if_told(node_id: int, limit: int | None, **named: Any) -> list[Message]:
-        if node_id not in told:
+    def find_in_box(node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
+        if node_id not in boxes:
             return []
+        found = list[Message]()
         with state.lock:
-            found = find(node_id, limit, **named)
-            if not found:
-                told.discard(node_id)
-            return found
+            waiting, boxes[node_id] = boxes[node_id], []
+            for message_id in waiting:
+                state._check_stored_messages({message_id})
+                message = state.message_ins_store.get(message_id)  # None: it has expired
+                if message is not None and len(found) != limit and run_id in (None, message.metadata.run_id):
+                    message.metadata.delivered_at = now().isoformat()
+                    found.append(message)
+                elif message is not None:
+                    boxes[node_id].append(message_id)
+            if not boxes[node_id]:
+                del boxes[node_id]
+        return found
 
     patched: Any = state
-    patched.store_message_ins, patched.get_message_ins = store_and_tell, find_if_told
+    patched.store_message_ins, patched.get_message_ins = store_in_box, find_in_box

@@ -12,7 +12,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from ssfl_app.comm.exchange import BESIDES, is_simulation
+from ssfl_app.comm.exchange import BESIDES, MOST_IN_FLIGHT, is_simulation
 from ssfl_app.comm.node_config import NAME
 from ssfl_app.comm.payload import Metadata, Payload, PayloadEncoder, decode_metadata
 from ssfl_app.comm.pulling import BrokenOff, Puller
@@ -119,7 +119,10 @@ class HandshakePoller:
         return {node for message_id, node in self._waiting.items() if self._puller.begun(message_id)} - self.answered
 
     def ask(self, nodes: Iterable[int]) -> None:
-        """Ask the connected nodes that are due: new, back again, or without an answer for too long."""
+        """Ask the connected nodes that are due: new, back again, or without an answer for too long.
+
+        Simulated ones are asked `MOST_IN_FLIGHT` at a time.
+        """
         now, there = time.monotonic(), set(nodes)
         for node in set(self._asked) - there:  # it may come back, and what it was working on is gone
             del self._asked[node]
@@ -127,8 +130,11 @@ class HandshakePoller:
                 self.answered.discard(node)
                 self.odd.pop(node, None)
                 self.raised.pop(node, None)
-        due = []
+        room = MOST_IN_FLIGHT - len(self._waiting) if is_simulation(self._grid) else len(there)
+        due: list[int] = []
         for node in sorted(there - self.answered):
+            if len(due) >= room:
+                break
             waited = now - self._asked.get(node, -TRY)
             if node not in self._asked or waited >= (RETRY if node in self.lost else TRY):
                 if node in self._asked:

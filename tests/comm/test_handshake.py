@@ -1,6 +1,7 @@
 """The handshake: lost and malformed ones, nodes that come, go and come back under another id."""
 
 import itertools
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -121,6 +122,21 @@ def test_who_says_no_key_is_set_aside_where_one_is_needed() -> None:
     told = Handshake(7, 2, "", {})
     assert "says no key; privacy.secure-aggregation is true" in str(made._stranger(told, {}))
     assert made._stranger(replace(told, metadata={"key": b"k" * 32}), {}) is None
+
+
+@pytest.mark.parametrize("deployed", [False, True], ids=["simulated", "real"])
+def test_simulated_nodes_are_asked_a_few_at_a_time(deployed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshake, "MOST_IN_FLIGHT", 3)
+    met = (DeploymentGrid if deployed else ScriptedGrid)(merge(SMALL, {**ONE, "run.clients": 8}))
+    poller, there = handshake.HandshakePoller(met, time.monotonic() + 60), set(met.get_node_ids())
+    counts = []
+    while poller.silent(there):
+        poller.ask(there)
+        poller.ask(there)
+        counts.append(len(poller._waiting))
+        poller.hear()
+    assert counts == ([8] if deployed else [3, 3, 2])
+    assert poller.answered == there
 
 
 class SlowGrid(ScriptedGrid):
