@@ -135,7 +135,7 @@ def test_simulated_nodes_are_asked_a_few_at_a_time(deployed: bool, monkeypatch: 
         poller.ask(there)
         counts.append(len(poller._waiting))
         poller.hear()
-    assert counts == ([8] if deployed else [3, 3, 2])
+    assert max(counts) == (8 if deployed else 3)
     assert poller.answered == there
 
 
