@@ -32,6 +32,7 @@ from ssfl_app.files import write_bytes, write_json
 from ssfl_app.results.compare import estimate, numbers
 from ssfl_app.results.run_folder import CENTRAL, LOCAL, PERSONAL, evaluated, read_run
 from ssfl_app.results.table import NONE, Table, megabytes
+from ssfl_app.simulation.command import Engine
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.training.models import ModelOptions, outline, width_for
 from ssfl_app.training.narrow import flops, of_widths
@@ -238,7 +239,7 @@ class Study:
         if waiting := self.waiting():
             jobs.check_all(waiting)
             some = {"homes": self.homes, "at_once": at_once, "budget": end - time.monotonic()}
-            jobs.play(waiting, out, "inline", say, self.result, **some)
+            jobs.play(waiting, out, Engine(), say, self.result, **some)
         failed = sum("failed" in known for known in self.known.values())
         done = len(self.runs) - len(self.waiting())
         return f"{done} of {len(self.runs)} runs are in {self.record}, {failed} failed"
@@ -261,7 +262,7 @@ def play(runs: Sequence[Entry], record: Path, out: Path, minutes: float, at_once
     if gate in study.waiting():
         jobs.check_all([gate])
         some = {"homes": study.homes, "budget": end - time.monotonic()}
-        jobs.play([gate], out, "inline", say, study.result, **some)
+        jobs.play([gate], out, Engine(), say, study.result, **some)
     if gate in study.waiting():
         return f"the gate {study.known.get(gate.slug, {}).get('failed', 'is not finished')}"
     if ((reached := study.known[gate.slug]["central"]) or 0) < GATE:

@@ -18,7 +18,7 @@ from ssfl_app.options import ConfigError, PrivateError, flatten, not_a_key
 from ssfl_app.registry import here_only, import_from, name_of
 from ssfl_app.results import plots, run_folder
 from ssfl_app.results.export import mask_of, trained, transform_of, write
-from ssfl_app.simulation.command import ENGINES, RunArgs, settling
+from ssfl_app.simulation.command import Engine, RunArgs, settling
 from ssfl_app.simulation.play import play
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ def run(
     density: float | None = None,
     config: Mapping[str, Any] | str | Path | None = None,
     engine: str = "inline",
+    ray_address: str = "",
+    ray_without_token: bool = False,
     out: str | Path | None = None,
     resume: str | Path | None = None,
     quiet: bool = False,
@@ -117,6 +119,10 @@ def run(
         Other keys, ``{"local.lr": 0.05}`` or nested, or a TOML file of them.
     engine : str
         ``"inline"``, in this process and its forks, or ``"ray"``, Flower's simulation.
+    ray_address : str
+        ``"HOST:PORT"`` of the head of a Ray cluster that is up, or ``"auto"``; the engine is ray there.
+    ray_without_token : bool
+        Also where that cluster has no token and runs anybody's code.
     out, resume : path, optional
         A new run folder, by default ``runs/<time>-<strategy>-<dataset>``; or that of a run to go on with.
     quiet : bool
@@ -132,8 +138,7 @@ def run(
         It broke off; `resume` goes on with it.
     """
     words = {word: value for word, value in locals().items() if word in SHORT and value is not None}
-    if engine not in ENGINES:
-        raise ConfigError(f"engine is {engine!r}; it is one of {', '.join(ENGINES)}")
+    where = Engine.of(engine, ray_address, ray_without_token)
     import_from(Path.cwd())
     file = Path(config) if isinstance(config, str | Path) else None
     given = _named(flatten(config)) if isinstance(config, Mapping) else {}
@@ -144,8 +149,10 @@ def run(
         raise ConfigError(f"{key} is given twice, {given[key]!r} and {called[key]!r}; give one of them")
     flat = given | called
     for key in configuration.NAMED:
-        if engine != "inline" and here_only(str(flat.get(key, ""))):
-            raise ConfigError(f"{key} is {flat[key]!r}; with engine {engine!r} it is in a module of its own, a file")
+        if where.name != "inline" and here_only(str(flat.get(key, ""))):
+            raise ConfigError(
+                f"{key} is {flat[key]!r}; with engine {where.name!r} it is in a module of its own, a file"
+            )
     for word, path in (("out", out), ("resume", resume)):
         if not isinstance(path, str | Path | None):
             raise ConfigError(f"{word} is {path!r}; it is the path of a run folder")
@@ -153,7 +160,7 @@ def run(
     into, going_on = (None if path is None else Path(path) for path in (out, resume))
     threads = torch.get_num_threads()
     try:
-        return load_run(play(RunArgs(file, [], None, engine, into, going_on, flat), settling, quiet))
+        return load_run(play(RunArgs(file, [], None, where, into, going_on, flat), settling, quiet))
     finally:
         torch.set_num_threads(threads)
 

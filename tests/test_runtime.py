@@ -15,7 +15,7 @@ from ssfl_app.comm.node_config import SIMULATED
 from ssfl_app.comm.payload import Payload, PayloadEncoder
 from ssfl_app.config import merge
 from ssfl_app.registry import name_of
-from ssfl_app.simulation.command import RunArgs
+from ssfl_app.simulation.command import Engine, RunArgs
 from ssfl_app.simulation.in_process import InlineGrid
 from ssfl_app.simulation.prepared_run import _prepare
 from ssfl_app.simulation.worker_pool import SERVER
@@ -52,7 +52,7 @@ def test_a_run_in_this_process_parses_loads_and_deals_once(calls: Counter[str], 
 def test_the_process_that_prepares_a_run_on_ray_parses_loads_and_deals_once(
     calls: Counter[str], tmp_path: Path
 ) -> None:
-    _prepare(RunArgs(None, WORDS, None, "ray", tmp_path / "run", None))
+    _prepare(RunArgs(None, WORDS, None, Engine("ray"), tmp_path / "run", None))
     assert calls == ONCE
     assert not runtime._CHECKED  # nobody will ask for them
 

@@ -42,7 +42,7 @@ from benchmarks.wan.topology import (
 )
 from ssfl_app.deployment.federation import Federation
 from ssfl_app.deployment.run import run_on
-from ssfl_app.simulation.command import RunArgs
+from ssfl_app.simulation.command import Engine, RunArgs
 
 RESULTS = Path(__file__).parents[1] / "results"
 DENSITIES = {
@@ -89,7 +89,7 @@ def play(made: Federation, area: WideArea, case: tuple[str, str, float], measure
     logs = {made.folder / "nodes" / site.name / "node.log": number for number, site in enumerate(SITES)}
     first, counters, load = len(measure.read_packets(area.log)), interfaces(), os.getloadavg()
     with measure.Watch({**logs, out / "rounds.jsonl": None}) as watch:
-        run_on(made, RunArgs(None, [keys], None, "deployment", out, None))
+        run_on(made, RunArgs(None, [keys], None, Engine("deployment"), out, None))
     time.sleep(1)  # the relay's log is written every tenth of a second
     packets = measure.read_packets(area.log, first)
     after, seen = interfaces(), measure.totals(packets, [s.name for s in SITES], 0, float("inf"))

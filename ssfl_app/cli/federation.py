@@ -153,10 +153,10 @@ def run(
 ) -> None:
     """Run a strategy on the nodes, as `ssfl run` does in simulation. Exit code: 0 finished, 1 failed, 2 bad input."""
     from ssfl_app.deployment.run import run_on
-    from ssfl_app.simulation.command import RunArgs
+    from ssfl_app.simulation.command import Engine, RunArgs
 
     import_from(modules.resolve())
-    run_on(_read(folder), RunArgs(config, override or [], None, "deployment", out, resume))
+    run_on(_read(folder), RunArgs(config, override or [], None, Engine("deployment"), out, resume))
 
 
 @app.command()

@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from ssfl_app import installed
-from ssfl_app.cli.arguments import ConfigFile, Engine, Out, Override, Resume
+from ssfl_app.cli.arguments import ConfigFile, Engine, Out, Override, RayAddress, RayWithoutToken, Resume
 from ssfl_app.cli.federation import app as federation_app
 from ssfl_app.cli.study import app as study_app
 from ssfl_app.locks import RunFailed
@@ -52,27 +52,20 @@ def run(
     engine: Engine = "inline",
     out: Out = None,
     resume: Resume = None,
-    ray_address: Annotated[
-        str, Option(metavar="HOST:PORT", help="Engine ray on a cluster that is up; auto: as Ray finds it.")
-    ] = "",
-    ray_without_token: Annotated[
-        bool, Option("--ray-without-token", help="Also where that cluster runs anybody's code.")
-    ] = False,
+    ray_address: RayAddress = "",
+    ray_without_token: RayWithoutToken = False,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Run a strategy and write a run folder; CONFIG.toml has the keys that differ from the defaults (`ssfl keys`).
 
     Exit code: 0 finished, 1 failed or interrupted, 2 bad input.
     """
-    from ssfl_app.simulation.command import RayCluster, RunArgs, telling
+    from ssfl_app.simulation import command
     from ssfl_app.simulation.play import play
 
     import_from(Path.cwd())
-    cluster = RayCluster(ray_address, ray_without_token) if ray_address else None
-    if ray_without_token and cluster is None:
-        raise ConfigError("--ray-without-token is given; it is about the cluster of --ray-address")
-    engine = "ray" if cluster else engine
-    play(RunArgs(config, override or [], nodes, engine, out, resume, cluster=cluster), telling, quiet)
+    where = command.Engine.of(engine, ray_address, ray_without_token)
+    play(command.RunArgs(config, override or [], nodes, where, out, resume), command.telling, quiet)
 
 
 @app.command()
@@ -81,6 +74,8 @@ def compare(
     override: Override = None,
     out: Annotated[Path | None, Option(help="Folder.", show_default="runs/compare-<name of the file>")] = None,
     engine: Engine = "inline",
+    ray_address: RayAddress = "",
+    ray_without_token: RayWithoutToken = False,
     jobs: Annotated[int, Option(help="Runs that are played at once.")] = 1,
     budget: Annotated[str, Option(help="Time for all runs: 90s, 10m, 2h, or none.")] = "none",
     report_only: Annotated[bool, Option("--report-only", help="Play nothing; compare what is there.")] = False,
@@ -92,9 +87,11 @@ def compare(
     Exit code: 0 all runs finished or budget over, 1 one failed, 2 bad configuration.
     """
     from ssfl_app.experiments.sweep import run_sweep
+    from ssfl_app.simulation import command
 
     import_from(Path.cwd())
-    run_sweep(files, override or [], out, engine, jobs, budget, report_only, tell)
+    where = command.Engine.of(engine, ray_address, ray_without_token)
+    run_sweep(files, override or [], out, where, jobs, budget, report_only, tell)
 
 
 @app.command()
@@ -107,6 +104,8 @@ def reproduce(
     override: Override = None,
     out: Annotated[Path | None, Option(help="Folder.", show_default="runs/reproduce-<table>-<profile>")] = None,
     engine: Engine = "inline",
+    ray_address: RayAddress = "",
+    ray_without_token: RayWithoutToken = False,
     listed: Annotated[bool, Option("--list", help="Play nothing; list the tables, or the rows of one.")] = False,
 ) -> None:
     """Play the rows of a published table as far as the budget goes, and print published beside measured numbers.
@@ -115,12 +114,14 @@ def reproduce(
     configuration.
     """
     from ssfl_app.experiments import reproduce as rows
+    from ssfl_app.simulation import command
 
     import_from(Path.cwd())
     if listed:
         rows.show(table, profile, override or [])
     else:
-        rows.reproduce(table, profile, override or [], budget, out, engine, tell)
+        where = command.Engine.of(engine, ray_address, ray_without_token)
+        rows.reproduce(table, profile, override or [], budget, out, where, tell)
 
 
 @app.command()

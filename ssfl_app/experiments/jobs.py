@@ -24,6 +24,7 @@ from ssfl_app.experiments.run_spec import TASK, RunSpec, run_clash
 from ssfl_app.options import ConfigError
 from ssfl_app.results.status import read_status
 from ssfl_app.runtime import check, check_at_once, find_device
+from ssfl_app.simulation.command import Engine
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.text import tell
@@ -85,7 +86,7 @@ def check_all(runs: Sequence[RunSpec]) -> None:
 def play(
     runs: Sequence[RunSpec],
     folder: Path,
-    engine: str,
+    engine: Engine,
     say: Callable[[str], object],
     result: Callable[[RunSpec, str], str],
     *,
@@ -112,8 +113,11 @@ def play(
     Raises
     ------
     ConfigError
-        Another process is playing in this folder, or a run's folder holds another run.
+        Another process is playing in this folder, a run's folder holds another run, or several runs are to be played
+        at once on a Ray cluster: each takes all of it.
     """
+    if engine.cluster is not None and at_once > 1:
+        raise ConfigError(f"--jobs is {at_once}; it is 1 with --ray-address, where a run takes all of the cluster")
     waiting = [run for run in runs if state(run, homes / run.slug) != "finished"]
     done, failed, running = len(runs) - len(waiting), dict[str, str](), list[Job]()
     homes.mkdir(parents=True, exist_ok=True)
@@ -180,7 +184,7 @@ def state(run: RunSpec, home: Path) -> str:
     return "finished" if finished else "unfinished"
 
 
-def start(run: RunSpec, home: Path, engine: str, work: Path, lock: Path) -> Job:
+def start(run: RunSpec, home: Path, engine: Engine, work: Path, lock: Path) -> Job:
     """Start a run in the folder `home`, or go on with it; its configuration is written to the folder `work`.
 
     `lock` is the file that this process holds locked: if it is killed, the run ends too.

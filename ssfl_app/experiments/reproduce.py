@@ -17,7 +17,7 @@ from ssfl_app.results import published
 from ssfl_app.results.published import Line, Page, as_json, as_table, listing, markdown, overview, warnings
 from ssfl_app.results.run_folder import Run, read_run, train_counts
 from ssfl_app.results.table import percent
-from ssfl_app.simulation.command import check_engine
+from ssfl_app.simulation.command import Engine
 from ssfl_app.strategies import REGISTRY
 
 RECENT = 10  # rounds that the speed of a row is taken from
@@ -26,14 +26,13 @@ Say = Callable[[str], None]
 
 
 def reproduce(
-    table: str, profile: str, overrides: Sequence[str], budget: str, out: Path | None, engine: str, say: Say
+    table: str, profile: str, overrides: Sequence[str], budget: str, out: Path | None, engine: Engine, say: Say
 ) -> None:
     """Play what fits and write the table; exit with 1 if a run failed, or on Ctrl-C.
 
     The arguments are those of `ssfl reproduce`. ConfigError: a row cannot be played, or its folder holds another run;
     nothing was played.
     """
-    check_engine(engine)
     seconds, override = jobs.read_budget(budget), configuration.read_overrides(overrides)
     rows = read_rows(table, profile, override)
     folder = (out or Path("runs") / f"reproduce-{table}-{profile}").expanduser().resolve()

@@ -20,7 +20,7 @@ from ssfl_app.results.compare_page import markdown, picture
 from ssfl_app.results.report import write_picture
 from ssfl_app.results.run_folder import metadata, read_run
 from ssfl_app.results.table import in_metric
-from ssfl_app.simulation.command import check_engine
+from ssfl_app.simulation.command import Engine
 
 RULE = (
     "each row at each density tried {count} settings on the seeds {seeds}, which no table has, and is played with "
@@ -33,7 +33,7 @@ def run_sweep(
     files: Sequence[Path],
     overrides: Sequence[str],
     out: Path | None,
-    engine: str,
+    engine: Engine,
     jobs: int,
     budget: str,
     report_only: bool,
@@ -44,7 +44,6 @@ def run_sweep(
     The arguments are those of `ssfl compare`; `say` is told in a line how far all have come. ConfigError: a run
     cannot be played, or its folder holds another one; nothing was played.
     """
-    check_engine(engine)
     if jobs < 1:
         raise ConfigError(f"--jobs is {jobs}; it is a number of at least 1")
     seconds, plan = read_budget(budget), read_plan(files, overrides)
@@ -81,7 +80,7 @@ class Sweep:
         self.failed: dict[str, str] = {}  # slug -> why, of the runs that were played now
         self._finished: dict[str, Outcome] = {}  # by slug: what was read once
 
-    def play(self, engine: str, jobs: int, seconds: float, say: Callable[[str], None]) -> None:
+    def play(self, engine: Engine, jobs: int, seconds: float, say: Callable[[str], None]) -> None:
         """Play what is missing as far as the time goes: common and tuning runs of a block, then what is chosen."""
         end, done = time.monotonic() + seconds, set[str]()
 

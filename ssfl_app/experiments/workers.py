@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
+from ssfl_app.simulation.command import Engine
 from ssfl_app.simulation.processes import short_folder
 
 COMMAND = "ssfl_app.cli.main:main"
@@ -32,17 +33,17 @@ _PRELOADED = (
 )
 
 
-def start(engine: str, words: list[str], errors: Path, environment: dict[str, str]) -> BaseProcess:
+def start(engine: Engine, words: list[str], errors: Path, environment: dict[str, str]) -> BaseProcess:
     """Start ``ssfl run`` with these words; what it says on stderr goes to the file `errors`.
 
     It has a session of its own: Ctrl-C is for the caller, who then asks it to end.
     """
     context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
-    if engine == "inline":
+    if engine.name == "inline":
         _shorten_sockets()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_PRELOADED))
-    process = context.Process(target=_run, args=(["run", "--engine", engine, *words], str(errors), environment))
+    process = context.Process(target=_run, args=(["run", *engine.words, *words], str(errors), environment))
     process.start()
     return process
 

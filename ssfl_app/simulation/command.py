@@ -36,35 +36,52 @@ class RayCluster:
 
 
 @dataclass(frozen=True)
-class RunArgs:
-    """The arguments of `ssfl run`; `engine` is one of `ENGINES`, or "deployment" for `ssfl federation run`.
+class Engine:
+    """Where a run is played: `name` is one of `ENGINES`, or "deployment" for `ssfl federation run`.
 
-    `keys` are those that Python gives, dotted, over those of `file`. With a `cluster` the engine is "ray".
+    With a `cluster` it is "ray".
     """
+
+    name: str = "inline"
+    cluster: RayCluster | None = None
+
+    @classmethod
+    def of(cls, name: str, ray_address: str = "", ray_without_token: bool = False) -> "Engine":
+        """Return what a command, or Python, asks for; ConfigError: no such engine, or its package is missing."""
+        if name not in ENGINES:
+            raise ConfigError(f"--engine is {name!r}; it is one of {', '.join(ENGINES)}")
+        if ray_without_token and not ray_address:
+            raise ConfigError("--ray-without-token is given; it is about the cluster of --ray-address")
+        if ray_address:
+            name = "ray"
+        if name == "ray" and find_spec("ray") is None:
+            raise ConfigError("--engine is 'ray'; ray is not installed: pip install \"ssfl-app[app]\"")
+        return cls(name, RayCluster(ray_address, ray_without_token) if ray_address else None)
+
+    @property
+    def words(self) -> list[str]:
+        """What a command says to get it; nothing for the default."""
+        if self.cluster is None:
+            return [] if self.name == "inline" else ["--engine", self.name]
+        return ["--ray-address", self.cluster.address, *["--ray-without-token"] * self.cluster.open_too]
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """The arguments of `ssfl run`; `keys` are those that Python gives, dotted, over those of `file`."""
 
     file: Path | None
     overrides: list[str]
     nodes: int | None
-    engine: str
+    engine: Engine
     out: Path | None
     resume: Path | None
     keys: Mapping[str, Scalar] = field(default_factory=dict)
-    cluster: RayCluster | None = None
 
     @property
     def going_on(self) -> list[str]:
         """The words of the command that goes on with such a run, before ``--resume``."""
-        if self.cluster is None:
-            return ["run", *([] if self.engine == "inline" else ["--engine", self.engine])]
-        return ["run", "--ray-address", self.cluster.address, *["--ray-without-token"] * self.cluster.open_too]
-
-
-def check_engine(name: str) -> None:
-    """Raise ConfigError unless `name` is one of `ENGINES`, and what it needs is installed."""
-    if name not in ENGINES:
-        raise ConfigError(f"--engine is {name!r}; it is one of {', '.join(ENGINES)}")
-    if name == "ray" and find_spec("ray") is None:
-        raise ConfigError("--engine is 'ray'; ray is not installed: pip install \"ssfl-app[app]\"")
+        return ["run", *self.engine.words]
 
 
 @contextmanager

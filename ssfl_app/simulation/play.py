@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ssfl_app.results.progress import showing
-from ssfl_app.simulation.command import RunArgs, check_engine
+from ssfl_app.simulation.command import RunArgs
 from ssfl_app.text import tell
 
 
@@ -14,8 +14,7 @@ def play(words: RunArgs, ending: Callable[..., AbstractContextManager[None]], qu
 
     ConfigError: it cannot be run, and nothing was written.
     """
-    check_engine(words.engine)
-    if words.engine == "inline":
+    if words.engine.name == "inline":
         from ssfl_app import client_app, server_app
         from ssfl_app.simulation.in_process import run_inline
         from ssfl_app.simulation.resolve import resolve
@@ -28,7 +27,7 @@ def play(words: RunArgs, ending: Callable[..., AbstractContextManager[None]], qu
     from ssfl_app.simulation.prepared_run import prepare_run
     from ssfl_app.simulation.ray import Launch
 
-    with Launch(words.cluster) as launch:
+    with Launch(words.engine.cluster) as launch:
         prepared = prepare_run(words)
         with ending(prepared.folder, *words.going_on), showing(quiet):
             launch.play(prepared, tell)

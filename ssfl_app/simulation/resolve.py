@@ -51,12 +51,12 @@ def resolve(words: RunArgs) -> tuple[Config, Layout]:
     flat = _resumed(given, words.resume) if words.resume else configuration.merge(given)
     flat["run.resume"] = words.resume is not None
     config = configuration.parse(flat)
-    if config.data.where == "sites" and words.engine in ENGINES:
+    if config.data.where == "sites" and words.engine.name in ENGINES:
         raise ConfigError("data.where is 'sites'; own data need real SuperNodes: ssfl federation run, or flwr run")
-    check_time(config, words.engine in ENGINES)
+    check_time(config, words.engine.name in ENGINES)
     folder = absolute("run.out", flat["run.out"] or default_folder(config.strategy, config.data.name))
     config = configuration.with_out(config, folder)
-    layout = check(config, keep=words.engine == "inline")
+    layout = check(config, keep=words.engine.name == "inline")
     if words.resume is None:
         check_free(folder)
     return config, layout

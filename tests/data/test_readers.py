@@ -403,11 +403,13 @@ def test_keys_that_do_not_fit_together(keys: Flat, words: str) -> None:
 
 
 def test_simulations_have_no_own_data(tmp_path: Path) -> None:
-    from ssfl_app.simulation.command import RunArgs
+    from ssfl_app.simulation.command import Engine, RunArgs
     from ssfl_app.simulation.resolve import resolve
 
     for engine in ("ray", "inline"):
-        command = RunArgs(None, ["data.where='sites' data.name='folder'"], None, engine, tmp_path / "run", None)
+        command = RunArgs(
+            None, ["data.where='sites' data.name='folder'"], None, Engine(engine), tmp_path / "run", None
+        )
         with pytest.raises(ConfigError, match=r"data.where is 'sites'; own data need real SuperNodes"):
             resolve(command)
 

@@ -35,6 +35,7 @@ from ssfl_app.experiments.run_spec import RunSpec, run_clash
 from ssfl_app.options import ConfigError, flatten
 from ssfl_app.results.published import METRICS, Published, read_published
 from ssfl_app.results.run_folder import metadata, read_run
+from ssfl_app.simulation.command import Engine
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.training import models
@@ -78,7 +79,7 @@ def quietly(out: Path, *overrides: str, table: str = "resnet50", budget: str = "
     """Return what was printed, and the lines that were said."""
     said, printed = list[str](), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        reproduce.reproduce(table, "published", [TINY, *overrides], budget, out, "inline", said.append)
+        reproduce.reproduce(table, "published", [TINY, *overrides], budget, out, Engine(), said.append)
     return printed.getvalue(), said
 
 
@@ -358,7 +359,7 @@ def test_the_budget_goes_to_what_fits(tmp_path: Path, monkeypatch: pytest.Monkey
         table = Progress({row.name: row for row in rows}, tmp_path, said.append)
         runs = [row.run for row in rows]
         jobs.play(
-            runs, tmp_path, "inline", said.append, table.result, homes=tmp_path, budget=budget, choose=table.choose
+            runs, tmp_path, Engine(), said.append, table.result, homes=tmp_path, budget=budget, choose=table.choose
         )
 
     monkeypatch.setattr(jobs, "time", clock)

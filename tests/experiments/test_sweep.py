@@ -27,6 +27,7 @@ from ssfl_app.results.compare_page import cells, headers, markdown, picture
 from ssfl_app.results.run_folder import metadata, read_run
 from ssfl_app.results.status import read_status
 from ssfl_app.results.table import NONE
+from ssfl_app.simulation.command import Engine
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.training.models import ModelOptions, outline, width_for
 
@@ -521,7 +522,7 @@ def words(
     tmp_path: Path, text: str, *overrides: str, jobs: int = 2, budget: str = "none", report_only: bool = False
 ) -> Words:
     (tmp_path / "sweep.toml").write_text(TINY + text)
-    return [tmp_path / "sweep.toml"], list(overrides), tmp_path / "out", "inline", jobs, budget, report_only
+    return [tmp_path / "sweep.toml"], list(overrides), tmp_path / "out", Engine(), jobs, budget, report_only
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -623,7 +624,7 @@ def test_a_process_that_dies_before_it_says_anything_is_named(
     (run,) = read_plan(words(tmp_path, '[compare]\nstrategies = ["fedavg"]\n')[0], []).runs
     dead = multiprocessing.get_context("fork").Process(target=os._exit, args=(9,))
     monkeypatch.setattr(workers, "start", lambda *_: dead.start() or dead)
-    job = jobs.start(run, tmp_path / "home", "ray", tmp_path, tmp_path / ".lock")
+    job = jobs.start(run, tmp_path / "home", Engine("ray"), tmp_path, tmp_path / ".lock")
     dead.join()
     assert jobs.reason(job) == f"failed: exit code 9, {job.errors}"
 

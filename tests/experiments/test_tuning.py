@@ -14,6 +14,7 @@ from ssfl_app.experiments.tuning import Candidate, Choice, Outcome, Search, at_a
 from ssfl_app.metrics import ACCURACY, Metric
 from ssfl_app.options import ConfigError
 from ssfl_app.results.run_folder import metadata, read_run
+from ssfl_app.simulation.command import Engine
 
 SWEEP = """
 [run]
@@ -225,7 +226,7 @@ def test_a_sweep_tunes_then_plays_each_row_with_its_choice_and_nothing_twice(
         said.clear()
         with contextlib.ExitStack() as stack:
             ended = stack.enter_context(pytest.raises(SystemExit)) if code else None
-            run_sweep([tmp_path / "sweep.toml"], [], out, "inline", 2, budget, report_only, said.append)
+            run_sweep([tmp_path / "sweep.toml"], [], out, Engine(), 2, budget, report_only, said.append)
         assert ended is None or ended.value.code == code
         made: dict[str, Any] = json.loads((out / "comparison.json").read_text())
         return made

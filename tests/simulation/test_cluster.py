@@ -20,7 +20,7 @@ from ssfl_app.comm.client_files import Folder
 from ssfl_app.comm.ray_cluster import NODES, Keeper, RayFolder, why_an_actor_died
 from ssfl_app.options import ConfigError
 from ssfl_app.simulation.cluster import Answer, Node, Room, complaints, libraries, room_for
-from ssfl_app.simulation.command import RayCluster, RunArgs
+from ssfl_app.simulation.command import Engine, RayCluster, RunArgs
 from ssfl_app.simulation.prepared_run import PreparedRun
 from ssfl_app.simulation.processes import environment, free_port, kill_families
 from ssfl_app.testing.grid import SMALL
@@ -124,7 +124,7 @@ def test_an_address_is_that_of_a_head(address: str) -> None:
 
 
 def test_the_command_that_goes_on_names_the_cluster() -> None:
-    words = RunArgs(None, [], None, "ray", None, None, cluster=RayCluster("[::1]:6379", open_too=True))
+    words = RunArgs(None, [], None, Engine.of("inline", "[::1]:6379", True), None, None)
     assert words.going_on == ["run", "--ray-address", "[::1]:6379", "--ray-without-token"]
 
 
@@ -226,9 +226,11 @@ class Cluster:
         for name in self.nodes:
             self.kill(name)
 
-    def ssfl(self, *words: object, address: str = "", cwd: Path = Path("/"), **more: str) -> "subprocess.Popen[str]":
-        within = ["ip", "netns", "exec", self.spaces["a"], *SSFL, "--ray-address", address or self.address]
-        return started([*within, *words], cwd, **{**self.variables, **more})
+    def ssfl(
+        self, *words: object, address: str = "", cwd: Path = Path("/"), of: str = "run", **more: str
+    ) -> "subprocess.Popen[str]":
+        command = [*SSFL[:-1], of, "--ray-address", address or self.address]
+        return started(["ip", "netns", "exec", self.spaces["a"], *command, *words], cwd, **{**self.variables, **more})
 
 
 def ip(*words: str) -> None:
@@ -279,6 +281,21 @@ def test_two_nodes_that_share_no_file_give_the_bits_of_one_process(cluster: Clus
     ended(inline)
     assert result(place / "ray") == result(place / "inline")
     assert json.loads((place / "ray" / "summary.json").read_text())["engine"] == "ray"
+
+
+@pytest.mark.slow
+def test_a_comparison_is_played_on_a_cluster_run_by_run(cluster: Cluster) -> None:
+    place = cluster.home / "sweep"
+    place.mkdir()
+    (place / "two.toml").write_text(
+        '[compare]\nstrategies = ["fedavg", "random"]\nseeds = [1]\nbaseline = "fedavg"\n'
+    )
+    words = "two.toml", "-c", keys(**{"run.rounds": 1}), "--out", place / "out"
+    refused = cluster.ssfl(*words, "--jobs", "2", cwd=place, of="compare")
+    assert "--jobs is 2; it is 1 with --ray-address" in ended(refused, 2)[1]
+    ended(cluster.ssfl(*words, cwd=place, of="compare"))
+    summaries = [json.loads(path.read_text()) for path in (place / "out" / "runs").glob("*/summary.json")]
+    assert [summary["engine"] for summary in summaries] == ["ray", "ray"]
 
 
 @pytest.mark.slow

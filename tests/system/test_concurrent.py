@@ -23,7 +23,7 @@ from ssfl_app.experiments.sweep_spec import read_plan
 from ssfl_app.locks import RunFailed, naming_memory
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import check_at_once, get_runtime
-from ssfl_app.simulation.command import RunArgs
+from ssfl_app.simulation.command import Engine, RunArgs
 from ssfl_app.simulation.in_process import InlineGrid, clients_at_once, run_inline
 from ssfl_app.simulation.resolve import resolve
 from ssfl_app.simulation.worker_pool import pool
@@ -228,7 +228,7 @@ def test_more_at_once_than_is_safe_on_a_gpu_is_refused_by_name(monkeypatch, tmp_
     plan = read_plan([tmp_path / "run.toml"], [])
     for door in (
         lambda: check_at_once(parse(flat)),
-        lambda: resolve(RunArgs(tmp_path / "run.toml", [], None, "inline", tmp_path / "out", None)),
+        lambda: resolve(RunArgs(tmp_path / "run.toml", [], None, Engine(), tmp_path / "out", None)),
         lambda: check_all(plan.runs),
         lambda: run_inline(None, None, parse(flat)),
     ):
@@ -312,7 +312,7 @@ def test_a_run_may_be_resumed_with_other_threads_but_not_with_another_precision(
     (tmp_path / "config.toml").write_text(write_toml(merge(SMALL, {"run.out": str(tmp_path)})))
 
     def resumed(keys):
-        return resolve(RunArgs(None, [keys], None, "inline", None, tmp_path))[0]
+        return resolve(RunArgs(None, [keys], None, Engine(), None, tmp_path))[0]
 
     engine = resumed("engine.concurrent=2 engine.graphs=false").engine
     assert (engine.concurrent, engine.graphs) == (2, False)

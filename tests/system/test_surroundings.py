@@ -259,8 +259,9 @@ def test_a_run_that_fails_before_it_has_a_folder_is_one_line(
 
 def test_a_fork_server_starts_under_a_long_tmpdir(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from ssfl_app.experiments import workers\n"
+    code += "from ssfl_app.simulation import command\n"
     code += "workers._PRELOADED = ()\n"
-    code += "job = workers.start('inline', ['--nonsense'], Path(sys.argv[1]) / 'errors', {})\n"
+    code += "job = workers.start(command.Engine(), ['--nonsense'], Path(sys.argv[1]) / 'errors', {})\n"
     code += "job.join(60); print(job.exitcode)"
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
