@@ -65,7 +65,8 @@ class InlineGrid(Grid):
         self._ready = Event()  # a reply is, that nobody has been told of
         usual: UserConfig = {"num-partitions": len(nodes), SIMULATED: True}
         configs = {node: {"partition-id": part, **usual} for node, part in nodes.items()} | dict(node_configs or {})
-        self._contexts = {node: Context(1, node, dict(configs[node]), RecordDict(), dict(config)) for node in nodes}
+        own = dict(config)  # one for all: nobody changes it, and it would be a quarter of what a node takes
+        self._contexts = {node: Context(1, node, dict(configs[node]), RecordDict(), own) for node in nodes}
         # A node whose last answer nobody waited for may still be at it.
         self._nodes = {node: Lock() for node in nodes}
         self._waiting: dict[str, Message] = {}
