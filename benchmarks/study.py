@@ -1,12 +1,13 @@
-"""Play every system on digits and record it: python -m benchmarks.study [--minutes M] [--jobs N] [--commit]
+"""Play a sweep on digits and record it: python -m benchmarks.study [study|ablations] [--minutes M] [--commit]
 
-`ssfl compare configs/digits-study.toml` in scratch/digits-study, as far as the time goes; the same command goes on
-where that stopped, on another machine too: every quarter of an hour what is read of finished runs is packed into
-benchmarks/results/digits-study-runs.tar.xz, and unpacked where a run folder is missing. When nothing waits (or with
---record-only) the tables, the picture and the numbers are copied to benchmarks/results/digits-study.*, and the short
-table of docs/results.md (density 0.05 and the dense methods) is written beside them, digits-study-short.md; half a
-study would replace a whole one. With --commit these files are committed. At the end the paper's order at density 0.05
-is looked at: what does not hold is printed.
+`ssfl compare` with configs/digits-study.toml, every system, or configs/digits-ablations.toml, what SSFL's mask
+depends on, in scratch/digits-study as far as the time goes; the same command goes on where that stopped, on another
+machine too: every quarter of an hour what is read of finished runs is packed into
+benchmarks/results/digits-study-runs.tar.xz, and unpacked where a run folder is missing. When no run at the common
+settings waits (or with --record-only) the tables, the picture and the numbers are copied to
+benchmarks/results/digits-study.*, and the short table of docs/results.md (density 0.05 and the dense methods) is
+written beside them, digits-study-short.md; half a table would replace a whole one. With --commit these files are
+committed. At the end of the study the paper's order at density 0.05 is looked at: what does not hold is printed.
 """
 
 import argparse
@@ -25,12 +26,11 @@ from ssfl_app.results.status import read_status
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SWEEP = ROOT / "configs" / "digits-study.toml"
+SWEEPS = "study", "ablations"
 DENSITY = 0.05
 OWN = "own settings"
 SLICE = 15 * 60  # seconds from one record to the next
 NONE = "\N{EN DASH}"
-ARCHIVE = RESULTS / "digits-study-runs.tar.xz"
 READ = ("config.toml", "rounds.jsonl", "summary.json", "status.json", "environment.json", "clients.json")
 READ += ("mask.safetensors",)
 """The files of a run folder that tables are made of."""
@@ -38,33 +38,34 @@ READ += ("mask.safetensors",)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweep", nargs="?", choices=SWEEPS, default=SWEEPS[0])
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="time for all; default: until all is played"
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--record-only", action="store_true", help="play nothing")
     parser.add_argument("--commit", action="store_true", help="commit each record")
-    parser.add_argument("--out", type=Path, default=ROOT / "scratch" / "digits-study")
+    parser.add_argument("--out", type=Path, help="default: scratch/digits-study")
     words = parser.parse_args()
-    end = time.monotonic() + 60 * words.minutes
-    unpack(ARCHIVE, words.out / "runs")
+    end, stem = time.monotonic() + 60 * words.minutes, f"digits-{words.sweep}"
+    out, archive = words.out or ROOT / "scratch" / stem, RESULTS / f"{stem}-runs.tar.xz"
+    unpack(archive, out / "runs")
     while True:
         left = min(SLICE, end - time.monotonic())
         part = ["--report-only"] if words.record_only else ["--budget", f"{max(1.0, left):.0f}s"]
-        command = [sys.executable, "-m", "ssfl_app", "compare", str(SWEEP), "--out", str(words.out)]
-        done = subprocess.run([*command, "--jobs", str(words.jobs), *part], cwd=ROOT)
+        command = [sys.executable, "-m", "ssfl_app", "compare", str(ROOT / "configs" / f"{stem}.toml")]
+        done = subprocess.run([*command, "--out", str(out), "--jobs", str(words.jobs), *part], cwd=ROOT)
         if done.returncode not in (0, 1):  # 1: a run failed, which the table says
             sys.exit(done.returncode)
-        pack(words.out / "runs", ARCHIVE)
-        tables: list[dict[str, Any]] = json.loads((words.out / "comparison.json").read_text("utf-8"))["tables"]
-        whole = words.record_only or not waits(tables)
-        if whole:
-            record(words.out)
+        pack(out / "runs", archive)
+        tables: list[dict[str, Any]] = json.loads((out / "comparison.json").read_text("utf-8"))["tables"]
+        if words.record_only or not waits([table for table in tables if table["terms"] != OWN]):
+            record(out, stem)
         if words.commit:
-            commit()
-        if whole or end - time.monotonic() < 1:
+            commit(stem)
+        if words.record_only or not waits(tables) or end - time.monotonic() < 1:
             break
-    for table in tables:
+    for table in tables if words.sweep == "study" else ():
         print(title(table), "\n".join(check_order(table)) or "the paper's order holds", sep="\n")
 
 
@@ -91,25 +92,26 @@ def unpack(archive: Path, runs: Path) -> None:
             file.extractall(runs, members, filter="data")
 
 
-def record(out: Path, results: Path = RESULTS) -> list[dict[str, Any]]:
-    """Copy what a comparison in `out` wrote, write the short tables, and return all tables."""
+def record(out: Path, stem: str, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """Copy what a comparison in `out` wrote, write the short tables of the study, and return all tables."""
     for kind in ("md", "png", "json"):
-        shutil.copy(out / f"comparison.{kind}", results / f"digits-study.{kind}")
-    full = (results / "digits-study.md").read_text("utf-8")
-    (results / "digits-study.md").write_text(full.replace("(comparison.png)", "(digits-study.png)"), "utf-8")
-    tables: list[dict[str, Any]] = json.loads((results / "digits-study.json").read_text("utf-8"))["tables"]
-    pairs = [(table, own_table(table, tables)) for table in tables if table["terms"] != OWN]
-    short = "\n\n".join(f"{partition(table)}:\n\n{short_table(table, own)}" for table, own in pairs)
-    (results / "digits-study-short.md").write_text(short + "\n", "utf-8")
+        shutil.copy(out / f"comparison.{kind}", results / f"{stem}.{kind}")
+    full = (results / f"{stem}.md").read_text("utf-8")
+    (results / f"{stem}.md").write_text(full.replace("(comparison.png)", f"({stem}.png)"), "utf-8")
+    tables: list[dict[str, Any]] = json.loads((results / f"{stem}.json").read_text("utf-8"))["tables"]
+    if stem == "digits-study":
+        pairs = [(table, own_table(table, tables)) for table in tables if table["terms"] != OWN]
+        short = "\n\n".join(f"{partition(table)}:\n\n{short_table(table, own)}" for table, own in pairs)
+        (results / "digits-study-short.md").write_text(short + "\n", "utf-8")
     return tables
 
 
-def commit() -> None:
+def commit(stem: str) -> None:
     """Commit the files of the record, if they are others than those that are committed."""
-    files = [str(path) for path in sorted(RESULTS.glob("digits-study*"))]
+    files = [str(path) for path in sorted(RESULTS.glob(f"{stem}*"))]
     subprocess.run(["git", "add", "--", *files], cwd=ROOT, check=True)
     if subprocess.run(["git", "diff", "--cached", "--quiet", "--", *files], cwd=ROOT).returncode:
-        message = "Digits study, as far as it is played"
+        message = f"{stem}, as far as it is played"
         subprocess.run(["git", "commit", "--quiet", "-m", message, "--", *files], cwd=ROOT, check=True)
 
 

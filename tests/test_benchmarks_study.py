@@ -49,7 +49,7 @@ def test_the_short_table_has_common_and_own_settings_side_by_side(tmp_path: Path
     (tmp_path / "comparison.md").write_text("![Accuracy](comparison.png)")
     (tmp_path / "comparison.png").write_bytes(b"")
     (tmp_path / "results").mkdir()
-    assert record(tmp_path, tmp_path / "results") == [common, own]
+    assert record(tmp_path, "digits-study", tmp_path / "results") == [common, own]
     assert (tmp_path / "results" / "digits-study.md").read_text() == "![Accuracy](digits-study.png)"
     lines = (tmp_path / "results" / "digits-study-short.md").read_text("utf-8").splitlines()
     assert lines[0] == "Dirichlet:"

@@ -100,7 +100,7 @@ def test_every_published_number_has_its_file() -> None:
     assert {name: len(found) for name, found in tables().items()} == TABLES
     assert folder_of_configs().samefile(CONFIGS)
     others = {path.stem for path in CONFIGS.glob("*.toml")} - FILES.keys()
-    assert others == {"cifar10-study", "digits-compare", "digits-study"}
+    assert others == {"cifar10-study", "digits-ablations", "digits-compare", "digits-study"}
     assert set(profiles()) == {"published", "v1", "tmlr", "dispfl"}
 
 

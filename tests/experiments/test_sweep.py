@@ -703,6 +703,15 @@ def test_the_study_is_a_valid_sweep_with_as_many_settings_for_each_row() -> None
     }
 
 
+def test_the_ablations_are_a_valid_sweep_of_one_key_each() -> None:
+    made = read_plan([Path(__file__).parents[2] / "configs" / "digits-ablations.toml"], ["run.seed=1"])
+    plain = {run.density: run.flat for run in made.runs if run.row == "ssfl"}
+    own = [(run, plain[run.flat["mask.density"]]) for run in made.runs if run.row.startswith("ssfl-")]
+    changed = [sorted(key for key in run.flat if run.flat[key] != base[key]) for run, base in own]
+    assert {len(keys) for keys in changed} == {1}
+    assert {keys[0].partition(".")[0] for keys in changed} == {"ssfl", "mask"}
+
+
 def test_the_narrow_networks_of_the_study_are_as_large_as_the_masked_ones() -> None:
     with (Path(__file__).parents[2] / "configs" / "digits-study.toml").open("rb") as file:
         variants = tomllib.load(file)["compare"]["also"]
