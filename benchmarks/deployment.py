@@ -10,6 +10,8 @@ sampled from their processes. Goal: at most `GOAL` seconds a round on two cores.
 import argparse
 import json
 import os
+import re
+import subprocess
 import tempfile
 import threading
 import time
@@ -103,9 +105,11 @@ def played(work: Path, plain: bool) -> dict[str, Any]:
         cpu = {name: seconds - before[name] for name, seconds in processes.seconds().items()}
         ready = processes.node_mb()
         time.sleep(SETTLED)
-        before = processes.seconds()
+        port = place.federation.address.rpartition(":")[2]
+        before, sent = processes.seconds(), connections(port)
         time.sleep(IDLE)
         asked = {name: (seconds - before[name]) / IDLE for name, seconds in processes.seconds().items()}
+        moved_idle = {port: count - sent.get(port, 0) for port, count in connections(port).items()}
         processes.end()
         if code:
             raise RuntimeError(errors)
@@ -118,11 +122,23 @@ def played(work: Path, plain: bool) -> dict[str, Any]:
             "profile": {kind: profile(r for r in rounds if r["evaluated"] is bool_) for kind, bool_ in KINDS},
             "cpu_seconds_a_round": {name: seconds / ROUNDS for name, seconds in cpu.items()},
             "idle_cpu_seconds_a_second": asked,
+            "idle_bytes_a_second_of_a_node": sum(moved_idle.values()) / IDLE / len(place.federation.nodes),
             "node_mb": {"before the first message": idle, "after a run": ready},
             "rounds": rounds,
             "model_sha256": run.summary["model_sha256"],
             "environment": json.loads((out / "environment.json").read_text()),
         }
+
+
+def connections(port: str) -> dict[str, int]:
+    """Return the bytes that went through each TCP connection to a port, both ways, TLS included, by its own port."""
+    words = ["ss", "--tcp", "--info", "--numeric", "--no-header", "--oneline", f"( dport = :{port} )"]
+    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    found = {}
+    for line in said.splitlines():
+        local = line.split()[3]
+        found[local] = sum(map(int, re.findall(r"bytes_(?:acked|received):(\d+)", line)))
+    return found
 
 
 KINDS = (("trained", False), ("trained and tested", True))

@@ -265,6 +265,9 @@ def node(
     ] = None,
     secure_only: Annotated[bool, Option("--secure-only", help="Take part in masked runs only.")] = False,
     least_clients: Annotated[int, Option(help="Likewise, and in sums of so many clients at least.", min=0)] = 0,
+    rest: Annotated[
+        float, Option(help="Seconds between two looks for work, at most, while there is none.", min=3, max=600)
+    ] = 3.0,
 ) -> None:
     """Run the SuperNode of this host in the foreground; it is started again when it ends."""
     from ssfl_app.deployment.services import check_config, keep_node, masking_key, node_service
@@ -273,7 +276,7 @@ def node(
     if not (folder / "key").is_file() or not (folder / "ca.crt").is_file():
         raise ConfigError(f"DIR is {folder}; it is a folder with ca.crt and key, as `ssfl federation init` makes it")
     pins = None if pin is None else _folder(pin, "--pin")
-    service = node_service(folder, superlink, config, port, pins, secure_only, least_clients)
+    service = node_service(folder, superlink, config, port, pins, secure_only, least_clients, rest)
     state = check_config(config).get("state-path", folder / "state")
     typer.echo(f"fingerprint of this node's masking key: {masking_key(Path(str(state)))}")
     keep_node(service)

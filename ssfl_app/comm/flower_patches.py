@@ -81,30 +81,36 @@ def known(version: str = package_version) -> bool:
 
 
 class Pace:
-    """Stands in for the module `time` in a SuperNode's loop: it sleeps less than the loop asks for."""
+    """Stands in for the module `time` in a SuperNode's loop: it sleeps less than the loop asks for.
 
-    def __init__(self) -> None:
-        self._busy = time.monotonic()
+    Or longer, `rest` seconds at most, if it has had no message for ten times as long (`SHARE`).
+    """
+
+    def __init__(self, rest: float = 0.0) -> None:
+        self._busy, self._rest = time.monotonic(), rest
 
     def busy(self) -> None:
         """Note that the node has work now."""
         self._busy = time.monotonic()
 
     def wait(self, seconds: float) -> float:
-        """Return how long to sleep where Flower sleeps `seconds`: 3 without a message, less while it has one."""
+        """Return how long to sleep where Flower sleeps `seconds`: 3 without a message, 0.5 while it has one."""
         if seconds < 1:
             self.busy()
             return min(seconds, AT_ONCE)
-        return min(seconds, max(SHORTEST, SHARE * (time.monotonic() - self._busy)))
+        return min(max(seconds, self._rest), max(SHORTEST, SHARE * (time.monotonic() - self._busy)))
 
     def sleep(self, seconds: float) -> None:
         """Sleep that long."""
         time.sleep(self.wait(seconds))
 
 
-def pace(told: Callable[[NodeState, int], None]) -> None:
-    """Have the SuperNode of this process wait less; `told` gets its state and a run when a message of it is there."""
-    waits, pull = Pace(), start_client_internal._pull_and_store_message
+def pace(told: Callable[[NodeState, int], None], rest: float = 0.0) -> None:
+    """Have the SuperNode of this process wait less; `told` gets its state and a run when a message of it is there.
+
+    With nothing to do it waits up to `rest` seconds, or Flower's 3.
+    """
+    waits, pull = Pace(rest), start_client_internal._pull_and_store_message
 
     @functools.wraps(pull)
     def pull_and_tell(*, state: NodeState, **others: Any) -> int | None:

@@ -27,6 +27,9 @@ from ssfl_app.simulation.processes import LOOPBACK, check_port, environment, pro
 GIVES_UP = "Giving up reconnection"
 """What a SuperNode of Flower 1.41 says when it meets a bad certificate in a run: it stays, and does nothing more."""
 
+REST = "SSFL_NODE_REST"
+"""Environment variable of a node: seconds between two looks for a message at most, while there is nothing to do."""
+
 
 def check_certificate(folder: Path) -> None:
     """Raise ConfigError if the SuperLink's certificate has expired: every node would refuse it."""
@@ -71,11 +74,13 @@ def node_service(
     pins: Path | None = None,
     secure_only: bool = False,
     least_clients: int = 0,
+    rest: float = 0.0,
 ) -> Service:
     """Return a SuperNode whose credentials lie in `home`; the key that it masks its answers with is made.
 
     `superlink` is HOST:PORT, and its certificate must name that host; `config` is Flower's ``--node-config``, which
-    gets a ``state-path`` unless it has one; `port` is for the node's own processes, on the loopback interface.
+    gets a ``state-path`` unless it has one; `port` is for the node's own processes, on the loopback interface. With
+    nothing to do the node waits up to `rest` seconds, or Flower's 3, before it asks for a message again.
 
     Raises
     ------
@@ -106,7 +111,7 @@ def node_service(
     command += ["--host", "127.0.0.1", "--port", str(port)]
     # A client computes with engine.threads; libraries must not start a thread a core beside them.
     beyond = {} if host in LOOPBACK else proxies()
-    variables = environment(home / "flwr", OMP_NUM_THREADS="1", **beyond)
+    variables = environment(home / "flwr", OMP_NUM_THREADS="1", **{REST: str(rest)} if rest else {}, **beyond)
     return Service(home.name, command, home, variables, home / "node.log", GIVES_UP)
 
 

@@ -23,6 +23,7 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.nodestate import NodeState
 
 from ssfl_app.comm import flower_patches
+from ssfl_app.deployment.services import REST
 from ssfl_app.files import write_atomically
 
 PLAIN = "SSFL_PLAIN_NODE"
@@ -109,7 +110,7 @@ def main() -> None:
         secret = Path.cwd() / SECRET
         write_atomically(secret, lambda file: file.write_bytes(secrets.token_bytes(32)), 0o600)
         warm = Warm(f"{words.host}:{words.port}", secret)
-        flower_patches.pace(warm.tell)
+        flower_patches.pace(warm.tell, float(os.environ.get(REST, 0)))
         flower_patches.objects()
         flower_patches.keep_alive()
         warm.start()

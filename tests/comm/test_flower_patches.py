@@ -112,6 +112,17 @@ def test_a_node_waits_a_share_of_what_it_has_waited_already(clock: Clock) -> Non
     assert pace.wait(3) == SHORTEST
 
 
+def test_a_node_may_rest_longer_when_it_had_nothing_to_do_for_long(clock: Clock) -> None:
+    pace = Pace(rest=60.0)
+    assert pace.wait(3) == SHORTEST
+    clock.now += 100
+    assert pace.wait(3) == pytest.approx(100 * SHARE)
+    clock.now += 10_000
+    assert pace.wait(3) == 60
+    pace.busy()
+    assert pace.wait(3) == SHORTEST
+
+
 def test_a_reply_in_the_nodes_own_memory_is_found_at_once_and_is_work(clock: Clock) -> None:
     pace = Pace()
     clock.now += 500

@@ -21,7 +21,7 @@ from ssfl_app.deployment import control as federation_control
 from ssfl_app.deployment import federation as house
 from ssfl_app.deployment.control import register
 from ssfl_app.deployment.credentials import check_host, expires, hosts_of
-from ssfl_app.deployment.services import front_service, node_service, superlink_service
+from ssfl_app.deployment.services import REST, front_service, node_service, superlink_service
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.server_app import bound_places
@@ -363,6 +363,12 @@ def test_what_a_node_demands_reaches_its_client(made: house.Federation) -> None:
     for key, value in (("secure-only", 1), ("least-clients", -1), ("least-clients", True)):
         with pytest.raises(ConfigError, match=f"{key} is {value} in --node-config"):
             read_node_config({"partition-id": 3, key: value}, "shared")
+
+
+def test_how_long_a_node_rests_reaches_its_process(made: house.Federation) -> None:
+    home = made.folder / "nodes" / "a"
+    assert REST not in node_service(home, made.address, "partition-id=3", 9094).variables
+    assert node_service(home, made.address, "partition-id=3", 9094, rest=60.0).variables[REST] == "60.0"
 
 
 def test_a_folder_that_is_called_like_a_key_is_none(made: house.Federation) -> None:
