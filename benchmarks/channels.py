@@ -1,4 +1,4 @@
-"""What fewer channels are worth: .venv/bin/python benchmarks/channels.py speed | ranks | accuracy
+"""What fewer channels are worth: .venv/bin/python benchmarks/channels.py speed | ranks | accuracy | patterns
 
 `speed`: seconds of local training and multiplications of networks that keep a share of their parameters, on one core:
 batches of BATCH images, in turns in one run, so that what else the machine does falls on all alike; a turn is one
@@ -8,7 +8,7 @@ the network and the images. It takes Linux's /proc.
 
 `ranks`: how scores of channels are made comparable between layers, on digits, seeds 101, 102, ...: what the product
 does is what wins here. `accuracy`: channels, weights, uniform width and random channels at equal parameters, digits,
-seeds 1, 2, ... Both go on where they were broken off.
+seeds 1, 2, ...; `patterns`: masks of weights, 2:4 and blocks at equal density. All go on where they were broken off.
 
 Results: benchmarks/results/channels.json.
 """
@@ -297,9 +297,20 @@ def accuracy(seeds: int, densities: list[float], rounds: int) -> None:
                 played("accuracy", name, density, seed, rounds, make)
 
 
+def patterns(seeds: int, rounds: int) -> None:
+    """Play masks of weights in a pattern, and without one."""
+    for seed in range(1, 1 + seeds):
+        for name, density in (("weight", 0.5), ("2:4", 0.5), ("block", 0.5), ("weight", 0.1), ("block", 0.1)):
+
+            def make(name: str = name, density: float = density, seed: int = seed) -> dict:
+                return play("ssfl", seed, {"mask.granularity": name, "mask.density": density}, rounds)
+
+            played("patterns", name, density, seed, rounds, make)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("speed", "ranks", "accuracy"))
+    parser.add_argument("what", choices=("speed", "ranks", "accuracy", "patterns"))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="of speed")
     parser.add_argument("--budget", choices=("parameters", "flops"), default="parameters", help="of ranks")
     parser.add_argument("--seeds", type=int, default=3)
@@ -314,6 +325,8 @@ def main() -> None:
         memory(words.models)
     elif words.what == "ranks":
         ranks(words.seeds, words.densities, words.rounds, words.budget)
+    elif words.what == "patterns":
+        patterns(words.seeds, words.rounds)
     else:
         accuracy(words.seeds, words.densities, words.rounds)
 
