@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import check_order, pack, record, short_table, unpack, waits
+from benchmarks.study import check_order, pack, record, short_is_whole, short_table, unpack, waits
 
 SEEDS = {"1": 0.9, "2": 0.8}
 
@@ -78,6 +78,9 @@ def test_what_failed_waits_no_longer() -> None:
     assert not waits([table("", whole, failed)])
     for why in ("not played", "unfinished", "not tuned yet: 2 tuning runs are not played"):
         assert waits([table("", whole, row("random", 0.8, missing={"3": why}))])
+        assert not short_is_whole([table("", whole, row("random", 0.8, missing={"3": why}))])
+        others = row("random", 0.8, 0.5, missing={"3": why}), row("random", 0.8, missing={"3": why})
+        assert short_is_whole([table("", whole, others[0]), table("own settings", others[1])])
 
 
 def test_finished_runs_are_found_on_another_machine(tmp_path: Path) -> None:
