@@ -1,7 +1,7 @@
 """How a comparison looks: the Markdown file with its tables and notes, and the picture of metric against costs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ssfl_app.metrics import ACCURACY, Metric, common
@@ -155,12 +155,23 @@ def _notes(made: Sequence[Group], baseline: str) -> list[str]:
         notes.append(
             f"Simulated hours: what clients of {profiles} would have taken, without evaluation (docs/clock.md)."
         )
+    return [f"- {note}" for note in [*notes, *_lost(made)]]
+
+
+def _lost(made: Sequence[Group]) -> Iterator[str]:
+    """Yield why runs are missing, each reason once for all rows of a table that it is about."""
     for group in made:
+        told: dict[str, list[str]] = {}
         for row in group.rows:
-            wanted = [] if row.wanted is None else [f"density {row.wanted:.3g}"]
-            where = ", ".join([f"`{row.name}`", *wanted, *filter(None, [_axes(group)])])
-            notes += [f"{where}, seed {seed}: {reason}." for seed, reason in sorted(row.missing.items())]
-    return [f"- {note}" for note in notes]
+            of_row: dict[str, list[int]] = {}
+            for seed, reason in sorted(row.missing.items()):
+                of_row.setdefault(reason, []).append(seed)
+            density = [] if row.wanted is None else [f"density {row.wanted:.3g}"]
+            for reason, seeds in of_row.items():
+                which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+                told.setdefault(reason, []).append(", ".join([f"`{row.name}`", *density, which]))
+        where = f"{_axes(group)}: " if _axes(group) else ""
+        yield from (f"{where}{reason}: {'; '.join(rows)}." for reason, rows in told.items())
 
 
 def _names(rows: Sequence[Row]) -> str:

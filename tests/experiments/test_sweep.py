@@ -321,8 +321,8 @@ def test_missing_runs_are_rows_and_are_named(tmp_path: Path) -> None:
     assert cells(made[0].rows[0])[0] == "`ssfl` (1 of 2 seeds)"
     assert cells(made[0].rows[1]) == ["`random`", "0.1", NONE, NONE, "failed", *[NONE] * 10]
     text = markdown(made, "ssfl", [])
-    assert "- `ssfl`, density 0.1, seed 2: failed: loss is NaN." in text
-    assert "- `random`, density 0.1, seed 1: failed: the disk is full." in text
+    assert "- failed: loss is NaN: `ssfl`, density 0.1, seed 2." in text
+    assert "- failed: the disk is full: `random`, density 0.1, seed 1." in text
     written = json.loads(json.dumps(compare.as_json(made, "ssfl", [{"cpu": "a"}, {"cpu": "a"}])))
     assert written["tables"][0]["rows"][0]["missing"] == {"2": "failed: loss is NaN"}
     assert written["tables"][0]["rows"][0]["means"]["own"] == {"mean": 0.9, "half_width_95": None, "seeds": 1}
@@ -568,7 +568,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     model = metadata(read_run(dense))["model_sha256"]
     (dense / "summary.json").unlink()
     run_sweep(*words(tmp_path, asked_text(asked), report_only=True), said.append)
-    assert "`fedavg`, seed 1: unfinished." in (tmp_path / "out" / "comparison.md").read_text()
+    assert "unfinished: `fedavg`, seed 1." in (tmp_path / "out" / "comparison.md").read_text()
     run_sweep(*asked, said.append)
     assert any(line.startswith("[3/3] fedavg seed 1: central ") for line in said)
     assert metadata(read_run(dense))["model_sha256"] == model
@@ -614,7 +614,7 @@ def test_a_failed_run_is_named_and_the_others_are_compared(
     written = (tmp_path / "out" / "comparison.md").read_text()
     rows = [line for line in written.splitlines() if line.startswith("| `")]
     assert [" failed " in row for row in rows] == [False, True]
-    assert "- `random`, density 0.1, seed 1: failed: the run failed: training in round 1: 0 of 2 clients" in written
+    assert "- failed: the run failed: training in round 1: 0 of 2 clients" in written
     assert [line for line in said if line.startswith("[") and "random density 0.1 seed 1: failed: " in line]
 
 
