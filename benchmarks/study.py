@@ -6,9 +6,9 @@ machine too: every quarter of an hour what is read of finished runs is packed in
 benchmarks/results/digits-study-runs.tar.xz, and unpacked where a run folder is missing. When no run of the short
 table waits (or with --record-only) the tables, the picture and the numbers are copied to
 benchmarks/results/digits-study.*, and the short table of docs/results.md (density 0.05 and the dense methods, common
-settings) is written beside them, digits-study-short.md; half of it would replace a whole one, and the other tables
-say what waits. With --commit these files are committed. At the end of the study the paper's order at density 0.05 is
-looked at: what does not hold is printed.
+settings) and README's are written beside them, digits-study-short.md and -brief.md; half of it would replace a whole
+one, and the other tables say what waits. With --commit these files are committed. At the end of the study the
+paper's order at density 0.05 is looked at: what does not hold is printed.
 """
 
 import argparse
@@ -30,6 +30,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 SWEEPS = "study", "ablations"
 DENSITY = 0.05
 OWN = "own settings"
+BRIEF = ("fedavg", "narrow-0.05", "ssfl", "shuffled", "flash", "prunefl", "dispfl", "topk", "sparsyfed", "random")
+BRIEF += ("random-local",)
 SLICE = 15 * 60  # seconds from one record to the next
 NONE = "\N{EN DASH}"
 READ = ("config.toml", "rounds.jsonl", "summary.json", "status.json", "environment.json", "clients.json")
@@ -104,6 +106,7 @@ def record(out: Path, stem: str, results: Path = RESULTS) -> list[dict[str, Any]
         pairs = [(table, own_table(table, tables)) for table in tables if table["terms"] != OWN]
         short = "\n\n".join(f"{partition(table)}:\n\n{short_table(table, own)}" for table, own in pairs)
         (results / "digits-study-short.md").write_text(short + "\n", "utf-8")
+        (results / "digits-study-brief.md").write_text(brief_table(pairs[0][0]) + "\n", "utf-8")
     return tables
 
 
@@ -160,6 +163,17 @@ def short_table(table: dict[str, Any], own: dict[str, dict[str, Any]]) -> str:
     )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(short_row(row, own.get(row['row'])))} |" for row in rows)])
+
+
+def brief_table(table: dict[str, Any]) -> str:
+    """Return the table of README.md: `BRIEF`, in its order, at the common settings."""
+    rows = {row["row"]: row for row in shown_rows(table)}
+    lines = ["| strategy | density | central accuracy % | on own tests % | p (Holm) against SSFL | MB in all |"]
+    lines.append("|---" * 6 + "|")
+    for row in (rows[name] for name in BRIEF if name in rows):
+        name, density, central, own, _, p, *_, megabytes, _ = short_row(row, None)
+        lines.append(f"| {' | '.join((name, density, central, own, p, megabytes))} |")
+    return "\n".join(lines)
 
 
 def short_row(row: dict[str, Any], own: dict[str, Any] | None) -> list[str]:

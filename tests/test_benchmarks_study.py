@@ -51,6 +51,12 @@ def test_the_short_table_has_common_and_own_settings_side_by_side(tmp_path: Path
     (tmp_path / "results").mkdir()
     assert record(tmp_path, "digits-study", tmp_path / "results") == [common, own]
     assert (tmp_path / "results" / "digits-study.md").read_text() == "![Accuracy](digits-study.png)"
+    brief = (tmp_path / "results" / "digits-study-brief.md").read_text("utf-8").splitlines()
+    assert brief[2:] == [
+        "| `fedavg` | 1 | 85.0 ± 1.0 | 95.0 ± 1.0 | – | 3.0 |",  # noqa: RUF001
+        "| `ssfl` | 0.05 | 70.0 ± 1.0 | 80.0 ± 1.0 | – | 3.0 |",  # noqa: RUF001
+        "| `random` | 0.05 | 60.0 ± 1.0 | 70.0 ± 1.0 | 0.03 | 3.0 |",
+    ]
     lines = (tmp_path / "results" / "digits-study-short.md").read_text("utf-8").splitlines()
     assert lines[0] == "Dirichlet:"
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]] == [
