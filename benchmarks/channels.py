@@ -167,13 +167,13 @@ def resident(what: str) -> int:
 
 # ---- ranks, and accuracy -------------------------------------------------------------------------
 
-Rank = Callable[[Layout, Vector, str, channels.Cost], np.ndarray]
+Rank = Callable[[Layout, Vector, channels.Cost], np.ndarray]
 
 
 def tempered(alpha: float, by_weights: float = 0.0) -> Rank:
     """Return scores by the mean score of their layer to the power `alpha`, and by a unit's weights to another."""
 
-    def rank(layout: Layout, scores: Vector, scope: str, _: channels.Cost) -> np.ndarray:
+    def rank(layout: Layout, scores: Vector, _: channels.Cost) -> np.ndarray:
         ranks, cost, widths = scores.astype(np.float64), channels.Cost(layout), channels.whole_widths(layout)
         for place, (inner, span) in enumerate(zip(layout.inner, channels.unit_spans(layout), strict=True)):
             ranks[span] /= ranks[span].mean() ** alpha * (cost.around(place, widths) / inner.units) ** by_weights
@@ -182,11 +182,19 @@ def tempered(alpha: float, by_weights: float = 0.0) -> Rank:
     return rank
 
 
+def by_cost(layout: Layout, scores: Vector, cost: channels.Cost) -> np.ndarray:
+    """Return scores by what a unit takes from the budget."""
+    ranks, widths = scores.astype(np.float64), channels.whole_widths(layout)
+    for place, (inner, span) in enumerate(zip(layout.inner, channels.unit_spans(layout), strict=True)):
+        ranks[span] *= inner.units / cost.around(place, widths)
+    return ranks
+
+
 MULTIPLICATIONS = "score / multiplications of the channel"
 RANKS: dict[str, Rank] = {
     "score": tempered(0),
     "score / weights of the channel": tempered(0, 1),
-    MULTIPLICATIONS: channels.channel_ranks,
+    MULTIPLICATIONS: by_cost,
     "score / sqrt(weights of the channel)": tempered(0, 0.5),
     "score / sqrt(mean of its layer)": tempered(0.5),
     "score / mean of its layer": tempered(1),
@@ -197,7 +205,8 @@ RANKS: dict[str, Rank] = {
 @contextlib.contextmanager
 def ranked_by(rank: Rank | None, least: float = 0.0) -> Iterator[None]:
     """Have SSFL rank channels another way; each layer keeps a share `least` of its channels."""
-    old, choose = narrowing.channel_ranks, narrowing.choose
+    kind, choose = narrowing.NarrowingStrategy, narrowing.choose
+    old = kind.ranks
 
     def raised(layout: Layout, ranks: np.ndarray, *more: object) -> np.ndarray:
         if least and ranks.any():
@@ -208,10 +217,12 @@ def ranked_by(rank: Rank | None, least: float = 0.0) -> Iterator[None]:
         return choose(layout, ranks, *more)
 
     try:
-        narrowing.channel_ranks, narrowing.choose = rank or old, raised
+        narrowing.choose = raised
+        if rank is not None:
+            kind.ranks = lambda self, scores: rank(self.context.layout, scores, self.cost())
         yield
     finally:
-        narrowing.channel_ranks, narrowing.choose = old, choose
+        kind.ranks, narrowing.choose = old, choose
 
 
 def play(strategy: str, seed: int, keys: dict, rounds: int) -> dict:

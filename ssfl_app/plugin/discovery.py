@@ -265,7 +265,7 @@ class Discovery(MaskRule):
             of_units = unit_scores(layout, scores)
             if not of_units.any():
                 raise RunFailed(f"no channel has a score above 0. {_cause(layout, model)}")
-            kept = self._units(layout, channel_ranks(layout, of_units, self.scope, Cost(layout)))
+            kept = self._units(layout, channel_ranks(layout, of_units, self.scope))
         if self.mask == "shuffled":
             kept = shuffled_units(layout, kept, self.seed)
         widths = widths_of(layout, kept)

@@ -65,16 +65,20 @@ def ranks_in_layers(layout: Layout, scores: Vector | Ranks) -> Ranks:
     return ranks
 
 
-def channel_ranks(layout: Layout, scores: Vector, scope: Scope, cost: "Cost") -> Ranks:
+def channel_ranks(layout: Layout, scores: Vector, scope: Scope, budget: str = "parameters") -> Ranks:
     """Return the ranks of units, float64, shape (units,), of their `scores`: larger = keep.
 
-    With scope "global" it is the score by what the weights cost that the unit touches in the whole network, what it
-    brings by what it takes from the budget: by plain sums, of which some layers have many more weights a unit than
-    others, one of them would keep a channel of a hundred. With "layer" each layer keeps the same share.
+    By plain sums, of which some layers have many more weights a unit than others, one of them would keep a channel of
+    a hundred. With scope "global" and a `budget` of parameters it is the score by the weights that the unit touches
+    in the whole network, what it brings by what it costs; with one of "flops" the score by the mean of its layer,
+    since a channel of an early layer costs hundreds of times as much there. With "layer" each layer keeps the same
+    share. docs/structure.md has how these rules were chosen.
     """
     if scope == "layer":
         return ranks_in_layers(layout, scores)
-    ranks, widths = scores.astype(np.float64), whole_widths(layout)
+    if budget == "flops":
+        return level_ranks(layout, scores)
+    ranks, cost, widths = scores.astype(np.float64), Cost(layout), whole_widths(layout)
     for place, span in enumerate(unit_spans(layout)):
         ranks[span] *= layout.inner[place].units / cost.around(place, widths)
     return ranks

@@ -94,7 +94,7 @@ def test_a_budget_is_kept_to_less_than_the_dearest_unit(name: str, norm: str) ->
 def test_the_same_share_of_each_layer() -> None:
     layout = layout_of("resnet20", "batch")
     scores = np.random.default_rng(5).random(unit_count(layout)).astype(np.float32)
-    kept = choose(layout, channel_ranks(layout, scores, "layer", Cost(layout)), 0.3, Cost(layout))
+    kept = choose(layout, channel_ranks(layout, scores, "layer"), 0.3, Cost(layout))
     shares = [kept[span].mean() for span in unit_spans(layout)]
     assert max(shares) - min(shares) < 1 / 16 + 1e-9
     for span in unit_spans(layout):
@@ -106,14 +106,12 @@ def test_a_unit_ranks_by_its_score_over_the_weights_that_it_touches() -> None:
     # 7 -> 4 -> 2 -> 1: a unit of the first layer touches 7 + 2 weights, one of the second 4 + 1.
     layout = Layout.of(nn.Sequential(nn.Linear(7, 4), nn.Linear(4, 2), nn.Linear(2, 1)))
     scores = np.array([9, 18, 27, 36, 5, 10], dtype=np.float32)
-    assert channel_ranks(layout, scores, "global", Cost(layout)).tolist() == [1, 2, 3, 4, 1, 2]
-    # Multiplied by each weight of the second layer twice: 7 + 4 multiplications, and 8 + 1.
-    twice = Cost(layout, {"0.weight": 1, "1.weight": 2, "2.weight": 1})
-    assert channel_ranks(layout, 11 * 9 * scores, "global", twice).tolist() == [81, 162, 243, 324, 55, 110]
+    assert channel_ranks(layout, scores, "global").tolist() == [1, 2, 3, 4, 1, 2]
+    assert channel_ranks(layout, scores, "global", "flops").tolist() == level_ranks(layout, scores).tolist()
     assert level_ranks(layout, scores).tolist() == [0.4, 0.8, 1.2, 1.6, 2 / 3, 4 / 3]
     # Dead everywhere, a layer has scores of 0 and keeps its floor.
     for ranks in (
-        channel_ranks(SMALL, np.zeros(6, np.float32), "global", Cost(SMALL)),
+        channel_ranks(SMALL, np.zeros(6, np.float32), "global"),
         level_ranks(SMALL, np.zeros(6, np.float32)),
     ):
         assert not ranks.any()

@@ -75,7 +75,8 @@ class NarrowingStrategy(SparseStrategy):
 
     def ranks(self, scores: Vector) -> Ranks:
         """Return by what units stay, float64, shape (units,), of their `scores`."""
-        return channel_ranks(self.context.layout, scores, self.settings.mask.scope, self.cost())
+        wanted = self.settings.mask
+        return channel_ranks(self.context.layout, scores, wanted.scope, wanted.budget)
 
     def kept_units(self, ranks: Ranks) -> Bits:
         """Return the units of the largest ranks that mask.budget holds; ConfigError if the density is too low."""
