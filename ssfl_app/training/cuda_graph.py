@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training.anchor import Anchor, Proximal, Pull
+from ssfl_app.training.fused import FusedModel
 from ssfl_app.training.gpu import own_stream, wait_for
 from ssfl_app.training.reparam import originals
 from ssfl_app.training.step import LocalOptions, bfloat16, mask_gradients, times
@@ -54,11 +55,21 @@ class GraphedStep:
 
     The model's parameters stay where they are as long as this step is used (`serves`). Its forward pass draws no
     random numbers and does not look at its input's values. Without `capture` the same code runs step by step, on any
-    device, and no CUDA graph is replayed.
+    device, and no CUDA graph is replayed. With `fused` a `FusedModel` of this type computes forward and backward, to
+    other bits.
     """
 
-    def __init__(self, model: nn.Module, options: LocalOptions, *, autocast: bool, capture: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: LocalOptions,
+        *,
+        autocast: bool,
+        capture: bool,
+        fused: torch.dtype | None = None,
+    ) -> None:
         self.ahead = AHEAD
+        self._fused = None if fused is None else FusedModel(model, fused)
         self._model, self._clip, self._autocast, self._capture = model, options.clip, autocast, capture
         self._parameters = list(model.parameters())
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
@@ -139,8 +150,10 @@ class GraphedStep:
     def _step(self, batch: _Batch) -> None:
         self._optimizer.zero_grad()
         with bfloat16(self._autocast):
-            loss = F.cross_entropy(self._model(batch.inputs), batch.labels)
+            loss = F.cross_entropy((self._fused or self._model)(batch.inputs), batch.labels)
         loss.backward()  # type: ignore[no-untyped-call]
+        if self._fused is not None:
+            self._fused.hand_over()
         if self._anchored is Proximal:
             for parameter in self._parameters:
                 if parameter.grad is None:  # the loss does not see it

@@ -45,6 +45,8 @@ class LocalTrainer:
         for comparison. See `ssfl_app.training.cuda_graph`.
     fewest : int
         Images that a training batch has at least: `ssfl_app.training.models.fewest`.
+    kernels : str
+        ``"torch"``, or ``"fused"``: of steps that are not plain, those of `ssfl_app.training.fused`.
     passes : int
         Images that went forward and backward so far, in training and for gradients.
     looks : int
@@ -58,6 +60,7 @@ class LocalTrainer:
     steps: Steps = "plain"
     fewest: int = 1
     task: Task = field(default_factory=Classification)
+    kernels: str = "torch"
     passes: int = field(default=0, init=False)
     looks: int = field(default=0, init=False)
     _static: GraphedStep | None = field(default=None, init=False)
@@ -148,7 +151,9 @@ class LocalTrainer:
         if self._static is None or not self._static.serves(model):
             self._static = None  # its memory is free before the next one takes some
             capture = self.steps == "graphs"
-            self._static = GraphedStep(model, self.options, autocast=autocast, capture=capture)
+            fused = (torch.bfloat16 if half else torch.float32) if self.kernels == "fused" else None
+            autocast &= fused is None
+            self._static = GraphedStep(model, self.options, autocast=autocast, capture=capture, fused=fused)
         return self._static.begin(lr, mask, anchor)
 
     def _epoch(
