@@ -96,7 +96,7 @@ def test_a_step_near_an_anchor_is_captured_with_it(found):
         assert row["syncs"] <= 3, kind  # of any fit
 
 
-def test_a_fused_step_has_one_kernel_a_norm_each_way_and_changes_no_layout(found):
+def test_a_fused_step_has_one_kernel_a_norm_each_way_and_reads_channels_last(found):
     """ResNet-18 has 20 norms and convolutions, of which the first has no gradient of its input."""
     fused = found("fused")
     for precision, most in (("tf32", 157), ("bf16", 161)):
