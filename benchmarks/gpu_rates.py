@@ -81,10 +81,11 @@ class WorkerState:
         model = create(ModelOptions(name or self.scale.model, norm), (3, 8, 8), 10, seed=1).to(self.device)
         return model.to(memory_format=torch.channels_last if last else torch.preserve_format)
 
-    def trainer(self, steps: str, precision: str, **changes: float) -> LocalTrainer:
+    def trainer(self, steps: str, precision: str, kernels: str = "torch", **changes: float) -> LocalTrainer:
         recipe = {"epochs": self.scale.epochs, "batch_size": 16, "lr": 0.1, "lr_decay": 0.998, "momentum": 0.0}
         options = LocalOptions(**recipe | {"weight_decay": 5e-4, "clip": 10.0} | changes)  # type: ignore[arg-type]
-        return LocalTrainer(options, Transform(*MOMENTS, "crop-flip"), self.device, precision, steps)  # type: ignore[arg-type]
+        transform = Transform(*MOMENTS, "crop-flip")
+        return LocalTrainer(options, transform, self.device, precision, steps, kernels=kernels)  # type: ignore[arg-type]
 
     def wait(self) -> None:
         if self.on_gpu:
@@ -119,10 +120,10 @@ class WorkerState:
 class Clients:
     """Clients that train at once under masks of half the weights; one pass each is over when they are made."""
 
-    def __init__(self, bench: WorkerState, steps: str, precision: str, count: int, **model: str | bool) -> None:
+    def __init__(self, bench: WorkerState, steps: str, precision: str, count: int, kernels: str = "torch") -> None:
         self.bench, self.count = bench, count
-        self.trainers = [bench.trainer(steps, precision) for _ in range(count)]
-        self.models = [bench.model(**model) for _ in range(count)]  # type: ignore[arg-type]
+        self.trainers = [bench.trainer(steps, precision, kernels) for _ in range(count)]
+        self.models = [bench.model(last=kernels == "fused") for _ in range(count)]
         self.mask = Mask.random(Layout.of(self.models[0]), 0.5, np.random.default_rng(1))
         self.train(epochs=1)
 
@@ -137,13 +138,13 @@ class Clients:
         self.trainers[index].fit(self.models[index], data, rng, lr=0.01, mask=self.mask, epochs=epochs)
 
 
-def trainer_rate(bench: WorkerState, precision: str, at_once: int, **model: str | bool) -> dict:
+def trainer_rate(bench: WorkerState, precision: str, at_once: int, kernels: str = "torch") -> dict:
     """Return images a second of clients that train at once, with everything captured; its memory is free again."""
-    rate = Clients(bench, bench.fast, precision, at_once, **model).train(2 * bench.scale.epochs)
+    rate = Clients(bench, bench.fast, precision, at_once, kernels).train(2 * bench.scale.epochs)
     gc.collect()
     if bench.on_gpu:
         torch.cuda.empty_cache()
-    return {"precision": precision, "concurrent": at_once, **model, "images_per_second": rate}
+    return {"precision": precision, "concurrent": at_once, "kernels": kernels, "images_per_second": rate}
 
 
 # ---- rounds of the engine ---------------------------------------------------------------------
@@ -160,17 +161,27 @@ def synthetic(scale: Scale) -> None:
 
 
 @contextmanager
-def stopwatch() -> Iterator[tuple[dict[str, float], list[tuple[float, float]]]]:
+def stopwatch(
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[tuple[dict[str, float], list[tuple[float, float]]]]:
     """Add up the seconds that threads spend in the parts of a round; also yield when each `fit` began and ended."""
+    from ssfl_app.comm.payload import PayloadEncoder
     from ssfl_app.core.client import ClientAlgorithm
     from ssfl_app.core.means import WeightedMean
+    from ssfl_app.core.rounds import RoundLoop
+    from ssfl_app.core.strategy import SparseStrategy
 
     spent: dict[str, float] = defaultdict(float)
     fits: list[tuple[float, float]] = []
     parts = {
+        "a round's training": (RoundLoop, "_training"),
         "train": (LocalTrainer, "fit"),
         "client reads the model": (ClientAlgorithm, "load"),
         "client writes its answer": (ClientAlgorithm, "reply"),
+        "messages become records": (PayloadEncoder, "record"),
+        "server writes the model": (SparseStrategy, "train_payload"),
+        "server checks an answer": (SparseStrategy, "check_trained"),
+        "server measures an update": (SparseStrategy, "update_norm"),
         "server adds an answer": (WeightedMean, "add"),
         "server takes the mean": (WeightedMean, "value"),
     }
@@ -179,13 +190,13 @@ def stopwatch() -> Iterator[tuple[dict[str, float], list[tuple[float, float]]]]:
     def timed(function: Callable, part: str) -> Callable:
         @functools.wraps(function)
         def call(*args: object, **more: object) -> object:
-            began = time.monotonic()
+            began = clock()
             try:
                 return function(*args, **more)
             finally:
-                spent[part] += time.monotonic() - began
+                spent[part] += clock() - began
                 if part == "train":
-                    fits.append((began, time.monotonic()))
+                    fits.append((began, clock()))
 
         return call
 
@@ -228,7 +239,9 @@ def gpu_busy(on_gpu: bool) -> Iterator[list[float]]:
         over.set()
 
 
-def engine_rate(scale: Scale, data: Path | None, precision: str, at_once: int, device: str) -> dict:
+def engine_rate(
+    scale: Scale, data: Path | None, precision: str, at_once: int, device: str, kernels: str = "torch"
+) -> dict:
     """Return images a second of rounds of the in-process engine, and where their time went.
 
     `device_seconds` are those in which at least one client trains; the rest, `host_seconds`, is what the host needs
@@ -241,6 +254,7 @@ def engine_rate(scale: Scale, data: Path | None, precision: str, at_once: int, d
     rounds = scale.rounds
     keys = {"run.rounds": rounds, "engine.concurrent": at_once, "engine.precision": precision, "run.device": device}
     keys |= {"run.evaluate-every": rounds, "run.checkpoint-every": rounds} | images_at(data)
+    keys |= {"engine.kernels": kernels}
     if data is None:
         synthetic(scale)
     on_gpu = device == "cuda"
@@ -255,7 +269,8 @@ def engine_rate(scale: Scale, data: Path | None, precision: str, at_once: int, d
     records = [record for record in records if record["round"]]
     timed = records[scale.skipped : -1]  # the last round also tests the model at each client
     images, seconds = (sum(record[name] for record in timed) for name in ("image_passes", "seconds"))
-    row = {"precision": precision, "concurrent": at_once, "images_per_second": images / seconds, "rounds": len(timed)}
+    row = {"precision": precision, "kernels": kernels, "concurrent": at_once, "images_per_second": images / seconds}
+    row |= {"rounds": len(timed)}
     in_rounds, training = sum(record["seconds"] for record in records), covered(fits)
     row |= {"device_seconds": training, "host_seconds": in_rounds - training, "thread_seconds": dict(spent)}
     row |= {"gpu_busy": float(np.mean(busy)) if busy else None, "wall_seconds": wall}

@@ -5,8 +5,10 @@ OUT/gpu_window.jsonl when it is known: a part that fails or hangs is a line, and
 
     checks       graphs train to the bits of the same steps uncaptured; 4 and 10 clients at once to those of one
     rates        images a second of 1 and 10 clients, for fp32, tf32, bf16
+    fused        engine.kernels "fused": the same bits twice and as uncaptured, rates, and the loss beside fp32's
     profile      which kernels 1 and 10 clients run, how busy the GPU is, kernels that only change a layout
-    rounds       six rounds of the paper's recipe (ResNet-18, 10 of 100 clients) in process, host and device apart
+    rounds       six rounds of the paper's recipe (ResNet-18, 10 of 100 clients) in process, host and device apart, as
+                 today and fused in bf16
     queues-8/-32 rates with 8 and 32 queues to the GPU (CUDA_DEVICE_MAX_CONNECTIONS)
     convolutions those of the four stages, by layout, type and determinism
     grouped      one grouped convolution for ten clients
@@ -54,8 +56,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 MINUTES = 9.0
 LIMITS = {
-    "checks": 75, "rates": 90, "profile": 60, "rounds": 120, "queues-8": 30, "queues-32": 30, "convolutions": 45,
-    "grouped": 30, "compile": 75, "sweep": 120, "two-of-four": 30,
+    "checks": 75, "rates": 90, "fused": 75, "profile": 60, "rounds": 120, "queues-8": 30, "queues-32": 30,
+    "convolutions": 45, "grouped": 30, "compile": 75, "sweep": 120, "two-of-four": 30,
 }  # fmt: skip
 """Parts in their order, and seconds each may take, the start of Python included."""
 
@@ -65,7 +67,9 @@ RECORD = "gpu_window.jsonl"
 # ---- parts: each yields rows; only their process imports torch ---------------------------------
 
 
-def weights(bench: "WorkerState", steps: str, precision: str, name: str, client: int = 0) -> "torch.Tensor":
+def weights(
+    bench: "WorkerState", steps: str, precision: str, name: str, client: int = 0, kernels: str = "torch"
+) -> "torch.Tensor":
     """Return the weights after fits of different sizes, rates and masks, as one vector on the CPU."""
     import numpy as np
     import torch
@@ -73,19 +77,23 @@ def weights(bench: "WorkerState", steps: str, precision: str, name: str, client:
     from ssfl_app.sparsity.layout import Layout
     from ssfl_app.sparsity.mask import Mask
 
-    model, run = bench.model(name=name), bench.trainer(steps, precision, epochs=1, momentum=0.9)
+    model = bench.model(name=name, last=kernels == "fused")
+    run = bench.trainer(steps, precision, kernels, epochs=1, momentum=0.9)
     mask = Mask.random(Layout.of(model), 0.5, np.random.default_rng(1))
     for count, lr, held in [(36, 0.01, mask), (23, 0.005, None), (36, 0.01, mask)]:
         run.fit(model, bench.images(client, count), np.random.default_rng(client), lr=lr, mask=held)
     return torch.cat([tensor.detach().flatten().cpu() for tensor in model.state_dict().values()])
 
 
-def checks(bench: "WorkerState") -> Iterator[dict]:
+def row(what: str, one: "torch.Tensor", other: "torch.Tensor") -> dict:
     import torch
 
-    def row(what: str, one: "torch.Tensor", other: "torch.Tensor") -> dict:
-        far = float((one.double() - other.double()).norm() / other.double().norm())
-        return {"check": what, "same": torch.equal(one, other), "distance": far}
+    far = float((one.double() - other.double()).norm() / other.double().norm())
+    return {"check": what, "same": torch.equal(one, other), "distance": far}
+
+
+def checks(bench: "WorkerState") -> Iterator[dict]:
+    import torch
 
     precisions = ("tf32", "bf16") if bench.on_gpu else ("fp32",)
     slow, alone = ("static" if bench.on_gpu else "plain"), {}
@@ -115,6 +123,27 @@ def rates(bench: "WorkerState", counts: tuple[int, ...] = (), precisions: tuple[
             yield trainer_rate(bench, precision, count)
 
 
+def fused(bench: "WorkerState") -> Iterator[dict]:
+    import numpy as np
+    from gpu_rates import trainer_rate
+
+    # Triton's interpreter, which a CPU has, takes a second a step, and one thread at a time.
+    precisions, counts = (("bf16", "tf32"), (1, bench.scale.many)) if bench.on_gpu else (("fp32",), (1,))
+    name = bench.scale.model
+    for precision in precisions:
+        ways = bench.fast, bench.fast, "static"
+        found = [weights(bench, steps, precision, name, kernels="fused") for steps in ways]
+        yield row(f"{name} {precision} fused: twice", found[1], found[0])
+        yield row(f"{name} {precision} fused: {bench.fast} as static", found[2], found[0])
+        for count in counts:
+            yield trainer_rate(bench, precision, count, "fused")
+    for kernels, precision in [("torch", "fp32"), *([("torch", "bf16")] * bench.on_gpu), ("fused", precisions[0])]:
+        model, data = bench.model(last=kernels == "fused"), bench.images(0)
+        run, rng = bench.trainer(bench.fast, precision, kernels), np.random.default_rng(1)
+        losses = [run.fit(model, data, rng, lr=0.02, epochs=1) for _ in range(20 if bench.on_gpu else 1)]
+        yield {"kernels": kernels, "precision": precision, "loss": losses[-1], "losses": losses}
+
+
 def profiled(bench: "WorkerState") -> Iterator[dict]:
     from gpu_rates import profile
 
@@ -126,8 +155,10 @@ def rounds(bench: "WorkerState", data: Path | None) -> Iterator[dict]:
     from gpu_rates import engine_rate
 
     # One at once on a CPU: others would be trained by forks, which the stopwatch does not see.
-    kind = ("tf32", bench.scale.many) if bench.on_gpu else ("fp32", 1)
-    yield engine_rate(bench.scale, data, *kind, bench.device.type)
+    kinds = (("tf32", "torch"), ("bf16", "fused")) if bench.on_gpu else (("fp32", "torch"),)
+    for precision, kernels in kinds:
+        at_once = bench.scale.many if bench.on_gpu else 1
+        yield engine_rate(bench.scale, data, precision, at_once, bench.device.type, kernels)
 
 
 def two_of_four(bench: "WorkerState") -> Iterator[dict]:
@@ -178,6 +209,8 @@ def play(part: str, options: argparse.Namespace) -> None:
         os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = part.removeprefix("queues-")
     else:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as `ssfl run` has it
+    if options.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     import gpu_trials
     import torch
     from gpu_rates import Scale, WorkerState
@@ -192,6 +225,7 @@ def play(part: str, options: argparse.Namespace) -> None:
     parts: dict[str, Callable[[], Iterator[dict]]] = {
         "checks": lambda: checks(bench),
         "rates": lambda: rates(bench),
+        "fused": lambda: fused(bench),
         "profile": lambda: profiled(bench),
         "rounds": lambda: rounds(bench, options.data),
         "queues-8": lambda: rates(bench, (bench.scale.many,), ("tf32",)),

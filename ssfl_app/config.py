@@ -32,6 +32,7 @@ from ssfl_app.sparsity.values import SUMMED_TYPES
 from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.shared.fine_tuning import FineTuningClient
 from ssfl_app.text import command
+from ssfl_app.training.fused import KERNELS
 from ssfl_app.training.models import REGISTRY as MODELS
 from ssfl_app.training.models import ModelOptions
 from ssfl_app.training.step import PRECISIONS
@@ -46,7 +47,7 @@ Flat = dict[str, Scalar]
 class EngineOptions:
     """Keys of the section ``engine``: how a run is executed.
 
-    Threads and precision change the bits of its results, the others never do.
+    Threads, precision and kernels change the bits of its results, the others never do.
     """
 
     actors: int = at_least(0, 0, "Ray actors; 0: one a core")
@@ -55,6 +56,9 @@ class EngineOptions:
     )
     threads: int = at_least(1, 1, "torch threads a client; more makes no two machines agree on the bits")
     precision: str = choice(*PRECISIONS, about="of a GPU; bf16: in training, tf32 in the rest; a CPU has fp32")
+    kernels: str = choice(
+        *KERNELS, about="of a GPU; fused: GroupNorm, addition and ReLU in one, by Triton, and channels last"
+    )
     graphs: bool = anything(
         "true or false", True, "a GPU replays training steps as CUDA graphs; no effect on the CPU"
     )

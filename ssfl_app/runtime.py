@@ -42,6 +42,7 @@ from ssfl_app.strategies import REGISTRY
 from ssfl_app.strategies.shared.scoring import SsflOptions
 from ssfl_app.text import one_line
 from ssfl_app.training import models
+from ssfl_app.training.fused import check_fused
 from ssfl_app.training.gpu import MOST_AT_ONCE, memory_need
 from ssfl_app.training.narrow import of_widths
 from ssfl_app.training.private_step import check_private
@@ -234,6 +235,8 @@ def _open(items: _Items, site: str) -> Runtime:
     torch.set_num_threads(config.engine.threads)
     device = find_device(config.settings.run.device)
     images, partition = loaded or _load(config, site)
+    if device.type == "cuda" and config.engine.kernels == "fused":
+        check_fused(_outline(config, images), config.model.name)
     images = _resident(images, device)
     model = _model(config, images, device)
     return Runtime(config, images, partition, model, Layout.of(model), _trainer(config, images, device))
@@ -246,7 +249,10 @@ def _model(config: Config, images: DataSet, device: torch.device) -> nn.Module:
     if (
         device.type == "cuda"
         and len(images.shape) == 3
-        and not any(isinstance(module, nn.GroupNorm) for module in model.modules())
+        and (
+            config.engine.kernels == "fused"
+            or not any(isinstance(module, nn.GroupNorm) for module in model.modules())
+        )
     ):
         # The layout of the convolutions that are fast there. Torch's GroupNorm would change it back, and forth.
         model = model.to(memory_format=torch.channels_last)
@@ -266,7 +272,9 @@ def _trainer(config: Config, images: DataSet, device: torch.device) -> LocalTrai
     # On a GPU without graphs too: the same kernels give the same bits.
     steps: Steps = "plain" if device.type == "cpu" else "graphs" if engine.graphs else "static"
     fewest, task = models.fewest(config.model, images.shape, images.outputs), make_task(config.task, images.task)
-    return LocalTrainer(config.settings.local, images.transform, device, engine.precision, steps, fewest, task)
+    return LocalTrainer(
+        config.settings.local, images.transform, device, engine.precision, steps, fewest, task, engine.kernels
+    )
 
 
 def _resident(images: DataSet, device: torch.device) -> DataSet:

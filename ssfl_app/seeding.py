@@ -48,9 +48,11 @@ def generator(seed: int, purpose: str, *where: int | str) -> np.random.Generator
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
 
-def torch_generator(seed: int, purpose: str, *where: int | str) -> torch.Generator:
-    """Return the same address as a torch CPU generator (for `torch.nn.init`)."""
+def torch_generator(
+    seed: int, purpose: str, *where: int | str, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """Return the same address as a torch generator; on a GPU its stream is another one than on a CPU."""
     import torch  # seconds, which those who need NumPy's only need not wait
 
     digest = _digest(seed, purpose, where)
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+# Triton's kernels run on the CPU; read when Triton is imported, by whomever.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dataclasses import replace
 

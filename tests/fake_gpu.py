@@ -5,7 +5,9 @@ torch's allocator, autograd, streams and captures run as on a GPU, kernels are r
 """
 
 import contextlib
+import functools
 import gc
+import inspect
 import io
 import json
 import os
@@ -26,12 +28,17 @@ from ssfl_app.data.dataset import Samples, Transform
 from ssfl_app.locks import RunFailed
 from ssfl_app.options import ConfigError
 from ssfl_app.runtime import get_runtime, gpu_notes
+from ssfl_app.seeding import torch_generator
 from ssfl_app.simulation.in_process import clients_at_once, run_inline
-from ssfl_app.sparsity.layout import Layout
+from ssfl_app.sparsity import layout as layouts
+from ssfl_app.sparsity.codec import MaskedValues
+from ssfl_app.sparsity.layout import Layout, load_state, state_of
 from ssfl_app.sparsity.mask import Mask
-from ssfl_app.training import cuda_graph
+from ssfl_app.training import cuda_graph, fused_norm
+from ssfl_app.training.anchor import Proximal, Pull
 from ssfl_app.training.gpu import memory_need, own_stream
 from ssfl_app.training.models import NORMS, REGISTRY, ModelOptions, create, outline
+from ssfl_app.training.reparam import bernoulli_weights, originals
 from ssfl_app.training.step import PRECISIONS
 from ssfl_app.training.trainer import LocalOptions, LocalTrainer
 from tests.in_process_grid import SMALL
@@ -55,9 +62,10 @@ def network(name, norm="group"):
     return create(ModelOptions(name, norm), (3, 8, 8), 10, 1).to(GPU)
 
 
-def fit(run, model, data, mask=None):
-    mask = mask or Mask.random(Layout.of(model), 0.5, np.random.default_rng(1))
-    return run.fit(model, data, np.random.default_rng(1), lr=0.1, mask=mask)
+def fit(run, model, data, mask=None, **special):
+    if not isinstance(special.get("after_step"), Pull):
+        mask = mask or Mask.random(Layout.of(model), 0.5, np.random.default_rng(1))
+    return run.fit(model, data, np.random.default_rng(1), lr=0.1, mask=mask, **special)
 
 
 @contextlib.contextmanager
@@ -83,7 +91,7 @@ def calls(work):
         fake.reset()
         work()
         fake.report(f"{folder}/report")
-        rows = re.findall(r"^call (\d+) (\S+)", Path(f"{folder}/report").read_text(), re.MULTILINE)
+        rows = re.findall(r"^call (\d+) (.+)", Path(f"{folder}/report").read_text(), re.MULTILINE)
     return {name: int(count) for count, name in rows}
 
 
@@ -113,6 +121,87 @@ def captures():
             "launches": again.get("graphLaunch", 0),
             "again": len(more),
         })  # fmt: skip
+    return rows
+
+
+def anchors():
+    """Nodes of a step near an anchor, and what the next fit does, near another one."""
+    rows = {}
+    for kind, hook in ((Proximal, "penalty"), (Pull, "after_step")):
+        run, model, data = trainer(), network("resnet18"), images(16)
+        centre = [parameter.detach().clone() for parameter in model.parameters()]
+        mask = Mask.random(Layout.of(model), 0.5, np.random.default_rng(1)) if kind is Proximal else None
+        with counted() as nodes:
+            fit(run, model, data, mask, **{hook: kind(centre, 0.1)})
+        with counted() as more:
+            again = calls(functools.partial(fit, run, model, data, mask, **{hook: kind(centre, 0.2)}))
+        syncs, launches = sum(again.get(name, 0) for name in SYNCS), again.get("graphLaunch", 0)
+        rows[kind.__name__] = {"nodes": nodes, "again": len(more), "syncs": syncs, "launches": launches}
+    return rows
+
+
+def draws():
+    """Copies from unpinned memory of the host while random masks are drawn on the GPU and on the CPU."""
+    rows = {}
+    for device in ("cuda", "cpu"):
+        run, model, data = trainer(), network("cnn"), images(36)
+        fixed = {name: torch.ones_like(weight) for name, weight in originals(model).items()}
+
+        def train(run=run, model=model, data=data, fixed=fixed, device=device):
+            with bernoulli_weights(model, torch_generator(1, "mask", device=device), fixed):
+                run.fit(model, data, np.random.default_rng(1), lr=0.1, optimizer=torch.optim.Adam)
+
+        train()
+        rows[device] = calls(train).get("memcpyAsync H2D pageable", 0)
+    return {**rows, "layers": len(fixed), "passes": 6}
+
+
+def crossing():
+    """Copies between host and GPU when a model comes down to a client under a known mask, and goes up again."""
+    model, rows = network("resnet18"), {}
+    layout = Layout.of(model)
+    for name, mask in (("half", Mask.random(layout, 0.5, np.random.default_rng(1))), ("dense", Mask.dense(layout))):
+        codec = MaskedValues()
+        codec.device = GPU
+        values = np.zeros(codec.count(layout, mask), dtype=np.float32)
+
+        def cross(mask=mask, codec=codec, values=values):
+            load_state(model, codec.decode({"values": values}, layout, mask)[0])
+            codec.encode(layout, state_of(model), mask)
+
+        cross()
+        rows[name] = {name: count for name, count in calls(cross).items() if "2H" in name or "H2" in name}
+    return rows
+
+
+class Recorded:
+    """Stands in for a kernel of Triton's: a launch is a node of that name."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getitem__(self, grid):
+        return lambda *args, **sizes: fake.mark(self.name)
+
+
+def fused():
+    """Nodes of a step with fused kernels, by kind, and how runs with them end."""
+    rows = {}
+    with contextlib.ExitStack() as stack:
+        for kernel in ("_forward", "_backward"):
+            stack.enter_context(patched(fused_norm, kernel, Recorded(f"NORM{kernel}")))
+        for precision in ("tf32", "bf16"):
+            run, model = trainer(precision), network("resnet18").to(memory_format=torch.channels_last)
+            run.kernels = "fused"
+            with counted() as nodes, tempfile.TemporaryDirectory() as folder:
+                fit(run, model, images(16))
+                fake.nodes(f"{folder}/nodes")
+                names = Path(f"{folder}/nodes").read_text().splitlines()
+            kinds = {kind: sum(kind in name for name in names) for kind in ("NORM_forward", "NORM_backward", "CONV")}
+            same = [name for name in names if name.startswith("CONV fwd") and not name.endswith("NHWC")]
+            rows[precision] = {"nodes": nodes, **kinds, "not NHWC": same, "names": names}
+        words = "run.clients=4 run.cohort=2 run.rounds=1 local.epochs=1 engine.kernels='fused' strategy='fedavg'"
+        rows["run"], rows["batch"] = said(words), said(f"{words} model.norm='batch'")
     return rows
 
 
@@ -192,16 +281,28 @@ def memory():
         fit(run, model, data)
         run.evaluate(model, data)
         run.gradient(model, data.take(np.arange(64)))
+        usual = torch.cuda.memory_reserved() - before
+        layout = Layout.of(model)
+        mask = Mask.random(layout, 0.5, np.random.default_rng(1))
+        values = np.zeros(MaskedValues().count(layout, mask), dtype=np.float32)
+        load_state(model, layout.scatter_on(GPU, values, MaskedValues().index_on(layout, mask, GPU)))
+        centre = [parameter.detach().clone() for parameter in model.parameters()]
+        fit(run, model, data, mask, penalty=Proximal(centre, 0.1))
         need = memory_need(outline(ModelOptions(name, "group"), (3, 8, 8), 10), (3, 32, 32), 16)
-        rows.append([name, torch.cuda.memory_reserved() - before, need])
-        del run, model, data
+        rows.append([name, usual, torch.cuda.memory_reserved() - before, need])
+        del run, model, data, mask, centre
     return rows
 
 
 def said(words, **changes):
     """Return the exit code and the last words of `ssfl run` in this process."""
     error, out, code = io.StringIO(), io.StringIO(), 0
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(error), contextlib.redirect_stdout(out):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stderr(error),
+        contextlib.redirect_stdout(out),
+        patched(layouts, "on_one_gpu", lambda tensors: False),  # no kernel joins them here, and copies are real
+    ):
         try:
             command(override=[words], out=Path(folder) / "run")
         except SystemExit as end:
@@ -274,6 +375,7 @@ def run():
     for precision in ("fp32", "tf32"):
         config = parse(whole | {"engine.precision": precision})
         rows[f"notes {precision}"] = [gpu_notes(config, engine) for engine in ("inline", "ray")]
+    rows["engine"] = inspect.signature(command).parameters["engine"].default
     rows["inline"] = said("run.clients=12 run.cohort=5 run.rounds=2 local.epochs=1")
     more, all_train = "engine.concurrent=17 run.cohort=18", "engine.concurrent=13 strategy='dispfl'"
     for words in ("engine.concurrent=6", more, all_train):
@@ -286,5 +388,6 @@ def run():
 
 
 if __name__ == "__main__":
-    part = {f.__name__: f for f in (captures, threads, streams, memory, out_of_memory, run)}[sys.argv[1]]
+    parts = (captures, anchors, crossing, draws, fused, threads, streams, memory, out_of_memory, run)
+    part = {f.__name__: f for f in parts}[sys.argv[1]]
     print(json.dumps(part()))

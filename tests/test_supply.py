@@ -40,7 +40,7 @@ def imported(files=None):
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"ssfl_app"}:
                 # Several packages may bring one top-level name, "google": the declared one is meant.
-                brought = [plain(package) for package in known[name]]
+                brought = [plain(package) for package in known.get(name, [name])]
                 found.setdefault(next((p for p in brought if p in BY_NAME), brought[0]), file.relative_to(ROOT))
     return found
 
@@ -53,8 +53,9 @@ PRIVACY = PROJECT["optional-dependencies"]["privacy"]
 TESTING = PROJECT["optional-dependencies"]["testing"]
 EXTRAS = PROJECT["optional-dependencies"]
 TRACKERS = [text for name in callbacks.REGISTRY for text in EXTRAS[name]]  # an extra each
-# A table is a DataFrame; who calls from a notebook has it; the extra app has that Ray which flwr[simulation] wants.
-USED_IF_THERE = {"pandas", "ipython", "ray"}
+# A table is a DataFrame; who calls from a notebook has it; the extra app has that Ray which flwr[simulation] wants;
+# torch for CUDA brings its Triton.
+USED_IF_THERE = {"pandas", "ipython", "ray", "triton"}
 BY_NAME = {plain(NAME.match(text)[1]): text for text in CORE + APP + DATA + PRIVACY + TESTING + TRACKERS}
 
 

@@ -390,7 +390,7 @@ class ClientAlgorithm:
             As `received` does.
         """
         layout = self.context.layout
-        state, mask = self.received(payload)
+        state, mask = self.received(payload, self.context.trainer.device)
         stays = self.codec_down(self.settings, payload.round)(self.settings.wire.down_values).stays(layout)
         if stays:
             state |= self._own(payload, stays)
@@ -401,8 +401,10 @@ class ClientAlgorithm:
             self._came = layout.flatten(state)
         return mask
 
-    def received(self, payload: Payload) -> tuple[State, Mask]:
+    def received(self, payload: Payload, device: torch.device | None = None) -> tuple[State, Mask]:
         """Return what the codec of a message reads in it, and the mask it came under.
+
+        The state may be on `device`.
 
         Raises
         ------
@@ -412,14 +414,17 @@ class ClientAlgorithm:
         """
         layout, digest = self.context.layout, str(payload.metadata.get("digest", ""))
         codec = self.codec_down(self.settings, payload.round)(self.settings.wire.down_values)
+        codec.device = device
         known = self.known_mask(payload, digest) if isinstance(codec, MaskedValues) else self.context.dense
         state, mask = codec.decode(payload.arrays, layout, known)
         if mask.digest != digest:
             raise PayloadError(f"digest is {digest!r}; what came down has {mask.digest!r} at this client")
-        # NaN and Inf both show in the extremes, which are found in one pass and no memory.
-        broken = [n for n, t in state.items() if t.numel() and not all(x.isfinite() for x in t.aminmax())]
-        if broken:  # it would be trained on, and remembered
-            raise PayloadError(f"values of {broken[0]} that came down are NaN or Inf; all must be finite")
+        # NaN and Inf both show in the extremes, which are found in one pass and no memory. All are looked at
+        # together, so that a GPU is waited for once.
+        extremes = {name: torch.stack(t.aminmax()) for name, t in state.items() if t.numel()}
+        if extremes and (~torch.stack([*extremes.values()]).isfinite()).any():  # trained on, and remembered
+            broken = next(name for name, pair in extremes.items() if not pair.isfinite().all())
+            raise PayloadError(f"values of {broken} that came down are NaN or Inf; all must be finite")
         return state, mask
 
     def _own(self, payload: Payload, names: tuple[str, ...]) -> State:

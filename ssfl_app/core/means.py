@@ -11,19 +11,18 @@ score that matters. The limits that 96 bits set are checked, not assumed.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from ssfl_app.core.blocks import BLOCK, by_blocks
 from ssfl_app.sparsity.layout import Bits, Vector
 from ssfl_app.sparsity.values import check_values
 
 MAX_WEIGHT = 2**23
 """Largest sum of weights (samples) in one mean."""
-
-BLOCK = 1 << 15
-"""Coordinates worked on at a time: temporaries stay in the cache."""
 
 _HIGH = 2.0**24  # one unit of the upper limb is 2**-24
 _LOW = 2.0**56
@@ -44,8 +43,12 @@ class _FixedPoint:
         check_values(values)
         if weight < 1 or self.weight + weight > MAX_WEIGHT:
             raise ValueError(f"a weight is {weight} after {self.weight}; at least 1, together at most {MAX_WEIGHT}")
+        by_blocks(partial(self._add, values, weight), self._blocks())
+        self.weight += weight
+
+    def _add(self, values: Vector, weight: int, blocks: Sequence[slice]) -> None:
         whole, rest, units = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK, dtype=np.int64)
-        for block in self._blocks():
+        for block in blocks:
             high, low = self._high[block], self._low[block]
             floor, part, integers = whole[: high.size], rest[: high.size], units[: high.size]
             np.multiply(values[block], _HIGH, out=part, dtype=np.float64)
@@ -61,21 +64,24 @@ class _FixedPoint:
             np.copyto(integers, floor, casting="unsafe")
             integers *= weight
             high += integers
-        self.weight += weight
 
     def mean(self) -> Vector:
         """Return the sum by the weights, float32."""
         mean = np.empty(self._high.size, dtype=np.float32)
-        for block in self._blocks():
-            mean[block] = self._sum(block) / self.weight
+
+        def divide(blocks: Sequence[slice]) -> None:
+            for block in blocks:
+                mean[block] = self._sum(block) / self.weight
+
+        by_blocks(divide, self._blocks())
         return mean
 
     def _sum(self, block: slice) -> npt.NDArray[np.float64]:
         total: npt.NDArray[np.float64] = self._high[block] / _HIGH + self._low[block] / _LOW
         return total
 
-    def _blocks(self) -> Iterator[slice]:
-        return (slice(start, start + BLOCK) for start in range(0, self._high.size, BLOCK))
+    def _blocks(self) -> list[slice]:
+        return [slice(start, start + BLOCK) for start in range(0, self._high.size, BLOCK)]
 
     def _check_shape(self, what: str, shape: tuple[int, ...]) -> None:
         if shape != self._high.shape:

@@ -19,9 +19,10 @@ All three are unweighted, as published: the weight would be what the liar says.
 Departures: where so few answer that n - f - 2 is below 1, krum looks at the one nearest other vector.
 """
 
+import itertools
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from io import BufferedRandom
 
@@ -29,7 +30,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ssfl_app.core.means import BLOCK, WeightedMean
+from ssfl_app.core.blocks import BLOCK, by_blocks
+from ssfl_app.core.means import WeightedMean
 from ssfl_app.sparsity.layout import Bits, Layout, Vector
 from ssfl_app.sparsity.values import MAX_VALUE, Arrays, check_values
 
@@ -246,11 +248,18 @@ def distance(values: Vector, old: Iterable[Vector] | None = None) -> float:
     Squares are summed in blocks of 2^15 that stay in the cache, and the blocks' sums without rounding: the relative
     error is below 1e-14, and no second vector is in memory.
     """
-    parts, start, room = [], 0, np.empty(BLOCK)
+    pairs, start = [], 0
     for piece in [np.broadcast_to(np.float32(0), values.shape)] if old is None else old:
         for first in range(0, piece.size, BLOCK):
             before = piece[first : first + BLOCK]
+            pairs.append((values[start : (start := start + before.size)], before))
+
+    def squares(pairs: Sequence[tuple[Vector, Vector]]) -> list[float]:
+        room, sums = np.empty(BLOCK), []
+        for now, before in pairs:
             change = room[: before.size]
-            np.subtract(values[start : (start := start + before.size)], before, out=change, dtype=np.float64)
-            parts.append(float(np.square(change, out=change).sum()))
-    return math.sqrt(math.fsum(parts))
+            np.subtract(now, before, out=change, dtype=np.float64)
+            sums.append(float(np.square(change, out=change).sum()))
+        return sums
+
+    return math.sqrt(math.fsum(itertools.chain(*by_blocks(squares, pairs))))

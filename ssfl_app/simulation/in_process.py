@@ -21,6 +21,7 @@ from flwr.supercore.run import Run
 
 from ssfl_app.comm.node_config import SIMULATED
 from ssfl_app.config import Config, Flat
+from ssfl_app.core.blocks import MOST_THREADS, block_threads
 from ssfl_app.cores import usable_cores
 from ssfl_app.locks import naming_memory
 from ssfl_app.runtime import check_at_once, get_runtime, gpu_notes, most_at_once
@@ -159,6 +160,8 @@ def run_inline(server: ServerApp, client: ClientApp, config: Config) -> None:
         tell(note)
     with contextlib.ExitStack() as stack:
         app: Answer = client if on_gpu or at_once == 1 else stack.enter_context(pool(client, at_once))
+        if on_gpu:  # else clients train on the cores
+            stack.enter_context(block_threads(min(usable_cores(), MOST_THREADS)))
         grid = InlineGrid(app, config.flat, nodes, concurrent=at_once)
         stack.callback(grid.close)
         server(grid, context)

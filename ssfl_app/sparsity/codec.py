@@ -22,8 +22,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from ssfl_app.sparsity.layout import Index, Layout, State, Vector
+from ssfl_app.sparsity.layout import Index, Layout, State, Vector, from_gpu
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.sparsity.values import (
     Allowed,
@@ -47,10 +48,12 @@ def nbytes(arrays: ArrayMap) -> int:
 class Codec(ABC):
     """One way of writing a state under a mask, with values of one of `ssfl_app.sparsity.values.VALUE_TYPES`.
 
-    `encode` rounds stochastically with a generator; to the nearest without one.
+    `encode` rounds stochastically with a generator; to the nearest without one. On `device`, where it is set, a codec
+    that can puts together what it decodes; else, and where it is None, on the CPU.
     """
 
     name: ClassVar[str]
+    device: torch.device | None = None
 
     def __init__(self, values: str = "fp32", rng: np.random.Generator | None = None) -> None:
         self.values, self.rng = values, rng
@@ -95,16 +98,30 @@ class LinearCodec(Codec):
         places = self.positions(layout, mask)
         return slice(None) if places.all() else np.flatnonzero(places)
 
+    def index_on(self, layout: Layout, mask: Mask, device: torch.device) -> torch.Tensor | None:
+        """Return `index` on a device, int64; None: all."""
+        places = self.positions(layout, mask)
+        return None if places.all() else torch.from_numpy(np.flatnonzero(places)).to(device)
+
     def count(self, layout: Layout, mask: Mask) -> int:
         """Return how many coordinates are carried."""
         return int(np.count_nonzero(self.positions(layout, mask)))
 
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return the carried coordinates of the state."""
+        if mask.count == mask.alive.size:
+            return write_values(self.pick(layout, state, mask), self.values, self.rng)
         flat = layout.flatten(state)
-        if mask.count < mask.alive.size:
-            flat[np.flatnonzero(~mask.transmitted)] = 0
+        flat[np.flatnonzero(~mask.transmitted)] = 0
         return write_values(flat[self.index(layout, mask)], self.values, self.rng)
+
+    def pick(self, layout: Layout, state: State, mask: Mask) -> Vector:
+        """Return what a state has at the carried coordinates; on a GPU it is picked there."""
+        together = layout.joined(state)
+        if together is None:
+            return layout.flatten(state)[self.index(layout, mask)]
+        index = self.index_on(layout, mask, together.device)
+        return from_gpu(together if index is None else together[index])
 
     def decode(self, arrays: ArrayMap, layout: Layout, mask: Mask) -> tuple[State, Mask]:
         """Return the state with 0 wherever nothing was carried."""
@@ -120,7 +137,9 @@ class LinearCodec(Codec):
 
     def scatter(self, vector: Vector, layout: Layout, mask: Mask) -> State:
         """Return the state whose carried coordinates are `vector`."""
-        return layout.scatter(vector, self.index(layout, mask))
+        if self.device is None or self.device.type == "cpu":
+            return layout.scatter(vector, self.index(layout, mask))
+        return layout.scatter_on(self.device, vector, self.index_on(layout, mask, self.device))
 
 
 class Dense(LinearCodec):
@@ -158,13 +177,21 @@ class MaskedValues(LinearCodec):
         """Return where they are."""
         return _carried(mask)
 
+    def index_on(self, layout: Layout, mask: Mask, device: torch.device) -> torch.Tensor | None:
+        """Return where they are, on a device; it is kept with the mask."""
+        if mask.count == mask.alive.size:
+            return None
+        if mask.on_device is None or mask.on_device.device.type != device.type:  # "cuda" is "cuda:0"
+            mask.on_device = super().index_on(layout, mask, device)
+        return mask.on_device
+
     def count(self, layout: Layout, mask: Mask) -> int:
         """Return how many they are."""
         return mask.count + layout.size - layout.prunable_size
 
     def encode(self, layout: Layout, state: State, mask: Mask) -> Arrays:
         """Return them; what the state holds at dead coordinates does not matter."""
-        return write_values(layout.flatten(state)[self.index(layout, mask)], self.values, self.rng)
+        return write_values(self.pick(layout, state, mask), self.values, self.rng)
 
 
 @functools.lru_cache(maxsize=2)

@@ -7,7 +7,7 @@ A *state* is a dict from name to float32 tensor, in the order of the model's ``s
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -108,6 +108,8 @@ class Layout:
 
     def flatten(self, state: Mapping[str, torch.Tensor]) -> Vector:
         """Return the state as one float32 vector of shape (size,)."""
+        if (together := self.joined(state)) is not None:
+            return from_gpu(together)
         flat = np.empty(self.size, dtype=np.float32)
         for name, span in self.spans.items():
             flat[span] = state[name].detach().reshape(-1).cpu().numpy()
@@ -125,7 +127,24 @@ class Layout:
         """
         memory = torch.zeros(self.size, dtype=torch.float32)
         memory.numpy()[places] = values
+        return self._views(memory)
+
+    def scatter_on(self, device: torch.device, values: Vector, places: torch.Tensor | None) -> State:
+        """Return the same on a device, to which the values cross in one copy; numbers, int64, there; None: all."""
+        sent = torch.empty(values.size, dtype=torch.float32, pin_memory=device.type == "cuda")
+        sent.numpy()[:] = values
+        sent = sent.to(device, non_blocking=True)
+        if places is None:
+            return self._views(sent)
+        return self._views(torch.zeros(self.size, dtype=torch.float32, device=device).index_copy_(0, places, sent))
+
+    def _views(self, memory: torch.Tensor) -> State:
         return {name: memory[self.spans[name]].view(shape) for name, shape in self.shapes}
+
+    def joined(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Return a state that is on one GPU as one vector there, shape (size,), so that it is one copy; else None."""
+        tensors = [state[name].detach() for name in self.spans]
+        return torch.cat([tensor.reshape(-1) for tensor in tensors]).float() if on_one_gpu(tensors) else None
 
     def flatten_prunable(self, tensors: Mapping[str, torch.Tensor]) -> Vector:
         """Return the prunable tensors, e.g. scores, as one float32 vector of shape (prunable_size,)."""
@@ -133,6 +152,18 @@ class Layout:
         for name, span in self.prunable_spans.items():
             flat[span] = tensors[name].detach().reshape(-1).cpu().numpy()
         return flat
+
+
+def on_one_gpu(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether all tensors, and at least one, are on the same GPU."""
+    return len({tensor.device for tensor in tensors}) == 1 and tensors[0].is_cuda
+
+
+def from_gpu(vector: torch.Tensor) -> Vector:
+    """Return a vector of a GPU in memory of the host that the GPU writes itself."""
+    there = torch.empty(vector.shape, dtype=torch.float32, pin_memory=vector.is_cuda)
+    there.copy_(vector)
+    return there.numpy()
 
 
 def _spans(sizes: Mapping[str, int]) -> dict[str, slice]:
@@ -194,9 +225,9 @@ def state_of(model: nn.Module) -> State:
 
 def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Copy a state into the model, on whatever device that is; integer buffers stay as they are."""
-    with torch.no_grad():
-        for name, tensor in state_of(model).items():
-            tensor.copy_(state[name])
+    if own := state_of(model):
+        with torch.no_grad():
+            torch._foreach_copy_(list(own.values()), [state[name] for name in own])
 
 
 def state_digest(layout: Layout, state: Mapping[str, torch.Tensor]) -> str:

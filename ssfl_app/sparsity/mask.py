@@ -71,8 +71,11 @@ class Mask:
     """The alive coordinates of a layout's prunable tensors.
 
     `alive` is bool, shape (layout.prunable_size,): the prunable tensors one after the other, each row-major. Another
-    type is a TypeError, another shape a ValueError.
+    type is a TypeError, another shape a ValueError. In `on_device` a codec keeps what it makes of the mask on a GPU,
+    for the thread that works with this mask.
     """
+
+    on_device: torch.Tensor | None = None
 
     def __init__(self, layout: Layout, alive: Bits) -> None:
         if alive.dtype != np.bool_:

@@ -15,15 +15,12 @@ from 0.1, 1 and 2 by the loss on a tenth of the client's images, on which the ca
 """
 
 from dataclasses import dataclass
-from functools import partial
-
-import torch
-from torch import nn
 
 from ssfl_app.core.algorithm import Payload, Samples, SparseStrategy
 from ssfl_app.core.options import FromSettings, Section, Settings, anything, at_least
 from ssfl_app.sparsity.layout import State, load_state, state_of
 from ssfl_app.strategies.shared.fine_tuning import PersonalModelClient, held_out, held_out_of
+from ssfl_app.training.anchor import Pull
 
 CANDIDATES = (0.1, 1.0, 2.0)
 HELD_OUT = 0.1
@@ -76,8 +73,10 @@ class DittoClient(PersonalModelClient):
 
     def _pulled(self, round_: int, own: State, towards: State, pull: float, data: Samples) -> None:
         """Train `own` on the workbench, pulled towards the other model after every step."""
-        load_state(self.context.model, own)
-        step = partial(pull_towards, towards=towards, by=self.settings.local.rate(round_) * pull)
+        model = self.context.model
+        load_state(model, own)
+        centre = [towards[name] for name, _ in model.named_parameters()]
+        step = Pull(centre, self.settings.local.rate(round_) * pull)
         self.fit(round_, purpose="personal", data=data, epochs=self.options.personal_epochs, after_step=step)
 
     def _chosen(self, round_: int, own: State, towards: State) -> State:
@@ -90,13 +89,6 @@ class DittoClient(PersonalModelClient):
             if loss < lowest:
                 best, lowest = {n: t.clone() for n, t in state_of(self.context.model).items()}, loss
         return best
-
-
-@torch.no_grad()
-def pull_towards(model: nn.Module, towards: State, by: float) -> None:
-    """Move every parameter by ``-by * (v - w)``."""
-    for name, parameter in model.named_parameters():
-        parameter.sub_(parameter - towards[name], alpha=by)
 
 
 class Ditto(SparseStrategy):

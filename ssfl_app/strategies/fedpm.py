@@ -109,7 +109,7 @@ class FedPmClient(ClientAlgorithm):
         network, theta = self._constants(payload), state_of(site.model)
         scores = {name: torch.logit(theta[name].clamp(CLAMP, 1 - CLAMP)) for name in site.layout.prunable}
         load_state(site.model, network | scores)
-        chance = torch_generator(self.settings.run.seed, "fedpm", *where)
+        chance = torch_generator(self.settings.run.seed, "fedpm", *where, device=site.trainer.device)
         fixed = {name: network[name] for name in scores}
         with bernoulli_weights(site.model, chance, constants=fixed):
             loss = self.fit(round_, lr=self.options.lr, optimizer=torch.optim.Adam)

@@ -6,12 +6,13 @@ momentum, the sum of losses) stays at fixed addresses too. So a CUDA graph of it
 and replayed ever after: a step is then two copies and a launch, whatever the depth of the model. Learning rate and
 mask are read from buffers as well: another client, round or mask is no new graph.
 
-What is computed is what `EagerStep` computes, and on the CPU, where the same code runs uncaptured, to the last bit.
-Three things look different and are not:
+What is computed is what `EagerStep` computes, and on the CPU, where the same code runs uncaptured, to the last bit,
+but for `Pull`, which is rounded twice. Four things look different and are not:
 
 - momentum starts at -0.0 and not at nothing: -0.0 * m + g is g, bit for bit, for any g;
 - weights are masked once, not after every step: a dead weight is +-0 and its gradient is, so SGD leaves it there;
-- gradients are made anew in the graph's own memory: its addresses are fixed, and nothing is zeroed or added to.
+- gradients are made anew in the graph's own memory: its addresses are fixed, and nothing is zeroed or added to;
+- the gradient of `Proximal` is added, not derived: ``strength (w - centre)``, the centre being in buffers too.
 
 Capturing runs the step a few times before; all that it changes is put back.
 """
@@ -25,6 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssfl_app.sparsity.mask import Mask
+from ssfl_app.training.anchor import Anchor, Proximal, Pull
+from ssfl_app.training.fused import FusedModel
 from ssfl_app.training.gpu import own_stream, wait_for
 from ssfl_app.training.reparam import originals
 from ssfl_app.training.step import LocalOptions, bfloat16, mask_gradients, times
@@ -52,11 +55,21 @@ class GraphedStep:
 
     The model's parameters stay where they are as long as this step is used (`serves`). Its forward pass draws no
     random numbers and does not look at its input's values. Without `capture` the same code runs step by step, on any
-    device, and no CUDA graph is replayed.
+    device, and no CUDA graph is replayed. With `fused` a `FusedModel` of this type computes forward and backward, to
+    other bits.
     """
 
-    def __init__(self, model: nn.Module, options: LocalOptions, *, autocast: bool, capture: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: LocalOptions,
+        *,
+        autocast: bool,
+        capture: bool,
+        fused: torch.dtype | None = None,
+    ) -> None:
         self.ahead = AHEAD
+        self._fused = None if fused is None else FusedModel(model, fused)
         self._model, self._clip, self._autocast, self._capture = model, options.clip, autocast, capture
         self._parameters = list(model.parameters())
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
@@ -67,15 +80,18 @@ class GraphedStep:
         self._masked = False
         self._weights = originals(model)
         self._bits: list[torch.Tensor] = []
-        fused = device.type == "cuda"  # reads the learning rate on the device; on the CPU its bits are not foreach's
+        one = device.type == "cuda"  # reads the learning rate on the device; on the CPU its bits are not foreach's
         self._optimizer = torch.optim.SGD(
-            self._parameters, self._lr, options.momentum, 0, options.weight_decay, fused=fused, foreach=not fused
+            self._parameters, self._lr, options.momentum, 0, options.weight_decay, fused=one, foreach=not one
         )
         self._optimizer.param_groups[0]["lr"] = self._lr  # this very tensor, should torch have copied it
         self._momenta = [torch.empty_like(p) for p in self._parameters] if options.momentum else []
         for parameter, momentum in zip(self._parameters, self._momenta, strict=False):
             self._optimizer.state[parameter]["momentum_buffer"] = momentum
-        self._batches: dict[tuple[torch.Size, bool], _Batch] = {}
+        self._strength = torch.zeros((), device=device)  # of an anchor
+        self._anchored: type[Anchor] | None = None
+        self._centre: list[torch.Tensor] = []
+        self._batches: dict[tuple[torch.Size, bool, type[Anchor] | None], _Batch] = {}
         self._pool: Any = None  # of the first graph
         self._stream: torch.cuda.Stream | None = None
 
@@ -84,8 +100,11 @@ class GraphedStep:
         return model is self._model and [p.data_ptr() for p in model.parameters()] == self._addresses
 
     @torch.no_grad()
-    def begin(self, lr: float, mask: Mask | None) -> "GraphedStep":
-        """Start a `fit`: with this rate, under this mask (None: all weights train), without momentum."""
+    def begin(self, lr: float, mask: Mask | None, anchor: Anchor | None = None) -> "GraphedStep":
+        """Start a `fit`: with this rate, under this mask (None: all weights train), without momentum.
+
+        With an anchor it is near that; a `Pull` goes with no mask.
+        """
         self._lr.fill_(lr)
         self._total.zero_()
         if self._momenta:
@@ -99,11 +118,16 @@ class GraphedStep:
                 torch._foreach_copy_(self._bits, [tensors[name] for name in self._weights])
                 self._mask = mask
             times(list(self._weights.values()), self._bits)
+        self._anchored = None if anchor is None else type(anchor)
+        if anchor is not None:
+            self._strength.fill_(anchor.strength)
+            self._centre = self._centre or [torch.empty_like(parameter) for parameter in self._parameters]
+            torch._foreach_copy_(self._centre, anchor.centre)
         return self
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         """Change the model by a batch; the first one of its size is captured."""
-        key = inputs.shape, self._masked
+        key = inputs.shape, self._masked, self._anchored
         if key not in self._batches:
             batch = _Batch(inputs.clone(), labels.clone())
             if self._capture:
@@ -126,14 +150,31 @@ class GraphedStep:
     def _step(self, batch: _Batch) -> None:
         self._optimizer.zero_grad()
         with bfloat16(self._autocast):
-            loss = F.cross_entropy(self._model(batch.inputs), batch.labels)
+            loss = F.cross_entropy((self._fused or self._model)(batch.inputs), batch.labels)
         loss.backward()  # type: ignore[no-untyped-call]
+        if self._fused is not None:
+            self._fused.hand_over()
+        if self._anchored is Proximal:
+            for parameter in self._parameters:
+                if parameter.grad is None:  # the loss does not see it
+                    parameter.grad = torch.zeros_like(parameter)
+            torch._foreach_add_([p.grad for p in self._parameters if p.grad is not None], self._pulls())
         if self._masked:
             mask_gradients(list(self._weights.values()), self._bits)
         if self._clip:
             nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._optimizer.step()
+        if self._anchored is Pull:
+            torch._foreach_sub_([parameter.detach() for parameter in self._parameters], self._pulls())
         self._total += loss.detach() * len(batch.labels)
+
+    @torch.no_grad()
+    def _pulls(self) -> list[torch.Tensor]:
+        """Return strength (w - centre) of each parameter."""
+        weights: list[torch.Tensor] = [*self._parameters]
+        pulls = torch._foreach_sub(weights, self._centre)
+        torch._foreach_mul_(pulls, self._strength)
+        return list(pulls)
 
     def _captured(self, batch: _Batch) -> torch.cuda.CUDAGraph:
         current = torch.cuda.current_stream(self._device)

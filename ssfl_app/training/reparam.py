@@ -116,7 +116,7 @@ def bernoulli_weights(
     through the draw: dL/ds = sigmoid'(s) constant dL/dv. All other parameters are frozen inside.
 
     The model's prunable tensors hold s, and `constants` has the fixed weights of each, of its shape. The generator is
-    on the CPU: what is drawn does not depend on the model's device.
+    where the model is; or on the CPU: what is drawn is the same on every device then, and crosses to it in each pass.
     """
     scores = _weights(model)
     _check_names("constants", constants, scores)
@@ -124,8 +124,9 @@ def bernoulli_weights(
         have, need = tuple(constants[name].shape), tuple(score.shape)
         if have != need:
             raise ValueError(f"constants of {name} have shape {have}; it must be {need}")
-    if generator.device.type != "cpu":
-        raise ValueError(f"generator is on {generator.device}; it must be on cpu")
+    places = {"cpu", *(score.device.type for score in scores.values())}
+    if generator.device.type not in places:
+        raise ValueError(f"generator is on {generator.device}; it must be on {' or '.join(sorted(places))}")
     functions = {n: partial(_bernoulli, constant=constants[n].to(s), generator=generator) for n, s in scores.items()}
     trained = {id(score) for score in scores.values()}
     with ExitStack() as stack:
@@ -249,7 +250,7 @@ def _top(weight: torch.Tensor, count: int) -> torch.Tensor:
 
 def _bernoulli(scores: torch.Tensor, constant: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     theta = torch.sigmoid(scores)
-    uniform = torch.rand(theta.shape, generator=generator, dtype=torch.float32, device="cpu")
+    uniform = torch.rand(theta.shape, generator=generator, dtype=torch.float32, device=generator.device)
     drawn = uniform.to(theta.device) < theta
     return constant * (drawn.to(theta.dtype) + (theta - theta.detach()))
 

@@ -15,6 +15,7 @@ from ssfl_app.installed import needed
 from ssfl_app.privacy.record import PrivateSteps
 from ssfl_app.sparsity.layout import State
 from ssfl_app.sparsity.mask import Mask
+from ssfl_app.training.anchor import Proximal, Pull
 from ssfl_app.training.cuda_graph import GraphedStep
 from ssfl_app.training.gpu import EVALUATION_BATCH, wait_for
 from ssfl_app.training.private_step import PrivateStep
@@ -39,10 +40,13 @@ class LocalTrainer:
         On a GPU: ``"fp32"``; ``"tf32"`` in convolutions and products; or ``"bf16"`` in the training of a model with
         its usual forward pass, and tf32 in all else. On the CPU nothing but fp32.
     steps : str
-        ``"plain"``; or, where plain SGD trains a model with its usual forward pass, ``"graphs"``: steps that a GPU
-        replays; ``"static"``: the same steps uncaptured, for comparison. See `ssfl_app.training.cuda_graph`.
+        ``"plain"``; or, where plain SGD trains a model with its usual forward pass, alone or near an anchor
+        (`ssfl_app.training.anchor`), ``"graphs"``: steps that a GPU replays; ``"static"``: the same steps uncaptured,
+        for comparison. See `ssfl_app.training.cuda_graph`.
     fewest : int
         Images that a training batch has at least: `ssfl_app.training.models.fewest`.
+    kernels : str
+        ``"torch"``, or ``"fused"``: of steps that are not plain, those of `ssfl_app.training.fused`.
     passes : int
         Images that went forward and backward so far, in training and for gradients.
     looks : int
@@ -56,6 +60,7 @@ class LocalTrainer:
     steps: Steps = "plain"
     fewest: int = 1
     task: Task = field(default_factory=Classification)
+    kernels: str = "torch"
     passes: int = field(default=0, init=False)
     looks: int = field(default=0, init=False)
     _static: GraphedStep | None = field(default=None, init=False)
@@ -135,14 +140,21 @@ class LocalTrainer:
         usual = (half or self.steps != "plain") and has_plain_forward(model)
         autocast = half and usual
         usual &= type(self.task) is Classification
-        if any(value is not None for value in special.values()) or not usual or self.steps == "plain" or frozen:
+        penalty, after = special.get("penalty"), special.get("after_step")
+        # A pull moves dead weights too, until the next step masks them: the other step masks them once.
+        pull = after if isinstance(after, Pull) and mask is None else None
+        anchor = penalty if isinstance(penalty, Proximal) else pull
+        usual &= all(value is None or value is anchor for value in special.values())
+        if not usual or self.steps == "plain" or frozen:
             special |= {"autocast": autocast, "frozen": frozen, "loss": self.task.loss}
             return EagerStep(model, self.options, lr, mask, **special)
         if self._static is None or not self._static.serves(model):
             self._static = None  # its memory is free before the next one takes some
             capture = self.steps == "graphs"
-            self._static = GraphedStep(model, self.options, autocast=autocast, capture=capture)
-        return self._static.begin(lr, mask)
+            fused = (torch.bfloat16 if half else torch.float32) if self.kernels == "fused" else None
+            autocast &= fused is None
+            self._static = GraphedStep(model, self.options, autocast=autocast, capture=capture, fused=fused)
+        return self._static.begin(lr, mask, anchor)
 
     def _epoch(
         self, data: Samples, rng: np.random.Generator, ahead: int

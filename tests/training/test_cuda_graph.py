@@ -17,6 +17,7 @@ from ssfl_app.data.dataset import Samples, Transform
 from ssfl_app.sparsity.layout import Layout
 from ssfl_app.sparsity.mask import Mask
 from ssfl_app.training import cuda_graph as captured
+from ssfl_app.training.anchor import Proximal, Pull
 from ssfl_app.training.models import ModelOptions, create
 from ssfl_app.training.reparam import power_propagation, sparse_activations
 from ssfl_app.training.step import EagerStep, LocalOptions, has_plain_forward, set_precision
@@ -118,6 +119,56 @@ def test_clients_one_after_the_other_share_a_step(clients, momentum, weight_deca
         masked = None if seed is None else half(twins.models[0], seed)
         twins.fit(images(count, turn), lr, masked, seed=turn)
     assert isinstance(twins.trainers[1]._static, captured.GraphedStep)
+
+
+def away(model, seed=2):
+    """Return other weights than the model's."""
+    rng = torch.Generator().manual_seed(seed)
+    return [p.detach() + 0.1 * torch.randn(p.shape, generator=rng) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("hyper", [{}, HARD])
+@pytest.mark.parametrize("masked", [False, True])
+def test_near_an_anchor_it_trains_to_the_same_bits_too(hyper, masked):
+    """The gradient of the term is the derived one; centres and strengths change from call to call."""
+    twins, plain = Twins(**hyper), Twins(**hyper)
+    mask = half(twins.models[0]) if masked else None
+    for count, mu, seed in [(19, 0.5, 2), (11, 0.1, 3), (19, 3.0, 4)]:
+        twins.fit(images(count, seed), masked=mask, penalty=Proximal(away(twins.models[0], seed), mu))
+        plain.fit(images(count, seed), masked=mask)
+    assert isinstance(twins.trainers[1]._static, captured.GraphedStep)
+    assert bits(twins.models[0]) != bits(plain.models[0])
+
+
+def test_an_anchor_holds_what_the_loss_does_not_see():
+    twins = Twins()
+    for model in twins.models:
+        model[0].register_parameter("extra", nn.Parameter(torch.ones(3)))
+    twins.fit(images(9), penalty=Proximal([torch.zeros_like(p) for p in twins.models[0].parameters()], 0.5))
+    assert (twins.models[1][0].extra < 1).all()
+
+
+@pytest.mark.parametrize("hyper", [{}, HARD])
+def test_pulled_towards_an_anchor_it_trains_to_the_same_weights_but_for_rounding(hyper):
+    runs, models = (trainer("plain", **hyper), trainer("static", **hyper)), (network(), network())
+    far = network()
+    for count, strength, seed in [(19, 0.05, 2), (11, 0.2, 3)]:
+        towards = away(models[0], seed)
+        data = images(count, seed)
+        for run, model in zip(runs, models, strict=True):
+            run.fit(model, data, np.random.default_rng(seed), lr=0.1, after_step=Pull(towards, strength))
+        runs[1].fit(far, data, np.random.default_rng(seed), lr=0.1)
+    assert runs[1]._static is not None
+    for one, other, free in zip(*(model.parameters() for model in (*models, far)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert (one - free).abs().max() > 1e-3
+
+
+def test_a_pull_under_a_mask_takes_plain_steps():
+    """What it does to dead weights lasts until the next step masks them."""
+    twins = Twins()
+    twins.fit(images(9), masked=half(twins.models[0]), after_step=Pull(away(twins.models[0]), 0.1))
+    assert twins.trainers[1]._static is None
 
 
 class Graphs:
@@ -241,7 +292,7 @@ def test_buffers_stay_where_they_are_from_client_to_client():
     twins.fit(images(11, seed=2), lr=0.01, masked=half(twins.models[1], seed=2))
     assert twins.trainers[1]._static is step
     assert places() == before
-    assert sorted(size[0] for size, _ in step._batches) == [3, 8]
+    assert sorted(size[0] for size, *_ in step._batches) == [3, 8]
 
 
 def test_another_model_gets_a_step_of_its_own():

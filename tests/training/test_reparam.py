@@ -1,6 +1,7 @@
 """Changed passes: what they compute, by independent means, and that nothing of them is left behind."""
 
 from contextlib import ExitStack, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -472,6 +473,13 @@ def test_random_masks_and_the_gradient_of_the_scores_by_hand():
     assert torch.equal(out, functional.linear(a, constant * mask, layer.bias))
     torch.testing.assert_close(layer.weight.grad, theta * (1 - theta) * constant * (upper.T @ a))
     assert layer.bias.grad is None
+
+
+def test_a_generator_that_is_elsewhere_is_refused():
+    layer, elsewhere = linear(drawn(3, 5)), SimpleNamespace(device=torch.device("cuda"))
+    entered = bernoulli_weights(layer, elsewhere, constants={"weight": drawn(3, 5)})
+    with pytest.raises(ValueError, match=r"^generator is on cuda; it must be on cpu$"), entered:
+        pass
 
 
 def test_masks_are_drawn_anew_in_every_pass_and_have_the_law_of_the_scores():

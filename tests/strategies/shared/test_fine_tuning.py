@@ -8,8 +8,8 @@ import torch
 from ssfl_app.comm.payload import ClientState
 from ssfl_app.config import Flat
 from ssfl_app.options import ConfigError
-from ssfl_app.strategies.ditto import pull_towards
 from ssfl_app.strategies.shared.fine_tuning import held_out
+from ssfl_app.training.anchor import Pull
 from tests.in_process_grid import WHOLE, Played, answer_error, play
 
 pytestmark = pytest.mark.narrow
@@ -69,7 +69,7 @@ class TestDitto:
         # v - lr * lambda * (v - w) = 3 - 0.1 * 0.5 * (3 - 1) = 2.9
         model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.constant_(model.weight, 3.0)
-        pull_towards(model, {"weight": torch.tensor([[1.0]])}, by=0.1 * 0.5)
+        Pull([torch.tensor([[1.0]])], 0.1 * 0.5)(model)
         assert model.weight.item() == pytest.approx(2.9)
 
     def test_a_strong_pull_makes_the_personal_model_the_one_that_came_down(self, tmp_path: Path) -> None:
