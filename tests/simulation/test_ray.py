@@ -66,20 +66,6 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return in_process(tmp_path_factory.mktemp("inline") / "run")
 
 
-def test_ray_behind_a_proxy_with_a_long_tmpdir_gives_the_digits_of_the_in_process_engine(
-    inline: dict[str, object], tmp_path: Path
-) -> None:
-    """However many actors share the clients, one here; plain `flwr run`, below, gives them once more."""
-    deep = tmp_path / ("x" * 100)
-    deep.mkdir()
-    proxies = {"http_proxy": DEAD, "HTTPS_PROXY": DEAD, "ALL_PROXY": "socks5://127.0.0.1:9"}
-    ray = ssfl(tmp_path / "größe", **proxies, **NOTEBOOK, TMPDIR=str(deep))
-    assert ray.pop("engine") == "ray"
-    assert ray == inline
-    assert (tmp_path / "größe" / "report.html").is_file()
-    assert not list(deep.glob("ray*"))
-
-
 @pytest.fixture
 def short() -> Iterator[Path]:
     """Yield a folder whose name leaves room for a socket's."""
@@ -142,9 +128,15 @@ def living(family: list[psutil.Process]) -> list[psutil.Process]:
     return [member for member in family if member.is_running() and member.status() not in gone]
 
 
-def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, object], tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process, before = start(folder)
+def test_behind_a_proxy_with_a_long_tmpdir_a_killed_run_stops_and_resumes_to_the_same_model(
+    inline: dict[str, object], tmp_path: Path
+) -> None:
+    """However many actors share the clients, one here; plain `flwr run`, below, gives all digits once more."""
+    folder, deep = tmp_path / "größe", tmp_path / ("x" * 100)
+    deep.mkdir()
+    proxies = {"http_proxy": DEAD, "HTTPS_PROXY": DEAD, "ALL_PROXY": "socks5://127.0.0.1:9"}
+    around = {**proxies, **NOTEBOOK, "TMPDIR": str(deep)}
+    process, before = start(folder, **around)
     process.kill()
     process.wait()
     end = time.monotonic() + 30
@@ -153,10 +145,15 @@ def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, obje
         time.sleep(0.1)
     assert not (folder / "summary.json").exists()
     command = [str(BIN / "ssfl"), "run", "--engine", "ray", "--resume", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, check=False, env=os.environ | around
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after round" in done.stdout
-    assert result(folder)["model"] == inline["model"]
+    resumed = result(folder)
+    assert [resumed[name] for name in ("model", "mask", "engine")] == [inline["model"], inline["mask"], "ray"]
+    assert (folder / "report.html").is_file()
+    assert not list(deep.glob("ray*"))
 
 
 @pytest.mark.parametrize(
