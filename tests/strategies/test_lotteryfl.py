@@ -14,7 +14,7 @@ from ssfl_app.sparsity.mask import Mask
 from tests import oracles
 from tests.in_process_grid import Played, play
 
-pytestmark = pytest.mark.narrow
+pytestmark = pytest.mark.few
 
 # Few steps a round, so that two float32 runs have little time to drift apart.
 BASE: Flat = {"strategy": "lotteryfl", "local.batch-size": 64, "lotteryfl.accuracy": 0.45}
