@@ -11,6 +11,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,31 @@ dataset.READERS["few-digits"] = few_digits
 def narrow_cnn(channels: int, classes: int, norm: Callable[[int], nn.Module], width: float) -> nn.Module:
     """Return the CNN with half of the channels and units: 38,000 weights, and a step costs a third."""
     return models._cnn(channels, classes, norm, width / 2)
+
+
+# Test files of half a minute and more, the longest first: so that none of them runs alone at the end.
+LONG = (
+    "simulation/test_ray.py",
+    "system/test_examples.py",
+    "system/test_engines.py",
+    "deployment/test_run.py",
+    "simulation/test_cluster.py",
+    "strategies/test_contract.py",
+    "system/test_liars.py",
+    "test_docs_pages.py",
+    "system/test_own.py",
+    "system/test_failing_writes.py",
+    "training/test_gpu.py",
+    "system/test_order.py",
+    "experiments/test_reproduce.py",
+    "experiments/test_sweep.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files first; Makefile gives files to processes in this order."""
+    rank = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def pytest_collection_finish() -> None:

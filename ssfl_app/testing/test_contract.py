@@ -4,10 +4,13 @@ A module that imports these tests and fixtures may say by fixtures of its own wh
 `keys`, under which it is `learning`, and by which `play`.
 """
 
+import copy
 import random
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,9 +19,10 @@ from flwr.app import ArrayRecord
 
 from ssfl_app.comm.payload import Payload
 from ssfl_app.config import Flat, read_overrides
-from ssfl_app.core.strategy import ServerContext
+from ssfl_app.core.strategy import ServerContext, SparseStrategy
+from ssfl_app.sparsity.layout import Vector
 from ssfl_app.testing import grid
-from ssfl_app.testing.grid import Played, answer_error, tamper
+from ssfl_app.testing.grid import Played, ScriptedGrid, answer_error, tamper
 
 Play = Callable[..., Played]
 
@@ -60,6 +64,45 @@ def played(shared: Played) -> Played:
     return shared.own_copy()
 
 
+@dataclass
+class Again:
+    """A run whose clients keep their memory in files: a snapshot of round 1, and nodes and files after round 2."""
+
+    folder: Path
+    run: Played | None = None
+    snapshot: dict[str, Vector] = field(default_factory=dict)
+    nodes: ScriptedGrid | None = None
+
+    @property
+    def files(self) -> Path:
+        """Where the files of round 2 lie."""
+        return self.folder / "of round 2"
+
+    def watch(self, strategy: SparseStrategy) -> None:
+        """Have a strategy that is to be played leave them."""
+        played = cast(Played, strategy.callback)
+        told = played.round
+
+        def keep(record: dict[str, Any], strategy: SparseStrategy) -> None:
+            if record["round"] == 1:
+                self.snapshot = {name: array.copy() for name, array in strategy.state_dict().items()}
+            if record["round"] == 2:
+                self.nodes = copy.deepcopy(played.grid)
+                shutil.copytree(self.folder / "clients", self.files, dirs_exist_ok=True)
+            told(record, strategy)
+
+        played.round = keep  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def again(play: Play, keys: Flat, tmp_path_factory: pytest.TempPathFactory) -> Again:
+    """Return the run of `shared` with other node ids and another order of replies."""
+    made = Again(tmp_path_factory.mktemp("again"))
+    (made.folder / "clients").mkdir()
+    made.run = play(keys | {"run.checkpoint-every": 1}, luck=1, folder=made.folder / "clients", prepare=made.watch)
+    return made
+
+
 def test_learns(play: Play, keys: Flat, learning: Flat) -> None:
     """The models that the method ends up with are good where they are used, and better than at its start."""
     long: Flat = {"run.rounds": 4, "local.epochs": 3, "local.batch-size": 16, "run.evaluate-every": 9}
@@ -70,14 +113,12 @@ def test_learns(play: Play, keys: Flat, learning: Flat) -> None:
     assert last["train_loss"] < 0.5 * records[1]["train_loss"]
 
 
-def test_repeats_bit_for_bit_with_other_node_ids_and_another_order_of_replies(
-    play: Play, keys: Flat, played: Played, tmp_path: Path
-) -> None:
+def test_repeats_bit_for_bit_with_other_node_ids_and_another_order_of_replies(played: Played, again: Again) -> None:
     """Client memory is in files the second time."""
-    again = play(keys, luck=1, folder=tmp_path)
-    assert again.grid.log != played.grid.log
-    assert again.bits() == played.bits()
-    assert again.metrics() == played.metrics()
+    assert again.run is not None
+    assert again.run.grid.log != played.grid.log
+    assert again.run.bits() == played.bits()
+    assert again.run.metrics() == played.metrics()
 
 
 def test_another_seed_is_another_run_and_global_random_generators_are_left_alone(
@@ -96,20 +137,19 @@ def test_another_seed_is_another_run_and_global_random_generators_are_left_alone
     assert before == generators()
 
 
-def test_goes_on_from_a_snapshot_to_the_same_bits(play: Play, keys: Flat, played: Played, tmp_path: Path) -> None:
+def test_goes_on_from_a_snapshot_to_the_same_bits(played: Played, again: Again) -> None:
     """All that the server remembers is in `state_dict`; clients may have got further than the checkpoint."""
-    keys = keys | {"run.checkpoint-every": 1}
-    half = play(keys, folder=tmp_path, until=1)
-    arrays = {name: array.copy() for name, array in half.strategy.state_dict().items()}
-    rest = play(keys, folder=tmp_path, until=2)
-    again = type(rest.strategy)(ServerContext(played.layout, rest.strategy.settings, folder=tmp_path))
-    again.load_state_dict(1, arrays)
-    finished = Played(again, played.runtime, rest.grid)
-    again.callback = finished
-    again.start(rest.grid, ArrayRecord(played.runtime.initial_state()), 3)
+    assert again.run is not None
+    assert again.nodes is not None
+    settings = again.run.strategy.settings
+    resumed = type(played.strategy)(ServerContext(played.layout, settings, folder=again.files))
+    resumed.load_state_dict(1, again.snapshot)
+    finished = Played(resumed, played.runtime, again.nodes)
+    resumed.callback = finished
+    resumed.start(again.nodes, ArrayRecord(played.runtime.initial_state()), 3)
     lost = "it goes on to other bits from its snapshot: does state_dict() hold all that the server remembers?"
     assert finished.bits() == played.bits(), lost
-    assert again.personal_accuracy == played.strategy.personal_accuracy
+    assert resumed.personal_accuracy == played.strategy.personal_accuracy
 
 
 def test_says_which_share_of_its_model_is_alive(played: Played) -> None:

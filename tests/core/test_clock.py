@@ -22,7 +22,7 @@ from ssfl_app.server_app import server_context
 from ssfl_app.training.narrow import uses_of_weights
 from tests.in_process_grid import DeploymentGrid, answer_error, play, snapshot_of
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 TWO = "gflops,down_mbit,up_mbit,rtt_ms\n1,8,4,100\n0.5,80,80,0\n"
 

@@ -26,7 +26,7 @@ from ssfl_app.testing import grid as shipped
 from ssfl_app.testing.grid import SMALL, Played
 from tests.in_process_grid import MEMO, DeploymentGrid, ScriptedGrid, answer_error, keep_silent, play, snapshot_of
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 TRIPS = TRIPS_DOWN + TRIPS_UP
 
 law = settings(deadline=None, derandomize=True, max_examples=60)

@@ -40,7 +40,10 @@ from ssfl_app.privacy.keys import KeyPair, fingerprint
 from ssfl_app.privacy.masking import Peer, write_peers
 from ssfl_app.privacy.options import PrivacyOptions
 from ssfl_app.sparsity.values import PayloadError
-from ssfl_app.testing.grid import SMALL, Fault, Played, ScriptedGrid, Where, answer_error, play, tamper
+from ssfl_app.testing.grid import SMALL, Fault, Played, Where, answer_error, tamper
+from tests.in_process_grid import MEMO, ScriptedGrid, play
+
+pytestmark = pytest.mark.narrow
 
 CLEAR: Flat = {"wire.up-values": "fixed32", "ssfl.score-values": "fixed32"}
 SECURE: Flat = {"privacy.secure-aggregation": True}
@@ -266,7 +269,7 @@ def test_a_client_unmasks_no_two_sums_of_the_same_answers_over_other_clients() -
     """A run that is played again from a checkpoint with another dropout: the difference is one client's answer."""
     keys = LOOSE | SECURE | {"run.rounds": 1, "strategy": "random"}
     faults: dict[Where, Fault] = {}
-    grid = ScriptedGrid(merge(SMALL, keys), 0, faults)
+    grid = ScriptedGrid(merge(SMALL, MEMO.images | keys), 0, faults)
     first = play(keys, grid=grid)
     assert play(keys, grid=grid).bits() == first.bits()  # the same clients again
     grid._faults[("train", 1, 2)] = GONE

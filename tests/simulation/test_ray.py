@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+import ssfl_app
+from ssfl_app.config import read_overrides
 from tests.in_process_grid import SMALL
 from tests.system.test_surroundings import DEAD, NOTEBOOK
 
@@ -27,9 +29,9 @@ KEYS = " ".join(f"{key}={value}" for key, value in SMALL.items()) + " run.checkp
 SECONDS = 240
 
 
-def ssfl(folder: Path, keys: str = KEYS, engine: str = "ray", **variables: str) -> dict[str, object]:
+def ssfl(folder: Path, keys: str = KEYS, **variables: str) -> dict[str, object]:
     """Run to the end; return the metrics of all rounds and the hashes."""
-    command = [str(BIN / "ssfl"), "run", "--engine", engine, "-c", keys, "--out", str(folder)]
+    command = [str(BIN / "ssfl"), "run", "--engine", "ray", "-c", keys, "--out", str(folder)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=SECONDS, check=False, env=os.environ | variables
     )
@@ -50,26 +52,18 @@ def result(folder: Path) -> dict[str, object]:
     }
 
 
-@pytest.fixture(scope="module")
-def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """Return the result of the in-process engine."""
-    found = ssfl(tmp_path_factory.mktemp("inline") / "run", KEYS, "inline")
+def in_process(folder: Path, keys: str = KEYS) -> dict[str, object]:
+    """Return the result of the in-process engine, here: a process of its own would import everything first."""
+    ssfl_app.run(config=read_overrides([keys]), out=folder, quiet=True)
+    found = result(folder)
     assert found.pop("engine") == "inline"
     return found
 
 
-def test_ray_behind_a_proxy_with_a_long_tmpdir_gives_the_digits_of_the_in_process_engine(
-    inline: dict[str, object], tmp_path: Path
-) -> None:
-    """However many actors share the clients, one here; plain `flwr run`, below, gives them once more."""
-    deep = tmp_path / ("x" * 100)
-    deep.mkdir()
-    proxies = {"http_proxy": DEAD, "HTTPS_PROXY": DEAD, "ALL_PROXY": "socks5://127.0.0.1:9"}
-    ray = ssfl(tmp_path / "größe", **proxies, **NOTEBOOK, TMPDIR=str(deep))
-    assert ray.pop("engine") == "ray"
-    assert ray == inline
-    assert (tmp_path / "größe" / "report.html").is_file()
-    assert not list(deep.glob("ray*"))
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Return the result of the in-process engine."""
+    return in_process(tmp_path_factory.mktemp("inline") / "run")
 
 
 @pytest.fixture
@@ -89,9 +83,9 @@ def test_personal_models_on_ray_are_those_of_the_in_process_engine_whatever_othe
     (short / "ray").mkdir()
     (short / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
     keys = f"{KEYS} engine.actors=2 strategy='ditto'"
-    inline = ssfl(tmp_path / "inline", keys, "inline")
+    inline = in_process(tmp_path / "inline", keys)
     ray = ssfl(tmp_path / "ray", keys, RAY_TMPDIR=str(short), RAY_ADDRESS="127.0.0.1:6379")
-    assert (inline.pop("engine"), ray.pop("engine")) == ("inline", "ray")
+    assert ray.pop("engine") == "ray"
     assert ray == inline
     files = [sorted((tmp_path / name / "clients").glob("client-*/*.safetensors")) for name in ("inline", "ray")]
     assert len(files[0]) >= 6
@@ -134,9 +128,15 @@ def living(family: list[psutil.Process]) -> list[psutil.Process]:
     return [member for member in family if member.is_running() and member.status() not in gone]
 
 
-def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, object], tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process, before = start(folder)
+def test_behind_a_proxy_with_a_long_tmpdir_a_killed_run_stops_and_resumes_to_the_same_model(
+    inline: dict[str, object], tmp_path: Path
+) -> None:
+    """However many actors share the clients, one here; plain `flwr run`, below, gives all digits once more."""
+    folder, deep = tmp_path / "größe", tmp_path / ("x" * 100)
+    deep.mkdir()
+    proxies = {"http_proxy": DEAD, "HTTPS_PROXY": DEAD, "ALL_PROXY": "socks5://127.0.0.1:9"}
+    around = {**proxies, **NOTEBOOK, "TMPDIR": str(deep)}
+    process, before = start(folder, **around)
     process.kill()
     process.wait()
     end = time.monotonic() + 30
@@ -145,10 +145,15 @@ def test_a_killed_run_stops_and_resumes_to_the_same_model(inline: dict[str, obje
         time.sleep(0.1)
     assert not (folder / "summary.json").exists()
     command = [str(BIN / "ssfl"), "run", "--engine", "ray", "--resume", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, check=False, env=os.environ | around
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after round" in done.stdout
-    assert result(folder)["model"] == inline["model"]
+    resumed = result(folder)
+    assert [resumed[name] for name in ("model", "mask", "engine")] == [inline["model"], inline["mask"], "ray"]
+    assert (folder / "report.html").is_file()
+    assert not list(deep.glob("ray*"))
 
 
 @pytest.mark.parametrize(
@@ -215,12 +220,16 @@ def test_a_run_is_reached_by_nobody_and_a_dead_actor_ends_it_with_a_plain_messag
     (port,) = [port for (_, port), name in sockets.items() if name == "gcs_server"]
     without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     without["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray looks for the address on the network
-    for own in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
-        words = [sys.executable, "-c", INTRUDER.format(port=port)]
-        done = subprocess.run(words, env=without | own, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode != 0
-        assert "code runs" not in done.stdout
-        assert "token" in done.stderr.lower()
+    words, pipe = [sys.executable, "-c", INTRUDER.format(port=port)], subprocess.PIPE
+    both = [
+        subprocess.Popen(words, env=without | own, stdout=pipe, stderr=pipe, text=True)
+        for own in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64})
+    ]
+    for intruder in both:
+        out, said = intruder.communicate(timeout=SECONDS)
+        assert intruder.returncode != 0
+        assert "code runs" not in out
+        assert "token" in said.lower()
     assert process.poll() is None
     family = psutil.Process(process.pid).children(recursive=True)
     actors = [member for member in family if "ray::ClientAppActor" in " ".join(member.cmdline())]

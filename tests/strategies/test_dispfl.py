@@ -18,12 +18,12 @@ from ssfl_app.strategies.dispfl import DisPfl, layer_counts
 from ssfl_app.training.models import ModelOptions, outline
 from tests.in_process_grid import SMALL, Played, answer_error, play, tamper
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 BASE: Flat = {"strategy": "dispfl", "gossip.neighbours": 2}
-# The layers of the small model: 288, 18432, 131072 and 1280 weights; 330 other coordinates.
-COUNTS = [288, 2330, 26315, 1280]
-BYTES = 4 * (sum(COUNTS) + 330) + -(-151072 // 8)
+# The layers of the narrow CNN: 144, 4608, 32768 and 640 weights; 170 other coordinates.
+COUNTS = [144, 586, 6261, 640]
+BYTES = 4 * (sum(COUNTS) + 170) + 38160 // 8
 
 
 def dispfl(**keys: Any) -> Played:
@@ -84,7 +84,7 @@ class TestTheMean:
             start, mask = BitmapAndValues().decode(sent[2, client].arrays, layout)
             mean = np.where(mask.transmitted, total / np.maximum(by_old, 1), 0)
             assert np.allclose(layout.flatten(start), mean, rtol=1e-5, atol=1e-7)
-        assert ((by_old != by_new) & (total != 0)).sum() > 1000  # the case that tells them apart occurs
+        assert ((by_old != by_new) & (total != 0)).sum() > 250  # the case that tells them apart occurs
 
     def test_samples_do_not_weigh(self) -> None:
         unequal = {"partition__name": "dirichlet-class"}
@@ -156,12 +156,12 @@ class TestMasks:
         common = masks(dispfl(dispfl__same_initial=True, run__rounds=1), 1)
         assert len({mask.digest for mask in common}) == 1
         flat = dispfl(dispfl__densities="uniform", run__rounds=1)
-        assert per_layer(masks(flat, 1)[0]) == [57, 3686, 26214, 256]
+        assert per_layer(masks(flat, 1)[0]) == [28, 921, 6553, 128]
 
     def test_a_density_of_1_trains_everything(self) -> None:
         dense = dispfl(mask__density=1.0)
         assert dense.strategy.densities() == (1.0, 1.0)
-        assert all(mask.count == 151072 for mask in masks(dense, 2))
+        assert all(mask.count == 38160 for mask in masks(dense, 2))
 
 
 class TestModels:
@@ -185,10 +185,10 @@ class TestModels:
     def test_a_lossy_way_up_and_another_one_down(self) -> None:
         lossy = dispfl(wire__up_values="int8", wire__down_values="fp16", local__epochs=2)
         exact = dispfl(local__epochs=2)
-        coordinates = sum(COUNTS) + 330
+        coordinates = sum(COUNTS) + 170
         record = lossy.records[-1]
-        assert record["bytes_train_up"] == 6 * (coordinates + 4 * -(-coordinates // 1024) + 18884)
-        assert record["bytes_train_down"] == record["bytes_evaluate_down"] == 6 * (2 * coordinates + 18884)
+        assert record["bytes_train_up"] == 6 * (coordinates + 4 * -(-coordinates // 1024) + 4770)
+        assert record["bytes_train_down"] == record["bytes_evaluate_down"] == 6 * (2 * coordinates + 4770)
         assert record["bytes_peer"] == 2 * record["bytes_train_up"]
         assert record["personal_accuracy_mean"] == pytest.approx(exact.records[-1]["personal_accuracy_mean"], abs=0.1)
 
@@ -226,22 +226,22 @@ def other_mask(change: Any) -> Any:
 
 
 def one_more(bits: Any) -> None:
-    bits[288 + np.flatnonzero(bits[288:18720] == 0)[0]] = 1
+    bits[144 + np.flatnonzero(bits[144:4752] == 0)[0]] = 1
 
 
 def to_another_layer(bits: Any) -> None:
     one_more(bits)
-    bits[18720 + np.flatnonzero(bits[18720:])[0]] = 0
+    bits[4752 + np.flatnonzero(bits[4752:])[0]] = 0
 
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (other_mask(one_more), "the new mask has 2331 alive weights in 3.weight; it must keep 2330"),
-        (other_mask(to_another_layer), "the new mask has 2331 alive weights in 3.weight; it must keep 2330"),
-        (tamper(lambda p: Payload({**p.arrays, "mask": p.arrays["mask"][:-1]}, p.metadata)), "18883 bytes"),
+        (other_mask(one_more), "the new mask has 587 alive weights in 3.weight; it must keep 586"),
+        (other_mask(to_another_layer), "the new mask has 587 alive weights in 3.weight; it must keep 586"),
+        (tamper(lambda p: Payload({**p.arrays, "mask": p.arrays["mask"][:-1]}, p.metadata)), "4769 bytes"),
         (tamper(lambda p: Payload({"values": p.arrays["values"]}, p.metadata)), "no array 'mask'"),
-        (tamper(lambda p: Payload({**p.arrays, "values": p.arrays["values"][1:]}, p.metadata)), "it must be 30543"),
+        (tamper(lambda p: Payload({**p.arrays, "values": p.arrays["values"][1:]}, p.metadata)), "it must be 7801"),
         (tamper(lambda p: Payload(p.arrays, {**p.metadata, "loss": math.inf})), "loss is inf"),
     ],
 )

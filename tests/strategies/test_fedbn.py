@@ -12,7 +12,7 @@ from tests import oracles
 from tests.in_process_grid import play
 from tests.strategies.test_oracles import close, same
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 KEYS: Flat = {"strategy": "fedbn", "model.norm": "batch", "local.batch-size": 64}
 
 
@@ -46,7 +46,7 @@ def test_rounds_are_the_papers() -> None:
 def test_what_travels_has_no_norms() -> None:
     played = play(KEYS | {"run.rounds": 1})
     layout = played.layout
-    carried = layout.size - 4 * (32 + 64)
+    carried = layout.size - 4 * (16 + 32)
     assert {p.arrays["values"].size for (kind, *_), p in played.grid.got if kind == "train"} == {carried}
     assert played.records[1]["bytes_train_down"] == 4 * 4 * carried
     state = layout.unflatten(np.arange(layout.size, dtype=np.float32))

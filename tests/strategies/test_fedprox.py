@@ -10,7 +10,7 @@ from tests import oracles
 from tests.in_process_grid import Played, play
 from tests.strategies.test_oracles import close
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 KEYS: Flat = {"run.rounds": 2, "local.batch-size": 64}
 
 

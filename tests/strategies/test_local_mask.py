@@ -8,10 +8,10 @@ from ssfl_app.config import Flat
 from ssfl_app.sparsity.mask import Mask
 from tests.in_process_grid import Played, answer_error, forget, play, tamper
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
 NAMES = ["local-saliency", "random-local"]
-BITMAP = -(-151072 // 8)
+BITMAP = 38160 // 8
 
 
 def masks(played: Played) -> list[Mask]:
@@ -21,7 +21,7 @@ def masks(played: Played) -> list[Mask]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_client_has_a_mask_of_its_own_with_the_exact_density(name: str) -> None:
     found = masks(play({"strategy": name, "run.rounds": 1}))
-    assert {mask.count for mask in found} == {int(0.2 * 151072)}
+    assert {mask.count for mask in found} == {int(0.2 * 38160)}
     assert len({mask.digest for mask in found}) == 6
 
 
@@ -57,7 +57,7 @@ def test_the_mean_by_hand(mean: str) -> None:
     w0 = layout.flatten(played.runtime.initial_state())
     expected = np.where(held > 0, total / np.maximum(held, 1), w0) if mean == "overlap" else total / everyone
     assert np.allclose(layout.flatten(played.strategy.state), expected, rtol=1e-6, atol=1e-9)
-    assert ((held == 0) & layout.is_prunable).sum() > 1000  # the case that tells them apart occurs
+    assert ((held == 0) & layout.is_prunable).sum() > 250  # the case that tells them apart occurs
 
 
 def test_zeros_shrink_what_few_hold() -> None:
@@ -75,7 +75,7 @@ def test_zeros_shrink_what_few_hold() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes(name: str) -> None:
     played = play({"strategy": name})
-    alive = int(0.2 * 151072) + played.layout.size - 151072
+    alive = int(0.2 * 38160) + played.layout.size - 38160
     setup, *rounds = played.records
     assert setup["bytes_discovery_down"] == 0
     assert setup["bytes_discovery_up"] == (6 * BITMAP if name == "local-saliency" else 0)
@@ -108,4 +108,4 @@ def test_a_mask_of_another_density_is_refused() -> None:
         return Payload({"mask": np.packbits(bits)}, payload.metadata)
 
     played = play({"strategy": "local-saliency"}, faults={("query.own_mask", 0, 2): tamper(fuller)})
-    assert played.records[0]["refused"] == {"2": "a mask has 30215 alive weights; mask.density is 0.2"}
+    assert played.records[0]["refused"] == {"2": "a mask has 7633 alive weights; mask.density is 0.2"}

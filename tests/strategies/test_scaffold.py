@@ -16,7 +16,7 @@ from tests import oracles
 from tests.in_process_grid import Played, play, tamper
 from tests.strategies.test_oracles import close
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 KEYS: Flat = {"strategy": "scaffold", "local.batch-size": 64}
 
 

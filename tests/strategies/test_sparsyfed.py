@@ -27,9 +27,9 @@ from ssfl_app.strategies.sparsyfed import SparsyFed, SparsyFedClient
 from ssfl_app.training.reparam import originals, power, spectral_exponent
 from tests.in_process_grid import SMALL, Played, aggregate, play, tamper
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
-P, R = 151_072, 330  # prunable weights of the small model, and its biases and norm weights
+P, R = 38_160, 170  # prunable weights of the narrow CNN, and its biases and norm weights
 K = math.floor(0.2 * P)
 SMALLEST = Layout((("0.weight", (1, 4)), ("0.bias", (1,))), ("0.weight",))
 ONE_STEP: Flat = {"local.batch-size": 10_000, "local.clip": 0.0, "local.lr": 0.5, "local.weight-decay": 0.01}
@@ -285,8 +285,8 @@ def test_scope_and_floor_of_the_mask_hold_for_what_is_sent() -> None:
     def counts(**keys: Any) -> list[int]:
         return [alive for _, alive, _ in masks(run(run__rounds=1, **keys), 1, "up")[0].layers()]
 
-    assert counts(mask__scope="layer") == [math.floor(0.2 * size) for size in (288, 18_432, 131_072, 1_280)]
-    assert min(counts(mask__density=0.01, mask__min_per_layer=288)) == 288 > min(counts(mask__density=0.01))
+    assert counts(mask__scope="layer") == [math.floor(0.2 * size) for size in (144, 4_608, 32_768, 640)]
+    assert min(counts(mask__density=0.02, mask__min_per_layer=144)) == 144 > min(counts(mask__density=0.02))
 
 
 # ---- refusals ------------------------------------------------------------------------------------

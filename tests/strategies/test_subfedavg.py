@@ -12,6 +12,8 @@ from ssfl_app.strategies.subfedavg import mean_distance
 from tests import oracles
 from tests.in_process_grid import Played, play
 
+pytestmark = pytest.mark.narrow
+
 ONE: Flat = {"strategy": "subfedavg", "subfedavg.step": 0.2, "local.epochs": 2, "run.rounds": 1}
 
 
@@ -44,9 +46,9 @@ def test_it_prunes_the_smallest_of_each_layer_after_training() -> None:
     played = play(ONE | {"subfedavg.accuracy": 0.1})
     dense = replies(play(ONE | {"subfedavg.distance": 1.0}))
     for client, (state, mask) in replies(played).items():
-        assert [alive for _, alive, _ in mask.layers()] == [288 - 57, 18432 - 3686, 131072 - 26214, 1280 - 256]
+        assert [alive for _, alive, _ in mask.layers()] == [144 - 28, 4608 - 921, 32768 - 6553, 640 - 128]
         trained, whole = dense[client]
-        assert whole.count == 151072
+        assert whole.count == 38160
         assert mask == smaller(played.layout, trained, 0.2)
         # The weights are those after training; biases and norms are not pruned.
         after = mask.apply(trained)
@@ -66,7 +68,7 @@ def test_a_mask_is_adopted_if_it_moved_between_the_first_and_the_last_epoch() ->
     assert low > 1e-4
     assert high > low + 1e-4  # well above what a rounding error moves
     halfway = play(ONE | {"subfedavg.distance": (low + high) / 2, "subfedavg.accuracy": 0.0})
-    adopted = {client: mask.count < 151072 for client, (_, mask) in replies(halfway).items()}
+    adopted = {client: mask.count < 38160 for client, (_, mask) in replies(halfway).items()}
     assert adopted == {client: distance >= high for client, distance in moved.items()}
 
 
@@ -81,7 +83,7 @@ def test_a_mask_is_adopted_if_the_pruned_model_is_good_on_the_training_images() 
     low, high = sorted(accuracy.values())[1:3]
     assert low < high
     halfway = play(ONE | {"subfedavg.accuracy": (low + high) / 2})
-    adopted = {client: mask.count < 151072 for client, (_, mask) in replies(halfway).items()}
+    adopted = {client: mask.count < 38160 for client, (_, mask) in replies(halfway).items()}
     assert adopted == {client: known >= high for client, known in accuracy.items()}
     assert halfway.records[1]["validation_passes"] == sum(len(shop.partition.train[client]) for client in accuracy)
     assert dense.records[1]["validation_passes"] == 0  # asked only of masks that moved

@@ -21,9 +21,9 @@ from ssfl_app.strategies.topk import Topk, TopkClient, chosen
 from tests import oracles
 from tests.in_process_grid import SMALL, Played, aggregate, answer_error, play, tamper
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
-P, R = 151_072, 330  # prunable weights of the small model, and its biases and norm weights
+P, R = 38_160, 170  # prunable weights of the narrow CNN, and its biases and norm weights
 K = math.floor(0.2 * P)
 SMALLEST = Layout((("0.weight", (1, 4)), ("0.bias", (1,))), ("0.weight",))
 FEEDBACK: Flat = {"strategy": "topk", "topk.of": "update", "topk.error-feedback": True, "mask.density": 0.01}
@@ -158,11 +158,11 @@ def test_scope_and_floor_of_the_mask_hold_for_what_is_sent() -> None:
         mask = BitmapAndValues().decode(sent.arrays, played.layout)[1]
         return [alive for _, alive, _ in mask.layers()]
 
-    sizes = [288, 18_432, 131_072, 1_280]
+    sizes = [144, 4_608, 32_768, 640]
     assert counts(mask__scope="layer") == [math.floor(0.2 * size) for size in sizes]
-    floored = counts(mask__density=0.01, mask__min_per_layer=280)
-    assert min(floored) >= 280 > min(counts(mask__density=0.01))
-    assert sum(floored) == math.floor(0.01 * P)
+    floored = counts(mask__density=0.02, mask__min_per_layer=140)
+    assert min(floored) >= 140 > min(counts(mask__density=0.02))
+    assert sum(floored) == math.floor(0.02 * P)
 
 
 # ---- error feedback ------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ from ssfl_app.strategies.zerofl import ZeroFl, ZeroFlClient, sent_mask
 from ssfl_app.training.reparam import originals
 from tests.in_process_grid import SMALL, Played, aggregate, play, tamper
 
-pytestmark = pytest.mark.few
+pytestmark = pytest.mark.narrow
 
-SIZES = {"0.weight": 288, "3.weight": 18_432, "8.weight": 131_072, "10.weight": 1_280}
-P, R = 151_072, 330  # all of these, and biases and norm weights
+SIZES = {"0.weight": 144, "3.weight": 4_608, "8.weight": 32_768, "10.weight": 640}
+P, R = 38_160, 170  # all of these, and biases and norm weights
 UPLINKS = ("top-weights", "top-weights-diff", "top-diff")
 SMALLEST = Layout((("0.weight", (1, 2)), ("1.weight", (1, 4)), ("1.bias", (1,))), ("0.weight", "1.weight"))
 
@@ -147,7 +147,7 @@ def test_the_share_is_the_sum_of_two_decimals_and_at_most_1(density: float, r_ma
     assert sent_mask(layout, np.arange(10, dtype=np.float32), settings).count == count
 
 
-@pytest.mark.parametrize(("r_mask", "count"), [(0.0, 30_214), (0.1, 45_321), (0.2, 60_428)])
+@pytest.mark.parametrize(("r_mask", "count"), [(0.0, 7_632), (0.1, 11_448), (0.2, 15_264)])
 def test_bytes_of_a_round(r_mask: float, count: int) -> None:
     """Up 4 (floor((density + r) P) + R) + ceil(P / 8), down 4 (P + R)."""
     record = run(zerofl__r_mask=r_mask, run__rounds=1).records[1]
@@ -216,7 +216,7 @@ def test_clients_test_what_the_server_stands_for(uplink: str) -> None:
     load_state(shop.model, used)
     for client, accuracy in played.strategy.accuracy.items():
         assert shop.trainer.evaluate(shop.model, shop.data.test.take(shop.partition.test[client]))[1] == accuracy
-    density = (288 + sum(math.floor(0.2 * size) for size in list(SIZES.values())[1:])) / P
+    density = (144 + sum(math.floor(0.2 * size) for size in list(SIZES.values())[1:])) / P
     assert [record["density"] for record in played.records[1:]] == [density] * 3
 
 
@@ -239,7 +239,7 @@ def test_a_reply_that_is_not_what_was_asked_for_is_refused() -> None:
 
     client = run(zerofl__r_mask=0.1, run__rounds=1).records[1]["cohort"][1]
     broken = play({"strategy": "zerofl", "run.rounds": 1}, faults={("train", 1, client): tamper(everything)})
-    why = f"{P} weights came up; density and zerofl.r-mask make 45321"
+    why = f"{P} weights came up; density and zerofl.r-mask make 11448"
     assert broken.records[1]["refused"] == {str(client): why}
     assert len(broken.records[1]["ok"]) == 3
 

@@ -1,8 +1,6 @@
 """mask.granularity "channel": all that a run does is done with the smaller network."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,6 @@ from flwr.app import ArrayRecord
 from torch import nn
 
 import ssfl_app
-from benchmarks.drills import field
-from benchmarks.drills.field import inline
 from ssfl_app.comm.payload import Payload
 from ssfl_app.config import Flat, merge, parse
 from ssfl_app.core.strategy import ServerContext
@@ -309,33 +305,6 @@ def test_a_run_folder_has_the_small_network_and_exports_it(tmp_path: Path) -> No
     assert status["status"] == "finished"
     assert again.summary is not None
     assert again.summary["widths"] == run.summary["widths"]
-
-
-@pytest.mark.slow
-def test_ray_and_supernodes_have_the_same_bits(tmp_path: Path) -> None:
-    keys = {"run__clients": 2, "run__cohort": 2, "run__rounds": 1, "local__epochs": 1}
-    keys |= {"mask__granularity": "channel", "mask__density": 0.2, "run__join_timeout": 280.0}
-    same = inline(tmp_path / "inline", **keys)
-    words = [
-        *field.ssfl("run"),
-        "-c",
-        field.text(field._keys(keys)),
-        "--engine",
-        "ray",
-        "--out",
-        str(tmp_path / "ray"),
-    ]
-    subprocess.run(words, check=True, capture_output=True, timeout=300, env=dict(os.environ))
-    made = [json.loads((tmp_path / "ray" / "summary.json").read_text())]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(field, "NODES", 2)
-        with field.federation(tmp_path / "place") as place:
-            run = place.start(tmp_path / "nodes", **keys)
-            code, errors = run.end()
-            assert code == 0, errors
-            made.append(run.summary)
-    for summary in made:
-        assert (summary["model_sha256"], summary["widths"]) == (same["model_sha256"], same["widths"])
 
 
 def test_ranks_of_a_layer_are_shares() -> None:

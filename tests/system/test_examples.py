@@ -6,8 +6,10 @@ What is counted: the bytes of every ArrayRecord that a client receives or sends,
 logs them. That is the serialised arrays (128 bytes of ``.npy`` header each, for the stock apps) and their names.
 """
 
+import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -162,3 +164,21 @@ def test_a_quarter_of_the_adapters_travels_and_they_still_learn(superlink: tuple
     assert min(after.received) == adapters + name
     assert after.told[-1] < 0.95 * before.told[0], (before.told, after.told)
     assert after.told == sorted(after.told, reverse=True), after.told  # it falls in every round
+
+
+def test_an_app_of_ones_own_names_both_apps_and_nothing_else(
+    superlink: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    """The folder is a Flower app: `flwr run` takes it as it is, and keys that it lacks have their defaults."""
+    folder, variables = superlink
+    own, out = Path(shutil.copytree(EXAMPLES / "own", tmp_path / "own")), tmp_path / "run"
+    line = [str(BIN / "flwr"), "run", str(own), "--stream", "-c", f"run.out='{out}' run.rounds=1"]
+    line += ["--federation-config", f"num-supernodes=4 {FEDERATION}"]
+    told = subprocess.run(
+        line, cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    summary = json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else None
+    assert summary is not None, (told.stdout + told.stderr)[-3000:]
+    again = [sys.executable, "-m", "ssfl_app", "run", str(out / "config.toml"), "--out", str(tmp_path / "again")]
+    subprocess.run([*again, "-c", "run.out=''"], cwd=own, check=True, timeout=SECONDS, capture_output=True)
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["model_sha256"] == summary["model_sha256"]

@@ -1,10 +1,10 @@
 """Models, data, tasks and strategies of one's own: the files of ``examples/own``, from a folder of their own.
 
-What they reach ``benchmarks/own.py`` plays; here they run, learn, and give the same bits on the engines.
+What they reach ``benchmarks/own.py`` plays; here they run, learn, and give the same bits on Ray. `test_engines` has
+them on real nodes, `test_examples` with ``flwr run``.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.drills.field import federation, ssfl
-from tests.system.test_examples import BIN, FEDERATION, SECONDS, superlink
+from benchmarks.drills.field import ssfl
 
-__all__ = ["superlink"]
-
+SECONDS = 300
 OWN = Path(__file__).parents[2] / "examples" / "own"
 SMALL = {
     "topics": "run.clients=3 run.cohort=3 run.rounds=1 local.epochs=1 model.options.depth=1",
@@ -80,30 +78,3 @@ def test_each_file_has_at_most_sixty_lines_and_a_configuration() -> None:
 def test_ray_gives_the_bits_of_one_process(own: Path, tmp_path: Path) -> None:
     ray = play(own, "topics", tmp_path / "ray", "run", "--engine", "ray")
     assert ray["model_sha256"] == summary_of(own / "out" / "topics")["model_sha256"]
-
-
-@pytest.mark.slow
-def test_supernodes_get_the_modules_with_the_app(own: Path, tmp_path: Path) -> None:
-    with federation(tmp_path / "place") as place:
-        words = ("federation", "run", "--dir", str(place.folder), "--app", str(own))
-        made = play(own, "momentum", tmp_path / "run", *words)
-    assert made["model_sha256"] == summary_of(own / "out" / "momentum")["model_sha256"]
-
-
-@pytest.mark.slow
-def test_an_app_of_ones_own_names_both_apps_and_nothing_else(
-    own: Path, superlink: tuple[Path, dict[str, str]], tmp_path: Path
-) -> None:
-    """The folder is a Flower app: `flwr run` takes it as it is, and keys that it lacks have their defaults."""
-    folder, variables = superlink
-    out = tmp_path / "run"
-    line = [str(BIN / "flwr"), "run", str(own), "--stream", "-c", f"run.out='{out}' run.rounds=1"]
-    line += ["--federation-config", f"num-supernodes=4 {FEDERATION}"]
-    told = subprocess.run(
-        line, cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=SECONDS, check=False
-    )
-    summary = json.loads((out / "summary.json").read_text()) if (out / "summary.json").exists() else None
-    assert summary is not None, (told.stdout + told.stderr)[-3000:]
-    again = [sys.executable, "-m", "ssfl_app", "run", str(out / "config.toml"), "--out", str(tmp_path / "again")]
-    subprocess.run([*again, "-c", "run.out=''"], cwd=own, check=True, timeout=SECONDS, capture_output=True)
-    assert json.loads((tmp_path / "again" / "summary.json").read_text())["model_sha256"] == summary["model_sha256"]
